@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hybridlm: hybrid SSM-attention language models in JAX."""
+
+__version__ = "0.1.0"
+_EXPORTS = {
+    "ConfigError": "hybridlm.errors",
+    "HybridLM": "hybridlm.model",
+    "generate": "hybridlm.generation",
+    "load_config": "hybridlm.config_io",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    """Public names, imported when first used: `hybridlm.load_config` alone does not wait for the model's imports."""
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'hybridlm' has no attribute {name!r}")

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can mend: one line each, naming what, its value and the limit."""
+
+
+class ConfigError(ValueError):
+    """A configuration, a path or a file that the user has to change; its text is one clear line."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU with eight devices, highest matrix precision, a compilation cache between runs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+settings.register_profile(
+    "hybridlm", deadline=None, max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("hybridlm")
