@@ -71,7 +71,7 @@ class ModelConfig:
             try:
                 self.blocks[symbol].check(self.d_model)
             except ConfigError as error:
-                raise ConfigError(f"model.blocks.{symbol}: {error}") from None
+                raise ConfigError(f"model.blocks.{symbol}.{error}") from None
 
     def __hash__(self):
         return hash((self.vocab_size, self.d_model, self.pattern, tuple(self.blocks.items())))

@@ -186,13 +186,14 @@ def _type_name(hint) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     args = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join(_type_name(a) for a in args)
     if typing.get_origin(hint) is tuple:
         if args[-1] is Ellipsis:
             return f"any number of {_type_name(args[0])}"
-        return f"{len(args)} values ({', '.join(map(_type_name, args))})"
-    return {types.NoneType: "None", bool: "True or False"}.get(hint, getattr(hint, "__name__", str(hint)))
+        return f"{len(args)} values, each {_type_name(args[0])}"
+    names = {types.NoneType: "None", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
@@ -220,7 +221,7 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     return value
 
 
-def _rebuild(node, leaves: dict[tuple[str, ...], Any]):
+def _rebuild(node, leaves: dict[tuple[str, ...], Any], prefix: str = ""):
     """The tree with the leaves replaced, each dataclass built (and checked) once, children first."""
     if not leaves:
         return node
@@ -230,8 +231,13 @@ def _rebuild(node, leaves: dict[tuple[str, ...], Any]):
     by_child: dict[str, dict] = {}
     for path, value in leaves.items():
         by_child.setdefault(path[0], {})[path[1:]] = value
-    new = {name: _rebuild(children.get(name), sub) for name, sub in by_child.items()}
-    return {**node, **new} if isinstance(node, dict) else dataclasses.replace(node, **new)
+    new = {name: _rebuild(children.get(name), sub, f"{prefix}{name}.") for name, sub in by_child.items()}
+    if isinstance(node, dict):
+        return {**node, **new}
+    try:
+        return dataclasses.replace(node, **new)
+    except ConfigError as error:  # a block does not know its own symbol
+        raise ConfigError(f"{prefix}{error}" if prefix.count(".") > 1 else str(error)) from None
 
 
 def help_text(config: Config, prog: str) -> str:
