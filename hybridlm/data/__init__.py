@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to batches: sources, tokenizers, the token cache, packing and loading.
+
+Importing this package needs NumPy alone; grain, tokenizers and pyarrow are imported by what uses them.
+"""
+
+from hybridlm.data.corpus import Corpus, open_corpus
+from hybridlm.data.loader import Loader, host_rows, make_loader
+from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Corpus", "Loader", "Tokenizer", "host_rows", "load_tokenizer", "make_loader", "open_corpus"]

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents out of files: the embedded corpus, text files, JSON lines and Parquet, one document at a time.
+
+A document is `(id, text)`. Its id is the file's name relative to the folder that the pattern starts in, in posix form
+(`json/decoder.py`), followed by `:index` where a file holds many (`a.jsonl:16`). Ids and their order do not depend on
+where the folder lies, so every machine derives the same split from them.
+
+Memory: JSON lines are read line by line and Parquet row group by row group; a text file is one document and is read
+whole.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import glob
+import gzip
+import json
+import os
+from pathlib import Path
+import sysconfig
+from typing import NamedTuple
+import zlib
+
+from hybridlm.errors import ConfigError
+
+READABLE = "give UTF-8 text (.txt, .md, .py, ...), .jsonl, .jsonl.gz or .parquet"
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
+BINARY_SUFFIXES = frozenset(
+    ".7z .arrow .array_record .avro .bin .bz2 .db .docx .feather .gif .gz .h5 .hdf5 .jpeg .jpg .msgpack .npy .npz .orc .pdf"
+    " .pickle .pkl .png .pt .pth .safetensors .sqlite .tar .tfrecord .tgz .xlsx .xz .zip .zst".split()
+)
+EMBEDDED_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+class Document(NamedTuple):
+    """One document: a stable id and its text, which always encodes as UTF-8."""
+
+    id: str
+    text: str
+
+
+class SourceFile(NamedTuple):
+    """A file on this machine and its name relative to the folder that its pattern starts in."""
+
+    path: Path
+    name: str
+
+
+@dataclasses.dataclass
+class Source:
+    """An ordered list of files; iterating reads their documents.
+
+    `lenient` (the embedded corpus, whose files nobody chose) skips files that are unreadable or not UTF-8 and counts
+    them in `skipped`; otherwise such a file raises ConfigError.
+    """
+
+    files: tuple[SourceFile, ...]
+    text_key: str = "text"
+    lenient: bool = False
+    skipped: int = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = 0
+        for file in self.files:
+            try:
+                yield from _read_file(file, self.text_key)
+            except ConfigError:
+                if not self.lenient:
+                    raise
+                self.skipped += 1
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """(name, size, modification time in ns) of each file: what a cache of their content is keyed by."""
+        rows = []
+        for file in self.files:
+            try:
+                status = file.path.stat()
+            except OSError as error:
+                raise ConfigError(f"cannot read {file.path}: {error.strerror}") from error
+            rows.append((file.name, status.st_size, status.st_mtime_ns))
+        return rows
+
+
+def open_source(path: str | tuple[str, ...] | list[str], *, text_key: str = "text", argument: str = "data.path") -> Source:
+    """The source behind `path`: "" is the embedded corpus, else a file, a folder or a glob pattern, or several of them.
+
+    Raises ConfigError if a pattern matches nothing or a file is of a kind that cannot be read; `argument` is the name
+    that the message gives to `path`.
+    """
+    patterns = [path] if isinstance(path, str) else list(path)
+    patterns = [pattern for pattern in patterns if pattern]
+    if not patterns:
+        return Source(_embedded_files(), text_key, lenient=True)
+    found: dict[str, SourceFile] = {}
+    for pattern in patterns:
+        for file in _match(pattern, argument):
+            found.setdefault(os.path.abspath(file.path), file)
+    files = tuple(sorted(found.values(), key=lambda file: (file.name, str(file.path))))
+    for file in files:
+        _check_kind(file.path)
+    return Source(files, text_key)
+
+
+def embedded_folder() -> Path:
+    """The folder of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _embedded_files() -> tuple[SourceFile, ...]:
+    base = embedded_folder()
+    files = [file for file in _walk(base) if file.path.suffix == ".py"]
+    if not files:
+        raise ConfigError(f"data.path is empty and this Python has no standard library source under {base}: set data.path")
+    return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _walk(base: Path) -> Iterator[SourceFile]:
+    for folder, subfolders, names in os.walk(base):
+        subfolders[:] = [name for name in subfolders if name not in EMBEDDED_SKIPS and not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield SourceFile(path, path.relative_to(base).as_posix())
+
+
+def _match(pattern: str, argument: str) -> list[SourceFile]:
+    expanded = Path(pattern).expanduser()
+    if expanded.is_file():
+        return [SourceFile(expanded, expanded.name)]
+    if expanded.is_dir():
+        files = list(_walk(expanded))
+    else:
+        plain = []  # the folders before the first one with a wildcard
+        for part in expanded.parts[:-1]:
+            if glob.has_magic(part):
+                break
+            plain.append(part)
+        base = Path(*plain)
+        matches = (Path(match) for match in glob.glob(str(expanded), recursive=True))
+        files = [SourceFile(match, match.relative_to(base).as_posix()) for match in matches if match.is_file()]
+    if not files:
+        raise ConfigError(f"{argument} ({pattern!r}): no file matches")
+    return files
+
+
+def _is_json(path: Path) -> bool:
+    return path.name.lower().endswith(JSON_SUFFIXES)
+
+
+def _check_kind(path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        _parquet_module(path)
+    elif suffix in BINARY_SUFFIXES and not _is_json(path):
+        raise ConfigError(f'{path}: unknown suffix "{path.suffix}"; {READABLE}')
+
+
+def _read_file(file: SourceFile, text_key: str) -> Iterator[Document]:
+    try:
+        if _is_json(file.path):
+            yield from _read_json_lines(file, text_key)
+        elif file.path.suffix.lower() == ".parquet":
+            yield from _read_parquet(file, text_key)
+        else:
+            yield _read_text(file)
+    except OSError as error:  # gzip.BadGzipFile has no strerror
+        raise ConfigError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+
+def _read_text(file: SourceFile) -> Document:
+    raw = file.path.read_bytes()
+    if b"\0" in raw[:4096]:
+        raise ConfigError(f"{file.path} is not text (it holds zero bytes); {READABLE}")
+    try:
+        return Document(file.name, raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(_not_utf8(file.path, error)) from error
+
+
+def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document]:
+    opener = gzip.open if file.path.suffix.lower() == ".gz" else open
+    index = 0
+    with opener(file.path, "rb") as lines:
+        try:
+            for number, raw in enumerate(lines, start=1):
+                if raw.strip():
+                    text = _parse_line(raw, f"line {number} of {file.path}", text_key, first=number == 1)
+                    yield Document(f"{file.name}:{index}", _encodable(text))
+                    index += 1
+        except (EOFError, zlib.error) as error:
+            raise ConfigError(f"{file.path} is not a whole gzip file ({error})") from error
+
+
+def _parse_line(raw: bytes, where: str, text_key: str, *, first: bool) -> str:
+    try:
+        record = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(_not_utf8(where, error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON ({error}); give one JSON object a line") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where} is a JSON {type(record).__name__}, not an object; give one JSON object a line")
+    if text_key not in record:
+        raise ConfigError(_no_field(where, text_key, record))
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ConfigError(f'{where}: field "{text_key}" is {"null" if text is None else type(text).__name__}, not a string')
+    return text
+
+
+def _encodable(text: str) -> str:
+    """JSON may spell half a surrogate pair, which is no character: it becomes the replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _parquet_module(path: Path):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from error
+    return pyarrow.parquet
+
+
+def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
+    parquet = _parquet_module(file.path)
+    import pyarrow
+
+    index = 0
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            schema = table.schema_arrow
+            if text_key not in schema.names:
+                raise ConfigError(_no_field(str(file.path), text_key, schema.names))
+            kind = schema.field(text_key).type
+            value_kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if str(value_kind) not in ("string", "large_string", "string_view"):
+                raise ConfigError(f'{file.path}: column "{text_key}" is {kind}, not a string')
+            for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    if text is None:
+                        raise ConfigError(f'row {index + 1} of {file.path}: column "{text_key}" is null, not a string')
+                    yield Document(f"{file.name}:{index}", text)
+                    index += 1
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{file.path} is not a readable Parquet file ({reason})") from error
+
+
+def _no_field(where: str, text_key: str, fields) -> str:
+    names = ", ".join(f'"{name}"' for name in fields) or "none"
+    return f'{where}: no field "{text_key}" (fields are {names}); set data.text_key'
+
+
+def _not_utf8(where, error: UnicodeDecodeError) -> str:
+    return f"{where} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}); convert it to UTF-8"

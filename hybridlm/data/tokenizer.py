@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back: raw bytes, or any `tokenizer.json` of the tokenizers library."""
+
+from collections.abc import Sequence
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from hybridlm.errors import ConfigError
+
+# What published tokenizers call the token before and after a document, most specific first.
+BOS_NAMES = (
+    "<|begin_of_text|>", "<|startoftext|>", "<|begin▁of▁sentence|>", "<bos>", "<s>", "<|bos|>", "[BOS]", "<BOS>",
+    "<|beginoftext|>",
+)  # fmt: skip
+EOS_NAMES = (
+    "<|end_of_text|>", "<|endoftext|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "<|eos|>", "[EOS]", "<EOS>", "<|im_end|>",
+)  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer.
+
+    `bos_id` and `eos_id` are None where the tokenizer has no such token; `fingerprint` changes whenever the ids of a
+    text could.
+    """
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
+        """int32 ids of a text, with the document's first and last token where asked (and where they exist)."""
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Whole documents: int32 ids of all of them in a row, bos and eos included, and the number of ids of each."""
+
+    def decode(self, ids) -> str:
+        """The text of ids; bos, eos and ids outside the vocabulary are dropped, invalid UTF-8 becomes U+FFFD."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8 as ids 0..255, bos 256, eos 257."""
+
+    name = "byte"
+    fingerprint = "byte-1"
+    vocab_size = 258
+    bos_id = 256
+    eos_id = 257
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
+        ids = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+        return _frame(ids, np.array([len(ids)]), self.bos_id if bos else None, self.eos_id if eos else None)[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        parts = [text.encode("utf-8", "replace") for text in texts]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return _frame(np.frombuffer(b"".join(parts), np.uint8), lengths, self.bos_id, self.eos_id)
+
+    def decode(self, ids) -> str:
+        ids = np.asarray(ids).reshape(-1)
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+
+class FileTokenizer:
+    """A `tokenizer.json`.
+
+    Text that spells a special token is encoded as text, so no document can forge a boundary. Truncation, padding and
+    the file's own template of special tokens are switched off: documents are framed by bos and eos alone.
+    """
+
+    def __init__(self, path: str | Path, *, bos: str | None = None, eos: str | None = None):
+        """Reads `path`; `bos` and `eos` name tokens, None looks them up (see `_find_end`).
+
+        Raises:
+          ConfigError: the file is missing or no tokenizer, or it has no token of a given name.
+        """
+        path = Path(path).expanduser()
+        content = _read(path)
+        self._tokenizer = _parse(path, content)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size < 2:
+            raise ConfigError(f"tokenizer {path} has a vocabulary of {self.vocab_size} tokens; it needs at least 2")
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        declared = _declared_ends(path)
+        self.bos_id = _find_end("bos_token", bos, declared, BOS_NAMES, special, vocabulary, path)
+        self.eos_id = _find_end("eos_token", eos, declared, EOS_NAMES, special, vocabulary, path)
+        if self.bos_id is None:  # one token for both ends, as GPT-2 has it
+            self.bos_id = self.eos_id
+        self._known = np.zeros(self.vocab_size, bool)
+        self._known[list(vocabulary.values())] = True
+        self._known[[i for i in (self.bos_id, self.eos_id) if i is not None]] = False
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        self.name = f"{path.parent.name}/{path.name}" if path.name == "tokenizer.json" else path.name
+        self.fingerprint = f"{digest}-{self.bos_id}-{self.eos_id}"
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
+        text = text.encode("utf-8", "replace").decode()
+        ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return _frame(ids, np.array([len(ids)]), self.bos_id if bos else None, self.eos_id if eos else None)[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
+        return _frame(ids, lengths, self.bos_id, self.eos_id)
+
+    def decode(self, ids) -> str:
+        ids = np.asarray(ids).reshape(-1)
+        ids = ids[(ids >= 0) & (ids < self.vocab_size)]
+        return self._tokenizer.decode(ids[self._known[ids]].tolist(), skip_special_tokens=True)
+
+
+def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | None = None) -> Tokenizer:
+    """The tokenizer that `spec` names: "byte", or the path of a tokenizer.json (or of the folder that holds it).
+
+    `bos` and `eos` name the tokens put around a document; None finds them: the `tokenizer_config.json` beside the file
+    decides, else the first special token of a usual name. Without a bos, the eos serves as both.
+
+    Raises:
+      ConfigError: see FileTokenizer; or `bos` or `eos` given to the byte tokenizer, whose ends are fixed.
+    """
+    if spec == "byte":
+        if bos is not None or eos is not None:
+            raise ConfigError("data.bos_token and data.eos_token belong to a tokenizer.json; the byte tokenizer has its own")
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, bos=bos, eos=eos)
+
+
+def _frame(ids: np.ndarray, lengths: np.ndarray, bos: int | None, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Documents laid end to end, each put between bos and eos (where not None): int32 ids, and the new lengths."""
+    lengths = lengths + (bos is not None) + (eos is not None)
+    ends = np.cumsum(lengths)
+    framed = np.empty(int(lengths.sum()), np.int32)
+    inside = np.ones(len(framed), bool)
+    if bos is not None:
+        framed[ends - lengths] = bos
+        inside[ends - lengths] = False
+    if eos is not None:
+        framed[ends - 1] = eos
+        inside[ends - 1] = False
+    framed[inside] = ids
+    return framed, lengths
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f'data.tokenizer ({str(path)!r}): {error.strerror}; give "byte" or the path of a tokenizer.json'
+        ) from error
+
+
+def _parse(path: Path, content: bytes):
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise ConfigError(f"data.tokenizer ({str(path)!r}) is no tokenizer.json: {error}") from error
+
+
+def _declared_ends(path: Path) -> dict:
+    """bos_token and eos_token of the `tokenizer_config.json` beside the file, as far as it names them."""
+    beside = path.with_name("tokenizer_config.json")
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{beside} is not readable JSON: {error}") from error
+    declared = {}
+    for key in ("bos_token", "eos_token"):
+        value = settings.get(key)
+        declared[key] = value.get("content") if isinstance(value, dict) else value
+    return declared
+
+
+def _find_end(key, given, declared, names, special, vocabulary, path) -> int | None:
+    if given is not None:
+        if given not in vocabulary:
+            shown = ", ".join(sorted(special)[:12]) or "none"
+            raise ConfigError(f"data.{key} ({given!r}) is no token of {path}; its special tokens: {shown}")
+        return vocabulary[given]
+    if declared.get(key) in vocabulary:
+        return vocabulary[declared[key]]
+    return next((vocabulary[name] for name in names if name in special), None)
