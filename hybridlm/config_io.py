@@ -209,6 +209,8 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
         values = [{"true": "True", "false": "False"}.get(v.lower(), v) for v in values]
     if hint is int and len(values) == 1:
         values = [values[0].replace("_", "")]
+    if not values or (values == [""] and hint is not str):
+        raise ConfigError(f"--{'.'.join(path)} needs a value: {_type_name(hint)}")
     holder = dataclasses.make_dataclass("Leaf", [("value", hint)])
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -248,7 +250,25 @@ def help_text(config: Config, prog: str) -> str:
             type(config), default=config, args=["--help"], prog=prog,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), use_underscores=True,
         )  # fmt: skip
-    return out.getvalue()
+    lines = ["", "Chosen by name, their fields then as --KEY.FIELD:"]
+    for key in variant_paths(config):
+        node = config
+        for name in key.split("."):
+            node = _children(node)[name]
+        lines.append(f"  --{key} {{{','.join(_variants(_hint(config, key)))}}} (now: {type(node).__name__.replace('NoneType', 'None')})")
+    return out.getvalue() + "\n".join(lines) + "\n"
+
+
+def variant_paths(config: Config) -> list[str]:
+    """Dotted names of fields whose value is one of several dataclasses, or none."""
+
+    def walk(node, prefix):
+        for name, child in _children(node).items():
+            if len(_variants(_hint(config, prefix + name))) > 1:
+                yield prefix + name
+            yield from walk(child, f"{prefix}{name}.")
+
+    return list(walk(config, ""))
 
 
 # JSON ---------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@
 class ConfigError(ValueError):
     """A configuration, a path or a file that the user has to change; its text is one clear line."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).splitlines()))
+
 
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless the condition holds."""

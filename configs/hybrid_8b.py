@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nemotron-H-8B's published layer order and widths (Blakeman et al. 2025, "Nemotron-H", table 1).
+
+Command: python train.py --config hybrid_8b --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json --mesh.fsdp=64
+Hardware: a pod; 8.1 B float32 parameters with AdamW take 130 GB over all devices before activations.
+Expected: 24 Mamba-2, 24 squared-ReLU MLP and 4 attention sublayers; 8,101,254,144 parameters.
+"""
+
+from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
+
+
+def config() -> Config:
+    return Config(
+        name="hybrid_8b",
+        model=ModelConfig(
+            vocab_size=131_072,
+            d_model=4096,
+            pattern="M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-",
+            blocks={
+                "M": Mamba2(n_heads=128, d_head=64, d_state=128, n_groups=8),
+                "*": Attention(n_heads=32, n_kv_heads=8, d_head=128, rope=None),
+                "-": MLP(d_ff=21_504, activation="relu2"),
+            },
+            tie_embeddings=False,
+            remat="full",
+        ),
+        data=DataConfig(seq_len=8192, batch_size=768),
+        optim=OptimConfig(lr=8e-4, schedule="wsd", warmup_steps=1000, final_lr_ratio=0.01),
+        run=RunConfig(steps=100_000, eval_every=2000, eval_batches=32, save_every=1000, sample_tokens=256),
+    )

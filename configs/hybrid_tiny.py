@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Minutes on a laptop: a byte-level hybrid that learns to write Python from the standard library's source.
+
+Command: make train, or python train.py --config hybrid_tiny
+Hardware: two CPU cores, about three minutes.
+"""
+
+from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
+
+
+def config() -> Config:
+    return Config(
+        name="hybrid_tiny",
+        model=ModelConfig(
+            vocab_size=320,
+            d_model=128,
+            pattern="M-M-*-M-",
+            blocks={
+                "M": Mamba2(d_state=32, d_head=32, expand=2),
+                "*": Attention(n_heads=4, n_kv_heads=2, d_head=32, qk_norm=True, gate="elementwise"),
+                "-": MLP(d_ff=256),
+            },
+            compute_dtype="float32",
+        ),
+        data=DataConfig(seq_len=256, batch_size=16),
+        optim=OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, schedule="wsd", warmup_steps=20, final_lr_ratio=0.02),
+        run=RunConfig(
+            steps=500, log_every=10, eval_every=250, eval_batches=16, save_every=250,
+            sample_prompt="def ", sample_tokens=300,
+        ),
+    )  # fmt: skip
