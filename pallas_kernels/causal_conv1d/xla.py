@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`causal_conv1d` as shifts and adds, which XLA fuses into one pass over x, with a hand-written backward of the same form.
+
+A tap counts if its token belongs to the document of the current one. That is exact as long as padding does not stand
+between two tokens that see each other; where it does (rare, decided at run time), real tokens are first moved to the front
+of their rows and afterwards back.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import segments
+
+
+def causal_conv1d_xla(
+    x_BTD, w_DW, b_D=None, *, activation=None, segment_ids=None, initial_state=None, return_final_state=False
+):
+    """See `pallas_kernels.causal_conv1d`."""
+    n_batch, n_tokens, d_model = x_BTD.shape
+    n_before = w_DW.shape[1] - 1
+    if initial_state is None:
+        initial_state = jnp.zeros((n_batch, n_before, d_model), x_BTD.dtype)
+    if segment_ids is None:
+        y_BTD = _convolve(x_BTD, w_DW, b_D, initial_state, None, None, activation)
+        before = jnp.concatenate([initial_state.astype(x_BTD.dtype), x_BTD[:, max(0, n_tokens - n_before) :]], axis=1)
+        final_BWD = before[:, before.shape[1] - n_before :]
+        return (y_BTD, final_BWD) if return_final_state else y_BTD
+
+    real_BT = segment_ids != 0
+    document_BT = segments.document_numbers(segment_ids)
+
+    def as_is():
+        y_BTD = _convolve(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, activation)
+        return y_BTD, _final_state(x_BTD, initial_state, real_BT, document_BT) if return_final_state else None
+
+    def real_first():
+        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+        place_BT = jnp.argsort(order_BT, axis=1)
+        moved_BTD = jnp.take_along_axis(x_BTD, order_BT[:, :, None], axis=1)
+        moved_real_BT = jnp.take_along_axis(real_BT, order_BT, axis=1)
+        moved_document_BT = jnp.take_along_axis(document_BT, order_BT, axis=1)
+        moved_document_BT = jnp.where(moved_real_BT, moved_document_BT, document_BT[:, -1:])
+        y_BTD = _convolve(moved_BTD, w_DW, b_D, initial_state, moved_real_BT, moved_document_BT, activation)
+        y_BTD = jnp.take_along_axis(y_BTD, place_BT[:, :, None], axis=1)
+        final = _final_state(moved_BTD, initial_state, moved_real_BT, moved_document_BT) if return_final_state else None
+        return y_BTD, final
+
+    if n_before == 0:
+        y_BTD, final_BWD = as_is()
+    else:
+        resumed_BT = real_BT[:, 1:] & ~real_BT[:, :-1] & (document_BT[:, 1:] == document_BT[:, :-1])
+        y_BTD, final_BWD = jax.lax.cond(jnp.any(resumed_BT), real_first, as_is)
+    return (y_BTD, final_BWD) if return_final_state else y_BTD
+
+
+def _final_state(x_BTD, initial_state, real_BT, document_BT):
+    """The last W - 1 raw inputs of the last document, whose real tokens stand together."""
+    n_before = initial_state.shape[1]
+    n_tokens = x_BTD.shape[1]
+    before_BTD = jnp.concatenate([initial_state.astype(x_BTD.dtype), x_BTD], axis=1)
+    document_BT_before = jnp.pad(document_BT, ((0, 0), (n_before, 0)))
+    end_B = jnp.max(jnp.where(real_BT, jnp.arange(1, n_tokens + 1), 0), axis=1)
+    index_BW = end_B[:, None] + jnp.arange(n_before)
+    final_BWD = jnp.take_along_axis(before_BTD, index_BW[:, :, None], axis=1)
+    same_BW = jnp.take_along_axis(document_BT_before, index_BW, axis=1) == document_BT[:, -1:]
+    return jnp.where(same_BW[:, :, None], final_BWD, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _convolve(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, activation):
+    return _convolve_forward(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, activation)[0]
+
+
+def _convolve_forward(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, activation):
+    sums_BTD = _sums(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT)
+    y_BTD = jax.nn.silu(sums_BTD) if activation == "silu" else sums_BTD
+    if real_BT is not None:
+        y_BTD = jnp.where(real_BT[:, :, None], y_BTD, 0)
+    return y_BTD.astype(x_BTD.dtype), (x_BTD, w_DW, b_D, initial_state, real_BT, document_BT)
+
+
+def _taps(x_BTD, initial_state, real_BT, document_BT):
+    """Yields for each tap j (array [B, T, D] that meets w[:, j], mask [B, T, 1] of where it counts or None)."""
+    n_tokens = x_BTD.shape[1]
+    n_before = initial_state.shape[1]
+    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    x_BTD = x_BTD if real_BT is None else jnp.where(real_BT[:, :, None], x_BTD, 0)
+    before_BTD = jnp.concatenate([initial_state.astype(x_BTD.dtype), x_BTD], axis=1)
+    documents = None if document_BT is None else jnp.pad(document_BT, ((0, 0), (n_before, 0)))
+    for j in range(n_before + 1):
+        counts = None
+        if document_BT is not None:
+            counts = (real_BT & (documents[:, j : j + n_tokens] == document_BT))[:, :, None]
+        yield before_BTD[:, j : j + n_tokens].astype(dtype), counts
+
+
+def _sums(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT):
+    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    total_BTD = 0 if b_D is None else b_D.astype(dtype)
+    for j, (tap_BTD, counts) in enumerate(_taps(x_BTD, initial_state, real_BT, document_BT)):
+        term_BTD = tap_BTD * w_DW[:, j].astype(dtype)
+        total_BTD += term_BTD if counts is None else jnp.where(counts, term_BTD, 0)
+    return total_BTD
+
+
+def _convolve_backward(activation, residuals, dy_BTD):
+    x_BTD, w_DW, b_D, initial_state, real_BT, document_BT = residuals
+    n_before, n_tokens = initial_state.shape[1], x_BTD.shape[1]
+    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    dsums_BTD = dy_BTD.astype(dtype)
+    if activation == "silu":
+        sums_BTD = _sums(*residuals)
+        gate_BTD = jax.nn.sigmoid(sums_BTD)
+        dsums_BTD *= gate_BTD * (1 + sums_BTD * (1 - gate_BTD))
+    if real_BT is not None:
+        dsums_BTD = jnp.where(real_BT[:, :, None], dsums_BTD, 0)
+    dbefore_BTD = 0
+    dw_WD = []
+    for j, (tap_BTD, counts) in enumerate(_taps(x_BTD, initial_state, real_BT, document_BT)):
+        dterm_BTD = dsums_BTD if counts is None else jnp.where(counts, dsums_BTD, 0)
+        dw_WD.append(jnp.sum(dterm_BTD * tap_BTD, axis=(0, 1)))
+        dbefore_BTD += jnp.pad(dterm_BTD * w_DW[:, j].astype(dtype), ((0, 0), (j, n_before - j), (0, 0)))
+    return (
+        dbefore_BTD[:, n_before:].astype(x_BTD.dtype),
+        jnp.stack(dw_WD, axis=1).astype(w_DW.dtype),
+        None if b_D is None else jnp.sum(dsums_BTD, axis=(0, 1)).astype(b_D.dtype),
+        dbefore_BTD[:, :n_before].astype(initial_state.dtype),
+        None,
+        None,
+    )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the implementation of an op; the only reader of the platform. Decided when the call is traced."""
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+
+from pallas_kernels.compat import default_device_platform
+
+IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
+
+# (op, platform) whose kernel passes every case on that platform and is measured to be faster than xla.
+PROVEN: frozenset[tuple[str, str]] = frozenset()
+
+_logger = logging.getLogger("pallas_kernels")
+_logged: set[tuple[str, str]] = set()
+_assumed: list[str] = []
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what `assume_platform` says, else the platform of the default device."""
+    return _assumed[-1] if _assumed else default_device_platform()
+
+
+@contextlib.contextmanager
+def assume_platform(name: str):
+    """Traces calls for another platform than the one at hand, e.g. to compile for a TPU on a machine without one."""
+    _assumed.append(name)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
+    """The function that serves `op(*args, **kwargs)`.
+
+    Raises ValueError for an unknown implementation and NotImplementedError, with argument and limit, where a named one
+    cannot serve this call. `auto` falls back to xla instead and logs its choice once.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation ({implementation!r}) not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation in ("reference", "xla"):
+        return _load(op, implementation)
+    here = platform()
+    if implementation == "auto":
+        if (op, here) not in PROVEN:
+            choice, why = "xla", f"no {here} kernel of it is proven faster"
+        elif reason := _limit(op, here, args, kwargs):
+            choice, why = "xla", f"the {here} kernel cannot serve this call: {reason}"
+        else:
+            choice, why = here, "proven on this platform"
+        _log_once(op, f"{op}: auto uses {choice} on {here} ({why})")
+        return _load(op, choice)
+    if implementation != here:
+        raise NotImplementedError(f"implementation ({implementation!r}) of {op} needs that platform, the default is {here!r}")
+    if reason := _limit(op, implementation, args, kwargs):
+        raise NotImplementedError(f"implementation ({implementation!r}) of {op} cannot serve this call: {reason}")
+    return _load(op, implementation)
+
+
+def _load(op: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), f"{op}_{name}")
+
+
+def _limit(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
+    """Why the kernel `name` cannot serve the call, or None if it can."""
+    module_name = f"pallas_kernels.{op}.{name}"
+    if importlib.util.find_spec(module_name) is None:
+        return f"{op} has no {name} kernel"
+    return importlib.import_module(module_name).supports(*args, **kwargs)
+
+
+def _log_once(op: str, message: str) -> None:
+    if (op, message) not in _logged:
+        _logged.add((op, message))
+        _logger.info(message)

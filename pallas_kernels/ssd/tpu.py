@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pallas TPU (Mosaic) implementation of `ssd`: argument checks, blocks, layouts and the hand-written gradient.
+
+The kernels stand in tpu_forward.py and tpu_backward.py, the maths of the decays in tpu_common.py. Around the kernels
+there are only arrays of [B, T, H] floats and the padding of T to whole chunks.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssd import tpu_forward
+from pallas_kernels.ssd.tpu_common import CHUNK, F32, Blocks, document_rows
+
+STATE_SIZES = (16, 32, 64, 128, 256)
+HEAD_WIDTHS = (32, 64, 128)
+MAX_CHANNELS = 8192  # heads x width of one block: more does not fit VMEM
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static choices of one call; see `ssd_tpu`."""
+
+    heads: int
+    chunks: int
+    backward_heads: int
+    backward_chunks: int
+    states: str | None
+    interpret: bool
+
+
+def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int]:
+    """Heads a block that the TPU's tiles allow, ascending: whole lane tiles of x, B and C, whole groups or parts of one."""
+    heads_a_group = n_heads // n_groups
+    found = []
+    for heads in range(1, n_heads + 1):
+        groups = max(1, heads // heads_a_group)
+        if n_heads % heads or (heads % heads_a_group and heads_a_group % heads):
+            continue
+        whole_lanes = heads == n_heads or heads * width % 128 == 0
+        whole_group_lanes = groups == n_groups or groups * state % 128 == 0
+        if whole_lanes and whole_group_lanes:
+            found.append(heads)
+    return found
+
+
+def choose_heads(n_heads: int, n_groups: int, width: int, state: int, most: int) -> int:
+    """The largest legal number of heads a block up to `most`, else the smallest legal one."""
+    legal = legal_heads(n_heads, n_groups, width, state)
+    fitting = [heads for heads in legal if heads <= most]
+    return fitting[-1] if fitting else legal[0]
+
+
+def supports(
+    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None
+) -> str | None:
+    """Why the TPU kernel cannot serve this call of `ssd`, or None if it can."""
+    del A, D, segment_ids, initial_state, return_final_state, chunk
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x has dtype {x.dtype}, the kernel takes bfloat16 and float32"
+    if B.dtype != x.dtype or C.dtype != x.dtype:
+        return f"B and C have dtypes {B.dtype} and {C.dtype}, the kernel takes that of x ({x.dtype})"
+    if dt.dtype != F32:
+        return f"dt has dtype {dt.dtype}, the kernel takes float32"
+    n_heads, width = x.shape[2:]
+    n_groups, state = B.shape[2:]
+    if width not in HEAD_WIDTHS:
+        return f"head width of x ({width}) not one of {HEAD_WIDTHS}"
+    if state not in STATE_SIZES:
+        return f"state size of B ({state}) not one of {STATE_SIZES}"
+    channels = legal_heads(n_heads, n_groups, width, state)[0] * width
+    if channels > MAX_CHANNELS:
+        return f"heads x width of one block ({channels}) above {MAX_CHANNELS}: {n_heads} heads have no smaller divisor that fills lanes"
+    return None
+
+
+def ssd_tpu(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
+    heads_per_block=None,
+    chunks_per_step=None,
+    states=None,
+    interpret=False,
+):
+    """See `pallas_kernels.ssd` for arguments and results; chunks are always 128 tokens, `chunk` is a hint not followed.
+
+    heads_per_block, chunks_per_step: sizes of the kernels, chosen by shape unless given. states: dtype in which the
+    forward stores the states that the backward starts from, "float32" or "bfloat16" (default: that of x). interpret:
+    run the kernels in Pallas' interpreter, on any platform.
+    Raises NotImplementedError, naming argument and limit, where `supports` gives a reason.
+    """
+    del chunk
+    if reason := supports(x, dt, A, B, C):
+        raise NotImplementedError(reason)
+    plan = make_plan(x.shape, B.shape, heads_per_block, chunks_per_step, states or str(x.dtype), interpret)
+    y, last = _ssd((plan, return_final_state), x, dt, A, B, C, D, segment_ids, initial_state)
+    return (y, last) if return_final_state else y
+
+
+def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
+    """Sizes by shape: at most 32 heads and 2,048 channels a block, two chunks a step where the tokens fill them."""
+    n_batch, n_tokens, n_heads, width = x_shape
+    most = max(1, 2048 // width)
+    if n_batch == 1 and _cores() == 2:
+        most = min(most, max(1, n_heads // 2))
+    if heads is None:
+        heads = choose_heads(n_heads, *B_shape[2:][:1], width, B_shape[3], most)
+    elif heads not in legal_heads(n_heads, B_shape[2], width, B_shape[3]):
+        raise ValueError(f"heads_per_block ({heads}) not one of {legal_heads(n_heads, B_shape[2], width, B_shape[3])}")
+    if chunks is None:
+        chunks = 2 if -(-n_tokens // CHUNK) % 2 == 0 else 1
+    return Plan(heads, chunks, heads, chunks, states, interpret)
+
+
+def _cores() -> int:
+    """TensorCores that one device runs a kernel's parallel grid on (2 on v4 and v5p)."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+
+
+#CV
+def _ssd(static, x, dt, A, B, C, D, segment_ids, initial_state):
+    plan, return_final_state = static
+    results = _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, final=return_final_state)
+    return results["y"], results.get("last")
+
+
+def _prepare(x, dt, A, B, C, D, segment_ids, initial_state, heads: int, chunks: int) -> dict:
+    """The kernels' inputs by name: tokens padded to whole steps, channels merged, [B, T, H] floats tokens-last."""
+    n_batch, n_tokens, n_heads, width = x.shape
+    padding = -n_tokens % (chunks * CHUNK)
+    pad = lambda array: jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2)) if padding else array
+    n_blocks = n_heads // heads
+    if segment_ids is not None:
+        dt = jnp.where((segment_ids != 0)[..., None], dt, 0.0)
+    merge = lambda array: pad(array).reshape(n_batch, n_tokens + padding, -1)
+    inputs = {
+        "x": merge(x),
+        "dt": pad(dt).transpose(0, 2, 1).reshape(n_batch, n_blocks, heads, -1),
+        "A": A.astype(F32).reshape(n_blocks, heads, 1),
+        "B": merge(B),
+        "C": merge(C),
+    }
+    if D is not None:
+        inputs["D"] = D.astype(F32).reshape(n_blocks, -1, 1)
+    if segment_ids is not None:
+        inputs["documents"] = document_rows(pad(segment_ids))
+    if initial_state is not None:
+        inputs["initial"] = initial_state.astype(F32).reshape(n_batch, n_heads * width, -1)
+    return inputs
+
+
+def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, final: bool) -> Blocks:
+    n_heads, width = x.shape[2:]
+    n_groups, state = B.shape[2:]
+    return Blocks(
+        heads=heads,
+        groups=max(1, heads * n_groups // n_heads),
+        width=width,
+        state=state,
+        chunks=chunks,
+        exact=x.dtype == F32,
+        skip="" if D is None else ("head", "channel")[D.ndim - 1],
+        documents=segment_ids is not None,
+        initial=initial_state is not None,
+        final=final,
+    )
+
+
+def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, states=None):
+    n_batch, n_tokens, n_heads, width = x.shape
+    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final)
+    inputs = _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan.heads, plan.chunks)
+    results = tpu_forward.forward(inputs, blocks, n_groups=B.shape[2], states_dtype=states, interpret=plan.interpret)
+    results["y"] = results["y"][:, :n_tokens].reshape(x.shape)
+    if final:
+        results["last"] = results["last"].reshape(n_batch, n_heads, width, -1)
+    return results

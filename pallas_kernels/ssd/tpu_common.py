@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the forward and the backward TPU kernel of the Mamba-2 scan share: blocks, decay sums, document rows.
+
+Inside the kernels the tokens of a chunk lie in lanes and heads or channels in sublanes. With c_i the inclusive sum of
+log decays a_t = dt_t A up to token i, a pair (i, j), j <= i, of one document weighs exp(c_i - c_j).
+
+Sums: every log decay is cut into pieces that bfloat16 holds exactly and whose sums over a chunk float32 holds exactly
+(multiples of 1/2, of 2^-9, ...), so that one matrix product with a triangle of ones gives c as an unevaluated sum of two
+floats, exact to about 2^-32. Differences of c are then as good next to a decay of exp(-80) as anywhere else.
+
+Weights of pairs: for float32 inputs exp(c_i - c_j) for each pair. For bfloat16 inputs the weight is factored around the
+middle r_J of each group J of 8 tokens, exp(c_i - r_J) exp(r_J - c_j): the second factor scales x_j, the first is one row
+per 8. To keep both factors in range the log decay of these pairs, and of them alone, is limited to about -16 a token: a
+pair that a stronger decay separates weighs at most 1.1e-7 instead of less, which is below float32 rounding. Carried
+states always use the unlimited sums.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.segments import document_numbers
+
+F32 = jnp.float32
+CHUNK = 128  # tokens a chunk: one lane row
+GROUP = 8  # tokens that share a decay reference in the factored form
+LOG_DECAY_FLOOR = -120.0  # exp of it is zero in float32, so the limit changes nothing
+PAIR_FLOOR = -16.0  # factored form: the least log decay of a token between two tokens of a chunk
+EXPONENT_LIMIT = 64.0
+
+NN = (((1,), (0,)), ((), ()))
+NT = (((1,), (1,)), ((), ()))
+TN = (((0,), (0,)), ((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Static sizes of one kernel call.
+
+    heads: heads a block; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
+    exponentials (float32) instead of the factored form; skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]).
+    """
+
+    heads: int
+    groups: int
+    width: int
+    state: int
+    chunks: int
+    exact: bool
+    skip: str
+    documents: bool
+    initial: bool
+    final: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.chunks * CHUNK
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.width
+
+    @property
+    def group_heads(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def group_channels(self) -> int:
+        return self.group_heads * self.width
+
+    @property
+    def references(self) -> int:
+        """Decay references a chunk: one a token, or one a group."""
+        return CHUNK if self.exact else CHUNK // GROUP
+
+
+def dot(a, b, dims=NN):
+    """Matrix product into float32; float32 operands at full precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == F32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=F32)
+
+
+def triangle(dtype, keep):
+    """[CHUNK, CHUNK] of ones where keep(row, column), else zeros."""
+    row = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
+    column = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    return keep(row, column).astype(F32).astype(dtype)
+
+
+def _to_grid(value, scale: float):
+    return jnp.floor(value * scale + 0.5) * (1.0 / scale)
+
+
+def decay_pieces(a_HQ):
+    """Log decays cut into bfloat16 pieces: (halves, halves limited to PAIR_FLOOR, smaller pieces)."""
+    halves = _to_grid(a_HQ, 2.0)
+    rest = a_HQ - halves
+    pieces = []
+    for scale in (2.0**9, 2.0**17, 2.0**25):
+        piece = _to_grid(rest, scale)
+        pieces.append(piece)
+        rest = rest - piece
+    return halves, jnp.maximum(halves, PAIR_FLOOR), [*pieces, rest]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecaySums:
+    """Inclusive sums over a chunk as high + low, [heads, CHUNK]; `pair_high` replaces high between tokens of a chunk."""
+
+    high: jax.Array
+    pair_high: jax.Array
+    low: jax.Array
+    to_reference: jax.Array  # r_J - c_j (factored form only)
+
+    @property
+    def from_start(self):
+        return self.high + self.low
+
+    @property
+    def to_end(self):
+        last = CHUNK - 1
+        return (self.high[:, last:] - self.high) + (self.low[:, last:] - self.low)
+
+    @property
+    def total(self):
+        """[heads, 1]: log decay of the whole chunk."""
+        return (self.high + self.low)[:, CHUNK - 1 :]
+
+
+def _reference_token(token):
+    return (token // GROUP) * GROUP + GROUP // 2 - 1
+
+
+def decay_sums(a_HQ, blocks: Blocks) -> DecaySums:
+    """Sums of a chunk's log decays [heads, CHUNK] along tokens."""
+    heads = a_HQ.shape[0]
+    halves, limited, small = decay_pieces(a_HQ)
+    if blocks.exact:
+        limited = halves
+    stack = lambda parts: jnp.concatenate(parts, 0).astype(jnp.bfloat16)
+    split = lambda sums: [sums[k * heads : (k + 1) * heads] for k in range(sums.shape[0] // heads)]
+    upto = triangle(jnp.bfloat16, lambda row, column: row <= column)
+    first = [halves] if blocks.exact else [halves, limited]
+    sums = split(dot(stack([*first, *small]), upto))
+    middle, low = sums[-4], sums[-3] + (sums[-2] + sums[-1])
+    high = sums[0] + middle
+    if blocks.exact:
+        return DecaySums(high, high, low, jnp.zeros_like(high))
+    row = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
+    column = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    toward = (row <= _reference_token(column)).astype(F32) - (row <= column).astype(F32)
+    parts = split(dot(stack([limited, *small]), toward.astype(jnp.bfloat16)))
+    to_reference = (parts[0] + parts[1]) + (parts[2] + (parts[3] + parts[4]))
+    return DecaySums(high, sums[1] + middle, low, to_reference)
+
+
+def write_references(sums: DecaySums, high_ref, low_ref):
+    """Stores the sums tokens-first ([CHUNK, heads]) so that references can be read as columns."""
+    heads = sums.low.shape[0]
+    high_ref[:, :heads] = sums.pair_high.T
+    low_ref[:, :heads] = sums.low.T
+
+
+def read_references(high_ref, low_ref, blocks: Blocks):
+    """([references, heads], the same of the low parts)."""
+    rows = slice(None) if blocks.exact else pl.ds(GROUP // 2 - 1, blocks.references, GROUP)
+    return high_ref[rows, : blocks.heads], low_ref[rows, : blocks.heads]
+
+
+def pair_weights(sums: DecaySums, references, head: int, blocks: Blocks):
+    """[references, CHUNK]: exp(c_i - r_J) of one head; finite, though meaningless, where i lies before group J."""
+    high, low = references
+    one = slice(head, head + 1)
+    exponent = (sums.pair_high[one] - high[:, one]) + (sums.low[one] - low[:, one])
+    return jnp.exp(jnp.minimum(exponent, 0.0 if blocks.exact else EXPONENT_LIMIT))
+
+
+def expand_weights(weights_ref, index: tuple, shared_ref, shared: int, blocks: Blocks):
+    """[CHUNK, CHUNK] tokens j by i: a matrix shared by the heads times one head's weights exp(c_i - r_J)."""
+    if blocks.exact:
+        return shared_ref[shared] * weights_ref[index]
+    rows = []
+    for group in range(blocks.references):
+        here = slice(group * GROUP, (group + 1) * GROUP)
+        rows.append(shared_ref[shared, here] * weights_ref[(*index, slice(group, group + 1))])
+    return jnp.concatenate(rows, 0)
+
+
+# Rows of the document array: key and query number of the document (query -1: padding), whether a token belongs to the
+# document that enters its chunk, whether to the one that leaves it, both for real tokens; whether the token is real; and
+# whether the document that enters the chunk is still the one at this token.
+KEY, QUERY, ENTERS, LEAVES, REAL, CARRIES = range(6)
+
+
+def document_rows(segment_ids_BT):
+    """[B, 8, T] float32 rows as above; T is a multiple of CHUNK."""
+    n_batch, n_tokens = segment_ids_BT.shape
+    number_BT = document_numbers(segment_ids_BT)
+    last_BC = number_BT.reshape(n_batch, n_tokens // CHUNK, CHUNK)[:, :, -1]
+    before_BC = jnp.pad(last_BC[:, :-1], ((0, 0), (1, 0)))
+    real_BT = segment_ids_BT != 0
+    carries_BT = number_BT == jnp.repeat(before_BC, CHUNK, axis=1)
+    leaves_BT = number_BT == jnp.repeat(last_BC, CHUNK, axis=1)
+    zero_BT = jnp.zeros_like(number_BT)
+    query_BT = jnp.where(real_BT, number_BT, -1)
+    rows = [number_BT, query_BT, carries_BT & real_BT, leaves_BT & real_BT, real_BT, carries_BT, zero_BT, zero_BT]
+    return jnp.stack([row.astype(F32) for row in rows], axis=1)
+
+
+def pair_mask(rows, inclusive: bool = True):
+    """[CHUNK, CHUNK] j by i: token j is visible to token i. rows: [8, CHUNK] of the documents, or None."""
+    j = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
+    i = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    causal = (j <= i) if inclusive else (j < i)
+    if rows is None:
+        return causal
+    key = jnp.broadcast_to(rows[KEY : KEY + 1], (CHUNK, CHUNK)).T
+    return causal & (key == jnp.broadcast_to(rows[QUERY : QUERY + 1], (CHUNK, CHUNK)))

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward TPU kernel of the Mamba-2 scan: grid (batch, head block, chunks), the state carried in VMEM.
+
+x and y keep the model's layout [B, T, H P] and are transposed in VMEM, so that P is the streamed dimension of the matrix
+unit and the CHUNK x CHUNK weights the stationary one: y^T[P, i] = x^T[P, j] (S^T * L^T)[j, i] + state[P, N] C^T[N, i].
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ssd import tpu_common as common
+from pallas_kernels.ssd.tpu_common import CHUNK, F32, NT, Blocks, dot
+
+# Rows of the per-chunk scratch, each [heads, CHUNK].
+INTRA, TAIL, START, SKIP = range(4)
+N_ROWS = 4
+
+
+def prepare_chunk(chunk, refs, blocks: Blocks):
+    """Decays of one chunk: fills the scratch rows and pair weights, returns nothing."""
+    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    dt = refs["dt"][0, 0, :, tokens]
+    a = jnp.maximum(dt * refs["A"][0], common.LOG_DECAY_FLOOR)
+    sums = common.decay_sums(a, blocks)
+    documents = refs["documents"][0, :, tokens] if blocks.documents else None
+    start, tail, total = jnp.exp(sums.from_start), dt * jnp.exp(sums.to_end), jnp.exp(sums.total)
+    if blocks.documents:
+        start = start * documents[common.ENTERS : common.ENTERS + 1]
+        tail = tail * documents[common.LEAVES : common.LEAVES + 1]
+        total = total * documents[common.CARRIES : common.CARRIES + 1, CHUNK - 1 :]
+    rows = refs["rows"]
+    rows[chunk, INTRA] = dt if blocks.exact else dt * jnp.exp(sums.to_reference)
+    rows[chunk, TAIL] = tail
+    rows[chunk, START] = start
+    if blocks.skip:
+        skip = refs["D"][0] if blocks.skip == "head" else jnp.ones((blocks.heads, 1), F32)
+        real = documents[common.REAL : common.REAL + 1] if blocks.documents else jnp.ones((1, CHUNK), F32)
+        rows[chunk, SKIP] = skip * real
+    refs["totals"][chunk] = jnp.broadcast_to(total, refs["totals"].shape[1:])
+    common.write_references(sums, refs["high"], refs["low"])
+    references = common.read_references(refs["high"], refs["low"], blocks)
+    for head in range(blocks.heads):
+        refs["weights"][chunk, head] = common.pair_weights(sums, references, head, blocks)
+
+
+def shared_products(chunk, refs, blocks: Blocks):
+    """Masked S^T = B C^T of every group into scratch, tokens j by i."""
+    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None)
+    for group in range(blocks.groups):
+        lanes = slice(group * blocks.state, (group + 1) * blocks.state)
+        B, C = refs["B"][0, tokens, lanes], refs["C"][0, tokens, lanes]
+        refs["shared"][chunk * blocks.groups + group] = jnp.where(mask, dot(B, C, NT), 0.0)
+
+
+def state_updates(chunk, xT, refs, blocks: Blocks):
+    """What the chunk adds to the state, one [group channels, N] array a group."""
+    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    updates = []
+    for group in range(blocks.groups):
+        heads = range(group * blocks.group_heads, (group + 1) * blocks.group_heads)
+        scaled = [_scale(xT, chunk, head, refs["rows"], TAIL, blocks) for head in heads]
+        B = refs["B"][0, tokens, group * blocks.state : (group + 1) * blocks.state]
+        updates.append(dot(jnp.concatenate(scaled, 0), B))
+    return updates
+
+
+def head_slice(array, chunk, head, blocks: Blocks):
+    """[P, CHUNK] of one head out of [channels, tokens]."""
+    return array[head * blocks.width : (head + 1) * blocks.width, chunk * CHUNK : (chunk + 1) * CHUNK]
+
+
+def _scale(xT, chunk, head, rows, row, blocks: Blocks):
+    x = head_slice(xT, chunk, head, blocks)
+    return (x.astype(F32) * rows[chunk, row, head : head + 1]).astype(x.dtype)
+
+
+def _scan_chunk(chunk, xT, updates, outputs, refs, blocks: Blocks):
+    """Outputs of one chunk (appended per head) and the carried state."""
+    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    state, rows = refs["state"], refs["rows"]
+    dtype = xT.dtype
+    for group in range(blocks.groups):
+        channels = slice(group * blocks.group_channels, (group + 1) * blocks.group_channels)
+        C = refs["C"][0, tokens, group * blocks.state : (group + 1) * blocks.state]
+        carried = dot(state[channels].astype(dtype), C, NT)
+        for k in range(blocks.group_heads):
+            head = group * blocks.group_heads + k
+            own = slice(head * blocks.width, (head + 1) * blocks.width)
+            local = slice(k * blocks.width, (k + 1) * blocks.width)
+            weights = common.expand_weights(
+                refs["weights"], (chunk, head), refs["shared"], chunk * blocks.groups + group, blocks
+            )
+            y = dot(_scale(xT, chunk, head, rows, INTRA, blocks), weights.astype(dtype))
+            y = y + carried[local] * rows[chunk, START, head : head + 1]
+            if blocks.skip:
+                skip = rows[chunk, SKIP, head : head + 1]
+                skip = skip * refs["D"][0, own] if blocks.skip == "channel" else skip
+                y = y + head_slice(xT, chunk, head, blocks).astype(F32) * skip
+            outputs[head].append(y.astype(dtype))
+            state[own] = state[own] * refs["totals"][chunk, head : head + 1] + updates[group][local]
+
+
+def _kernel(*args, names: tuple, blocks: Blocks):
+    refs = dict(zip(names, args))
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _():
+        state = refs["state"]
+        state[...] = refs["initial"][0] if blocks.initial else jnp.zeros_like(state)
+
+    if "states" in refs:
+        refs["states"][0, 0] = refs["state"][...].astype(refs["states"].dtype)
+    xT = refs["x"][0].T
+    updates = []
+    for chunk in range(blocks.chunks):
+        prepare_chunk(chunk, refs, blocks)
+        shared_products(chunk, refs, blocks)
+        updates.append(state_updates(chunk, xT, refs, blocks))
+    outputs = [[] for _ in range(blocks.heads)]
+    for chunk in range(blocks.chunks):
+        _scan_chunk(chunk, xT, updates[chunk], outputs, refs, blocks)
+    refs["y"][0] = jnp.concatenate([jnp.concatenate(parts, 1) for parts in outputs], 0).T
+
+    if blocks.final:
+
+        @pl.when(step == pl.num_programs(2) - 1)
+        def _():
+            refs["last"][0] = refs["state"][...]
+
+
+def scratch_shapes(blocks: Blocks) -> dict:
+    """Scratch that forward and backward share, by name."""
+    return {
+        "rows": pltpu.VMEM((blocks.chunks, N_ROWS, blocks.heads, CHUNK), F32),
+        "totals": pltpu.VMEM((blocks.chunks, blocks.heads, blocks.state), F32),
+        "weights": pltpu.VMEM((blocks.chunks, blocks.heads, blocks.references, CHUNK), F32),
+        "shared": pltpu.VMEM((blocks.chunks * blocks.groups, CHUNK, CHUNK), F32),
+        "high": pltpu.VMEM((CHUNK, CHUNK), F32),
+        "low": pltpu.VMEM((CHUNK, CHUNK), F32),
+    }
+
+
+def input_specs(blocks: Blocks, n_groups: int, n_heads: int, step_of=lambda c: c) -> dict:
+    """Block specs of the inputs that forward and backward share, by name; `step_of` maps grid step to chunk block."""
+    tokens, lanes = blocks.tokens, blocks.groups * blocks.state
+    heads_a_group = n_heads // n_groups
+    group = lambda h: h * blocks.heads // (heads_a_group * blocks.groups)
+    by_tokens = lambda width: pl.BlockSpec((1, tokens, width), lambda b, h, c: (b, step_of(c), h))
+    by_group = pl.BlockSpec((1, tokens, lanes), lambda b, h, c: (b, step_of(c), group(h)))
+    states = pl.BlockSpec((1, blocks.channels, blocks.state), lambda b, h, c: (b, h, 0))
+    return {
+        "x": by_tokens(blocks.channels),
+        "dt": pl.BlockSpec((1, 1, blocks.heads, tokens), lambda b, h, c: (b, h, 0, step_of(c))),
+        "A": pl.BlockSpec((1, blocks.heads, 1), lambda b, h, c: (h, 0, 0)),
+        "B": by_group,
+        "C": by_group,
+        "D": pl.BlockSpec((1, blocks.channels if blocks.skip == "channel" else blocks.heads, 1), lambda b, h, c: (h, 0, 0)),
+        "documents": pl.BlockSpec((1, 8, tokens), lambda b, h, c: (b, 0, step_of(c))),
+        "initial": states,
+        "last": states,
+        "states": pl.BlockSpec((1, 1, blocks.channels, blocks.state), lambda b, h, c: (b, step_of(c), h, 0)),
+    }
+
+
+def forward(inputs: dict, blocks: Blocks, *, n_groups: int, states_dtype=None, interpret=False) -> dict:
+    """Runs the kernel on prepared arrays (see tpu.py); returns y [B, T, H P], and by request last and states.
+
+    last: float32 [B, H P, N] after the last token. states: [B, grid steps, H P, N] before each grid step.
+    """
+    n_batch, n_tokens, width = inputs["x"].shape
+    n_blocks = width // blocks.channels
+    steps = n_tokens // blocks.tokens
+    specs = input_specs(blocks, n_groups, n_blocks * blocks.heads)
+    outputs = {"y": (specs["x"], jax.ShapeDtypeStruct(inputs["x"].shape, inputs["x"].dtype))}
+    if blocks.final:
+        outputs["last"] = (specs["last"], jax.ShapeDtypeStruct((n_batch, width, blocks.state), F32))
+    if states_dtype is not None:
+        outputs["states"] = (specs["states"], jax.ShapeDtypeStruct((n_batch, steps, width, blocks.state), states_dtype))
+    scratch = scratch_shapes(blocks) | {"state": pltpu.VMEM((blocks.channels, blocks.state), F32)}
+    results = pl.pallas_call(
+        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), blocks=blocks),
+        grid=(n_batch, n_blocks, steps),
+        in_specs=[specs[name] for name in inputs],
+        out_specs=[spec for spec, _ in outputs.values()],
+        out_shape=[shape for _, shape in outputs.values()],
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+        ),
+        interpret=interpret,
+        name="ssd_forward",
+    )(*inputs.values())
+    return dict(zip(outputs, results))
