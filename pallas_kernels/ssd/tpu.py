@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import tpu_forward
+from pallas_kernels.ssd import tpu_backward, tpu_forward
 from pallas_kernels.ssd.tpu_common import CHUNK, F32, Blocks, document_rows
 
 STATE_SIZES = (16, 32, 64, 128, 256)
@@ -130,7 +130,7 @@ def _cores() -> int:
     return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
 
 
-#CV
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(static, x, dt, A, B, C, D, segment_ids, initial_state):
     plan, return_final_state = static
     results = _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, final=return_final_state)
@@ -188,3 +188,36 @@ def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, 
     if final:
         results["last"] = results["last"].reshape(n_batch, n_heads, width, -1)
     return results
+
+
+def _forward_rule(static, x, dt, A, B, C, D, segment_ids, initial_state):
+    plan, final = static
+    arrays = (x, dt, A, B, C, D, segment_ids, initial_state)
+    results = _run_forward(plan, *arrays, final=final, states=plan.states)
+    return (results["y"], results.get("last")), (arrays, results["states"])
+
+
+def _backward_rule(static, residuals, cotangents):
+    plan, final = static
+    (x, dt, A, B, C, D, segment_ids, initial_state), states = residuals
+    dy, dlast = cotangents
+    n_batch, n_tokens, n_heads, width = x.shape
+    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final)
+    inputs = _prepare(x, dt, A, B, C, D, segment_ids, None, plan.heads, plan.chunks)
+    padding = inputs["x"].shape[1] - n_tokens
+    inputs["dy"] = jnp.pad(dy, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(inputs["x"].shape)
+    inputs["states"] = states
+    if final:
+        inputs["dlast"] = dlast.reshape(n_batch, n_heads * width, -1)
+    grads = tpu_backward.backward(inputs, blocks, n_groups=B.shape[2], interpret=plan.interpret)
+    ddt = grads["ddt"].reshape(n_batch, n_heads, -1).transpose(0, 2, 1)[:, :n_tokens]
+    dA = grads["dA"].sum((0, 3)).reshape(n_heads).astype(A.dtype)
+    dB, dC = (grads[name].sum(1)[:, :n_tokens].reshape(B.shape).astype(B.dtype) for name in ("dB", "dC"))
+    dD = None if D is None else grads["dD"].sum((0, -1)).reshape(D.shape).astype(D.dtype)
+    dinitial = None
+    if initial_state is not None:
+        dinitial = grads["dinitial"].reshape(initial_state.shape).astype(initial_state.dtype)
+    return grads["dx"][:, :n_tokens].reshape(x.shape), ddt, dA, dB, dC, dD, None, dinitial
+
+
+_ssd.defvjp(_forward_rule, _backward_rule)

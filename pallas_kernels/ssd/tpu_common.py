@@ -178,14 +178,13 @@ def pair_weights(sums: DecaySums, references, head: int, blocks: Blocks):
     return jnp.exp(jnp.minimum(exponent, 0.0 if blocks.exact else EXPONENT_LIMIT))
 
 
-def expand_weights(weights_ref, index: tuple, shared_ref, shared: int, blocks: Blocks):
-    """[CHUNK, CHUNK] tokens j by i: a matrix shared by the heads times one head's weights exp(c_i - r_J)."""
+def expand_weights(weights_ref, index: tuple, factor, blocks: Blocks):
+    """[CHUNK, CHUNK] tokens j by i: `factor` (a ref or an array) times one head's weights exp(c_i - r_J)."""
     if blocks.exact:
-        return shared_ref[shared] * weights_ref[index]
+        return factor[...] * weights_ref[index]
     rows = []
     for group in range(blocks.references):
-        here = slice(group * GROUP, (group + 1) * GROUP)
-        rows.append(shared_ref[shared, here] * weights_ref[(*index, slice(group, group + 1))])
+        rows.append(factor[group * GROUP : (group + 1) * GROUP] * weights_ref[(*index, slice(group, group + 1))])
     return jnp.concatenate(rows, 0)
 
 

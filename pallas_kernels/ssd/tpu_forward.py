@@ -27,14 +27,17 @@ def prepare_chunk(chunk, refs, blocks: Blocks):
     a = jnp.maximum(dt * refs["A"][0], common.LOG_DECAY_FLOOR)
     sums = common.decay_sums(a, blocks)
     documents = refs["documents"][0, :, tokens] if blocks.documents else None
-    start, tail, total = jnp.exp(sums.from_start), dt * jnp.exp(sums.to_end), jnp.exp(sums.total)
+    start, tail, total = jnp.exp(sums.from_start), jnp.exp(sums.to_end), jnp.exp(sums.total)
     if blocks.documents:
         start = start * documents[common.ENTERS : common.ENTERS + 1]
         tail = tail * documents[common.LEAVES : common.LEAVES + 1]
         total = total * documents[common.CARRIES : common.CARRIES + 1, CHUNK - 1 :]
     rows = refs["rows"]
-    rows[chunk, INTRA] = dt if blocks.exact else dt * jnp.exp(sums.to_reference)
-    rows[chunk, TAIL] = tail
+    pair = jnp.ones_like(dt) if blocks.exact else jnp.exp(sums.to_reference)
+    if "factors" in refs:
+        refs["factors"][chunk, 0], refs["factors"][chunk, 1] = pair, tail
+    rows[chunk, INTRA] = dt * pair
+    rows[chunk, TAIL] = dt * tail
     rows[chunk, START] = start
     if blocks.skip:
         skip = refs["D"][0] if blocks.skip == "head" else jnp.ones((blocks.heads, 1), F32)
@@ -92,9 +95,8 @@ def _scan_chunk(chunk, xT, updates, outputs, refs, blocks: Blocks):
             head = group * blocks.group_heads + k
             own = slice(head * blocks.width, (head + 1) * blocks.width)
             local = slice(k * blocks.width, (k + 1) * blocks.width)
-            weights = common.expand_weights(
-                refs["weights"], (chunk, head), refs["shared"], chunk * blocks.groups + group, blocks
-            )
+            shared = refs["shared"].at[chunk * blocks.groups + group]
+            weights = common.expand_weights(refs["weights"], (chunk, head), shared, blocks)
             y = dot(_scale(xT, chunk, head, rows, INTRA, blocks), weights.astype(dtype))
             y = y + carried[local] * rows[chunk, START, head : head + 1]
             if blocks.skip:
