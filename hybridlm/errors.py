@@ -13,3 +13,7 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on (disk full, folder in use, loss not finite); its text is one clear line."""

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW and Muon with the right parameters in each.
+
+Only matrices (`kind == "matrix"` in the model's table of parameters) are decayed and, under Muon (Jordan et al. 2024),
+orthogonalised; embeddings, norms, biases, convolutions, sinks and recurrence parameters take Adam without decay (under
+Muon with Nesterov momentum, as optax.contrib.muon has it).
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from hybridlm.config import OptimConfig
+from hybridlm.schedule import make_schedule
+
+
+def make_optimizer(optim: OptimConfig, steps: int, info) -> tuple[optax.GradientTransformation, Callable]:
+    """The transformation from mean gradients to updates, and the schedule of AdamW's learning rate.
+
+    info: tree like the parameters with the model's ParamInfo at each leaf. Raises ConfigError for a schedule that does
+    not fit into the steps.
+    """
+    schedule = make_schedule(optim, steps, optim.lr)
+    is_matrix = jax.tree.map(lambda leaf: leaf.kind == "matrix", info, is_leaf=_is_info)
+    adam = optax.scale_by_adam(*optim.betas, eps=optim.eps)
+    if optim.name == "adamw":
+        decay = optax.add_decayed_weights(optim.weight_decay, mask=is_matrix)
+        rule = optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
+    else:
+        rule = _muon(optim, steps, info, is_matrix, schedule)
+    clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
+    return optax.chain(clip, rule), schedule
+
+
+def _muon(optim: OptimConfig, steps: int, info, is_matrix, schedule) -> optax.GradientTransformation:
+    """Muon for the matrices, AdamW for the rest, each with its own peak learning rate."""
+    return optax.contrib.muon(
+        make_schedule(optim, steps, optim.muon_lr),
+        beta=optim.muon_momentum, weight_decay=optim.weight_decay, weight_decay_mask=None, eps=optim.eps,
+        adam_b1=optim.betas[0], adam_b2=optim.betas[1], adam_weight_decay=0.0, adam_learning_rate=schedule,
+        muon_weight_dimension_numbers=jax.tree.map(muon_dims, info, is_leaf=_is_info),
+    )  # fmt: skip
+
+
+def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter Muon contracts and which it produces; None: not Muon's.
+
+    The axis of stacked layers and `fused_axes` (both counted without that axis) index independent matrices.
+    """
+    if leaf.kind != "matrix":
+        return None
+    first = 1 if leaf.stacked else 0
+    inputs = tuple(range(first, first + leaf.n_in))
+    fused = {first + axis for axis in leaf.fused_axes}
+    outputs = tuple(axis for axis in range(first + leaf.n_in, first + len(leaf.axes)) if axis not in fused)
+    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+
+def _is_info(leaf) -> bool:
+    return hasattr(leaf, "kind")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""loss.png: training and validation loss of a run in bits per byte, and the bigram baseline."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path) -> None:
+    """Draws the records of a metrics.jsonl; bigram: bits per byte of the baseline on the validation text, if known."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = np.array([(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == "train"], float).reshape(-1, 2)
+    val = np.array([(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == "val"], float).reshape(-1, 2)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(*train.T, color="tab:blue", linewidth=1.2, label="train")
+    if len(val):
+        axes.plot(*val.T, color="tab:orange", linewidth=1.5, marker="o", markersize=4, label="validation")
+        axes.annotate(f"{val[-1, 1]:.3f}", val[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
+    if bigram is not None:
+        axes.axhline(bigram, color="gray", linestyle="--", linewidth=1, label=f"byte bigram {bigram:.3f}")
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    if len(train):
+        axes.set_ylim(0, 1.05 * max(train[:, 1].max(), bigram or 0.0))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=120)
+    pyplot.close(figure)
+    part.replace(path)

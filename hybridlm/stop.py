@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C and SIGTERM: the first asks the loop to finish its step and save, a second one leaves at once."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+import jax
+import numpy as np
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM set `signum` instead of raising.
+
+    A thread reads the signals, so that the second one works while the main thread waits inside a compilation.
+    """
+
+    def __init__(self, announce):
+        """announce: called with a line of text when the first signal arrives."""
+        self.signum: int | None = None
+        self._announce = announce
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            self._previous = None  # signals belong to the program that called us from a thread
+            return self
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._previous = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._previous is None:
+            return
+        signal.set_wakeup_fd(self._previous_fd)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._write.close()
+        self._thread.join()
+        self._read.close()
+
+    def _watch(self):
+        while received := self._read.recv(1):
+            signum = received[0]
+            if signum not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if self.signum is not None:
+                print("\nstopped at once, without saving", file=sys.stderr, flush=True)
+                os._exit(128 + signum)
+            self.signum = signum
+            self._announce("finishing this step, then saving; once more to leave at once")
+
+    def agreed(self, step: int, every: int) -> bool:
+        """Whether to stop after this step: all processes agree, those of a cluster at every `every`-th step."""
+        if jax.process_count() == 1:
+            return self.signum is not None
+        if step % every:
+            return False
+        from jax.experimental.multihost_utils import process_allgather
+
+        signums = process_allgather(np.int32(self.signum or 0))
+        self.signum = int(signums.max()) or None
+        return self.signum is not None
