@@ -19,7 +19,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import segments
+from pallas_kernels import dispatch, segments
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SLAB = 8192  # tokens a slab
@@ -27,18 +27,28 @@ _FORGOTTEN = 128.0  # exp(-128) is 0 in float32
 _BLOCK = 16  # chunks longer than this are multiples of it
 
 
-class _Operands(typing.NamedTuple):
-    """What the two passes read, for a slab or for the whole row; gradients of the first six come in the same form."""
+class _Tokens(typing.NamedTuple):
+    """The arguments with a token axis; gradients come in the same form."""
 
     x_BTHP: jax.Array
     dt_BTH: jax.Array
-    A_H: jax.Array
     B_BTGN: jax.Array
     C_BTGN: jax.Array
+
+
+class _Weights(typing.NamedTuple):
+    """The arguments without one; gradients come in the same form."""
+
+    A_H: jax.Array
     D: jax.Array | None
-    real_BT: jax.Array | None
-    document_BT: jax.Array | None
-    entering_BT: jax.Array | None  # document of the token before; 0 before the first
+
+
+class _Marks(typing.NamedTuple):
+    """What the segment ids say."""
+
+    real_BT: jax.Array
+    document_BT: jax.Array
+    entering_BT: jax.Array  # document of the token before, 0 before the first
 
 
 def ssd_xla(
@@ -50,14 +60,13 @@ def ssd_xla(
     dtype = _accumulation_dtype(x_BTHP, dt_BTH)
     if initial_state is None:
         initial_state = jnp.zeros((n_batch, n_heads, d_head, d_state), dtype)
-    real_BT = document_BT = entering_BT = None
+    marks = None
     if segment_ids is not None:
-        real_BT = segment_ids != 0
         document_BT = segments.document_numbers(segment_ids)
-        entering_BT = jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0)))
-    operands = _Operands(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, real_BT, document_BT, entering_BT)
+        marks = _Marks(segment_ids != 0, document_BT, jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0))))
+    tokens = _Tokens(x_BTHP, dt_BTH, B_BTGN, C_BTGN)
     chunk = _chunk_size(chunk, n_tokens, d_head, d_state)
-    y_BTHP, final_state_BHPN = _ssd(operands, initial_state.astype(dtype), chunk)
+    y_BTHP, final_state_BHPN = _ssd(tokens, _Weights(A_H, D), marks, initial_state.astype(dtype), chunk)
     return (y_BTHP, final_state_BHPN) if return_final_state else y_BTHP
 
 
@@ -66,85 +75,76 @@ def _accumulation_dtype(x, dt):
 
 
 def _chunk_size(chunk: int | None, n_tokens: int, d_head: int, d_state: int) -> int:
-    """The [Q, Q] products cost Q a token, the states P N / Q: the default balances them."""
+    """The [Q, Q] products cost Q a token, the states P N / Q: the default balances them, on a CPU by arithmetic and
+    elsewhere by memory traffic, of which a state causes three times as much as a weight."""
     if chunk is None:
-        balance = math.sqrt(3 * d_head * d_state)
+        balance = math.sqrt((1 if dispatch.platform() == "cpu" else 3) * d_head * d_state)
         chunk = min(256, max(32, 2 ** round(math.log2(balance))))
     chunk = min(chunk, n_tokens)
     return chunk if chunk <= _BLOCK else -(-chunk // _BLOCK) * _BLOCK
 
 
-# --- whole rows: slabs ------------------------------------------------------------------------------------------------
+# Whole rows, in slabs.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ssd(operands: _Operands, initial_BHPN, chunk: int):
-    return _ssd_forward(operands, initial_BHPN, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ssd(tokens: _Tokens, weights: _Weights, marks: _Marks | None, initial_BHPN, chunk: int):
+    return _ssd_forward(tokens, weights, marks, initial_BHPN, chunk)[0]
 
 
-def _ssd_forward(operands: _Operands, initial_BHPN, chunk: int):
-    slabs = _slabs(operands, chunk)
-    if slabs is None:
-        y_BTHP, final_BHPN = _forward(_pad(operands, chunk), initial_BHPN, chunk)
-        entering_SBHPN = None
-    else:
-        count, width, padded = slabs
+def _ssd_forward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, initial_BHPN, chunk: int):
+    n_tokens = tokens.x_BTHP.shape[1]
+    count, width = _slabs(n_tokens, chunk)
+    padded, padded_marks = _pad(tokens, marks, count * width)
 
-        def step(state_BHPN, index):
-            y_BTHP, left_BHPN = _forward(_slab(padded, index, width), state_BHPN, chunk)
-            return left_BHPN, (y_BTHP, state_BHPN)
+    def step(state_BHPN, index):
+        slab, slab_marks = _slab((padded, padded_marks), index, width)
+        y_BTHP, left_BHPN = _forward(slab, weights, slab_marks, state_BHPN, chunk)
+        return left_BHPN, (y_BTHP, state_BHPN)
 
-        final_BHPN, (y_SBTHP, entering_SBHPN) = jax.lax.scan(step, initial_BHPN, jnp.arange(count))
-        y_BTHP = _join(y_SBTHP)
-    return (y_BTHP[:, : operands.x_BTHP.shape[1]], final_BHPN), (operands, initial_BHPN, entering_SBHPN)
+    final_BHPN, (y_BTHP, entering_SBHPN) = _scan(step, initial_BHPN, jnp.arange(count))
+    y_BTHP = _join(y_BTHP)[:, :n_tokens]
+    return (y_BTHP, final_BHPN), (tokens, weights, marks, entering_SBHPN)
 
 
 def _ssd_backward(chunk: int, residuals, cotangents):
-    operands, initial_BHPN, entering_SBHPN = residuals
+    tokens, weights, marks, entering_SBHPN = residuals
     dy_BTHP, dfinal_BHPN = cotangents
-    n_tokens = operands.x_BTHP.shape[1]
-    slabs = _slabs(operands, chunk)
-    if slabs is None:
-        padded = _pad(operands, chunk)
-        dy_BTHP = _pad_tokens(dy_BTHP, padded.x_BTHP.shape[1])
-        grads, dinitial_BHPN = _backward(padded, initial_BHPN, dy_BTHP, dfinal_BHPN, chunk)
-    else:
-        count, width, padded = slabs
-        dy_BTHP = _pad_tokens(dy_BTHP, count * width)
+    n_tokens = tokens.x_BTHP.shape[1]
+    count, width = _slabs(n_tokens, chunk)
+    padded, padded_marks = _pad(tokens, marks, count * width)
+    dy_BTHP = _pad_tokens(dy_BTHP, count * width)
 
-        def step(dstate_BHPN, index_and_state):
-            index, state_BHPN = index_and_state
-            slab_dy = jax.lax.dynamic_slice_in_dim(dy_BTHP, index * width, width, axis=1)
-            grads, dstate_BHPN = _backward(_slab(padded, index, width), state_BHPN, slab_dy, dstate_BHPN, chunk)
-            return dstate_BHPN, grads
+    def step(dstate_BHPN, index_and_state):
+        index, state_BHPN = index_and_state
+        slab, slab_marks, slab_dy_BTHP = _slab((padded, padded_marks, dy_BTHP), index, width)
+        dtokens, dweights, dstate_BHPN = _backward(
+            slab, weights, slab_marks, state_BHPN, slab_dy_BTHP, dstate_BHPN, chunk
+        )
+        return dstate_BHPN, (dtokens, dweights)
 
-        dinitial_BHPN, grads = jax.lax.scan(step, dfinal_BHPN, (jnp.arange(count), entering_SBHPN), reverse=True)
-        grads = _Operands(
-            *(_join(getattr(grads, name)) if name.find("_BT") > 0 else jax.tree.map(lambda g: g.sum(0), getattr(grads, name))
-              for name in _Operands._fields[:6]), None, None, None)
-    cut = [None if g is None else (g[:, :n_tokens] if name.find("_BT") > 0 else g) for name, g in zip(_Operands._fields, grads)]
-    typed = [None if g is None else g.astype(like.dtype) for g, like in zip(cut, operands)]
-    return _Operands(*typed), dinitial_BHPN.astype(initial_BHPN.dtype)
+    steps = (jnp.arange(count), entering_SBHPN)
+    dinitial_BHPN, (dtokens, dweights) = _scan(step, dfinal_BHPN, steps, reverse=True)
+    dtokens = jax.tree.map(lambda grad, like: _join(grad)[:, :n_tokens].astype(like.dtype), dtokens, tokens)
+    dweights = jax.tree.map(lambda grad, like: grad.sum(axis=0).astype(like.dtype), dweights, weights)
+    return dtokens, dweights, None, dinitial_BHPN
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
-def _slabs(operands: _Operands, chunk: int):
-    """None where the row is one slab; else (count, tokens a slab, padded operands)."""
-    n_tokens = operands.x_BTHP.shape[1]
+def _slabs(n_tokens: int, chunk: int) -> tuple[int, int]:
+    """(number of slabs, tokens of each)."""
     count = -(-n_tokens // max(_SLAB, chunk))
-    if count == 1:
-        return None
-    width = -(-n_tokens // (count * chunk)) * chunk
-    return count, width, _pad(operands, count * width)
+    return count, -(-n_tokens // (count * chunk)) * chunk
 
 
-def _per_token(function, operands: _Operands) -> _Operands:
-    """Applies function to the operands that have a token axis."""
-    return _Operands(
-        *(function(a) if a is not None and name.find("_BT") > 0 else a for name, a in zip(_Operands._fields, operands))
-    )
+def _scan(step, carry, steps, reverse: bool = False):
+    """lax.scan, without a loop where there is one step."""
+    if len(steps if isinstance(steps, jax.Array) else steps[0]) > 1:
+        return jax.lax.scan(step, carry, steps, reverse=reverse)
+    carry, result = step(carry, jax.tree.map(lambda array: array[0], steps))
+    return carry, jax.tree.map(lambda array: array[None], result)
 
 
 def _pad_tokens(array, n_tokens: int, mode: str = "constant"):
@@ -152,22 +152,26 @@ def _pad_tokens(array, n_tokens: int, mode: str = "constant"):
     return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2), mode=mode) if missing else array
 
 
-def _pad(operands: _Operands, multiple: int) -> _Operands:
-    """Pads the token axis: x and dt are zero there, so the state passes through unchanged."""
-    n_tokens = -(-operands.x_BTHP.shape[1] // multiple) * multiple
-    padded = _per_token(lambda array: _pad_tokens(array, n_tokens), operands)
-    if operands.document_BT is None:
-        return padded
-    return padded._replace(
-        document_BT=_pad_tokens(operands.document_BT, n_tokens, "edge"),
-        entering_BT=_pad_tokens(jnp.concatenate([operands.entering_BT, operands.document_BT[:, -1:]], axis=1), n_tokens, "edge")
-        if n_tokens > operands.x_BTHP.shape[1]
-        else operands.entering_BT,
+def _pad(tokens: _Tokens, marks: _Marks | None, n_tokens: int):
+    """To n_tokens. x and dt are zero there, so that the state passes through unchanged."""
+    tokens = jax.tree.map(lambda array: _pad_tokens(array, n_tokens), tokens)
+    if marks is None or n_tokens == marks.document_BT.shape[1]:
+        return tokens, marks
+    entering_BT = jnp.concatenate([marks.entering_BT, marks.document_BT[:, -1:]], axis=1)
+    return tokens, _Marks(
+        _pad_tokens(marks.real_BT, n_tokens),
+        _pad_tokens(marks.document_BT, n_tokens, "edge"),
+        _pad_tokens(entering_BT, n_tokens, "edge"),
     )
 
 
-def _slab(operands: _Operands, index, width: int) -> _Operands:
-    return _per_token(lambda array: jax.lax.dynamic_slice_in_dim(array, index * width, width, axis=1), operands)
+def _slab(arrays, index, width: int):
+    """The slab of that index of arrays [B, T, ...]."""
+
+    def cut(array):
+        return array if array.shape[1] == width else jax.lax.dynamic_slice_in_dim(array, index * width, width, axis=1)
+
+    return jax.tree.map(cut, arrays)
 
 
 def _join(array_SBT):
@@ -175,7 +179,7 @@ def _join(array_SBT):
     return array_BST.reshape(array_BST.shape[0], -1, *array_BST.shape[3:])
 
 
-# --- one slab: chunks -------------------------------------------------------------------------------------------------
+# One slab, in chunks.
 
 
 class _Chunks(typing.NamedTuple):
@@ -193,24 +197,21 @@ class _Chunks(typing.NamedTuple):
     scores_BCGQQ: jax.Array  # C B^T
 
 
-def _cut(operands: _Operands, chunk: int) -> _Chunks:
-    n_batch, n_tokens, n_heads, _ = operands.x_BTHP.shape
-    n_groups = operands.B_BTGN.shape[2]
+def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -> _Chunks:
+    n_batch, n_tokens, n_heads, _ = tokens.x_BTHP.shape
+    n_groups = tokens.B_BTGN.shape[2]
     n_chunks = n_tokens // chunk
-    dtype = _accumulation_dtype(operands.x_BTHP, operands.dt_BTH)
-    product_dtype = jnp.result_type(operands.x_BTHP, operands.B_BTGN, operands.C_BTGN)
+    dtype = _accumulation_dtype(tokens.x_BTHP, tokens.dt_BTH)
+    product_dtype = jnp.result_type(tokens.x_BTHP, tokens.B_BTGN, tokens.C_BTGN)
 
-    def split(array, dtype, heads=False):
-        if operands.real_BT is not None:
-            array = jnp.where(operands.real_BT.reshape(n_batch, n_tokens, *(1,) * (array.ndim - 2)), array, 0)
-        axes = (n_groups, n_heads // n_groups) if heads else (n_groups,)
-        return array.astype(dtype).reshape(n_batch, n_chunks, chunk, *axes, *array.shape[3:])
+    def split(array, dtype, *axes):
+        return _where_real(marks, array).astype(dtype).reshape(n_batch, n_chunks, chunk, *axes, *array.shape[3:])
 
-    x_BCQGRP = split(operands.x_BTHP, operands.x_BTHP.dtype, heads=True)
-    dt_BCQGR = split(operands.dt_BTH, dtype, heads=True)
-    B_BCQGN = split(operands.B_BTGN, product_dtype)
-    C_BCQGN = split(operands.C_BTGN, product_dtype)
-    A_GR = operands.A_H.astype(dtype).reshape(n_groups, -1)
+    x_BCQGRP = split(tokens.x_BTHP, tokens.x_BTHP.dtype, n_groups, n_heads // n_groups)
+    dt_BCQGR = split(tokens.dt_BTH, dtype, n_groups, n_heads // n_groups)
+    B_BCQGN = split(tokens.B_BTGN, product_dtype, n_groups)
+    C_BCQGN = split(tokens.C_BTGN, product_dtype, n_groups)
+    A_GR = weights.A_H.astype(dtype).reshape(n_groups, -1)
 
     sums = _cumulative_sums(dt_BCQGR * A_GR)  # two of [B, C, G, R, Q]
     within = functools.reduce(jnp.add, (s[..., :, None] - s[..., None, :] for s in sums))
@@ -218,9 +219,9 @@ def _cut(operands: _Operands, chunk: int) -> _Chunks:
     tail = functools.reduce(jnp.add, (s[..., -1:] - s for s in sums))
     through = head[..., -1]
     visible = jnp.tril(jnp.ones((chunk, chunk), bool))
-    if operands.document_BT is not None:
-        document_BCQ = operands.document_BT.reshape(n_batch, n_chunks, 1, 1, chunk)
-        enters_BC = operands.entering_BT.reshape(n_batch, n_chunks, 1, 1, chunk)[..., :1]
+    if marks is not None:
+        document_BCQ = marks.document_BT.reshape(n_batch, n_chunks, 1, 1, chunk)
+        enters_BC = marks.entering_BT.reshape(n_batch, n_chunks, 1, 1, chunk)[..., :1]
         visible = visible & (document_BCQ[..., :, None] == document_BCQ[..., None, :])
         head = jnp.where(document_BCQ == enters_BC, head, -jnp.inf)
         tail = jnp.where(document_BCQ == document_BCQ[..., -1:], tail, -jnp.inf)
@@ -239,8 +240,23 @@ def _cut(operands: _Operands, chunk: int) -> _Chunks:
     )
 
 
+def _where_real(marks: _Marks | None, array):
+    """Zeros the padding of array [B, T, ...]."""
+    if marks is None:
+        return array
+    return jnp.where(marks.real_BT.reshape(*marks.real_BT.shape, *(1,) * (array.ndim - 2)), array, 0)
+
+
 def _einsum(equation: str, left, right, dtype):
     return jnp.einsum(equation, left, right, preferred_element_type=dtype)
+
+
+def _prefix_sums(array, axis: int, *, reverse: bool = False, inclusive: bool = True):
+    """Sums over an axis up to (reverse: from) each place, as one product with a triangle of ones: faster than a scan."""
+    size = array.shape[axis]
+    triangle = jnp.triu(jnp.ones((size, size), array.dtype), 0 if inclusive else 1)
+    triangle = triangle.T if reverse else triangle
+    return jnp.moveaxis(jnp.tensordot(array, triangle, axes=(axis, 0), precision=_HIGHEST), -1, axis)
 
 
 def _cumulative_sums(steps_BCQGR):
@@ -250,14 +266,16 @@ def _cumulative_sums(steps_BCQGR):
     rest, so that a difference of two sums is as exact as the steps between them, whatever came before.
     """
     chunk = steps_BCQGR.shape[2]
-    before = jnp.triu(jnp.ones((chunk, chunk), steps_BCQGR.dtype))
-    add_up = functools.partial(jnp.einsum, "bcqgr,qs->bcgrs", precision=_HIGHEST)
+
+    def add_up(array_BCQGR):
+        return jnp.moveaxis(_prefix_sums(array_BCQGR, 2), 2, -1)
+
     if steps_BCQGR.dtype == jnp.float64:
-        return (add_up(steps_BCQGR, before),)
+        return (add_up(steps_BCQGR),)
     grain = _FORGOTTEN * 2.0 ** math.ceil(math.log2(chunk)) / 2.0**24
     steps_BCQGR = jnp.maximum(steps_BCQGR, -_FORGOTTEN)
     coarse_BCQGR = jnp.round(steps_BCQGR / grain) * grain
-    return add_up(coarse_BCQGR, before), add_up(steps_BCQGR - coarse_BCQGR, before)
+    return add_up(coarse_BCQGR), add_up(steps_BCQGR - coarse_BCQGR)
 
 
 def _carry(states_BCGRPN, through_BCGR, start_BGRPN, reverse: bool = False):
@@ -277,10 +295,10 @@ def _grouped(state_BHPN, like: _Chunks):
     return state_BHPN.reshape(state_BHPN.shape[0], n_groups, n_shared, *state_BHPN.shape[2:])
 
 
-def _forward(operands: _Operands, state_BHPN, chunk: int):
+def _forward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BHPN, chunk: int):
     """(y, leaving state) of one slab."""
     dtype = state_BHPN.dtype
-    c = _cut(operands, chunk)
+    c = _cut(tokens, weights, marks, chunk)
     product_dtype = c.xdt_BCQGRP.dtype
     states_BCGRPN = _einsum("bcqgrp,bcqgn->bcgrpn", _scale(c.xdt_BCQGRP, c.tail_BCQGR), c.B_BCQGN, dtype)
     entering_BCGRPN, left_BGRPN = _carry(states_BCGRPN, c.through_BCGR, _grouped(state_BHPN, c))
@@ -288,12 +306,10 @@ def _forward(operands: _Operands, state_BHPN, chunk: int):
     y_BCQGRP = _einsum("bcgrqs,bcsgrp->bcqgrp", weights_BCGRQQ, c.xdt_BCQGRP, dtype)
     across_BCQGRP = _einsum("bcqgn,bcgrpn->bcqgrp", c.C_BCQGN, entering_BCGRPN.astype(product_dtype), dtype)
     y_BCQGRP += across_BCQGRP * c.head_BCQGR[..., None]
-    if operands.D is not None:
-        y_BCQGRP += c.x_BCQGRP * _skip(operands.D, c)
-    y_BTHP = y_BCQGRP.reshape(operands.x_BTHP.shape)
-    if operands.real_BT is not None:
-        y_BTHP = jnp.where(operands.real_BT[:, :, None, None], y_BTHP, 0)
-    return y_BTHP.astype(operands.x_BTHP.dtype), left_BGRPN.reshape(state_BHPN.shape)
+    if weights.D is not None:
+        y_BCQGRP += c.x_BCQGRP * _skip(weights.D, c)
+    y_BTHP = _where_real(marks, y_BCQGRP.reshape(tokens.x_BTHP.shape))
+    return y_BTHP.astype(tokens.x_BTHP.dtype), left_BGRPN.reshape(state_BHPN.shape)
 
 
 def _scale(array_BCQGRP, factor_BCQGR):
@@ -305,13 +321,12 @@ def _skip(D, like: _Chunks):
     return D.astype(like.dt_BCQGR.dtype).reshape(*like.dt_BCQGR.shape[3:], -1)
 
 
-def _backward(operands: _Operands, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
-    """(gradients of the slab's operands, gradient of the entering state)."""
+def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
+    """(gradients of tokens, of weights, of the entering state) for one slab."""
     dtype = state_BHPN.dtype
-    c = _cut(operands, chunk)
+    c = _cut(tokens, weights, marks, chunk)
     product_dtype = c.xdt_BCQGRP.dtype
-    if operands.real_BT is not None:
-        dy_BTHP = jnp.where(operands.real_BT[:, :, None, None], dy_BTHP, 0)
+    dy_BTHP = _where_real(marks, dy_BTHP)
     dy_BCQGRP = dy_BTHP.reshape(c.x_BCQGRP.shape).astype(product_dtype)
     tailed_BCQGRP = _scale(c.xdt_BCQGRP, c.tail_BCQGR)
     headed_BCQGRP = _scale(dy_BCQGRP, c.head_BCQGR)
@@ -326,7 +341,7 @@ def _backward(operands: _Operands, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
     dleaving_BCGRPN = dleaving_BCGRPN.astype(product_dtype)
 
     # Within chunks.
-    dweights_BCGRQQ = _einsum("bcqgrp,bcsgrp->bcgrqs", dy_BCQGRP, c.xdt_BCQGRP, dtype) * c.within_BCGRQQ
+    dweights_BCGRQQ = _einsum("bcqgrp,bcsgrp->bcgrqs", dy_BCQGRP, c.xdt_BCQGRP, product_dtype) * c.within_BCGRQQ
     dscores_BCGQQ = dweights_BCGRQQ.sum(axis=3).astype(product_dtype)
     dsteps_BCQGR = _straddling_sums(dweights_BCGRQQ * c.scores_BCGQQ[:, :, :, None])
     weights_BCGRQQ = (c.scores_BCGQQ[:, :, :, None] * c.within_BCGRQQ).astype(product_dtype)
@@ -337,8 +352,8 @@ def _backward(operands: _Operands, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
     across_BCQGRP = _einsum("bcqgn,bcgrpn->bcqgrp", c.C_BCQGN, entering_BCGRPN, dtype) * c.head_BCQGR[..., None]
     dtail_BCQGR = jnp.sum(c.xdt_BCQGRP * dxdt_left_BCQGRP, axis=-1)
     dhead_BCQGR = jnp.sum(dy_BCQGRP * across_BCQGRP, axis=-1)
-    dsteps_BCQGR += jax.lax.cumsum(dhead_BCQGR, axis=2, reverse=True)
-    dsteps_BCQGR += jax.lax.cumsum(dtail_BCQGR, axis=2) - dtail_BCQGR + dthrough_BCGR[:, :, None]
+    dsteps_BCQGR += _prefix_sums(dhead_BCQGR, 2, reverse=True)
+    dsteps_BCQGR += _prefix_sums(dtail_BCQGR, 2, inclusive=False) + dthrough_BCGR[:, :, None]
     dxdt_BCQGRP += dxdt_left_BCQGRP
 
     dB_BCQGN = _einsum("bcgqs,bcqgn->bcsgn", dscores_BCGQQ, c.C_BCQGN, dtype)
@@ -348,27 +363,20 @@ def _backward(operands: _Operands, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
 
     dx_BCQGRP = dxdt_BCQGRP * c.dt_BCQGR[..., None]
     dD = None
-    if operands.D is not None:
-        dx_BCQGRP += _skip(operands.D, c) * dy_BCQGRP
+    if weights.D is not None:
+        dx_BCQGRP += _skip(weights.D, c) * dy_BCQGRP
         dD = jnp.sum(c.x_BCQGRP.astype(dtype) * dy_BCQGRP, axis=(0, 1, 2))
-        dD = (dD if operands.D.ndim == 2 else dD.sum(-1)).reshape(operands.D.shape)
-    A_GR = operands.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
+        dD = (dD if weights.D.ndim == 2 else dD.sum(-1)).reshape(weights.D.shape)
+    A_GR = weights.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
     ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1) + dsteps_BCQGR * A_GR
     dA_GR = jnp.sum(dsteps_BCQGR * c.dt_BCQGR, axis=(0, 1, 2))
-    if operands.real_BT is not None:
-        ddt_BCQGR = jnp.where(operands.real_BT.reshape(*ddt_BCQGR.shape[:3], 1, 1), ddt_BCQGR, 0)
-    grads = _Operands(
-        dx_BCQGRP.reshape(operands.x_BTHP.shape).astype(operands.x_BTHP.dtype),
-        ddt_BCQGR.reshape(operands.dt_BTH.shape),
-        dA_GR.reshape(-1),
-        dB_BCQGN.reshape(operands.B_BTGN.shape),
-        dC_BCQGN.reshape(operands.C_BTGN.shape),
-        dD,
-        None,
-        None,
-        None,
+    dtokens = _Tokens(
+        dx_BCQGRP.reshape(tokens.x_BTHP.shape).astype(tokens.x_BTHP.dtype),
+        _where_real(marks, ddt_BCQGR.reshape(tokens.dt_BTH.shape)),
+        dB_BCQGN.reshape(tokens.B_BTGN.shape),
+        dC_BCQGN.reshape(tokens.C_BTGN.shape),
     )
-    return grads, dstate_BGRPN.reshape(state_BHPN.shape)
+    return dtokens, _Weights(dA_GR.reshape(-1), dD), dstate_BGRPN.reshape(state_BHPN.shape)
 
 
 def _straddling_sums(products_BCGRQQ):
@@ -389,8 +397,8 @@ def _straddling_sums(products_BCGRQQ):
         rows = jnp.sum(blocks, axis=-1)  # block i, token, block j
         from_before = jnp.sum(rows * later[:, None, :], axis=-1)
         to_after = jnp.sum(blocks.sum(axis=-3) * later[:, :, None], axis=-3)  # block j, token
-        total += jax.lax.cumsum(from_before, axis=from_before.ndim - 1, reverse=True)
-        total += jax.lax.cumsum(to_after, axis=to_after.ndim - 1) - to_after
+        total += _prefix_sums(from_before, from_before.ndim - 1, reverse=True)
+        total += _prefix_sums(to_after, to_after.ndim - 1, inclusive=False)
         total += _straddle(rows.sum(axis=-2), inclusive=False)[..., None]
     return jnp.moveaxis(total.reshape(*products_BCGRQQ.shape[:-1]), -1, 2)
 
