@@ -10,7 +10,6 @@ An entry is written in a temporary folder and renamed into place when whole; a l
 ask for, and where locks do not work the first rename wins. An interrupted build leaves nothing that is ever read.
 """
 
-from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import errno
@@ -19,12 +18,13 @@ import hashlib
 import json
 import logging
 import os
-from pathlib import Path
 import shutil
 import socket
 import tempfile
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -108,6 +108,7 @@ def open_corpus(config: "DataConfig") -> Corpus:
     held_out = None
     if config.val_path:
         held_out = open_source(config.val_path, text_key=config.text_key, argument="data.val_path")
+        _leave_out(train, held_out)
     build = functools.partial(_write_entry, train, held_out, config.val_fraction, tokenizer)
     key = _digest(
         [
@@ -123,11 +124,24 @@ def open_corpus(config: "DataConfig") -> Corpus:
         folder, stats = _find_or_build(cache, key, build)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(f"no space left for the token cache under {cache}: free some or set data.cache_dir") from error
+            raise ConfigError(
+                f"no space left for the token cache under {cache}: free some or set data.cache_dir"
+            ) from error
         raise ConfigError(
             f"cannot write the token cache under {cache} ({error.strerror or error}): set data.cache_dir"
         ) from error
     return Corpus(folder, tokenizer, stats)
+
+
+def _leave_out(train: Source, held_out: Source) -> None:
+    """No validation file is trained on, even where the pattern of the training files matches it."""
+    taken = {file.path.resolve() for file in held_out.files}
+    kept = tuple(file for file in train.files if file.path.resolve() not in taken)
+    if not kept:
+        raise ConfigError("data.path: data.val_path matches all of its files, none is left to train on")
+    if len(kept) < len(train.files):
+        logger.info("%d files of data.val_path are left out of training", len(train.files) - len(kept))
+    train.files = kept
 
 
 def in_validation(document_id: str, fraction: float) -> bool:
@@ -203,17 +217,17 @@ def _lock(path: Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 locked = True
             except OSError as error:
-                logger.info("no file locks under %s (%s): several processes may tokenise the same text", path.parent, error)
+                logger.info(
+                    "no file locks under %s (%s): several processes may tokenise the same text", path.parent, error
+                )
         yield locked
 
 
 class _SplitWriter:
     """Appends tokenised documents to the two files of a split."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, open_files: contextlib.ExitStack):
-        self.name, self.dtype = name, dtype
-        self._tokens = open_files.enter_context(open(folder / f"{name}.tokens", "wb"))
-        self._offsets = open_files.enter_context(open(folder / f"{name}.offsets", "wb"))
+    def __init__(self, tokens: BinaryIO, offsets: BinaryIO, dtype: np.dtype):
+        self._tokens, self._offsets, self._dtype = tokens, offsets, dtype
         self._offsets.write(np.zeros(1, np.int64).tobytes())
         self._hashes = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
         self.documents = self.bytes = self.n_tokens = self.pairs = 0
@@ -221,7 +235,7 @@ class _SplitWriter:
 
     def add(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
         tokens, lengths = tokenizer.encode_batch(texts)
-        raw = tokens.astype(self.dtype).tobytes()
+        raw = tokens.astype(self._dtype).tobytes()
         offsets = (self.n_tokens + np.cumsum(lengths)).astype(np.int64).tobytes()
         self._tokens.write(raw)
         self._offsets.write(offsets)
@@ -246,12 +260,18 @@ class _SplitWriter:
         }
 
 
-def _write_entry(train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, folder: Path) -> dict:
+def _write_entry(
+    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, folder: Path
+) -> dict:
     began = logged = time.monotonic()
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     empty = 0
-    with contextlib.ExitStack() as open_files:
-        writers = {name: _SplitWriter(folder, name, dtype, open_files) for name in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for name in SPLITS:
+            tokens = stack.enter_context(open(folder / f"{name}.tokens", "wb"))
+            offsets = stack.enter_context(open(folder / f"{name}.offsets", "wb"))
+            writers[name] = _SplitWriter(tokens, offsets, dtype)
         for name, texts, n_empty in _batches(train, held_out, val_fraction):
             writers[name].add(texts, tokenizer)
             empty += n_empty

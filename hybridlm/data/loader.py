@@ -16,6 +16,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,8 +98,10 @@ class Loader:
         """`batches` is a grain.MapDataset; make_loader builds it."""
         self._batches, self._identity = batches, identity
         self._workers, self._prefetch = workers, prefetch
-        self._iterator = None
+        self._open_iterators = []  # at most one
         self._closed = False
+        # at the interpreter's exit too, while what grain needs to stop its processes still exists
+        weakref.finalize(self, _close_all, self._open_iterators)
         self.reset(step)
 
     @property
@@ -116,15 +119,16 @@ class Loader:
     def __next__(self) -> Batch:
         if self._closed:
             raise ValueError("the loader is closed")
-        if self._iterator is None:
-            self._iterator = self._open()
+        if not self._open_iterators:
+            self._open_iterators.append(self._open())
         try:
-            batch = next(self._iterator)
+            batch = next(self._open_iterators[0])
+            self._step += 1
         except BaseException:  # an interrupted grain iterator has lost a batch: start it again at this step
-            self._stop()
+            _close_all(self._open_iterators)
             raise
-        self._step += 1
-        return batch
+        # workers hand over shared memory, which must not outlive the loader
+        return {name: np.array(value) for name, value in batch.items()} if self._workers else batch
 
     def get_state(self) -> dict:
         """What a checkpoint keeps: JSON, the same on every host."""
@@ -140,20 +144,22 @@ class Loader:
         changed = [name for name, value in self._identity.items() if state.get(name) != value]
         if strict and changed:
             shown = ", ".join(f"{name} {state.get(name)!r} -> {self._identity[name]!r}" for name in changed)
-            raise ConfigError(f"data changed since the checkpoint ({shown}): restore the former data or start a new run")
+            raise ConfigError(
+                f"data changed since the checkpoint ({shown}): restore the former data or start a new run"
+            )
         self.reset(int(state["step"]))
 
     def reset(self, step: int = 0) -> None:
         """Goes to a step; before each pass over validation, to 0."""
         if step < 0:
             raise ValueError(f"step ({step}) must not be negative")
-        self._stop()
+        _close_all(self._open_iterators)
         self._step = step
 
     def close(self) -> None:
         """Stops threads and processes; may be called twice."""
         self._closed = True
-        self._stop()
+        _close_all(self._open_iterators)
 
     def __enter__(self) -> "Loader":
         return self
@@ -177,10 +183,10 @@ class Loader:
             dataset = dataset.mp_prefetch(spread, worker_init_fn=_start_worker)
         return iter(dataset)
 
-    def _stop(self) -> None:
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            iterator.close()
+
+def _close_all(iterators: list) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def _batches(packed: PairRows, seed: int, train: bool, batch_size: int, low: int, high: int):
@@ -195,7 +201,7 @@ def _batches(packed: PairRows, seed: int, train: bool, batch_size: int, low: int
 
 
 class _HostRows:
-    """The rows [low, high) of each batch, batch after batch: row i of this host is row `batch * B + low + i % share`."""
+    """The rows [low, high) of each batch, batch after batch."""
 
     def __init__(self, rows, batch_size: int, low: int, high: int):
         self.rows, self.batch_size, self.low, self.share = rows, batch_size, low, high - low
@@ -247,7 +253,9 @@ def _nothing(split: str, corpus: Corpus, config: "DataConfig") -> str:
         )
     if split == "val":
         return "data.val_path holds no text: set it to files with text, or turn evaluation off with run.eval_every=-1"
-    return f"data.val_fraction ({config.val_fraction}) holds out all {total} documents, none is left to train on: lower it"
+    return (
+        f"data.val_fraction ({config.val_fraction}) holds out all {total} documents, none is left to train on: lower it"
+    )
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -9,25 +9,26 @@ Memory: JSON lines are read line by line and Parquet row group by row group; a t
 whole.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import glob
 import gzip
 import json
 import os
-from pathlib import Path
 import sysconfig
-from typing import NamedTuple
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 from hybridlm.errors import ConfigError
 
 READABLE = "give UTF-8 text (.txt, .md, .py, ...), .jsonl, .jsonl.gz or .parquet"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
-BINARY_SUFFIXES = frozenset(
-    ".7z .arrow .array_record .avro .bin .bz2 .db .docx .feather .gif .gz .h5 .hdf5 .jpeg .jpg .msgpack .npy .npz .orc .pdf"
-    " .pickle .pkl .png .pt .pth .safetensors .sqlite .tar .tfrecord .tgz .xlsx .xz .zip .zst".split()
-)
+BINARY_SUFFIXES = frozenset((
+    ".7z", ".array_record", ".arrow", ".avro", ".bin", ".bz2", ".db", ".docx", ".feather", ".gif", ".gz", ".h5", ".hdf5",
+    ".jpeg", ".jpg", ".msgpack", ".npy", ".npz", ".orc", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth",
+    ".safetensors", ".sqlite", ".tar", ".tfrecord", ".tgz", ".xlsx", ".xz", ".zip", ".zst",
+))  # fmt: skip
 EMBEDDED_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -80,7 +81,9 @@ class Source:
         return rows
 
 
-def open_source(path: str | tuple[str, ...] | list[str], *, text_key: str = "text", argument: str = "data.path") -> Source:
+def open_source(
+    path: str | tuple[str, ...] | list[str], *, text_key: str = "text", argument: str = "data.path"
+) -> Source:
     """The source behind `path`: "" is the embedded corpus, else a file, a folder or a glob pattern, or several of them.
 
     Raises ConfigError if a pattern matches nothing or a file is of a kind that cannot be read; `argument` is the name
@@ -109,7 +112,9 @@ def _embedded_files() -> tuple[SourceFile, ...]:
     base = embedded_folder()
     files = [file for file in _walk(base) if file.path.suffix == ".py"]
     if not files:
-        raise ConfigError(f"data.path is empty and this Python has no standard library source under {base}: set data.path")
+        raise ConfigError(
+            f"data.path is empty and this Python has no standard library source under {base}: set data.path"
+        )
     return tuple(sorted(files, key=lambda file: file.name))
 
 
@@ -203,7 +208,9 @@ def _parse_line(raw: bytes, where: str, text_key: str, *, first: bool) -> str:
         raise ConfigError(_no_field(where, text_key, record))
     text = record[text_key]
     if not isinstance(text, str):
-        raise ConfigError(f'{where}: field "{text_key}" is {"null" if text is None else type(text).__name__}, not a string')
+        raise ConfigError(
+            f'{where}: field "{text_key}" is {"null" if text is None else type(text).__name__}, not a string'
+        )
     return text
 
 
@@ -255,4 +262,5 @@ def _no_field(where: str, text_key: str, fields) -> str:
 
 
 def _not_utf8(where, error: UnicodeDecodeError) -> str:
-    return f"{where} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}); convert it to UTF-8"
+    byte = error.object[error.start]
+    return f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); convert it to UTF-8"

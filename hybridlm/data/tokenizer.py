@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back: raw bytes, or any `tokenizer.json` of the tokenizers library."""
 
-from collections.abc import Sequence
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,8 @@ BOS_NAMES = (
     "<|beginoftext|>",
 )  # fmt: skip
 EOS_NAMES = (
-    "<|end_of_text|>", "<|endoftext|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "<|eos|>", "[EOS]", "<EOS>", "<|im_end|>",
+    "<|end_of_text|>", "<|endoftext|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "<|eos|>", "[EOS]", "<EOS>",
+    "<|im_end|>",
 )  # fmt: skip
 
 
@@ -132,7 +133,9 @@ def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | Non
     """
     if spec == "byte":
         if bos is not None or eos is not None:
-            raise ConfigError("data.bos_token and data.eos_token belong to a tokenizer.json; the byte tokenizer has its own")
+            raise ConfigError(
+                "data.bos_token and data.eos_token belong to a tokenizer.json; the byte tokenizer has its own"
+            )
         return ByteTokenizer()
     path = Path(spec).expanduser()
     return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, bos=bos, eos=eos)
