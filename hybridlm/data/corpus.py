@@ -265,16 +265,14 @@ def _write_entry(
 ) -> dict:
     began = logged = time.monotonic()
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    empty = 0
     with contextlib.ExitStack() as stack:
         writers = {}
         for name in SPLITS:
             tokens = stack.enter_context(open(folder / f"{name}.tokens", "wb"))
             offsets = stack.enter_context(open(folder / f"{name}.offsets", "wb"))
             writers[name] = _SplitWriter(tokens, offsets, dtype)
-        for name, texts, n_empty in _batches(train, held_out, val_fraction):
+        for name, texts in _batches(train, held_out, val_fraction):
             writers[name].add(texts, tokenizer)
-            empty += n_empty
             if time.monotonic() - logged > LOG_EVERY_SECONDS:
                 logged = time.monotonic()
                 done = sum(writer.bytes for writer in writers.values())
@@ -282,11 +280,12 @@ def _write_entry(
     n_documents = sum(writer.documents for writer in writers.values())
     if n_documents == 0:
         raise ConfigError(f"data.path: the {len(train.files)} files hold no text")
+    sources = [train, held_out] if held_out else [train]
     stats = {name: writer.stats() for name, writer in writers.items()}
     stats |= {
         "bigram_bits_per_byte": bits_per_byte(writers["train"].bigrams, writers["val"].bigrams),
-        "skipped_files": train.skipped + (held_out.skipped if held_out else 0),
-        "empty_documents": empty,
+        "skipped_files": sum(source.skipped for source in sources),
+        "empty_documents": sum(source.empty for source in sources),
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": _digest([FORMAT, tokenizer.fingerprint, *(stats[name]["fingerprint"] for name in SPLITS)]),
@@ -299,23 +298,18 @@ def _write_entry(
     return stats
 
 
-def _batches(train: Source, held_out: Source | None, val_fraction: float) -> Iterator[tuple[str, list[str], int]]:
-    """(split, texts, number of empty documents left out) in batches of bounded size, documents in order."""
+def _batches(train: Source, held_out: Source | None, val_fraction: float) -> Iterator[tuple[str, list[str]]]:
+    """(split, texts) in batches of bounded size, documents in order."""
     pending: dict[str, list[str]] = {name: [] for name in SPLITS}
     characters = dict.fromkeys(SPLITS, 0)
-    empty = 0
     for source, fixed in ((train, "train" if held_out else None), (held_out or (), "val")):
         for document_id, text in source:
-            if not text:
-                empty += 1
-                continue
             name = fixed or ("val" if in_validation(document_id, val_fraction) else "train")
             pending[name].append(text)
             characters[name] += len(text)
             if characters[name] >= BATCH_CHARACTERS or len(pending[name]) >= BATCH_DOCUMENTS:
-                yield name, pending[name], empty
-                pending[name], characters[name], empty = [], 0, 0
+                yield name, pending[name]
+                pending[name], characters[name] = [], 0
     for name in SPLITS:
         if pending[name]:
-            yield name, pending[name], empty
-            empty = 0
+            yield name, pending[name]

@@ -25,8 +25,8 @@ from hybridlm.errors import ConfigError
 READABLE = "give UTF-8 text (.txt, .md, .py, ...), .jsonl, .jsonl.gz or .parquet"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 BINARY_SUFFIXES = frozenset((
-    ".7z", ".array_record", ".arrow", ".avro", ".bin", ".bz2", ".db", ".docx", ".feather", ".gif", ".gz", ".h5", ".hdf5",
-    ".jpeg", ".jpg", ".msgpack", ".npy", ".npz", ".orc", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth",
+    ".7z", ".array_record", ".arrow", ".avro", ".bin", ".bz2", ".db", ".docx", ".feather", ".gif", ".gz", ".h5",
+    ".hdf5", ".jpeg", ".jpg", ".msgpack", ".npy", ".npz", ".orc", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth",
     ".safetensors", ".sqlite", ".tar", ".tfrecord", ".tgz", ".xlsx", ".xz", ".zip", ".zst",
 ))  # fmt: skip
 EMBEDDED_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -48,7 +48,8 @@ class SourceFile(NamedTuple):
 
 @dataclasses.dataclass
 class Source:
-    """An ordered list of files; iterating reads their documents.
+    """An ordered list of files; iterating reads their documents. Those without a character are left out, and counted
+    in `empty`.
 
     `lenient` (the embedded corpus, whose files nobody chose) skips files that are unreadable or not UTF-8 and counts
     them in `skipped`; otherwise such a file raises ConfigError.
@@ -58,12 +59,17 @@ class Source:
     text_key: str = "text"
     lenient: bool = False
     skipped: int = 0
+    empty: int = 0
 
     def __iter__(self) -> Iterator[Document]:
-        self.skipped = 0
+        self.skipped = self.empty = 0
         for file in self.files:
             try:
-                yield from _read_file(file, self.text_key)
+                for document in _read_file(file, self.text_key):
+                    if document.text:
+                        yield document
+                    else:
+                        self.empty += 1
             except ConfigError:
                 if not self.lenient:
                     raise
