@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query attention with an optional sigmoid output gate (Qiu et al. 2025, "Gated Attention for LLMs")."""
+"""Grouped-query attention with an optional sigmoid output gate (Qiu et al. 2025, "Gated Attention for LLMs").
+
+Axis letters: B batch, T tokens, S keys, D model, H query heads, K key/value heads, P head width.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers.rope import Rope
+from hybridlm.layers import cache as caches
+from hybridlm.layers import params
+from hybridlm.layers.norm import RMSNorm
+from hybridlm.layers.rope import Rope, rotate
+from hybridlm.layers.segments import positions_within
+from pallas_kernels import attention
 
 
 @dataclass(frozen=True)
@@ -57,3 +71,134 @@ class Attention:
     def check(self, d_model: int) -> None:
         """Attention fits any model width."""
         require(d_model > 0, f"d_model ({d_model}) must be positive")
+
+
+class AttentionMixer(nnx.Module):
+    """Projections, norm and rotation of queries and keys, causal attention with the output gate, output projection."""
+
+    def __init__(
+        self,
+        config: Attention,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: str = "bfloat16",
+    ):
+        """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std)."""
+        self.config, self.dtype = config, dtype
+        D, H, K, P = d_model, config.n_heads, config.kv_heads, config.d_head
+        query, key = ("heads", "d_head"), ("kv_heads", "d_head")
+        self.w_q = params.matrix(rngs, (D, H, P), ("d_model", *query), init_std)
+        self.w_k = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std)
+        self.w_v = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std)
+        self.b_q = params.zeros((H, P), query, "bias") if config.qkv_bias else None
+        self.b_k = params.zeros((K, P), key, "bias") if config.qkv_bias else None
+        self.b_v = params.zeros((K, P), key, "bias") if config.qkv_bias else None
+        gate_shape = {None: None, "elementwise": (H, P), "head": (H,)}[config.gate]
+        if gate_shape is None:
+            self.w_gate = None
+        else:
+            self.w_gate = params.matrix(rngs, (D, *gate_shape), ("d_model", *query[: len(gate_shape)]), init_std)
+        self.q_norm = RMSNorm(P, config.qk_norm_eps, axis="d_head") if config.qk_norm else None
+        self.k_norm = RMSNorm(P, config.qk_norm_eps, axis="d_head") if config.qk_norm else None
+        self.sinks = params.zeros((H,), ("heads",), "sink") if config.sinks else None
+        self.w_o = params.matrix(rngs, (H, P, D), (*query, "d_model"), init_std if out_std is None else out_std, n_in=2)
+        self.b_o = params.zeros((D,), ("d_model",), "bias") if config.out_bias else None
+
+    def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in `dtype`.
+
+        segment_ids: int32 [B, T], 0 is padding, a number of its own for each document of a row. positions: int32 [B, T],
+        for the rotation and the window, rising by one within a document; None: the index within the document.
+        """
+        packed = segment_ids is not None or positions is not None
+        if positions is None:
+            positions = positions_within(segment_ids, x_BTD.shape[:2])
+        q, k, v, gate = self._project(x_BTD, positions)
+        masked = positions if packed and self.config.window is not None else None
+        return self._output(self._attend(q, k, v, gate, (segment_ids, segment_ids), (masked, masked)))
+
+    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+        """Keys and values [B, S, K, P]: S is max_len, or the window where that is smaller (a ring)."""
+        slots = max_len if self.config.window is None else min(max_len, self.config.window)
+        shape = (batch, slots, self.config.kv_heads, self.config.d_head)
+        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+
+    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the cache after them.
+
+        length_B: tokens already in the cache. real_BT: bool, False for padding, which is not stored; None: all real.
+        layer: index into stacked caches. Position p is stored in slot p mod S.
+        """
+        batch, tokens, _ = x_BTD.shape
+        slots = cache["k"].shape[-3]
+        real_BT = jnp.ones((batch, tokens), bool) if real_BT is None else real_BT
+        position_BT = length_B[:, None] + jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
+        end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
+        q, k, v, gate = self._project(x_BTD, position_BT)
+        ring = self.config.window is not None
+        stored = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
+        slot_BT = jnp.where(stored, position_BT % slots if ring else position_BT, slots)
+        new = {
+            "k": caches.write_slots(cache["k"], layer, slot_BT, k),
+            "v": caches.write_slots(cache["v"], layer, slot_BT, v),
+        }
+        if ring and tokens > 1:  # the chunk's first queries see keys that its last ones overwrite: old ring and chunk apart
+            position_BS, real_BS = _slot_positions(length_B, slots)
+            position_BS = jnp.concatenate([position_BS, position_BT], axis=1)
+            real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
+            k, v = (jnp.concatenate([caches.read(cache[n], layer), a.astype(self.dtype)], axis=1) for n, a in (("k", k), ("v", v)))
+        else:
+            position_BS, real_BS = _slot_positions(end_B, slots)
+            k, v = caches.read(new["k"], layer), caches.read(new["v"], layer)
+        ids = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
+        return self._output(self._attend(q, k, v, gate, ids, (position_BT, position_BS))), new
+
+    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple:
+        """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
+        x_BTD = x_BTD.astype(self.dtype)
+        weights = [self.w_q, self.w_k, self.w_v, *([] if self.w_gate is None else [self.w_gate])]
+        biases = [self.b_q, self.b_k, self.b_v, None] if self.config.qkv_bias else None
+        q, k, v, *gate = params.project(x_BTD, weights, biases)
+        q = sharding.constrain(q, "batch", "tokens", "heads", None)
+        k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope is not None:
+            q, k = rotate(q, positions_BT, self.config.rope), rotate(k, positions_BT, self.config.rope)
+        gate = checkpoint_name(gate[0], "attention_gate") if gate else None
+        return checkpoint_name(q, "attention_q"), checkpoint_name(k, "attention_k"), checkpoint_name(v, "attention_v"), gate
+
+    def _attend(self, q, k, v, gate, segment_ids: tuple, positions: tuple) -> jax.Array:
+        """The attention op, each device on its rows and heads. segment_ids, positions: of queries and of keys."""
+        c = self.config
+        k, v = (sharding.repeat_for_heads(a, 2, c.n_heads) for a in (k, v))
+
+        def run(q, k, v, gate, sinks, *pairs):
+            ids, places = pairs[:2], pairs[2:]
+            return attention(
+                q, k, v, gate=gate, causal=True, window=c.window, segment_ids=None if ids[0] is None else ids,
+                positions=None if places[0] is None else places, scale=c.scale, softcap=c.softcap, sinks=sinks,
+            )  # fmt: skip
+
+        rows = ("batch", "tokens")
+        heads, kv_heads = (*rows, "heads", None), (*rows, "kv_heads", None)
+        sinks = None if self.sinks is None else self.sinks[...]
+        arrays = (q, k, v, gate, sinks, *segment_ids, *positions)
+        y_BTHP = sharding.per_device(run, arrays, (heads, kv_heads, kv_heads, heads, ("heads",), *(rows,) * 4), heads)
+        return checkpoint_name(y_BTHP, "attention_out")
+
+    def _output(self, y_BTHP: jax.Array) -> jax.Array:
+        y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
+        out_BTD = jnp.tensordot(y_BTHP, params.use(self.w_o, y_BTHP.dtype), 2)
+        return out_BTD if self.b_o is None else out_BTD + params.use(self.b_o, out_BTD.dtype)
+
+
+def _slot_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Position [B, S] held by each slot when `length_B` tokens are stored, and whether there is one."""
+    slot_S = jnp.arange(slots, dtype=jnp.int32)
+    last_B1 = length_B[:, None] - 1
+    position_BS = last_B1 - (last_B1 - slot_S) % slots
+    return position_BS, position_BS >= 0

@@ -1,9 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba-2 mixer (Dao & Gu 2024, "Transformers are SSMs", section 7)."""
+"""Mamba-2 mixer (Dao & Gu 2024, "Transformers are SSMs", section 7).
 
+Axis letters: B batch, T tokens, D model, H heads, P head width, G state groups, N state size, W convolution window.
+"""
+
+import math
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.layers import cache as caches
+from hybridlm.layers import params
+from hybridlm.layers.norm import rms_normalise
+from pallas_kernels import causal_conv1d, ssd
 
 
 @dataclass(frozen=True)
@@ -91,3 +105,211 @@ class Mamba2:
     def check(self, d_model: int) -> None:
         """Raises ConfigError where this mixer cannot be built at the model width."""
         self.heads(d_model)
+
+
+class Mamba2Mixer(nnx.Module):
+    """Mamba-2: z, x, B, C, dt = projections; convolution and SiLU over x, B, C; ssd; norm with the gate z; projection.
+
+    The published fused input projection and convolution are stored by head and by group, so that tensor parallelism can
+    split them; where it does not, they are computed as one.
+    """
+
+    def __init__(
+        self,
+        config: Mamba2,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: str = "bfloat16",
+    ):
+        """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
+        self.config, self.dtype = config, dtype
+        D, H, P, G, N, W = d_model, config.heads(d_model), config.d_head, config.n_groups, config.d_state, config.d_conv
+        zx, BC, heads, channels = (None, "heads", "d_head"), (None, "groups", "d_state"), ("heads",), ("heads", "d_head")
+        self.in_zx = params.matrix(rngs, (D, 2, H, P), ("d_model", *zx), init_std, fused_axes=(1,))
+        self.in_BC = params.matrix(rngs, (D, 2, G, N), ("d_model", *BC), init_std, fused_axes=(1,))
+        self.in_dt = params.matrix(rngs, (D, H), ("d_model", *heads), init_std)
+        bias = config.proj_bias
+        self.in_zx_bias = params.zeros((2, H, P), zx, "bias") if bias else None
+        self.in_BC_bias = params.zeros((2, G, N), BC, "bias") if bias else None
+        self.in_dt_bias = params.zeros((H,), heads, "bias") if bias else None
+        limit = 1 / math.sqrt(W)  # of a depthwise convolution, fan-in W, as published
+        self.conv_x = params.uniform(rngs, (H, P, W), (*channels, "conv"), "conv", limit)
+        self.conv_BC = params.uniform(rngs, (2, G, N, W), (*BC, "conv"), "conv", limit)
+        bias = config.conv_bias
+        self.conv_x_bias = params.uniform(rngs, (H, P), channels, "bias", limit) if bias else None
+        self.conv_BC_bias = params.uniform(rngs, (2, G, N), BC, "bias", limit) if bias else None
+        self.dt_bias = params.make(_init_dt_bias(rngs, H, config), heads, "recurrence")
+        A_H = jax.random.uniform(rngs.params(), (H,), jnp.float32, *config.A_init)
+        self.A_log = params.make(jnp.log(A_H), heads, "recurrence")
+        self.D = params.ones((H, P) if config.per_channel_D else (H,), channels if config.per_channel_D else heads, "recurrence")
+        self.norm = params.ones((H, P), channels, "norm") if config.gated_norm is not None else None
+        self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), init_std if out_std is None else out_std, n_in=2)
+        self.out_bias = params.zeros((D,), ("d_model",), "bias") if config.proj_bias else None
+
+    def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter."""
+        return self._mix(x_BTD, segment_ids, None)[0]
+
+    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+        """Zero state (float32) and the W - 1 raw inputs of the convolution before the next token; max_len does not matter."""
+        c, (H, P, _) = self.config, self.out.shape[-3:]
+        return {
+            "state": jnp.zeros((batch, H, P, c.d_state), jnp.float32),
+            "conv_x": jnp.zeros((batch, c.d_conv - 1, H, P), self.dtype),
+            "conv_BC": jnp.zeros((batch, c.d_conv - 1, 2, c.n_groups, c.d_state), self.dtype),
+        }
+
+    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the cache after them.
+
+        real_BT: bool, False for padding, which leaves the cache as it is; None: all real. layer: index into stacked caches.
+        """
+        old = {name: caches.read(array, layer) for name, array in cache.items()}
+        if x_BTD.shape[1] == 1:
+            y_BTD, new = self._step(x_BTD, real_BT, old)
+        else:
+            y_BTD, new = self._mix(x_BTD, None if real_BT is None else real_BT.astype(jnp.int32), old)
+        return y_BTD, {name: caches.write(cache[name], layer, new[name]) for name in cache}
+
+    def _mix(self, x_BTD, segment_ids, old: dict | None) -> tuple[jax.Array, dict]:
+        """The tokens in parallel, from the state `old` (None: from nothing, and no new state is made)."""
+        z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
+        x_BTHP, BC_BTcGN, new = self._convolve(x_BTHP, BC_BTcGN, segment_ids, old)
+        y_BTHP, state = self._scan(x_BTHP, BC_BTcGN, dt_BTH, segment_ids, old)
+        if state is not None:
+            new["state"] = state
+        return self._output(y_BTHP, z_BTHP), new
+
+    def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
+        """One token: the recurrence as written (the paper's equation 2, discretised with dt as in section 7)."""
+        z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
+        x_BHP, conv_x = _conv_step(x_BTHP, self.conv_x, self.conv_x_bias, old["conv_x"])
+        BC_BcGN, conv_BC = _conv_step(BC_BTcGN, self.conv_BC, self.conv_BC_bias, old["conv_BC"])
+        per_group = x_BHP.shape[1] // self.config.n_groups
+        BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), per_group, axis=2)
+        x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
+        decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[:, None])
+        state = decay_BH1[..., None] * old["state"] + (dt_BH1 * x_BHP)[..., None] * BC_BcHN[:, 0, :, None]
+        D_HP = self.D[...] if self.config.per_channel_D else self.D[...][:, None]
+        y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP * x_BHP
+        new = {"state": state, "conv_x": conv_x, "conv_BC": conv_BC}
+        if real_BT is not None:
+            new = {name: jnp.where(real_BT.reshape(-1, *(1,) * (a.ndim - 1)), a, old[name]) for name, a in new.items()}
+        return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new
+
+    def _project(self, x_BTD) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
+        biases = [self.in_zx_bias, self.in_BC_bias, self.in_dt_bias] if self.config.proj_bias else None
+        zx, BC, dt = params.project(x_BTD.astype(self.dtype), [self.in_zx, self.in_BC, self.in_dt], biases)
+        zx = checkpoint_name(sharding.constrain(zx, "batch", "tokens", None, "heads", None), "mamba_zx")
+        BC = checkpoint_name(sharding.constrain(BC, "batch", "tokens", None, "groups", None), "mamba_BC")
+        dt = checkpoint_name(sharding.constrain(dt, "batch", "tokens", "heads"), "mamba_dt")
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        if self.config.dt_limit != (0.0, math.inf):
+            dt = jnp.clip(dt, *self.config.dt_limit)
+        return zx[:, :, 0], zx[:, :, 1], BC, dt
+
+    def _convolve(self, x_BTHP, BC_BTcGN, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array, dict]:
+        """Causal convolution and SiLU of x, B and C; with `old`, the new convolution states too."""
+        xs, weights = (x_BTHP, BC_BTcGN), (self.conv_x[...], self.conv_BC[...])
+        biases = (self.conv_x_bias[...], self.conv_BC_bias[...]) if self.config.conv_bias else (None, None)
+        states = (None, None) if old is None else (old["conv_x"], old["conv_BC"])
+        if params.fused(x_BTHP.shape[1]):
+            joined = (_join(xs, 2), _join(weights, 0, -1), _join(biases, 0), _join(states, 2))
+            y, state = _conv(*joined, segment_ids, (None,))
+            ys = _split(y, xs)
+            news = (None, None) if old is None else _split(state, states)
+        else:
+            names = (("heads", None), (None, "groups", None))
+            args = zip(xs, weights, biases, states, (segment_ids,) * 2, names, strict=True)
+            ys, news = zip(*(_conv(*a) for a in args), strict=True)
+        ys = tuple(checkpoint_name(y, "mamba_conv") for y in ys)
+        return *ys, {} if old is None else {"conv_x": news[0], "conv_BC": news[1]}
+
+    def _scan(self, x_BTHP, BC_BTcGN, dt_BTH, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array | None]:
+        """The state space model, each device on its rows and heads."""
+        n_heads, keep = x_BTHP.shape[2], old is not None
+        BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, n_heads)
+
+        def run(x, dt, A, BC, D, segment_ids, initial_state):
+            return ssd(
+                x, dt, A, BC[:, :, 0], BC[:, :, 1], D=D, segment_ids=segment_ids, initial_state=initial_state,
+                return_final_state=keep, chunk=self.config.chunk,
+            )  # fmt: skip
+
+        rows, heads, state = ("batch", "tokens"), ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
+        arrays = (x_BTHP, dt_BTH, -jnp.exp(self.A_log[...]), BC_BTcGN, self.D[...], segment_ids, old["state"] if keep else None)
+        names = (heads, heads[:3], ("heads",), (*rows, None, "groups", None), ("heads", None), rows, state)
+        out = sharding.per_device(run, arrays, names, [heads, state] if keep else heads)
+        y_BTHP, state_BHPN = out if keep else (out, None)
+        return checkpoint_name(y_BTHP, "mamba_ssd"), state_BHPN
+
+    def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
+        """Gate, norm in float32, output projection."""
+        gate, y = jax.nn.silu(z_BTHP.astype(jnp.float32)), y_BTHP.astype(jnp.float32)
+        norm = self.config.gated_norm
+        if norm is None:
+            y = y * gate
+        else:
+            y = y if norm.before_gate else y * gate
+            n_groups = self.config.n_groups if norm.n_groups is None else norm.n_groups
+            y_grouped = rms_normalise(y.reshape(*y.shape[:2], n_groups, -1), norm.eps)
+            y = y_grouped.reshape(y.shape) * self.norm[...]
+            y = y * gate if norm.before_gate else y
+        y_BTHP = checkpoint_name(sharding.constrain(y.astype(self.dtype), "batch", "tokens", "heads", None), "mamba_norm")
+        out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
+        return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
+
+
+def _init_dt_bias(rngs: nnx.Rngs, n_heads: int, config: Mamba2) -> jax.Array:
+    """Inverse softplus of step sizes drawn log-uniformly from [dt_min, dt_max], at least dt_init_floor."""
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    dt_H = jnp.exp(jax.random.uniform(rngs.params(), (n_heads,), jnp.float32, low, high))
+    dt_H = jnp.maximum(dt_H, config.dt_init_floor)
+    return dt_H + jnp.log(-jnp.expm1(-dt_H))
+
+
+def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, jax.Array | None]:
+    """causal_conv1d with SiLU over x [B, T, *channels], weight [*channels, W]; `names`: logical axes of the channels."""
+
+    def run(x, weight, bias, old, segment_ids):
+        out = causal_conv1d(
+            x.reshape(*x.shape[:2], -1),
+            weight.reshape(-1, weight.shape[-1]),
+            None if bias is None else bias.reshape(-1),
+            activation="silu",
+            segment_ids=segment_ids,
+            initial_state=None if old is None else old.reshape(*old.shape[:2], -1),
+            return_final_state=old is not None,
+        )
+        return out.reshape(x.shape) if old is None else (out[0].reshape(x.shape), out[1].reshape(old.shape))
+
+    tokens, window = ("batch", "tokens", *names), ("batch", None, *names)
+    arrays, axes = (x, weight, bias, old, segment_ids), (tokens, (*names, None), names, window, tokens[:2])
+    out = sharding.per_device(run, arrays, axes, tokens if old is None else [tokens, window])
+    return (out, None) if old is None else out
+
+
+def _conv_step(x_BT, weight: nnx.Param, bias: nnx.Param | None, old) -> tuple[jax.Array, jax.Array]:
+    """One token of the convolution with SiLU, [B, *channels], and the new window."""
+    window = jnp.concatenate([old, x_BT.astype(old.dtype)], axis=1)
+    y = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)).sum(1)
+    y = y if bias is None else y + bias[...]
+    return jax.nn.silu(y).astype(x_BT.dtype), window[:, 1:]
+
+
+def _join(arrays, lead: int, trail: int | None = None) -> jax.Array | None:
+    """Arrays concatenated along their flattened channels; `lead` axes stay in front, those from `trail` on behind."""
+    if arrays[0] is None:
+        return None
+    flat = [a.reshape(*a.shape[:lead], -1, *(a.shape[trail:] if trail else ())) for a in arrays]
+    return jnp.concatenate(flat, axis=lead)
+
+
+def _split(joined: jax.Array, like) -> list[jax.Array]:
+    """The inverse of `_join` for arrays [B, T, *channels]."""
+    cut = math.prod(like[0].shape[2:])
+    return [part.reshape(a.shape) for part, a in zip(jnp.split(joined, [cut], axis=2), like, strict=True)]

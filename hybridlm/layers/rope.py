@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embeddings: full, partial, YaRN and Llama-3 scaled."""
 
+import math
 from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from hybridlm.errors import ConfigError, require
 
@@ -72,3 +77,53 @@ class Rope:
         if d <= 0 or d % 2:
             raise ConfigError(f"rope fraction ({self.fraction}) of d_head ({d_head}) is {d}: it must be even and positive")
         return d
+
+
+def frequencies(config: Rope, d_head: int) -> tuple[np.ndarray, float]:
+    """Radians a position of each rotated pair, float32 [d_rotated / 2], and the scale of cos and sin."""
+    d = config.d_rotated(d_head)
+    exponents = np.arange(0, d, 2, dtype=np.float64) / d
+    freqs = config.theta**-exponents
+    if isinstance(config.scaling, YaRN):
+        return _yarn(freqs, config.theta, d, config.scaling).astype(np.float32), _yarn_scale(config.scaling)
+    if isinstance(config.scaling, Llama3):
+        freqs = _llama3(freqs, config.scaling)
+    return freqs.astype(np.float32), 1.0
+
+
+def rotate(x_BTHP: jax.Array, positions_BT: jax.Array, config: Rope) -> jax.Array:
+    """The first `d_rotated` of each head rotated by its position, in float32; the rest as it is. Type of the input."""
+    freqs, scale = frequencies(config, x_BTHP.shape[-1])
+    half = len(freqs)
+    angles_BT1R = positions_BT.astype(jnp.float32)[:, :, None, None] * freqs
+    cos, sin = scale * jnp.cos(angles_BT1R), scale * jnp.sin(angles_BT1R)
+    first, second, rest = jnp.split(x_BTHP, (half, 2 * half), axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x_BTHP.dtype), rest], axis=-1)
+
+
+def _yarn(freqs: np.ndarray, theta: float, d: int, yarn: YaRN) -> np.ndarray:
+    def index_of(rotations: float) -> float:
+        """Pair that makes this many rotations over the original context."""
+        return d * math.log(yarn.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index_of(yarn.beta_fast), index_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    if low == high:
+        high += 0.001  # a ramp needs a width
+    divided = np.clip((np.arange(d // 2) - low) / (high - low), 0, 1)
+    return freqs * (1 - divided) + freqs / yarn.factor * divided
+
+
+def _yarn_scale(yarn: YaRN) -> float:
+    return 0.1 * math.log(yarn.factor) + 1 if yarn.attention_factor is None else yarn.attention_factor
+
+
+def _llama3(freqs: np.ndarray, llama3: Llama3) -> np.ndarray:
+    low, high = llama3.low_freq_factor, llama3.high_freq_factor
+    rotations = llama3.original_max_positions * freqs / (2 * math.pi)
+    kept = np.clip((rotations - low) / (high - low), 0, 1)
+    return kept * freqs + (1 - kept) * freqs / llama3.factor

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing a layer's share of a cache.
+
+A mixer alone owns arrays [B, ...]; a scanned model stacks those of its repeats, [L, B, ...], and names the layer, so that
+a write touches the layer's own entries only and the stacked array is updated in place.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def read(array: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """The layer's entries; all where `layer` is None."""
+    return array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def write(array: jax.Array, layer: jax.Array | None, value: jax.Array) -> jax.Array:
+    """`array` with the layer's entries replaced."""
+    value = value.astype(array.dtype)
+    return value if layer is None else jax.lax.dynamic_update_index_in_dim(array, value, layer, 0)
+
+
+def write_slots(array: jax.Array, layer: jax.Array | None, slots_BT: jax.Array, value_BT: jax.Array) -> jax.Array:
+    """`array` with value[b, t] at [b, slots[b, t]] of the layer; slots outside the array are not written."""
+    rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+    index = (rows_B1, slots_BT) if layer is None else (layer, rows_B1, slots_BT)
+    return array.at[index].set(value_BT.astype(array.dtype), mode="drop")

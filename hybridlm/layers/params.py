@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters: what each one is (its metadata), and how a layer makes and uses it.
+
+Every parameter is an `nnx.Param` in float32 with this metadata, one entry an axis of one layer's value (a scanned model
+stacks the values of its repeats along a leading axis that is not counted):
+
+- axes: logical axis names (None: no name), see `hybridlm.sharding.RULES`.
+- kind: matrix, embedding, norm, bias, recurrence, conv or sink.
+- n_in: of a matrix, the number of leading axes that are contracted; the others, but the fused ones, are its outputs.
+- fused_axes: of a matrix, axes that count independent matrices stored together.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import sharding
+
+Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink"]
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """What a parameter is; a leaf in pytrees shaped like the parameters."""
+
+    axes: tuple[str | None, ...]
+    """Logical axes of one layer's value (without the stacked axis)."""
+    kind: Kind
+    """matrix, embedding, norm, bias, recurrence, conv or sink."""
+    n_in: int
+    """Leading axes of a matrix (without the stacked one) that are contracted."""
+    fused_axes: tuple[int, ...]
+    """Axes (without the stacked one) that count independent matrices."""
+    stacked: bool
+    """The value has a leading axis over the repeats of a scanned group."""
+    shape: tuple[int, ...]
+    """Shape of the value, the stacked axis included."""
+
+
+def param_info(params):
+    """Pytree shaped like the parameters, ParamInfo in place of arrays.
+
+    params: a model, abstract or not, or the State of its `nnx.Param`s, as `nnx.state(model, nnx.Param)` gives it.
+    `jax.tree.map(f, params, param_info(params))` works on any pytree of that structure.
+    """
+    state = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
+    variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.unflatten(jax.tree.structure(state), [_info(variable) for variable in variables])
+
+
+def _info(variable: nnx.Variable) -> ParamInfo:
+    meta, shape = variable.get_metadata(), tuple(variable.get_value().shape)
+    stacked = len(shape) == len(meta["axes"]) + 1
+    return ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape)
+
+
+def make(value: jax.Array, axes: tuple[str | None, ...], kind: Kind, *, n_in: int = 0, fused_axes: tuple = ()) -> nnx.Param:
+    """A parameter with its metadata; float32."""
+    if value.ndim != len(axes):
+        raise ValueError(f"axes ({axes}) must name the {value.ndim} axes of shape {value.shape}")
+    return nnx.Param(value.astype(jnp.float32), axes=axes, kind=kind, n_in=n_in, fused_axes=fused_axes)
+
+
+def matrix(rngs: nnx.Rngs, shape, axes, std: float, *, n_in: int = 1, fused_axes: tuple = ()) -> nnx.Param:
+    """A matrix drawn from a normal distribution of standard deviation `std`."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return make(value, axes, "matrix", n_in=n_in, fused_axes=fused_axes)
+
+
+def zeros(shape, axes, kind: Kind) -> nnx.Param:
+    """A parameter that starts at zero."""
+    return make(jnp.zeros(shape, jnp.float32), axes, kind)
+
+
+def ones(shape, axes, kind: Kind) -> nnx.Param:
+    """A parameter that starts at one."""
+    return make(jnp.ones(shape, jnp.float32), axes, kind)
+
+
+def uniform(rngs: nnx.Rngs, shape, axes, kind: Kind, limit: float) -> nnx.Param:
+    """A parameter drawn uniformly from [-limit, limit)."""
+    return make(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit), axes, kind)
+
+
+def use(param: nnx.Param, dtype) -> jax.Array:
+    """The parameter's value in the type of the computation, gathered over the fsdp axis."""
+    return sharding.gather_fsdp(param[...], dtype, param.get_metadata()["axes"])
+
+
+def project(x_BTD: jax.Array, weights: list[nnx.Param], biases: list[nnx.Param] | None = None) -> list[jax.Array]:
+    """Products of one input with several matrices [D, ...], each [B, T, ...], in the input's type.
+
+    Where the tensor axis is not split and there is more than one token, they are one matrix product.
+    """
+    batch, tokens, d_model = x_BTD.shape
+    arrays = [use(w, x_BTD.dtype) for w in weights]
+    shapes = [w.shape[1:] for w in arrays]
+    if fused(tokens):
+        w_DO = jnp.concatenate([w.reshape(d_model, -1) for w in arrays], axis=1)
+        y_BTO = x_BTD @ w_DO
+        cuts = [sum(math.prod(s) for s in shapes[: i + 1]) for i in range(len(shapes) - 1)]
+        outputs = [y.reshape(batch, tokens, *s) for y, s in zip(jnp.split(y_BTO, cuts, axis=-1), shapes, strict=True)]
+    else:
+        outputs = [jnp.tensordot(x_BTD, w, 1) for w in arrays]
+    if biases:
+        pairs = zip(outputs, biases, strict=False)
+        outputs = [y if b is None else y + use(b, y.dtype) for y, b in pairs]
+    return outputs
+
+
+def fused(tokens: int) -> bool:
+    """Whether products and convolutions of one input are computed as one: not under tensor parallelism, whose shards are
+    whole heads, nor for one token, where putting the weights together would cost more than the product."""
+    return tokens > 1 and sharding.axis_size("tensor") == 1

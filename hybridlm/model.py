@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HybridLM: embedding, scanned groups of pre-norm residual sublayers, final norm, unembedding.
+
+Axis letters: B batch, T tokens, D model, V vocabulary, L repeats of a group.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import pattern, remat, sharding
+from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
+from hybridlm.layers import params
+from hybridlm.layers.attention import AttentionMixer
+from hybridlm.layers.mamba2 import Mamba2Mixer
+from hybridlm.layers.mlp import FeedForward
+from hybridlm.layers.norm import RMSNorm
+from hybridlm.layers.params import ParamInfo, param_info
+from hybridlm.layers.segments import number_documents, positions_within
+
+__all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
+
+MIXERS = {Mamba2: Mamba2Mixer, Attention: AttentionMixer, MLP: FeedForward}
+"""Sub-config -> the module that it configures."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Cache:
+    """What a model remembers of the tokens it has read; made by `HybridLM.init_cache`, a pytree."""
+
+    length_B: jax.Array
+    """int32 [B]: tokens read of each row."""
+    groups: list[list[dict[str, jax.Array]]]
+    """Of each group, of each sublayer of its unit: arrays [L, B, ...]."""
+
+
+class Sublayer(nnx.Module):
+    """x + residual_multiplier * mixer(norm(x)); a symbol of the pattern."""
+
+    def __init__(self, block, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.residual_multiplier = config.residual_multiplier
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MIXERS[type(block)](
+            block,
+            config.d_model,
+            rngs=rngs,
+            init_std=config.init_std,
+            out_std=config.init_std / math.sqrt(len(config.pattern)),
+            dtype=config.compute_dtype,
+        )
+
+    def __call__(self, x_BTD: jax.Array, segment_ids, positions) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        return self._add(x_BTD, self.mixer(self._normed(x_BTD), segment_ids, positions))
+
+    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT, layer) -> tuple[jax.Array, dict]:
+        """The next T tokens from the cache, and the cache after them."""
+        y_BTD, cache = self.mixer.extend(self._normed(x_BTD), cache, length_B, real_BT, layer)
+        return self._add(x_BTD, y_BTD), cache
+
+    def _normed(self, x_BTD):
+        return checkpoint_name(self.norm(x_BTD), "sublayer_norm")
+
+    def _add(self, x_BTD, y_BTD):
+        y_BTD = y_BTD if self.residual_multiplier == 1 else y_BTD * self.residual_multiplier
+        return sharding.constrain(x_BTD + y_BTD, "batch", "tokens", None)
+
+
+class HybridLM(nnx.Module):
+    """A language model from a pattern string: `HybridLM(config, rngs=nnx.Rngs(0))(tokens_BT) -> logits_BTV`.
+
+    Sublayers live in `groups[g][position]`, a Sublayer whose parameters have a leading axis over the repeats of group g;
+    `hybridlm.pattern.places(config.pattern)` says where each symbol of the pattern is.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """ConfigError for an unknown remat policy."""
+        remat.check(config.remat)
+        self.config = config
+        V, D, std = config.vocab_size, config.d_model, config.init_std
+        key = rngs.params
+        self.embedding = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
+        self.groups = nnx.List([_stacked(group, config, key()) for group in pattern.groups(config.pattern)])
+        self.norm = RMSNorm(D, config.norm_eps)
+        if config.tie_embeddings:
+            self.output = None
+        else:
+            self.output = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
+
+    @property
+    def logit_scale(self) -> float:
+        """Multiplier of x @ unembedding.T in the logits."""
+        return self.config.logit_multiplier
+
+    def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+        """Logits [B, T, V], float32, of the token after each; arguments and errors as in `hidden`."""
+        return self.logits(self.hidden(tokens_BT, segment_ids, positions))
+
+    def hidden(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] in compute_dtype, after the final norm: what the unembedding multiplies.
+
+        tokens_BT: integers. segment_ids: int32 [B, T]; a change of id between real tokens starts a document, 0 is padding;
+        None: one document a row. positions: int32 [B, T], rising by one within a document; None: the index within it.
+        Raises ValueError for a wrong shape and TypeError for a wrong type, naming the argument.
+        """
+        _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
+        if segment_ids is not None:
+            segment_ids = number_documents(jnp.asarray(segment_ids, jnp.int32))
+            positions = positions_within(segment_ids, tokens_BT.shape) if positions is None else positions
+        x_BTD = self._embed(tokens_BT)
+        for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
+            x_BTD = self._run(group, sublayers, x_BTD, segment_ids, positions)
+        return self.norm(x_BTD)
+
+    def unembedding(self) -> jax.Array:
+        """w_VD, float32: the embedding itself where tied."""
+        return self.embedding[...] if self.output is None else self.output[...]
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden vectors [..., D]: logit_multiplier and logit_softcap applied."""
+        w_VD = params.use(self.embedding if self.output is None else self.output, x_BTD.dtype)
+        logits = jnp.einsum("...D,VD->...V", x_BTD, w_VD, preferred_element_type=jnp.float32)
+        if self.config.logit_multiplier != 1:
+            logits *= self.config.logit_multiplier
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Empty cache for `batch` rows of up to `max_len` tokens; convolution and recurrent states do not grow with it."""
+        for name, value in (("batch", batch), ("max_len", max_len)):
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be positive")
+        repeats = [group.repeats for group in pattern.groups(self.config.pattern)]
+        caches = [[sub.mixer.init_cache(batch, max_len) for sub in sublayers] for sublayers in self.groups]
+        stacked = [
+            jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), cache)
+            for n, cache in zip(repeats, caches, strict=True)
+        ]
+        return Cache(jnp.zeros((batch,), jnp.int32), stacked)
+
+    def extend(self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """Logits [B, T, V] of the next T tokens of each row, and the cache after them: prefill, in one call or several,
+        and decoding alike. The same logits as one call of the model with all tokens.
+
+        segment_ids: int32 [B, T]; 0 marks padding, which is not read (its logits mean nothing); other ids all mean the row's
+        one document. Raises ValueError where more tokens come than max_len leaves; in a traced call, where lengths are not
+        known, the logits of such a row are NaN instead.
+        """
+        x_BTD, cache = self.extend_hidden(tokens_BT, cache, segment_ids)
+        return self.logits(x_BTD), cache
+
+    def extend_hidden(self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """`extend`, with the hidden vectors [B, T, D] of which `logits` makes logits."""
+        _check_tokens(tokens_BT, segment_ids=segment_ids)
+        real_BT = None if segment_ids is None else jnp.asarray(segment_ids) != 0
+        added_B = tokens_BT.shape[1] if real_BT is None else real_BT.sum(axis=1, dtype=jnp.int32)
+        length_B = cache.length_B + added_B
+        fits_B = self._check_length(cache, length_B)
+        x_BTD, new_groups = self._embed(tokens_BT), []
+        for sublayers, group_cache in zip(self.groups, cache.groups, strict=True):
+            x_BTD, new = _extend_group(sublayers, x_BTD, group_cache, cache.length_B, real_BT)
+            new_groups.append(new)
+        x_BTD = self.norm(x_BTD)
+        if fits_B is not None:
+            x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+        return x_BTD, Cache(length_B, new_groups)
+
+    def _check_length(self, cache: Cache, length_B: jax.Array) -> jax.Array | None:
+        """Rows whose tokens fit; None where no sublayer keeps all of them. ValueError if it is known that they do not."""
+        limits = [
+            sub_cache["k"].shape[2]
+            for sublayers, group_cache in zip(self.groups, cache.groups, strict=True)
+            for sub, sub_cache in zip(sublayers, group_cache, strict=True)
+            if isinstance(sub.mixer, AttentionMixer) and sub.mixer.config.window is None
+        ]
+        if not limits:
+            return None
+        if not isinstance(length_B, jax.core.Tracer) and int(length_B.max()) > limits[0]:
+            raise ValueError(f"tokens in the cache and new ones ({int(length_B.max())}) exceed max_len ({limits[0]})")
+        return length_B <= limits[0]
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        w_VD = params.use(self.embedding, jnp.float32)  # the gradient of the look-up is summed in float32
+        x_BTD = w_VD[tokens_BT]
+        if self.config.embedding_multiplier != 1:
+            x_BTD = x_BTD * self.config.embedding_multiplier
+        return sharding.constrain(x_BTD.astype(self.config.compute_dtype), "batch", "tokens", None)
+
+    def _run(self, group: pattern.Group, sublayers, x_BTD, segment_ids, positions) -> jax.Array:
+        """One scan over the repeats of a group."""
+        splits = [nnx.split(sublayer) for sublayer in sublayers]
+
+        def unit(x_BTD, states):
+            for (graphdef, _), state, sublayer in zip(splits, states, sublayers, strict=True):
+
+                def run(state, x_BTD, graphdef=graphdef):
+                    return nnx.merge(graphdef, state)(x_BTD, segment_ids, positions)
+
+                x_BTD = remat.wrap(run, self.config.remat, sublayer.mixer, in_loop=group.repeats > 1)(state, x_BTD)
+            return x_BTD, None
+
+        return jax.lax.scan(unit, x_BTD, [state for _, state in splits])[0]
+
+
+def _stacked(group: pattern.Group, config: ModelConfig, key: jax.Array) -> nnx.List:
+    """The sublayers of a group's unit, their parameters stacked over its repeats."""
+
+    def unit(key):
+        rngs = nnx.Rngs(key)
+        return nnx.List([Sublayer(config.blocks[symbol], config, rngs=rngs) for symbol in group.unit])
+
+    return nnx.vmap(unit)(jax.random.split(key, group.repeats))
+
+
+def _extend_group(sublayers, x_BTD, caches: list[dict], length_B, real_BT) -> tuple[jax.Array, list[dict]]:
+    """One scan over the repeats; the stacked caches are carried, so that each layer writes its own entries in place."""
+    splits = [nnx.split(sublayer) for sublayer in sublayers]
+    repeats = jax.tree.leaves(splits[0][1])[0].shape[0]
+
+    def unit(carry, layer_states):
+        x_BTD, caches = carry
+        layer, states = layer_states
+        new = []
+        for (graphdef, _), state, cache in zip(splits, states, caches, strict=True):
+            x_BTD, cache = nnx.merge(graphdef, state).extend(x_BTD, cache, length_B, real_BT, layer)
+            new.append(cache)
+        return (x_BTD, new), None
+
+    xs = (jnp.arange(repeats), [state for _, state in splits])
+    return jax.lax.scan(unit, (x_BTD, caches), xs)[0]
+
+
+def _check_tokens(tokens_BT, **same_shape) -> None:
+    if jnp.ndim(tokens_BT) != 2 or 0 in jnp.shape(tokens_BT):
+        raise ValueError(f"tokens_BT must be [batch, tokens], neither empty, not of shape {jnp.shape(tokens_BT)}")
+    for name, array in {"tokens_BT": tokens_BT, **same_shape}.items():
+        if array is None:
+            continue
+        if jnp.shape(array) != jnp.shape(tokens_BT):
+            raise ValueError(f"{name} {jnp.shape(array)} must have the shape of tokens_BT {jnp.shape(tokens_BT)}")
+        if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+            raise TypeError(f"{name} ({jnp.result_type(array)}) must be of an integer type")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backward pass recomputes, by name.
+
+none     nothing: every intermediate is kept.
+full     everything in a sublayer but its input.
+dots     everything but the results of matrix products without batch dims: the projections are kept.
+mixer    everything inside sequence mixers, of which only the input is kept; feed-forward sublayers keep theirs.
+a,b,...  everything but a sublayer's input and the intermediates with these names, see NAMES.
+"""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from hybridlm.errors import ConfigError
+from hybridlm.layers.mlp import FeedForward
+
+POLICIES = ("none", "full", "dots", "mixer")
+NAMES = {
+    "sublayer_norm": "normed input of a sublayer",
+    "mamba_zx": "Mamba-2: gate and inner input, before the convolution",
+    "mamba_BC": "Mamba-2: B and C, before the convolution",
+    "mamba_dt": "Mamba-2: step sizes, before bias and softplus",
+    "mamba_conv": "Mamba-2: x, B and C after convolution and SiLU",
+    "mamba_ssd": "Mamba-2: output of the state space model",
+    "mamba_norm": "Mamba-2: gated and normed input of the output projection",
+    "attention_q": "attention: queries, normed and rotated",
+    "attention_k": "attention: keys, normed and rotated",
+    "attention_v": "attention: values",
+    "attention_gate": "attention: pre-activation of the output gate",
+    "attention_out": "attention: input of the output projection",
+    "mlp_in": "MLP: result of the first product",
+    "mlp_hidden": "MLP: input of the last product",
+}
+"""Intermediates that a custom policy can keep."""
+
+
+def check(remat: str) -> None:
+    """ConfigError for what is neither a policy nor a list of known names."""
+    if remat in POLICIES:
+        return
+    for name in remat.split(","):
+        if name.strip() not in NAMES:
+            known = f"{', '.join(POLICIES)}, or a comma-separated list of {', '.join(NAMES)}"
+            raise ConfigError(f"model.remat ({remat!r}): {name.strip()!r} is not known; known are {known}")
+
+
+def wrap(function: Callable, remat: str, mixer: nnx.Module, *, in_loop: bool) -> Callable:
+    """`function`, which runs one sublayer, under the policy. in_loop: the body of a real loop, which XLA cannot merge
+    with its recomputation; elsewhere that has to be forbidden."""
+    if remat == "none" or (remat == "mixer" and isinstance(mixer, FeedForward)):
+        return function
+    policies = jax.checkpoint_policies
+    if remat in ("full", "mixer"):
+        policy = policies.nothing_saveable
+    elif remat == "dots":
+        policy = policies.dots_with_no_batch_dims_saveable
+    else:
+        policy = policies.save_only_these_names(*(name.strip() for name in remat.split(",")))
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logical axes to mesh axes: one table, and everything that reads it.
+
+Sharding is GSPMD's (Auto axes): arrays carry shardings, `constrain` pins activations, and the sequence ops, which the
+compiler cannot split by itself, run per device on their rows and heads through `per_device`. The mesh is the one of
+`jax.set_mesh`; without one, or with one device, every function here that takes arrays gives them back as they are.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hybridlm.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from hybridlm.config import Config, MeshConfig, ModelConfig
+    from hybridlm.layers.params import ParamInfo
+    from hybridlm.model import HybridLM
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES = {
+    "batch": ("data", "fsdp"),
+    "vocab": ("tensor",),
+    "d_model": ("fsdp",),  # of parameters; activations keep their width whole
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "groups": ("tensor",),
+    "d_ff": ("tensor",),
+}
+"""Logical axis -> mesh axes. An axis without an entry is never split."""
+REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
+"""Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
+
+
+def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes data, fsdp and tensor over `devices` (all by default).
+
+    An axis of size -1 takes what the others leave. ConfigError where the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    text = "mesh (" + " x ".join(f"{name} {size}" for name, size in sizes.items()) + ")"
+    known = math.prod(size for size in sizes.values() if size != -1)
+    for name, size in sizes.items():
+        if size == -1:
+            require(len(devices) % known == 0, f"{text}: {len(devices)} devices not divisible by {known}")
+            sizes[name] = len(devices) // known
+    needed = math.prod(sizes.values())
+    require(needed == len(devices), f"{text} needs {needed} devices, {len(devices)} are there")
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_model(config: "ModelConfig", mesh: Mesh) -> None:
+    """ConfigError for the first size of the model that the mesh cannot split.
+
+    Key/value heads and state groups need not divide: fewer of them than tensor shards are replicated.
+    """
+    from hybridlm.config import MLP, Attention, Mamba2
+
+    sizes = [("d_model", config.d_model, "fsdp"), ("vocab_size", config.vocab_size, "tensor")]
+    for symbol in dict.fromkeys(config.pattern):
+        block = config.blocks[symbol]
+        if isinstance(block, Mamba2):
+            sizes.append((f"blocks.{symbol}.n_heads", block.heads(config.d_model), "tensor"))
+        elif isinstance(block, Attention):
+            sizes.append((f"blocks.{symbol}.n_heads", block.n_heads, "tensor"))
+        elif isinstance(block, MLP):
+            sizes.append((f"blocks.{symbol}.d_ff", block.d_ff, "tensor"))
+    for name, size, axis in sizes:
+        n = mesh.shape.get(axis, 1)
+        require(size % n == 0, f"model.{name} ({size}) not divisible by mesh.{axis} ({n})")
+
+
+def check_config(config: "Config", mesh: Mesh) -> None:
+    """ConfigError for the first size of the model or of the batch that the mesh cannot split."""
+    check_model(config.model, mesh)
+    rows = config.data.batch_size // config.optim.accumulate
+    shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    name = "data.batch_size" if config.optim.accumulate == 1 else "data.batch_size / optim.accumulate"
+    require(rows % shards == 0, f"{name} ({rows}) not divisible by mesh.data * mesh.fsdp ({shards})")
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
+    """Spec of an array with these logical axes; replicable axes that do not divide are replicated, others raise."""
+    entries = []
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = _mesh_axes(name, mesh)
+        n = math.prod(mesh.shape[axis] for axis in mesh_axes)
+        if size % n and name not in REPLICABLE:
+            raise ConfigError(f"{name} ({size}) not divisible by mesh.{' * mesh.'.join(mesh_axes)} ({n})")
+        entries.append(mesh_axes if mesh_axes and size % n == 0 else None)
+    return P(*entries)
+
+
+def param_shardings(info, mesh: Mesh):
+    """Pytree of NamedSharding for `info`, the pytree of ParamInfo that `param_info(model)` gives."""
+
+    def sharding(leaf: "ParamInfo") -> NamedSharding:
+        axes = ("layers", *leaf.axes) if leaf.stacked else leaf.axes
+        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
+
+    return jax.tree.map(sharding, info)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of [B, T] token arrays: rows over data and fsdp."""
+    return NamedSharding(mesh, P(RULES["batch"], None))
+
+
+def init_sharded(config: "ModelConfig", mesh: Mesh, seed: int) -> "HybridLM":
+    """HybridLM whose parameters are born on their devices: no device ever holds a whole sharded parameter.
+
+    The values depend on the seed alone, not on the mesh. ConfigError where the mesh cannot split the model.
+    """
+    from hybridlm.model import HybridLM, param_info
+
+    check_model(config, mesh)
+
+    def build(key: jax.Array) -> HybridLM:
+        return HybridLM(config, rngs=nnx.Rngs(key))
+
+    key = jax.random.key(seed)
+    abstract = nnx.eval_shape(build, key)
+    graphdef, params = nnx.split(abstract)
+    shardings = param_shardings(param_info(abstract), mesh)
+    with jax.set_mesh(mesh):
+        values = jax.jit(lambda key: jax.tree.leaves(nnx.state(build(key))), out_shardings=jax.tree.leaves(shardings))(key)
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), values))
+
+
+def axis_size(name: str) -> int:
+    """Size of a mesh axis in the mesh that is set; 1 without one."""
+    mesh = _current_mesh()
+    return 1 if mesh is None else mesh.shape.get(name, 1)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` pinned to the sharding of its logical axes; axes that do not divide stay whole. Without a mesh: `x`."""
+    mesh = _current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, _divisible_spec(axes, x.shape, mesh))
+
+
+def gather_fsdp(w: jax.Array, dtype, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as it is used: in `dtype`, whole over the fsdp axis, still split over tensor.
+
+    The cast comes before the all-gather and, in the backward, the reduce-scatter before the cast: half the traffic.
+    """
+    return w.astype(dtype) if _current_mesh() is None else _gather_fsdp(w, np.dtype(dtype), axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_fsdp(w, dtype, axes):
+    return constrain(w.astype(dtype), *(None if name == "d_model" else name for name in axes))
+
+
+def _gather_fsdp_fwd(w, dtype, axes):
+    return _gather_fsdp(w, dtype, axes), jax.numpy.zeros((0,), w.dtype)
+
+
+def _gather_fsdp_bwd(dtype, axes, like, grad):
+    return (constrain(grad, *axes).astype(like.dtype),)
+
+
+_gather_fsdp.defvjp(_gather_fsdp_fwd, _gather_fsdp_bwd)
+
+
+def repeat_for_heads(x: jax.Array, axis: int, n_heads: int) -> jax.Array:
+    """Key/value heads or state groups repeated until the tensor axis divides them, so that each device has its own.
+
+    Head h reads group h // (n_heads / groups) before and after. No change where the tensor axis divides them already.
+    """
+    shards, size = axis_size("tensor"), x.shape[axis]
+    if n_heads % shards or size % shards == 0:
+        return x
+    return jax.numpy.repeat(x, math.lcm(size, shards) // size, axis=axis)
+
+
+def per_device(fn: Callable, arrays: Sequence[jax.Array | None], axes: Sequence[tuple], out_axes) -> jax.Array | tuple:
+    """`fn(*arrays)`, run by every device on its share of rows and heads.
+
+    axes: the logical axes of each array, its leading ones where there are more names than dims; out_axes: of the result (a tuple of names) or results (a list of tuples). A mesh
+    axis splits either all the dims that it has in the table or, where one of them does not divide, none.
+    """
+    mesh = _current_mesh()
+    if mesh is None:
+        return fn(*arrays)
+    indivisible = set()
+    for array, names in zip(arrays, axes, strict=True):
+        for name, size in zip(names, () if array is None else array.shape):
+            mesh_axes = _mesh_axes(name, mesh)
+            if size % math.prod(mesh.shape[axis] for axis in mesh_axes):
+                indivisible.update(mesh_axes)
+
+    def spec(names):
+        split = (_mesh_axes(name, mesh) for name in names)
+        return P(*(axes if axes and not indivisible & set(axes) else None for axes in split))
+
+    out_specs = tuple(spec(names) for names in out_axes) if isinstance(out_axes, list) else spec(out_axes)
+    in_specs = tuple(P() if array is None else spec(names[: array.ndim]) for array, names in zip(arrays, axes, strict=True))
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def _current_mesh():
+    """The mesh that is set, where it can split something here: more than one device, and not inside a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return mesh
+
+
+def _mesh_axes(name: str | None, mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in RULES.get(name, ()) if axis in mesh.shape)
+
+
+def _divisible_spec(axes, shape, mesh) -> P:
+    split = [(_mesh_axes(name, mesh), size) for name, size in zip(axes, shape, strict=True)]
+    return P(*(ax if ax and size % math.prod(mesh.shape[a] for a in ax) == 0 else None for ax, size in split))
