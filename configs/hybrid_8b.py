@@ -3,7 +3,7 @@
 
 Command: python train.py --config hybrid_8b --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json --mesh.fsdp=64
 Hardware: a pod; 8.1 B float32 parameters with AdamW take 130 GB over all devices before activations.
-Expected: 24 Mamba-2, 24 squared-ReLU MLP and 4 attention sublayers; 8,101,254,144 parameters.
+Expected: 24 Mamba-2, 24 squared-ReLU MLP and 4 attention sublayers; 8,100,852,736 parameters.
 """
 
 from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
