@@ -135,7 +135,7 @@ def _backward(spec: _Spec, saved, cotangents):
         d_logits = (d_logits * spec.multiplier).astype(x_BTD.dtype)
         dx_BTSD += jnp.einsum("btsv,svd->btsd", d_logits, w_SVD, preferred_element_type=jnp.float32)
         dw_SVD = jnp.einsum("btsv,btd->svd", d_logits, x_BTD, preferred_element_type=jnp.float32)
-        return dx_BTSD, dw_SVD
+        return dx_BTSD, constrain(dw_SVD, "vocab", None, "d_model")
 
     dx_BTSD = constrain(jnp.zeros((batch, tokens, spec.shards, d_model), jnp.float32), "batch", None, "vocab", None)
     dx_BTSD, dw_CSVD = lax.scan(step, dx_BTSD, _chunks(w_VD, x_BTD.dtype, spec))

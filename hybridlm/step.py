@@ -46,8 +46,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         return HybridLM(config.model, rngs=nnx.Rngs(key))
 
     abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
-    graphdef, abstract_params = nnx.split(abstract, nnx.Param)
-    info = param_info(abstract)
+    graphdef, variables = nnx.split(abstract, nnx.Param)
+    info = jax.tree.unflatten(jax.tree.structure(nnx.to_pure_dict(variables)), jax.tree.leaves(param_info(abstract)))
     optimizer, schedule = make_optimizer(config.optim, config.run.steps, info)
 
     def init():
@@ -64,9 +64,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     params_at = param_shardings(info, mesh)
     shardings = jax.tree.map(lambda _: everywhere, shapes) | {
         "params": params_at,
-        "opt_state": optax.tree_utils.tree_map_params(
-            optimizer, lambda _, at: at, shapes["opt_state"], params_at, transform_non_params=lambda _: everywhere
-        ),
+        "opt_state": like_params(shapes["opt_state"], shapes["params"], params_at, everywhere),
     }
     like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
     loss_sums = make_loss(config, graphdef)
@@ -79,6 +77,22 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
     )
+
+
+def like_params(opt_state, params, values, default):
+    """Tree like the optimizer's state: where a leaf belongs to a parameter (its path ends in the parameter's, and its
+    shape is the same), that parameter's leaf of `values`, elsewhere `default`."""
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    by_path = {path: (p.shape, value) for (path, p), value in zip(paths, jax.tree.leaves(values), strict=True)}
+
+    def choose(path, leaf):
+        for start in range(len(path)):
+            shape, value = by_path.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return value
+        return default
+
+    return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
 def make_loss(config: Config, graphdef: nnx.GraphDef) -> Callable:
