@@ -242,7 +242,6 @@ def _attend(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings: _Setti
 def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings: _Settings):
     dtype = jnp.promote_types(q_BKRTP.dtype, jnp.float32)
     q_block, k_block = settings.blocks
-    rows = q_BKRTP.shape[:-1]
 
     def read(carry, pair):
         return tuple(_at(array, pair[0], q_block, 3) for array in carry)
@@ -269,12 +268,15 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings
             total_BKRQ * shrink_BKRQ + weights_BKRQJ.sum(axis=-1),
         )
 
+    rows_BKRT = q_BKRTP[..., 0]
     if sinks_KR is None:
-        top_BKRT, total_BKRT = jnp.full(rows, _HIDDEN, dtype), jnp.zeros(rows, dtype)
+        top_BKRT, total_BKRT = jnp.full_like(rows_BKRT, _HIDDEN, dtype), jnp.zeros_like(rows_BKRT, dtype)
     else:
-        top_BKRT, total_BKRT = jnp.broadcast_to(sinks_KR.astype(dtype)[:, :, None], rows), jnp.ones(rows, dtype)
-    carry = (jnp.zeros((*rows, v_BKSV.shape[-1]), dtype), top_BKRT, total_BKRT)
-    pairs = _pairs(rows[3] // q_block, k_BKSP.shape[2] // k_block, settings)
+        top_BKRT = jnp.zeros_like(rows_BKRT, dtype) + sinks_KR.astype(dtype)[:, :, None]
+        total_BKRT = jnp.ones_like(rows_BKRT, dtype)
+    sum_BKRTV = jnp.repeat(jnp.zeros_like(q_BKRTP[..., :1], dtype), v_BKSV.shape[-1], axis=-1)
+    carry = (sum_BKRTV, top_BKRT, total_BKRT)
+    pairs = _pairs(q_BKRTP.shape[3] // q_block, k_BKSP.shape[2] // k_block, settings)
     sum_BKRTV, top_BKRT, total_BKRT = _walk(pairs, visit, places, carry, read, write, settings)
     seen_BKRT = total_BKRT > 0
     total_BKRT = jnp.where(seen_BKRT, total_BKRT, 1)
@@ -324,7 +326,7 @@ def _attend_backward(settings: _Settings, residuals, dout_BKRTV):
             dv_BKJV + jnp.einsum("bkrqj,bkrqv->bkjv", weights_BKRQJ, dout_BKRQV, preferred_element_type=dtype),
         )
 
-    carry = tuple(jnp.zeros(array.shape, dtype) for array in (q_BKRTP, k_BKSP, v_BKSV))
+    carry = tuple(jnp.zeros_like(array, dtype) for array in (q_BKRTP, k_BKSP, v_BKSV))
     pairs = _pairs(q_BKRTP.shape[3] // q_block, k_BKSP.shape[2] // k_block, settings)
     dq, dk, dv = _walk(pairs, visit, places, carry, read, write, settings)
     dsinks_KR = None

@@ -18,10 +18,11 @@ def causal_conv1d_xla(
     x_BTD, w_DW, b_D=None, *, activation=None, segment_ids=None, initial_state=None, return_final_state=False
 ):
     """See `pallas_kernels.causal_conv1d`."""
-    n_batch, n_tokens, d_model = x_BTD.shape
+    n_tokens = x_BTD.shape[1]
     n_before = w_DW.shape[1] - 1
     if initial_state is None:
-        initial_state = jnp.zeros((n_batch, n_before, d_model), x_BTD.dtype)
+        # Of x, so that it is sharded like x.
+        initial_state = jnp.repeat(jnp.zeros_like(x_BTD[:, :1]), n_before, axis=1)
     if segment_ids is None:
         y_BTD = _convolve(x_BTD, w_DW, b_D, initial_state, None, None, activation)
         before = jnp.concatenate([initial_state.astype(x_BTD.dtype), x_BTD[:, max(0, n_tokens - n_before) :]], axis=1)

@@ -55,11 +55,11 @@ def ssd_xla(
     x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None
 ):
     """See `pallas_kernels.ssd`."""
-    n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
-    d_state = B_BTGN.shape[3]
+    n_tokens, d_head, d_state = x_BTHP.shape[1], x_BTHP.shape[3], B_BTGN.shape[3]
     dtype = _accumulation_dtype(x_BTHP, dt_BTH)
     if initial_state is None:
-        initial_state = jnp.zeros((n_batch, n_heads, d_head, d_state), dtype)
+        # Of x, so that it is sharded like x.
+        initial_state = jnp.repeat(jnp.zeros_like(x_BTHP[:, 0, :, :, None], dtype), d_state, axis=-1)
     marks = None
     if segment_ids is not None:
         document_BT = segments.document_numbers(segment_ids)

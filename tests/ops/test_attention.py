@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention: blockwise online softmax against the full matrix in float64, and the properties of the contract."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import attention, dispatch
+from pallas_kernels.attention import cases, xla
+from pallas_kernels.layouts import LAYOUTS
+from tests.ops.support import check_against_oracle, make_weights, run
+from tests.tolerances import check_close
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(xla, "_BLOCK", 16)
+
+
+def check(case, dtype="float32", **changes):
+    inputs = cases.make_inputs(case, dtype)
+    check_against_oracle("attention", inputs, dtype=dtype, implementation="xla", **cases.make_settings(case), **changes)
+
+
+@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+def test_equals_the_full_matrix(case, small_blocks):
+    check(case)
+
+
+@pytest.mark.parametrize("name", ["packed_window", "empty", "behind_the_window"])
+def test_equals_the_full_matrix_in_one_block(name):
+    check(cases.CASES[name])
+
+
+def test_equals_the_full_matrix_in_blocks_of_full_size():
+    check(cases.Case("long", 1, 700, 700, 2, 1, 4, layout="packed"))
+
+
+@pytest.mark.parametrize("name", ["dense", "packed"])
+def test_bfloat16(name, small_blocks):
+    check(cases.CASES[name], "bfloat16")
+
+
+DRAWN = dict(
+    queries=st.integers(1, 50),
+    more_keys=st.none() | st.integers(0, 30),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    layout=st.sampled_from(LAYOUTS),
+    gate=st.sampled_from([None, "elementwise", "head"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 40),
+    softcap=st.sampled_from([None, 1.5]),
+    sinks=st.booleans(),
+    positions=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+
+
+@settings(max_examples=8)
+@given(**DRAWN)
+def test_equals_the_full_matrix_on_drawn_shapes(**drawn):
+    check_drawn(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, derandomize=False)
+@given(**DRAWN)
+def test_equals_the_full_matrix_on_many_drawn_shapes(**drawn):
+    check_drawn(**drawn)
+
+
+def check_drawn(queries, more_keys, heads, layout, gate, causal, window, softcap, sinks, positions, seed):
+    """Without more_keys queries and keys are the same tokens; with them a cache of more keys, without documents."""
+    cache = more_keys is not None
+    case = cases.Case("drawn", 2, queries, queries + (more_keys or 0), *heads, 4, None, "dense" if cache else layout, gate,
+                      causal, window, softcap, sinks, positions and not cache, more_keys or 0, seed)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "_BLOCK", 16)
+        check(case)
+
+
+def test_rows_without_visible_keys_are_zero_and_pass_no_gradient(small_blocks):
+    """Padding, and queries whose window ends before the first key; sinks and garbage in padded queries included."""
+    case = cases.Case("unseen", 2, 40, 40, 2, 1, 8, layout="left", sinks=True)
+    inputs = cases.make_inputs(case)
+    unseen = inputs["segment_ids"] == 0
+    result = run("attention", inputs, implementation="xla", **cases.make_settings(case))
+    for name in ("out0", "dq", "dgate", "dk", "dv"):
+        assert not result[name][unseen].any(), name
+    assert all(np.isfinite(value).all() for value in result.values())
+    case = cases.Case("unseen", 1, 40, 30, 2, 1, 8, sinks=True, window=4, q_offset=33)
+    result = run("attention", cases.make_inputs(case), implementation="xla", **cases.make_settings(case))
+    for name, value in result.items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_packed_equals_separate(implementation, small_blocks):
+    inputs = cases.make_inputs(cases.Case("documents", 1, 48, 48, 4, 2, 8))
+    weights = make_weights([(1, 48, 4, 8)])
+    ids = np.repeat([1, 2, 3], [17, 1, 30])[None].astype(np.int32)
+    packed = run("attention", {**inputs, "segment_ids": ids}, weights=weights, implementation=implementation)
+    for start, end in ((0, 17), (17, 18), (18, 48)):
+        alone = {k: v[:, start:end] for k, v in inputs.items() if v is not None}
+        one = run("attention", alone, weights=[weights[0][:, start:end]], implementation=implementation)
+        for name in one:
+            check_close(packed[name][:, start:end], one[name], dtype="float32", what=name)
+
+
+def test_a_cache_gives_the_rows_of_the_whole(small_blocks):
+    """One token and a few tokens against keys at hand: by int and traced offset, by positions, by ragged rows."""
+    inputs = {k: jnp.asarray(v) for k, v in cases.make_inputs(cases.Case("whole", 2, 60, 60, 4, 2, 8)).items() if v is not None}
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    whole = attention(q, k, v, window=25)
+    traced = jax.jit(lambda start: attention(q[:, 30:35], k, v, window=25, q_offset=start))
+    one = jax.jit(lambda start: attention(q[:, 31:32], k, v, window=25, q_offset=start))
+    positions = (jnp.broadcast_to(jnp.arange(30, 35), (2, 5)), jnp.broadcast_to(jnp.arange(60), (2, 60)))
+    for actual, rows in (
+        (attention(q[:, 30:35], k, v, window=25, q_offset=30), slice(30, 35)),
+        (traced(jnp.int32(30)), slice(30, 35)),
+        (one(jnp.array([31, 31])), slice(31, 32)),
+        (attention(q[:, 30:35], k, v, window=25, positions=positions), slice(30, 35)),
+    ):
+        check_close(actual, whole[:, rows], dtype="float32", what="rows of a cached call")
+    ragged = attention(jnp.stack([q[0, 20:21], q[1, 50:51]]), k, v, window=25, q_offset=jnp.array([20, 50]))
+    check_close(ragged, jnp.stack([whole[0, 20:21], whole[1, 50:51]]), dtype="float32", what="ragged rows")
+    filled = (jnp.ones((2, 1), jnp.int32), jnp.where(jnp.arange(60) < jnp.array([[21], [51]]), 1, 0))
+    shut = attention(jnp.stack([q[0, 20:21], q[1, 50:51]]), k, v, causal=False, segment_ids=filled)
+    check_close(shut, attention(q, k, v)[jnp.arange(2), jnp.array([20, 50])][:, None], dtype="float32", what="filled part")
+
+
+def test_causal(small_blocks):
+    inputs = {k: jnp.asarray(v) for k, v in cases.make_inputs(cases.Case("causal", 1, 40, 40, 4, 2, 8)).items() if v is not None}
+    at = lambda k, v: jnp.sum(attention(inputs["q"], k, v, window=12)[:, 20] ** 2)
+    for grad in jax.jit(jax.grad(at, argnums=(0, 1)))(inputs["k"], inputs["v"]):
+        assert not np.any(grad[:, 21:])
+        assert not np.any(grad[:, :9])
+        assert np.all(np.any(grad[:, 9:21], axis=(0, 2, 3)))
+
+
+def test_hidden_blocks_are_not_visited():
+    def count(queries, **changes):
+        plan = xla._Settings(True, None, 1.0, None, 0, 4096, (512, 512))._replace(**changes)
+        return len(xla._pairs(queries // 512, 8, plan))
+
+    assert count(4096) == 36
+    assert count(4096, causal=False) == 64
+    assert count(4096, window=512) == 15
+    assert count(512, q_offset=1024) == 3
+    assert count(512, q_offset=-600) == 0
+
+
+def test_memory_is_linear():
+    def temporary(tokens):
+        shape = jax.ShapeDtypeStruct((1, tokens, 1, 16), jnp.float32)
+        f = jax.jit(jax.grad(lambda *a: jnp.sum(attention(*a, implementation="xla")), argnums=(0, 1, 2)))
+        return f.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(1 << 15) < 2.2 * temporary(1 << 14)
+
+
+def test_sharded_over_batch_and_heads_without_gathers(small_blocks):
+    inputs = {k: jnp.asarray(v) for k, v in cases.make_inputs(cases.Case("sharded", 2, 40, 40, 8, 4, 8)).items() if v is not None}
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
+    ids = jnp.asarray(np.repeat([[1, 2], [1, 0]], 20, axis=1), jnp.int32)
+
+    def loss(arrays):
+        return jnp.sum(attention(arrays["q"], arrays["k"], arrays["v"], gate=arrays["gate"], segment_ids=ids) ** 2)
+
+    placed = {k: jax.device_put(v, sharding) for k, v in inputs.items()}
+    compiled = jax.jit(jax.grad(loss), out_shardings=sharding).lower(placed).compile()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text()
+    actual, expected = compiled(placed), jax.jit(jax.grad(loss))(inputs)
+    for name in actual:
+        check_close(actual[name], expected[name], dtype="float32", what=name)
+
+
+def test_which_calls_go_to_cudnn(monkeypatch):
+    """cuDNN takes plain half-precision calls on a GPU, and nothing else; the gate is applied to its result."""
+    q = jnp.ones((1, 16, 4, 64), jnp.bfloat16)
+    k = jnp.ones((1, 16, 2, 64), jnp.bfloat16)
+    calls = []
+
+    def fake(q, k, v, **options):
+        calls.append(options)
+        return jnp.zeros_like(q)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+    with dispatch.assume_platform("gpu"):
+        attention(q, k, k, window=5, gate=q)
+        assert calls == [{"scale": 0.125, "is_causal": True, "local_window_size": (4, 0), "implementation": "cudnn"}]
+        ids = jnp.ones((1, 16), jnp.int32)
+        for changes in ({"softcap": 2.0}, {"segment_ids": ids}, {"positions": ids}, {"sinks": jnp.ones(4)}, {"q_offset": 1}):
+            attention(q, k, k, **changes)
+        attention(*(a.astype(jnp.float32) for a in (q, k, k)))
+        attention(q, k, k, causal=False, window=3)
+    attention(q, k, k)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["_scores", "_apply_gate_backward"])
+def test_a_one_percent_error_is_seen(name, monkeypatch, small_blocks):
+    original = getattr(xla, name)
+    if name == "_scores":
+        monkeypatch.setattr(xla, name, lambda *args: (original(*args)[0] * 1.01, None))
+    else:
+        gate = jax.custom_vjp(lambda out, gate: xla._apply_gate_forward(out, gate)[0])
+        gate.defvjp(xla._apply_gate_forward, lambda *args: tuple(1.01 * g for g in original(*args)))
+        monkeypatch.setattr(xla, "_apply_gate", gate)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        check(cases.CASES["dense"])
+
+
+ARGUMENTS = {"q": np.zeros((2, 9, 4, 8), np.float32), "k": np.zeros((2, 9, 2, 8), np.float32), "v": np.zeros((2, 9, 2, 8), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": np.zeros((2, 9, 2, 7), np.float32)}, ValueError, r"k_BSKP has shape \[2, 9, 2, 7\]"),
+        ({"v": np.zeros((2, 8, 2, 8), np.float32)}, ValueError, "v_BSKP has shape"),
+        ({"q": np.zeros((2, 9, 5, 8), np.float32)}, ValueError, r"heads of q_BTHP \(5\) not divisible by heads of k_BSKP \(2\)"),
+        ({"q": np.zeros((2, 9, 4, 8), np.int8)}, TypeError, "q_BTHP has dtype int8"),
+        ({"gate": np.zeros((2, 9, 4, 7), np.float32)}, ValueError, "gate has shape"),
+        ({"window": 0}, ValueError, r"window \(0\) below its minimum \(1\)"),
+        ({"window": 2.5}, TypeError, r"window \(2.5\)"),
+        ({"sinks": np.zeros(2, np.float32)}, ValueError, "sinks has shape"),
+        ({"softcap": -1.0}, ValueError, r"softcap \(-1.0\) not positive"),
+        ({"scale": float("nan")}, ValueError, r"scale \(nan\) not finite"),
+        ({"segment_ids": np.zeros((2, 8), np.int32)}, ValueError, "segment_ids has shape"),
+        ({"segment_ids": (np.zeros((2, 9), np.int32),)}, ValueError, "segment_ids has 1 arrays, expected a pair"),
+        ({"segment_ids": (np.zeros((2, 9), np.int32), np.zeros((2, 7), np.int32))}, ValueError, r"segment_ids\[1\] has shape"),
+        ({"positions": np.zeros((2, 9), np.float32)}, TypeError, "positions has dtype float32"),
+        ({"positions": np.zeros((2, 9), np.int32), "q_offset": 3}, ValueError, r"q_offset \(3\) given beside positions"),
+        ({"q_offset": 1.5}, TypeError, r"q_offset \(1.5\)"),
+        ({"implementation": "flash"}, ValueError, r"implementation \('flash'\)"),
+    ],
+)  # fmt: skip
+def test_errors_name_argument_value_and_limit(change, error, message):
+    arguments = {**ARGUMENTS, **change}
+    with pytest.raises(error, match=message):
+        attention(*[arguments.pop(name) for name in ("q", "k", "v")], **arguments)

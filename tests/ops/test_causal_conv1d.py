@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""causal_conv1d: shifts and adds against direct taps in float64, and the properties of the contract."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import causal_conv1d
+from pallas_kernels.causal_conv1d import cases, xla
+from pallas_kernels.layouts import LAYOUTS
+from tests.ops.support import check_against_oracle, make_weights, run
+from tests.tolerances import check_close
+
+
+def options(case):
+    return {"activation": case.activation, "return_final_state": case.final, "implementation": "xla"}
+
+
+@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+def test_equals_direct_taps(case):
+    check_against_oracle("causal_conv1d", cases.make_inputs(case), **options(case))
+
+
+DRAWN = dict(
+    tokens=st.integers(1, 40),
+    taps=st.integers(1, 8),
+    layout=st.sampled_from(LAYOUTS),
+    activation=st.sampled_from([None, "silu"]),
+    bias=st.booleans(),
+    state=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+
+
+@settings(max_examples=8)
+@given(**DRAWN)
+def test_equals_direct_taps_on_drawn_shapes(**drawn):
+    check_drawn(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, derandomize=False)
+@given(**DRAWN)
+def test_equals_direct_taps_on_many_drawn_shapes(**drawn):
+    check_drawn(**drawn)
+
+
+def check_drawn(tokens, taps, layout, activation, bias, state, seed):
+    case = cases.Case("drawn", 2, tokens, 5, taps, layout, activation, bias, state, state, seed)
+    check_against_oracle("causal_conv1d", cases.make_inputs(case), **options(case))
+
+
+@pytest.mark.parametrize("name", ["packed", "scattered"])
+def test_bfloat16(name):
+    case = cases.CASES[name]
+    check_against_oracle("causal_conv1d", cases.make_inputs(case, "bfloat16"), dtype="bfloat16", **options(case))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("layout", ["right", "scattered", "empty"])
+def test_padding_is_as_if_it_were_not_there(layout, implementation):
+    case = cases.Case("padded", 2, 20, 3, 4, layout, "silu", True, True, True)
+    inputs = cases.make_inputs(case)
+    real = inputs["segment_ids"] != 0
+    weights = make_weights([(2, 20, 3), (2, 3, 3)])
+    settings = {**options(case), "implementation": implementation}
+    clean = run("causal_conv1d", inputs, weights=weights, **settings)
+    dirty = {**inputs, "x": np.where(real[:, :, None], inputs["x"], np.nan)}
+    for name, value in run("causal_conv1d", dirty, weights=weights, **settings).items():
+        np.testing.assert_array_equal(value, clean[name], err_msg=name)
+    for name in ("out0", "dx"):
+        assert not clean[name][~real].any(), name
+    for row in range(2):
+        keep = real[row]
+        if not keep.any():
+            np.testing.assert_array_equal(clean["out1"][row], inputs["initial_state"][row])
+            continue
+        cut = {k: inputs[k][row : row + 1, keep] for k in ("x", "segment_ids")}
+        cut = {**inputs, **cut, "initial_state": inputs["initial_state"][row : row + 1]}
+        alone = run("causal_conv1d", cut, weights=[weights[0][row : row + 1, keep], weights[1][row : row + 1]], **settings)
+        for name in ("out0", "dx"):
+            check_close(clean[name][row, keep], alone[name][0], dtype="float32", what=name)
+        for name in ("out1", "dinitial_state"):
+            check_close(clean[name][row], alone[name][0], dtype="float32", what=name)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_packed_equals_separate(implementation):
+    case = cases.Case("documents", 1, 20, 3, 4, "dense", "silu", True, True, True)
+    inputs = cases.make_inputs(case)
+    weights = make_weights([(1, 20, 3), (1, 3, 3)])
+    settings = {**options(case), "implementation": implementation}
+    packed = run("causal_conv1d", {**inputs, "segment_ids": np.repeat([7, 2, 7], [9, 1, 10])[None].astype(np.int32)},
+                 weights=weights, **settings)  # fmt: skip
+    total = 0.0
+    for number, (start, end) in enumerate([(0, 9), (9, 10), (10, 20)]):
+        state = inputs["initial_state"] * (number == 0)
+        alone = {**inputs, "x": inputs["x"][:, start:end], "initial_state": state}
+        one = run("causal_conv1d", alone, weights=[weights[0][:, start:end], weights[1] * (number == 2)], **settings)
+        for name in ("out0", "dx"):
+            check_close(packed[name][:, start:end], one[name], dtype="float32", what=name)
+        total += one["dw"]
+    check_close(packed["dw"], total, dtype="float32", what="dw")
+    check_close(packed["out1"], one["out1"], dtype="float32", what="final state")
+
+
+def test_causal():
+    inputs = cases.make_inputs(cases.Case("causal", 1, 20, 3, 4))
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(causal_conv1d(x, inputs["w"])[:, 10])))(inputs["x"])
+    assert not np.any(grad[:, 11:])
+    assert not np.any(grad[:, :7])
+    assert np.all(grad[:, 7:11])
+
+
+def test_right_padding_takes_the_straight_path(monkeypatch):
+    """Padding that no pair of tokens spans costs no move of the tokens."""
+    monkeypatch.setattr(jax.lax, "cond", lambda moves, move, stay: stay() if not bool(moves) else pytest.fail("moved"))
+    for layout in ("packed", "right", "empty"):
+        ids = jnp.asarray(cases.make_inputs(cases.Case("case", 2, 20, 3, 4, layout))["segment_ids"])
+        causal_conv1d(jnp.ones((2, 20, 3)), jnp.ones((3, 4)), segment_ids=ids, implementation="xla")
+
+
+@pytest.mark.parametrize("name", ["_sums", "_final_state", "_taps"])
+def test_a_one_percent_error_is_seen(name, monkeypatch):
+    original = getattr(xla, name)
+
+    def off(*args):
+        out = original(*args)
+        return [(tap * 1.01, counts) for tap, counts in out] if name == "_taps" else out * 1.01
+
+    monkeypatch.setattr(xla, name, off)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        case = cases.CASES["packed"]
+        check_against_oracle("causal_conv1d", cases.make_inputs(case), **options(case))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((2, 50), np.float32)}, ValueError, r"x_BTD has shape \[2, 50\]"),
+        ({"w": np.zeros((5, 4), np.float32)}, ValueError, r"w_DW has shape \[5, 4\], expected \[6, any\]"),
+        ({"w": np.zeros((6, 0), np.float32)}, ValueError, "w_DW has 0 taps, at least 1"),
+        ({"b": np.zeros(5, np.float32)}, ValueError, "b_D has shape"),
+        ({"activation": "gelu"}, ValueError, r"activation \('gelu'\) not one of None, 'silu'"),
+        ({"segment_ids": np.zeros((2, 41), np.int32)}, ValueError, "segment_ids has shape"),
+        ({"initial_state": np.zeros((2, 4, 6), np.float32)}, ValueError, r"initial_state has shape \[2, 4, 6\], expected \[2, 3, 6\]"),
+        ({"implementation": "triton"}, ValueError, r"implementation \('triton'\)"),
+    ],
+)  # fmt: skip
+def test_errors_name_argument_value_and_limit(change, error, message):
+    arguments = {**cases.make_inputs(cases.CASES["packed"]), **change}
+    with pytest.raises(error, match=message):
+        causal_conv1d(*[arguments.pop(name) for name in ("x", "w", "b")], **arguments)

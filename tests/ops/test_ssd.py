@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ssd: the chunked version against the token-by-token recurrence in float64, and the properties of the contract."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import ssd
+from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.ssd import cases, xla
+from tests.ops.support import check_against_oracle, make_weights, oracle, run
+from tests.tolerances import check_close
+
+BASE = cases.Case("base", 2, 50, 4, 8, 2, 8, skip="HP", initial=True, final=True, decay="mixed", seed=3)
+
+
+def make(**changes):
+    fields = {**BASE.__dict__, **changes}
+    return cases.make_inputs(cases.Case(**fields))
+
+
+@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+def test_equals_the_recurrence(case):
+    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, chunk=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+def test_equals_the_recurrence_optimized(case):
+    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, optimize=True)
+
+
+DRAWN = dict(
+    tokens=st.integers(1, 80),
+    groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    layout=st.sampled_from(LAYOUTS),
+    decay=st.sampled_from(cases.DECAYS),
+    chunk=st.sampled_from([None, 1, 7, 16, 33]),
+    skip=st.sampled_from([None, "H", "HP"]),
+    final=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+
+
+@settings(max_examples=8)
+@given(**DRAWN)
+def test_equals_the_recurrence_on_drawn_shapes(**drawn):
+    check_drawn(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, derandomize=False)
+@given(**DRAWN)
+def test_equals_the_recurrence_on_many_drawn_shapes(**drawn):
+    check_drawn(**drawn)
+
+
+def check_drawn(tokens, groups, layout, decay, chunk, skip, final, seed):
+    case = cases.Case("drawn", 2, tokens, groups[0], 4, groups[1], 8, layout, decay, skip, final, final, seed)
+    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=final, chunk=chunk)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.TEST_CASES if c.name in ("mixed", "scattered")],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_bfloat16(case):
+    check_against_oracle(
+        "ssd", cases.make_inputs(case, "bfloat16"), dtype="bfloat16", implementation="xla", return_final_state=True
+    )
+
+
+def test_small_steps_survive_large_sums_in_one_chunk():
+    """Steps of -80 add up to -5000 before steps of -1e-6 that must still be seen, in gradients too."""
+    case = cases.Case("tail", 1, 256, 2, 8, 1, 8, skip=None, initial=True, final=True)
+    inputs = cases.make_inputs(case)
+    decay = np.where(np.arange(256) % 4 == 0, 80.0, 1e-6) * (np.arange(256) < 200) + 1e-2 * (np.arange(256) >= 200)
+    inputs["dt"] = np.broadcast_to(decay[None, :, None] / -inputs["A"], (1, 256, 2)).astype(np.float32)
+    check_against_oracle("ssd", inputs, implementation="xla", return_final_state=True, chunk=256)
+
+
+def test_gradient_of_A_where_almost_nothing_passes():
+    """Only steps of -1e-6 and -80: the gradient of A is a millionth of the sums a careless formula subtracts."""
+    rng = np.random.default_rng(0)
+    inputs = make(groups=1, decay="weak", tokens=128, initial=False)
+    a = np.float32(-4.0)
+    inputs["A"] = np.full(4, a)
+    inputs["dt"] = (np.where(rng.random((2, 128, 4)) < 0.5, 80.0, 1e-6) / -a).astype(np.float32)
+    check_against_oracle("ssd", inputs, implementation="xla", return_final_state=True, chunk=64)
+
+
+def test_long():
+    case = cases.Case("long", 1, 5000, 2, 4, 1, 8, "packed", "mixed", "H", True, True)
+    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=True)
+
+
+@pytest.mark.slow
+def test_very_long():
+    case = cases.Case("very_long", 1, 70_000, 1, 4, 1, 4, "dense", "typical", "H", True, True)
+    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=True)
+
+
+@pytest.mark.parametrize("layout", ["dense", "scattered"])
+def test_slabs_are_invisible(layout, monkeypatch):
+    monkeypatch.setattr(xla, "_SLAB", 32)
+    check_against_oracle("ssd", make(layout=layout, tokens=110), implementation="xla", return_final_state=True, chunk=16)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_chunk_is_invisible(chunk):
+    inputs = make(layout="packed")
+    actual = run("ssd", inputs, implementation="xla", return_final_state=True, chunk=chunk)
+    expected = run("ssd", inputs, implementation="xla", return_final_state=True, chunk=16)
+    for name in actual:
+        check_close(actual[name], expected[name], dtype="float32", what=name)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_packed_equals_separate(implementation):
+    """Three documents in a row: each alone gives its piece of y, dx, ddt, dB, dC and its share of dA, dD."""
+    inputs = make(batch=1, tokens=48, decay="typical")
+    bounds = [(0, 17), (17, 18), (18, 48)]
+    inputs["segment_ids"] = np.repeat([1, 2, 3], [17, 1, 30])[None].astype(np.int32)
+    weights = make_weights([(1, 48, 4, 8), (1, 4, 8, 8)])
+    packed = run("ssd", inputs, weights=weights, implementation=implementation, return_final_state=True, chunk=16)
+    shared = {"dA": 0.0, "dD": 0.0}
+    for number, (start, end) in enumerate(bounds):
+        alone = {k: v[:, start:end] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()} | {"segment_ids": None}
+        if number:
+            alone["initial_state"] = np.zeros_like(inputs["initial_state"])
+        state_weight = weights[1] if number == 2 else np.zeros_like(weights[1])
+        one = run("ssd", alone, weights=[weights[0][:, start:end], state_weight], implementation=implementation,
+                  return_final_state=True, chunk=16)  # fmt: skip
+        for name in ("out0", "dx", "ddt", "dB", "dC"):
+            check_close(packed[name][:, start:end], one[name], dtype="float32", what=f"{name} of document {number}")
+        shared = {name: total + one[name] for name, total in shared.items()}
+        if number == 0:
+            check_close(packed["dinitial_state"], one["dinitial_state"], dtype="float32", what="dinitial_state")
+    check_close(packed["out1"], one["out1"], dtype="float32", what="final state")
+    for name, total in shared.items():
+        check_close(packed[name], total, dtype="float32", what=name)
+
+
+@pytest.mark.parametrize(
+    ("layout", "implementation"),
+    [("right", "xla"), ("left", "xla"), ("interior", "xla"), ("scattered", "xla"), ("empty", "xla"), ("scattered", "reference")],
+)
+def test_padding_is_as_if_it_were_not_there(layout, implementation):
+    """Zero outputs and gradients at padding, whatever garbage stands there; the rest as with the padding cut out."""
+    inputs = make(layout=layout, tokens=24)
+    real = inputs["segment_ids"] != 0
+    settings = {"implementation": implementation, "return_final_state": True, "chunk": 16}
+    weights = make_weights([(2, 24, 4, 8), (2, 4, 8, 8)])
+    clean = run("ssd", inputs, weights=weights, **settings)
+    dirty = {k: np.where(real.reshape(2, 24, *(1,) * (v.ndim - 2)), v, np.nan) if k in ("x", "dt", "B", "C") else v
+             for k, v in inputs.items()}  # fmt: skip
+    for name, value in run("ssd", dirty, weights=weights, **settings).items():
+        np.testing.assert_array_equal(value, clean[name], err_msg=name)
+    for name in ("out0", "dx", "ddt", "dB", "dC"):
+        assert not clean[name][~real].any(), name
+    for row in range(2):
+        keep = real[row]
+        if not keep.any():
+            np.testing.assert_array_equal(clean["out1"][row], inputs["initial_state"][row])
+            np.testing.assert_array_equal(clean["dinitial_state"][row], weights[1][row])
+            continue
+        cut = {k: v[row : row + 1, keep] if k in ("x", "dt", "B", "C", "segment_ids") else v for k, v in inputs.items()}
+        cut["initial_state"] = inputs["initial_state"][row : row + 1]
+        alone = run("ssd", cut, weights=[weights[0][row : row + 1, keep], weights[1][row : row + 1]], **settings)
+        for name in ("out0", "dx", "ddt", "dB", "dC"):
+            check_close(clean[name][row, keep], alone[name][0], dtype="float32", what=name)
+        for name in ("out1", "dinitial_state"):
+            check_close(clean[name][row], alone[name][0], dtype="float32", what=name)
+
+
+def test_two_calls_continue_each_other():
+    """Cut anywhere and handed over through the state, in gradients too."""
+    inputs = make(tokens=50, decay="typical")
+    names = ("x", "dt", "B", "C")
+
+    def whole(arrays, cut):
+        tokens = [tuple(arrays[name][:, :cut] for name in names), tuple(arrays[name][:, cut:] for name in names)]
+        state, ys = arrays["initial_state"], []
+        for x, dt, B, C in tokens if cut else tokens[1:]:
+            y, state = ssd(x, dt, arrays["A"], B, C, D=arrays["D"], initial_state=state, return_final_state=True)
+            ys.append(y)
+        return jnp.concatenate(ys, axis=1), state
+
+    def loss(arrays, cut):
+        y, state = whole(arrays, cut)
+        return jnp.sum(y * weights[0]) + jnp.sum(state * weights[1])
+
+    weights = make_weights([(2, 50, 4, 8), (2, 4, 8, 8)])
+    arrays = {name: jnp.asarray(a) for name, a in inputs.items() if a is not None}
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = grad(arrays, 0)
+    for name, value in jax.tree.leaves_with_path(grad(arrays, 23)):
+        check_close(value, dict(jax.tree.leaves_with_path(expected))[name], dtype="float32", what=str(name))
+
+
+def test_causal():
+    inputs = {k: jnp.asarray(v) for k, v in make(decay="weak", tokens=40).items() if v is not None}
+
+    def at(t, x, dt, B, C):
+        return jnp.sum(ssd(x, dt, inputs["A"], B, C, chunk=16)[:, t] ** 2)
+
+    grads = jax.jit(jax.grad(at, argnums=(1, 2, 3, 4)))(20, *(inputs[n] for n in ("x", "dt", "B", "C")))
+    for grad in grads:
+        assert not np.any(grad[:, 21:])
+    assert np.all(np.any(grads[0], axis=(0, 2, 3))[:21])
+
+
+def test_transforms_agree():
+    """vmap over a new axis, remat and a second derivative."""
+    inputs = {k: jnp.asarray(v) for k, v in make(tokens=20, decay="typical").items() if v is not None}
+
+    def f(x, A):
+        return ssd(x, inputs["dt"], A, inputs["B"], inputs["C"], D=inputs["D"], chunk=16)
+
+    x_, A_ = inputs["x"], inputs["A"]
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(f, (0, None)))(jnp.stack([x_, 2 * x_]), A_)[1], 2 * jax.jit(f)(x_, A_), rtol=1e-5, atol=1e-5
+    )
+    loss = lambda A: jnp.sum(f(x_, A) ** 2)
+    plain, remat = (jax.jit(jax.grad(g))(A_) for g in (loss, jax.checkpoint(loss)))
+    np.testing.assert_allclose(plain, remat, rtol=1e-4)
+    curvature = jax.jit(jax.grad(lambda A: jnp.sum(jax.grad(loss)(A))))(A_)
+    steps = [jnp.sum(jax.jit(jax.grad(loss))(A_ + e)) for e in (1e-2, -1e-2)]
+    np.testing.assert_allclose(curvature.sum(), (steps[0] - steps[1]) / 2e-2, rtol=1e-2)
+
+
+def test_sharded_over_batch_and_heads_without_gathers():
+    inputs = {k: jnp.asarray(v) for k, v in make(batch=2, heads=8, groups=1, tokens=40, layout="packed").items()}
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    P = jax.sharding.PartitionSpec
+    specs = {
+        "x": P("data", None, "tensor"), "dt": P("data", None, "tensor"), "A": P("tensor"), "B": P("data"), "C": P("data"),
+        "D": P("tensor"), "segment_ids": P("data"), "initial_state": P("data", "tensor"),
+    }  # fmt: skip
+    shardings = {k: jax.sharding.NamedSharding(mesh, spec) for k, spec in specs.items()}
+
+    def loss(arrays, segment_ids):
+        names = ("x", "dt", "A", "B", "C")
+        y, state = ssd(*(arrays[n] for n in names), D=arrays["D"], segment_ids=segment_ids,
+                       initial_state=arrays["initial_state"], return_final_state=True, chunk=16)  # fmt: skip
+        return jnp.sum(y**2) + jnp.sum(state**2)
+
+    ids = inputs.pop("segment_ids")
+    placed = {k: jax.device_put(v, shardings[k]) for k, v in inputs.items()}
+    step = jax.jit(jax.grad(loss), out_shardings={k: shardings[k] for k in inputs})
+    compiled = step.lower(placed, jax.device_put(ids, shardings["segment_ids"])).compile()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text()
+    actual, expected = compiled(placed, jax.device_put(ids, shardings["segment_ids"])), jax.jit(jax.grad(loss))(inputs, ids)
+    for name in actual:
+        check_close(actual[name], expected[name], dtype="float32", what=name)
+
+
+def test_memory_is_linear_and_small():
+    def shapes(tokens):
+        s = jax.ShapeDtypeStruct
+        return (s((1, tokens, 2, 16), jnp.bfloat16), s((1, tokens, 2), jnp.float32), s((2,), jnp.float32),
+                s((1, tokens, 1, 16), jnp.bfloat16), s((1, tokens, 1, 16), jnp.bfloat16))  # fmt: skip
+
+    def temporary(tokens):
+        f = jax.jit(jax.grad(lambda *a: jnp.sum(ssd(*a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4)))
+        return f.lower(*shapes(tokens)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(1 << 16) < 2.2 * temporary(1 << 15)
+    kept = jax.eval_shape(lambda *a: jax.vjp(ssd, *a)[1], *shapes(4096))
+    given_bytes = sum(a.size * a.dtype.itemsize for a in shapes(4096))
+    assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)) < 1.2 * given_bytes
+
+
+@pytest.mark.parametrize("name", ["_straddling_sums", "_cumulative_sums", "_carry", "_scale"])
+def test_a_one_percent_error_is_seen(name, monkeypatch):
+    """Guards the tests themselves: each part of the implementation, off by 1%, fails the comparison."""
+    original = getattr(xla, name)
+
+    def off(*args, **kwargs):
+        return jax.tree.map(lambda a: a * 1.01, original(*args, **kwargs))
+
+    monkeypatch.setattr(xla, name, off)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        check_against_oracle("ssd", make(decay="typical"), implementation="xla", return_final_state=True, chunk=16)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((2, 50, 32), np.float32)}, ValueError, r"x_BTHP has shape \[2, 50, 32\]"),
+        ({"x": np.zeros((2, 50, 4, 8), np.int32)}, TypeError, "x_BTHP has dtype int32"),
+        ({"dt": np.zeros((2, 50, 3), np.float32)}, ValueError, r"dt_BTH has shape \[2, 50, 3\], expected \[2, 50, 4\]"),
+        ({"dt": jnp.zeros((2, 50, 4), jnp.bfloat16)}, TypeError, "dt_BTH has dtype bfloat16, expected float32"),
+        ({"A": np.zeros(3, np.float32)}, ValueError, "A_H has shape"),
+        ({"B": np.zeros((2, 50, 3, 8), np.float32)}, ValueError, "C_BTGN has shape"),
+        ({"B": np.zeros((2, 50, 3, 8), np.float32), "C": np.zeros((2, 50, 3, 8), np.float32)}, ValueError,
+         r"heads of x_BTHP \(4\) not divisible by groups of B_BTGN \(3\)"),
+        ({"D": np.zeros((4, 7), np.float32)}, ValueError, "D has shape"),
+        ({"segment_ids": np.zeros((2, 49), np.int32)}, ValueError, r"segment_ids has shape \[2, 49\]"),
+        ({"segment_ids": np.zeros((2, 50), np.float32)}, TypeError, "segment_ids has dtype float32"),
+        ({"initial_state": np.zeros((2, 4, 8, 9), np.float32)}, ValueError, "initial_state has shape"),
+        ({"chunk": 0}, ValueError, r"chunk \(0\) below its minimum \(1\)"),
+        ({"chunk": 8.0}, TypeError, r"chunk \(8.0\)"),
+        ({"implementation": "cuda"}, ValueError, r"implementation \('cuda'\) not one of auto"),
+    ],
+)  # fmt: skip
+def test_errors_name_argument_value_and_limit(change, error, message):
+    arguments = {**make(), **change}
+    with pytest.raises(error, match=message):
+        ssd(*[arguments.pop(name) for name in ("x", "dt", "A", "B", "C")], **arguments)
+
+
+def test_one_step_of_state_zero_and_dt_zero():
+    """dt = 0 changes nothing and reads the state as it is."""
+    inputs = make(tokens=5)
+    inputs["dt"] = np.zeros_like(inputs["dt"])
+    result = oracle("ssd", inputs, return_final_state=True)
+    np.testing.assert_allclose(result["out1"], inputs["initial_state"], rtol=1e-7)
+    check_against_oracle("ssd", inputs, implementation="xla", return_final_state=True)
