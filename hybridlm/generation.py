@@ -31,7 +31,8 @@ def generate(
     Args:
       tokens_BT: prompts, integers [B, T]; rows of different lengths are padded on the right, see `lengths`.
       temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-      top_k: draw from the k likeliest tokens only. top_p: then, from the fewest likeliest whose probabilities add up to it.
+      top_k: draw from the k likeliest tokens only.
+      top_p: draw, after top_k, from the fewest likeliest tokens whose probabilities add up to this.
       lengths: real tokens of each row, [B], each 1..T; None: T.
       eos_id: a row that writes it is done and filled up with it; the loop ends when all are.
       key: jax.random.key, needed where temperature > 0.
@@ -62,7 +63,7 @@ def _prefill(graphdef, params, tokens_BT, lengths_B, max_len: int) -> tuple[jax.
 
 @partial(jax.jit, static_argnums=(1, 7, 8, 9, 10), donate_argnums=0)
 def _decode(cache, graphdef, params, x_BD, key, temperature, top_p, n_new: int, greedy: bool, top_k, eos_id):
-    """The loop; each step draws a token of the logits at hand and reads it into the (donated) cache. New tokens, cache."""
+    """The loop; each step draws a token of the logits at hand and reads it into the (donated) cache."""
     model = nnx.merge(graphdef, params)
     model = nnx.merge(graphdef, _in_compute_dtype(params, model.config.compute_dtype))
     batch = x_BD.shape[0]
@@ -130,7 +131,9 @@ def _check_prompt(model: HybridLM, tokens_BT, lengths) -> tuple[np.ndarray, np.n
     if lengths_B.shape != (batch,):
         raise ValueError(f"lengths {lengths_B.shape} must have one entry for each of {batch} rows")
     if lengths_B.min() < 1 or lengths_B.max() > tokens:
-        raise ValueError(f"lengths ({lengths_B.min()}..{lengths_B.max()}) must be in 1..{tokens}, the width of tokens_BT")
+        raise ValueError(
+            f"lengths ({lengths_B.min()}..{lengths_B.max()}) must be in 1..{tokens}, the width of tokens_BT"
+        )
     return tokens_BT.astype(np.int32), lengths_B.astype(np.int32)
 
 

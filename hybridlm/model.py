@@ -20,7 +20,7 @@ from hybridlm.layers.mamba2 import Mamba2Mixer
 from hybridlm.layers.mlp import FeedForward
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.params import ParamInfo, param_info
-from hybridlm.layers.segments import number_documents, positions_within
+from hybridlm.layers.segments import number_documents, padding_last, positions_within
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
 
@@ -74,8 +74,8 @@ class Sublayer(nnx.Module):
 class HybridLM(nnx.Module):
     """A language model from a pattern string: `HybridLM(config, rngs=nnx.Rngs(0))(tokens_BT) -> logits_BTV`.
 
-    Sublayers live in `groups[g][position]`, a Sublayer whose parameters have a leading axis over the repeats of group g;
-    `hybridlm.pattern.places(config.pattern)` says where each symbol of the pattern is.
+    Sublayers live in `groups[g][position]`, a Sublayer whose parameters have a leading axis over the repeats of group
+    g; `hybridlm.pattern.places(config.pattern)` says where each symbol of the pattern is.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -97,25 +97,34 @@ class HybridLM(nnx.Module):
         """Multiplier of x @ unembedding.T in the logits."""
         return self.config.logit_multiplier
 
-    def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
         """Logits [B, T, V], float32, of the token after each; arguments and errors as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, segment_ids, positions))
 
-    def hidden(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
         """[B, T, D] in compute_dtype, after the final norm: what the unembedding multiplies.
 
-        tokens_BT: integers. segment_ids: int32 [B, T]; a change of id between real tokens starts a document, 0 is padding;
-        None: one document a row. positions: int32 [B, T], rising by one within a document; None: the index within it.
+        tokens_BT: integers. segment_ids: int32 [B, T]; a change of id between real tokens starts a document, 0 is
+        padding, anywhere; None: one document a row. positions: int32 [B, T], for the rotation; None: the index within
+        the document.
         Raises ValueError for a wrong shape and TypeError for a wrong type, naming the argument.
         """
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
+        tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
+        restore = None
         if segment_ids is not None:
-            segment_ids = number_documents(jnp.asarray(segment_ids, jnp.int32))
+            (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
+            segment_ids = number_documents(segment_ids)
             positions = positions_within(segment_ids, tokens_BT.shape) if positions is None else positions
         x_BTD = self._embed(tokens_BT)
         for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
             x_BTD = self._run(group, sublayers, x_BTD, segment_ids, positions)
-        return self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if restore is None else restore(x_BTD)
 
     def unembedding(self) -> jax.Array:
         """w_VD, float32: the embedding itself where tied."""
@@ -131,7 +140,7 @@ class HybridLM(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Empty cache for `batch` rows of up to `max_len` tokens; convolution and recurrent states do not grow with it."""
+        """Empty cache for `batch` rows of up to `max_len` tokens; states and windows do not grow with it."""
         for name, value in (("batch", batch), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name} ({value}) must be positive")
@@ -143,21 +152,29 @@ class HybridLM(nnx.Module):
         ]
         return Cache(jnp.zeros((batch,), jnp.int32), stacked)
 
-    def extend(self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None) -> tuple[jax.Array, Cache]:
-        """Logits [B, T, V] of the next T tokens of each row, and the cache after them: prefill, in one call or several,
-        and decoding alike. The same logits as one call of the model with all tokens.
+    def extend(
+        self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Logits [B, T, V] of the next T tokens of each row, and the cache after them.
 
-        segment_ids: int32 [B, T]; 0 marks padding, which is not read (its logits mean nothing); other ids all mean the row's
-        one document. Raises ValueError where more tokens come than max_len leaves; in a traced call, where lengths are not
-        known, the logits of such a row are NaN instead.
+        Prefill, in one call or several, and decoding alike: the logits are those of one call with all tokens.
+        segment_ids: int32 [B, T]; 0 marks padding, which is not read (its logits mean nothing); other ids all mean the
+        row's one document. Raises ValueError where more tokens come than max_len leaves; in a traced call, where the
+        lengths are not known, the logits of such a row are NaN instead.
         """
         x_BTD, cache = self.extend_hidden(tokens_BT, cache, segment_ids)
         return self.logits(x_BTD), cache
 
-    def extend_hidden(self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+    def extend_hidden(
+        self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """`extend`, with the hidden vectors [B, T, D] of which `logits` makes logits."""
         _check_tokens(tokens_BT, segment_ids=segment_ids)
-        real_BT = None if segment_ids is None else jnp.asarray(segment_ids) != 0
+        tokens_BT, segment_ids = _int32(tokens_BT, segment_ids)
+        real_BT = restore = None
+        if segment_ids is not None:
+            (segment_ids, tokens_BT), restore = padding_last(segment_ids, tokens_BT)
+            real_BT = segment_ids != 0
         added_B = tokens_BT.shape[1] if real_BT is None else real_BT.sum(axis=1, dtype=jnp.int32)
         length_B = cache.length_B + added_B
         fits_B = self._check_length(cache, length_B)
@@ -168,10 +185,11 @@ class HybridLM(nnx.Module):
         x_BTD = self.norm(x_BTD)
         if fits_B is not None:
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+        x_BTD = x_BTD if restore is None else restore(x_BTD)
         return x_BTD, Cache(length_B, new_groups)
 
     def _check_length(self, cache: Cache, length_B: jax.Array) -> jax.Array | None:
-        """Rows whose tokens fit; None where no sublayer keeps all of them. ValueError if it is known that they do not."""
+        """Rows whose tokens fit; None where no sublayer keeps all of them. ValueError if they are known not to."""
         limits = [
             sub_cache["k"].shape[2]
             for sublayers, group_cache in zip(self.groups, cache.groups, strict=True)
@@ -233,6 +251,10 @@ def _extend_group(sublayers, x_BTD, caches: list[dict], length_B, real_BT) -> tu
 
     xs = (jnp.arange(repeats), [state for _, state in splits])
     return jax.lax.scan(unit, (x_BTD, caches), xs)[0]
+
+
+def _int32(*arrays) -> list[jax.Array | None]:
+    return [None if array is None else jnp.asarray(array, jnp.int32) for array in arrays]
 
 
 def _check_tokens(tokens_BT, **same_shape) -> None:

@@ -2,7 +2,7 @@
 """Pattern strings as groups of repeated units: what the model scans over, so that programs do not grow with depth."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sublayer of the pattern lives: group, position in the group's unit, repeat (index of the stacked axis)."""
+    """Where a sublayer of the pattern lives."""
 
     group: int
+    """Index into `groups(pattern)`."""
     position: int
+    """Index into the group's unit."""
     repeat: int
+    """Index along the stacked axis of its parameters."""
 
 
 def shortest_period(pattern: str) -> int:
@@ -34,7 +37,7 @@ def shortest_period(pattern: str) -> int:
     return (pattern + pattern).index(pattern, 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def groups(pattern: str) -> tuple[Group, ...]:
     """Groups whose expansion is `pattern`.
 

@@ -131,7 +131,9 @@ def init_sharded(config: "ModelConfig", mesh: Mesh, seed: int) -> "HybridLM":
     graphdef, params = nnx.split(abstract)
     shardings = param_shardings(param_info(abstract), mesh)
     with jax.set_mesh(mesh):
-        values = jax.jit(lambda key: jax.tree.leaves(nnx.state(build(key))), out_shardings=jax.tree.leaves(shardings))(key)
+        values = jax.jit(lambda key: jax.tree.leaves(nnx.state(build(key))), out_shardings=jax.tree.leaves(shardings))(
+            key
+        )
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), values))
 
 
@@ -187,8 +189,9 @@ def repeat_for_heads(x: jax.Array, axis: int, n_heads: int) -> jax.Array:
 def per_device(fn: Callable, arrays: Sequence[jax.Array | None], axes: Sequence[tuple], out_axes) -> jax.Array | tuple:
     """`fn(*arrays)`, run by every device on its share of rows and heads.
 
-    axes: the logical axes of each array, its leading ones where there are more names than dims; out_axes: of the result (a tuple of names) or results (a list of tuples). A mesh
-    axis splits either all the dims that it has in the table or, where one of them does not divide, none.
+    axes: the logical axes of each array, of its leading dims where there are more names than dims; out_axes: of the
+    result (a tuple of names) or the results (a list of tuples). A mesh axis splits either all the dims that it has in
+    the table or, where one of them does not divide, none.
     """
     mesh = _current_mesh()
     if mesh is None:
@@ -205,7 +208,9 @@ def per_device(fn: Callable, arrays: Sequence[jax.Array | None], axes: Sequence[
         return P(*(axes if axes and not indivisible & set(axes) else None for axes in split))
 
     out_specs = tuple(spec(names) for names in out_axes) if isinstance(out_axes, list) else spec(out_axes)
-    in_specs = tuple(P() if array is None else spec(names[: array.ndim]) for array, names in zip(arrays, axes, strict=True))
+    in_specs = tuple(
+        P() if array is None else spec(names[: array.ndim]) for array, names in zip(arrays, axes, strict=True)
+    )
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 

@@ -32,7 +32,7 @@ class Attention:
     """Key/value heads K; None: n_heads (MHA); 1 is MQA."""
     d_head: int = 64
     """Head width P."""
-    rope: Rope | None = Rope()
+    rope: Rope | None = Rope()  # noqa: RUF009 (frozen)
     """Rotary embedding; None: no positions (NoPE)."""
     qk_norm: bool = False
     """RMS norm of each query and key head before the rotation."""
@@ -107,18 +107,19 @@ class AttentionMixer(nnx.Module):
         self.w_o = params.matrix(rngs, (H, P, D), (*query, "d_model"), init_std if out_std is None else out_std, n_in=2)
         self.b_o = params.zeros((D,), ("d_model",), "bias") if config.out_bias else None
 
-    def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
         """[B, T, D] -> [B, T, D] in `dtype`.
 
-        segment_ids: int32 [B, T], 0 is padding, a number of its own for each document of a row. positions: int32 [B, T],
-        for the rotation and the window, rising by one within a document; None: the index within the document.
+        segment_ids: int32 [B, T], 0 is padding, a number of its own for each document of a row. positions: int32
+        [B, T], for the rotation; None: the index within the document. The causal mask and the window go by the tokens'
+        order in the row: padding inside a document counts (HybridLM moves such padding away).
         """
-        packed = segment_ids is not None or positions is not None
         if positions is None:
             positions = positions_within(segment_ids, x_BTD.shape[:2])
         q, k, v, gate = self._project(x_BTD, positions)
-        masked = positions if packed and self.config.window is not None else None
-        return self._output(self._attend(q, k, v, gate, (segment_ids, segment_ids), (masked, masked)))
+        return self._output(self._attend(q, k, v, gate, segment_ids=(segment_ids, segment_ids)))
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Keys and values [B, S, K, P]: S is max_len, or the window where that is smaller (a ring)."""
@@ -129,32 +130,34 @@ class AttentionMixer(nnx.Module):
     def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them.
 
-        length_B: tokens already in the cache. real_BT: bool, False for padding, which is not stored; None: all real.
-        layer: index into stacked caches. Position p is stored in slot p mod S.
+        length_B: tokens already in the cache. real_BT: bool, False for padding, on the right, which is not stored;
+        None: all real. layer: index of the entries in stacked caches. Position p is stored in slot p mod S.
         """
         batch, tokens, _ = x_BTD.shape
         slots = cache["k"].shape[-3]
         real_BT = jnp.ones((batch, tokens), bool) if real_BT is None else real_BT
-        position_BT = length_B[:, None] + jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
+        position_BT = length_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
         q, k, v, gate = self._project(x_BTD, position_BT)
         ring = self.config.window is not None
-        stored = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
-        slot_BT = jnp.where(stored, position_BT % slots if ring else position_BT, slots)
-        new = {
-            "k": caches.write_slots(cache["k"], layer, slot_BT, k),
-            "v": caches.write_slots(cache["v"], layer, slot_BT, v),
-        }
-        if ring and tokens > 1:  # the chunk's first queries see keys that its last ones overwrite: old ring and chunk apart
-            position_BS, real_BS = _slot_positions(length_B, slots)
-            position_BS = jnp.concatenate([position_BS, position_BT], axis=1)
+        stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
+        slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
+        new = {name: caches.write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
+        if not ring:
+            real_BS = jnp.arange(slots) < end_B[:, None]
+            places = {"q_offset": length_B}
+            k, v = (caches.read(new[name], layer) for name in ("k", "v"))
+        elif tokens == 1:
+            position_BS, real_BS = _ring_positions(end_B, slots)
+            places = {"positions": (position_BT, position_BS)}
+            k, v = (caches.read(new[name], layer) for name in ("k", "v"))
+        else:  # the first queries see keys whose slots the last tokens take: the old ring and the new tokens, apart
+            position_BS, real_BS = _ring_positions(length_B, slots)
+            places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
             real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
-            k, v = (jnp.concatenate([caches.read(cache[n], layer), a.astype(self.dtype)], axis=1) for n, a in (("k", k), ("v", v)))
-        else:
-            position_BS, real_BS = _slot_positions(end_B, slots)
-            k, v = caches.read(new["k"], layer), caches.read(new["v"], layer)
+            k, v = (jnp.concatenate([caches.read(cache[n], layer), a], axis=1) for n, a in (("k", k), ("v", v)))
         ids = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
-        return self._output(self._attend(q, k, v, gate, ids, (position_BT, position_BS))), new
+        return self._output(self._attend(q, k, v, gate, segment_ids=ids, **places)), new
 
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple:
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
@@ -169,26 +172,28 @@ class AttentionMixer(nnx.Module):
         if self.config.rope is not None:
             q, k = rotate(q, positions_BT, self.config.rope), rotate(k, positions_BT, self.config.rope)
         gate = checkpoint_name(gate[0], "attention_gate") if gate else None
-        return checkpoint_name(q, "attention_q"), checkpoint_name(k, "attention_k"), checkpoint_name(v, "attention_v"), gate
+        q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
+        return q, k, v, gate
 
-    def _attend(self, q, k, v, gate, segment_ids: tuple, positions: tuple) -> jax.Array:
+    def _attend(self, q, k, v, gate, segment_ids: tuple, positions: tuple = (None, None), q_offset=None) -> jax.Array:
         """The attention op, each device on its rows and heads. segment_ids, positions: of queries and of keys."""
         c = self.config
         k, v = (sharding.repeat_for_heads(a, 2, c.n_heads) for a in (k, v))
 
-        def run(q, k, v, gate, sinks, *pairs):
-            ids, places = pairs[:2], pairs[2:]
+        def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset):
             return attention(
-                q, k, v, gate=gate, causal=True, window=c.window, segment_ids=None if ids[0] is None else ids,
-                positions=None if places[0] is None else places, scale=c.scale, softcap=c.softcap, sinks=sinks,
+                q, k, v, gate=gate, causal=True, window=c.window, scale=c.scale, softcap=c.softcap, sinks=sinks,
+                segment_ids=None if q_ids is None else (q_ids, k_ids),
+                positions=None if q_positions is None else (q_positions, k_positions),
+                q_offset=0 if q_offset is None else q_offset,
             )  # fmt: skip
 
         rows = ("batch", "tokens")
         heads, kv_heads = (*rows, "heads", None), (*rows, "kv_heads", None)
         sinks = None if self.sinks is None else self.sinks[...]
-        arrays = (q, k, v, gate, sinks, *segment_ids, *positions)
-        y_BTHP = sharding.per_device(run, arrays, (heads, kv_heads, kv_heads, heads, ("heads",), *(rows,) * 4), heads)
-        return checkpoint_name(y_BTHP, "attention_out")
+        arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset)
+        names = (heads, kv_heads, kv_heads, heads, ("heads",), rows, rows, rows, rows, ("batch",))
+        return checkpoint_name(sharding.per_device(run, arrays, names, heads), "attention_out")
 
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
@@ -196,8 +201,8 @@ class AttentionMixer(nnx.Module):
         return out_BTD if self.b_o is None else out_BTD + params.use(self.b_o, out_BTD.dtype)
 
 
-def _slot_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Position [B, S] held by each slot when `length_B` tokens are stored, and whether there is one."""
+def _ring_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Position [B, S] that each slot of a ring holds after `length_B` tokens, and whether it holds one."""
     slot_S = jnp.arange(slots, dtype=jnp.int32)
     last_B1 = length_B[:, None] - 1
     position_BS = last_B1 - (last_B1 - slot_S) % slots

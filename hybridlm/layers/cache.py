@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing a layer's share of a cache.
 
-A mixer alone owns arrays [B, ...]; a scanned model stacks those of its repeats, [L, B, ...], and names the layer, so that
-a write touches the layer's own entries only and the stacked array is updated in place.
+A mixer alone owns arrays [B, ...]; a scanned model stacks those of its repeats, [L, B, ...], and names the layer, so
+that a write touches the layer's own entries only and the stacked array is updated in place.
 """
 
 import jax

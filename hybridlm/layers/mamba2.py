@@ -34,7 +34,7 @@ class GatedNorm:
 
 @dataclass(frozen=True)
 class Mamba2:
-    """Mamba-2 mixer: fused input projection, causal convolution, selective state space, gated norm, output projection."""
+    """Mamba-2 mixer: input projection, causal convolution, selective state space, gated norm, output projection."""
 
     d_state: int = 128
     """State size N of a head's channel."""
@@ -75,7 +75,8 @@ class Mamba2:
         require(self.n_heads is None or self.n_heads > 0, f"n_heads ({self.n_heads}) must be positive")
         require(self.chunk is None or self.chunk > 0, f"chunk ({self.chunk}) must be positive")
         require(
-            0 < self.dt_min <= self.dt_max, f"dt_min ({self.dt_min}) must be positive and at most dt_max ({self.dt_max})"
+            0 < self.dt_min <= self.dt_max,
+            f"dt_min ({self.dt_min}) must be positive and at most dt_max ({self.dt_max})",
         )
         low, high = self.dt_limit
         require(0 <= low < high, f"dt_limit ({low}, {high}) must satisfy 0 <= low < high")
@@ -127,12 +128,13 @@ class Mamba2Mixer(nnx.Module):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
         self.config, self.dtype = config, dtype
         D, H, P, G, N, W = d_model, config.heads(d_model), config.d_head, config.n_groups, config.d_state, config.d_conv
-        zx, BC, heads, channels = (None, "heads", "d_head"), (None, "groups", "d_state"), ("heads",), ("heads", "d_head")
-        self.in_zx = params.matrix(rngs, (D, 2, H, P), ("d_model", *zx), init_std, fused_axes=(1,))
+        out_std = init_std if out_std is None else out_std
+        heads, channels, BC = ("heads",), ("heads", "d_head"), (None, "groups", "d_state")
+        self.in_zx = params.matrix(rngs, (D, 2, H, P), ("d_model", None, *channels), init_std, fused_axes=(1,))
         self.in_BC = params.matrix(rngs, (D, 2, G, N), ("d_model", *BC), init_std, fused_axes=(1,))
         self.in_dt = params.matrix(rngs, (D, H), ("d_model", *heads), init_std)
         bias = config.proj_bias
-        self.in_zx_bias = params.zeros((2, H, P), zx, "bias") if bias else None
+        self.in_zx_bias = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
         self.in_BC_bias = params.zeros((2, G, N), BC, "bias") if bias else None
         self.in_dt_bias = params.zeros((H,), heads, "bias") if bias else None
         limit = 1 / math.sqrt(W)  # of a depthwise convolution, fan-in W, as published
@@ -144,9 +146,10 @@ class Mamba2Mixer(nnx.Module):
         self.dt_bias = params.make(_init_dt_bias(rngs, H, config), heads, "recurrence")
         A_H = jax.random.uniform(rngs.params(), (H,), jnp.float32, *config.A_init)
         self.A_log = params.make(jnp.log(A_H), heads, "recurrence")
-        self.D = params.ones((H, P) if config.per_channel_D else (H,), channels if config.per_channel_D else heads, "recurrence")
+        per_D = 2 if config.per_channel_D else 1
+        self.D = params.ones((H, P)[:per_D], channels[:per_D], "recurrence")
         self.norm = params.ones((H, P), channels, "norm") if config.gated_norm is not None else None
-        self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), init_std if out_std is None else out_std, n_in=2)
+        self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), out_std, n_in=2)
         self.out_bias = params.zeros((D,), ("d_model",), "bias") if config.proj_bias else None
 
     def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
@@ -154,7 +157,7 @@ class Mamba2Mixer(nnx.Module):
         return self._mix(x_BTD, segment_ids, None)[0]
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
-        """Zero state (float32) and the W - 1 raw inputs of the convolution before the next token; max_len does not matter."""
+        """Zero state (float32), and zeros for the W - 1 inputs that the convolution reads before the next token."""
         c, (H, P, _) = self.config, self.out.shape[-3:]
         return {
             "state": jnp.zeros((batch, H, P, c.d_state), jnp.float32),
@@ -165,7 +168,8 @@ class Mamba2Mixer(nnx.Module):
     def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them.
 
-        real_BT: bool, False for padding, which leaves the cache as it is; None: all real. layer: index into stacked caches.
+        real_BT: bool, False for padding, which leaves the cache as it is; None: all real. layer: index of the
+        entries in stacked caches.
         """
         old = {name: caches.read(array, layer) for name, array in cache.items()}
         if x_BTD.shape[1] == 1:
@@ -241,7 +245,8 @@ class Mamba2Mixer(nnx.Module):
             )  # fmt: skip
 
         rows, heads, state = ("batch", "tokens"), ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
-        arrays = (x_BTHP, dt_BTH, -jnp.exp(self.A_log[...]), BC_BTcGN, self.D[...], segment_ids, old["state"] if keep else None)
+        A_H, initial_BHPN = -jnp.exp(self.A_log[...]), old["state"] if keep else None
+        arrays = (x_BTHP, dt_BTH, A_H, BC_BTcGN, self.D[...], segment_ids, initial_BHPN)
         names = (heads, heads[:3], ("heads",), (*rows, None, "groups", None), ("heads", None), rows, state)
         out = sharding.per_device(run, arrays, names, [heads, state] if keep else heads)
         y_BTHP, state_BHPN = out if keep else (out, None)
@@ -259,7 +264,8 @@ class Mamba2Mixer(nnx.Module):
             y_grouped = rms_normalise(y.reshape(*y.shape[:2], n_groups, -1), norm.eps)
             y = y_grouped.reshape(y.shape) * self.norm[...]
             y = y * gate if norm.before_gate else y
-        y_BTHP = checkpoint_name(sharding.constrain(y.astype(self.dtype), "batch", "tokens", "heads", None), "mamba_norm")
+        y_BTHP = sharding.constrain(y.astype(self.dtype), "batch", "tokens", "heads", None)
+        y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
         return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
 
@@ -273,7 +279,7 @@ def _init_dt_bias(rngs: nnx.Rngs, n_heads: int, config: Mamba2) -> jax.Array:
 
 
 def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, jax.Array | None]:
-    """causal_conv1d with SiLU over x [B, T, *channels], weight [*channels, W]; `names`: logical axes of the channels."""
+    """causal_conv1d with SiLU over x [B, T, *channels], weight [*channels, W]; names: logical axes of the channels."""
 
     def run(x, weight, bias, old, segment_ids):
         out = causal_conv1d(

@@ -58,7 +58,9 @@ def _info(variable: nnx.Variable) -> ParamInfo:
     return ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape)
 
 
-def make(value: jax.Array, axes: tuple[str | None, ...], kind: Kind, *, n_in: int = 0, fused_axes: tuple = ()) -> nnx.Param:
+def make(
+    value: jax.Array, axes: tuple[str | None, ...], kind: Kind, *, n_in: int = 0, fused_axes: tuple = ()
+) -> nnx.Param:
     """A parameter with its metadata; float32."""
     if value.ndim != len(axes):
         raise ValueError(f"axes ({axes}) must name the {value.ndim} axes of shape {value.shape}")
@@ -113,6 +115,9 @@ def project(x_BTD: jax.Array, weights: list[nnx.Param], biases: list[nnx.Param] 
 
 
 def fused(tokens: int) -> bool:
-    """Whether products and convolutions of one input are computed as one: not under tensor parallelism, whose shards are
-    whole heads, nor for one token, where putting the weights together would cost more than the product."""
+    """Whether products and convolutions of one input are computed as one.
+
+    Not under tensor parallelism, whose shards are whole heads, nor for one token, where putting the weights together
+    would cost more than the product.
+    """
     return tokens > 1 and sharding.axis_size("tensor") == 1

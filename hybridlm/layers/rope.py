@@ -30,8 +30,12 @@ class YaRN:
 
     def __post_init__(self):
         require(self.factor >= 1, f"yarn factor ({self.factor}) must be at least 1")
-        require(self.original_max_positions > 0, f"original_max_positions ({self.original_max_positions}) must be positive")
-        require(self.beta_fast > self.beta_slow, f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})")
+        require(
+            self.original_max_positions > 0, f"original_max_positions ({self.original_max_positions}) must be positive"
+        )
+        require(
+            self.beta_fast > self.beta_slow, f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Llama3:
 
     def __post_init__(self):
         require(self.factor >= 1, f"llama3 factor ({self.factor}) must be at least 1")
-        require(self.original_max_positions > 0, f"original_max_positions ({self.original_max_positions}) must be positive")
+        require(
+            self.original_max_positions > 0, f"original_max_positions ({self.original_max_positions}) must be positive"
+        )
         require(
             self.high_freq_factor > self.low_freq_factor,
             f"high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})",
@@ -75,7 +81,9 @@ class Rope:
         """Width that is rotated of a head of width `d_head`; even, else ConfigError."""
         d = int(d_head * self.fraction)
         if d <= 0 or d % 2:
-            raise ConfigError(f"rope fraction ({self.fraction}) of d_head ({d_head}) is {d}: it must be even and positive")
+            raise ConfigError(
+                f"rope fraction ({self.fraction}) of d_head ({d_head}) is {d}: it must be even and positive"
+            )
         return d
 
 

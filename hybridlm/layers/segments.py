@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents of packed rows: their numbers and the positions within them. Axis letters: B batch, T tokens."""
+"""Documents of packed rows: their numbers, positions within them, padding moved to the end. B batch, T tokens."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,3 +27,32 @@ def positions_within(segment_ids_BT: jax.Array | None, shape: tuple[int, int]) -
     starts_BT = jnp.pad(document_BT[:, 1:] != document_BT[:, :-1], ((0, 0), (1, 0)))
     start_BT = jax.lax.cummax(jnp.where(starts_BT, before_BT, 0), axis=1)
     return before_BT - start_BT
+
+
+def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tuple[list, Callable]:
+    """Rows with their padding moved behind all real tokens: ([segment_ids_BT, *arrays_BT], restore).
+
+    `restore` moves results [B, T, D] back into place. Batches that need no move, as nearly all, are left alone, which
+    is decided at run time. Behind this, sequence ops never meet padding inside a document: the distance of two of its
+    tokens in the row is that in the document.
+    """
+    real_BT = segment_ids_BT != 0
+    scattered = jnp.any(~real_BT[:, :-1] & real_BT[:, 1:])
+
+    def sort() -> tuple[jax.Array, jax.Array]:
+        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+        return order_BT, jnp.argsort(order_BT, axis=1)
+
+    def leave() -> tuple[jax.Array, jax.Array]:
+        index_BT = jnp.broadcast_to(jnp.arange(real_BT.shape[1]), real_BT.shape)
+        return index_BT, index_BT
+
+    order_BT, place_BT = jax.lax.cond(scattered, sort, leave)
+    moved = [None if a is None else jnp.take_along_axis(a, order_BT, axis=1) for a in (segment_ids_BT, *arrays_BT)]
+
+    def restore(x_BTD: jax.Array) -> jax.Array:
+        return jax.lax.cond(
+            scattered, lambda x: jnp.take_along_axis(x, place_BT[:, :, None], axis=1), lambda x: x, x_BTD
+        )
+
+    return moved, restore
