@@ -10,8 +10,12 @@ is one document of three tokens. An initial state continues a row's first docume
 one. A row without real tokens returns its initial state.
 """
 
-from pallas_kernels.attention.api import attention
-from pallas_kernels.causal_conv1d.api import causal_conv1d
-from pallas_kernels.ssd.api import ssd
+from pallas_kernels.compat import avoid_faulty_cpu_fusions
+
+avoid_faulty_cpu_fusions()
+
+from pallas_kernels.attention.api import attention  # noqa: E402
+from pallas_kernels.causal_conv1d.api import causal_conv1d  # noqa: E402
+from pallas_kernels.ssd.api import ssd  # noqa: E402
 
 __all__ = ["attention", "causal_conv1d", "ssd"]

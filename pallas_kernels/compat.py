@@ -2,8 +2,11 @@
 """The one place of `pallas_kernels` that knows of differences between JAX versions (0.10.2 and 0.11.2)."""
 
 import contextlib
+import os
+import warnings
 
 import jax
+import jaxlib
 
 
 @contextlib.contextmanager
@@ -28,3 +31,25 @@ def default_device_platform() -> str:
         name = device if isinstance(device, str) else device.platform
     name = name.split(":")[0].lower()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def avoid_faulty_cpu_fusions() -> None:
+    """Turns off XLA's YNNPACK fusions on CPU where they are faulty; runs when the package is imported.
+
+    jaxlib 0.10 puts reductions and small products into fusions that read and write memory that is not theirs: wrong
+    results, and now and then a crash. A sum over the second of two blocked axes, `b.sum(-3)` of [..., 2, 16, 2, 16],
+    is enough. jaxlib 0.11 is right. XLA reads the flag when JAX first computes, so later it can only be warned of.
+    """
+    flag = "--xla_cpu_experimental_ynn_fusion_type="
+    flags = os.environ.get("XLA_FLAGS", "")
+    if tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 11) or flag in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    from jax._src import xla_bridge  # no public name says whether JAX has started
+
+    if xla_bridge.backends_are_initialized() and default_device_platform() == "cpu":
+        warnings.warn(
+            f"JAX computed before pallas_kernels was imported: on CPU, jaxlib {jaxlib.__version__} may give wrong results; "
+            f"import pallas_kernels or hybridlm first, set XLA_FLAGS={flag}, or use jaxlib 0.11",
+            stacklevel=3,
+        )

@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import pallas_kernels  # noqa: F401  before anything computes: see pallas_kernels.compat
+
 import jax
 from hypothesis import HealthCheck, settings
 
