@@ -67,3 +67,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
         "segment_ids": make_segment_ids(case.layout, case.batch, case.tokens, seed=case.seed),
         "initial_state": state.astype(dtype) if case.initial else None,
     }
+
+
+def make_settings(case: Case) -> dict:
+    """The other arguments of causal_conv1d."""
+    return {"activation": case.activation, "return_final_state": case.final}

@@ -108,7 +108,7 @@ def _sums(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT):
 
 def _convolve_backward(activation, residuals, dy_BTD):
     x_BTD, w_DW, b_D, initial_state, real_BT, document_BT = residuals
-    n_before, n_tokens = initial_state.shape[1], x_BTD.shape[1]
+    n_before = initial_state.shape[1]
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
     dsums_BTD = dy_BTD.astype(dtype)
     if activation == "silu":
@@ -117,20 +117,40 @@ def _convolve_backward(activation, residuals, dy_BTD):
         dsums_BTD *= gate_BTD * (1 + sums_BTD * (1 - gate_BTD))
     if real_BT is not None:
         dsums_BTD = jnp.where(real_BT[:, :, None], dsums_BTD, 0)
-    dbefore_BTD = 0
     dw_WD = []
-    for j, (tap_BTD, counts) in enumerate(_taps(x_BTD, initial_state, real_BT, document_BT)):
+    for tap_BTD, counts in _taps(x_BTD, initial_state, real_BT, document_BT):
         dterm_BTD = dsums_BTD if counts is None else jnp.where(counts, dsums_BTD, 0)
         dw_WD.append(jnp.sum(dterm_BTD * tap_BTD, axis=(0, 1)))
-        dbefore_BTD += jnp.pad(dterm_BTD * w_DW[:, j].astype(dtype), ((0, 0), (j, n_before - j), (0, 0)))
+    dbefore_BTD = _spread(dsums_BTD, w_DW.astype(dtype), document_BT)
+    dx_BTD = dbefore_BTD[:, n_before:]
+    if real_BT is not None:
+        dx_BTD = jnp.where(real_BT[:, :, None], dx_BTD, 0)
     return (
-        dbefore_BTD[:, n_before:].astype(x_BTD.dtype),
+        dx_BTD.astype(x_BTD.dtype),
         jnp.stack(dw_WD, axis=1).astype(w_DW.dtype),
         None if b_D is None else jnp.sum(dsums_BTD, axis=(0, 1)).astype(b_D.dtype),
         dbefore_BTD[:, :n_before].astype(initial_state.dtype),
         None,
         None,
     )
+
+
+def _spread(dsums_BTD, w_DW, document_BT):
+    """[B, W - 1 + T, D]: gradient of state and inputs, each of which meets tap j of the sum W - 1 - j tokens later."""
+    n_before = w_DW.shape[1] - 1
+    width = dsums_BTD.shape[1] + n_before
+    later_BTD = jnp.pad(dsums_BTD, ((0, 0), (n_before, n_before), (0, 0)))
+    if document_BT is not None:
+        own = jnp.pad(document_BT, ((0, 0), (n_before, 0)))
+        later = jnp.pad(document_BT, ((0, 0), (n_before, n_before)))
+    total_BTD = 0
+    for j in range(n_before + 1):
+        place = slice(n_before - j, n_before - j + width)
+        term_BTD = later_BTD[:, place] * w_DW[:, j]
+        if document_BT is not None:
+            term_BTD = jnp.where((own == later[:, place])[:, :, None], term_BTD, 0)
+        total_BTD += term_BTD
+    return total_BTD
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

@@ -111,3 +111,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
         "segment_ids": make_segment_ids(case.layout, case.batch, case.tokens, seed=case.seed),
         "initial_state": rng.standard_normal(state_shape, np.float32) if case.initial else None,
     }
+
+
+def make_settings(case: Case) -> dict:
+    """The other arguments of ssd."""
+    return {"return_final_state": case.final}

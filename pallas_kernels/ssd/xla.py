@@ -388,18 +388,18 @@ def _straddling_sums(products_BCGRQQ):
     """
     chunk = products_BCGRQQ.shape[-1]
     width = min(chunk, _BLOCK)
-    n_blocks = chunk // width
-    blocks = products_BCGRQQ.reshape(*products_BCGRQQ.shape[:-2], n_blocks, width, n_blocks, width)
-    own = jnp.stack([blocks[..., k, :, k, :] for k in range(n_blocks)], axis=-3)
-    total = _straddle(own)
-    if n_blocks > 1:
-        later = jnp.tril(jnp.ones((n_blocks, n_blocks), products_BCGRQQ.dtype), -1)
-        rows = jnp.sum(blocks, axis=-1)  # block i, token, block j
-        from_before = jnp.sum(rows * later[:, None, :], axis=-1)
-        to_after = jnp.sum(blocks.sum(axis=-3) * later[:, :, None], axis=-3)  # block j, token
-        total += _prefix_sums(from_before, from_before.ndim - 1, reverse=True)
-        total += _prefix_sums(to_after, to_after.ndim - 1, inclusive=False)
-        total += _straddle(rows.sum(axis=-2), inclusive=False)[..., None]
+    starts = range(0, chunk, width)
+    own = jnp.stack([products_BCGRQQ[..., k : k + width, k : k + width] for k in starts], axis=-3)
+    total = _straddle(own)  # block, token
+    if len(starts) > 1:
+        block = jnp.arange(chunk) // width
+        other = jnp.where(block[:, None] > block, products_BCGRQQ, 0)
+        rows = other.reshape(*other.shape[:-1], len(starts), width).sum(axis=-1)  # token i, block j
+        to_after = other.sum(axis=-2).reshape(total.shape)
+        total += _prefix_sums(rows.sum(axis=-1).reshape(total.shape), total.ndim - 1, reverse=True)
+        total += _prefix_sums(to_after, total.ndim - 1, inclusive=False)
+        between = jnp.stack([rows[..., k : k + width, :].sum(axis=-2) for k in starts], axis=-2)
+        total += _straddle(between, inclusive=False)[..., None]
     return jnp.moveaxis(total.reshape(*products_BCGRQQ.shape[:-1]), -1, 2)
 
 

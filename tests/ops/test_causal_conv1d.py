@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d import cases, xla
 from pallas_kernels.layouts import LAYOUTS
-from tests.ops.support import check_against_oracle, make_weights, run
+from pallas_kernels.oracle import make_weights
+from tests.ops.support import check_against_oracle, run
 from tests.tolerances import check_close
 
 
 def options(case):
-    return {"activation": case.activation, "return_final_state": case.final, "implementation": "xla"}
+    return {**cases.make_settings(case), "implementation": "xla"}
 
 
 @pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)

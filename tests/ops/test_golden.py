@@ -25,6 +25,16 @@ def load(path):
     return parts, json.loads(str(data["meta"]))["options"]
 
 
+def end_state_with_its_document(parts):
+    """The file's convolution state is the row's last inputs of whatever document, ours only those of the last one."""
+    ids = parts["in_"]["segment_ids"]
+    n_before = parts["out_"]["final_state"].shape[1]
+    foreign = ids[:, -n_before:] != ids[:, -1:]
+    assert foreign.any()
+    parts["out_"]["final_state"][foreign] = 0
+    parts["grad_"]["x"][:, -n_before:][foreign] -= parts["w_"]["final_state"][foreign]
+
+
 def call_ssd(a, fixed, options, implementation):
     dt = a["dt"]
     if options.get("dt_softplus"):
@@ -46,6 +56,8 @@ def call_causal_conv1d(a, fixed, options, implementation):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.npz")), ids=lambda path: path.stem)
 def test_golden(path, implementation):
     parts, options = load(path)
+    if path.stem == "causal_conv1d-t17-segments":
+        end_state_with_its_document(parts)
     function = {"ssd": call_ssd, "causal_conv1d": call_causal_conv1d}[path.stem.split("-")[0]]
     # The files count documents from 0, which is padding here.
     fixed = {k: v.astype(np.int32) + 1 for k, v in parts["in_"].items() if v.dtype.kind == "i"}
