@@ -6,6 +6,7 @@ Axis letters: B batch, T tokens, D model, V vocabulary, L repeats of a group.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class HybridLM(nnx.Module):
         V, D, std = config.vocab_size, config.d_model, config.init_std
         key = rngs.params
         self.embedding = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
-        self.groups = nnx.List([_stacked(group, config, key()) for group in pattern.groups(config.pattern)])
+        self.groups = _build_groups(config, key())
         self.norm = RMSNorm(D, config.norm_eps)
         if config.tie_embeddings:
             self.output = None
@@ -225,14 +226,31 @@ class HybridLM(nnx.Module):
         return jax.lax.scan(unit, x_BTD, [state for _, state in splits])[0]
 
 
-def _stacked(group: pattern.Group, config: ModelConfig, key: jax.Array) -> nnx.List:
-    """The sublayers of a group's unit, their parameters stacked over its repeats."""
+def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:
+    """Of each group the sublayers of its unit, their parameters stacked over its repeats.
 
-    def unit(key):
-        rngs = nnx.Rngs(key)
-        return nnx.List([Sublayer(config.blocks[symbol], config, rngs=rngs) for symbol in group.unit])
+    Parameters follow from the key and the depth alone. All sublayers of a symbol are drawn by one program, so that
+    drawing compiles as fast for a long unit as for a short one.
+    """
+    depths: dict[str, dict] = {symbol: {} for symbol in config.pattern}
+    for depth, (symbol, place) in enumerate(zip(config.pattern, pattern.places(config.pattern), strict=True)):
+        depths[symbol].setdefault((place.group, place.position), []).append(depth)
+    sublayers = {}
+    for symbol, spots in depths.items():
+        all_depths = jnp.array([depth for spot in spots.values() for depth in spot])
+        stacked, start = _draw(config.blocks[symbol], config, key, all_depths), 0
+        for spot, of_spot in spots.items():
+            stop = start + len(of_spot)
+            sublayers[spot] = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], stacked)
+            start = stop
+    cut = pattern.groups(config.pattern)
+    return nnx.List([nnx.List([sublayers[g, i] for i in range(len(group.unit))]) for g, group in enumerate(cut)])
 
-    return nnx.vmap(unit)(jax.random.split(key, group.repeats))
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(block, config: ModelConfig, key: jax.Array, depths_L: jax.Array) -> Sublayer:
+    """Sublayers of one kind at several depths, stacked."""
+    return jax.vmap(lambda depth: Sublayer(block, config, rngs=nnx.Rngs(jax.random.fold_in(key, depth))))(depths_L)
 
 
 def _extend_group(sublayers, x_BTD, caches: list[dict], length_B, real_BT) -> tuple[jax.Array, list[dict]]:

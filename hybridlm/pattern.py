@@ -42,7 +42,7 @@ def groups(pattern: str) -> tuple[Group, ...]:
     """Groups whose expansion is `pattern`.
 
     A periodic pattern is one group with its shortest period. Any other is cut so that the units' total length, which is
-    what is compiled, is least; of such cuts, one with the fewest groups.
+    what is compiled, is least; of such cuts, one with the fewest groups, the first as deep as possible.
     """
     period = shortest_period(pattern)
     if period < len(pattern):
@@ -61,7 +61,7 @@ def groups(pattern: str) -> tuple[Group, ...]:
                 if pattern[stop : stop + length] != unit:
                     break
                 stop += length
-        best[start] = min(candidates, key=lambda candidate: candidate[:2])
+        best[start] = min(candidates, key=lambda candidate: (*candidate[:2], -candidate[2][0].depth))
     return best[0][2]
 
 

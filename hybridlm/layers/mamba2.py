@@ -137,15 +137,19 @@ class Mamba2Mixer(nnx.Module):
         self.in_zx_bias = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
         self.in_BC_bias = params.zeros((2, G, N), BC, "bias") if bias else None
         self.in_dt_bias = params.zeros((H,), heads, "bias") if bias else None
-        limit = 1 / math.sqrt(W)  # of a depthwise convolution, fan-in W, as published
-        self.conv_x = params.uniform(rngs, (H, P, W), (*channels, "conv"), "conv", limit)
-        self.conv_BC = params.uniform(rngs, (2, G, N, W), (*BC, "conv"), "conv", limit)
-        bias = config.conv_bias
-        self.conv_x_bias = params.uniform(rngs, (H, P), channels, "bias", limit) if bias else None
-        self.conv_BC_bias = params.uniform(rngs, (2, G, N), BC, "bias", limit) if bias else None
-        self.dt_bias = params.make(_init_dt_bias(rngs, H, config), heads, "recurrence")
-        A_H = jax.random.uniform(rngs.params(), (H,), jnp.float32, *config.A_init)
-        self.A_log = params.make(jnp.log(A_H), heads, "recurrence")
+        draw_x, draw_BC = params.uniforms(
+            rngs, (H, P, W + 1), (2, G, N, W + 1)
+        )  # conv: +-1 / sqrt(fan-in), as published
+        draw_x, draw_BC = ((2 * draw - 1) / math.sqrt(W) for draw in (draw_x, draw_BC))
+        self.conv_x = params.make(draw_x[..., :W], (*channels, "conv"), "conv")
+        self.conv_BC = params.make(draw_BC[..., :W], (*BC, "conv"), "conv")
+        self.conv_x_bias = params.make(draw_x[..., W], channels, "bias") if config.conv_bias else None
+        self.conv_BC_bias = params.make(draw_BC[..., W], BC, "bias") if config.conv_bias else None
+        draw_dt, draw_A = params.uniforms(rngs, (H,), (H,))
+        self.dt_bias = params.make(_init_dt_bias(draw_dt, config), heads, "recurrence")
+        self.A_log = params.make(
+            jnp.log(config.A_init[0] + draw_A * (config.A_init[1] - config.A_init[0])), heads, "recurrence"
+        )
         per_D = 2 if config.per_channel_D else 1
         self.D = params.ones((H, P)[:per_D], channels[:per_D], "recurrence")
         self.norm = params.ones((H, P), channels, "norm") if config.gated_norm is not None else None
@@ -270,11 +274,10 @@ class Mamba2Mixer(nnx.Module):
         return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
 
 
-def _init_dt_bias(rngs: nnx.Rngs, n_heads: int, config: Mamba2) -> jax.Array:
+def _init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
     """Inverse softplus of step sizes drawn log-uniformly from [dt_min, dt_max], at least dt_init_floor."""
     low, high = math.log(config.dt_min), math.log(config.dt_max)
-    dt_H = jnp.exp(jax.random.uniform(rngs.params(), (n_heads,), jnp.float32, low, high))
-    dt_H = jnp.maximum(dt_H, config.dt_init_floor)
+    dt_H = jnp.maximum(jnp.exp(low + uniform_H * (high - low)), config.dt_init_floor)
     return dt_H + jnp.log(-jnp.expm1(-dt_H))
 
 

@@ -83,9 +83,12 @@ def ones(shape, axes, kind: Kind) -> nnx.Param:
     return make(jnp.ones(shape, jnp.float32), axes, kind)
 
 
-def uniform(rngs: nnx.Rngs, shape, axes, kind: Kind, limit: float) -> nnx.Param:
-    """A parameter drawn uniformly from [-limit, limit)."""
-    return make(jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit), axes, kind)
+def uniforms(rngs: nnx.Rngs, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    """Small arrays drawn uniformly from [0, 1), all at once: each draw of its own is a program to compile."""
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = jax.random.uniform(rngs.params(), (sum(sizes),), jnp.float32)
+    cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return [part.reshape(shape) for part, shape in zip(jnp.split(flat, cuts), shapes, strict=True)]
 
 
 def use(param: nnx.Param, dtype) -> jax.Array:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models, packed rows with the documents in them, and losses that compare the two."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybridlm.config import MLP, Attention, GatedNorm, Llama3, Mamba2, ModelConfig, Rope
+from hybridlm.model import HybridLM
+
+VOCAB = 29
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options: without machine-code optimisation, in half the time."""
+MAMBA = Mamba2(d_state=4, d_head=4, n_groups=2, chunk=8)
+VARIANTS = {
+    "mamba2": MAMBA,
+    "mamba2_norm_first": replace(
+        MAMBA, gated_norm=GatedNorm(before_gate=True, n_groups=1), proj_bias=True, per_channel_D=True, d_conv=3
+    ),
+    "mamba2_no_norm": replace(MAMBA, n_groups=1, gated_norm=None, conv_bias=False, dt_limit=(0.01, 0.5), d_conv=2),
+    "attention": Attention(n_heads=4, n_kv_heads=2, d_head=6, qkv_bias=True, out_bias=True),
+    "gated": Attention(n_heads=4, n_kv_heads=1, d_head=8, gate="elementwise", rope=None, softcap=3.0, scale=0.5),
+    "window": Attention(
+        n_heads=2, d_head=8, window=3, sinks=True, gate="head", qk_norm=True, rope=Rope(100.0, 0.5, Llama3())
+    ),
+    "mlp": MLP(d_ff=20, activation="geglu", bias=True),
+}
+HYBRID = {
+    "M": VARIANTS["mamba2"],
+    "m": VARIANTS["mamba2_norm_first"],
+    "*": VARIANTS["gated"],
+    "a": VARIANTS["attention"],
+    "w": VARIANTS["window"],
+    "-": VARIANTS["mlp"],
+}
+
+
+def small(pattern: str = "Mm*-aw", blocks: dict = HYBRID, **changes) -> ModelConfig:
+    """A float32 config of width 16."""
+    blocks = {symbol: blocks[symbol] for symbol in dict.fromkeys(pattern)}
+    return ModelConfig(VOCAB, 16, pattern, blocks, **{"compute_dtype": "float32", **changes})
+
+
+def build(config: ModelConfig, seed: int = 0) -> HybridLM:
+    """A model without a parameter at 0 or 1, so that each one matters."""
+
+    abstract = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(abstract)
+    draw = jax.jit(lambda key: nnx.state(HybridLM(config, rngs=nnx.Rngs(key))), compiler_options=QUICK)
+    rng = np.random.default_rng(seed)
+    params = draw(jax.random.key(seed))
+    noise = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    return nnx.merge(graphdef, jax.tree.map(jnp.add, params, noise))
+
+
+def named(params) -> dict[str, np.ndarray]:
+    """Parameters or gradients by dotted path."""
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    """Tokens of the small models' vocabulary."""
+    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
+
+
+def log_likelihoods(model, tokens_BT, targets_BT, segment_ids=None) -> jax.Array:
+    """Log probability [B, T] of each target."""
+    log_p = jax.nn.log_softmax(model(tokens_BT, segment_ids), axis=-1)
+    return jnp.take_along_axis(log_p, targets_BT[:, :, None], axis=-1)[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows with documents in them, and the same documents one a row."""
+
+    segment_ids: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    places: list[np.ndarray]
+    """Of each document, its tokens' indices in the flattened rows."""
+
+    def alone(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, targets and mask [documents, T]; rows end in whatever tokens, which a causal model does not see."""
+        shape = (len(self.places), self.tokens.shape[1])
+        tokens, targets, mask = random_tokens(*shape, seed=7), np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row, place in enumerate(self.places):
+            tokens[row, : len(place)] = self.tokens.reshape(-1)[place]
+            targets[row, : len(place)] = self.targets.reshape(-1)[place]
+            mask[row, : len(place)] = True
+        return tokens, targets, mask
+
+
+def packed_rows() -> Packed:
+    """Boundaries inside a chunk of 8 and on its edge, one-token documents, ids that come back, padding everywhere."""
+    rows = [
+        [1] * 5 + [2] * 3 + [3] * 8 + [4, 5] + [6] * 6,
+        [7] * 11 + [2] * 4 + [7] * 3 + [0] * 6,
+        [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 2, 0, 0, 2, 2, 2, 2, 2, 3, 0, 3, 3, 0],
+        [0] * 24,
+        [1] * 24,
+    ]
+    segment_ids = np.array(rows, np.int32)
+    places = []
+    for b, row in enumerate(rows):
+        last = 0
+        for t, segment in enumerate(row):
+            if segment and segment != last:
+                places.append([])
+                last = segment
+            if segment:
+                places[-1].append(b * len(row) + t)
+    shape = segment_ids.shape
+    return Packed(
+        segment_ids, random_tokens(*shape, seed=1), random_tokens(*shape, seed=2), [np.array(p) for p in places]
+    )
