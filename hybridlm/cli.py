@@ -47,6 +47,9 @@ def _run(command: Callable[[], int]) -> int:
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
+    except BrokenPipeError:  # the reader of our output, as `| head`, has gone
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is flushed at exit goes there)
+        return 1
     except OSError as error:
         if error.strerror is None:
             raise
@@ -73,8 +76,8 @@ def _train(words: list[str], prog: str) -> int:
     _prepare()
     from hybridlm.loop import train
 
-    again = [word for word in _without(overrides, "--run.steps")]
-    return train(config, command=shlex.join([*prog.split(), "--config", name, *again]))
+    again = [*prog.split(), "--config", name, *_without(overrides, "--run.steps")]
+    return train(config, command=shlex.join(again))
 
 
 def _take_config(words: list[str]) -> tuple[str | None, list[str]]:

@@ -50,7 +50,9 @@ def train(config: Config, command: str = "python train.py --config CONFIG") -> i
                 try:
                     stopped = run.loop() or run.close_run()
                 except jax.errors.JaxRuntimeError as error:
-                    raise _explained(error) from error
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    raise _out_of_memory(error) from error
             if stopped:
                 display.say(f"stopped and saved at step {run.step} of {config.run.steps}; to resume: {command}")
                 return 128 + (stop.signum or 0)
@@ -287,10 +289,7 @@ def _check_vocabulary(config: Config, corpus, display: Display) -> None:
         )
 
 
-def _explained(error: Exception) -> Exception:
-    """Out of device memory as one line; other errors as they are."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
+def _out_of_memory(error: Exception) -> RunError:
     return RunError(
         "out of device memory: raise --optim.accumulate or --mesh.fsdp, set --model.remat=full, or lower "
         f"--data.batch_size or --data.seq_len ({str(error).strip().splitlines()[0][:200]})"

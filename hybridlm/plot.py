@@ -19,7 +19,7 @@ def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path)
     axes.plot(*train.T, color="tab:blue", linewidth=1.2, label="train")
     if len(val):
         axes.plot(*val.T, color="tab:orange", linewidth=1.5, marker="o", markersize=4, label="validation")
-        axes.annotate(f"{val[-1, 1]:.3f}", val[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
+        axes.annotate(f"{val[-1, 1]:.3f}", val[-1], textcoords="offset points", xytext=(0, -14), ha="right")
     if bigram is not None:
         axes.axhline(bigram, color="gray", linestyle="--", linewidth=1, label=f"byte bigram {bigram:.3f}")
     axes.set(xlabel="step", ylabel="bits per byte", title=title)

@@ -69,8 +69,11 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
     loss_sums = make_loss(config, graphdef)
     step = make_train_step(config, loss_sums, optimizer, schedule, params_at)
+    # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
-        init=jax.jit(init, out_shardings=shardings),
+        init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(loss_sums),
         state_like=like,
@@ -142,7 +145,7 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
 
     def train_step(state, batch):
         sums, grads = gradients(state["params"], batch)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nats) & jnp.isfinite(sums.z)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: accumulation, devices, clipping, steps that are not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hybridlm.layers.params import ParamInfo
+from hybridlm.optim import make_optimizer
+from hybridlm.step import like_params
+from tests.train.conftest import make_batch, small_config, small_program
+
+
+def run_steps(overrides=(), mesh_sizes=(1, 1, 1), n_steps=3):
+    """(parameters, metrics of each step, specs of the state) on a mesh of data, fsdp, tensor."""
+    config, mesh, program = small_program(tuple(overrides), mesh_sizes)
+    with jax.set_mesh(mesh):
+        state, history = program.init(), []
+        for step in range(n_steps):
+            batch = jax.device_put(make_batch(config, step), program.batch_sharding)
+            state, metrics = program.train_step(state, batch)
+            history.append(jax.device_get(metrics))
+        return jax.device_get(state["params"]), history, jax.tree.map(lambda x: x.sharding.spec, state)
+
+
+def relative(actual, expected):
+    """Largest relative RMS difference of the arrays of two trees."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6) for a, b in pairs)
+
+
+def options(name):
+    return (f"optim.name={name}", "optim.z_loss=1e-3")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Three steps of each optimizer on one device."""
+    return {name: run_steps(options(name)) for name in ("adamw", "muon")}
+
+
+def test_accumulation_equals_one_batch(reference):
+    params, history, _ = reference["adamw"]
+    split, split_history, _ = run_steps((*options("adamw"), "optim.accumulate=4"))
+    tokens = [make_batch(small_config(), step)["targets"] for step in range(3)]
+    per_micro = [np.sum(t.reshape(2, 4, -1) >= 0, axis=(0, 2)) for t in tokens]
+    assert all(len(set(counts)) > 1 for counts in per_micro), "the microbatches should hold different numbers of tokens"
+    for a, b in zip(split_history, history, strict=True):
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
+    assert relative(split, params) < 2e-4
+
+
+MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("adamw", "fsdp"),
+        ("adamw", "tensor"),
+        ("muon", "both"),
+        pytest.param("adamw", "data", marks=pytest.mark.slow),
+        pytest.param("adamw", "both", marks=pytest.mark.slow),
+        pytest.param("muon", "fsdp", marks=pytest.mark.slow),
+        pytest.param("muon", "tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_equal_one(reference, name, mesh):
+    params, history, _ = reference[name]
+    many, many_history, specs = run_steps(options(name), MESHES[mesh])
+    for a, b in zip(many_history, history, strict=True):
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
+    assert relative(many, params) < 5e-4
+    used = {axis for spec in jax.tree.leaves(specs["opt_state"]) for axis in jax.tree.leaves(tuple(spec))}
+    assert used >= {"fsdp": {"fsdp"}, "tensor": {"tensor"}, "both": {"fsdp", "tensor"}, "data": set()}[mesh]
+
+
+def test_mean_over_all_tokens_of_the_batch():
+    _, history, _ = run_steps((*options("adamw"), "optim.accumulate=4"), n_steps=1)
+    config, _, program = small_program(options("adamw"))
+    batch, params = make_batch(config, 0), program.init()["params"]
+
+    def mean(params):
+        model = nnx.merge(program.graphdef, params)
+        logits = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+        valid = batch["targets"] >= 0
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, np.where(valid, batch["targets"], 0))
+        z = jax.nn.logsumexp(logits, axis=-1) ** 2
+        return jnp.sum((nats + config.optim.z_loss * z) * valid) / valid.sum()
+
+    loss, grads = jax.jit(jax.value_and_grad(mean))(params)
+    ours = (history[0]["nats"] + config.optim.z_loss * history[0]["z"]) / history[0]["tokens"]
+    np.testing.assert_allclose(ours, loss, rtol=1e-5)
+    np.testing.assert_allclose(history[0]["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
+    config, _, program = small_program(options("adamw"))
+    state, _ = program.train_step(program.init(), make_batch(config, 0))
+    poisoned = jax.tree.map(jnp.copy, state)
+    poisoned["params"]["embedding"] = poisoned["params"]["embedding"].at[3, 0].set(jnp.nan)
+    before = jax.device_get(poisoned)
+    after, metrics = program.train_step(poisoned, make_batch(config, 1))
+    assert not np.isfinite(metrics["nats"])
+    for name in ("params", "opt_state"):
+        for a, b in zip(jax.tree.leaves(after[name]), jax.tree.leaves(before[name]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_row"])) == (2, 1, 1)
+    after, _ = program.train_step(after, make_batch(config, 2))
+    assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_row"])) == (3, 2, 2)
+    after["params"] = jax.tree.map(jnp.copy, state["params"])
+    after, metrics = program.train_step(after, make_batch(config, 3))
+    assert (int(after["step"]), int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (4, 2, 0)
+    assert np.isfinite(metrics["nats"]) and relative(after["params"], state["params"]) > 0
+
+
+def test_clipping_scales_to_the_global_norm():
+    info = {"w": ParamInfo(("d_model", None), "matrix", 1, (), False, (2, 2))}
+    config = small_config("optim.clip_norm=0.5").optim
+    optimizer, _ = make_optimizer(config, 10, info)
+    grads = {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])}
+    state = optimizer.init({"w": jnp.zeros((2, 2))})
+    _, state = optimizer.update(grads, state, {"w": jnp.zeros((2, 2))})
+    moment = optax.tree_utils.tree_get(state, "mu")["w"]
+    np.testing.assert_allclose(moment, (1 - config.betas[0]) * grads["w"] * 0.1, rtol=1e-6)
+
+
+def test_optimizer_state_lies_like_its_parameters():
+    params = {"a": jnp.zeros((2, 3)), "b": {"a": jnp.zeros((4,))}}
+    state = optax.adam(1e-3).init(params)
+    placed = like_params(state, params, {"a": "A", "b": {"a": "B"}}, "everywhere")
+    assert placed[0].mu == {"a": "A", "b": {"a": "B"}} == placed[0].nu and placed[0].count == "everywhere"
