@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remat policies change what is kept, not the numbers; a scan over groups equals the sublayers one by one."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybridlm import remat
+from hybridlm.config import ConfigError
+from hybridlm.model import HybridLM
+from hybridlm.pattern import groups, places
+from tests.model.model_support import QUICK, build, log_likelihoods, named, packed_rows, small
+from tests.tolerances import check_close
+
+PATTERN = "M*-" * 2 + "a"
+PACKED = packed_rows()
+
+
+def value_and_grads(model):
+    graphdef, params = nnx.split(model)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return log_likelihoods(model, PACKED.tokens[:2], PACKED.targets[:2], PACKED.segment_ids[:2]).mean()
+
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return value_and_grads(build(small(PATTERN)))
+
+
+@pytest.mark.parametrize("policy", ["full", "dots", "mixer", "mamba_ssd, attention_out,mlp_hidden"])
+def test_equals_none(policy, expected):
+    loss, grads = value_and_grads(build(small(PATTERN, remat=policy)))
+    check_close(loss, expected[0], dtype="float32", what="loss")
+    for path, grad in named(expected[1]).items():
+        check_close(named(grads)[path], grad, dtype="float32", what=path)
+
+
+def residual_bytes(policy: str, pattern: str) -> int:
+    """Bytes of what the forward hands to the backward."""
+    graphdef, params = nnx.split(build(small(pattern, remat=policy)))
+    _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: nnx.merge(graphdef, p)(PACKED.tokens).sum(), p), params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+
+def test_policies_keep_less():
+    sizes = {policy: residual_bytes(policy, PATTERN) for policy in ("none", "mixer", "dots", "mlp_hidden", "full")}
+    assert sizes["full"] < sizes["mlp_hidden"] < sizes["none"]
+    assert sizes["full"] < sizes["dots"] < sizes["none"]
+    assert sizes["full"] < sizes["mixer"] < sizes["none"]
+
+
+def test_mixer_policy_leaves_feed_forward_alone():
+    assert residual_bytes("mixer", "--") == residual_bytes("none", "--")
+    assert residual_bytes("mixer", "MM") == residual_bytes("full", "MM")
+
+
+@pytest.mark.parametrize("name", sorted(remat.NAMES))
+def test_every_name_is_an_intermediate(name):
+    """Keeping it keeps more than keeping nothing."""
+    assert residual_bytes(name, "M*-a") > residual_bytes("full", "M*-a")
+
+
+@pytest.mark.parametrize("policy", ["some", "mamba_ssd,ssd", "", "none,full"])
+def test_unknown_names(policy):
+    with pytest.raises(ConfigError, match="known are none, full, dots, mixer, or .*mamba_ssd") as error:
+        HybridLM(small("M", remat=policy), rngs=nnx.Rngs(0))
+    assert "\n" not in str(error.value)
+
+
+def test_scanned_groups_equal_an_unrolled_model(expected):
+    """Each sublayer of the pattern by itself, its parameters cut out of the stacks."""
+    model = build(small(PATTERN))
+    assert [group.repeats for group in groups(PATTERN)] != [1]
+    graphdef, params = nnx.split(model)
+    sublayers = []
+    for place in places(PATTERN):
+        definition, state = nnx.split(model.groups[place.group][place.position])
+        sublayers.append((definition, jax.tree.map(lambda a, place=place: a[place.repeat], state)))
+
+    class Unrolled:
+        def __init__(self, params, states):
+            self.model, self.states = nnx.merge(graphdef, params), states
+
+        def __call__(self, tokens_BT, segment_ids):
+            x_BTD = self.model.embedding[...][tokens_BT]
+            for (definition, _), state in zip(sublayers, self.states):
+                x_BTD = nnx.merge(definition, state)(x_BTD, segment_ids, None)
+            return self.model.logits(self.model.norm(x_BTD))
+
+    def loss(params, states):
+        model = Unrolled(params, states)
+        return log_likelihoods(model, PACKED.tokens[:1], PACKED.targets[:1], PACKED.segment_ids[:1]).mean()
+
+    def scanned(params):
+        model = nnx.merge(graphdef, params)
+        return log_likelihoods(model, PACKED.tokens[:1], PACKED.targets[:1], PACKED.segment_ids[:1]).mean()
+
+    states = [state for _, state in sublayers]
+    value, (_, grads) = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=QUICK)(params, states)
+    scan_value, scan_grads = jax.jit(jax.value_and_grad(scanned), compiler_options=QUICK)(params)
+    check_close(scan_value, value, dtype="float32", what="loss")
+    scan_grads = named(scan_grads)
+    for place, grad in zip(places(PATTERN), grads):
+        for path, expected_grad in named(grad).items():
+            actual = scan_grads[f"groups.{place.group}.{place.position}.{path}"][place.repeat]
+            check_close(actual, expected_grad, dtype="float32", what=f"{place} {path}")
+
+
+def test_program_does_not_grow_with_depth():
+    def size(repeats):
+        model = nnx.eval_shape(lambda: HybridLM(small("M*-" * repeats), rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(model)
+        jaxpr = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(np.zeros((1, 4), np.int32)))(params)
+        return len(str(jaxpr).splitlines())
+
+    assert size(2) == size(9)
