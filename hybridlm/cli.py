@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from hybridlm.compat import avoid_faulty_cpu_fusions
 from hybridlm.config_io import config_names, help_text, load_config, read_config
 from hybridlm.errors import ConfigError, RunError
 
@@ -109,7 +108,6 @@ def _without(words: list[str], key: str) -> list[str]:
 
 def _prepare() -> None:
     """Joins a cluster where the environment announces one; keeps compiled programs between starts; quiets libraries."""
-    avoid_faulty_cpu_fusions()
     import jax
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
