@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the ops and checks them: `python -m pallas_kernels.bench OP [--impl a,b] [--case NAME] [--check] [--json FILE]`.
+"""Times and checks ops: `python -m pallas_kernels.bench OP [--impl a,b] [--case NAME] [--check] [--json FILE]`.
 
 OP is ssd, attention or causal_conv1d. Without --case all timed cases run. The forward row times the outputs alone, the
-forward + backward row outputs and the gradients of every array. Milliseconds are medians over repetitions of many calls in
-flight, divided by their number. TFLOP/s counts what the maths needs (no recomputation), GB/s every argument and result
-once. --check compares every test case (or the one of --case), gradients included, with the float64 reference and exits
-with 1 if a tensor leaves the tolerance table.
+forward + backward row outputs and the gradients of every array. Milliseconds are medians over repetitions of many
+calls in flight, divided by their number. TFLOP/s counts what the maths needs (no recomputation), GB/s every argument
+and result once. --check compares every test case (or the one of --case), gradients included, with the float64
+reference and exits with 1 if a tensor leaves the tolerance table.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     device = jax.devices()[0]
     print(f"{options.op} {options.dtype} on {device.device_kind} ({device.platform}), jax {jax.__version__}")
     if options.check:
-        selected = [module.CASES[options.case]] if options.case else [*module.TEST_CASES, *getattr(module, "WIDTH_CASES", ())]
+        selected = (
+            [module.CASES[options.case]] if options.case else [*module.TEST_CASES, *getattr(module, "WIDTH_CASES", ())]
+        )
         rows = [check(options.op, case, name, options.dtype) for case in selected for name in implementations]
     else:
         selected = [module.CASES[options.case]] if options.case else module.BENCH_CASES

@@ -25,10 +25,7 @@ def enable_x64(enabled: bool = True):
 def default_device_platform() -> str:
     """Platform of the default device: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device
-    if device is None:
-        name = jax.default_backend()
-    else:
-        name = device if isinstance(device, str) else device.platform
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
     name = name.split(":")[0].lower()
     return "gpu" if name in ("cuda", "rocm") else name
 
@@ -49,7 +46,7 @@ def avoid_faulty_cpu_fusions() -> None:
 
     if xla_bridge.backends_are_initialized() and default_device_platform() == "cpu":
         warnings.warn(
-            f"JAX computed before pallas_kernels was imported: on CPU, jaxlib {jaxlib.__version__} may give wrong results; "
-            f"import pallas_kernels or hybridlm first, set XLA_FLAGS={flag}, or use jaxlib 0.11",
+            f"JAX computed before pallas_kernels was imported: on CPU, jaxlib {jaxlib.__version__} may give wrong "
+            f"results; import pallas_kernels or hybridlm first, set XLA_FLAGS={flag}, or use jaxlib 0.11",
             stacklevel=3,
         )

@@ -55,7 +55,9 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
         _log_once(op, f"{op}: auto uses {choice} on {here} ({why})")
         return _load(op, choice)
     if implementation != here:
-        raise NotImplementedError(f"implementation ({implementation!r}) of {op} needs that platform, the default is {here!r}")
+        raise NotImplementedError(
+            f"implementation ({implementation!r}) of {op} needs that platform, the default is {here!r}"
+        )
     if reason := _limit(op, implementation, args, kwargs):
         raise NotImplementedError(f"implementation ({implementation!r}) of {op} cannot serve this call: {reason}")
     return _load(op, implementation)

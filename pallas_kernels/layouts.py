@@ -22,9 +22,8 @@ def make_segment_ids(layout: str, batch: int, tokens: int, *, seed: int = 0, edg
 
     dense: None. one: all ones. packed: documents of random lengths. edges: documents that end on multiples of `edge`.
     singles: runs of one-token documents between longer ones. right, left: padding on that side of packed rows.
-    interior: padding inside documents. scattered: padding anywhere, ids that repeat later in the row. empty: row 0 is all
-    padding, the others are packed.
-    Raises ValueError for an unknown name.
+    interior: padding inside documents. scattered: padding anywhere, ids that repeat later in the row. empty: row 0 is
+    all padding, the others are packed. Raises ValueError for an unknown name.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout ({layout!r}) not one of {', '.join(LAYOUTS)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares an implementation of an op, gradients included, with its reference in float64; holds the one tolerance table.
+"""Compares an implementation of an op, gradients included, with its float64 reference; holds the one tolerance table.
 
 Used by the tests and by `python -m pallas_kernels.bench OP --check`. Works on the inputs that the ops' cases.py make.
 """
@@ -16,11 +16,12 @@ from pallas_kernels.compat import enable_x64
 POSITIONAL = {"ssd": ("x", "dt", "A", "B", "C"), "attention": ("q", "k", "v"), "causal_conv1d": ("x", "w", "b")}
 INTEGERS = ("segment_ids", "positions")
 
-# Relative RMS allowed by dtype of the activations; a tensor is looked up by its longest matching prefix, "" is the rest.
-# Rounding a result to bfloat16 alone is 1.7e-3, and gradients add up a few of those.
+# Relative RMS allowed by dtype of the activations; a tensor is looked up by its longest matching prefix, "" is the
+# rest. Rounding a result to bfloat16 alone is 1.7e-3, and gradients add up a few of those.
 RELATIVE_RMS = {"float64": {"": 1e-10}, "float32": {"": 1e-5}, "bfloat16": {"": 1e-2}}
 
-# A gradient much smaller than the others of its call is a sum that cancels: its error counts relative to this share of them.
+# A gradient much smaller than the others of its call is a sum that cancels: its error counts relative to this share
+# of them.
 SMALL_GRADIENT = 1e-2
 
 
@@ -51,7 +52,7 @@ def make_weights(shapes, seed: int = 11) -> list[np.ndarray]:
 
 
 def evaluate(op: str, inputs: dict, *, weights=None, compiler_options=None, **settings) -> dict[str, np.ndarray]:
-    """Outputs and gradients of sum(output * weight) by name: out0, out1, d<input>; float64 arrays of what was computed."""
+    """Outputs and gradients of sum(output * weight) by name (out0, out1, d<input>), widened to float64 arrays."""
     arrays, fixed = split(inputs)
 
     def outputs(arrays):
@@ -62,7 +63,9 @@ def evaluate(op: str, inputs: dict, *, weights=None, compiler_options=None, **se
 
     def loss(arrays):
         out = outputs(arrays)
-        parts = [jnp.vdot(o.astype(jnp.promote_types(o.dtype, jnp.float32)), w) for o, w in zip(out, weights, strict=True)]
+        parts = [
+            jnp.vdot(o.astype(jnp.promote_types(o.dtype, jnp.float32)), w) for o, w in zip(out, weights, strict=True)
+        ]
         return sum(parts), out
 
     function = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compiler_options)
@@ -107,7 +110,7 @@ def bound(dtype, what: str = "") -> float:
 
 
 def relative_rms(actual, expected, floor: float = 0.0) -> float:
-    """RMS of the difference over RMS of the expected tensor (over `floor` if larger); inf for anything but finite numbers."""
+    """RMS of the difference over that of the expected tensor (over `floor` if larger); inf where not finite."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return float("inf")

@@ -15,10 +15,10 @@ def last_real_ids(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
-    """[B, T] int32: number of the document in its row, counted from 0 and never falling; padding keeps the number before it.
+    """[B, T] int32: number of the document in its row, from 0 and never falling; padding keeps the number before it.
 
-    Two real tokens belong to one document exactly if their numbers are equal, whatever stands between them. Document 0 is
-    the one that an initial state continues.
+    Two real tokens belong to one document exactly if their numbers are equal, whatever stands between them. Document
+    0 is the one that an initial state continues.
     """
     latest_BT = last_real_ids(segment_ids_BT)
     before_BT = jnp.pad(latest_BT[:, :-1], ((0, 0), (1, 0)))

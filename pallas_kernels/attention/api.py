@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention with grouped keys, windows, documents and a sigmoid output gate (Qiu et al. 2025, arXiv:2505.06708)."""
+"""Softmax attention with grouped keys, windows, documents and an output gate (Qiu et al. 2025, arXiv:2505.06708)."""
 
 import math
 import numbers
@@ -27,10 +27,10 @@ def attention(
     q_offset: int | jax.Array = 0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """out_t = sigmoid(gate_t) * sum over visible s of softmax_s(scale q_t . k_s) v_s, per head; head h reads h // (H / K).
+    """out_t = sigmoid(gate_t) * sum over visible s of softmax_s(scale q_t . k_s) v_s; head h reads k, v h // (H / K).
 
-    Key s is visible to query t if both have the same segment id, that id is not 0, position t >= position s (causal) and
-    position t - position s < window. A query without visible keys gives exactly 0 and no gradients.
+    Key s is visible to query t if both have the same segment id, that id is not 0, position t >= position s (causal)
+    and position t - position s < window. A query without visible keys gives exactly 0 and no gradients.
 
     Args:
       q_BTHP: queries, bfloat16, float16, float32 or float64.
@@ -48,12 +48,15 @@ def attention(
     Returns:
       out_BTHP in the dtype of q.
 
-    Scores, softmax statistics and sums are float32 at least. Gradients flow to q, k, v, gate and sinks. Raises ValueError or
-    TypeError for arguments that do not fit together, NotImplementedError where the named implementation cannot serve.
+    Scores, softmax statistics and sums are float32 at least. Gradients flow to q, k, v, gate and sinks. Raises
+    ValueError or TypeError for arguments that do not fit together, NotImplementedError where the named implementation
+    cannot serve.
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape
-    check_shape("k_BSKP", k_BSKP, (n_batch, None, None, d_head), "batch of q_BTHP, keys, key heads, head width of q_BTHP")
+    check_shape(
+        "k_BSKP", k_BSKP, (n_batch, None, None, d_head), "batch of q_BTHP, keys, key heads, head width of q_BTHP"
+    )
     n_keys, n_kv_heads = k_BSKP.shape[1:3]
     check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
     if min(n_queries, n_keys) < 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`attention` over the full [T, S] matrix: slow, obvious, and the oracle of the others (float32, or float64 if the inputs are)."""
+"""`attention` over the full [T, S] matrix: slow, obvious, the oracle of the others (float64 if the inputs are)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`attention` as blockwise online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv:2205.14135): memory linear in T and S.
+"""`attention` as blockwise online softmax (Dao et al. 2022, arXiv:2205.14135): memory linear in T and S.
 
-One loop walks a static list of block pairs (query block, key block), without those that the causal and window masks over
-token indices hide; pairs that documents or given positions hide are skipped at run time. The backward pass walks the same
-list and recomputes the weights from the stored log-sum. On a GPU, calls that cuDNN serves go to it.
+One loop walks a static list of block pairs (query block, key block), without those that the causal and window masks
+over token indices hide; pairs that documents or given positions hide are skipped at run time. The backward pass walks
+the same list and recomputes the weights from the stored log-sum. On a GPU, calls that cuDNN serves go to it.
 
 Axis letters beyond hybridlm's: R query heads of a key head, Q and J positions in a query and a key block, V width of v.
 """
@@ -64,7 +64,9 @@ def attention_xla(
             q_BTHP, k_BSKP, v_BSKP, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
         )
     else:
-        out_BTHP = _blockwise(q_BTHP, k_BSKP, v_BSKP, causal, window, segment_ids, positions, scale, softcap, sinks, q_offset)
+        out_BTHP = _blockwise(
+            q_BTHP, k_BSKP, v_BSKP, causal, window, segment_ids, positions, scale, softcap, sinks, q_offset
+        )
     return out_BTHP if gate is None else _apply_gate(out_BTHP, gate if gate.ndim == 4 else gate[..., None])
 
 
@@ -261,7 +263,9 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings
         weights_BKRQJ = weights_BKRQJ if mask is None else jnp.where(mask, weights_BKRQJ, 0)
         shrink_BKRQ = jnp.exp(top_BKRQ - new_top_BKRQ)
         v_BKJV = _at(v_BKSV, pair[1], k_block, 2)
-        added = jnp.einsum("bkrqj,bkjv->bkrqv", weights_BKRQJ.astype(v_BKJV.dtype), v_BKJV, preferred_element_type=dtype)
+        added = jnp.einsum(
+            "bkrqj,bkjv->bkrqv", weights_BKRQJ.astype(v_BKJV.dtype), v_BKJV, preferred_element_type=dtype
+        )
         return (
             sum_BKRQV * shrink_BKRQ[..., None] + added,
             new_top_BKRQ,

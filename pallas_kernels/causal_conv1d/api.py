@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal depthwise convolution over tokens, with bias and activation: the short convolution of Mamba and its relatives."""
+"""Causal depthwise convolution over tokens with bias and activation: the short convolution of Mamba and relatives."""
 
 import jax
 
@@ -30,13 +30,15 @@ def causal_conv1d(
       segment_ids: int32 [B, T], or None for one document a row; the contract stands in the package docstring.
       initial_state: [B, W - 1, D], the raw inputs before the first token, oldest first; None is zeros.
       return_final_state: also return the last W - 1 raw inputs of each row's last document. They reach back into
-        initial_state if that is the first document and shorter than W - 1 tokens, and are zero before its start otherwise.
+        initial_state if that is the first document and shorter than W - 1 tokens, and are zero before its start
+        otherwise.
 
     Returns:
       y_BTD in the dtype of x, or (y_BTD, final_state [B, W - 1, D] in the dtype of x, of which it is a copy).
 
-    Sums are float32 at least. Gradients flow to x, w, b and initial_state and through both results. Raises ValueError or
-    TypeError for arguments that do not fit together, NotImplementedError where the named implementation cannot serve.
+    Sums are float32 at least. Gradients flow to x, w, b and initial_state and through both results. Raises ValueError
+    or TypeError for arguments that do not fit together, NotImplementedError where the named implementation cannot
+    serve.
     """
     check_shape("x_BTD", x_BTD, (None,) * 3, "batch, tokens, width")
     n_batch, n_tokens, d_model = x_BTD.shape

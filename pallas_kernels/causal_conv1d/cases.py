@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named shapes of `causal_conv1d` and makers of their inputs, shared by tests and benchmarks. Inputs are NumPy arrays."""
+"""Named shapes of `causal_conv1d` and makers of their inputs (NumPy arrays), shared by tests and benchmarks."""
 
 import dataclasses
 

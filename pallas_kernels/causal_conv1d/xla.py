@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`causal_conv1d` as shifts and adds, which XLA fuses into one pass over x, with a hand-written backward of the same form.
+"""`causal_conv1d` as shifts and adds, which XLA fuses into one pass over x; the hand-written backward is alike.
 
 A tap counts if its token belongs to the document of the current one. That is exact as long as padding does not stand
-between two tokens that see each other; where it does (rare, decided at run time), real tokens are first moved to the front
-of their rows and afterwards back.
+between two tokens that see each other; where it does (rare, decided at run time), real tokens are first moved to the
+front of their rows and afterwards back.
 """
 
 import functools

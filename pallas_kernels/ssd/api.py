@@ -39,9 +39,9 @@ def ssd(
     Returns:
       y_BTHP in the dtype of x, or (y_BTHP, final_state_BHPN) with the state in float32 (float64 if x or dt is).
 
-    Accumulation, decays and states are float32 at least. Gradients flow to every floating-point argument and through both
-    results. Raises ValueError or TypeError for arguments that do not fit together, NotImplementedError where the named
-    implementation cannot serve the call.
+    Accumulation, decays and states are float32 at least. Gradients flow to every floating-point argument and through
+    both results. Raises ValueError or TypeError for arguments that do not fit together, NotImplementedError where the
+    named implementation cannot serve the call.
     """
     check_shape("x_BTHP", x_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
@@ -66,7 +66,9 @@ def ssd(
     if segment_ids is not None:
         segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of x_BTHP")
     if initial_state is not None:
-        check_shape("initial_state", initial_state, (n_batch, n_heads, d_head, d_state), "batch, heads, head width, state size")
+        check_shape(
+            "initial_state", initial_state, (n_batch, n_heads, d_head, d_state), "batch, heads, head width, state size"
+        )
         check_float("initial_state", initial_state)
         initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
     if chunk is not None:

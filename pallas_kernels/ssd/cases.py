@@ -78,7 +78,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Arguments of ssd by name (x, dt, A, B, C, D, segment_ids, initial_state); x, B, C have `dtype`, the rest float32.
 
     Decays: typical as at Mamba-2's initialisation; weak keeps almost everything; strong forgets almost everything each
-    token; mixed draws A * dt log-uniformly from -1e-6 to -80 token by token; zero is typical with a third of dt (and x) 0.
+    token; mixed draws A * dt log-uniformly from -1e-6 to -80 token by token; zero is typical with a third of dt (and
+    x) 0.
     """
     if case.decay not in DECAYS:
         raise ValueError(f"decay ({case.decay!r}) not one of {', '.join(DECAYS)}")

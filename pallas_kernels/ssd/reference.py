@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrence of `ssd`, token by token: slow, obvious, and the oracle of the others (float32, or float64 if the inputs are)."""
+"""The recurrence of `ssd`, token by token: slow, obvious, the oracle of the others (float64 if the inputs are)."""
 
 import jax
 import jax.numpy as jnp
 
 
 def ssd_reference(
-    x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None
+    x_BTHP,
+    dt_BTH,
+    A_H,
+    B_BTGN,
+    C_BTGN,
+    *,
+    D=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
 ):
     """See `pallas_kernels.ssd`; `chunk` has no meaning here."""
     del chunk

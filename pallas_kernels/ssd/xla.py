@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ssd` in chunked einsums with a hand-written backward pass: any backend, memory linear in T.
 
-Within a chunk of Q tokens the outputs are one masked [Q, Q] product, between chunks a [P, N] state is carried (Dao and Gu
-2024, section 6). Nothing of size [Q, Q] is kept for the backward pass, which recomputes it. Long sequences go through in
-slabs of `_SLAB` tokens, so that the [Q, Q] arrays in flight do not grow with T.
+Within a chunk of Q tokens the outputs are one masked [Q, Q] product, between chunks a [P, N] state is carried (Dao
+and Gu 2024, section 6). Nothing of size [Q, Q] is kept for the backward pass, which recomputes it. Long sequences go
+through in slabs of `_SLAB` tokens, so that the [Q, Q] arrays in flight do not grow with T.
 
-Decays are exp(difference of cumulative sums) and never quotients. A chunk's sum may reach -1e4 while single steps are as
-small as -1e-6, where a plain float32 cumulative sum would lose the small steps: see `_cumulative_sums`. The gradient of the
-decays is summed without cancellation for the same reason: see `_straddling_sums`.
+Decays are exp(difference of cumulative sums) and never quotients. A chunk's sum may reach -1e4 while single steps are
+as small as -1e-6, where a plain float32 cumulative sum would lose the small steps: see `_cumulative_sums`. The
+gradient of the decays is summed without cancellation for the same reason: see `_straddling_sums`.
 
 Axis letters beyond hybridlm's: C chunks, Q (einsum q, s) position in a chunk, R heads of a group.
 """
@@ -52,7 +52,17 @@ class _Marks(typing.NamedTuple):
 
 
 def ssd_xla(
-    x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None
+    x_BTHP,
+    dt_BTH,
+    A_H,
+    B_BTGN,
+    C_BTGN,
+    *,
+    D=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
 ):
     """See `pallas_kernels.ssd`."""
     n_tokens, d_head, d_state = x_BTHP.shape[1], x_BTHP.shape[3], B_BTGN.shape[3]
@@ -252,7 +262,7 @@ def _einsum(equation: str, left, right, dtype):
 
 
 def _prefix_sums(array, axis: int, *, reverse: bool = False, inclusive: bool = True):
-    """Sums over an axis up to (reverse: from) each place, as one product with a triangle of ones: faster than a scan."""
+    """Sums over an axis up to (reverse: from) each place, as a product with a triangle of ones: faster than a scan."""
     size = array.shape[axis]
     triangle = jnp.triu(jnp.ones((size, size), array.dtype), 0 if inclusive else 1)
     triangle = triangle.T if reverse else triangle
@@ -260,7 +270,7 @@ def _prefix_sums(array, axis: int, *, reverse: bool = False, inclusive: bool = T
 
 
 def _cumulative_sums(steps_BCQGR):
-    """Inclusive sums over Q of steps <= 0, as a tuple of terms [B, C, G, R, Q] whose differences are to be taken one by one.
+    """Inclusive sums over Q of steps <= 0: a tuple of terms [B, C, G, R, Q], to be subtracted one by one.
 
     In float32 each step is split into a multiple of a power of two, coarse enough for all sums to be exact, and a small
     rest, so that a difference of two sums is as exact as the steps between them, whatever came before.
@@ -382,9 +392,9 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
 def _straddling_sums(products_BCGRQQ):
     """For each token t of a chunk the sum of products[i, j] over j < t <= i, as [B, C, Q, G, R].
 
-    It is the gradient of step t, which lies between j and i. Summed as written and not as a difference of row and column
-    sums: behind a step that forgets everything the true sum is 0, and rounding left there would swamp the gradients of A.
-    Blocks of `_BLOCK` tokens keep that cheap.
+    It is the gradient of step t, which lies between j and i. Summed as written and not as a difference of row and
+    column sums: behind a step that forgets everything the true sum is 0, and rounding left there would swamp the
+    gradients of A. Blocks of `_BLOCK` tokens keep that cheap.
     """
     chunk = products_BCGRQQ.shape[-1]
     width = min(chunk, _BLOCK)

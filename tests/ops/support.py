@@ -11,6 +11,11 @@ def run(op: str, inputs: dict, **settings):
     return oracles.evaluate(op, inputs, compiler_options=QUICK, **settings)
 
 
+def oracle(op: str, inputs: dict, **settings):
+    """The same of the reference in float64, see `pallas_kernels.oracle.oracle`."""
+    return oracles.oracle(op, inputs, compiler_options=QUICK, **settings)
+
+
 def check_against_oracle(op: str, inputs: dict, *, dtype="float32", optimize: bool = False, **settings) -> None:
     """Every output and gradient of the op within the tolerance table of its float64 reference."""
     options = None if optimize else QUICK

@@ -26,6 +26,7 @@ def check(case, dtype="float32", **changes):
     check_against_oracle("attention", inputs, dtype=dtype, implementation="xla", **cases.make_settings(case), **changes)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
 def test_equals_the_full_matrix(case, small_blocks):
     check(case)
@@ -76,8 +77,10 @@ def test_equals_the_full_matrix_on_many_drawn_shapes(**drawn):
 def check_drawn(queries, more_keys, heads, layout, gate, causal, window, softcap, sinks, positions, seed):
     """Without more_keys queries and keys are the same tokens; with them a cache of more keys, without documents."""
     cache = more_keys is not None
-    case = cases.Case("drawn", 2, queries, queries + (more_keys or 0), *heads, 4, None, "dense" if cache else layout, gate,
-                      causal, window, softcap, sinks, positions and not cache, more_keys or 0, seed)  # fmt: skip
+    layout = "dense" if cache else layout
+    more_keys = more_keys or 0
+    case = cases.Case("drawn", 2, queries, queries + more_keys, *heads, 4, None, layout, gate, causal, window, softcap,
+                      sinks, positions and not cache, more_keys, seed)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "_BLOCK", 16)
         check(case)
@@ -113,7 +116,11 @@ def test_packed_equals_separate(implementation, small_blocks):
 
 def test_a_cache_gives_the_rows_of_the_whole(small_blocks):
     """One token and a few tokens against keys at hand: by int and traced offset, by positions, by ragged rows."""
-    inputs = {k: jnp.asarray(v) for k, v in cases.make_inputs(cases.Case("whole", 2, 60, 60, 4, 2, 8)).items() if v is not None}
+    inputs = {
+        k: jnp.asarray(v)
+        for k, v in cases.make_inputs(cases.Case("whole", 2, 60, 60, 4, 2, 8)).items()
+        if v is not None
+    }
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     whole = attention(q, k, v, window=25)
     traced = jax.jit(lambda start: attention(q[:, 30:35], k, v, window=25, q_offset=start))
@@ -130,11 +137,17 @@ def test_a_cache_gives_the_rows_of_the_whole(small_blocks):
     check_close(ragged, jnp.stack([whole[0, 20:21], whole[1, 50:51]]), dtype="float32", what="ragged rows")
     filled = (jnp.ones((2, 1), jnp.int32), jnp.where(jnp.arange(60) < jnp.array([[21], [51]]), 1, 0))
     shut = attention(jnp.stack([q[0, 20:21], q[1, 50:51]]), k, v, causal=False, segment_ids=filled)
-    check_close(shut, attention(q, k, v)[jnp.arange(2), jnp.array([20, 50])][:, None], dtype="float32", what="filled part")
+    check_close(
+        shut, attention(q, k, v)[jnp.arange(2), jnp.array([20, 50])][:, None], dtype="float32", what="filled part"
+    )
 
 
 def test_causal(small_blocks):
-    inputs = {k: jnp.asarray(v) for k, v in cases.make_inputs(cases.Case("causal", 1, 40, 40, 4, 2, 8)).items() if v is not None}
+    inputs = {
+        k: jnp.asarray(v)
+        for k, v in cases.make_inputs(cases.Case("causal", 1, 40, 40, 4, 2, 8)).items()
+        if v is not None
+    }
     at = lambda k, v: jnp.sum(attention(inputs["q"], k, v, window=12)[:, 20] ** 2)
     for grad in jax.jit(jax.grad(at, argnums=(0, 1)))(inputs["k"], inputs["v"]):
         assert not np.any(grad[:, 21:])
@@ -163,8 +176,13 @@ def test_memory_is_linear():
     assert temporary(1 << 15) < 2.2 * temporary(1 << 14)
 
 
+@pytest.mark.quick
 def test_sharded_over_batch_and_heads_without_gathers(small_blocks):
-    inputs = {k: jnp.asarray(v) for k, v in cases.make_inputs(cases.Case("sharded", 2, 40, 40, 8, 4, 8)).items() if v is not None}
+    inputs = {
+        k: jnp.asarray(v)
+        for k, v in cases.make_inputs(cases.Case("sharded", 2, 40, 40, 8, 4, 8)).items()
+        if v is not None
+    }
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
     ids = jnp.asarray(np.repeat([[1, 2], [1, 0]], 20, axis=1), jnp.int32)
@@ -196,7 +214,13 @@ def test_which_calls_go_to_cudnn(monkeypatch):
         attention(q, k, k, window=5, gate=q)
         assert calls == [{"scale": 0.125, "is_causal": True, "local_window_size": (4, 0), "implementation": "cudnn"}]
         ids = jnp.ones((1, 16), jnp.int32)
-        for changes in ({"softcap": 2.0}, {"segment_ids": ids}, {"positions": ids}, {"sinks": jnp.ones(4)}, {"q_offset": 1}):
+        for changes in (
+            {"softcap": 2.0},
+            {"segment_ids": ids},
+            {"positions": ids},
+            {"sinks": jnp.ones(4)},
+            {"q_offset": 1},
+        ):
             attention(q, k, k, **changes)
         attention(*(a.astype(jnp.float32) for a in (q, k, k)))
         attention(q, k, k, causal=False, window=3)
@@ -217,7 +241,12 @@ def test_a_one_percent_error_is_seen(name, monkeypatch, small_blocks):
         check(cases.CASES["dense"])
 
 
-ARGUMENTS = {"q": np.zeros((2, 9, 4, 8), np.float32), "k": np.zeros((2, 9, 2, 8), np.float32), "v": np.zeros((2, 9, 2, 8), np.float32)}
+ARGUMENTS = {
+    "q": np.zeros((2, 9, 4, 8), np.float32),
+    "k": np.zeros((2, 9, 2, 8), np.float32),
+    "v": np.zeros((2, 9, 2, 8), np.float32),
+}
+IDS = np.zeros((2, 9), np.int32)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +254,7 @@ ARGUMENTS = {"q": np.zeros((2, 9, 4, 8), np.float32), "k": np.zeros((2, 9, 2, 8)
     [
         ({"k": np.zeros((2, 9, 2, 7), np.float32)}, ValueError, r"k_BSKP has shape \[2, 9, 2, 7\]"),
         ({"v": np.zeros((2, 8, 2, 8), np.float32)}, ValueError, "v_BSKP has shape"),
-        ({"q": np.zeros((2, 9, 5, 8), np.float32)}, ValueError, r"heads of q_BTHP \(5\) not divisible by heads of k_BSKP \(2\)"),
+        ({"q": np.zeros((2, 9, 5, 8), np.float32)}, ValueError, r"q_BTHP \(5\) not divisible by heads of k_BSKP \(2\)"),
         ({"q": np.zeros((2, 9, 4, 8), np.int8)}, TypeError, "q_BTHP has dtype int8"),
         ({"gate": np.zeros((2, 9, 4, 7), np.float32)}, ValueError, "gate has shape"),
         ({"window": 0}, ValueError, r"window \(0\) below its minimum \(1\)"),
@@ -233,11 +262,11 @@ ARGUMENTS = {"q": np.zeros((2, 9, 4, 8), np.float32), "k": np.zeros((2, 9, 2, 8)
         ({"sinks": np.zeros(2, np.float32)}, ValueError, "sinks has shape"),
         ({"softcap": -1.0}, ValueError, r"softcap \(-1.0\) not positive"),
         ({"scale": float("nan")}, ValueError, r"scale \(nan\) not finite"),
-        ({"segment_ids": np.zeros((2, 8), np.int32)}, ValueError, "segment_ids has shape"),
-        ({"segment_ids": (np.zeros((2, 9), np.int32),)}, ValueError, "segment_ids has 1 arrays, expected a pair"),
-        ({"segment_ids": (np.zeros((2, 9), np.int32), np.zeros((2, 7), np.int32))}, ValueError, r"segment_ids\[1\] has shape"),
-        ({"positions": np.zeros((2, 9), np.float32)}, TypeError, "positions has dtype float32"),
-        ({"positions": np.zeros((2, 9), np.int32), "q_offset": 3}, ValueError, r"q_offset \(3\) given beside positions"),
+        ({"segment_ids": IDS[:, :8]}, ValueError, "segment_ids has shape"),
+        ({"segment_ids": (IDS,)}, ValueError, "segment_ids has 1 arrays, expected a pair"),
+        ({"segment_ids": (IDS, IDS[:, :7])}, ValueError, r"segment_ids\[1\] has shape"),
+        ({"positions": IDS.astype(np.float32)}, TypeError, "positions has dtype float32"),
+        ({"positions": IDS, "q_offset": 3}, ValueError, r"q_offset \(3\) given beside positions"),
         ({"q_offset": 1.5}, TypeError, r"q_offset \(1.5\)"),
         ({"implementation": "flash"}, ValueError, r"implementation \('flash'\)"),
     ],

@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels import causal_conv1d, dispatch, layouts, segments
 from pallas_kernels.compat import default_device_platform, enable_x64
 
+pytestmark = pytest.mark.quick
 X, W = jnp.ones((1, 5, 3)), jnp.ones((3, 4))
 
 
@@ -48,7 +49,10 @@ def test_auto_takes_a_proven_kernel_and_falls_back_where_it_cannot_serve(kernel,
 
 
 def test_a_named_kernel_raises_where_it_cannot_serve(kernel):
-    with pytest.raises(NotImplementedError, match=r"implementation \('gpu'\) of causal_conv1d needs that platform, the default is 'cpu'"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"implementation \('gpu'\) of causal_conv1d needs that platform, the default is 'cpu'",
+    ):
         causal_conv1d(X, W, implementation="gpu")
     with dispatch.assume_platform("gpu"):
         assert np.all(causal_conv1d(X, W, implementation="gpu") == 7.0)
@@ -74,7 +78,9 @@ def test_importable_alone():
         "bad = [m for m in sys.modules if m.split('.')[0] in ('hybridlm', 'flax') or m.endswith(('.gpu', '.tpu'))"
         " and m.startswith('pallas_kernels')]; assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"JAX_PLATFORMS": "cpu", "PYTHONPATH": ".", "PATH": ""})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={"JAX_PLATFORMS": "cpu", "PYTHONPATH": ".", "PATH": ""}
+    )
 
 
 def test_document_numbers():

@@ -14,6 +14,7 @@ from pallas_kernels.compat import enable_x64
 from tests.ops.support import QUICK
 from tests.tolerances import check_close
 
+pytestmark = pytest.mark.quick
 FOLDER = Path(__file__).parent.parent / "golden_ops"
 IMPLEMENTATIONS = ("reference", "xla")
 

@@ -23,6 +23,7 @@ def make(**changes):
     return cases.make_inputs(cases.Case(**fields))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
 def test_equals_the_recurrence(case):
     check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, chunk=32)
@@ -31,7 +32,9 @@ def test_equals_the_recurrence(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
 def test_equals_the_recurrence_optimized(case):
-    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, optimize=True)
+    check_against_oracle(
+        "ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, optimize=True
+    )
 
 
 DRAWN = dict(
@@ -105,7 +108,9 @@ def test_very_long():
 @pytest.mark.parametrize("layout", ["dense", "scattered"])
 def test_slabs_are_invisible(layout, monkeypatch):
     monkeypatch.setattr(xla, "_SLAB", 32)
-    check_against_oracle("ssd", make(layout=layout, tokens=110), implementation="xla", return_final_state=True, chunk=16)
+    check_against_oracle(
+        "ssd", make(layout=layout, tokens=110), implementation="xla", return_final_state=True, chunk=16
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
@@ -127,7 +132,9 @@ def test_packed_equals_separate(implementation):
     packed = run("ssd", inputs, weights=weights, implementation=implementation, return_final_state=True, chunk=16)
     shared = {"dA": 0.0, "dD": 0.0}
     for number, (start, end) in enumerate(bounds):
-        alone = {k: v[:, start:end] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()} | {"segment_ids": None}
+        alone = {k: v[:, start:end] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()} | {
+            "segment_ids": None
+        }
         if number:
             alone["initial_state"] = np.zeros_like(inputs["initial_state"])
         state_weight = weights[1] if number == 2 else np.zeros_like(weights[1])
@@ -145,7 +152,14 @@ def test_packed_equals_separate(implementation):
 
 @pytest.mark.parametrize(
     ("layout", "implementation"),
-    [("right", "xla"), ("left", "xla"), ("interior", "xla"), ("scattered", "xla"), ("empty", "xla"), ("scattered", "reference")],
+    [
+        ("right", "xla"),
+        ("left", "xla"),
+        ("interior", "xla"),
+        ("scattered", "xla"),
+        ("empty", "xla"),
+        ("scattered", "reference"),
+    ],
 )
 def test_padding_is_as_if_it_were_not_there(layout, implementation):
     """Zero outputs and gradients at padding, whatever garbage stands there; the rest as with the padding cut out."""
@@ -231,13 +245,14 @@ def test_transforms_agree():
     np.testing.assert_allclose(curvature.sum(), (steps[0] - steps[1]) / 2e-2, rtol=1e-2)
 
 
+@pytest.mark.quick
 def test_sharded_over_batch_and_heads_without_gathers():
     inputs = {k: jnp.asarray(v) for k, v in make(batch=2, heads=8, groups=1, tokens=40, layout="packed").items()}
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     P = jax.sharding.PartitionSpec
     specs = {
-        "x": P("data", None, "tensor"), "dt": P("data", None, "tensor"), "A": P("tensor"), "B": P("data"), "C": P("data"),
-        "D": P("tensor"), "segment_ids": P("data"), "initial_state": P("data", "tensor"),
+        "x": P("data", None, "tensor"), "dt": P("data", None, "tensor"), "A": P("tensor"), "B": P("data"),
+        "C": P("data"), "D": P("tensor"), "segment_ids": P("data"), "initial_state": P("data", "tensor"),
     }  # fmt: skip
     shardings = {k: jax.sharding.NamedSharding(mesh, spec) for k, spec in specs.items()}
 
@@ -253,7 +268,10 @@ def test_sharded_over_batch_and_heads_without_gathers():
     compiled = step.lower(placed, jax.device_put(ids, shardings["segment_ids"])).compile()
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in compiled.as_text()
-    actual, expected = compiled(placed, jax.device_put(ids, shardings["segment_ids"])), jax.jit(jax.grad(loss))(inputs, ids)
+    actual, expected = (
+        compiled(placed, jax.device_put(ids, shardings["segment_ids"])),
+        jax.jit(jax.grad(loss))(inputs, ids),
+    )
     for name in actual:
         check_close(actual[name], expected[name], dtype="float32", what=name)
 
