@@ -2,8 +2,7 @@
 """AdamW and Muon with the right parameters in each.
 
 Only matrices (`kind == "matrix"` in the model's table of parameters) are decayed and, under Muon (Jordan et al. 2024),
-orthogonalised; embeddings, norms, biases, convolutions, sinks and recurrence parameters take Adam without decay (under
-Muon with Nesterov momentum, as optax.contrib.muon has it).
+orthogonalised; embeddings, norms, biases, convolutions, sinks and recurrence parameters take Adam without decay.
 """
 
 from collections.abc import Callable
@@ -22,24 +21,23 @@ def make_optimizer(optim: OptimConfig, steps: int, info) -> tuple[optax.Gradient
     not fit into the steps.
     """
     schedule = make_schedule(optim, steps, optim.lr)
-    is_matrix = jax.tree.map(lambda leaf: leaf.kind == "matrix", info, is_leaf=_is_info)
-    adam = optax.scale_by_adam(*optim.betas, eps=optim.eps)
+    is_matrix = jax.tree.map(lambda leaf: leaf.kind == "matrix", info)
+    adam, scale = optax.scale_by_adam(*optim.betas, eps=optim.eps), optax.scale_by_learning_rate(schedule)
     if optim.name == "adamw":
-        decay = optax.add_decayed_weights(optim.weight_decay, mask=is_matrix)
-        rule = optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
+        rule = optax.chain(adam, optax.add_decayed_weights(optim.weight_decay, mask=is_matrix), scale)
     else:
-        rule = _muon(optim, steps, info, is_matrix, schedule)
+        labels = jax.tree.map(lambda matrix: "muon" if matrix else "adam", is_matrix)
+        rule = optax.partition({"muon": _muon(optim, steps, info), "adam": optax.chain(adam, scale)}, labels)
     clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
     return optax.chain(clip, rule), schedule
 
 
-def _muon(optim: OptimConfig, steps: int, info, is_matrix, schedule) -> optax.GradientTransformation:
-    """Muon for the matrices, AdamW for the rest, each with its own peak learning rate."""
+def _muon(optim: OptimConfig, steps: int, info) -> optax.GradientTransformation:
+    """Muon, for a tree in which all but the matrices is masked."""
+    dims = jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info)
     return optax.contrib.muon(
-        make_schedule(optim, steps, optim.muon_lr),
-        beta=optim.muon_momentum, weight_decay=optim.weight_decay, weight_decay_mask=None, eps=optim.eps,
-        adam_b1=optim.betas[0], adam_b2=optim.betas[1], adam_weight_decay=0.0, adam_learning_rate=schedule,
-        muon_weight_dimension_numbers=jax.tree.map(muon_dims, info, is_leaf=_is_info),
+        make_schedule(optim, steps, optim.muon_lr), beta=optim.muon_momentum, weight_decay=optim.weight_decay,
+        eps=optim.eps, muon_weight_dimension_numbers=dims,
     )  # fmt: skip
 
 
@@ -55,7 +53,3 @@ def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
     fused = {first + axis for axis in leaf.fused_axes}
     outputs = tuple(axis for axis in range(first + leaf.n_in, first + len(leaf.axes)) if axis not in fused)
     return optax.contrib.MuonDimensionNumbers(inputs, outputs)
-
-
-def _is_info(leaf) -> bool:
-    return hasattr(leaf, "kind")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules at exact points, which parameters are decayed and orthogonalised, Muon's matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hybridlm.config import OptimConfig
+from hybridlm.layers.params import ParamInfo
+from hybridlm.optim import make_optimizer, muon_dims
+from hybridlm.schedule import make_schedule
+
+
+def points(steps, **fields):
+    schedule = make_schedule(OptimConfig(lr=1.0, final_lr_ratio=0.1, **fields), steps, 1.0)
+    return lambda step: float(schedule(step))
+
+
+def test_cosine():
+    at = points(101, schedule="cosine", warmup_steps=20)
+    assert at(0) == 0 and at(10) == pytest.approx(0.5) and at(20) == pytest.approx(1.0)
+    assert at(60) == pytest.approx(0.55) and at(100) == pytest.approx(0.1) and at(200) == pytest.approx(0.1)
+
+
+def test_linear():
+    at = points(101, schedule="linear", warmup_steps=0)
+    assert at(0) == 1 and at(50) == pytest.approx(0.55) and at(100) == pytest.approx(0.1)
+
+
+def test_warmup_stable_decay():
+    at = points(101, schedule="wsd", warmup_steps=10, decay_fraction=0.2)
+    assert at(5) == pytest.approx(0.5) and at(10) == 1 and at(50) == 1 and at(80) == 1
+    assert at(90) == pytest.approx(0.55) and at(100) == pytest.approx(0.1)
+
+
+def test_constant():
+    at = points(10, schedule="constant", warmup_steps=4)
+    assert [at(s) for s in (0, 2, 4, 9, 99)] == [0, 0.5, 1, 1, 1]
+    assert points(3, schedule="constant", warmup_steps=0)(0) == 1
+
+
+def test_one_step_runs():
+    for schedule in ("cosine", "linear", "wsd", "constant"):
+        assert np.isfinite(points(1, schedule=schedule, warmup_steps=0)(0))
+
+
+def test_a_run_shorter_than_its_warmup_is_warmup():
+    for schedule in ("cosine", "linear", "wsd"):
+        at = points(10, schedule=schedule, warmup_steps=100)
+        assert [at(s) for s in (0, 5, 9)] == pytest.approx([0, 0.05, 0.09])
+
+
+def test_decay_is_cut_to_what_the_warmup_leaves():
+    at = points(10, schedule="wsd", warmup_steps=5, decay_fraction=0.8)
+    assert [at(s) for s in (0, 5, 7, 9)] == pytest.approx([0, 1, 0.55, 0.1])
+
+
+INFO = {
+    "embedding": ParamInfo(("vocab", "d_model"), "embedding", 0, (), False, (8, 4)),
+    "w": ParamInfo(("d_model", "heads", None), "matrix", 1, (), True, (3, 4, 2, 2)),
+    "out": ParamInfo(("heads", None, "d_model"), "matrix", 2, (), True, (3, 2, 2, 4)),
+    "in_zx": ParamInfo(("d_model", None, "heads", None), "matrix", 1, (1,), True, (3, 4, 2, 2, 2)),
+    "norm": ParamInfo(("d_model",), "norm", 0, (), True, (3, 4)),
+    "bias": ParamInfo(("heads", None), "bias", 0, (), True, (3, 2, 2)),
+    "A_log": ParamInfo(("heads",), "recurrence", 0, (), True, (3, 2)),
+    "conv": ParamInfo(("heads", None, None), "conv", 0, (), True, (3, 2, 2, 4)),
+    "sinks": ParamInfo(("heads",), "sink", 0, (), True, (3, 2)),
+}
+MATRICES = {"w", "out", "in_zx"}
+
+
+def test_muon_dimension_numbers():
+    numbers = {name: muon_dims(info) for name, info in INFO.items()}
+    assert {name for name, n in numbers.items() if n is not None} == MATRICES
+    assert numbers["w"] == ((1,), (2, 3)) and numbers["out"] == ((1, 2), (3,)) and numbers["in_zx"] == ((1,), (3, 4))
+    flat = muon_dims(ParamInfo(("d_model", "d_ff"), "matrix", 1, (), False, (4, 8)))
+    assert flat == ((0,), (1,))
+
+
+def one_update(grad_value=None, **fields):
+    """Updates of one step with a learning rate of 0.1 (AdamW) and 0.2 (Muon) from parameters of ones."""
+    config = OptimConfig(lr=0.1, muon_lr=0.2, warmup_steps=0, schedule="constant", clip_norm=None, **fields)
+    optimizer, _ = make_optimizer(config, 10, INFO)
+    keys = jax.random.split(jax.random.key(0), len(INFO))
+    params = {name: jnp.ones(info.shape) for name, info in INFO.items()}
+    grads = {name: jax.random.normal(key, info.shape) for key, (name, info) in zip(keys, INFO.items(), strict=True)}
+    if grad_value is not None:
+        grads = jax.tree.map(lambda g: jnp.full_like(g, grad_value), grads)
+    return optimizer.update(grads, optimizer.init(params), params)[0], grads
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_matrices_decay(name):
+    updates, _ = one_update(0.0, name=name, weight_decay=0.5)
+    rate = {"adamw": 0.1, "muon": 0.2}[name]
+    for leaf, update in updates.items():
+        np.testing.assert_allclose(update, -rate * 0.5 if leaf in MATRICES else 0.0, rtol=1e-6, err_msg=leaf)
+
+
+def test_adamw_is_optax_adamw():
+    updates, grads = one_update(name="adamw", weight_decay=0.5)
+    params = jax.tree.map(jnp.ones_like, grads)
+    for leaf in INFO:
+        rule = optax.adamw(0.1, 0.9, 0.95, 1e-8, weight_decay=0.5 if leaf in MATRICES else 0.0)
+        expected, _ = rule.update(grads[leaf], rule.init(params[leaf]), params[leaf])
+        np.testing.assert_allclose(updates[leaf], expected, rtol=1e-5, err_msg=leaf)
+
+
+def test_muon_orthogonalises_each_matrix_of_each_layer():
+    updates, grads = one_update(name="muon", weight_decay=0.0)
+
+    def check(update, grad):
+        """A gradient matrix [inputs, outputs] and what Muon makes of it, by the singular value decomposition."""
+        u, _, vh = np.linalg.svd(np.asarray(grad, np.float64), full_matrices=False)
+        scale = 0.2 * np.sqrt(max(1, grad.shape[1] / grad.shape[0]))
+        inner = u.T @ (np.asarray(update, np.float64) / -scale) @ vh.T  # u (about 1 on the diagonal) v^T
+        assert np.all((np.diag(inner) > 0.6) & (np.diag(inner) < 1.3)), np.diag(inner)
+        assert np.abs(inner - np.diag(np.diag(inner))).max() < 0.02
+
+    for layer in range(3):
+        check(updates["w"][layer].reshape(4, 4), grads["w"][layer].reshape(4, 4))
+        check(updates["out"][layer].reshape(4, 4), grads["out"][layer].reshape(4, 4))
+        for part in range(2):
+            check(updates["in_zx"][layer][:, part].reshape(4, 4), grads["in_zx"][layer][:, part].reshape(4, 4))
+    for leaf in set(INFO) - MATRICES:
+        np.testing.assert_allclose(np.abs(updates[leaf]), 0.1, rtol=1e-4, err_msg=leaf)  # Adam's first step
+
+
+def test_every_parameter_of_a_model_goes_where_it_belongs():
+    from tests.train.conftest import small_program
+
+    _, _, program = small_program(("optim.name=adamw", "optim.z_loss=1e-3"))
+    assert program.state_like["params"]  # the program was built from the model's own table
+    from flax import nnx
+
+    from hybridlm.model import HybridLM, param_info
+    from tests.train.conftest import small_config
+
+    model = nnx.eval_shape(lambda: HybridLM(small_config().model, rngs=nnx.Rngs(0)))
+    table = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(param_info(model)))[0]
+    plain = {"embedding", "A_log", "dt_bias", "D", "conv_x", "conv_BC", "norm", "weight", "sinks"}
+    names = {path[-1].key if hasattr(path[-1], "key") else str(path[-1]): info for path, info in table}
+    for name, info in names.items():
+        if any(name.startswith(word) for word in plain):
+            assert muon_dims(info) is None, name
+    assert sum(muon_dims(info) is not None for _, info in table) >= 8
