@@ -119,6 +119,13 @@ def init_sharded(config: "ModelConfig", mesh: Mesh, seed: int) -> "HybridLM":
 
     The values depend on the seed alone, not on the mesh. ConfigError where the mesh cannot split the model.
     """
+    draw, abstract = compile_init(config, mesh)
+    graphdef, params = nnx.split(abstract)
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), draw(jax.random.key(seed))))
+
+
+def compile_init(config: "ModelConfig", mesh: Mesh) -> tuple[jax.stages.Compiled, "HybridLM"]:
+    """The program from a random key to the leaves of the sharded parameters, and the abstract model that they fill."""
     from hybridlm.model import HybridLM, param_info
 
     check_model(config, mesh)
@@ -126,19 +133,14 @@ def init_sharded(config: "ModelConfig", mesh: Mesh, seed: int) -> "HybridLM":
     def build(key: jax.Array) -> HybridLM:
         return HybridLM(config, rngs=nnx.Rngs(key))
 
-    key = jax.random.key(seed)
+    key = jax.eval_shape(jax.random.key, 0)
     abstract = nnx.eval_shape(build, key)
-    graphdef, params = nnx.split(abstract)
-    shardings = param_shardings(param_info(abstract), mesh)
+    shardings = jax.tree.leaves(param_shardings(param_info(abstract), mesh))
     on_cpu = mesh.devices.flat[0].platform == "cpu"  # where full effort triples the time to compile the random draws
-    draw = jax.jit(
-        lambda key: jax.tree.leaves(nnx.state(build(key))),
-        out_shardings=jax.tree.leaves(shardings),
-        compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None,
-    )
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
     with jax.set_mesh(mesh):
-        values = draw(key)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), values))
+        draw = jax.jit(lambda key: jax.tree.leaves(nnx.state(build(key))), out_shardings=shardings)
+        return draw.lower(key).compile(options), abstract
 
 
 def axis_size(name: str) -> int:

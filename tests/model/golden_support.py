@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published checkpoints (tests/golden: tiny, random, with the outputs of the published implementations) as models.
 
-`WEIGHTS` says for each published tensor of a layer where its pieces live in a sublayer's mixer: (offset of the sublayer
-in the layer, parameter, index in it, rows of the tensor). A published matrix is [out, in]; ours are its transpose, reshaped.
+`layer_weights` says for each published tensor of a layer where its pieces live: (offset of the sublayer in the layer,
+parameter, index in it, rows of the tensor). A published matrix is [out, in]; ours are its transpose, reshaped.
 """
 
 import json
@@ -46,14 +46,15 @@ def model_config(hf: dict) -> ModelConfig:
     attention = Attention(
         n_heads=hf["num_attention_heads"], n_kv_heads=hf["num_key_value_heads"],
         d_head=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
-        rope=Rope(hf["rope_parameters"]["rope_theta"]), qkv_bias=family == "qwen2", qk_norm=family == "qwen3", qk_norm_eps=eps,
+        rope=Rope(hf["rope_parameters"]["rope_theta"]), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+        qk_norm_eps=eps,
     )  # fmt: skip
     blocks = {"*": attention, "-": MLP(hf["intermediate_size"], "swiglu")}
     return ModelConfig(pattern="*-" * n_layers, blocks=blocks, norm_eps=eps, **common)
 
 
 def layer_weights(config: ModelConfig) -> dict[str, list[tuple[int, str, object, slice]]]:
-    """WEIGHTS of the module docstring for a family's layer."""
+    """The table that the module docstring describes."""
     block = config.blocks[config.pattern[0]]
     if isinstance(block, Mamba2):
         d_inner = block.heads(config.d_model) * block.d_head
@@ -127,7 +128,9 @@ def load(family: str) -> tuple[HybridLM, dict, dict]:
                 part = part.T
             params[path][index] = part.reshape(target.shape)
     assert all(np.isfinite(value).all() for value in params.values())
-    flat = [(path, leaf.replace(jnp.asarray(params[".".join(map(str, path))]))) for path, leaf in nnx.to_flat_state(shapes)]
+    flat = [
+        (path, leaf.replace(jnp.asarray(params[".".join(map(str, path))]))) for path, leaf in nnx.to_flat_state(shapes)
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), golden, meta
 
 

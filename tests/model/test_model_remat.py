@@ -67,7 +67,7 @@ def test_every_name_is_an_intermediate(name):
 
 @pytest.mark.parametrize("policy", ["some", "mamba_ssd,ssd", "", "none,full"])
 def test_unknown_names(policy):
-    with pytest.raises(ConfigError, match="known are none, full, dots, mixer, or .*mamba_ssd") as error:
+    with pytest.raises(ConfigError, match=r"known are none, full, dots, mixer, or .*mamba_ssd") as error:
         HybridLM(small("M", remat=policy), rngs=nnx.Rngs(0))
     assert "\n" not in str(error.value)
 
