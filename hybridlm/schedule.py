@@ -4,7 +4,6 @@
 import optax
 
 from hybridlm.config import OptimConfig
-from hybridlm.errors import require
 
 
 def make_schedule(optim: OptimConfig, steps: int, peak: float) -> optax.Schedule:
@@ -12,12 +11,10 @@ def make_schedule(optim: OptimConfig, steps: int, peak: float) -> optax.Schedule
 
     The warmup is linear from zero and reaches the peak after `optim.warmup_steps` updates; the decay ends at
     `optim.final_lr_ratio * peak` with the run's last update, number steps - 1. Warmup-stable-decay (Hu et al. 2024,
-    MiniCPM, section 4) decays linearly over the last `optim.decay_fraction` of the run. Raises ConfigError where the
-    warmup, or warmup and decay, do not fit into the run.
+    MiniCPM, section 4) decays linearly over the last `optim.decay_fraction` of the run. A run that is shorter than its
+    warmup (a trial of a few steps) is warmup alone; one that is shorter than warmup and decay has a shorter decay.
     """
     warmup, last, final = optim.warmup_steps, steps - 1, optim.final_lr_ratio * peak
-    if optim.schedule != "constant":
-        require(warmup < steps, f"optim.warmup_steps ({warmup}) must be less than run.steps ({steps})")
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     left = max(last - warmup, 1)
     if optim.schedule == "constant":
@@ -27,14 +24,11 @@ def make_schedule(optim: OptimConfig, steps: int, peak: float) -> optax.Schedule
     elif optim.schedule == "cosine":
         parts, bounds = [optax.cosine_decay_schedule(peak, left, alpha=optim.final_lr_ratio)], []
     else:
-        decay = round(optim.decay_fraction * steps)
-        require(
-            warmup + decay <= steps,
-            f"optim.warmup_steps ({warmup}) and the decay ({optim.decay_fraction:g} of run.steps = {decay}) "
-            f"do not fit into run.steps ({steps})",
-        )
+        decay = min(round(optim.decay_fraction * steps), max(last - warmup, 0))
         fall = optax.linear_schedule(peak, final, max(decay, 1)) if decay else optax.constant_schedule(peak)
         parts, bounds = [optax.constant_schedule(peak), fall], [last - decay]
+    if warmup >= steps:
+        return rise
     if warmup:
         parts, bounds = [rise, *parts], [warmup, *bounds]
     return optax.join_schedules(parts, bounds)
