@@ -162,7 +162,7 @@ def _prepare(x, dt, A, B, C, D, segment_ids, initial_state, heads: int, chunks: 
     return inputs
 
 
-def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, final: bool) -> Blocks:
+def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, *, final: bool, exact: bool) -> Blocks:
     n_heads, width = x.shape[2:]
     n_groups, state = B.shape[2:]
     return Blocks(
@@ -171,7 +171,7 @@ def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, final: bool) -> 
         width=width,
         state=state,
         chunks=chunks,
-        exact=x.dtype == F32,
+        exact=exact,
         skip="" if D is None else ("head", "channel")[D.ndim - 1],
         documents=segment_ids is not None,
         initial=initial_state is not None,
@@ -181,7 +181,7 @@ def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, final: bool) -> 
 
 def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, states=None):
     n_batch, n_tokens, n_heads, width = x.shape
-    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final)
+    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final=final, exact=x.dtype == F32)
     inputs = _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan.heads, plan.chunks)
     results = tpu_forward.forward(inputs, blocks, n_groups=B.shape[2], states_dtype=states, interpret=plan.interpret)
     results["y"] = results["y"][:, :n_tokens].reshape(x.shape)
@@ -202,7 +202,7 @@ def _backward_rule(static, residuals, cotangents):
     (x, dt, A, B, C, D, segment_ids, initial_state), states = residuals
     dy, dlast = cotangents
     n_batch, n_tokens, n_heads, width = x.shape
-    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final)
+    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final=final, exact=True)
     inputs = _prepare(x, dt, A, B, C, D, segment_ids, None, plan.heads, plan.chunks)
     padding = inputs["x"].shape[1] - n_tokens
     inputs["dy"] = jnp.pad(dy, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(inputs["x"].shape)

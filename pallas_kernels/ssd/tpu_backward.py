@@ -31,75 +31,102 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ssd import tpu_common as common
 from pallas_kernels.ssd import tpu_forward
 from pallas_kernels.ssd.tpu_common import CHUNK, F32, NT, TN, Blocks, dot
-from pallas_kernels.ssd.tpu_forward import INTRA, SKIP, START, TAIL, head_slice
+from pallas_kernels.ssd.tpu_forward import INTRA, SKIP, START, TAIL
 
 # Rows of the reduction scratch, each [heads, CHUNK]: x . dy S L, x . dh B, dy . h C, rectangle sums of W, dy . x.
 X_PAIR, X_CARRY, Y_CARRY, CROSS, Y_X = range(5)
 N_SUMS = 5
-
-
-def _scaled(array, chunk, heads, rows, row, blocks: Blocks):
-    """[len(heads) P, CHUNK]: the heads' channels times their row of the scratch, in the array's dtype."""
-    parts = [head_slice(array, chunk, head, blocks).astype(F32) * rows[chunk, row, head : head + 1] for head in heads]
-    return jnp.concatenate(parts, 0).astype(array.dtype)
+HEADS_A_STAGE = 4
 
 
 def _row_sum(array):
     return jnp.sum(array, axis=0, keepdims=True)
 
 
-def _head_gradients(chunk, head, group, own, arrays, refs, blocks: Blocks):
-    """dx^T of one head [P, CHUNK]; adds to dS^T of its group and fills the head's reduction rows."""
-    x, dy, carried, incoming, from_t, before_t = arrays
+def _split(array, dtype) -> list:
+    """A float32 array as terms of `dtype`: itself, or its bfloat16 rounding and the rounding of what that leaves out."""
+    if dtype == F32:
+        return [array]
+    high = array.astype(dtype)
+    return [high, (array - high.astype(F32)).astype(dtype)]
+
+
+def _pair_products(xd32, dy):
+    """xd_j . dy_i, [CHUNK, CHUNK] j by i; P = 64 fills the contraction of the matrix unit with both terms of x."""
+    terms = _split(xd32, dy.dtype)
+    return dot(jnp.concatenate(terms, 0), jnp.concatenate([dy] * len(terms), 0), TN)
+
+
+def _sums_from(products, from_t):
+    """Sum over i >= t of [j, i]: to float32 accuracy, for in the sum over j and t the signs cancel."""
+    terms = _split(products, from_t.dtype)
+    return functools.reduce(jnp.add, [dot(term, from_t) for term in terms])
+
+
+def _heads_gradients(chunk, heads, group, arrays, refs, blocks: Blocks):
+    """dx^T [P, CHUNK] of a few heads of one group, stage by stage so that they fill each other's latencies.
+
+    Adds to dS^T of the group and fills the heads' reduction rows.
+    """
+    xs, dys, carried, incoming, from_t, before_t = arrays
     rows, sums, index = refs["rows"], refs["sums"], chunk * blocks.groups + group
-    row = lambda k: rows[chunk, k, head : head + 1]
-    dtype = x.dtype
-    x32, dy32 = x.astype(F32), dy.astype(F32)
-    weights = common.expand_weights(refs["weights"], (chunk, head), refs["shared"].at[index], blocks)
-    pairs = dot((x32 * row(INTRA)).astype(dtype), dy, TN)
-    refs["dS"][...] += common.expand_weights(refs["weights"], (chunk, head), pairs, blocks)
-    crossing = dot((weights * pairs).astype(dtype), from_t)
-    dx_pairs = dot(dy, weights.astype(dtype), NT)
-    dx = dx_pairs * row(INTRA) + incoming * row(TAIL)
-    sums[CROSS, head : head + 1] = _row_sum(jnp.where(before_t, crossing, 0.0))
-    sums[X_PAIR, head : head + 1] = _row_sum(x32 * dx_pairs)
-    sums[X_CARRY, head : head + 1] = _row_sum(x32 * incoming)
-    sums[Y_CARRY, head : head + 1] = _row_sum(dy32 * carried)
-    if blocks.skip == "head":
-        dx = dx + dy32 * row(SKIP)
-        sums[Y_X, head : head + 1] = _row_sum(dy32 * x32)
-    elif blocks.skip == "channel":
-        dx = dx + dy32 * (row(SKIP) * refs["D"][0, own])
-        refs["dD"][0, own] += dy32 * x32 * row(SKIP)
-    refs["overlap"][head : head + 1] = _row_sum(refs["dstate"][own] * refs["entering"][chunk, own])
-    return dx.astype(dtype)
+    row = lambda k, head: rows[chunk, k, head : head + 1]
+    dtype = xs[0].dtype
+    pairs = [_pair_products(x.astype(F32) * row(INTRA, head), dy) for head, x, dy in zip(heads, xs, dys)]
+    decays = [common.exact_weights(chunk, head, refs) for head in heads]
+    weights = [refs["shared"][index] * decay for decay in decays]
+    dx_pairs = [dot(dy, weight.astype(dtype), NT) for dy, weight in zip(dys, weights)]
+    refs["dS"][...] += functools.reduce(jnp.add, [decay * pair for decay, pair in zip(decays, pairs)])
+    crossing = [_sums_from(weight * pair, from_t) for weight, pair in zip(weights, pairs)]
+    gradients = []
+    for k, (head, x, dy) in enumerate(zip(heads, xs, dys)):
+        own = slice(head * blocks.width, (head + 1) * blocks.width)
+        local = slice(k * blocks.width, (k + 1) * blocks.width)
+        x32, dy32 = x.astype(F32), dy.astype(F32)
+        dx = dx_pairs[k] * row(INTRA, head) + incoming[local] * row(TAIL, head)
+        sums[CROSS, head : head + 1] = _row_sum(jnp.where(before_t, crossing[k], 0.0))
+        sums[X_PAIR, head : head + 1] = _row_sum(x32 * dx_pairs[k])
+        sums[X_CARRY, head : head + 1] = _row_sum(x32 * incoming[local])
+        sums[Y_CARRY, head : head + 1] = _row_sum(dy32 * carried[local])
+        if blocks.skip == "head":
+            dx = dx + dy32 * row(SKIP, head)
+            sums[Y_X, head : head + 1] = _row_sum(dy32 * x32)
+        elif blocks.skip == "channel":
+            dx = dx + dy32 * (row(SKIP, head) * refs["D"][0, own])
+            refs["dD"][0, own] += dy32 * x32 * row(SKIP, head)
+        refs["overlap"][head : head + 1] = _row_sum(refs["dstate"][own] * refs["entering"][chunk, own])
+        gradients.append(dx.astype(dtype))
+    return gradients
 
 
-def _chunk_gradients(chunk, xT, dyT, refs, blocks: Blocks):
-    """Gradients of one chunk into the output refs; returns dx^T per head."""
+def _chunk_gradients(chunk, x, refs, blocks: Blocks):
+    """Gradients of one chunk into the output refs. x: [P, CHUNK] of every head."""
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-    rows, dtype = refs["rows"], xT.dtype
+    rows, width, dtype = refs["rows"], blocks.width, x[0].dtype
+    dy = tpu_forward.transposed_heads(refs["dy"], chunk, blocks)
     from_t = common.triangle(dtype, lambda i, t: i >= t)
     before_t = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0) < lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
     mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None)
-    gradients = []
+    waiting, first = [], 0
     for group in range(blocks.groups):
         heads = range(group * blocks.group_heads, (group + 1) * blocks.group_heads)
         channels = slice(group * blocks.group_channels, (group + 1) * blocks.group_channels)
-        lanes = slice(group * blocks.state, (group + 1) * blocks.state)
+        lanes = tpu_forward.group_lanes(group, blocks)
         B, C = refs["B"][0, tokens, lanes], refs["C"][0, tokens, lanes]
         state = refs["entering"][chunk, channels].astype(dtype)
         dstate = refs["dstate"][channels].astype(dtype)
         carried, incoming = dot(state, C, NT), dot(dstate, B, NT)
-        dy_start = _scaled(dyT, chunk, heads, rows, START, blocks)
-        x_tail = _scaled(xT, chunk, heads, rows, TAIL, blocks)
+        dy_start = tpu_forward.scale(dy, chunk, heads, rows, START)
+        x_tail = tpu_forward.scale(x, chunk, heads, rows, TAIL)
         refs["dS"][...] = jnp.zeros_like(refs["dS"])
-        for k, head in enumerate(heads):
-            own = slice(head * blocks.width, (head + 1) * blocks.width)
-            local = slice(k * blocks.width, (k + 1) * blocks.width)
-            x, dy = head_slice(xT, chunk, head, blocks), head_slice(dyT, chunk, head, blocks)
-            arrays = (x, dy, carried[local], incoming[local], from_t, before_t)
-            gradients.append(_head_gradients(chunk, head, group, own, arrays, refs, blocks))
+        for start in range(0, blocks.group_heads, HEADS_A_STAGE):
+            some = heads[start : start + HEADS_A_STAGE]
+            local = slice(start * width, (start + len(some)) * width)
+            arrays = ([x[head] for head in some], [dy[head] for head in some], carried[local], incoming[local], from_t, before_t)
+            waiting += _heads_gradients(chunk, some, group, arrays, refs, blocks)
+            if len(waiting) % tpu_forward.tile_heads(blocks) == 0:
+                tpu_forward.store_heads(refs["dx"], chunk, first, waiting, blocks)
+                waiting, first = [], some[-1] + 1
         dS = jnp.where(mask, refs["dS"][...], 0.0).astype(dtype)
         dB = dot(dS, C) + dot(x_tail, dstate, TN)
         dC = dot(dS, B, TN) + dot(dy_start, state, TN)
@@ -107,11 +134,10 @@ def _chunk_gradients(chunk, xT, dyT, refs, blocks: Blocks):
         refs["dC"][0, 0, tokens, lanes] = dC.astype(refs["dC"].dtype)
         update = dot(dy_start, C)
         for k, head in enumerate(heads):
-            own = slice(head * blocks.width, (head + 1) * blocks.width)
+            own = slice(head * width, (head + 1) * width)
             total = refs["totals"][chunk, head : head + 1]
-            refs["dstate"][own] = refs["dstate"][own] * total + update[k * blocks.width : (k + 1) * blocks.width]
+            refs["dstate"][own] = refs["dstate"][own] * total + update[k * width : (k + 1) * width]
     _decay_gradients(chunk, refs, blocks)
-    return gradients
 
 
 def _decay_gradients(chunk, refs, blocks: Blocks):
@@ -119,14 +145,11 @@ def _decay_gradients(chunk, refs, blocks: Blocks):
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     rows, sums = refs["rows"], refs["sums"]
     dt, A = refs["dt"][0, 0, :, tokens], refs["A"][0]
-    crossing = sums[CROSS]
-    if not blocks.exact:
-        crossing = jnp.where(dt * A >= common.PAIR_FLOOR, crossing, 0.0)
     entering = dot(sums[Y_CARRY] * rows[chunk, START], common.triangle(F32, lambda i, t: i >= t))
     leaving = dot(sums[X_CARRY] * rows[chunk, TAIL], common.triangle(F32, lambda j, t: j < t))
     through = jnp.sum(refs["overlap"][...] * refs["totals"][chunk], axis=1, keepdims=True)
-    da = (crossing + through) + (entering + leaving)
-    ddt = sums[X_PAIR] * refs["factors"][chunk, 0] + sums[X_CARRY] * refs["factors"][chunk, 1] + A * da
+    da = (sums[CROSS] + through) + (entering + leaving)
+    ddt = sums[X_PAIR] + sums[X_CARRY] * refs["factors"][chunk] + A * da
     if blocks.documents:
         ddt = ddt * refs["documents"][0, common.REAL : common.REAL + 1, tokens]
     refs["ddt"][0, 0, :, tokens] = ddt
@@ -148,20 +171,18 @@ def _kernel(*args, names: tuple, blocks: Blocks):
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
-    xT, dyT = refs["x"][0].T, refs["dy"][0].T
     entering = refs["entering"]
     entering[0] = refs["states"][0, 0].astype(F32)
-    for chunk in range(blocks.chunks):
+    inputs = [tpu_forward.transposed_heads(refs["x"], chunk, blocks) for chunk in range(blocks.chunks)]
+    for chunk, x in enumerate(inputs):
         tpu_forward.prepare_chunk(chunk, refs, blocks)
         tpu_forward.shared_products(chunk, refs, blocks)
         if chunk + 1 < blocks.chunks:
-            update = jnp.concatenate(tpu_forward.state_updates(chunk, xT, refs, blocks), 0)
-            for head in range(blocks.heads):
-                own = slice(head * blocks.width, (head + 1) * blocks.width)
-                entering[chunk + 1, own] = entering[chunk, own] * refs["totals"][chunk, head : head + 1] + update[own]
-    gradients = [_chunk_gradients(chunk, xT, dyT, refs, blocks) for chunk in reversed(range(blocks.chunks))][::-1]
-    by_head = [jnp.concatenate([chunk[head] for chunk in gradients], 1) for head in range(blocks.heads)]
-    refs["dx"][0] = jnp.concatenate(by_head, 0).T
+            for group, heads in tpu_forward.stages(blocks, blocks.heads):
+                source, target = entering.at[chunk], entering.at[chunk + 1]
+                tpu_forward.advance_state(x, chunk, group, heads, source, target, refs, blocks)
+    for chunk in reversed(range(blocks.chunks)):
+        _chunk_gradients(chunk, inputs[chunk], refs, blocks)
 
     if blocks.initial:
 
@@ -171,7 +192,7 @@ def _kernel(*args, names: tuple, blocks: Blocks):
 
 
 def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) -> dict:
-    """Runs the kernel. Inputs are the forward's without initial, and dy, states and (blocks.final) dlast.
+    """Runs the kernel; blocks.exact must be set. Inputs are the forward's without initial, and dy, states and (blocks.final) dlast.
 
     Returns dx [B, T, H P]; ddt [B, blocks, heads, T]; dA [B, blocks, heads, CHUNK], to be summed over batch and lanes; dB,
     dC [B, parts, T, G N], to be summed over parts; dD like dA (or [B, H P, CHUNK]); dinitial [B, H P, N] by request.
@@ -206,7 +227,7 @@ def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) ->
     if blocks.initial:
         outputs["dinitial"] = (specs["last"], jax.ShapeDtypeStruct((n_batch, width, blocks.state), F32))
     scratch = tpu_forward.scratch_shapes(blocks) | {
-        "factors": pltpu.VMEM((blocks.chunks, 2, blocks.heads, CHUNK), F32),
+        "factors": pltpu.VMEM((blocks.chunks, blocks.heads, CHUNK), F32),
         "sums": pltpu.VMEM((N_SUMS, blocks.heads, CHUNK), F32),
         "overlap": pltpu.VMEM((blocks.heads, blocks.state), F32),
         "dS": pltpu.VMEM((CHUNK, CHUNK), F32),

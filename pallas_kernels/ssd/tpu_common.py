@@ -8,11 +8,11 @@ Sums: every log decay is cut into pieces that bfloat16 holds exactly and whose s
 (multiples of 1/2, of 2^-9, ...), so that one matrix product with a triangle of ones gives c as an unevaluated sum of two
 floats, exact to about 2^-32. Differences of c are then as good next to a decay of exp(-80) as anywhere else.
 
-Weights of pairs: for float32 inputs exp(c_i - c_j) for each pair. For bfloat16 inputs the weight is factored around the
-middle r_J of each group J of 8 tokens, exp(c_i - r_J) exp(r_J - c_j): the second factor scales x_j, the first is one row
-per 8. To keep both factors in range the log decay of these pairs, and of them alone, is limited to about -16 a token: a
-pair that a stronger decay separates weighs at most 1.1e-7 instead of less, which is below float32 rounding. Carried
-states always use the unlimited sums.
+Weights of pairs: exp(c_i - c_j) for each pair in the backward and for float32 inputs. In the forward of bfloat16 inputs
+the weight is factored around the middle r_J of each group J of 8 tokens, exp(c_i - r_J) exp(r_J - c_j): the second
+factor scales x_j, the first is one row per 8. To keep both factors in range the log decay of these pairs, and of them
+alone, is limited to about -16 a token: a pair that a stronger decay separates weighs at most 1.1e-7 instead of less,
+which is below float32 rounding. Carried states always use the unlimited sums.
 """
 
 import dataclasses
@@ -72,9 +72,9 @@ class Blocks:
         return self.group_heads * self.width
 
     @property
-    def references(self) -> int:
-        """Decay references a chunk: one a token, or one a group."""
-        return CHUNK if self.exact else CHUNK // GROUP
+    def pair_shape(self) -> tuple:
+        """Scratch of the pair weights of a chunk: rows of c (high, low), or one row a group and head."""
+        return (2, self.heads, CHUNK) if self.exact else (self.heads, CHUNK // GROUP, CHUNK)
 
 
 def dot(a, b, dims=NN):
@@ -131,7 +131,7 @@ class DecaySums:
 
 
 def _reference_token(token):
-    return (token // GROUP) * GROUP + GROUP // 2 - 1
+    return (token | (GROUP - 1)) - GROUP // 2
 
 
 def decay_sums(a_HQ, blocks: Blocks) -> DecaySums:
@@ -157,34 +157,42 @@ def decay_sums(a_HQ, blocks: Blocks) -> DecaySums:
     return DecaySums(high, sums[1] + middle, low, to_reference)
 
 
-def write_references(sums: DecaySums, high_ref, low_ref):
-    """Stores the sums tokens-first ([CHUNK, heads]) so that references can be read as columns."""
-    heads = sums.low.shape[0]
-    high_ref[:, :heads] = sums.pair_high.T
-    low_ref[:, :heads] = sums.low.T
-
-
-def read_references(high_ref, low_ref, blocks: Blocks):
-    """([references, heads], the same of the low parts)."""
-    rows = slice(None) if blocks.exact else pl.ds(GROUP // 2 - 1, blocks.references, GROUP)
-    return high_ref[rows, : blocks.heads], low_ref[rows, : blocks.heads]
-
-
-def pair_weights(sums: DecaySums, references, head: int, blocks: Blocks):
-    """[references, CHUNK]: exp(c_i - r_J) of one head; finite, though meaningless, where i lies before group J."""
-    high, low = references
-    one = slice(head, head + 1)
-    exponent = (sums.pair_high[one] - high[:, one]) + (sums.low[one] - low[:, one])
-    return jnp.exp(jnp.minimum(exponent, 0.0 if blocks.exact else EXPONENT_LIMIT))
-
-
-def expand_weights(weights_ref, index: tuple, factor, blocks: Blocks):
-    """[CHUNK, CHUNK] tokens j by i: `factor` (a ref or an array) times one head's weights exp(c_i - r_J)."""
+def write_pair_sums(sums: DecaySums, chunk: int, refs, blocks: Blocks):
+    """Leaves in scratch what `weigh_pairs` needs of a chunk: exp(c_i - r_J) of the factored form, else c itself."""
+    heads = blocks.heads
+    columns = refs["columns"]
+    columns[chunk, 0, :, :heads] = sums.pair_high.T
+    columns[chunk, 1, :, :heads] = sums.low.T
     if blocks.exact:
-        return factor[...] * weights_ref[index]
+        refs["pairs"][chunk, 0], refs["pairs"][chunk, 1] = sums.high, sums.low
+        return
+    middle = pl.ds(GROUP // 2 - 1, CHUNK // GROUP, GROUP)
+    high, low = columns[chunk : chunk + 1, :, middle, :heads][0]
+    for head in range(heads):
+        one = slice(head, head + 1)
+        exponent = (sums.pair_high[one] - high[:, one]) + (sums.low[one] - low[:, one])
+        refs["pairs"][chunk, head] = jnp.exp(jnp.minimum(exponent, EXPONENT_LIMIT))
+
+
+def exact_weights(chunk: int, head: int, refs):
+    """[CHUNK, CHUNK] j by i: exp(c_i - c_j); 1 where i lies before j."""
+    pairs, columns, one = refs["pairs"], refs["columns"], slice(head, head + 1)
+    high = pairs[chunk, 0, one] - columns[chunk, 0, :, one]
+    low = pairs[chunk, 1, one] - columns[chunk, 1, :, one]
+    return jnp.exp(jnp.minimum(high + low, 0.0))
+
+
+def weigh_pairs(factor, chunk: int, head: int, refs, blocks: Blocks):
+    """[CHUNK, CHUNK] j by i: the ref `factor`, zero for pairs that do not see each other, times one head's pair weights.
+
+    In the factored form the weights are exp(c_i - r_J), finite but meaningless where i lies before group J.
+    """
+    if blocks.exact:
+        return factor[...] * exact_weights(chunk, head, refs)
     rows = []
-    for group in range(blocks.references):
-        rows.append(factor[group * GROUP : (group + 1) * GROUP] * weights_ref[(*index, slice(group, group + 1))])
+    for group in range(CHUNK // GROUP):
+        weights = refs["pairs"][chunk, head, group : group + 1]
+        rows.append(factor[group * GROUP : (group + 1) * GROUP] * weights)
     return jnp.concatenate(rows, 0)
 
 

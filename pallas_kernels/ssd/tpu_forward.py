@@ -18,10 +18,11 @@ from pallas_kernels.ssd.tpu_common import CHUNK, F32, NT, Blocks, dot
 # Rows of the per-chunk scratch, each [heads, CHUNK].
 INTRA, TAIL, START, SKIP = range(4)
 N_ROWS = 4
+HEADS_A_STAGE = 8
 
 
 def prepare_chunk(chunk, refs, blocks: Blocks):
-    """Decays of one chunk: fills the scratch rows and pair weights, returns nothing."""
+    """Decays of one chunk into scratch: rows, totals, pair weights, and for the backward the tail decays (factors)."""
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     dt = refs["dt"][0, 0, :, tokens]
     a = jnp.maximum(dt * refs["A"][0], common.LOG_DECAY_FLOOR)
@@ -35,7 +36,7 @@ def prepare_chunk(chunk, refs, blocks: Blocks):
     rows = refs["rows"]
     pair = jnp.ones_like(dt) if blocks.exact else jnp.exp(sums.to_reference)
     if "factors" in refs:
-        refs["factors"][chunk, 0], refs["factors"][chunk, 1] = pair, tail
+        refs["factors"][chunk] = tail
     rows[chunk, INTRA] = dt * pair
     rows[chunk, TAIL] = dt * tail
     rows[chunk, START] = start
@@ -44,10 +45,7 @@ def prepare_chunk(chunk, refs, blocks: Blocks):
         real = documents[common.REAL : common.REAL + 1] if blocks.documents else jnp.ones((1, CHUNK), F32)
         rows[chunk, SKIP] = skip * real
     refs["totals"][chunk] = jnp.broadcast_to(total, refs["totals"].shape[1:])
-    common.write_references(sums, refs["high"], refs["low"])
-    references = common.read_references(refs["high"], refs["low"], blocks)
-    for head in range(blocks.heads):
-        refs["weights"][chunk, head] = common.pair_weights(sums, references, head, blocks)
+    common.write_pair_sums(sums, chunk, refs, blocks)
 
 
 def shared_products(chunk, refs, blocks: Blocks):
@@ -60,51 +58,82 @@ def shared_products(chunk, refs, blocks: Blocks):
         refs["shared"][chunk * blocks.groups + group] = jnp.where(mask, dot(B, C, NT), 0.0)
 
 
-def state_updates(chunk, xT, refs, blocks: Blocks):
-    """What the chunk adds to the state, one [group channels, N] array a group."""
-    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-    updates = []
-    for group in range(blocks.groups):
-        heads = range(group * blocks.group_heads, (group + 1) * blocks.group_heads)
-        scaled = [_scale(xT, chunk, head, refs["rows"], TAIL, blocks) for head in heads]
-        B = refs["B"][0, tokens, group * blocks.state : (group + 1) * blocks.state]
-        updates.append(dot(jnp.concatenate(scaled, 0), B))
-    return updates
+def tile_heads(blocks: Blocks) -> int:
+    """Heads whose channels fill the 128 lanes that are transposed together."""
+    heads = max(1, 128 // blocks.width)
+    return heads if blocks.heads % heads == 0 else blocks.heads
 
 
-def head_slice(array, chunk, head, blocks: Blocks):
-    """[P, CHUNK] of one head out of [channels, tokens]."""
-    return array[head * blocks.width : (head + 1) * blocks.width, chunk * CHUNK : (chunk + 1) * CHUNK]
+def transposed_heads(ref, chunk, blocks: Blocks) -> list:
+    """[P, CHUNK] of every head out of a block [1, tokens, heads P]."""
+    heads, width = tile_heads(blocks), blocks.width
+    found = []
+    for first in range(0, blocks.heads, heads):
+        tile = ref[0, chunk * CHUNK : (chunk + 1) * CHUNK, first * width : (first + heads) * width].T
+        found += [tile[k * width : (k + 1) * width] for k in range(heads)]
+    return found
 
 
-def _scale(xT, chunk, head, rows, row, blocks: Blocks):
-    x = head_slice(xT, chunk, head, blocks)
-    return (x.astype(F32) * rows[chunk, row, head : head + 1]).astype(x.dtype)
+def store_heads(ref, chunk, first, values, blocks: Blocks):
+    """Writes [P, CHUNK] of the heads from `first` on, a multiple of `tile_heads`, tokens-first."""
+    heads, width = tile_heads(blocks), blocks.width
+    for k in range(0, len(values), heads):
+        lanes = slice((first + k) * width, (first + k + heads) * width)
+        ref[0, chunk * CHUNK : (chunk + 1) * CHUNK, lanes] = jnp.concatenate(values[k : k + heads], 0).T
 
 
-def _scan_chunk(chunk, xT, updates, outputs, refs, blocks: Blocks):
-    """Outputs of one chunk (appended per head) and the carried state."""
-    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-    state, rows = refs["state"], refs["rows"]
-    dtype = xT.dtype
-    for group in range(blocks.groups):
-        channels = slice(group * blocks.group_channels, (group + 1) * blocks.group_channels)
-        C = refs["C"][0, tokens, group * blocks.state : (group + 1) * blocks.state]
-        carried = dot(state[channels].astype(dtype), C, NT)
-        for k in range(blocks.group_heads):
-            head = group * blocks.group_heads + k
-            own = slice(head * blocks.width, (head + 1) * blocks.width)
-            local = slice(k * blocks.width, (k + 1) * blocks.width)
-            shared = refs["shared"].at[chunk * blocks.groups + group]
-            weights = common.expand_weights(refs["weights"], (chunk, head), shared, blocks)
-            y = dot(_scale(xT, chunk, head, rows, INTRA, blocks), weights.astype(dtype))
-            y = y + carried[local] * rows[chunk, START, head : head + 1]
-            if blocks.skip:
-                skip = rows[chunk, SKIP, head : head + 1]
-                skip = skip * refs["D"][0, own] if blocks.skip == "channel" else skip
-                y = y + head_slice(xT, chunk, head, blocks).astype(F32) * skip
-            outputs[head].append(y.astype(dtype))
-            state[own] = state[own] * refs["totals"][chunk, head : head + 1] + updates[group][local]
+def stages(blocks: Blocks, most: int) -> list:
+    """(group, heads) lists of at most `most` heads of one group each, whole tiles of heads where groups allow it."""
+    size = min(most, blocks.group_heads)
+    while blocks.group_heads % size:
+        size -= 1
+    return [
+        (group, range(group * blocks.group_heads + first, group * blocks.group_heads + first + size))
+        for group in range(blocks.groups)
+        for first in range(0, blocks.group_heads, size)
+    ]
+
+
+def scale(x, chunk, heads, rows, row):
+    """[len(heads) P, CHUNK]: channels of the heads times their row of the scratch, in the dtype of x."""
+    parts = [x[head].astype(F32) * rows[chunk, row, head : head + 1] for head in heads]
+    return jnp.concatenate(parts, 0).astype(x[0].dtype)
+
+
+def group_lanes(group, blocks: Blocks) -> slice:
+    return slice(group * blocks.state, (group + 1) * blocks.state)
+
+
+def advance_state(x, chunk, group, heads, state, target, refs, blocks: Blocks):
+    """Writes the heads' states after the chunk to `target`; both are refs [channels, N]."""
+    width = blocks.width
+    B = refs["B"][0, chunk * CHUNK : (chunk + 1) * CHUNK, group_lanes(group, blocks)]
+    update = dot(scale(x, chunk, heads, refs["rows"], TAIL), B)
+    for k, head in enumerate(heads):
+        own = slice(head * width, (head + 1) * width)
+        total = refs["totals"][chunk, head : head + 1]
+        target[own] = state[own] * total + update[k * width : (k + 1) * width]
+
+
+def _scan_heads(chunk, x, group, heads, refs, blocks: Blocks):
+    """Outputs [P, CHUNK] of some heads of one group, and their carried state."""
+    rows, width, dtype = refs["rows"], blocks.width, x[0].dtype
+    C = refs["C"][0, chunk * CHUNK : (chunk + 1) * CHUNK, group_lanes(group, blocks)]
+    shared = refs["shared"].at[chunk * blocks.groups + group]
+    channels = slice(heads[0] * width, (heads[-1] + 1) * width)
+    carried = dot(refs["state"][channels].astype(dtype), C, NT)
+    outputs = []
+    for k, head in enumerate(heads):
+        weights = common.weigh_pairs(shared, chunk, head, refs, blocks)
+        y = dot(scale(x, chunk, [head], rows, INTRA), weights.astype(dtype))
+        y = y + carried[k * width : (k + 1) * width] * rows[chunk, START, head : head + 1]
+        if blocks.skip:
+            skip = rows[chunk, SKIP, head : head + 1]
+            skip = skip * refs["D"][0, head * width : (head + 1) * width] if blocks.skip == "channel" else skip
+            y = y + x[head].astype(F32) * skip
+        outputs.append(y.astype(dtype))
+    advance_state(x, chunk, group, heads, refs["state"], refs["state"], refs, blocks)
+    return outputs
 
 
 def _kernel(*args, names: tuple, blocks: Blocks):
@@ -118,16 +147,17 @@ def _kernel(*args, names: tuple, blocks: Blocks):
 
     if "states" in refs:
         refs["states"][0, 0] = refs["state"][...].astype(refs["states"].dtype)
-    xT = refs["x"][0].T
-    updates = []
     for chunk in range(blocks.chunks):
         prepare_chunk(chunk, refs, blocks)
         shared_products(chunk, refs, blocks)
-        updates.append(state_updates(chunk, xT, refs, blocks))
-    outputs = [[] for _ in range(blocks.heads)]
     for chunk in range(blocks.chunks):
-        _scan_chunk(chunk, xT, updates[chunk], outputs, refs, blocks)
-    refs["y"][0] = jnp.concatenate([jnp.concatenate(parts, 1) for parts in outputs], 0).T
+        x = transposed_heads(refs["x"], chunk, blocks)
+        waiting, first = [], 0
+        for group, heads in stages(blocks, HEADS_A_STAGE):
+            waiting += _scan_heads(chunk, x, group, heads, refs, blocks)
+            if len(waiting) % tile_heads(blocks) == 0:
+                store_heads(refs["y"], chunk, first, waiting, blocks)
+                waiting, first = [], heads[-1] + 1
 
     if blocks.final:
 
@@ -141,10 +171,9 @@ def scratch_shapes(blocks: Blocks) -> dict:
     return {
         "rows": pltpu.VMEM((blocks.chunks, N_ROWS, blocks.heads, CHUNK), F32),
         "totals": pltpu.VMEM((blocks.chunks, blocks.heads, blocks.state), F32),
-        "weights": pltpu.VMEM((blocks.chunks, blocks.heads, blocks.references, CHUNK), F32),
+        "pairs": pltpu.VMEM((blocks.chunks, *blocks.pair_shape), F32),
+        "columns": pltpu.VMEM((blocks.chunks, 2, CHUNK, -(-blocks.heads // CHUNK) * CHUNK), F32),
         "shared": pltpu.VMEM((blocks.chunks * blocks.groups, CHUNK, CHUNK), F32),
-        "high": pltpu.VMEM((CHUNK, CHUNK), F32),
-        "low": pltpu.VMEM((CHUNK, CHUNK), F32),
     }
 
 

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU kernels of ssd, interpreted, against the token-by-token recurrence in float64; compiled where libtpu is."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels
+from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.oracle import bound, oracle, relative_rms
+from pallas_kernels.ssd import cases
+from pallas_kernels.ssd.tpu import legal_heads, ssd_tpu, supports
+from tests.ops.support import QUICK, run
+
+BASE = cases.Case("base", 1, 200, 2, 32, 1, 16, "packed", "mixed", "H", True, True, seed=3)
+
+
+def case_of(**changes) -> cases.Case:
+    return dataclasses.replace(BASE, **changes)
+
+
+def run_kernel(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray]:
+    """Outputs and gradients of the interpreted kernels by name."""
+    kernel = functools.partial(ssd_tpu, **{"interpret": True, **blocks})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_kernels, "ssd", kernel)
+        return run("ssd", inputs, return_final_state=final)
+
+
+def check(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray]:
+    """Every output and gradient of the kernels within the tolerance table; returns them.
+
+    As strict as the table gets: without the allowance for gradients that are small next to the others.
+    """
+    actual = run_kernel(inputs, final=final, **blocks)
+    expected = oracle("ssd", inputs, compiler_options=QUICK, return_final_state=final)
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        check_close(actual[name], expected[name], dtype=inputs["x"].dtype, what=f"ssd.{name}")
+    return actual
+
+
+def check_close(actual, expected, *, dtype, what: str):
+    limit = bound(dtype, what)
+    smallest = 1e-7 if dtype == jnp.float32 else 1e-5  # RMS that counts as nothing: where everything has decayed
+    error = relative_rms(actual, expected, floor=smallest / limit)
+    assert error <= limit, f"{what}: relative RMS {error:.2e} above {limit:.0e}"
+
+
+CASES = (
+    case_of(name="dense", layout="dense", decay="typical", initial=False, final=False, skip=None, tokens=256),
+    case_of(name="one_token", tokens=1, batch=2, layout="dense"),
+    case_of(name="groups", heads=4, groups=2, skip="HP", tokens=130, layout="one"),
+    case_of(name="groups_all", heads=4, groups=4, tokens=40),
+    case_of(name="scattered", batch=2, layout="scattered", skip="HP"),
+    case_of(name="empty", batch=2, layout="empty", tokens=260),
+    case_of(name="singles", layout="singles", decay="typical"),
+    case_of(name="zero", layout="right", decay="zero"),
+    case_of(name="weak", layout="edges", decay="weak"),
+    case_of(name="strong", layout="left", decay="strong"),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_recurrence(case):
+    check(cases.make_inputs(case), final=case.final)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("dense", "groups", "scattered", "strong")],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_bfloat16(case):
+    check(cases.make_inputs(case, "bfloat16"), final=case.final)
+
+
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=() if case.name == "p64_n256" else pytest.mark.slow)
+    for case in cases.WIDTH_CASES
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_widths(case, dtype):
+    check(cases.make_inputs(case, dtype), final=case.final)
+
+
+def test_blocks_are_invisible():
+    """Heads a block, chunks a step: part of a group, one group, two groups; an odd and an even number of chunks."""
+    inputs = cases.make_inputs(case_of(name="blocks", heads=8, groups=2, state=64, tokens=300, width=64))
+    expected = check(inputs)
+    for heads, chunks in ((4, 1), (2, 3)):
+        if heads not in legal_heads(8, 2, 64, 64):
+            continue
+        actual = run_kernel(inputs, heads_per_block=heads, chunks_per_step=chunks)
+        for name in expected:
+            check_close(actual[name], expected[name], dtype="float32", what=f"ssd.{name}")
+
+
+def test_a_group_over_several_blocks():
+    inputs = cases.make_inputs(case_of(name="parts", heads=8, groups=1, tokens=140))
+    check(inputs, heads_per_block=4, chunks_per_step=1)
+
+
+def test_small_steps_survive_large_sums_in_one_chunk():
+    """Steps of -80 add up to -4000 before steps of -1e-6 that must still be seen, in gradients too."""
+    inputs = cases.make_inputs(case_of(name="tail", layout="dense", tokens=128, skip=None))
+    token = np.arange(128)
+    decay = np.where(token % 2 == 0, 80.0, 1e-6) * (token < 100) + 1e-2 * (token >= 100)
+    inputs["dt"] = np.broadcast_to(decay[None, :, None] / -inputs["A"], (1, 128, 2)).astype(np.float32)
+    check(inputs)
+
+
+def test_gradient_of_A_where_almost_nothing_passes():
+    """Only steps of -1e-6 and -80: the gradient of A is a millionth of the sums that a careless formula subtracts."""
+    rng = np.random.default_rng(0)
+    inputs = cases.make_inputs(case_of(name="stop", layout="dense", tokens=128, initial=False))
+    inputs["A"] = np.full(2, -4.0, np.float32)
+    inputs["dt"] = (np.where(rng.random((1, 128, 2)) < 0.5, 80.0, 1e-6) / 4.0).astype(np.float32)
+    check(inputs)
+
+
+@pytest.mark.parametrize("log_decay", [-3.0, -9.0, -15.0, -17.0, -40.0])
+def test_bfloat16_pairs_at_the_limit_of_the_factored_decay(log_decay):
+    """Every token decays alike, around the limit up to which pairs within a group are factored."""
+    inputs = cases.make_inputs(case_of(name="limit", layout="dense", tokens=128, skip=None), "bfloat16")
+    inputs["dt"] = np.broadcast_to(log_decay / inputs["A"], (1, 128, 2)).astype(np.float32)
+    check(inputs)
+
+
+def test_padding_may_hold_anything():
+    """Numbers at padded tokens reach no output and no gradient."""
+    inputs = cases.make_inputs(case_of(name="padding", layout="interior", tokens=150, seed=5))
+    padded = inputs["segment_ids"] == 0
+    assert padded.any()
+    expected = run_kernel(inputs)
+    changed = dict(inputs)
+    for name in ("x", "dt", "B", "C"):
+        changed[name] = inputs[name].copy()
+        changed[name][padded] = 7.0
+    actual = run_kernel(changed)
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name])
+    for name in ("out0", "dx", "ddt", "dB", "dC"):
+        assert not np.any(actual[name][padded]), name
+
+
+def test_states_stored_in_float32_or_bfloat16():
+    inputs = cases.make_inputs(case_of(name="states", tokens=260, layout="dense", decay="typical"), "bfloat16")
+    for states in ("float32", "bfloat16"):
+        check(inputs, states=states)
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(
+    tokens=st.integers(1, 400),
+    groups=st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)]),
+    sizes=st.sampled_from([(32, 16), (64, 32), (32, 128)]),
+    layout=st.sampled_from(LAYOUTS),
+    decay=st.sampled_from(cases.DECAYS),
+    skip=st.sampled_from([None, "H", "HP"]),
+    final=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_the_recurrence_on_drawn_shapes(tokens, groups, sizes, layout, decay, skip, final, seed):
+    case = cases.Case("drawn", 2, tokens, *(groups[0], sizes[0], groups[1], sizes[1]), layout, decay, skip, final, final, seed)
+    check(cases.make_inputs(case), final=final)
+
+
+@pytest.mark.slow
+def test_very_long():
+    check(cases.make_inputs(case_of(name="very_long", tokens=70_000, heads=1, decay="typical")))
+
+
+@pytest.mark.slow
+def test_the_tpu_interpreter_agrees():
+    """Pallas' TPU interpreter, which simulates the copies between memories and starts memory as NaN."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    inputs = cases.make_inputs(case_of(name="interpreter", tokens=300))
+    actual = run_kernel(inputs, interpret=pltpu.InterpretParams(uninitialized_memory="nan"))
+    expected = run_kernel(inputs)
+    for name in expected:
+        check_close(actual[name], expected[name], dtype="float32", what=f"ssd.{name}")
+
+
+def shapes(batch=1, tokens=256, heads=4, width=64, groups=1, state=128, dtype=jnp.bfloat16):
+    array = jax.ShapeDtypeStruct
+    group = array((batch, tokens, groups, state), dtype)
+    step = array((batch, tokens, heads), jnp.float32)
+    return array((batch, tokens, heads, width), dtype), step, array((heads,), jnp.float32), group, group
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"width": 48}, r"head width of x \(48\)"),
+    ({"state": 8}, r"state size of B \(8\)"),
+    ({"dtype": jnp.float16}, r"x has dtype float16"),
+    ({"heads": 509}, r"heads x width of one block"),
+])  # fmt: skip
+def test_what_it_cannot_serve_it_names(changes, reason):
+    args = shapes(**{"heads": 4, **changes}) if "heads" not in changes else shapes(width=32, **changes)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(ssd_tpu, *args)
+    assert supports(*shapes()) is None
+
+
+def test_heads_of_a_block_fill_lanes():
+    assert legal_heads(32, 1, 64, 128) == [2, 4, 8, 16, 32]
+    assert legal_heads(80, 8, 64, 128) == [2, 10, 20, 40, 80]
+    assert legal_heads(4, 4, 64, 16) == [4]
+
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def compile_for(generation: str, args, **kwargs):
+    """Compiles forward and backward with the TPU compiler; needs libtpu, no TPU."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = [jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args]
+
+    def loss(*arrays):
+        y, last = ssd_tpu(*arrays[:5], D=arrays[5], segment_ids=kwargs.get("ids"), initial_state=arrays[6], return_final_state=True)
+        return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(last**2)
+
+    with jax.set_mesh(mesh):  # tells Pallas the device it compiles for
+        return jax.jit(jax.grad(loss, range(7))).lower(*args).compile()
+
+
+def compile_args(**sizes):
+    x, *rest = shapes(**sizes)
+    n_batch, _, n_heads, width = x.shape
+    state = jax.ShapeDtypeStruct((n_batch, n_heads, width, rest[-1].shape[-1]), jnp.float32)
+    return x, *rest, jax.ShapeDtypeStruct((n_heads,), jnp.float32), state
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_compiles(generation):
+    args = compile_args(tokens=300)
+    compile_for(generation, args, ids=np.ones((1, 300), np.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("sizes", [
+    {"heads": 32},
+    {"dtype": jnp.float32},
+    {"heads": 32, "groups": 8, "width": 64, "state": 64},
+    {"heads": 24, "width": 64, "state": 256},
+    {"heads": 16, "width": 128},
+    {"heads": 4, "width": 32, "state": 16, "groups": 4},
+    {"heads": 64, "width": 32, "state": 32, "groups": 1, "batch": 2},
+], ids=str)  # fmt: skip
+def test_compiles_at_every_width(generation, sizes):
+    n_tokens = 256
+    args = compile_args(tokens=n_tokens, **sizes)
+    compile_for(generation, args, ids=np.ones((sizes.get("batch", 1), n_tokens), np.int32))
