@@ -20,7 +20,8 @@ def causal_conv1d_xla(
     """See `pallas_kernels.causal_conv1d`."""
     n_tokens = x_BTD.shape[1]
     n_before = w_DW.shape[1] - 1
-    if initial_state is None:
+    starts_from_zero = initial_state is None
+    if starts_from_zero:
         # Of x, so that it is sharded like x.
         initial_state = jnp.repeat(jnp.zeros_like(x_BTD[:, :1]), n_before, axis=1)
     if segment_ids is None:
@@ -31,29 +32,59 @@ def causal_conv1d_xla(
 
     real_BT = segment_ids != 0
     document_BT = segments.document_numbers(segment_ids)
-
-    def as_is():
-        y_BTD = _convolve(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, activation)
-        return y_BTD, _final_state(x_BTD, initial_state, real_BT, document_BT) if return_final_state else None
-
-    def real_first():
-        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
-        place_BT = jnp.argsort(order_BT, axis=1)
-        moved_BTD = jnp.take_along_axis(x_BTD, order_BT[:, :, None], axis=1)
-        moved_real_BT = jnp.take_along_axis(real_BT, order_BT, axis=1)
-        moved_document_BT = jnp.take_along_axis(document_BT, order_BT, axis=1)
-        moved_document_BT = jnp.where(moved_real_BT, moved_document_BT, document_BT[:, -1:])
-        y_BTD = _convolve(moved_BTD, w_DW, b_D, initial_state, moved_real_BT, moved_document_BT, activation)
-        y_BTD = jnp.take_along_axis(y_BTD, place_BT[:, :, None], axis=1)
-        final = _final_state(moved_BTD, initial_state, moved_real_BT, moved_document_BT) if return_final_state else None
-        return y_BTD, final
-
+    arrays = (x_BTD, w_DW, b_D, initial_state)
     if n_before == 0:
-        y_BTD, final_BWD = as_is()
+        y_BTD, final_BWD = _as_is(arrays, real_BT, document_BT, activation)
     else:
         resumed_BT = real_BT[:, 1:] & ~real_BT[:, :-1] & (document_BT[:, 1:] == document_BT[:, :-1])
-        y_BTD, final_BWD = jax.lax.cond(jnp.any(resumed_BT), real_first, as_is)
+        if starts_from_zero:  # then what comes before a row's first token does not matter
+            resumed_BT &= jnp.cumsum(real_BT, axis=1)[:, :-1] > 0
+        y_BTD, final_BWD = _either_way(arrays, real_BT, document_BT, jnp.any(resumed_BT), activation)
     return (y_BTD, final_BWD) if return_final_state else y_BTD
+
+
+def _as_is(arrays, real_BT, document_BT, activation):
+    """(y, final state) where no padding stands between tokens that see each other."""
+    x_BTD, w_DW, b_D, initial_state = arrays
+    y_BTD = _convolve(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, activation)
+    return y_BTD, _final_state(x_BTD, initial_state, real_BT, document_BT)
+
+
+def _real_first(arrays, real_BT, document_BT, activation):
+    """The same with the real tokens of each row moved to its front, and back."""
+    x_BTD, *others = arrays
+    order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+    place_BT = jnp.argsort(order_BT, axis=1)
+    moved_BTD = jnp.take_along_axis(x_BTD, order_BT[:, :, None], axis=1)
+    moved_real_BT = jnp.take_along_axis(real_BT, order_BT, axis=1)
+    moved_document_BT = jnp.take_along_axis(document_BT, order_BT, axis=1)
+    moved_document_BT = jnp.where(moved_real_BT, moved_document_BT, document_BT[:, -1:])
+    y_BTD, final_BWD = _as_is((moved_BTD, *others), moved_real_BT, moved_document_BT, activation)
+    return jnp.take_along_axis(y_BTD, place_BT[:, :, None], axis=1), final_BWD
+
+
+# A gradient of its own, so that the untaken way leaves nothing to keep for the backward pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _either_way(arrays, real_BT, document_BT, moves, activation):
+    ways = (functools.partial(way, activation=activation) for way in (_real_first, _as_is))
+    return jax.lax.cond(moves, *ways, arrays, real_BT, document_BT)
+
+
+def _either_way_forward(arrays, real_BT, document_BT, moves, activation):
+    return _either_way(arrays, real_BT, document_BT, moves, activation), (arrays, real_BT, document_BT, moves)
+
+
+def _either_way_backward(activation, residuals, cotangents):
+    arrays, real_BT, document_BT, moves = residuals
+
+    def pull(way):
+        return jax.vjp(lambda arrays: way(arrays, real_BT, document_BT, activation), arrays)[1](cotangents)[0]
+
+    grads = jax.lax.cond(moves, lambda: pull(_real_first), lambda: pull(_as_is))
+    return grads, None, None, None
+
+
+_either_way.defvjp(_either_way_forward, _either_way_backward)
 
 
 def _final_state(x_BTD, initial_state, real_BT, document_BT):

@@ -119,12 +119,25 @@ def test_causal():
     assert np.all(grad[:, 7:11])
 
 
-def test_right_padding_takes_the_straight_path(monkeypatch):
+def test_usual_padding_takes_the_straight_path(monkeypatch):
     """Padding that no pair of tokens spans costs no move of the tokens."""
-    monkeypatch.setattr(jax.lax, "cond", lambda moves, move, stay: stay() if not bool(moves) else pytest.fail("moved"))
-    for layout in ("packed", "right", "empty"):
-        ids = jnp.asarray(cases.make_inputs(cases.Case("case", 2, 20, 3, 4, layout))["segment_ids"])
-        causal_conv1d(jnp.ones((2, 20, 3)), jnp.ones((3, 4)), segment_ids=ids, implementation="xla")
+    taken = []
+    monkeypatch.setattr(jax.lax, "cond", lambda moves, *ways: taken.append(bool(moves)) or ways[1](*ways[2:]))
+    for layout, state, moves in [
+        ("packed", True, False), ("right", True, False), ("empty", True, False), ("left", False, False),
+        ("left", True, True), ("scattered", False, True),
+    ]:  # fmt: skip
+        inputs = cases.make_inputs(cases.Case("case", 2, 20, 3, 4, layout, initial=state))
+        options = {name: inputs[name] for name in ("segment_ids", "initial_state")}
+        causal_conv1d(inputs["x"], inputs["w"], **options, implementation="xla")
+        assert taken.pop() == moves, layout
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
+    inputs = cases.make_inputs(cases.Case("kept", 2, 64, 128, 4, "packed"), "bfloat16")
+    conv = lambda x: causal_conv1d(x, inputs["w"], activation="silu", segment_ids=inputs["segment_ids"])
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(conv, x)[1], inputs["x"]))
+    assert sum(a.size * a.dtype.itemsize for a in kept) < 1.3 * inputs["x"].nbytes
 
 
 @pytest.mark.parametrize("name", ["_sums", "_final_state", "_taps"])
