@@ -24,3 +24,8 @@ def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
     before_BT = jnp.pad(latest_BT[:, :-1], ((0, 0), (1, 0)))
     starts_BT = (latest_BT != before_BT) & (before_BT != 0)
     return jnp.cumsum(starts_BT.astype(jnp.int32), axis=1)
+
+
+def document_ids(segment_ids_BT: jax.Array) -> jax.Array:
+    """[B, T] int32: ids of which each belongs to one document of its row only, 0 at padding."""
+    return jnp.where(segment_ids_BT != 0, document_numbers(segment_ids_BT) + 1, 0)

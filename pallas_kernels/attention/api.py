@@ -7,7 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, segments
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
 
 
@@ -29,7 +29,7 @@ def attention(
 ) -> jax.Array:
     """out_t = sigmoid(gate_t) * sum over visible s of softmax_s(scale q_t . k_s) v_s; head h reads k, v h // (H / K).
 
-    Key s is visible to query t if both have the same segment id, that id is not 0, position t >= position s (causal)
+    Key s is visible to query t if both belong to one document, neither is padding, position t >= position s (causal)
     and position t - position s < window. A query without visible keys gives exactly 0 and no gradients.
 
     Args:
@@ -37,7 +37,9 @@ def attention(
       k_BSKP, v_BSKP: keys and values, S of them; K divides H; v may have a width of its own, which the result takes.
       gate: pre-activation of the output gate, [B, T, H, P of v] or [B, T, H], or None.
       causal, window: masks over positions; a window of w sees its own position and the w - 1 before.
-      segment_ids: int32 [B, T] for both sides (then T == S), or a pair [B, T], [B, S]; None is one document.
+      segment_ids: int32 [B, T] for both sides (then T == S), where a change of id between real tokens starts a
+        document, so that an id that comes back is another one; or a pair [B, T], [B, S], where equal ids are one
+        document in any order; None is one document.
       positions: int32 like segment_ids; None counts tokens from 0, queries from q_offset.
       scale: factor of q . k, default P ** -0.5.
       softcap: scores become softcap * tanh(scores / softcap).
@@ -75,11 +77,14 @@ def attention(
         check_shape("sinks", sinks, (n_heads,), "heads of q_BTHP")
         check_float("sinks", sinks)
     sizes = (n_batch, n_queries, n_keys)
+    pair = _pair("segment_ids", segment_ids, *sizes)
+    if pair is not None and not isinstance(segment_ids, (tuple, list)):
+        pair = (segments.document_ids(pair[0]),) * 2
     kwargs = {
         "gate": gate,
         "causal": bool(causal),
         "window": window,
-        "segment_ids": _pair("segment_ids", segment_ids, *sizes),
+        "segment_ids": pair,
         "positions": _pair("positions", positions, *sizes),
         "scale": d_head**-0.5 if scale is None else _finite("scale", scale),
         "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),

@@ -105,13 +105,26 @@ def test_rows_without_visible_keys_are_zero_and_pass_no_gradient(small_blocks):
 def test_packed_equals_separate(implementation, small_blocks):
     inputs = cases.make_inputs(cases.Case("documents", 1, 48, 48, 4, 2, 8))
     weights = make_weights([(1, 48, 4, 8)])
-    ids = np.repeat([1, 2, 3], [17, 1, 30])[None].astype(np.int32)
+    ids = np.repeat([5, 2, 5], [17, 1, 30])[None].astype(np.int32)
     packed = run("attention", {**inputs, "segment_ids": ids}, weights=weights, implementation=implementation)
     for start, end in ((0, 17), (17, 18), (18, 48)):
         alone = {k: v[:, start:end] for k, v in inputs.items() if v is not None}
         one = run("attention", alone, weights=[weights[0][:, start:end]], implementation=implementation)
         for name in one:
             check_close(packed[name][:, start:end], one[name], dtype="float32", what=name)
+
+
+def test_a_pair_of_ids_means_equal_ids():
+    """As two arrays ids are compared as they are (keys of a cache stand in any order); as one, documents are runs."""
+    inputs = cases.make_inputs(cases.Case("ids", 1, 6, 6, 2, 1, 8, gate=None))
+    args = [inputs[name] for name in ("q", "k", "v")]
+    ids = np.array([[1, 1, 2, 2, 1, 1]], np.int32)
+    for implementation in ("xla", "reference"):
+        runs = attention(*args, segment_ids=ids, implementation=implementation)
+        pair = attention(*args, segment_ids=(ids, ids), implementation=implementation)
+        np.testing.assert_array_equal(runs[:, 4], inputs["v"][:, 4].repeat(2, axis=1))
+        assert np.abs(pair - runs)[:, 4].min() > 1e-4
+        check_close(pair[:, :4], runs[:, :4], dtype="float32", what="first documents")
 
 
 def test_a_cache_gives_the_rows_of_the_whole(small_blocks):

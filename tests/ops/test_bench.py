@@ -88,7 +88,7 @@ def test_tolerances():
         (np.where(np.arange(1000) == 7, 1.001, 1.0), ones, "float32"),
         (ones * 1e-6, ones * 0, "float32"),
     ):
-        with pytest.raises(AssertionError, match="^x: "):
+        with pytest.raises(AssertionError, match=r"^x: "):
             check_close(actual, expected, dtype=dtype, what="x")
 
 

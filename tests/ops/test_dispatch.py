@@ -87,6 +87,7 @@ def test_document_numbers():
     ids = jnp.array([[1, 1, 0, 0, 1, 2, 0, 2, 1, 0], [0, 0, 3, 3, 0, 4, 4, 4, 0, 3], [0] * 10])
     expected = [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1, 2], [0] * 10]
     np.testing.assert_array_equal(segments.document_numbers(ids), expected)
+    assert segments.document_ids(ids)[0].tolist() == [1, 1, 0, 0, 1, 2, 0, 2, 3, 0]
 
 
 def test_layouts():

@@ -127,7 +127,7 @@ def test_packed_equals_separate(implementation):
     """Three documents in a row: each alone gives its piece of y, dx, ddt, dB, dC and its share of dA, dD."""
     inputs = make(batch=1, tokens=48, decay="typical")
     bounds = [(0, 17), (17, 18), (18, 48)]
-    inputs["segment_ids"] = np.repeat([1, 2, 3], [17, 1, 30])[None].astype(np.int32)
+    inputs["segment_ids"] = np.repeat([5, 2, 5], [17, 1, 30])[None].astype(np.int32)
     weights = make_weights([(1, 48, 4, 8), (1, 4, 8, 8)])
     packed = run("ssd", inputs, weights=weights, implementation=implementation, return_final_state=True, chunk=16)
     shared = {"dA": 0.0, "dD": 0.0}
