@@ -10,13 +10,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd import tpu_backward, tpu_forward
 from pallas_kernels.ssd.tpu_common import CHUNK, F32, Blocks, document_rows
 
 STATE_SIZES = (16, 32, 64, 128, 256)
 HEAD_WIDTHS = (32, 64, 128)
+BLOCK_CHANNELS = 2048  # the preferred size of one block
 MAX_CHANNELS = 8192  # heads x width of one block: more does not fit VMEM
+
+
+# Heads the forward treats together, by TPU generation: what the compiler's schedule prefers (docs/kernels.md).
+STAGE = {6: 16}
+DEFAULT_STAGE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +31,10 @@ class Plan:
     """Static choices of one call; see `ssd_tpu`."""
 
     heads: int
+    stage: int
     chunks: int
-    backward_heads: int
-    backward_chunks: int
-    states: str | None
-    interpret: bool
+    states: str
+    interpret: bool | object
 
 
 def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int]:
@@ -44,13 +50,6 @@ def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int
         if whole_lanes and whole_group_lanes:
             found.append(heads)
     return found
-
-
-def choose_heads(n_heads: int, n_groups: int, width: int, state: int, most: int) -> int:
-    """The largest legal number of heads a block up to `most`, else the smallest legal one."""
-    legal = legal_heads(n_heads, n_groups, width, state)
-    fitting = [heads for heads in legal if heads <= most]
-    return fitting[-1] if fitting else legal[0]
 
 
 def supports(
@@ -109,25 +108,29 @@ def ssd_tpu(
 
 
 def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
-    """Sizes by shape: at most 32 heads and 2,048 channels a block, two chunks a step where the tokens fill them."""
+    """Sizes by shape: at most 2,048 channels a block, but a block for each core; two chunks a step where they fill it."""
     n_batch, n_tokens, n_heads, width = x_shape
-    most = max(1, 2048 // width)
-    if n_batch == 1 and _cores() == 2:
-        most = min(most, max(1, n_heads // 2))
+    n_groups, state = B_shape[2:]
+    legal = legal_heads(n_heads, n_groups, width, state)
+    generation, cores = _device()
     if heads is None:
-        heads = choose_heads(n_heads, *B_shape[2:][:1], width, B_shape[3], most)
-    elif heads not in legal_heads(n_heads, B_shape[2], width, B_shape[3]):
-        raise ValueError(f"heads_per_block ({heads}) not one of {legal_heads(n_heads, B_shape[2], width, B_shape[3])}")
+        most = BLOCK_CHANNELS // width
+        if n_batch % cores:
+            most = min(most, n_heads // cores)
+        heads = max((count for count in legal if count <= most), default=legal[0])
+    elif heads not in legal:
+        raise ValueError(f"heads_per_block ({heads}) not one of {legal}")
     if chunks is None:
         chunks = 2 if -(-n_tokens // CHUNK) % 2 == 0 else 1
-    return Plan(heads, chunks, heads, chunks, states, interpret)
+    return Plan(heads, STAGE.get(generation, DEFAULT_STAGE), chunks, states, interpret)
 
 
-def _cores() -> int:
-    """TensorCores that one device runs a kernel's parallel grid on (2 on v4 and v5p)."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+def _device() -> tuple[int, int]:
+    """(TPU generation, cores that share a kernel's parallel grid) of the device compiled for; (0, 1) elsewhere."""
+    if not pltpu.is_tpu_device():
+        return 0, 1
+    info = pltpu.get_tpu_info()
+    return info.generation, info.num_cores
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,19 +140,19 @@ def _ssd(static, x, dt, A, B, C, D, segment_ids, initial_state):
     return results["y"], results.get("last")
 
 
-def _prepare(x, dt, A, B, C, D, segment_ids, initial_state, heads: int, chunks: int) -> dict:
+def _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan: Plan) -> dict:
     """The kernels' inputs by name: tokens padded to whole steps, channels merged, [B, T, H] floats tokens-last."""
     n_batch, n_tokens, n_heads, width = x.shape
-    padding = -n_tokens % (chunks * CHUNK)
+    padding = -n_tokens % (plan.chunks * CHUNK)
     pad = lambda array: jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2)) if padding else array
-    n_blocks = n_heads // heads
+    n_blocks = n_heads // plan.heads
     if segment_ids is not None:
         dt = jnp.where((segment_ids != 0)[..., None], dt, 0.0)
     merge = lambda array: pad(array).reshape(n_batch, n_tokens + padding, -1)
     inputs = {
         "x": merge(x),
-        "dt": pad(dt).transpose(0, 2, 1).reshape(n_batch, n_blocks, heads, -1),
-        "A": A.astype(F32).reshape(n_blocks, heads, 1),
+        "dt": pad(dt).transpose(0, 2, 1).reshape(n_batch, n_blocks, plan.heads, -1),
+        "A": A.astype(F32).reshape(n_blocks, plan.heads, 1),
         "B": merge(B),
         "C": merge(C),
     }
@@ -162,15 +165,16 @@ def _prepare(x, dt, A, B, C, D, segment_ids, initial_state, heads: int, chunks: 
     return inputs
 
 
-def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, *, final: bool, exact: bool) -> Blocks:
+def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bool) -> Blocks:
     n_heads, width = x.shape[2:]
     n_groups, state = B.shape[2:]
     return Blocks(
-        heads=heads,
-        groups=max(1, heads * n_groups // n_heads),
+        heads=plan.heads,
+        stage=plan.stage,
+        groups=max(1, plan.heads * n_groups // n_heads),
         width=width,
         state=state,
-        chunks=chunks,
+        chunks=plan.chunks,
         exact=exact,
         skip="" if D is None else ("head", "channel")[D.ndim - 1],
         documents=segment_ids is not None,
@@ -181,8 +185,8 @@ def _blocks(heads, chunks, x, B, D, segment_ids, initial_state, *, final: bool, 
 
 def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, states=None):
     n_batch, n_tokens, n_heads, width = x.shape
-    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final=final, exact=x.dtype == F32)
-    inputs = _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan.heads, plan.chunks)
+    blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=x.dtype == F32)
+    inputs = _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan)
     results = tpu_forward.forward(inputs, blocks, n_groups=B.shape[2], states_dtype=states, interpret=plan.interpret)
     results["y"] = results["y"][:, :n_tokens].reshape(x.shape)
     if final:
@@ -202,8 +206,8 @@ def _backward_rule(static, residuals, cotangents):
     (x, dt, A, B, C, D, segment_ids, initial_state), states = residuals
     dy, dlast = cotangents
     n_batch, n_tokens, n_heads, width = x.shape
-    blocks = _blocks(plan.heads, plan.chunks, x, B, D, segment_ids, initial_state, final=final, exact=True)
-    inputs = _prepare(x, dt, A, B, C, D, segment_ids, None, plan.heads, plan.chunks)
+    blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=True)
+    inputs = _prepare(x, dt, A, B, C, D, segment_ids, None, plan)
     padding = inputs["x"].shape[1] - n_tokens
     inputs["dy"] = jnp.pad(dy, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(inputs["x"].shape)
     inputs["states"] = states

@@ -20,7 +20,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.segments import document_numbers
 
@@ -40,11 +39,12 @@ TN = (((0,), (0,)), ((), ()))
 class Blocks:
     """Static sizes of one kernel call.
 
-    heads: heads a block; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
+    heads: heads a block; stage: heads the forward treats together; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
     exponentials (float32) instead of the factored form; skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]).
     """
 
     heads: int
+    stage: int
     groups: int
     width: int
     state: int
@@ -113,7 +113,8 @@ class DecaySums:
     high: jax.Array
     pair_high: jax.Array
     low: jax.Array
-    to_reference: jax.Array  # r_J - c_j (factored form only)
+    to_reference: jax.Array | None  # r_J - c_j, factored form only
+    references: tuple | None  # r_J as (high, low), tokens-first: [CHUNK / GROUP, heads]
 
     @property
     def from_start(self):
@@ -145,29 +146,32 @@ def decay_sums(a_HQ, blocks: Blocks) -> DecaySums:
     upto = triangle(jnp.bfloat16, lambda row, column: row <= column)
     first = [halves] if blocks.exact else [halves, limited]
     sums = split(dot(stack([*first, *small]), upto))
-    middle, low = sums[-4], sums[-3] + (sums[-2] + sums[-1])
-    high = sums[0] + middle
+    high, low = sums[0] + sums[-4], sums[-3] + (sums[-2] + sums[-1])
     if blocks.exact:
-        return DecaySums(high, high, low, jnp.zeros_like(high))
+        return DecaySums(high, high, low, None, None)
     row = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
     column = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
+    middle = lax.broadcasted_iota(jnp.int32, (CHUNK // GROUP, CHUNK), 0) * GROUP + GROUP // 2 - 1
+    before = lax.broadcasted_iota(jnp.int32, (CHUNK // GROUP, CHUNK), 1) <= middle
+    at_reference = lambda piece: dot(before.astype(F32).astype(jnp.bfloat16), piece.astype(jnp.bfloat16), NT)
+    at = [at_reference(piece) for piece in (limited, *small)]
+    references = at[0] + at[1], at[2] + (at[3] + at[4])
     toward = (row <= _reference_token(column)).astype(F32) - (row <= column).astype(F32)
     parts = split(dot(stack([limited, *small]), toward.astype(jnp.bfloat16)))
     to_reference = (parts[0] + parts[1]) + (parts[2] + (parts[3] + parts[4]))
-    return DecaySums(high, sums[1] + middle, low, to_reference)
+    return DecaySums(high, sums[1] + sums[2], low, to_reference, references)
 
 
 def write_pair_sums(sums: DecaySums, chunk: int, refs, blocks: Blocks):
     """Leaves in scratch what `weigh_pairs` needs of a chunk: exp(c_i - r_J) of the factored form, else c itself."""
     heads = blocks.heads
-    columns = refs["columns"]
-    columns[chunk, 0, :, :heads] = sums.pair_high.T
-    columns[chunk, 1, :, :heads] = sums.low.T
     if blocks.exact:
+        columns = refs["columns"]
+        columns[chunk, 0, :, :heads] = sums.high.T
+        columns[chunk, 1, :, :heads] = sums.low.T
         refs["pairs"][chunk, 0], refs["pairs"][chunk, 1] = sums.high, sums.low
         return
-    middle = pl.ds(GROUP // 2 - 1, CHUNK // GROUP, GROUP)
-    high, low = columns[chunk : chunk + 1, :, middle, :heads][0]
+    high, low = sums.references
     for head in range(heads):
         one = slice(head, head + 1)
         exponent = (sums.pair_high[one] - high[:, one]) + (sums.low[one] - low[:, one])

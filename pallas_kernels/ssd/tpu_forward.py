@@ -18,7 +18,6 @@ from pallas_kernels.ssd.tpu_common import CHUNK, F32, NT, Blocks, dot
 # Rows of the per-chunk scratch, each [heads, CHUNK].
 INTRA, TAIL, START, SKIP = range(4)
 N_ROWS = 4
-HEADS_A_STAGE = 8
 
 
 def prepare_chunk(chunk, refs, blocks: Blocks):
@@ -53,7 +52,7 @@ def shared_products(chunk, refs, blocks: Blocks):
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None)
     for group in range(blocks.groups):
-        lanes = slice(group * blocks.state, (group + 1) * blocks.state)
+        lanes = group_lanes(group, blocks)
         B, C = refs["B"][0, tokens, lanes], refs["C"][0, tokens, lanes]
         refs["shared"][chunk * blocks.groups + group] = jnp.where(mask, dot(B, C, NT), 0.0)
 
@@ -148,12 +147,13 @@ def _kernel(*args, names: tuple, blocks: Blocks):
     if "states" in refs:
         refs["states"][0, 0] = refs["state"][...].astype(refs["states"].dtype)
     for chunk in range(blocks.chunks):
-        prepare_chunk(chunk, refs, blocks)
         shared_products(chunk, refs, blocks)
+    for chunk in range(blocks.chunks):
+        prepare_chunk(chunk, refs, blocks)
     for chunk in range(blocks.chunks):
         x = transposed_heads(refs["x"], chunk, blocks)
         waiting, first = [], 0
-        for group, heads in stages(blocks, HEADS_A_STAGE):
+        for group, heads in stages(blocks, blocks.stage):
             waiting += _scan_heads(chunk, x, group, heads, refs, blocks)
             if len(waiting) % tile_heads(blocks) == 0:
                 store_heads(refs["y"], chunk, first, waiting, blocks)
@@ -168,11 +168,11 @@ def _kernel(*args, names: tuple, blocks: Blocks):
 
 def scratch_shapes(blocks: Blocks) -> dict:
     """Scratch that forward and backward share, by name."""
-    return {
+    columns = {"columns": pltpu.VMEM((blocks.chunks, 2, CHUNK, -(-blocks.heads // CHUNK) * CHUNK), F32)}
+    return (columns if blocks.exact else {}) | {
         "rows": pltpu.VMEM((blocks.chunks, N_ROWS, blocks.heads, CHUNK), F32),
         "totals": pltpu.VMEM((blocks.chunks, blocks.heads, blocks.state), F32),
         "pairs": pltpu.VMEM((blocks.chunks, *blocks.pair_shape), F32),
-        "columns": pltpu.VMEM((blocks.chunks, 2, CHUNK, -(-blocks.heads // CHUNK) * CHUNK), F32),
         "shared": pltpu.VMEM((blocks.chunks * blocks.groups, CHUNK, CHUNK), F32),
     }
 
