@@ -21,7 +21,8 @@ from hybridlm.layers.mamba2 import Mamba2Mixer
 from hybridlm.layers.mlp import FeedForward
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.params import ParamInfo, param_info
-from hybridlm.layers.segments import number_documents, padding_last, positions_within
+from hybridlm.layers.segments import padding_last, positions_within
+from pallas_kernels.segments import document_ids
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
 
@@ -119,13 +120,13 @@ class HybridLM(nnx.Module):
         restore = None
         if segment_ids is not None:
             (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
-            segment_ids = number_documents(segment_ids)
+            segment_ids = document_ids(segment_ids)
             positions = positions_within(segment_ids, tokens_BT.shape) if positions is None else positions
         x_BTD = self._embed(tokens_BT)
         for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
             x_BTD = self._run(group, sublayers, x_BTD, segment_ids, positions)
-        x_BTD = self.norm(x_BTD)
-        return x_BTD if restore is None else restore(x_BTD)
+        x_BTD = sharding.constrain(self.norm(x_BTD), "batch", "tokens", None)
+        return x_BTD if restore is None else sharding.constrain(restore(x_BTD), "batch", "tokens", None)
 
     def unembedding(self) -> jax.Array:
         """w_VD, float32: the embedding itself where tied."""

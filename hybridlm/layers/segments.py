@@ -9,14 +9,6 @@ import jax.numpy as jnp
 from pallas_kernels.segments import document_numbers
 
 
-def number_documents(segment_ids_BT: jax.Array) -> jax.Array:
-    """Segment ids that count documents: 1, 2, ... within a row, 0 for padding.
-
-    An id that comes back after another document starts a new document, as it does in the recurrent ops.
-    """
-    return jnp.where(segment_ids_BT != 0, document_numbers(segment_ids_BT) + 1, 0)
-
-
 def positions_within(segment_ids_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
     """int32 [B, T]: how many real tokens of its document precede each token; without segments, the token's index."""
     if segment_ids_BT is None:
