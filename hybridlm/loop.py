@@ -48,7 +48,7 @@ def train(config: Config, command: str = "python train.py --config CONFIG") -> i
                 opened.callback(display.stop)
                 run = Run(config, folder, mesh, display, stop, opened)
                 try:
-                    stopped = run.loop() or run.close_run()
+                    stopped = run.loop() or run.finish()
                 except jax.errors.JaxRuntimeError as error:
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
@@ -84,7 +84,8 @@ class Run:
         self.checkpoints = Checkpoints(folder.checkpoints, config.run.keep)
         opened.callback(self.checkpoints.close)
         self.meter = Meter(config, mesh, self.corpus.stats["train"]["bytes_per_pair"])
-        self.step, self.val_bits, self.saved = 0, None, None
+        self.step, self.val_bits, self.saved, self.tracing = 0, None, None, False
+        opened.callback(self._end_trace)
         self._restore()
         folder.write_config()
         self.log = MetricsLog(folder, self.step, config.run.tensorboard)
@@ -129,10 +130,13 @@ class Run:
         run, pending = self.config.run, None
         first = self.step + 1
         self.display.start(self.step)
+        if self._evaluates(self.step) and not self.log.has("val", self.step) and not self._evaluate():
+            return True  # stopped before the evaluation that the former start was stopped before
         while self.step < run.steps:
             self._profile(self.step + 1)
             began = time.monotonic()
-            self.state, metrics = self.program.train_step(self.state, self._put(next(self.loader), self.config.data.batch_size))
+            batch = self._put(next(self.loader), self.config.data.batch_size)
+            self.state, metrics = self.program.train_step(self.state, batch)
             self.step += 1
             if self.step == first:
                 self._report_start(time.monotonic() - began)
@@ -140,7 +144,7 @@ class Run:
                 self._report(*pending)
             pending = (self.step, metrics)
             stopping, last = self.stop.agreed(self.step, run.log_every), self.step == run.steps
-            evaluating = run.eval_every > 0 and self.step % run.eval_every == 0 and not last
+            evaluating = self._evaluates(self.step)
             saving = (run.save_every > 0 and self.step % run.save_every == 0) or stopping or last
             if evaluating or saving:
                 self._report(*pending)
@@ -155,7 +159,7 @@ class Run:
                 return True
         return False
 
-    def close_run(self) -> bool:
+    def finish(self) -> bool:
         """The end of a run: last evaluation, figure, text; true where a signal cut it short."""
         if self.val_loader is not None and not self._evaluate():
             return True
@@ -227,6 +231,11 @@ class Run:
         )
         return True
 
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation follows this step; the one after the last step belongs to finish()."""
+        every = self.config.run.eval_every
+        return every > 0 and step > 0 and step % every == 0 and step < self.config.run.steps
+
     def _beside_bigram(self, bits: float) -> str:
         bigram = self.corpus.stats["bigram_bits_per_byte"]
         return f"{bits:.3f} bits per byte" + (f" (byte bigram: {bigram:.3f})" if bigram is not None else "")
@@ -253,14 +262,19 @@ class Run:
         self.display.say("\n".join("    " + line for line in text.splitlines()))
 
     def _profile(self, step: int) -> None:
-        """Starts before the first of run.profile_steps, stops after the last."""
-        if self.config.run.profile_steps is not None:
-            start, end = self.config.run.profile_steps
-            if step == start:
-                jax.profiler.start_trace(str(self.folder.path / "profile"))
-            elif step == end + 1:
-                jax.block_until_ready(self.state)
-                jax.profiler.stop_trace()
+        """Starts a trace before the first of run.profile_steps, ends it after the last."""
+        first, last = self.config.run.profile_steps or (0, 0)
+        if step == first:
+            jax.profiler.start_trace(str(self.folder.path / "profile"))
+            self.tracing = True
+        elif step > last:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self.tracing:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.tracing = False
 
 
 def _is_closed(folder: RunFolder, step: int) -> bool:

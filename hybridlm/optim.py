@@ -17,8 +17,7 @@ from hybridlm.schedule import make_schedule
 def make_optimizer(optim: OptimConfig, steps: int, info) -> tuple[optax.GradientTransformation, Callable]:
     """The transformation from mean gradients to updates, and the schedule of AdamW's learning rate.
 
-    info: tree like the parameters with the model's ParamInfo at each leaf. Raises ConfigError for a schedule that does
-    not fit into the steps.
+    info: tree like the parameters with the model's ParamInfo at each leaf.
     """
     schedule = make_schedule(optim, steps, optim.lr)
     is_matrix = jax.tree.map(lambda leaf: leaf.kind == "matrix", info)

@@ -113,11 +113,16 @@ class MetricsLog:
         """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped."""
         self._path = folder.metrics
         kept = [r for r in read_metrics(self._path) if r["step"] <= step]
+        self._seen = {(r["kind"], r["step"]) for r in kept}
         part = self._path.with_suffix(".jsonl.part")
         part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         part.replace(self._path)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
         self._board = _open_board(folder.tensorboard, step) if tensorboard else None
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the run that is gone on with wrote a record of the kind at the step."""
+        return (kind, step) in self._seen
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Appends a record and hands its numbers to TensorBoard."""

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line says: help, and one line for what the user has to change."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridlm.cli import main, train_main
+from hybridlm.progress import Display, clock, short
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fails(capsys, words, *said, code=2, command=train_main):
+    assert command(words) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    for text in said:
+        assert text in error
+
+
+def test_config_is_missing(capsys):
+    fails(capsys, [], "--config is missing", "hybrid_tiny")
+    fails(capsys, ["--config"], "--config wants a name", "hybrid_1b")
+
+
+def test_unknown_names_and_keys(capsys, mini):
+    fails(capsys, ["--config", "hybrid_tny"], "hybrid_tny", "did you mean hybrid_tiny")
+    fails(capsys, ["--config", "nowhere/file.py"], "nowhere/file.py")
+    fails(capsys, ["--config", "hybrid_tiny", "--model.d_modle=4"], "--model.d_modle", "d_model")
+    fails(capsys, ["--config=hybrid_tiny", "--optim.lr=fast"], "--optim.lr", "fast")
+
+
+def test_impossible_combinations(capsys, mini):
+    mini = str(mini)
+    fails(capsys, ["--config", mini, "--mesh.data=1", "--mesh.fsdp=3"], "mesh (data 1 x fsdp 3 x tensor 1) needs 3 devices")
+    fails(capsys, ["--config", mini, "--data.batch_size=4"], "data.batch_size (4) not divisible by mesh.data * mesh.fsdp (8)")
+    fails(capsys, ["--config", mini, "--optim.accumulate=3"], "data.batch_size (8) not divisible by optim.accumulate (3)")
+    fails(capsys, ["--config", mini, "--model.blocks.*.n_heads=3", "--model.blocks.*.n_kv_heads=2"], "n_heads (3)")
+    fails(capsys, ["--config", mini, "--data.path=nothing/*.txt"], "nothing/*.txt")
+    fails(capsys, ["--config", mini, "--run.dir=/dev/null/x"], "run.dir (/dev/null/x) cannot be written")
+
+
+def test_generate_errors(capsys, tmp_path):
+    def check(words, *said):
+        fails(capsys, ["generate", *words], *said, command=main)
+
+    check([], "--run")
+    check(["--run", str(tmp_path)], "holds no run")
+    check(["--run", str(tmp_path), "--temprature", "1"], "--temprature")
+    check(["--run", str(tmp_path), "--top-p", "2"], "--top-p (2) must be between 0 and 1")
+    check(["--run", str(tmp_path), "--max-new-tokens", "0"], "--max-new-tokens (0) must be at least 1")
+
+
+def test_help(capsys):
+    assert train_main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "hybrid_125m" in said and "--optim.lr" in said and "--run.steps" in said
+    assert train_main(["--config", "mamba2_1b", "--help"]) == 0
+    assert "128256" in capsys.readouterr().out.replace("_", "")
+    assert main(["--help"]) == 0 and "hybridlm generate" in capsys.readouterr().out
+    assert main(["generate", "--help"]) == 0 and "--top-k" in capsys.readouterr().out
+    assert main(["fly"]) == 2 and main([]) == 2
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "hybridlm", "train"]])
+def test_as_a_process(words):
+    done = subprocess.run(
+        [sys.executable, *words, "--config", "hybrid_tny"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_times_and_numbers():
+    assert [clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+    assert [short(n) for n in (0.5, 999, 1234, 45_600_000, 7.89e9, 2e12)] == ["0.5", "999", "1.23k", "45.6M", "7.89B", "2T"]
+
+
+def test_lines_off_a_terminal(capsys):
+    display = Display(20)
+    display.start(0)
+    values = {"loss": 1.5, "tokens_per_second": 12_345.0, "mfu": 0.314, "skipped": 2, "seconds_left": 90}
+    display.update(10, values, log=True)
+    display.update(11, values, log=False)
+    display.stop()
+    assert capsys.readouterr().out == "step 10/20  loss 1.5000  12.3k tokens/s  MFU 31.4%  skipped 2  1:30 left\n"

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs through the command line: exact resume, what a second start does, what a run leaves behind."""
+
+import fcntl
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from hybridlm import loop
+from hybridlm.checkpoint import finished_steps
+from hybridlm.cli import main, train_main
+from hybridlm.run_folder import read_metrics
+
+TIMES = {"tokens_per_second", "seconds_left", "seconds", "mfu"}
+
+
+@pytest.fixture(autouse=True)
+def alone(one_device):
+    """Every run here has one device."""
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """The last train state and data position of each run."""
+    seen = []
+    release = loop.Run.finish
+
+    def finish(self):
+        seen.append((jax.device_get(self.state), self.loader.get_state()))
+        return release(self)
+
+    monkeypatch.setattr(loop.Run, "finish", finish)
+    return seen
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Makes a run stop after a step as if Ctrl-C had come during it."""
+
+    def arrange(step):
+        def agreed(self, now, every):
+            self.signum = 2 if now == step else None
+            return self.signum is not None
+
+        monkeypatch.setattr(loop.StopRequest, "agreed", agreed)
+
+    return arrange
+
+
+def train(config, *overrides):
+    return train_main(["--config", str(config), *overrides])
+
+
+def records(folder, kinds=("train", "val")):
+    """The records of metrics.jsonl without what depends on the clock."""
+    kept = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] in kinds]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in kept]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_twenty_steps_equal_ten_and_ten(mini, states, stop_at, capsys, name):
+    folder = mini.parent
+    options = [f"--optim.name={name}", "--optim.schedule=cosine"]
+    assert train(mini, *options, f"--run.dir={folder}/whole") == 0
+    stop_at(10)
+    assert train(mini, *options, f"--run.dir={folder}/parts") == 130
+    said = capsys.readouterr().out
+    assert "stopped and saved at step 10 of 20; to resume: python train.py --config" in said
+    stop_at(None)
+    assert train(mini, *options, f"--run.dir={folder}/parts") == 0
+    assert "going on from the checkpoint of step 10" in capsys.readouterr().out
+    (whole, whole_data), (parts, parts_data) = states  # the stopped one never came to its end
+    assert whole_data == parts_data and whole_data["step"] == 20
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records(folder / "whole") == records(folder / "parts")
+    assert (folder / "whole" / "sample.txt").read_text() == (folder / "parts" / "sample.txt").read_text()
+
+
+def test_what_a_run_leaves_and_a_second_start(mini, capsys):
+    run = mini.parent / "run"
+    assert train(mini, "--run.tensorboard=True") == 0
+    said = capsys.readouterr().out
+    assert "bits per byte (byte bigram: " in said and "hybridlm generate --run" in said and "--run.steps=40" in said
+    assert finished_steps(run / "checkpoints") == [10, 15, 20]  # run.keep
+    assert {r["step"] for r in records(run, ["train"])} == {3, 6, 9, 12, 15, 18, 20}
+    assert [r["step"] for r in records(run, ["val"])] == [10, 20]
+    assert all(math.isfinite(r["loss"]) for r in records(run))
+    assert json.loads((run / "config.json").read_text())["model"]["d_model"] == 16
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run / "sample.txt").read_text().startswith("a") and list((run / "tensorboard").iterdir())
+
+    before = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.name != "lock"}
+    assert train(mini) == 0
+    said = capsys.readouterr().out
+    assert "is complete: 20 steps" in said and "--run.steps=40" in said
+    assert before == {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.name != "lock"}
+
+    assert train(mini, "--run.steps=22") == 0
+    assert "going on from the checkpoint of step 20" in capsys.readouterr().out
+    steps = [(r["kind"], r["step"]) for r in records(run)]
+    assert len(steps) == len(set(steps)) and steps[-2:] == [("train", 22), ("val", 22)]
+
+    assert main(["generate", "--run", str(run), "--prompt", "abc", "--max-new-tokens", "5", "--step", "15"]) == 0
+    assert capsys.readouterr().out.startswith("abc")
+    texts = []
+    for seed in ("1", "1"):
+        assert main(["generate", "--run", str(run), "--prompt", "ab", "--max-new-tokens", "8", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["generate", "--run", str(run), "--step", "3"]) == 2
+    assert "step (3) has no checkpoint" in capsys.readouterr().err
+
+
+def test_records_after_the_restored_step_are_dropped(mini, stop_at, capsys):
+    run = mini.parent / "run"
+    stop_at(8)
+    assert train(mini) == 130
+    with open(run / "metrics.jsonl", "a") as file:  # as a process killed at step 12 would have left them
+        file.write('{"kind": "train", "step": 9, "loss": 1.0}\n{"kind": "train", "step": 12, "loss": 1.0}\n{"kind": "tr')
+    stop_at(None)
+    assert train(mini) == 0
+    assert [r["step"] for r in records(run, ["train"])] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_a_run_cut_off_before_its_end_is_closed(mini, capsys, monkeypatch):
+    """Killed after the last save: the second start evaluates and writes the figure, and trains no step."""
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "finish", killed)
+        assert train(mini) == 130
+    assert finished_steps(mini.parent / "run" / "checkpoints")[-1] == 20
+    assert not (mini.parent / "run" / "loss.png").exists()
+    capsys.readouterr()
+    assert train(mini) == 0
+    assert (mini.parent / "run" / "loss.png").exists() and "first step" not in capsys.readouterr().out
+
+
+def test_another_config_is_refused(mini, stop_at, capsys):
+    stop_at(4)
+    assert train(mini) == 130
+    before = {f: f.read_bytes() for f in (mini.parent / "run").rglob("*") if f.is_file() and f.name != "lock"}
+    capsys.readouterr()
+    assert train(mini, "--model.d_model=32", "--optim.lr=1e-3", "--run.log_every=1") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert "model.d_model (16 there, 32 now), optim.lr (0.01 there, 0.001 now)" in error and "--run.dir=NEW" in error
+    assert "log_every" not in error
+    assert train(mini, "--run.seed=5") == 2 and "run.seed (0 there, 5 now)" in capsys.readouterr().err
+    assert before == {f: f.read_bytes() for f in before}
+    stop_at(None)
+    assert train(mini, "--optim.max_skipped=5", "--run.log_every=1", "--run.keep=1", "--data.prefetch=1") == 0
+    assert json.loads((mini.parent / "run" / "config.json").read_text())["run"]["log_every"] == 1
+
+
+def test_a_broken_checkpoint_costs_its_steps_alone(mini, states, stop_at, caplog):
+    whole = mini.parent / "whole"
+    assert train(mini, f"--run.dir={whole}") == 0
+    stop_at(10)
+    assert train(mini) == 130
+    checkpoint = mini.parent / "run" / "checkpoints" / "10"
+    for file in (checkpoint / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    stop_at(None)
+    assert train(mini) == 0
+    assert "going back to step 5" in caplog.text
+    for a, b in zip(jax.tree.leaves(states[0][0]), jax.tree.leaves(states[-1][0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_processes_in_one_folder(mini, capsys):
+    run = mini.parent / "run"
+    run.mkdir()
+    with open(run / "lock", "w") as lock:
+        lock.write("process 123 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train(mini) == 1
+        error = capsys.readouterr().err
+        assert "is in use by process 123 on elsewhere" in error and error.count("\n") == 1
+    assert train(mini, "--run.steps=3", "--run.eval_every=-1", "--run.sample_tokens=0") == 0  # a lock left by the dead
+
+
+def test_the_run_ends_after_too_many_steps_that_are_not_finite(mini, capsys):
+    """A learning rate that throws the parameters out of range at the second step."""
+    assert train(mini, "--optim.lr=1e38", "--optim.warmup_steps=0", "--optim.max_skipped=3", "--run.save_every=1") == 1
+    captured = capsys.readouterr()
+    assert "not finite 3 times in a row (optim.max_skipped), none applied" in captured.err
+    assert captured.out.count("not finite: skipped") == 3 and "Traceback" not in captured.err
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(mini, capsys):
+    assert train(mini, "--model.vocab_size=200") == 2
+    assert "model.vocab_size (200) is smaller than the vocabulary of data.tokenizer" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_left_alone(mini, capsys):
+    assert train(mini, f"--run.dir={mini.parent}") == 2
+    assert "has files but no run" in capsys.readouterr().err
+
+
+def test_accumulation_and_mesh_may_change_on_the_way(mini, stop_at, monkeypatch):
+    from hybridlm.sharding import make_mesh
+
+    stop_at(10)
+    assert train(mini) == 130
+    stop_at(None)
+    monkeypatch.setattr("hybridlm.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
+    assert train(mini, "--mesh.fsdp=2", "--mesh.data=2", "--optim.accumulate=2", f"--run.steps=20") == 0
+    assert [r["step"] for r in records(mini.parent / "run", ["train"])] == [3, 6, 9, 12, 15, 18, 20]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C and SIGTERM sent to a real process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridlm.checkpoint import finished_steps
+from hybridlm.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def start(mini):
+    """Starts `train.py` on the mini config in a process of its own; ended with the test."""
+    processes = []
+
+    def popen(*overrides):
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONUNBUFFERED": "1"}
+        words = [sys.executable, str(ROOT / "train.py"), "--config", str(mini), "--run.log_every=1", *overrides]
+        process = subprocess.Popen(
+            words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=mini.parent
+        )
+        processes.append(process)
+        return process
+
+    yield popen
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def read_until(process, words, seconds=120):
+    """The output up to the line that holds the words."""
+    lines, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        line = process.stdout.readline()
+        lines.append(line)
+        if words in line:
+            return lines
+        if not line:
+            break
+    raise AssertionError(f"no {words!r} in:\n{''.join(lines)}")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(mini, start, signum, code):
+    process = start("--run.steps=100000", "--run.eval_every=-1", "--run.save_every=0")
+    read_until(process, "step 5/")
+    process.send_signal(signum)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert "finishing this step, then saving" in output and "to resume: python" in output and "Traceback" not in output
+    run = mini.parent / "run"
+    saved = finished_steps(run / "checkpoints")
+    assert len(saved) == 1 and saved[0] >= 5
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, saved[0] + 1))
+
+
+def test_a_second_signal_leaves_at_once(mini, start):
+    """Also while the main thread is away: the validation set here is read for longer than the test lasts."""
+    process = start("--run.steps=100000", "--run.eval_every=-1", "--run.save_every=0")
+    read_until(process, "step 2/")
+    process.send_signal(signal.SIGSTOP)  # both signals wait for the process to go on
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode in (130, 143) and time.monotonic() - began < 20
+    assert "stopped at once, without saving" in output
+
+
+def test_a_signal_before_the_first_step(mini, start):
+    process = start()
+    time.sleep(1.0)  # in the imports
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode in (130, -signal.SIGINT), output
