@@ -205,8 +205,8 @@ class HybridLM(nnx.Module):
         return length_B <= limits[0]
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        w_VD = params.use(self.embedding, jnp.float32)  # the gradient of the look-up is summed in float32
-        x_BTD = w_VD[tokens_BT]
+        w_VD = params.use(self.embedding, jnp.float32)  # the gradient of the look-up is summed in float32,
+        x_BTD = sharding.constrain(w_VD, "vocab", None)[tokens_BT]  # by each device over its own rows
         if self.config.embedding_multiplier != 1:
             x_BTD = x_BTD * self.config.embedding_multiplier
         return sharding.constrain(x_BTD.astype(self.config.compute_dtype), "batch", "tokens", None)
