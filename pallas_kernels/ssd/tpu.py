@@ -17,13 +17,9 @@ from pallas_kernels.ssd.tpu_common import CHUNK, F32, Blocks, document_rows
 
 STATE_SIZES = (16, 32, 64, 128, 256)
 HEAD_WIDTHS = (32, 64, 128)
-BLOCK_CHANNELS = 2048  # the preferred size of one block
+BLOCK_CHANNELS = 2048  # the most heads x width of one block, if smaller ones exist; at N = 256 half of it:
+BLOCK_STATES = 2048 * 128  # the same for heads x width x state (larger programs take the compiler minutes)
 MAX_CHANNELS = 8192  # heads x width of one block: more does not fit VMEM
-
-
-# Heads the forward treats together, by TPU generation: what the compiler's schedule prefers (docs/kernels.md).
-STAGE = {6: 16}
-DEFAULT_STAGE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +27,13 @@ class Plan:
     """Static choices of one call; see `ssd_tpu`."""
 
     heads: int
-    stage: int
     chunks: int
     states: str
     interpret: bool | object
 
 
 def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int]:
-    """Heads a block that the TPU's tiles allow, ascending: whole lane tiles of x, B and C, whole groups or parts of one."""
+    """Heads a block that the TPU's tiles allow, ascending: whole lane tiles of x, B and C; groups, or parts of one."""
     heads_a_group = n_heads // n_groups
     found = []
     for heads in range(1, n_heads + 1):
@@ -71,7 +66,8 @@ def supports(
         return f"state size of B ({state}) not one of {STATE_SIZES}"
     channels = legal_heads(n_heads, n_groups, width, state)[0] * width
     if channels > MAX_CHANNELS:
-        return f"heads x width of one block ({channels}) above {MAX_CHANNELS}: {n_heads} heads have no smaller divisor that fills lanes"
+        why = f"{n_heads} heads have no smaller divisor that fills lanes"
+        return f"heads x width of one block ({channels}) above {MAX_CHANNELS}: {why}"
     return None
 
 
@@ -108,13 +104,13 @@ def ssd_tpu(
 
 
 def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
-    """Sizes by shape: at most 2,048 channels a block, but a block for each core; two chunks a step where they fill it."""
+    """Sizes by shape: at most 2,048 channels of 128 states a block, but a block for each core; two chunks a step where T allows."""
     n_batch, n_tokens, n_heads, width = x_shape
     n_groups, state = B_shape[2:]
     legal = legal_heads(n_heads, n_groups, width, state)
-    generation, cores = _device()
+    cores = _cores()
     if heads is None:
-        most = BLOCK_CHANNELS // width
+        most = min(BLOCK_CHANNELS, BLOCK_STATES // state) // width
         if n_batch % cores:
             most = min(most, n_heads // cores)
         heads = max((count for count in legal if count <= most), default=legal[0])
@@ -122,15 +118,12 @@ def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
         raise ValueError(f"heads_per_block ({heads}) not one of {legal}")
     if chunks is None:
         chunks = 2 if -(-n_tokens // CHUNK) % 2 == 0 else 1
-    return Plan(heads, STAGE.get(generation, DEFAULT_STAGE), chunks, states, interpret)
+    return Plan(heads, chunks, states, interpret)
 
 
-def _device() -> tuple[int, int]:
-    """(TPU generation, cores that share a kernel's parallel grid) of the device compiled for; (0, 1) elsewhere."""
-    if not pltpu.is_tpu_device():
-        return 0, 1
-    info = pltpu.get_tpu_info()
-    return info.generation, info.num_cores
+def _cores() -> int:
+    """Cores that share a kernel's parallel grid on the device compiled for: 2 on v4 and v5p."""
+    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,7 +163,6 @@ def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bo
     n_groups, state = B.shape[2:]
     return Blocks(
         heads=plan.heads,
-        stage=plan.stage,
         groups=max(1, plan.heads * n_groups // n_heads),
         width=width,
         state=state,

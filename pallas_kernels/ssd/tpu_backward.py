@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward TPU kernel of the Mamba-2 scan: one pass over the grid steps in reverse, the state's gradient carried in VMEM.
+"""Backward TPU kernel of the Mamba-2 scan: one pass over the grid steps in reverse, dh carried in VMEM.
 
-With L the pair weights, S = C B^T, xd = dt x, h the state that enters a chunk, dh the gradient of the one that leaves it
-and c the inclusive sums of log decays (per head; T the chunk's last token):
+With L the pair weights, S = C B^T, xd = dt x, h the state that enters a chunk, dh the gradient of the one that leaves
+it and c the inclusive sums of log decays (per head; T the chunk's last token):
 
     dxd_j = sum_i L_ij S_ij dy_i + e^(c_T - c_j) dh B_j          dx = dt dxd + D dy
     dS_ij = sum over heads L_ij dy_i . xd_j                       dC += dS B, dB += dS^T C
@@ -14,8 +14,9 @@ and da_t, the gradient of the log decay of token t, as the sum of everything tha
     da_t = sum_{j < t <= i} W_ij + sum_{i >= t} g_i + sum_{j < t} q_j + e^(c_T) <dh, h>
     W_ij = L_ij S_ij dy_i . xd_j,  g_i = e^(c_i) dy_i . h C_i,  q_j = e^(c_T - c_j) xd_j . dh B_j
 
-The usual shortcut (reverse cumulative sums of dy . y - xd . dxd) subtracts pairs that do not cross t, the large diagonal
-ones first; with strong decays nothing but its rounding is left. The rectangle sums take one more matrix product instead.
+The usual shortcut (reverse cumulative sums of dy . y - xd . dxd) subtracts pairs that do not cross t, the large
+diagonal ones first; with strong decays nothing but its rounding is left. The rectangle sums take one more matrix
+product instead.
 
 The states that enter each grid step come from the forward; those of later chunks in the step are recomputed.
 """
@@ -36,7 +37,7 @@ from pallas_kernels.ssd.tpu_forward import INTRA, SKIP, START, TAIL
 # Rows of the reduction scratch, each [heads, CHUNK]: x . dy S L, x . dh B, dy . h C, rectangle sums of W, dy . x.
 X_PAIR, X_CARRY, Y_CARRY, CROSS, Y_X = range(5)
 N_SUMS = 5
-HEADS_A_STAGE = 4
+HEADS_A_STAGE = 4  # heads treated stage by stage
 
 
 def _row_sum(array):
@@ -44,7 +45,7 @@ def _row_sum(array):
 
 
 def _split(array, dtype) -> list:
-    """A float32 array as terms of `dtype`: itself, or its bfloat16 rounding and the rounding of what that leaves out."""
+    """A float32 array as terms of `dtype`: itself, or its bfloat16 rounding and that of the remainder."""
     if dtype == F32:
         return [array]
     high = array.astype(dtype)
@@ -122,7 +123,8 @@ def _chunk_gradients(chunk, x, refs, blocks: Blocks):
         for start in range(0, blocks.group_heads, HEADS_A_STAGE):
             some = heads[start : start + HEADS_A_STAGE]
             local = slice(start * width, (start + len(some)) * width)
-            arrays = ([x[head] for head in some], [dy[head] for head in some], carried[local], incoming[local], from_t, before_t)
+            xs, dys = ([array[head] for head in some] for array in (x, dy))
+            arrays = (xs, dys, carried[local], incoming[local], from_t, before_t)
             waiting += _heads_gradients(chunk, some, group, arrays, refs, blocks)
             if len(waiting) % tpu_forward.tile_heads(blocks) == 0:
                 tpu_forward.store_heads(refs["dx"], chunk, first, waiting, blocks)
@@ -192,10 +194,11 @@ def _kernel(*args, names: tuple, blocks: Blocks):
 
 
 def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) -> dict:
-    """Runs the kernel; blocks.exact must be set. Inputs are the forward's without initial, and dy, states and (blocks.final) dlast.
+    """Runs the kernel. Inputs are the forward's without initial, and dy, states and (blocks.final) dlast.
 
-    Returns dx [B, T, H P]; ddt [B, blocks, heads, T]; dA [B, blocks, heads, CHUNK], to be summed over batch and lanes; dB,
-    dC [B, parts, T, G N], to be summed over parts; dD like dA (or [B, H P, CHUNK]); dinitial [B, H P, N] by request.
+    blocks.exact must be set. Returns dx [B, T, H P]; ddt [B, blocks, heads, T]; dA [B, blocks, heads, CHUNK], to be
+    summed over batch and lanes; dB, dC [B, parts, T, G N], to be summed over parts; dD like dA
+    (or [B, H P, CHUNK]); dinitial [B, H P, N] by request.
     """
     n_batch, n_tokens, width = inputs["x"].shape
     n_blocks = width // blocks.channels

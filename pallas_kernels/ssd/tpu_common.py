@@ -5,8 +5,8 @@ Inside the kernels the tokens of a chunk lie in lanes and heads or channels in s
 log decays a_t = dt_t A up to token i, a pair (i, j), j <= i, of one document weighs exp(c_i - c_j).
 
 Sums: every log decay is cut into pieces that bfloat16 holds exactly and whose sums over a chunk float32 holds exactly
-(multiples of 1/2, of 2^-9, ...), so that one matrix product with a triangle of ones gives c as an unevaluated sum of two
-floats, exact to about 2^-32. Differences of c are then as good next to a decay of exp(-80) as anywhere else.
+(multiples of 1/2, of 2^-9, ...), so that one matrix product with a triangle of ones gives c as an unevaluated sum of
+two floats, exact to about 2^-32. Differences of c are then as good next to a decay of exp(-80) as anywhere else.
 
 Weights of pairs: exp(c_i - c_j) for each pair in the backward and for float32 inputs. In the forward of bfloat16 inputs
 the weight is factored around the middle r_J of each group J of 8 tokens, exp(c_i - r_J) exp(r_J - c_j): the second
@@ -39,12 +39,11 @@ TN = (((0,), (0,)), ((), ()))
 class Blocks:
     """Static sizes of one kernel call.
 
-    heads: heads a block; stage: heads the forward treats together; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
+    heads: heads a block; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
     exponentials (float32) instead of the factored form; skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]).
     """
 
     heads: int
-    stage: int
     groups: int
     width: int
     state: int
@@ -108,7 +107,7 @@ def decay_pieces(a_HQ):
 
 @dataclasses.dataclass(frozen=True)
 class DecaySums:
-    """Inclusive sums over a chunk as high + low, [heads, CHUNK]; `pair_high` replaces high between tokens of a chunk."""
+    """Inclusive sums over a chunk as high + low, [heads, CHUNK]; `pair_high` is high between tokens of a chunk."""
 
     high: jax.Array
     pair_high: jax.Array
@@ -187,7 +186,7 @@ def exact_weights(chunk: int, head: int, refs):
 
 
 def weigh_pairs(factor, chunk: int, head: int, refs, blocks: Blocks):
-    """[CHUNK, CHUNK] j by i: the ref `factor`, zero for pairs that do not see each other, times one head's pair weights.
+    """[CHUNK, CHUNK] j by i: the ref `factor`, zero for pairs that are not visible, times one head's pair weights.
 
     In the factored form the weights are exp(c_i - r_J), finite but meaningless where i lies before group J.
     """
@@ -201,8 +200,8 @@ def weigh_pairs(factor, chunk: int, head: int, refs, blocks: Blocks):
 
 
 # Rows of the document array: key and query number of the document (query -1: padding), whether a token belongs to the
-# document that enters its chunk, whether to the one that leaves it, both for real tokens; whether the token is real; and
-# whether the document that enters the chunk is still the one at this token.
+# document that enters its chunk, whether to the one that leaves it, both for real tokens; whether the token is real;
+# and whether the document that enters the chunk is still the one at this token.
 KEY, QUERY, ENTERS, LEAVES, REAL, CARRIES = range(6)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward TPU kernel of the Mamba-2 scan: grid (batch, head block, chunks), the state carried in VMEM.
 
-x and y keep the model's layout [B, T, H P] and are transposed in VMEM, so that P is the streamed dimension of the matrix
-unit and the CHUNK x CHUNK weights the stationary one: y^T[P, i] = x^T[P, j] (S^T * L^T)[j, i] + state[P, N] C^T[N, i].
+x and y keep the model's layout [B, T, H P] and are transposed in VMEM, so that P is the streamed dimension of the
+matrix unit and the CHUNK x CHUNK weights the stationary one:
+y^T[P, i] = x^T[P, j] (S^T * L^T)[j, i] + state[P, N] C^T[N, i].
 """
 
 import functools
@@ -18,6 +19,7 @@ from pallas_kernels.ssd.tpu_common import CHUNK, F32, NT, Blocks, dot
 # Rows of the per-chunk scratch, each [heads, CHUNK].
 INTRA, TAIL, START, SKIP = range(4)
 N_ROWS = 4
+HEADS_A_STAGE = 8  # whose carried products are alive together
 
 
 def prepare_chunk(chunk, refs, blocks: Blocks):
@@ -153,7 +155,7 @@ def _kernel(*args, names: tuple, blocks: Blocks):
     for chunk in range(blocks.chunks):
         x = transposed_heads(refs["x"], chunk, blocks)
         waiting, first = [], 0
-        for group, heads in stages(blocks, blocks.stage):
+        for group, heads in stages(blocks, HEADS_A_STAGE):
             waiting += _scan_heads(chunk, x, group, heads, refs, blocks)
             if len(waiting) % tile_heads(blocks) == 0:
                 store_heads(refs["y"], chunk, first, waiting, blocks)
@@ -185,13 +187,14 @@ def input_specs(blocks: Blocks, n_groups: int, n_heads: int, step_of=lambda c: c
     by_tokens = lambda width: pl.BlockSpec((1, tokens, width), lambda b, h, c: (b, step_of(c), h))
     by_group = pl.BlockSpec((1, tokens, lanes), lambda b, h, c: (b, step_of(c), group(h)))
     states = pl.BlockSpec((1, blocks.channels, blocks.state), lambda b, h, c: (b, h, 0))
+    skips = blocks.channels if blocks.skip == "channel" else blocks.heads
     return {
         "x": by_tokens(blocks.channels),
         "dt": pl.BlockSpec((1, 1, blocks.heads, tokens), lambda b, h, c: (b, h, 0, step_of(c))),
         "A": pl.BlockSpec((1, blocks.heads, 1), lambda b, h, c: (h, 0, 0)),
         "B": by_group,
         "C": by_group,
-        "D": pl.BlockSpec((1, blocks.channels if blocks.skip == "channel" else blocks.heads, 1), lambda b, h, c: (h, 0, 0)),
+        "D": pl.BlockSpec((1, skips, 1), lambda b, h, c: (h, 0, 0)),
         "documents": pl.BlockSpec((1, 8, tokens), lambda b, h, c: (b, 0, step_of(c))),
         "initial": states,
         "last": states,

@@ -166,7 +166,8 @@ def test_states_stored_in_float32_or_bfloat16():
     seed=st.integers(0, 10**6),
 )
 def test_equals_the_recurrence_on_drawn_shapes(tokens, groups, sizes, layout, decay, skip, final, seed):
-    case = cases.Case("drawn", 2, tokens, *(groups[0], sizes[0], groups[1], sizes[1]), layout, decay, skip, final, final, seed)
+    shape = (2, tokens, groups[0], sizes[0], groups[1], sizes[1])
+    case = cases.Case("drawn", *shape, layout, decay, skip, final, final, seed)
     check(cases.make_inputs(case), final=final)
 
 
@@ -216,7 +217,7 @@ def test_heads_of_a_block_fill_lanes():
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
-def compile_for(generation: str, args, **kwargs):
+def compile_for(generation: str, args, ids):
     """Compiles forward and backward with the TPU compiler; needs libtpu, no TPU."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
@@ -227,7 +228,8 @@ def compile_for(generation: str, args, **kwargs):
     args = [jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args]
 
     def loss(*arrays):
-        y, last = ssd_tpu(*arrays[:5], D=arrays[5], segment_ids=kwargs.get("ids"), initial_state=arrays[6], return_final_state=True)
+        named = {"D": arrays[5], "segment_ids": ids, "initial_state": arrays[6], "return_final_state": True}
+        y, last = ssd_tpu(*arrays[:5], **named)
         return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(last**2)
 
     with jax.set_mesh(mesh):  # tells Pallas the device it compiles for
