@@ -104,7 +104,7 @@ def ssd_tpu(
 
 
 def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
-    """Sizes by shape: at most 2,048 channels of 128 states a block, but a block for each core; two chunks a step where T allows."""
+    """Sizes by shape: limited by channels and states, but a block for each core; two chunks a step where T allows."""
     n_batch, n_tokens, n_heads, width = x_shape
     n_groups, state = B_shape[2:]
     legal = legal_heads(n_heads, n_groups, width, state)
