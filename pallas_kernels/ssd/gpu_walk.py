@@ -44,6 +44,8 @@ class Walk:
     has_d: bool = False
     stages: int = 2
     dtype: jnp.dtype = jnp.bfloat16
+    interpret: bool = False
+    most_heads: int = 1    # heads of one compute warpgroup; two were slower (registers), see docs/kernels.md
 
     @property
     def warpgroups(self) -> int:
@@ -51,7 +53,7 @@ class Walk:
 
     @property
     def heads_per_warpgroup(self) -> int:
-        return 2 if (self.heads // self.groups) % 4 == 0 and self.state <= 128 else 1
+        return self.most_heads if (self.heads // self.groups) % (2 * self.most_heads) == 0 else 1
 
     @property
     def block_heads(self) -> int:
@@ -62,11 +64,25 @@ class Walk:
         return -(-self.chunks // (2 * self.pieces)) * 2
 
 
-def _wgmma(acc, a, b):
-    """acc + a @ b on the matrix unit; acc is a float32 array."""
-    def body(ref):
+def matmul(a, b, shape, acc=None, interpret=False):
+    """``acc + a @ b`` on the matrix unit, float32 ``[m, n]``; ``a`` an array or a shared-memory ref, ``b`` a ref.
+
+    The interpreter knows neither left operands in registers nor initialised accumulators, so it gets a plain product.
+    """
+    def fresh(ref):
         plgpu.wgmma(ref, a, b)
-    return pl.run_state(body)(plgpu.ACC.init(acc))
+        return ref[...]
+
+    def onto(ref):
+        plgpu.wgmma(ref, a, b)
+
+    if interpret:
+        left = a if isinstance(a, jax.Array) else a[...]
+        out = jnp.dot(left, b[...], preferred_element_type=jnp.float32)
+        return out if acc is None else acc + out
+    if acc is not None:
+        return pl.run_state(onto)(plgpu.ACC.init(acc))
+    return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
 
 
 def _row(v, n):
@@ -81,11 +97,22 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
 
 
+def _decayed_scores(cfg, scores, a_row, b_col, span):
+    """M_ij = (C_i . B_j) exp2(a_i - b_j), zero unless i >= j in one document."""
+    gate = jnp.exp2(_row(a_row, TILE) - _col(b_col, TILE))
+    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
+    cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
+    mask = rows >= cols
+    if cfg.segments:
+        mask = jnp.logical_and(mask, (rows - cols).astype(jnp.float32) <= _row(span, TILE))
+    return jnp.where(mask, scores * gate, 0.0).astype(cfg.dtype)
+
+
 def _head_step(cfg, w_idx, hh, state, scores, smem, slot, y_dst):
-    """One chunk of one head: returns the new state; writes y into the x slot and starts its copy out."""
+    """One chunk of one head: returns the new state; writes y over x in shared memory and starts its copy out."""
     x_s, ab_s, seg_s, b_s, c_s, h_s, xw_s, d_s = smem
     lh = w_idx * cfg.heads_per_warpgroup + hh
-    x_ref = x_s.at[slot, lh]
+    x_ref, xw_ref = x_s.at[slot, lh], xw_s.at[w_idx]
     a_row = plgpu.load(ab_s.at[slot, lh, 0], layout=ROW)
     b_row = plgpu.load(ab_s.at[slot, lh, 1], layout=ROW)
     a_end = ab_s[slot, lh, 0, TILE - 1]
@@ -96,40 +123,38 @@ def _head_step(cfg, w_idx, hh, state, scores, smem, slot, y_dst):
         decay *= seg_s[slot, 3, TILE - 1]
     x = plgpu.load(x_ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
     xw_s[w_idx] = (x * _row(weight, TILE)).astype(cfg.dtype)
-    y = None
-    if cfg.emit_y:
-        e_row = jnp.exp2(a_row)
-        if cfg.segments:
-            e_row *= plgpu.load(seg_s.at[slot, 1], layout=ROW)
-            span = plgpu.load(seg_s.at[slot, 0], layout=ROW)
-        plgpu.commit_smem()
+    plgpu.commit_smem()
+    if not cfg.emit_y:
+        return matmul(xw_ref.T, b_s.at[slot], state.shape, state * decay, cfg.interpret)
 
-        def inter(acc):
-            plgpu.wgmma(acc, c_s.at[slot], h_s.at[w_idx, hh].T)
-            b_col = plgpu.load(ab_s.at[slot, lh, 1], layout=COL)
-            gate = jnp.exp2(_row(a_row, TILE) - _col(b_col, TILE))
-            rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
-            cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
-            mask = rows >= cols
-            if cfg.segments:
-                mask = jnp.logical_and(mask, (rows - cols).astype(jnp.float32) <= _row(span, TILE))
-            m = jnp.where(mask, scores * gate, 0.0).astype(cfg.dtype)
-            return acc[...], m
+    e_row, span = jnp.exp2(a_row), None
+    if cfg.segments:
+        e_row *= plgpu.load(seg_s.at[slot, 1], layout=ROW)
+        span = plgpu.load(seg_s.at[slot, 0], layout=ROW)
 
-        y, m = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
-        y = _wgmma(y * _row(e_row, TILE), m, x_ref)
+    def mix():
+        # Read here: layout inference does not end when this vector is read before the products start.
+        b_col = plgpu.load(ab_s.at[slot, lh, 1], layout=COL)
+        return _decayed_scores(cfg, scores, a_row, b_col, span)
+
+    def inter(acc):
+        plgpu.wgmma(acc, c_s.at[slot], h_s.at[lh].T)
+        m = mix()
+        return acc[...], m
+
+    if cfg.interpret:
+        y, m = matmul(c_s.at[slot], h_s.at[lh].T, (TILE, TILE), None, True), mix()
     else:
-        plgpu.commit_smem()
-    state = _wgmma(state * decay, xw_s.at[w_idx].T, b_s.at[slot])
-    if cfg.emit_y:
-        if cfg.has_d:
-            skip = x * _col(plgpu.load(d_s.at[lh], layout=COL), TILE)
-            if cfg.segments:
-                skip = jnp.where(_row(span, TILE) >= 0.0, skip, 0.0)
-            y += skip
-        x_ref[...] = y.astype(cfg.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_ref, y_dst)
+        y, m = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
+    y = matmul(m, x_ref, y.shape, y * _row(e_row, TILE), cfg.interpret)
+    state = matmul(xw_ref.T, b_s.at[slot], state.shape, state * decay, cfg.interpret)
+    if cfg.has_d:
+        x = plgpu.load(x_ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)  # again: cheaper than registers
+        skip = x * _col(plgpu.load(d_s.at[lh], layout=COL), TILE)
+        y += jnp.where(_row(span, TILE) >= 0.0, skip, 0.0) if cfg.segments else skip
+    x_ref[...] = y.astype(cfg.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(x_ref, y_dst)
     return state
 
 
@@ -149,20 +174,17 @@ def _compute(cfg, idx, outs, init_g, d_g, smem, full, empty, d_bar, w_idx):
             if cfg.emit_states:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for hh in range(hpw):
-                h_s[w_idx, hh] = states[hh].astype(cfg.dtype)
+                h_s[w_idx * hpw + hh] = states[hh].astype(cfg.dtype)
             plgpu.commit_smem()
             if cfg.emit_states:
                 @pl.when(lax.rem(i, 2) == 0)
                 def _():
                     for hh in range(hpw):
-                        plgpu.copy_smem_to_gmem(h_s.at[w_idx, hh], states_g.at[b, lax.div(chunk, 2), head(hh)])
+                        plgpu.copy_smem_to_gmem(h_s.at[w_idx * hpw + hh], states_g.at[b, lax.div(chunk, 2), head(hh)])
         plgpu.barrier_wait(full.at[slot])
         scores = None
         if cfg.emit_y:
-            def score(acc):
-                plgpu.wgmma(acc, c_s.at[slot], b_s.at[slot].T)
-                return acc[...]
-            scores = pl.run_scoped(score, plgpu.ACC((TILE, TILE), jnp.float32))
+            scores = matmul(c_s.at[slot], b_s.at[slot].T, (TILE, TILE), None, cfg.interpret)
         new = []
         for hh in range(hpw):
             y_dst = y_g.at[b, pl.ds(chunk * TILE, TILE), head(hh)] if cfg.emit_y else None
@@ -210,6 +232,11 @@ def _produce(cfg, idx, ins, smem, full, empty):
         return None
 
     lax.fori_loop(0, steps, step, None)
+    for i in range(cfg.stages):  # leave no arrival unobserved
+
+        @pl.when(steps + i >= cfg.stages)
+        def _():
+            plgpu.barrier_wait(empty.at[lax.rem(steps + i, cfg.stages)])
 
 
 def _body(cfg, *refs):
@@ -239,7 +266,7 @@ def _body(cfg, *refs):
         plgpu.SMEM((s, 4, TILE), jnp.float32) if cfg.segments else None,
         tile((s, TILE, n)),
         tile((s, TILE, n)) if cfg.emit_y else None,
-        tile((wgs, cfg.heads_per_warpgroup, TILE, n)) if cfg.emit_y or cfg.emit_states else None,
+        tile((hb, TILE, n)) if cfg.emit_y or cfg.emit_states else None,
         tile((wgs, TILE, TILE)),
         plgpu.SMEM((hb, TILE), jnp.float32) if cfg.has_d else None,
     ]
@@ -267,7 +294,7 @@ def _body(cfg, *refs):
     )
 
 
-def walk(cfg, x, ab, b_mat, c_mat, seg, d, init, *, interpret=None):
+def walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
     """Run the walk; returns the list of outputs that ``cfg`` asks for: y, final states, states.
 
     x ``[B, T, H, 64]``; ab ``[B, chunks, H, 2, 64]``; b_mat, c_mat ``[B, T, G, N]``; seg ``[B, chunks, 4, 64]``;
@@ -288,7 +315,7 @@ def walk(cfg, x, ab, b_mat, c_mat, seg, d, init, *, interpret=None):
         grid_names=("batch", "piece", "heads"),
         num_threads=cfg.warpgroups + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=False),
-        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
     )
     return kernel(*[a for a in args if a is not None])

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mamba-2 chunked scan (SSD) on Hopper GPUs through Pallas Mosaic GPU, forward and hand-written backward.
+
+The forward is one fused walk over the chunks (``gpu_walk``); few long rows are cut into pieces whose start states come
+from a first, state-only walk. The backward walks the state's gradient in reverse, then visits all chunks in
+parallel (``gpu_grads``). Only per-token vectors (``dt``, cumulative decays, document masks) are prepared by XLA.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ssd import gpu_grads, gpu_walk
+from pallas_kernels.ssd.gpu_grads import Grads
+from pallas_kernels.ssd.gpu_walk import TILE, Walk
+
+LOG2E = math.log2(math.e)
+SMS = 132
+MAX_STATE = 128
+
+
+def _round_up(n, m):
+    return -(-n // m) * m
+
+
+def decay_vectors(dt, a_log2, chunks):
+    """Cumulative log2 decay ``a`` and ``a - log2(dt)`` within chunks: ``[B, chunks, H, 2, 64]`` (dt ``[B, T, H]``)."""
+    dt = _chunked(dt, chunks)
+    lower = jnp.tril(jnp.ones((TILE, TILE), jnp.float32))
+    a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None], lower, precision=lax.Precision.HIGHEST)
+    return jnp.stack([a, a - jnp.log2(dt)], axis=3)
+
+
+def document_starts(segment_ids):
+    """Index of the first token of each token's document ``[B, T]``; -1 in the row's first; padding takes part."""
+    real = segment_ids != 0
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    last = lax.cummax(jnp.where(real, index, -1), axis=1)
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    before_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    first = real & (before >= 0) & (before_id != segment_ids)
+    return lax.cummax(jnp.where(first, index, -1), axis=1)
+
+
+def document_vectors(segment_ids, chunks):
+    """Float32 ``[B, chunks, 4, 64]``: visible span (-1: padding), carry-in mask, carry-out mask, carry-through."""
+    batch, tokens = segment_ids.shape
+    pad = chunks * TILE - tokens
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    start = document_starts(segment_ids).reshape(batch, chunks, TILE)
+    real = (segment_ids != 0).reshape(batch, chunks, TILE)
+    token = jnp.arange(chunks * TILE, dtype=jnp.int32).reshape(chunks, TILE)
+    begin = token[:, :1]
+    carried = start < begin
+    span = jnp.where(real, jnp.where(carried, 2 * TILE, token - start), -1)
+    end = start[..., -1:]
+    through = jnp.broadcast_to(end < begin, start.shape)
+    return jnp.stack([span, carried & real, start == end, through], axis=2).astype(jnp.float32)
+
+
+def supports(x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None):
+    """None if the kernels can serve the call, else the reason."""
+    del dt, A, D, segment_ids, initial_state, return_final_state, chunk
+    for name, array in (("x_BTHP", x), ("B_BTGN", B), ("C_BTGN", C)):
+        if array.dtype != jnp.bfloat16:
+            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+    if B.shape[-1] > MAX_STATE:
+        return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
+    return None
+
+
+def choose_pieces(blocks, chunks):
+    """Parts of the sequence walked in parallel, so that ``blocks`` thread blocks each fill the device."""
+    if blocks >= 0.6 * SMS:
+        return 1
+    return max(1, min(SMS // blocks, chunks // 8))
+
+
+def piece_starts(local, ab, seg, init, reverse=False):
+    """Start states of the pieces ``[B, pieces, H, 64, N]`` from their local end states and total decays."""
+    batch, pieces, heads = local.shape[:3]
+    chunks = ab.shape[1]
+    size = _round_up(-(-chunks // pieces), 2)
+    log_decay = jnp.pad(ab[:, :, :, 0, -1], ((0, 0), (0, pieces * size - chunks), (0, 0)))
+    decay = jnp.exp2(log_decay.reshape(batch, pieces, size, heads).sum(2))
+    if seg is not None:
+        through = jnp.pad(seg[:, :, 3, -1], ((0, 0), (0, pieces * size - chunks)), constant_values=1.0)
+        decay *= through.reshape(batch, pieces, size).min(2)[..., None]
+    order = range(pieces - 1, -1, -1) if reverse else range(pieces)
+    states, state = {}, init
+    for p in order:
+        states[p] = state
+        state = decay[:, p, :, None, None] * state + local[:, p]
+    return jnp.stack([states[p] for p in range(pieces)], axis=1)
+
+
+def run_walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
+    """Walk with start state ``init [B, H, 64, N]``, cut into pieces where one row cannot fill the device.
+
+    Returns (y or None, final state, states or None).
+    """
+    blocks = cfg.batch * cfg.heads // cfg.block_heads
+    pieces = choose_pieces(blocks, cfg.chunks)
+    replace = functools.partial(gpu_walk.dataclasses.replace, cfg)
+    starts = init[:, None]
+    if pieces > 1:
+        zeros = jnp.zeros((cfg.batch, pieces, *init.shape[1:]), jnp.float32)
+        first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_d=False)
+        [local] = gpu_walk.walk(first, x, ab, b_mat, None, seg, None, zeros)
+        starts = piece_starts(local, ab, seg, init, cfg.reverse)
+    outs = iter(gpu_walk.walk(replace(pieces=pieces), x, ab, b_mat, c_mat, seg, d, starts))
+    y = next(outs) if cfg.emit_y else None
+    final = next(outs)[:, 0 if cfg.reverse else -1]
+    return y, final, (next(outs) if cfg.emit_states else None)
+
+
+def _config(x, b_mat, d, ids, interpret):
+    batch, tokens, heads, _ = x.shape
+    chunks = 2 * -(-tokens // (2 * TILE))
+    return Walk(batch, tokens, heads, *b_mat.shape[2:], chunks, 1, segments=ids is not None, has_d=d is not None,
+                interpret=interpret)
+
+
+def _skip_rows(d):
+    return None if d is None else jnp.broadcast_to(d.astype(jnp.float32).reshape(d.shape[0], -1), (d.shape[0], TILE))
+
+
+def _chunked(v, chunks):
+    """[B, T, H] -> [B, chunks, H, 64], zeros behind T."""
+    batch, tokens, heads = v.shape
+    v = jnp.pad(v, ((0, 0), (0, chunks * TILE - tokens), (0, 0)))
+    return v.reshape(batch, chunks, TILE, heads).transpose(0, 1, 3, 2)
+
+
+def _real_dt(dt, ids):
+    return dt if ids is None else jnp.where((ids != 0)[..., None], dt, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _core(x, dt, a, b_mat, c_mat, d, ids, init, interpret):
+    """y and final state for widths the kernels take: P = 64, N a multiple of 64, T of 8; d [H], [H, 64] or None."""
+    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, interpret, False)[:2]
+
+
+def _forward(x, dt, a, b_mat, c_mat, d, ids, init, interpret, emit_states):
+    cfg = gpu_walk.dataclasses.replace(_config(x, b_mat, d, ids, interpret), emit_y=True, emit_states=emit_states)
+    ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks)
+    seg = None if ids is None else document_vectors(ids, cfg.chunks)
+    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, seg, _skip_rows(d), init)
+    return y, final, states, ab, seg
+
+
+def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, interpret):
+    y, final, states, ab, seg = _forward(x, dt, a, b_mat, c_mat, d, ids, init, interpret, True)
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, states, ab, seg)
+
+
+def choose_splits(blocks, heads):
+    """Parts of a group's heads for the gradient kernel, so that ``blocks`` thread blocks each fill the device."""
+    splits = 1
+    while blocks * splits < SMS and heads % (2 * splits) == 0 and heads // splits >= 4:
+        splits *= 2
+    return splits
+
+
+def _decay_grads(rows, columns, end, ids, chunks):
+    """d loss / d log decay ``[B, spans, H, 128]`` of each token.
+
+    The log decay of token t acts on all pairs j < t <= i of one document: the sum over tokens i >= t of (row sum i -
+    column sum i) of Z within the span, plus <R, state> at its end. rows, columns ``[B, chunks, H, 64]``, end
+    ``[B, spans, H]``.
+    """
+    def spans(v):
+        batch, _, heads, _ = v.shape
+        return v.reshape(batch, chunks // 2, 2, heads, TILE).swapaxes(2, 3).reshape(batch, chunks // 2, heads, 2 * TILE)
+
+    net = spans(rows - columns)
+    upper = jnp.triu(jnp.ones((2 * TILE, 2 * TILE), jnp.float32))
+    if ids is None:
+        return jnp.einsum("bkhi,ti->bkht", net, upper, precision=lax.Precision.HIGHEST) + end[..., None]
+    ids = jnp.pad(ids, ((0, 0), (0, chunks * TILE - ids.shape[1])))
+    start = document_starts(ids)
+    token = jnp.arange(chunks * TILE, dtype=jnp.int32)
+    inside = (start != token).astype(jnp.float32).reshape(ids.shape[0], chunks // 2, 1, 2 * TILE)
+    start = start.reshape(ids.shape[0], chunks // 2, 2 * TILE)
+    same = jnp.where(start[..., :, None] == start[..., None, :], upper, 0.0)
+    last = (start == start[..., -1:]).astype(jnp.float32)[:, :, None]
+    log_decay = jnp.einsum("bkhi,bkti->bkht", net, same, precision=lax.Precision.HIGHEST) + last * end[..., None]
+    return log_decay * inside
+
+
+def _sum_parts(parts, shape, extra=None):
+    """Sum of partial dB or dC ``[k, B, splits, chunks, G, 64, N]`` as ``[B, T, G, N]``."""
+    batch, tokens, groups, state = shape
+    total = parts.sum((0, 2))
+    if extra is not None:
+        extra = extra.sum(1)
+        total += jnp.stack([jnp.zeros_like(extra), extra], axis=2).reshape(total.shape)
+    return total.swapaxes(2, 3).reshape(batch, -1, groups, state)[:, :tokens]
+
+
+def _core_bwd(interpret, residuals, cotangents):
+    x, dt, a, b_mat, c_mat, d, ids, states, ab, seg = residuals
+    dy, d_final = cotangents
+    cfg = _config(x, b_mat, d, ids, interpret)
+    chunks, heads = cfg.chunks, cfg.heads
+    back = gpu_walk.dataclasses.replace(cfg, reverse=True, emit_states=True, has_d=False)
+    _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, seg, None, d_final)
+    splits = choose_splits(cfg.batch * cfg.groups * chunks, heads // cfg.groups)
+    grads = Grads(cfg.batch, heads, cfg.groups, cfg.state, chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
+    out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, seg, _skip_rows(d))
+    x_du, x_du_state, columns, rows = (out["score_vectors"][:, :, :, i] for i in range(4))
+    dy_x, z_state = (out["row_vectors"][:, :, :, i] for i in range(2))
+
+    dt_c = _chunked(_real_dt(dt, ids), chunks)
+    real = None if seg is None else (seg[:, :, None, 0] >= 0.0).astype(jnp.float32)
+    if d is None:
+        d_d = None
+    elif d.ndim == 1:
+        d_d = (dy_x if real is None else dy_x * real).sum((0, 1, 3)).astype(d.dtype)
+    else:
+        product = dy.astype(jnp.float32) * x.astype(jnp.float32)
+        d_d = (product if ids is None else product * (ids != 0)[..., None, None]).sum((0, 1)).astype(d.dtype)
+    cross_rows = jnp.stack([jnp.zeros_like(out["cross_rows"]), out["cross_rows"]], axis=2)
+    cross_rows = cross_rows.reshape(dt_c.shape)
+    rows += z_state + cross_rows
+    columns += dt_c * x_du_state
+    end = (dt_c * x_du_state).sum(-1).reshape(cfg.batch, chunks // 2, 2, heads).sum(2) + out["state_rows"].sum(-1)
+    log_decay = _decay_grads(rows, columns, end, ids, chunks)
+    log_decay = log_decay.reshape(cfg.batch, chunks // 2, heads, 2, TILE).swapaxes(2, 3).reshape(dt_c.shape)
+    d_dt = x_du + a[:, None] * log_decay
+    d_dt = d_dt if real is None else d_dt * real
+    d_dt = d_dt.transpose(0, 1, 3, 2).reshape(cfg.batch, -1, heads)[:, : cfg.tokens]
+    d_a = (dt_c * log_decay).sum((0, 1, 3))
+    d_b = _sum_parts(out["parts"][:2], b_mat.shape).astype(b_mat.dtype)
+    d_c = _sum_parts(out["parts"][2:], c_mat.shape, out["cross"]).astype(c_mat.dtype)
+    return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
+
+
+_core.defvjp(_core_fwd, _core_bwd)
+
+
+def ssd_gpu(
+    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None,
+    interpret=False,
+):
+    """The scan of ``pallas_kernels.ssd.api.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
+
+    Any head width is cut or padded into heads of 64, any state size padded to a multiple of 64.
+    """
+    del chunk
+    batch, tokens, heads, width = x.shape
+    state = B.shape[-1]
+    cuts = -(-width // TILE)
+    pad_p, pad_n, pad_t = cuts * TILE - width, _round_up(state, TILE) - state, -tokens % 8
+    if state > 2 * TILE:
+        pad_n = 4 * TILE - state
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, width, state), jnp.float32)
+
+    def pad(v, *ends):
+        return jnp.pad(v, [(0, end) for end in ends]) if any(ends) else v
+
+    def split(v, axis):
+        return jnp.repeat(v, cuts, axis=axis) if cuts > 1 else v
+
+    x = pad(x, 0, pad_t, 0, pad_p).reshape(batch, tokens + pad_t, heads * cuts, TILE)
+    b_mat, c_mat = pad(B, 0, pad_t, 0, pad_n), pad(C, 0, pad_t, 0, pad_n)
+    init = pad(initial_state.astype(jnp.float32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
+    if D is not None:
+        D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
+    ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
+    y, final = _core(
+        x, split(pad(dt, 0, pad_t, 0), 2), split(A, 0), b_mat, c_mat, D, ids, init, interpret)
+    y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
+    if not return_final_state:
+        return y
+    return y, final.reshape(batch, heads, cuts * TILE, -1)[:, :, :width, :state]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernels of ssd: their per-token vectors anywhere, the kernels themselves lowered or run where that works.
+
+The kernels are compared with the float64 recurrence on a Hopper GPU only: the interpreter of Mosaic GPU runs host
+callbacks that can wait for each other on machines with few cores, so nothing here depends on it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.oracle import compare
+from pallas_kernels.ssd import cases
+
+gpu = pytest.importorskip("pallas_kernels.ssd.gpu", reason="this JAX has no Pallas Mosaic GPU")
+
+TOKENS, CHUNKS = 200, 4
+
+
+def on_hopper() -> bool:
+    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
+    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
+
+
+def documents(ids):
+    """Per token: index of the document its state belongs to, padding counted to the document before it."""
+    out, document, last = [], 0, 0
+    for value in ids:
+        if value and last and value != last:
+            document += 1
+        last = value or last
+        out.append(document)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])
+def test_document_vectors_say_which_pairs_see_each_other(layout):
+    ids = make_segment_ids(layout, 2, TOKENS, seed=5)
+    vectors = np.asarray(gpu.document_vectors(jnp.asarray(ids), CHUNKS))
+    padded = np.pad(ids, ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS)))
+    for row, span_carry in zip(padded, vectors, strict=True):
+        document = documents(row)
+        for chunk in range(CHUNKS):
+            span, carry_in, carry_out, through = span_carry[chunk]
+            own = document[chunk * gpu.TILE : (chunk + 1) * gpu.TILE]
+            real = row[chunk * gpu.TILE : (chunk + 1) * gpu.TILE] != 0
+            before = document[chunk * gpu.TILE - 1] if chunk else 0
+            i, j = np.arange(gpu.TILE)[:, None], np.arange(gpu.TILE)
+            visible = (j <= i) & (i - j <= span[:, None])
+            np.testing.assert_array_equal(visible, (j <= i) & (own[:, None] == own) & real[:, None])
+            np.testing.assert_array_equal(carry_in, (own == before) & real)
+            np.testing.assert_array_equal(carry_out, own == own[-1])
+            np.testing.assert_array_equal(through, np.full(gpu.TILE, own[-1] == before))
+
+
+def test_decay_vectors_are_cumulative_sums_and_hide_the_tail():
+    rng = np.random.default_rng(0)
+    dt, a = rng.random((2, TOKENS, 3), np.float32), -rng.random(3, np.float32)
+    vectors = np.asarray(gpu.decay_vectors(jnp.asarray(dt), jnp.asarray(a), CHUNKS))
+    wide = np.pad(dt.astype(np.float64), ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS), (0, 0)))
+    wide = wide.reshape(2, CHUNKS, gpu.TILE, 3).transpose(0, 1, 3, 2)
+    expected = np.cumsum(wide * a[:, None], axis=-1)
+    np.testing.assert_allclose(vectors[..., 0, :], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.exp2(vectors[..., 0, :] - vectors[..., 1, :]), wide, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_piece_starts_equal_the_walk(reverse, layout):
+    rng = np.random.default_rng(1)
+    pieces, heads, chunks = 3, 2, 10
+    ids = make_segment_ids(layout, 1, chunks * gpu.TILE, seed=2)
+    dt = jnp.asarray(rng.random((1, chunks * gpu.TILE, heads), np.float32) * 0.01)
+    ab = gpu.decay_vectors(dt, -jnp.ones(heads), chunks)
+    seg = None if ids is None else gpu.document_vectors(jnp.asarray(ids), chunks)
+    update = rng.standard_normal((chunks, heads, 1, 1)).astype(np.float32)
+    decay = np.exp2(np.asarray(ab)[0, :, :, 0, -1])[..., None, None]
+    if seg is not None:
+        decay = decay * np.asarray(seg)[0, :, 3, -1][:, None, None, None]
+
+    def run(state, order):
+        for chunk in order:
+            state = decay[chunk] * state + update[chunk]
+        return state
+
+    size = gpu.Walk(1, chunks * gpu.TILE, heads, 1, 64, chunks, pieces).piece_chunks
+    parts = [list(range(p * size, min((p + 1) * size, chunks)))[:: -1 if reverse else 1] for p in range(pieces)]
+    init = rng.standard_normal((heads, 1, 1)).astype(np.float32)
+    local = np.stack([run(np.zeros_like(init), part) for part in parts])
+    starts = np.asarray(gpu.piece_starts(jnp.asarray(local[None]), ab, seg, jnp.asarray(init[None]), reverse))[0]
+    state = init
+    for p in reversed(range(pieces)) if reverse else range(pieces):
+        np.testing.assert_allclose(starts[p], state, rtol=1e-5, atol=1e-6)
+        state = run(state, parts[p])
+
+
+def arguments(case, dtype=jnp.bfloat16):
+    inputs = cases.make_inputs(case, dtype)
+    return {name: None if v is None else jnp.asarray(v) for name, v in inputs.items()}
+
+
+def test_supports_names_argument_and_limit():
+    case = cases.Case("wide", 1, 16, 2, 64, 1, gpu.MAX_STATE + 64)
+    given = arguments(case)
+    positional = [given.pop(name) for name in ("x", "dt", "A", "B", "C")]
+    assert str(gpu.MAX_STATE) in gpu.supports(*positional, **given)
+    assert "float32" in gpu.supports(positional[0].astype(jnp.float32), *positional[1:], **given)
+
+
+@pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+def test_kernels_against_the_recurrence(case):
+    inputs = cases.make_inputs(case, "bfloat16")
+    if case.state > gpu.MAX_STATE:
+        pytest.skip(f"state size above {gpu.MAX_STATE}")
+    errors = compare("ssd", inputs, dtype="bfloat16", implementation="gpu", return_final_state=case.final)
+    bad = {name: pair for name, pair in errors.items() if not pair[0] <= pair[1]}
+    assert not bad, bad
