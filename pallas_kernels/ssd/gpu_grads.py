@@ -11,8 +11,8 @@ end, ``L_ij = exp2(a_i - a_j)`` (zero unless i >= j in one document), ``e_i`` th
     dC_i = sum_heads sum_j dS_ij B_j + e_i dy_i h
 
 and the per-token sums from which XLA forms ddt, dA and dD (``SCORE_VECTORS``, ``ROW_VECTORS``). Three compute
-warpgroups share the work: scores and dx, dB, dC; a producer streams the heads' tiles through shared memory. Scores are kept transposed
-([j, i]), so that the second product takes its left operand from registers.
+warpgroups share the work (scores and dx, dB, dC); a producer streams the heads' tiles through shared memory. Scores
+are kept transposed ([j, i]), so that the second product takes its left operand from registers.
 """
 import dataclasses
 import functools
