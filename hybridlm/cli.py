@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from hybridlm.commands import hybridlm_command, python_command
 from hybridlm.config_io import config_names, help_text, load_config, read_config
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.stop import StopRequest
 
 USAGE = """\
 usage: hybridlm train --config NAME [--section.key=value ...]    train, or go on with, a run
@@ -54,7 +56,7 @@ def _run(command: Callable[[], int]) -> int:
             raise
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted before the first step: nothing to save", 130)
+        return _fail("interrupted", 130)
 
 
 def _fail(error, code: int) -> int:
@@ -72,11 +74,13 @@ def _train(words: list[str], prog: str) -> int:
     if name is None:
         raise ConfigError(f"--config is missing; known: {', '.join(config_names())}")
     config = load_config(name, overrides)
-    _prepare()
-    from hybridlm.loop import train
+    typed = prog.replace("python", python_command()).replace("hybridlm", hybridlm_command())
+    again = [*typed.split(), "--config", name, *_without(overrides, "--run.steps")]
+    with StopRequest() as stop:
+        _prepare()
+        from hybridlm.loop import train
 
-    again = [*prog.split(), "--config", name, *_without(overrides, "--run.steps")]
-    return train(config, command=shlex.join(again))
+        return train(config, shlex.join(again), stop)
 
 
 def _take_config(words: list[str]) -> tuple[str | None, list[str]]:

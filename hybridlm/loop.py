@@ -2,12 +2,13 @@
 """The training run: build or resume, step, evaluate, save, close."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import jax
 from flax import nnx
 
 from hybridlm.checkpoint import Checkpoints, finished_steps
+from hybridlm.commands import hybridlm_command
 from hybridlm.config import Config
 from hybridlm.config_io import to_dict
 from hybridlm.data import make_loader, open_corpus
@@ -27,11 +28,13 @@ SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
 
 
-def train(config: Config, command: str = "python train.py --config CONFIG") -> int:
+def train(
+    config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None
+) -> int:
     """Trains, or goes on with, the run of the config's folder; returns the exit code.
 
     0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, for the lines that
-    say what to type next. Raises ConfigError for what the user has to change and RunError for what ended the run.
+    say what to type next. stop: the signals, where the caller has them already. Raises ConfigError for what the user has to change and RunError for what ended the run.
     """
     display = Display(config.run.steps)
     with RunFolder(config) as folder:
@@ -43,7 +46,7 @@ def train(config: Config, command: str = "python train.py --config CONFIG") -> i
             return 0
         mesh = make_mesh(config.mesh)
         check_config(config, mesh)
-        with jax.set_mesh(mesh), StopRequest(display.say) as stop:
+        with jax.set_mesh(mesh), nullcontext(stop) if stop else StopRequest() as stop:
             with ExitStack() as opened:
                 opened.callback(display.stop)
                 run = Run(config, folder, mesh, display, stop, opened)
@@ -140,6 +143,7 @@ class Run:
             self.step += 1
             if self.step == first:
                 self._report_start(time.monotonic() - began)
+                self.stop.arm()
             if pending is not None:
                 self._report(*pending)
             pending = (self.step, metrics)
@@ -284,7 +288,7 @@ def _is_closed(folder: RunFolder, step: int) -> bool:
 
 def _next_lines(folder: RunFolder, step: int, command: str) -> str:
     return (
-        f"next: hybridlm generate --run {folder.path} --prompt 'def '\n"
+        f"next: {hybridlm_command()} generate --run {folder.path} --prompt 'def '\n"
         f"or train on: {command} --run.steps={2 * step}"
     )
 

@@ -4,23 +4,23 @@
 import os
 import signal
 import socket
-import sys
 import threading
-
-import jax
-import numpy as np
 
 
 class StopRequest:
     """While entered, SIGINT and SIGTERM set `signum` instead of raising.
 
-    A thread reads the signals, so that the second one works while the main thread waits inside a compilation.
+    Before `arm()`, while there is nothing to save, the first signal leaves at once too. A thread reads the signals, so
+    that this works while the main thread waits inside a compilation, and no callback can swallow an exception.
     """
 
-    def __init__(self, announce):
-        """announce: called with a line of text when the first signal arrives."""
+    def __init__(self):
         self.signum: int | None = None
-        self._announce = announce
+        self._armed = False
+
+    def arm(self) -> None:
+        """From here on there is something to save."""
+        self._armed = True
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():
@@ -49,20 +49,29 @@ class StopRequest:
             signum = received[0]
             if signum not in (signal.SIGINT, signal.SIGTERM):
                 continue
+            if not self._armed:
+                _leave(signum, "stopped before the first step: nothing new to save")
             if self.signum is not None:
-                print("\nstopped at once, without saving", file=sys.stderr, flush=True)
-                os._exit(128 + signum)
+                _leave(signum, "stopped at once, without saving")
             self.signum = signum
-            self._announce("finishing this step, then saving; once more to leave at once")
+            print("\nfinishing this step, then saving; once more to leave at once", flush=True)
 
     def agreed(self, step: int, every: int) -> bool:
         """Whether to stop after this step: all processes agree, those of a cluster at every `every`-th step."""
+        import jax
+
         if jax.process_count() == 1:
             return self.signum is not None
         if step % every:
             return False
+        import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
         signums = process_allgather(np.int32(self.signum or 0))
         self.signum = int(signums.max()) or None
         return self.signum is not None
+
+
+def _leave(signum: int, why: str) -> None:
+    print(f"\n{why}", flush=True)
+    os._exit(128 + signum)
