@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hybridlm.config import ModelConfig
 from hybridlm.layers.params import param_info
 from hybridlm.model import Cache, HybridLM
 
@@ -65,7 +66,7 @@ def _prefill(graphdef, params, tokens_BT, lengths_B, max_len: int) -> tuple[jax.
 def _decode(cache, graphdef, params, x_BD, key, temperature, top_p, n_new: int, greedy: bool, top_k, eos_id):
     """The loop; each step draws a token of the logits at hand and reads it into the (donated) cache."""
     model = nnx.merge(graphdef, params)
-    model = nnx.merge(graphdef, _in_compute_dtype(params, model.config.compute_dtype))
+    model = nnx.merge(graphdef, _in_compute_dtype(params, model.config))
     batch = x_BD.shape[0]
     fill = 0 if eos_id is None else eos_id
 
@@ -107,11 +108,12 @@ def _filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) 
     return logits_BV
 
 
-def _in_compute_dtype(params, dtype: str):
-    """Matrices cast once instead of in every step; the same numbers, as each use would cast them."""
+def _in_compute_dtype(params, config: ModelConfig):
+    """Matrices cast once instead of in every step; the same numbers, as each use would cast them first."""
+    kinds = ("matrix", "embedding") if config.embedding_multiplier == 1 else ("matrix",)
 
     def cast(value, info):
-        return value.astype(dtype) if info.kind in ("matrix", "embedding") else value
+        return value.astype(config.compute_dtype) if info.kind in kinds else value
 
     return jax.tree.map(cast, params, param_info(params))
 

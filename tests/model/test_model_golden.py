@@ -11,6 +11,8 @@ import hybridlm
 from tests.model import golden_support
 from tests.model.model_support import QUICK, named
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module", params=golden_support.FAMILIES)
 def case(request):

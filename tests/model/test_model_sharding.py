@@ -24,6 +24,7 @@ from hybridlm.model import HybridLM, param_info
 from tests.model.model_support import QUICK, log_likelihoods, named
 from tests.tolerances import check_close
 
+pytestmark = pytest.mark.quick
 MODEL = ModelConfig(
     vocab_size=40,
     d_model=16,
