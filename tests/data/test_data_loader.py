@@ -269,7 +269,11 @@ def test_the_process_ends_quietly_and_takes_its_workers_along(config, tmp_path, 
         text=True,
         start_new_session=True,
     )
-    output, errors = process.communicate(timeout=60)  # returns when the last process that holds the pipes has ended
+    try:
+        output, errors = process.communicate(timeout=60)  # returns when the last process that holds the pipes has ended
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     if how == "kill":
         assert process.returncode == -signal.SIGKILL
     else:
