@@ -120,17 +120,20 @@ def _prepare() -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path("~/.cache/hybridlm/xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    if _cluster_announced():
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        places = {"num_processes": os.environ.get("JAX_NUM_PROCESSES"), "process_id": os.environ.get("JAX_PROCESS_ID")}
+        jax.distributed.initialize(**{name: int(value) for name, value in places.items() if value is not None})
+    elif _cluster_announced():
         jax.distributed.initialize()
 
 
 def _cluster_announced() -> bool:
-    """A coordinator by name, more than one worker of a TPU slice, or more than one task of SLURM or Open MPI."""
+    """More than one worker of a TPU slice, or more than one task of SLURM or Open MPI: what JAX finds its way in."""
     env = os.environ
     tasks = max(int(env.get(name, "1") or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     in_task = "SLURM_PROCID" in env or "OMPI_COMM_WORLD_RANK" in env
     workers = [w for w in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if w]
-    return "JAX_COORDINATOR_ADDRESS" in env or len(workers) > 1 or (tasks > 1 and in_task)
+    return len(workers) > 1 or (tasks > 1 and in_task)
 
 
 class _Parser(argparse.ArgumentParser):

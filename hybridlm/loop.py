@@ -16,7 +16,7 @@ from hybridlm.errors import RunError, require
 from hybridlm.evaluate import bits_per_byte, evaluate
 from hybridlm.meter import Meter
 from hybridlm.plot import plot_loss
-from hybridlm.progress import Display, clock, short
+from hybridlm.progress import Display, clock, printable, short
 from hybridlm.run_folder import MetricsLog, RunFolder, read_metrics
 from hybridlm.sample import sample_text
 from hybridlm.sharding import check_config, make_mesh
@@ -37,7 +37,7 @@ def train(
     say what to type next. stop: the signals, where the caller has them already. Raises ConfigError for what the user has to change and RunError for what ended the run.
     """
     display = Display(config.run.steps)
-    with RunFolder(config) as folder:
+    with RunFolder(config, owner=jax.process_index() == 0) as folder:
         steps = finished_steps(folder.checkpoints)
         folder.check_config(has_checkpoint=bool(steps))
         if steps and steps[-1] >= config.run.steps and _is_closed(folder, steps[-1]):
@@ -167,7 +167,7 @@ class Run:
         """The end of a run: last evaluation, figure, text; true where a signal cut it short."""
         if self.val_loader is not None and not self._evaluate():
             return True
-        if jax.process_index() == 0:
+        if self.folder.owner:
             plot_loss(
                 read_metrics(self.folder.metrics), self.corpus.stats["bigram_bits_per_byte"], self.config.name,
                 self.folder.plot,
@@ -260,10 +260,10 @@ class Run:
             model, self.corpus.tokenizer, run.sample_prompt, key=key, max_new_tokens=run.sample_tokens,
             temperature=SAMPLE_TEMPERATURE, top_k=None, top_p=SAMPLE_TOP_P,
         )  # fmt: skip
-        if jax.process_index() == 0:
+        if self.folder.owner:
             self.folder.sample.write_text(text + "\n", encoding="utf-8")
         self.display.say(f"sample ({self.folder.sample}):")
-        self.display.say("\n".join("    " + line for line in text.splitlines()))
+        self.display.say("\n".join("    " + printable(line) for line in text.splitlines()))
 
     def _profile(self, step: int) -> None:
         """Starts a trace before the first of run.profile_steps, ends it after the last."""

@@ -21,6 +21,11 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def printable(line: str) -> str:
+    """The line with `.` for what a terminal would obey or could not show."""
+    return "".join(c if c.isprintable() else " " if c == "\t" else "." for c in line)
+
+
 class Display:
     """Progress of a run of `steps` steps."""
 
@@ -34,7 +39,7 @@ class Display:
         if self._console.is_terminal and self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=None))
             self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
-            self._bar.add_task(f"step {step}/{self._steps}", total=self._steps, completed=step)
+            self._bar.add_task(f"step {step}/{self._steps}  compiling", total=self._steps, completed=step)
             self._bar.start()
 
     def stop(self) -> None:

@@ -28,8 +28,9 @@ _MAY_CHANGE = re.compile(
 class RunFolder:
     """Paths and records of one run; a context manager that holds the folder's lock."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, owner: bool = True):
+        """owner: this process writes; of a cluster's, the first alone."""
+        self.config, self.owner = config, owner
         self.path = Path(config.run_dir).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -41,6 +42,8 @@ class RunFolder:
 
     def __enter__(self):
         """Makes and locks the folder. ConfigError where it cannot be written or is no run; RunError where in use."""
+        if not self.owner:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_is_run()
@@ -62,8 +65,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *_):
-        self._lock.truncate(0)
-        self._lock.close()  # releases; a process that dies releases too
+        if self.owner:
+            self._lock.truncate(0)
+            self._lock.close()  # releases; a process that dies releases too
 
     def _check_is_run(self) -> None:
         if not self._config_file.exists() and any(f.name != "lock" for f in self.path.iterdir()):
@@ -85,6 +89,8 @@ class RunFolder:
 
     def write_config(self) -> None:
         """Stores the resolved config, whole or not at all."""
+        if not self.owner:
+            return
         part = self._config_file.with_suffix(".json.part")
         save_config(self.config, part)
         part.replace(self._config_file)
@@ -111,9 +117,11 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, step: int, tensorboard: bool):
         """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped."""
-        self._path = folder.metrics
+        self._path, self._owner = folder.metrics, folder.owner
         kept = [r for r in read_metrics(self._path) if r["step"] <= step]
         self._seen = {(r["kind"], r["step"]) for r in kept}
+        if not self._owner:
+            return
         part = self._path.with_suffix(".jsonl.part")
         part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         part.replace(self._path)
@@ -126,6 +134,8 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Appends a record and hands its numbers to TensorBoard."""
+        if not self._owner:
+            return
         record = {"kind": kind, "step": step, **values}
         try:
             self._file.write(json.dumps(record) + "\n")
@@ -139,6 +149,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes both."""
+        if not self._owner:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()

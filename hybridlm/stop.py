@@ -4,6 +4,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 
 
@@ -73,5 +74,6 @@ class StopRequest:
 
 
 def _leave(signum: int, why: str) -> None:
-    print(f"\n{why}", flush=True)
+    show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""  # the live line hides it
+    print(f"\n{show_cursor}{why}", flush=True)
     os._exit(128 + signum)
