@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: written by Orbax in the background, newest few kept, broken ones never loaded.
 
-One checkpoint is one folder named after its step with the arrays of the train state (parameters, optimizer, counters,
-random key), in two items, and two JSON records: the resolved config, and the loop's (position in the data, running means).
+One checkpoint is one folder named after its step with the arrays of the train state in two items (the parameters;
+optimizer, counters and random key) and two JSON records: the resolved config, and the loop's (position in the data,
+running means).
 """
 
 import logging
@@ -39,7 +40,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state, config: dict, loop: dict) -> None:
-        """Starts writing; returns when the arrays are copied from the devices. RunError where an earlier save failed."""
+        """Starts writing; returns when the arrays are copied from the devices. RunError where a save failed."""
         self.wait()
         params, trainer = _split(state)
         args = ocp.args.Composite(

@@ -13,7 +13,9 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / math.log(2.0) / bytes_per_token
 
 
-def evaluate(eval_step: Callable, params, batches: Iterable[dict], limit: int, stop: Callable[[], bool]) -> float | None:
+def evaluate(
+    eval_step: Callable, params, batches: Iterable[dict], limit: int, stop: Callable[[], bool]
+) -> float | None:
     """Mean nats per token over the first `limit` batches (0: all); None where `stop()` came true on the way.
 
     eval_step: (params, batch) -> LossSums; the sums of a batch are read while the next one is computed.

@@ -13,7 +13,7 @@ counted as its chunked algorithm (Dao & Gu 2024, section 6) at chunk 128, whatev
 | output of the incoming state, C S | 2 H P N |
 """
 
-from hybridlm.config import Attention, Mamba2, MLP, ModelConfig
+from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
 
 SSD_CHUNK = 128
 """Chunk length Q at which the scan is counted."""

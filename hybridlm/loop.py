@@ -23,18 +23,16 @@ from hybridlm.sharding import check_config, make_mesh
 from hybridlm.step import make_program
 from hybridlm.stop import StopRequest
 
-
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
 
 
-def train(
-    config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None
-) -> int:
+def train(config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None) -> int:
     """Trains, or goes on with, the run of the config's folder; returns the exit code.
 
     0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, for the lines that
-    say what to type next. stop: the signals, where the caller has them already. Raises ConfigError for what the user has to change and RunError for what ended the run.
+    say what to type next. stop: the signals, where the caller has them already. Raises ConfigError for what the user
+    has to change and RunError for what ended the run.
     """
     display = Display(config.run.steps)
     with RunFolder(config, owner=jax.process_index() == 0) as folder:
@@ -67,9 +65,7 @@ def train(
 class Run:
     """A run in progress: the train state, the data, and everything that watches them."""
 
-    def __init__(
-        self, config: Config, folder: RunFolder, mesh, display: Display, stop: StopRequest, opened: ExitStack
-    ):
+    def __init__(self, config: Config, folder: RunFolder, mesh, display: Display, stop: StopRequest, opened: ExitStack):
         """Opens the data, builds the program, and restores the newest checkpoint or makes the first state.
 
         opened: takes what has to be closed at the end: threads, files, a save under way.
@@ -101,7 +97,12 @@ class Run:
         slices = [index[0] for index in self.program.batch_sharding.addressable_devices_indices_map(shape).values()]
         rows = (min(s.start or 0 for s in slices), max(s.stop or batch_size for s in slices))
         return make_loader(
-            self.config.data, seed=self.config.run.seed, split=split, batch_size=batch_size, rows=rows, corpus=self.corpus
+            self.config.data,
+            seed=self.config.run.seed,
+            split=split,
+            batch_size=batch_size,
+            rows=rows,
+            corpus=self.corpus,
         )
 
     def _restore(self) -> None:

@@ -35,7 +35,7 @@ def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chun
 
     x_BTD: hidden states in the compute type, in which the products are taken (accumulated in float32; all statistics
     are float32). w_VD: unembedding, any float type. targets_BT: int32; -1 is left out. chunk: vocabulary rows taken at
-    a time, V need not be divisible. shards: ways in which V is split (None: the size of the mesh axis `tensor`); a chunk
+    a time, V need not be divisible. shards: ways in which V is split (None: the mesh axis `tensor`); a chunk
     takes a slice of every shard, so no device needs another's rows.
     """
     shards = axis_size("tensor") if shards is None else shards
@@ -57,7 +57,7 @@ class _Spec(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_nats(x_BTD, w_VD, targets_BT, spec: _Spec):
-    """(cross entropy, logsumexp) of each token, float32 [B, T]; where the target is -1 only the second is meaningful."""
+    """(cross entropy, logsumexp) of each token, float32 [B, T]; where the target is -1 only the second counts."""
     return _forward(x_BTD, w_VD, targets_BT, spec)[0]
 
 

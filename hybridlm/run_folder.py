@@ -47,7 +47,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_is_run()
-            self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until __exit__)
+            self._lock = open(self.path / "lock", "a+", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.dir ({self.path}) cannot be written: {error.strerror}") from error
         try:
@@ -80,7 +80,9 @@ class RunFolder:
         changed = differences(stored_config(self.path), self.config)
         fatal = [key for key in changed if not _MAY_CHANGE.fullmatch(key)]
         if fatal:
-            shown = ", ".join(f"{key} ({_short(changed[key][0])} there, {_short(changed[key][1])} now)" for key in fatal[:4])
+            shown = ", ".join(
+                f"{key} ({_short(changed[key][0])} there, {_short(changed[key][1])} now)" for key in fatal[:4]
+            )
             more = f" and {len(fatal) - 4} more" if len(fatal) > 4 else ""
             raise ConfigError(
                 f"{self.path} holds a run with another config: {shown}{more}; "

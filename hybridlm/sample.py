@@ -12,7 +12,15 @@ from hybridlm.errors import require
 
 
 def sample_text(
-    model, tokenizer, prompt: str, *, key, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    model,
+    tokenizer,
+    prompt: str,
+    *,
+    key,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> str:
     """The prompt and what the model writes after it, up to the end of the document."""
     from hybridlm.generation import generate

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run small enough for tests: a few files of words, a three-sublayer hybrid."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from hybridlm.config import (
-    MLP, Attention, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, OptimConfig, RunConfig
+    MLP,
+    Attention,
+    Config,
+    DataConfig,
+    Mamba2,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
 )  # fmt: skip
 from hybridlm.config_io import override
 from hybridlm.sharding import make_mesh
@@ -80,7 +88,7 @@ def small_config(*overrides: str) -> Config:
     return override(config, overrides)
 
 
-@lru_cache(maxsize=None)
+@cache
 def small_program(overrides: tuple[str, ...] = (), mesh_sizes: tuple[int, int, int] = (1, 1, 1)):
     """(config, mesh, program) of small_config on a mesh of data, fsdp, tensor; compiled once for all tests."""
     config = small_config(*overrides)

@@ -13,7 +13,7 @@ from hybridlm.progress import Display, clock, short
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def fails(capsys, words, *said, code=2, command=train_main):
+def check_fails(capsys, words, *said, code=2, command=train_main):
     assert command(words) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -22,30 +22,42 @@ def fails(capsys, words, *said, code=2, command=train_main):
 
 
 def test_config_is_missing(capsys):
-    fails(capsys, [], "--config is missing", "hybrid_tiny")
-    fails(capsys, ["--config"], "--config wants a name", "hybrid_1b")
+    check_fails(capsys, [], "--config is missing", "hybrid_tiny")
+    check_fails(capsys, ["--config"], "--config wants a name", "hybrid_1b")
 
 
 def test_unknown_names_and_keys(capsys, mini):
-    fails(capsys, ["--config", "hybrid_tny"], "hybrid_tny", "did you mean hybrid_tiny")
-    fails(capsys, ["--config", "nowhere/file.py"], "nowhere/file.py")
-    fails(capsys, ["--config", "hybrid_tiny", "--model.d_modle=4"], "--model.d_modle", "d_model")
-    fails(capsys, ["--config=hybrid_tiny", "--optim.lr=fast"], "--optim.lr", "fast")
+    check_fails(capsys, ["--config", "hybrid_tny"], "hybrid_tny", "did you mean hybrid_tiny")
+    check_fails(capsys, ["--config", "nowhere/file.py"], "nowhere/file.py")
+    check_fails(capsys, ["--config", "hybrid_tiny", "--model.d_modle=4"], "--model.d_modle", "d_model")
+    check_fails(capsys, ["--config=hybrid_tiny", "--optim.lr=fast"], "--optim.lr", "fast")
 
 
 def test_impossible_combinations(capsys, mini):
     mini = str(mini)
-    fails(capsys, ["--config", mini, "--mesh.data=1", "--mesh.fsdp=3"], "mesh (data 1 x fsdp 3 x tensor 1) needs 3 devices")
-    fails(capsys, ["--config", mini, "--data.batch_size=4"], "data.batch_size (4) not divisible by mesh.data * mesh.fsdp (8)")
-    fails(capsys, ["--config", mini, "--optim.accumulate=3"], "data.batch_size (8) not divisible by optim.accumulate (3)")
-    fails(capsys, ["--config", mini, "--model.blocks.*.n_heads=3", "--model.blocks.*.n_kv_heads=2"], "n_heads (3)")
-    fails(capsys, ["--config", mini, "--data.path=nothing/*.txt"], "nothing/*.txt")
-    fails(capsys, ["--config", mini, "--run.dir=/dev/null/x"], "run.dir (/dev/null/x) cannot be written")
+    check_fails(
+        capsys,
+        ["--config", mini, "--mesh.data=1", "--mesh.fsdp=3"],
+        "mesh (data 1 x fsdp 3 x tensor 1) needs 3 devices",
+    )
+    check_fails(
+        capsys,
+        ["--config", mini, "--data.batch_size=4"],
+        "data.batch_size (4) not divisible by mesh.data * mesh.fsdp (8)",
+    )
+    check_fails(
+        capsys, ["--config", mini, "--optim.accumulate=3"], "data.batch_size (8) not divisible by optim.accumulate (3)"
+    )
+    check_fails(
+        capsys, ["--config", mini, "--model.blocks.*.n_heads=3", "--model.blocks.*.n_kv_heads=2"], "n_heads (3)"
+    )
+    check_fails(capsys, ["--config", mini, "--data.path=nothing/*.txt"], "nothing/*.txt")
+    check_fails(capsys, ["--config", mini, "--run.dir=/dev/null/x"], "run.dir (/dev/null/x) cannot be written")
 
 
 def test_generate_errors(capsys, tmp_path):
     def check(words, *said):
-        fails(capsys, ["generate", *words], *said, command=main)
+        check_fails(capsys, ["generate", *words], *said, command=main)
 
     check([], "--run")
     check(["--run", str(tmp_path)], "holds no run")
@@ -75,7 +87,14 @@ def test_as_a_process(words):
 
 def test_times_and_numbers():
     assert [clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
-    assert [short(n) for n in (0.5, 999, 1234, 45_600_000, 7.89e9, 2e12)] == ["0.5", "999", "1.23k", "45.6M", "7.89B", "2T"]
+    assert [short(n) for n in (0.5, 999, 1234, 45_600_000, 7.89e9, 2e12)] == [
+        "0.5",
+        "999",
+        "1.23k",
+        "45.6M",
+        "7.89B",
+        "2T",
+    ]
 
 
 def test_lines_off_a_terminal(capsys):

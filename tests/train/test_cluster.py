@@ -24,7 +24,9 @@ def run_cluster(mini, *overrides):
     }  # fmt: skip
     words = [sys.executable, str(ROOT / "train.py"), "--config", str(mini), "--mesh.fsdp=2", *overrides]
     processes = [
-        subprocess.Popen(words, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True, cwd=mini.parent)
+        subprocess.Popen(
+            words, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True, cwd=mini.parent
+        )
         for i in range(2)
     ]
     outputs = [process.communicate(timeout=400)[0] for process in processes]

@@ -67,8 +67,9 @@ def test_six_flops_a_parameter_and_token_at_scale():
 @pytest.mark.parametrize(
     ("kind", "tera"),
     [
-        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU7x", 1153.5),
-        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4), ("NVIDIA B200", 2250),
+        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5), ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.4), ("NVIDIA B200", 2250),
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA GH200 480GB", 989.4), ("NVIDIA L4", 121),
     ],
 )  # fmt: skip

@@ -120,7 +120,9 @@ def test_records_after_the_restored_step_are_dropped(mini, stop_at, capsys):
     stop_at(8)
     assert train(mini) == 130
     with open(run / "metrics.jsonl", "a") as file:  # as a process killed at step 12 would have left them
-        file.write('{"kind": "train", "step": 9, "loss": 1.0}\n{"kind": "train", "step": 12, "loss": 1.0}\n{"kind": "tr')
+        file.write(
+            '{"kind": "train", "step": 9, "loss": 1.0}\n{"kind": "train", "step": 12, "loss": 1.0}\n{"kind": "tr'
+        )
     stop_at(None)
     assert train(mini) == 0
     assert [r["step"] for r in records(run, ["train"])] == [3, 6, 9, 12, 15, 18, 20]
@@ -213,5 +215,5 @@ def test_accumulation_and_mesh_may_change_on_the_way(mini, stop_at, monkeypatch)
     assert train(mini) == 130
     stop_at(None)
     monkeypatch.setattr("hybridlm.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
-    assert train(mini, "--mesh.fsdp=2", "--mesh.data=2", "--optim.accumulate=2", f"--run.steps=20") == 0
+    assert train(mini, "--mesh.fsdp=2", "--mesh.data=2", "--optim.accumulate=2", "--run.steps=20") == 0
     assert [r["step"] for r in records(mini.parent / "run", ["train"])] == [3, 6, 9, 12, 15, 18, 20]

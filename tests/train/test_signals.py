@@ -56,7 +56,7 @@ def test_a_signal_saves_and_says_how_to_resume(mini, start, signum, code):
     process.send_signal(signum)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    assert "finishing this step, then saving" in output and "to resume: python" in output and "Traceback" not in output
+    assert "finishing this step, then saving" in output and "to resume: " in output and "Traceback" not in output
     run = mini.parent / "run"
     saved = finished_steps(run / "checkpoints")
     assert len(saved) == 1 and saved[0] >= 5
