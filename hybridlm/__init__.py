@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """hybridlm: hybrid SSM-attention language models in JAX."""
 
-import pallas_kernels as _  # first of all: it makes JAX safe to compute with on CPU
+import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to compute with on CPU
 
 __version__ = "0.1.0"
 _EXPORTS = {

@@ -158,10 +158,7 @@ def _hint(config: Config, key: str):
     """Annotation of the field that a key names."""
     node, hint = config, Config
     for name in _resolve(config, key):
-        if isinstance(node, dict):
-            hint = typing.get_args(hint)[1]
-        else:
-            hint = typing.get_type_hints(type(node))[name]
+        hint = typing.get_args(hint)[1] if isinstance(node, dict) else typing.get_type_hints(type(node))[name]
         node = _children(node).get(name)
     return hint
 
@@ -255,7 +252,8 @@ def help_text(config: Config, prog: str) -> str:
         node = config
         for name in key.split("."):
             node = _children(node)[name]
-        lines.append(f"  --{key} {{{','.join(_variants(_hint(config, key)))}}} (now: {type(node).__name__.replace('NoneType', 'None')})")
+        now = "None" if node is None else type(node).__name__
+        lines.append(f"  --{key} {{{','.join(_variants(_hint(config, key)))}}} (now: {now})")
     return out.getvalue() + "\n".join(lines) + "\n"
 
 

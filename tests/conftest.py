@@ -11,10 +11,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import pallas_kernels  # noqa: F401  before anything computes: see pallas_kernels.compat
-
 import jax
 from hypothesis import HealthCheck, settings
+
+import pallas_kernels  # noqa: F401  before anything computes: see pallas_kernels.compat
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

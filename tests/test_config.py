@@ -30,7 +30,8 @@ def test_json_round_trip(name):
 def test_round_trip_of_nested_variants():
     config = Config()
     rope = Rope(scaling=Llama3(factor=4.0))
-    blocks = config.model.blocks | {"*": Attention(rope=rope), "Y": Attention(rope=Rope(scaling=YaRN())), "N": Attention(rope=None)}
+    new = {"*": Attention(rope=rope), "Y": Attention(rope=Rope(scaling=YaRN())), "N": Attention(rope=None)}
+    blocks = config.model.blocks | new
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=blocks))
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
@@ -42,7 +43,10 @@ def test_round_trip_of_nested_variants():
         (["--model.d-model", "512"], {"model.d_model": 512}),
         (["model.d_model=512", "optim.lr=3e-4"], {"model.d_model": 512, "optim.lr": 3e-4}),
         (["--model.blocks.M.d_state=256"], {"model.blocks.M.d_state": 256}),
-        (["--model.blocks.-.d_ff=96", "--model.blocks.*.window", "64"], {"model.blocks.-.d_ff": 96, "model.blocks.*.window": 64}),
+        (
+            ["--model.blocks.-.d_ff=96", "--model.blocks.*.window", "64"],
+            {"model.blocks.-.d_ff": 96, "model.blocks.*.window": 64},
+        ),
         (["--model.blocks.M.dt_limit", "0", "inf"], {}),
         (["--model.blocks.M.dt_limit", "0.01", "1"], {"model.blocks.M.dt_limit": (0.01, 1.0)}),
         (["--mesh.data=-1", "--mesh.fsdp=8"], {"mesh.fsdp": 8}),
@@ -53,7 +57,10 @@ def test_round_trip_of_nested_variants():
         (["--data.seq_len=65_536"], {"data.seq_len": 65_536}),
         ({"model.d_model": 512, "data.path": ["a", "b"]}, {"model.d_model": 512, "data.path": ("a", "b")}),
         (["--model.blocks.*.rope=None"], {"model.blocks.*.rope": None}),
-        (["--model.blocks.*.rope.scaling.factor=2", "--model.blocks.*.rope.scaling=YaRN"], {"model.blocks.*.rope.scaling": YaRN(factor=2)}),
+        (
+            ["--model.blocks.*.rope.scaling.factor=2", "--model.blocks.*.rope.scaling=YaRN"],
+            {"model.blocks.*.rope.scaling": YaRN(factor=2)},
+        ),
         (["--model.blocks.W.window=7", "--model.blocks.W=Attention"], {"model.blocks.W": Attention(window=7)}),
     ],
 )  # fmt: skip
@@ -96,7 +103,8 @@ def test_mistakes_are_one_line(words, parts):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ConfigError, match=r"no config named 'hybrid_tinny': did you mean hybrid_tiny.*known: .*transformer_1b"):
+    said = r"no config named 'hybrid_tinny': did you mean hybrid_tiny.*known: .*transformer_1b"
+    with pytest.raises(ConfigError, match=said):
         load_config("hybrid_tinny")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to batches: sources, tokenizers, the token cache, packing and loading.
 
-Importing this package needs NumPy alone; grain, tokenizers and pyarrow are imported by what uses them.
+Nothing here computes with JAX; grain, tokenizers and pyarrow are imported by what uses them.
 """
 
 from hybridlm.data.corpus import Corpus, open_corpus

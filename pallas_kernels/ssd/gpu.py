@@ -5,6 +5,7 @@ The forward is one fused walk over the chunks (``gpu_walk``); few long rows are 
 from a first, state-only walk. The backward walks the state's gradient in reverse, then visits all chunks in
 parallel (``gpu_grads``). Only per-token vectors (``dt``, cumulative decays, document masks) are prepared by XLA.
 """
+
 import functools
 import math
 
@@ -119,8 +120,17 @@ def run_walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
 def _config(x, b_mat, d, ids, interpret):
     batch, tokens, heads, _ = x.shape
     chunks = 2 * -(-tokens // (2 * TILE))
-    return Walk(batch, tokens, heads, *b_mat.shape[2:], chunks, 1, segments=ids is not None, has_d=d is not None,
-                interpret=interpret)
+    return Walk(
+        batch,
+        tokens,
+        heads,
+        *b_mat.shape[2:],
+        chunks,
+        1,
+        segments=ids is not None,
+        has_d=d is not None,
+        interpret=interpret,
+    )
 
 
 def _skip_rows(d):
@@ -172,6 +182,7 @@ def _decay_grads(rows, columns, end, ids, chunks):
     column sum i) of Z within the span, plus <R, state> at its end. rows, columns ``[B, chunks, H, 64]``, end
     ``[B, spans, H]``.
     """
+
     def spans(v):
         batch, _, heads, _ = v.shape
         return v.reshape(batch, chunks // 2, 2, heads, TILE).swapaxes(2, 3).reshape(batch, chunks // 2, heads, 2 * TILE)
@@ -243,7 +254,17 @@ _core.defvjp(_core_fwd, _core_bwd)
 
 
 def ssd_gpu(
-    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
     interpret=False,
 ):
     """The scan of ``pallas_kernels.ssd.api.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
@@ -272,8 +293,7 @@ def ssd_gpu(
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
-    y, final = _core(
-        x, split(pad(dt, 0, pad_t, 0), 2), split(A, 0), b_mat, c_mat, D, ids, init, interpret)
+    y, final = _core(x, split(pad(dt, 0, pad_t, 0), 2), split(A, 0), b_mat, c_mat, D, ids, init, interpret)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
     if not return_final_state:
         return y

@@ -14,6 +14,7 @@ and the per-token sums from which XLA forms ddt, dA and dD (``SCORE_VECTORS``, `
 warpgroups share the work (scores and dx, dB, dC); a producer streams the heads' tiles through shared memory. Scores
 are kept transposed ([j, i]), so that the second product takes its left operand from registers.
 """
+
 import dataclasses
 import functools
 
@@ -36,12 +37,13 @@ PARTS = ("dB through the state", "dB within", "dC through the state", "dC within
 @dataclasses.dataclass(frozen=True)
 class Grads:
     """Static description of the gradient kernel."""
+
     batch: int
     heads: int
     groups: int
     state: int
-    chunks: int            # chunks of TILE tokens, even
-    splits: int = 1        # parts of a group's heads visited by different thread blocks
+    chunks: int  # chunks of TILE tokens, even
+    splits: int = 1  # parts of a group's heads visited by different thread blocks
     segments: bool = False
     has_d: bool = False
     stages: int = 2
@@ -316,7 +318,7 @@ def _outputs(cfg):
 
 def _body(cfg, *refs):
     names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["seg"] * cfg.segments + ["d"] * cfg.has_d
-    ins, outs = dict(zip(names, refs)), dict(zip(_outputs(cfg), refs[len(names):]))
+    ins, outs = dict(zip(names, refs)), dict(zip(_outputs(cfg), refs[len(names) :]))
     wg = lax.axis_index("wg")
     k, tile_index = _schedule(cfg, lax.axis_index("block"))
     rest, span = lax.div(tile_index, cfg.chunks // 2), lax.rem(tile_index, cfg.chunks // 2)
@@ -327,16 +329,23 @@ def _body(cfg, *refs):
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     s, n = cfg.stages, cfg.state
     scratch = {
-        "x": tile((s, TILE, TILE)), "dy": tile((s, TILE, TILE)), "dy1": tile((s, TILE, TILE)),
-        "h": tile((s, TILE, n)), "r": tile((s, TILE, n)),
+        "x": tile((s, TILE, TILE)),
+        "dy": tile((s, TILE, TILE)),
+        "dy1": tile((s, TILE, TILE)),
+        "h": tile((s, TILE, n)),
+        "r": tile((s, TILE, n)),
         "ab": plgpu.SMEM((s, 2, 2, TILE), jnp.float32),
         "d": plgpu.SMEM((s, TILE), jnp.float32) if cfg.has_d else None,
-        "b": tile((TILE, n)), "c": tile((TILE, n)), "c1": tile((TILE, n)), "out": tile((TILE, TILE)),
+        "b": tile((TILE, n)),
+        "c": tile((TILE, n)),
+        "c1": tile((TILE, n)),
+        "out": tile((TILE, TILE)),
         "seg": plgpu.SMEM((2, 4, TILE), jnp.float32) if cfg.segments else None,
         "scores": plgpu.SMEM((2, TILE, TILE), jnp.float32, transforms=F32_TRANSFORMS),
         "score_vectors": plgpu.SMEM((len(SCORE_VECTORS), TILE), jnp.float32),
         "row_vectors": plgpu.SMEM((len(ROW_VECTORS), TILE), jnp.float32),
-        "cross_rows": plgpu.SMEM((TILE,), jnp.float32), "state_rows": plgpu.SMEM((TILE,), jnp.float32),
+        "cross_rows": plgpu.SMEM((TILE,), jnp.float32),
+        "state_rows": plgpu.SMEM((TILE,), jnp.float32),
     }
 
     def scoped(smem, full, empty, start):
@@ -356,22 +365,26 @@ def _body(cfg, *refs):
             plgpu.set_max_registers(240, action="increase")
             plgpu.barrier_wait(start.at[0])
             for half in range(2):
+
                 @pl.when(k == half)
                 def _():
                     _scores_warpgroup(cfg, half, idx, outs, smem, full, empty)
 
         for number, work in ((1, _db_warpgroup), (2, _dc_warpgroup)):
+
             @pl.when(wg == number)
             def _():
                 plgpu.set_max_registers(120, action="decrease")
                 plgpu.barrier_wait(start.at[0])
                 for half in range(2):
+
                     @pl.when(k == half)
                     def _():
                         work(cfg, half, idx, outs, smem, full, empty)
 
     pl.run_scoped(
-        scoped, scratch,
+        scoped,
+        scratch,
         plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=s),
         plgpu.Barrier(num_arrivals=3, num_barriers=s),
         plgpu.Barrier(num_arrivals=3 + cfg.segments, num_barriers=1),

@@ -13,6 +13,7 @@ Forward (``emit_y``), chunked SSD (Dao and Gu 2024, section 6): with ``a`` the w
 Without ``emit_y`` only the state is walked; ``reverse`` walks it from the end of the sequence with the weights
 ``exp2(a_i)``, which is the recurrence of the state's gradient (``x`` := dy, ``B`` := C).
 """
+
 import dataclasses
 import functools
 
@@ -29,13 +30,14 @@ BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """Static description of one walk kernel."""
+
     batch: int
     tokens: int
     heads: int
     groups: int
     state: int
-    chunks: int            # chunks of TILE tokens, even
-    pieces: int            # parts of the sequence walked in parallel
+    chunks: int  # chunks of TILE tokens, even
+    pieces: int  # parts of the sequence walked in parallel
     emit_y: bool = False
     emit_states: bool = False  # bfloat16 state at the start (reverse: at the end) of every 2 * TILE tokens
     emit_final: bool = True
@@ -45,7 +47,7 @@ class Walk:
     stages: int = 2
     dtype: jnp.dtype = jnp.bfloat16
     interpret: bool = False
-    most_heads: int = 1    # heads of one compute warpgroup; two were slower (registers), see docs/kernels.md
+    most_heads: int = 1  # heads of one compute warpgroup; two were slower (registers), see docs/kernels.md
 
     @property
     def warpgroups(self) -> int:
@@ -69,6 +71,7 @@ def matmul(a, b, shape, acc=None, interpret=False):
 
     The interpreter knows neither left operands in registers nor initialised accumulators, so it gets a plain product.
     """
+
     def fresh(ref):
         plgpu.wgmma(ref, a, b)
         return ref[...]
@@ -165,7 +168,8 @@ def _compute(cfg, idx, outs, init_g, d_g, smem, full, empty, d_bar, w_idx):
     hpw = cfg.heads_per_warpgroup
     head = lambda hh: h0 + w_idx * hpw + hh
     states = tuple(
-        plgpu.load(init_g.at[b, piece, head(hh)], layout=plgpu.Layout.WGMMA, optimized=False) for hh in range(hpw))
+        plgpu.load(init_g.at[b, piece, head(hh)], layout=plgpu.Layout.WGMMA, optimized=False) for hh in range(hpw)
+    )
 
     def step(i, states):
         slot = lax.rem(i, cfg.stages)
@@ -177,10 +181,12 @@ def _compute(cfg, idx, outs, init_g, d_g, smem, full, empty, d_bar, w_idx):
                 h_s[w_idx * hpw + hh] = states[hh].astype(cfg.dtype)
             plgpu.commit_smem()
             if cfg.emit_states:
+
                 @pl.when(lax.rem(i, 2) == 0)
                 def _():
                     for hh in range(hpw):
                         plgpu.copy_smem_to_gmem(h_s.at[w_idx * hpw + hh], states_g.at[b, lax.div(chunk, 2), head(hh)])
+
         plgpu.barrier_wait(full.at[slot])
         scores = None
         if cfg.emit_y:
@@ -286,7 +292,8 @@ def _body(cfg, *refs):
             _produce(cfg, idx, (x_g, ab_g, seg_g, b_g, c_g), smem, full, empty)
 
     pl.run_scoped(
-        scoped, scratch,
+        scoped,
+        scratch,
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=s),
         plgpu.Barrier(num_arrivals=wgs, num_barriers=s),
         plgpu.Barrier(num_arrivals=cfg.heads_per_warpgroup, num_barriers=wgs),
