@@ -2,6 +2,7 @@
 """Checkpoints: exact, the newest few, other meshes, broken ones, a full disk."""
 
 import errno
+import gc
 import logging
 import shutil
 import subprocess
@@ -19,6 +20,13 @@ from hybridlm.errors import RunError
 
 # reads of broken files leave failed futures behind, which tensorstore reports when they are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected_here():
+    """Those futures are collected in this test, not at some point of a later one."""
+    yield
+    gc.collect()
 
 
 def make_state(step: int) -> dict:
