@@ -2,7 +2,7 @@
 """Minutes on a laptop: a byte-level hybrid that learns to write Python from the standard library's source.
 
 Command: make train, or python train.py --config hybrid_tiny
-Hardware: two CPU cores, under three minutes.
+Hardware: two CPU cores, about two minutes.
 """
 
 from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
@@ -25,7 +25,7 @@ def config() -> Config:
         data=DataConfig(seq_len=256, batch_size=16),
         optim=OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, schedule="wsd", warmup_steps=20, final_lr_ratio=0.02),
         run=RunConfig(
-            steps=400, log_every=10, eval_every=200, eval_batches=16, save_every=200,
+            steps=300, log_every=10, eval_every=150, eval_batches=16, save_every=150,
             sample_prompt="def ", sample_tokens=300,
         ),
     )  # fmt: skip
