@@ -109,9 +109,10 @@ def test_more_than_max_len(model):
 
 
 def test_recurrent_models_have_no_limit():
-    model = build(small("Mw"))
-    _, cache = extend(model, random_tokens(2, 4), model.init_cache(2, 3))
-    model.extend(random_tokens(2, 4), cache)
+    model, tokens_BT = build(small("Mw")), random_tokens(2, 8)
+    _, cache = extend(model, tokens_BT[:, :4], model.init_cache(2, 3))
+    logits, _ = extend(model, tokens_BT[:, 4:], cache)
+    check_close(logits, forward(model, tokens_BT)[:, 4:], dtype="float32", what="logits beyond max_len")
 
 
 @pytest.mark.parametrize(("batch", "max_len"), [(0, 4), (1, 0)])
