@@ -6,6 +6,10 @@ import signal
 import socket
 import sys
 import threading
+import time
+
+ECHO_SECONDS = 1.0
+"""A signal this soon after the first is the same one: `timeout` and some shells send it to process and group alike."""
 
 
 class StopRequest:
@@ -46,6 +50,7 @@ class StopRequest:
         self._read.close()
 
     def _watch(self):
+        asked = float("-inf")
         while received := self._read.recv(1):
             signum = received[0]
             if signum not in (signal.SIGINT, signal.SIGTERM):
@@ -53,8 +58,10 @@ class StopRequest:
             if not self._armed:
                 _leave(signum, "stopped before the first step: nothing new to save")
             if self.signum is not None:
+                if time.monotonic() - asked < ECHO_SECONDS:
+                    continue
                 _leave(signum, "stopped at once, without saving")
-            self.signum = signum
+            self.signum, asked = signum, time.monotonic()
             print("\nfinishing this step, then saving; once more to leave at once", flush=True)
 
     def agreed(self, step: int, every: int) -> bool:
