@@ -237,17 +237,5 @@ def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) ->
         "entering": pltpu.VMEM((blocks.chunks, blocks.channels, blocks.state), F32),
         "dstate": pltpu.VMEM((blocks.channels, blocks.state), F32),
     }
-    results = pl.pallas_call(
-        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), blocks=blocks),
-        grid=(n_batch, n_blocks, steps),
-        in_specs=[specs[name] for name in inputs],
-        out_specs=[spec for spec, _ in outputs.values()],
-        out_shape=[shape for _, shape in outputs.values()],
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
-        ),
-        interpret=interpret,
-        name="ssd_backward",
-    )(*inputs.values())
-    return dict(zip(outputs, results))
+    grid = (n_batch, n_blocks, steps)
+    return common.call_kernel(_kernel, "ssd_backward", grid, inputs, specs, outputs, scratch, blocks, interpret)

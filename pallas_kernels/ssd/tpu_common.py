@@ -16,10 +16,13 @@ which is below float32 rounding. Carried states always use the unlimited sums.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.segments import document_numbers
 
@@ -229,3 +232,25 @@ def pair_mask(rows, inclusive: bool = True):
         return causal
     key = jnp.broadcast_to(rows[KEY : KEY + 1], (CHUNK, CHUNK)).T
     return causal & (key == jnp.broadcast_to(rows[QUERY : QUERY + 1], (CHUNK, CHUNK)))
+
+
+def call_kernel(kernel, name, grid, inputs, specs, outputs, scratch, blocks, interpret):
+    """Runs kernel(*refs, names=..., blocks=...) over a grid (rows, head blocks, steps in order); {output name: array}.
+
+    inputs: {name: array}, cut by specs[name]; outputs: {name: (spec, shape)}; scratch: {name: memory}. The kernel gets
+    its references in this order, with their names.
+    """
+    results = pl.pallas_call(
+        functools.partial(kernel, names=(*inputs, *outputs, *scratch), blocks=blocks),
+        grid=grid,
+        in_specs=[specs[key] for key in inputs],
+        out_specs=[spec for spec, _ in outputs.values()],
+        out_shape=[shape for _, shape in outputs.values()],
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+        ),
+        interpret=interpret,
+        name=name,
+    )(*inputs.values())
+    return dict(zip(outputs, results))

@@ -6,8 +6,6 @@ matrix unit and the CHUNK x CHUNK weights the stationary one:
 y^T[P, i] = x^T[P, j] (S^T * L^T)[j, i] + state[P, N] C^T[N, i].
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -217,17 +215,5 @@ def forward(inputs: dict, blocks: Blocks, *, n_groups: int, states_dtype=None, i
     if states_dtype is not None:
         outputs["states"] = (specs["states"], jax.ShapeDtypeStruct((n_batch, steps, width, blocks.state), states_dtype))
     scratch = scratch_shapes(blocks) | {"state": pltpu.VMEM((blocks.channels, blocks.state), F32)}
-    results = pl.pallas_call(
-        functools.partial(_kernel, names=(*inputs, *outputs, *scratch), blocks=blocks),
-        grid=(n_batch, n_blocks, steps),
-        in_specs=[specs[name] for name in inputs],
-        out_specs=[spec for spec, _ in outputs.values()],
-        out_shape=[shape for _, shape in outputs.values()],
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
-        ),
-        interpret=interpret,
-        name="ssd_forward",
-    )(*inputs.values())
-    return dict(zip(outputs, results))
+    grid = (n_batch, n_blocks, steps)
+    return common.call_kernel(_kernel, "ssd_forward", grid, inputs, specs, outputs, scratch, blocks, interpret)
