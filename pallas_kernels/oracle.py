@@ -13,7 +13,12 @@ import numpy as np
 import pallas_kernels
 from pallas_kernels.compat import enable_x64
 
-POSITIONAL = {"ssd": ("x", "dt", "A", "B", "C"), "attention": ("q", "k", "v"), "causal_conv1d": ("x", "w", "b")}
+POSITIONAL = {
+    "ssd": ("x", "dt", "A", "B", "C"),
+    "selective_scan": ("x", "dt", "A", "B", "C"),
+    "attention": ("q", "k", "v"),
+    "causal_conv1d": ("x", "w", "b"),
+}
 INTEGERS = ("segment_ids", "positions")
 
 # Relative RMS allowed by dtype of the activations; a tensor is looked up by its longest matching prefix, "" is the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ssd and causal_conv1d against numbers of published float64 reference runs (named in each file's `meta`)."""
+"""The scans and the convolution against numbers of published float64 reference runs (named in each file's `meta`)."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import causal_conv1d, ssd
+from pallas_kernels import causal_conv1d, selective_scan, ssd
 from pallas_kernels.compat import enable_x64
 from tests.ops.support import QUICK
 from tests.tolerances import check_close
@@ -46,6 +46,16 @@ def call_ssd(a, fixed, options, implementation):
     return {"y": y * jax.nn.silu(a["z"]) if "z" in a else y, "final_state": state}
 
 
+def call_selective_scan(a, fixed, options, implementation):
+    dt = a["delta"]
+    if options["delta_softplus"]:
+        dt = jax.nn.softplus(dt + a["delta_bias"])
+    y, state = selective_scan(a["u"], dt, a["A"], a["B"], a["C"], D=a.get("D"), segment_ids=fixed.get("segment_ids"),
+                              initial_state=a.get("initial_state"), return_final_state=True, chunk=16,
+                              implementation=implementation)  # fmt: skip
+    return {"y": y * jax.nn.silu(a["z"]) if "z" in a else y, "final_state": state}
+
+
 def call_causal_conv1d(a, fixed, options, implementation):
     y, state = causal_conv1d(a["x"], a["weight"], a["bias"], activation=options["activation"],
                              segment_ids=fixed.get("segment_ids"), initial_state=a.get("initial_state"),
@@ -59,7 +69,8 @@ def test_golden(path, implementation):
     parts, options = load(path)
     if path.stem == "causal_conv1d-t17-segments":
         end_state_with_its_document(parts)
-    function = {"ssd": call_ssd, "causal_conv1d": call_causal_conv1d}[path.stem.split("-")[0]]
+    functions = {"ssd": call_ssd, "selective_scan": call_selective_scan, "causal_conv1d": call_causal_conv1d}
+    function = functions[path.stem.split("-")[0]]
     # The files count documents from 0, which is padding here.
     fixed = {k: v.astype(np.int32) + 1 for k, v in parts["in_"].items() if v.dtype.kind == "i"}
     arrays = {k: v for k, v in parts["in_"].items() if v.dtype.kind == "f"}
@@ -84,4 +95,5 @@ def run(function, arrays, fixed, options, implementation, weights):
 
 def test_every_golden_file_is_here():
     assert len(list(FOLDER.glob("ssd-*.npz"))) == 6
+    assert len(list(FOLDER.glob("selective_scan-*.npz"))) == 5
     assert len(list(FOLDER.glob("causal_conv1d-*.npz"))) == 5
