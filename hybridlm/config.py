@@ -13,14 +13,16 @@ from hybridlm.errors import ConfigError, require
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
 from hybridlm.layers.mlp import MLP
-from hybridlm.layers.rope import Llama3, Rope, YaRN
+from hybridlm.layers.parallel import Branch, Parallel
+from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
+from hybridlm.layers.shared import Shared
 
 __all__ = [
-    "Attention", "Block", "Config", "ConfigError", "DataConfig", "GatedNorm", "Llama3", "MLP", "Mamba2", "MeshConfig",
-    "ModelConfig", "OptimConfig", "Rope", "RunConfig", "YaRN",
+    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "Linear", "Llama3", "MLP",
+    "Mamba2", "MeshConfig", "ModelConfig", "OptimConfig", "Parallel", "Rope", "RunConfig", "Shared", "YaRN",
 ]  # fmt: skip
 
-Block = Mamba2 | Attention | MLP
+Block = Mamba2 | Attention | MLP | Parallel | Shared
 """What a pattern symbol can stand for."""
 
 

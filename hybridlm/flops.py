@@ -13,7 +13,8 @@ counted as its chunked algorithm (Dao & Gu 2024, section 6) at chunk 128, whatev
 | output of the incoming state, C S | 2 H P N |
 """
 
-from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
+from hybridlm.config import Attention, Block, Mamba2, ModelConfig, Shared
+from hybridlm.layers.blocks import parts
 
 SSD_CHUNK = 128
 """Chunk length Q at which the scan is counted."""
@@ -32,8 +33,19 @@ def ssd_flops(n_heads: int, d_head: int, n_groups: int, d_state: int, seq_len: i
     return within + 4.0 * n_heads * d_head * d_state
 
 
-def block_flops(block: Mamba2 | Attention | MLP, d_model: int, seq_len: int) -> float:
-    """Forward FLOPs per token of one sublayer."""
+def block_flops(block: Block, d_model: int, seq_len: int) -> float:
+    """Forward FLOPs per token of one sublayer; of a block of blocks, their sum and what is between them."""
+    total = sum(_simple_flops(part, d_model, seq_len) for _, part in parts(block))
+    if isinstance(block, Shared):
+        d_qkv = (block.attention.n_heads + 2 * block.attention.kv_heads) * block.attention.d_head
+        d_mlp = (2 if block.mlp.gated else 1) * block.mlp.d_ff
+        total += 2.0 * d_model * d_qkv + 2.0 * d_model * d_model  # the attention's input is twice as wide; the link
+        total += 2.0 * (block.attention_adapter or 0) * (6 * d_model + d_qkv)
+        total += 2.0 * (block.mlp_adapter or 0) * (d_model + d_mlp)
+    return total
+
+
+def _simple_flops(block, d_model: int, seq_len: int) -> float:
     if isinstance(block, Mamba2):
         n_heads = block.heads(d_model)
         d_inner, d_bc = n_heads * block.d_head, 2 * block.n_groups * block.d_state
@@ -45,7 +57,7 @@ def block_flops(block: Mamba2 | Attention | MLP, d_model: int, seq_len: int) -> 
         gate = {"elementwise": d_queries, "head": block.n_heads, None: 0}[block.gate]
         projections = 2.0 * d_model * (2 * d_queries + 2 * d_keys + gate)
         return projections + 4.0 * d_queries * mean_visible(seq_len, block.window)
-    n_matrices = 3 if block.activation in ("swiglu", "geglu") else 2
+    n_matrices = 3 if block.gated else 2
     return 2.0 * n_matrices * d_model * block.d_ff
 
 

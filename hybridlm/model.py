@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, D model, V vocabulary, L repeats of a group.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -14,20 +14,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pattern, remat, sharding
-from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
+from hybridlm.config import ModelConfig, Parallel, Shared
 from hybridlm.layers import params
-from hybridlm.layers.attention import AttentionMixer
-from hybridlm.layers.mamba2 import Mamba2Mixer
-from hybridlm.layers.mlp import FeedForward
+from hybridlm.layers.blocks import make_mixer
 from hybridlm.layers.norm import RMSNorm
+from hybridlm.layers.parallel import ParallelMixer, scaled
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within
+from hybridlm.layers.shared import SharedLink, SharedTransformer
 from pallas_kernels.segments import document_ids
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
-
-MIXERS = {Mamba2: Mamba2Mixer, Attention: AttentionMixer, MLP: FeedForward}
-"""Sub-config -> the module that it configures."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,47 +34,72 @@ class Cache:
 
     length_B: jax.Array
     """int32 [B]: tokens read of each row."""
-    groups: list[list[dict[str, jax.Array]]]
-    """Of each group, of each sublayer of its unit: arrays [L, B, ...]."""
+    groups: list[list[dict]]
+    """Of each group, of each sublayer of its unit: arrays [L, B, ...], in a Parallel or Shared block by part."""
+    limit: int | None = field(default=None, metadata={"static": True})
+    """Tokens that a row can have; None: any number, as no sublayer keeps them all."""
 
 
 class Sublayer(nnx.Module):
-    """x + residual_multiplier * mixer(norm(x)); a symbol of the pattern."""
+    """x + residual_multiplier * mixer(norm(x)); a symbol of the pattern.
+
+    Of a Shared block the mixer reads norm(x + link(shared, x, embedded)), with the symbol's one `shared` transformer.
+    """
 
     def __init__(self, block, config: ModelConfig, *, rngs: nnx.Rngs):
+        options = _options(config, rngs)
         self.residual_multiplier = config.residual_multiplier
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = MIXERS[type(block)](
-            block,
-            config.d_model,
-            rngs=rngs,
-            init_std=config.init_std,
-            out_std=config.init_std / math.sqrt(len(config.pattern)),
-            dtype=config.compute_dtype,
-        )
+        self.link = None
+        if isinstance(block, Parallel):
+            self.mixer = ParallelMixer(block, config.d_model, **options)
+        elif isinstance(block, Shared):
+            self.mixer = make_mixer(block.mixer, config.d_model, **options)
+            self.link = SharedLink(block, config.d_model, **options)
+        else:
+            self.mixer = make_mixer(block, config.d_model, **options)
 
-    def __call__(self, x_BTD: jax.Array, segment_ids, positions) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        return self._add(x_BTD, self.mixer(self._normed(x_BTD), segment_ids, positions))
+    @property
+    def keeps_all(self) -> bool:
+        """The cache grows with the number of tokens."""
+        return self.mixer.keeps_all or (self.link is not None and self.link.keeps_all)
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT, layer) -> tuple[jax.Array, dict]:
+    def __call__(self, x_BTD: jax.Array, segment_ids, positions, embedded_BTD=None, shared=None):
+        """[B, T, D], and the statistics of a mixer that has some ({} elsewhere)."""
+        u_BTD = x_BTD
+        if self.link is not None:
+            u_BTD = x_BTD + self.link(shared, x_BTD, embedded_BTD, segment_ids, positions)
+        y = self.mixer(self._normed(u_BTD), segment_ids, positions)
+        y_BTD, stats = y if isinstance(y, tuple) else (y, {})
+        return self._add(x_BTD, y_BTD), stats
+
+    def init_cache(self, batch: int, max_len: int, shared=None) -> dict:
+        """The mixer's cache; of a Shared block that and the shared attention's, by name."""
+        cache = self.mixer.init_cache(batch, max_len)
+        return cache if self.link is None else {"mixer": cache, "shared": shared.attention.init_cache(batch, max_len)}
+
+    def extend(self, x_BTD, cache: dict, length_B, real_BT, layer, embedded_BTD=None, shared=None):
         """The next T tokens from the cache, and the cache after them."""
-        y_BTD, cache = self.mixer.extend(self._normed(x_BTD), cache, length_B, real_BT, layer)
-        return self._add(x_BTD, y_BTD), cache
+        if self.link is None:
+            y_BTD, cache = self.mixer.extend(self._normed(x_BTD), cache, length_B, real_BT, layer)
+            return self._add(x_BTD, y_BTD), cache
+        more_BTD, of_shared = self.link.extend(shared, x_BTD, embedded_BTD, cache["shared"], length_B, real_BT, layer)
+        y_BTD, new = self.mixer.extend(self._normed(x_BTD + more_BTD), cache["mixer"], length_B, real_BT, layer)
+        return self._add(x_BTD, y_BTD), {"mixer": new, "shared": of_shared}
 
     def _normed(self, x_BTD):
         return checkpoint_name(self.norm(x_BTD), "sublayer_norm")
 
     def _add(self, x_BTD, y_BTD):
-        y_BTD = y_BTD if self.residual_multiplier == 1 else y_BTD * self.residual_multiplier
-        return sharding.constrain(x_BTD + y_BTD, "batch", "tokens", None)
+        return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), "batch", "tokens", None)
 
 
 class HybridLM(nnx.Module):
     """A language model from a pattern string: `HybridLM(config, rngs=nnx.Rngs(0))(tokens_BT) -> logits_BTV`.
 
     Sublayers live in `groups[g][position]`, a Sublayer whose parameters have a leading axis over the repeats of group
-    g; `hybridlm.pattern.places(config.pattern)` says where each symbol of the pattern is.
+    g; `hybridlm.pattern.places(config.pattern)` says where each symbol of the pattern is. What the depths of a Shared
+    block's symbol share lives in `shared[symbol]`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -88,6 +110,13 @@ class HybridLM(nnx.Module):
         key = rngs.params
         self.embedding = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
         self.groups = _build_groups(config, key())
+        self.shared = nnx.Dict(
+            {
+                symbol: SharedTransformer(block, D, norm_eps=config.norm_eps, **_options(config, nnx.Rngs(key())))
+                for symbol, block in config.blocks.items()
+                if isinstance(block, Shared) and symbol in config.pattern
+            }
+        )
         self.norm = RMSNorm(D, config.norm_eps)
         if config.tie_embeddings:
             self.output = None
@@ -115,6 +144,12 @@ class HybridLM(nnx.Module):
         the document.
         Raises ValueError for a wrong shape and TypeError for a wrong type, naming the argument.
         """
+        return self.hidden_with_stats(tokens_BT, segment_ids, positions)[0]
+
+    def hidden_with_stats(
+        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> tuple[jax.Array, list[list[dict[str, jax.Array]]]]:
+        """`hidden`, and what mixers report: of each group, of each sublayer of its unit, arrays [L, ...] by name."""
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
         tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
         restore = None
@@ -122,11 +157,13 @@ class HybridLM(nnx.Module):
             (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
             segment_ids = document_ids(segment_ids)
             positions = positions_within(segment_ids, tokens_BT.shape) if positions is None else positions
-        x_BTD = self._embed(tokens_BT)
+        x_BTD, stats = self._embed(tokens_BT), []
+        embedded_BTD = x_BTD
         for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
-            x_BTD = self._run(group, sublayers, x_BTD, segment_ids, positions)
+            x_BTD, of_group = self._run(group, sublayers, x_BTD, segment_ids, positions, embedded_BTD)
+            stats.append(of_group)
         x_BTD = sharding.constrain(self.norm(x_BTD), "batch", "tokens", None)
-        return x_BTD if restore is None else sharding.constrain(restore(x_BTD), "batch", "tokens", None)
+        return x_BTD if restore is None else sharding.constrain(restore(x_BTD), "batch", "tokens", None), stats
 
     def unembedding(self) -> jax.Array:
         """w_VD, float32: the embedding itself where tied."""
@@ -146,13 +183,15 @@ class HybridLM(nnx.Module):
         for name, value in (("batch", batch), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name} ({value}) must be positive")
-        repeats = [group.repeats for group in pattern.groups(self.config.pattern)]
-        caches = [[sub.mixer.init_cache(batch, max_len) for sub in sublayers] for sublayers in self.groups]
-        stacked = [
-            jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), cache)
-            for n, cache in zip(repeats, caches, strict=True)
-        ]
-        return Cache(jnp.zeros((batch,), jnp.int32), stacked)
+        stacked, limit = [], None
+        for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
+            caches = [
+                sub.init_cache(batch, max_len, self.shared.get(symbol))
+                for symbol, sub in zip(group.unit, sublayers, strict=True)
+            ]
+            stacked.append(jax.tree.map(lambda a, n=group.repeats: jnp.zeros((n, *a.shape), a.dtype), caches))
+            limit = max_len if any(sub.keeps_all for sub in sublayers) else limit
+        return Cache(jnp.zeros((batch,), jnp.int32), stacked, limit)
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
@@ -179,30 +218,18 @@ class HybridLM(nnx.Module):
             real_BT = segment_ids != 0
         added_B = tokens_BT.shape[1] if real_BT is None else real_BT.sum(axis=1, dtype=jnp.int32)
         length_B = cache.length_B + added_B
-        fits_B = self._check_length(cache, length_B)
+        fits_B = _check_length(cache.limit, length_B)
         x_BTD, new_groups = self._embed(tokens_BT), []
-        for sublayers, group_cache in zip(self.groups, cache.groups, strict=True):
-            x_BTD, new = _extend_group(sublayers, x_BTD, group_cache, cache.length_B, real_BT)
+        embedded_BTD = x_BTD
+        groups = pattern.groups(self.config.pattern)
+        for group, sublayers, caches in zip(groups, self.groups, cache.groups, strict=True):
+            x_BTD, new = self._extend(group, sublayers, x_BTD, caches, cache.length_B, real_BT, embedded_BTD)
             new_groups.append(new)
         x_BTD = self.norm(x_BTD)
         if fits_B is not None:
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
         x_BTD = x_BTD if restore is None else restore(x_BTD)
-        return x_BTD, Cache(length_B, new_groups)
-
-    def _check_length(self, cache: Cache, length_B: jax.Array) -> jax.Array | None:
-        """Rows whose tokens fit; None where no sublayer keeps all of them. ValueError if they are known not to."""
-        limits = [
-            sub_cache["k"].shape[2]
-            for sublayers, group_cache in zip(self.groups, cache.groups, strict=True)
-            for sub, sub_cache in zip(sublayers, group_cache, strict=True)
-            if isinstance(sub.mixer, AttentionMixer) and sub.mixer.config.window is None
-        ]
-        if not limits:
-            return None
-        if not isinstance(length_B, jax.core.Tracer) and int(length_B.max()) > limits[0]:
-            raise ValueError(f"tokens in the cache and new ones ({int(length_B.max())}) exceed max_len ({limits[0]})")
-        return length_B <= limits[0]
+        return x_BTD, Cache(length_B, new_groups, cache.limit)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         w_VD = params.use(self.embedding, jnp.float32)  # the gradient of the look-up is summed in float32,
@@ -211,20 +238,47 @@ class HybridLM(nnx.Module):
             x_BTD = x_BTD * self.config.embedding_multiplier
         return sharding.constrain(x_BTD.astype(self.config.compute_dtype), "batch", "tokens", None)
 
-    def _run(self, group: pattern.Group, sublayers, x_BTD, segment_ids, positions) -> jax.Array:
+    def _run(self, group: pattern.Group, sublayers, x_BTD, segment_ids, positions, embedded_BTD):
         """One scan over the repeats of a group."""
         splits = [nnx.split(sublayer) for sublayer in sublayers]
 
         def unit(x_BTD, states):
-            for (graphdef, _), state, sublayer in zip(splits, states, sublayers, strict=True):
+            stats = []
+            for symbol, (graphdef, _), state, sublayer in zip(group.unit, splits, states, sublayers, strict=True):
+                shared = self.shared.get(symbol)
 
-                def run(state, x_BTD, graphdef=graphdef):
-                    return nnx.merge(graphdef, state)(x_BTD, segment_ids, positions)
+                def run(state, x_BTD, graphdef=graphdef, shared=shared):
+                    return nnx.merge(graphdef, state)(x_BTD, segment_ids, positions, embedded_BTD, shared)
 
-                x_BTD = remat.wrap(run, self.config.remat, sublayer.mixer, in_loop=group.repeats > 1)(state, x_BTD)
-            return x_BTD, None
+                run = remat.wrap(run, self.config.remat, sublayer.mixer, in_loop=group.repeats > 1)
+                x_BTD, of_sublayer = run(state, x_BTD)
+                stats.append(of_sublayer)
+            return x_BTD, stats
 
-        return jax.lax.scan(unit, x_BTD, [state for _, state in splits])[0]
+        return jax.lax.scan(unit, x_BTD, [state for _, state in splits])
+
+    def _extend(self, group: pattern.Group, sublayers, x_BTD, caches: list[dict], length_B, real_BT, embedded_BTD):
+        """One scan over the repeats; stacked caches are carried, each layer writes its own entries in place."""
+        splits = [nnx.split(sublayer) for sublayer in sublayers]
+
+        def unit(carry, layer_states):
+            x_BTD, caches = carry
+            layer, states = layer_states
+            new = []
+            for symbol, (graphdef, _), state, cache in zip(group.unit, splits, states, caches, strict=True):
+                extend, shared = nnx.merge(graphdef, state).extend, self.shared.get(symbol)
+                x_BTD, cache = extend(x_BTD, cache, length_B, real_BT, layer, embedded_BTD, shared)
+                new.append(cache)
+            return (x_BTD, new), None
+
+        xs = (jnp.arange(group.repeats), [state for _, state in splits])
+        return jax.lax.scan(unit, (x_BTD, caches), xs)[0]
+
+
+def _options(config: ModelConfig, rngs: nnx.Rngs) -> dict:
+    """What every mixer is made with."""
+    out_std = config.init_std / math.sqrt(len(config.pattern))
+    return {"rngs": rngs, "init_std": config.init_std, "out_std": out_std, "dtype": config.compute_dtype}
 
 
 def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:
@@ -254,22 +308,13 @@ def _draw(block, config: ModelConfig, key: jax.Array, depths_L: jax.Array) -> Su
     return jax.vmap(lambda depth: Sublayer(block, config, rngs=nnx.Rngs(jax.random.fold_in(key, depth))))(depths_L)
 
 
-def _extend_group(sublayers, x_BTD, caches: list[dict], length_B, real_BT) -> tuple[jax.Array, list[dict]]:
-    """One scan over the repeats; the stacked caches are carried, so that each layer writes its own entries in place."""
-    splits = [nnx.split(sublayer) for sublayer in sublayers]
-    repeats = jax.tree.leaves(splits[0][1])[0].shape[0]
-
-    def unit(carry, layer_states):
-        x_BTD, caches = carry
-        layer, states = layer_states
-        new = []
-        for (graphdef, _), state, cache in zip(splits, states, caches, strict=True):
-            x_BTD, cache = nnx.merge(graphdef, state).extend(x_BTD, cache, length_B, real_BT, layer)
-            new.append(cache)
-        return (x_BTD, new), None
-
-    xs = (jnp.arange(repeats), [state for _, state in splits])
-    return jax.lax.scan(unit, (x_BTD, caches), xs)[0]
+def _check_length(limit: int | None, length_B: jax.Array) -> jax.Array | None:
+    """Rows whose tokens fit; None where there is no limit. ValueError if they are known not to."""
+    if limit is None:
+        return None
+    if not isinstance(length_B, jax.core.Tracer) and int(length_B.max()) > limit:
+        raise ValueError(f"tokens in the cache and new ones ({int(length_B.max())}) exceed max_len ({limit})")
+    return length_B <= limit
 
 
 def _int32(*arrays) -> list[jax.Array | None]:

@@ -63,16 +63,17 @@ def check_model(config: "ModelConfig", mesh: Mesh) -> None:
     Key/value heads and state groups need not divide: fewer of them than tensor shards are replicated.
     """
     from hybridlm.config import MLP, Attention, Mamba2
+    from hybridlm.layers.blocks import parts
 
     sizes = [("d_model", config.d_model, "fsdp"), ("vocab_size", config.vocab_size, "tensor")]
     for symbol in dict.fromkeys(config.pattern):
-        block = config.blocks[symbol]
-        if isinstance(block, Mamba2):
-            sizes.append((f"blocks.{symbol}.n_heads", block.heads(config.d_model), "tensor"))
-        elif isinstance(block, Attention):
-            sizes.append((f"blocks.{symbol}.n_heads", block.n_heads, "tensor"))
-        elif isinstance(block, MLP):
-            sizes.append((f"blocks.{symbol}.d_ff", block.d_ff, "tensor"))
+        for name, block in parts(config.blocks[symbol], f"blocks.{symbol}"):
+            if isinstance(block, Mamba2):
+                sizes.append((f"{name}.n_heads", block.heads(config.d_model), "tensor"))
+            elif isinstance(block, Attention):
+                sizes.append((f"{name}.n_heads", block.n_heads, "tensor"))
+            elif isinstance(block, MLP):
+                sizes.append((f"{name}.d_ff", block.d_ff, "tensor"))
     for name, size, axis in sizes:
         n = mesh.shape.get(axis, 1)
         require(size % n == 0, f"model.{name} ({size}) not divisible by mesh.{axis} ({n})")

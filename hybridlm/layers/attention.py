@@ -52,6 +52,8 @@ class Attention:
     """Bias of the query, key and value projections."""
     out_bias: bool = False
     """Bias of the output projection."""
+    key_multiplier: float = 1.0
+    """Multiplies the keys before the rotation."""
 
     def __post_init__(self):
         for name in ("n_heads", "d_head", "n_kv_heads", "window", "softcap", "scale"):
@@ -85,10 +87,13 @@ class AttentionMixer(nnx.Module):
         init_std: float = 0.02,
         out_std: float | None = None,
         dtype: str = "bfloat16",
+        d_out: int | None = None,
     ):
-        """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std)."""
+        """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
+        d_out: width of the output (None: d_model)."""
         self.config, self.dtype = config, dtype
         D, H, K, P = d_model, config.n_heads, config.kv_heads, config.d_head
+        d_out = d_model if d_out is None else d_out
         query, key = ("heads", "d_head"), ("kv_heads", "d_head")
         self.w_q = params.matrix(rngs, (D, H, P), ("d_model", *query), init_std)
         self.w_k = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std)
@@ -104,21 +109,32 @@ class AttentionMixer(nnx.Module):
         self.q_norm = RMSNorm(P, config.qk_norm_eps, axis="d_head") if config.qk_norm else None
         self.k_norm = RMSNorm(P, config.qk_norm_eps, axis="d_head") if config.qk_norm else None
         self.sinks = params.zeros((H,), ("heads",), "sink") if config.sinks else None
-        self.w_o = params.matrix(rngs, (H, P, D), (*query, "d_model"), init_std if out_std is None else out_std, n_in=2)
-        self.b_o = params.zeros((D,), ("d_model",), "bias") if config.out_bias else None
+        out_std = init_std if out_std is None else out_std
+        self.w_o = params.matrix(rngs, (H, P, d_out), (*query, "d_model"), out_std, n_in=2)
+        self.b_o = params.zeros((d_out,), ("d_model",), "bias") if config.out_bias else None
+
+    @property
+    def keeps_all(self) -> bool:
+        """The cache grows with the number of tokens."""
+        return self.config.window is None
 
     def __call__(
-        self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        added: list[jax.Array] | None = None,
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D] in `dtype`.
 
         segment_ids: int32 [B, T], 0 is padding, a number of its own for each document of a row. positions: int32
-        [B, T], for the rotation; None: the index within the document. The causal mask and the window go by the tokens'
+        [B, T], for the rotation; None: the index within the document. added: [B, T, H or K, P] each, added to the
+        projections of queries, keys and values. The causal mask and the window go by the tokens'
         order in the row: padding inside a document counts (HybridLM moves such padding away).
         """
         if positions is None:
             positions = positions_within(segment_ids, x_BTD.shape[:2])
-        q, k, v, gate = self._project(x_BTD, positions)
+        q, k, v, gate = self._project(x_BTD, positions, added)
         return self._output(self._attend(q, k, v, gate, segment_ids=(segment_ids, segment_ids)))
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
@@ -127,10 +143,12 @@ class AttentionMixer(nnx.Module):
         shape = (batch, slots, self.config.kv_heads, self.config.d_head)
         return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, added: list[jax.Array] | None = None
+    ) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them.
 
-        length_B: tokens already in the cache. real_BT: bool, False for padding, on the right, which is not stored;
+        length_B: tokens already in the cache. added: as in `__call__`. real_BT: bool, False for padding, on the right, which is not stored;
         None: all real. layer: index of the entries in stacked caches. Position p is stored in slot p mod S.
         """
         batch, tokens, _ = x_BTD.shape
@@ -138,7 +156,7 @@ class AttentionMixer(nnx.Module):
         real_BT = jnp.ones((batch, tokens), bool) if real_BT is None else real_BT
         position_BT = length_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
-        q, k, v, gate = self._project(x_BTD, position_BT)
+        q, k, v, gate = self._project(x_BTD, position_BT, added)
         ring = self.config.window is not None
         stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
         slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
@@ -159,12 +177,15 @@ class AttentionMixer(nnx.Module):
         ids = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
         return self._output(self._attend(q, k, v, gate, segment_ids=ids, **places)), new
 
-    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple:
+    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
         x_BTD = x_BTD.astype(self.dtype)
         weights = [self.w_q, self.w_k, self.w_v, *([] if self.w_gate is None else [self.w_gate])]
         biases = [self.b_q, self.b_k, self.b_v, None] if self.config.qkv_bias else None
         q, k, v, *gate = params.project(x_BTD, weights, biases)
+        if added is not None:
+            q, k, v = (a + more for a, more in zip((q, k, v), added, strict=True))
+        k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier
         q = sharding.constrain(q, "batch", "tokens", "heads", None)
         k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
         if self.config.qk_norm:

@@ -66,6 +66,8 @@ class Mamba2:
     """Clamp of dt after softplus, in training and decoding alike."""
     A_init: tuple[float, float] = (1.0, 16.0)
     """-A is drawn uniformly from this range."""
+    multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    """Multiply the results z, x, B, C and dt of the input projection, biases included."""
     chunk: int | None = None
     """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
 
@@ -156,6 +158,9 @@ class Mamba2Mixer(nnx.Module):
         self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), out_std, n_in=2)
         self.out_bias = params.zeros((D,), ("d_model",), "bias") if config.proj_bias else None
 
+    keeps_all = False
+    """The cache does not grow with the number of tokens."""
+
     def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
         """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter."""
         return self._mix(x_BTD, segment_ids, None)[0]
@@ -212,6 +217,10 @@ class Mamba2Mixer(nnx.Module):
         """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
         biases = [self.in_zx_bias, self.in_BC_bias, self.in_dt_bias] if self.config.proj_bias else None
         zx, BC, dt = params.project(x_BTD.astype(self.dtype), [self.in_zx, self.in_BC, self.in_dt], biases)
+        if self.config.multipliers != (1.0,) * 5:
+            z, x, B, C, of_dt = self.config.multipliers
+            zx, BC = (a * jnp.array(m, a.dtype)[:, None, None] for a, m in ((zx, (z, x)), (BC, (B, C))))
+            dt = dt * of_dt
         zx = checkpoint_name(sharding.constrain(zx, "batch", "tokens", None, "heads", None), "mamba_zx")
         BC = checkpoint_name(sharding.constrain(BC, "batch", "tokens", None, "groups", None), "mamba_BC")
         dt = checkpoint_name(sharding.constrain(dt, "batch", "tokens", "heads"), "mamba_dt")

@@ -20,10 +20,16 @@ class MLP:
 
     d_ff: int = 4096
     """Feed-forward width F."""
-    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
-    """swiglu and geglu are gated (three matrices); gelu (exact or tanh) and relu2 are not (two matrices)."""
+    activation: Literal[
+        "swiglu", "geglu", "geglu_tanh", "reglu", "reglu2", "silu", "gelu", "gelu_tanh", "relu", "relu2"
+    ] = "swiglu"
+    """Those in -glu are gated (three matrices); the others are not (two matrices). gelu is exact but with _tanh."""
     bias: bool = False
     """Bias of the projections."""
+    gate_multiplier: float = 1.0
+    """Multiplies what goes through the activation, before it."""
+    out_multiplier: float = 1.0
+    """Multiplies the output."""
 
     def __post_init__(self):
         require(self.d_ff > 0, f"d_ff ({self.d_ff}) must be positive")
@@ -35,14 +41,16 @@ class MLP:
     @property
     def gated(self) -> bool:
         """One matrix more: its product, through the activation, multiplies the other's."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in GATED
 
 
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "reglu2": "relu2"}
+"""Gated activations by what goes through the gate's side."""
 ACTIVATIONS = {
-    "swiglu": jax.nn.silu,
-    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
@@ -73,18 +81,28 @@ class FeedForward(nnx.Module):
         self.w_out = params.matrix(rngs, (d_ff, d_model), ("d_ff", "d_model"), out_std)
         self.b_out = params.zeros((d_model,), ("d_model",), "bias") if bias else None
 
-    def __call__(self, x_BTD: jax.Array, segment_ids=None, positions=None) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in `dtype`. Every token for itself: segment_ids and positions do not matter."""
+    keeps_all = False
+    """The cache does not grow with the number of tokens."""
+
+    def __call__(self, x_BTD: jax.Array, segment_ids=None, positions=None, added: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in `dtype`. Every token for itself: segment_ids and positions do not matter.
+
+        added: [B, T, F], or [B, T, 2, F] where gated, added to the first product.
+        """
         x_BTD = x_BTD.astype(self.dtype)
         h = jnp.tensordot(x_BTD, params.use(self.w_in, x_BTD.dtype), 1)
         if self.b_in is not None:
             h += params.use(self.b_in, h.dtype)
+        h = h if added is None else h + added
         h = checkpoint_name(sharding.constrain(h, "batch", *(None,) * (h.ndim - 2), "d_ff"), "mlp_in")
-        activation = ACTIVATIONS[self.config.activation]
-        h_BTF = activation(h[:, :, 0]) * h[:, :, 1] if self.config.gated else activation(h)
+        activation = ACTIVATIONS[GATED.get(self.config.activation, self.config.activation)]
+        before = h[:, :, 0] if self.config.gated else h
+        before = before if self.config.gate_multiplier == 1 else before * self.config.gate_multiplier
+        h_BTF = activation(before) * h[:, :, 1] if self.config.gated else activation(before)
         h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
         y_BTD = h_BTF @ params.use(self.w_out, h.dtype)
-        return y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, h.dtype)
+        y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, h.dtype)
+        return y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""

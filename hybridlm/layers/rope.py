@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embeddings: full, partial, YaRN and Llama-3 scaled."""
+"""Rotary position embeddings: full, partial, linearly, YaRN and Llama-3 scaled."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm.errors import ConfigError, require
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Position interpolation (Chen et al. 2023): every frequency divided by one factor."""
+
+    factor: float = 2.0
+    """The divisor (>= 1)."""
+
+    def __post_init__(self):
+        require(self.factor >= 1, f"linear factor ({self.factor}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Rope:
     """Base of the geometric frequency series."""
     fraction: float = 1.0
     """Share of the head width that is rotated, in (0, 1]."""
-    scaling: YaRN | Llama3 | None = None
+    scaling: YaRN | Llama3 | Linear | None = None
     """Frequency scaling for longer contexts."""
 
     def __post_init__(self):
@@ -96,6 +107,8 @@ def frequencies(config: Rope, d_head: int) -> tuple[np.ndarray, float]:
         return _yarn(freqs, config.theta, d, config.scaling).astype(np.float32), _yarn_scale(config.scaling)
     if isinstance(config.scaling, Llama3):
         freqs = _llama3(freqs, config.scaling)
+    if isinstance(config.scaling, Linear):
+        freqs = freqs / config.scaling.factor
     return freqs.astype(np.float32), 1.0
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights at several depths: Zamba's shared transformer (Glorioso et al. 2024, "Zamba"; "The Zamba2 Suite").
+
+At each depth of the block's symbol, `x + mixer(norm(x + link(shared(concat(x, embeddings)))))`: the transformer
+`shared` (attention, then MLP, each behind a norm, no residuals) has one set of weights for all depths of the symbol;
+the mixer, the linear map `link` and the low-rank adapters of the shared weights are each depth's own.
+
+Axis letters: B batch, T tokens, D model, H heads, K key/value heads, P head width, F feed-forward, R low rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.errors import ConfigError, require
+from hybridlm.layers import params
+from hybridlm.layers.attention import Attention, AttentionMixer
+from hybridlm.layers.blocks import Simple
+from hybridlm.layers.mamba2 import Mamba2
+from hybridlm.layers.mlp import MLP, FeedForward
+from hybridlm.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A mixer of its own at each depth, behind a transformer whose weights all depths of the symbol share."""
+
+    mixer: Simple = Mamba2()  # noqa: RUF009 (frozen)
+    """Each depth's own mixer; the residual stream gets its output alone."""
+    attention: Attention = Attention()  # noqa: RUF009 (frozen)
+    """Shared; reads concat(x, embeddings), of width 2 D."""
+    mlp: MLP = MLP(activation="geglu")  # noqa: RUF009 (frozen)
+    """Shared; reads the attention's output."""
+    mlp_adapter: int | None = None
+    """Rank of each depth's addition to the MLP's first matrix; None: no addition."""
+    attention_adapter: int | None = None
+    """Rank of each depth's additions to the query, key and value matrices; None: no additions."""
+
+    def __post_init__(self):
+        for name in ("mlp_adapter", "attention_adapter"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} ({value}) must be positive")
+
+    def parts(self) -> dict[str, Simple]:
+        """The blocks inside, by field name."""
+        return {"mixer": self.mixer, "attention": self.attention, "mlp": self.mlp}
+
+    def check(self, d_model: int) -> None:
+        """Raises ConfigError where the mixer cannot be built at the model width."""
+        try:
+            self.mixer.check(d_model)
+        except ConfigError as error:
+            raise ConfigError(f"mixer.{error}") from None
+
+
+class SharedTransformer(nnx.Module):
+    """mlp(norm(attention(norm(concat(x, embeddings))))): what the depths share."""
+
+    def __init__(self, config: Shared, d_model: int, *, norm_eps: float, **options):
+        """options: those of every mixer: rngs, init_std, out_std, dtype."""
+        self.norm = RMSNorm(2 * d_model, norm_eps)
+        self.attention = AttentionMixer(config.attention, 2 * d_model, d_out=d_model, **options)
+        self.mlp_norm = RMSNorm(d_model, norm_eps)
+        self.mlp = FeedForward(config.mlp, d_model, **options)
+
+
+class SharedLink(nnx.Module):
+    """A depth's own part: its adapters of the shared weights, and the linear map behind them."""
+
+    def __init__(self, config: Shared, d_model: int, *, rngs: nnx.Rngs, init_std: float, dtype: str, **_):
+        """init_std: standard deviation of the linear map; adapters start at zero (their second matrix does)."""
+        self.dtype, self.window = dtype, config.attention.window
+        D, c = d_model, config.attention
+        heads, kv_heads = ("heads", "d_head"), ("kv_heads", "d_head")
+        outputs = {"q": ((c.n_heads, c.d_head), heads)}
+        outputs |= {name: ((c.kv_heads, c.d_head), kv_heads) for name in "kv"}
+        rank = config.attention_adapter
+        adapters = {} if rank is None else {name: Adapter(rngs, 2 * D, rank, *outputs[name]) for name in "qkv"}
+        if config.mlp_adapter is not None:
+            F = config.mlp.d_ff
+            out = ((2, F), (None, "d_ff")) if config.mlp.gated else ((F,), ("d_ff",))
+            adapters["mlp"] = Adapter(rngs, D, config.mlp_adapter, *out)
+        self.adapters = nnx.Dict(adapters)
+        self.linear = params.matrix(rngs, (D, D), ("d_model", None), init_std)
+
+    @property
+    def keeps_all(self) -> bool:
+        """The cache grows with the number of tokens."""
+        return self.window is None
+
+    def __call__(self, shared: SharedTransformer, x_BTD, embedded_BTD, segment_ids, positions) -> jax.Array:
+        """What is added to the mixer's input, [B, T, D]."""
+        u_BTE = shared.norm(jnp.concatenate([x_BTD, embedded_BTD], axis=-1))
+        y_BTD = shared.attention(u_BTE, segment_ids, positions, self._qkv(u_BTE))
+        return self._rest(shared, y_BTD)
+
+    def extend(self, shared: SharedTransformer, x_BTD, embedded_BTD, cache, length_B, real_BT, layer):
+        """The same for the next T tokens, and the attention's cache after them."""
+        u_BTE = shared.norm(jnp.concatenate([x_BTD, embedded_BTD], axis=-1))
+        y_BTD, cache = shared.attention.extend(u_BTE, cache, length_B, real_BT, layer, self._qkv(u_BTE))
+        return self._rest(shared, y_BTD), cache
+
+    def _qkv(self, u_BTE) -> list[jax.Array] | None:
+        return [self.adapters[name](u_BTE) for name in "qkv"] if "q" in self.adapters else None
+
+    def _rest(self, shared: SharedTransformer, y_BTD) -> jax.Array:
+        y_BTD = shared.mlp_norm(y_BTD)
+        added = self.adapters["mlp"](y_BTD) if "mlp" in self.adapters else None
+        return shared.mlp(y_BTD, added=added) @ params.use(self.linear, self.dtype)
+
+
+class Adapter(nnx.Module):
+    """x -> x a b: what a depth adds to a shared matrix, of low rank (Hu et al. 2021, "LoRA", without its scale)."""
+
+    def __init__(self, rngs: nnx.Rngs, d_in: int, rank: int, shape: tuple[int, ...], axes: tuple):
+        """shape, axes: of the output, with their logical names."""
+        self.a = params.matrix(rngs, (d_in, rank), ("d_model", None), 1 / math.sqrt(d_in))
+        self.b = params.make(jnp.zeros((rank, *shape)), (None, *axes), "matrix", n_in=1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, d_in] -> [B, T, *shape], in the input's type."""
+        return jnp.tensordot(x @ params.use(self.a, x.dtype), params.use(self.b, x.dtype), 1)
