@@ -7,6 +7,7 @@ import warnings
 
 import jax
 import jaxlib
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -28,6 +29,25 @@ def default_device_platform() -> str:
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     name = name.split(":")[0].lower()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def vary_alike(tree):
+    """`tree` with its arrays varying over the same axes of a shard_map that checks it (check_vma), else as it is.
+
+    A custom gradient must vary as its argument does, and a gradient with respect to parameters, equal on all devices,
+    of tokens that are not, would not; so made, JAX itself sums it over the devices.
+    """
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+
+    def vary(leaf):
+        missing = tuple(axes - _varying(leaf)) if isinstance(leaf, (jax.Array, np.ndarray)) else ()
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree) if axes else tree
+
+
+def _varying(leaf) -> frozenset:
+    return jax.typeof(leaf).manual_axis_type.varying if isinstance(leaf, jax.Array) else frozenset()
 
 
 def avoid_faulty_cpu_fusions() -> None:

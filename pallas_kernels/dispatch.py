@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 
-from pallas_kernels.compat import default_device_platform
+from pallas_kernels.compat import default_device_platform, vary_alike
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
 
@@ -32,6 +32,12 @@ def assume_platform(name: str):
         yield
     finally:
         _assumed.pop()
+
+
+def run(op: str, implementation: str, args: tuple, kwargs: dict):
+    """`op(*args, **kwargs)` by the implementation that `select` gives; raises what it raises."""
+    args, kwargs = vary_alike((args, kwargs))
+    return select(op, implementation, args, kwargs)(*args, **kwargs)
 
 
 def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:

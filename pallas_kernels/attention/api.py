@@ -7,7 +7,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, segments
+from pallas_kernels import context, dispatch, segments
+from pallas_kernels.attention.context import attention_context
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
 
 
@@ -25,6 +26,7 @@ def attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
+    context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """out_t = sigmoid(gate_t) * sum over visible s of softmax_s(scale q_t . k_s) v_s; head h reads k, v h // (H / K).
@@ -45,6 +47,8 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap).
       sinks: [H] float, one more logit a head in the softmax's denominator.
       q_offset: position of the first query among the keys where positions is None: an int, or an int32 scalar or [B].
+      context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order; to be called inside
+        a shard_map over it. The result is this device's share of that of the whole rows. Not with q_offset.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
 
     Returns:
@@ -78,7 +82,9 @@ def attention(
         check_float("sinks", sinks)
     sizes = (n_batch, n_queries, n_keys)
     pair = _pair("segment_ids", segment_ids, *sizes)
-    if pair is not None and not isinstance(segment_ids, (tuple, list)):
+    one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
+    context_axis = _context_axis(context_axis, n_queries, n_keys, q_offset)
+    if one_side and context_axis is None:
         pair = (segments.document_ids(pair[0]),) * 2
     kwargs = {
         "gate": gate,
@@ -92,7 +98,25 @@ def attention(
         "q_offset": _offset(q_offset, n_batch, positions),
     }
     args = (q_BTHP, k_BSKP, v_BSKP)
-    return dispatch.select("attention", implementation, args, kwargs)(*args, **kwargs)
+
+    def attend(*args, **kwargs):
+        return dispatch.run("attention", implementation, args, kwargs)
+
+    if context_axis is None:
+        return attend(*args, **kwargs)
+    return attention_context(attend, args, context_axis=context_axis, one_side=one_side, **kwargs)
+
+
+def _context_axis(context_axis: str | None, n_queries: int, n_keys: int, q_offset) -> str | None:
+    """The axis, checked; None where it does not split anything."""
+    if context_axis is None:
+        return None
+    n_devices = context.axis_size(context_axis)
+    if n_queries != n_keys:
+        raise ValueError(f"context_axis ({context_axis!r}) with {n_queries} queries and {n_keys} keys: must be equal")
+    if not isinstance(q_offset, int) or q_offset != 0:
+        raise ValueError(f"context_axis ({context_axis!r}) and q_offset ({q_offset!r}) cannot be given together")
+    return context_axis if n_devices > 1 else None
 
 
 def _pair(name: str, arrays, n_batch: int, n_queries: int, n_keys: int):

@@ -67,7 +67,7 @@ def attention_xla(
         out_BTHP = _blockwise(
             q_BTHP, k_BSKP, v_BSKP, causal, window, segment_ids, positions, scale, softcap, sinks, q_offset
         )
-    return out_BTHP if gate is None else _apply_gate(out_BTHP, gate if gate.ndim == 4 else gate[..., None])
+    return out_BTHP if gate is None else apply_gate(out_BTHP, gate)
 
 
 def _cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal: bool, window: int | None) -> bool:
@@ -75,6 +75,11 @@ def _cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal: bool, window: int | None) -> b
     width = q_BTHP.shape[-1]
     fits = v_BSKP.shape[-1] == width and width % 8 == 0 and width <= 128 and q_BTHP.shape[1] == k_BSKP.shape[1]
     return same and fits and q_BTHP.shape[1] > 1 and (causal or window is None) and dispatch.platform() == "gpu"
+
+
+def apply_gate(out_BTHP, gate):
+    """sigmoid(gate) * out, gate [B, T, H, P] or [B, T, H]; the backward recomputes the sigmoid."""
+    return _apply_gate(out_BTHP, gate if gate.ndim == 4 else gate[..., None])
 
 
 @jax.custom_vjp

@@ -3,7 +3,8 @@
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
+from pallas_kernels.causal_conv1d.context import causal_conv1d_context
 from pallas_kernels.checks import check_float, check_segment_ids, check_shape
 
 ACTIVATIONS = (None, "silu")
@@ -18,6 +19,7 @@ def causal_conv1d(
     segment_ids: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     return_final_state: bool = False,
+    context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """y_t = activation(b + sum over j of w[:, j] x_{t - (W - 1) + j}); w[:, W - 1] meets the current token.
@@ -32,6 +34,9 @@ def causal_conv1d(
       return_final_state: also return the last W - 1 raw inputs of each row's last document. They reach back into
         initial_state if that is the first document and shorter than W - 1 tokens, and are zero before its start
         otherwise.
+      context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
+        initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
+        y_BTD is this device's share.
 
     Returns:
       y_BTD in the dtype of x, or (y_BTD, final_state [B, W - 1, D] in the dtype of x, of which it is a copy).
@@ -67,4 +72,10 @@ def causal_conv1d(
         "initial_state": initial_state,
         "return_final_state": return_final_state,
     }
-    return dispatch.select("causal_conv1d", implementation, args, kwargs)(*args, **kwargs)
+
+    def convolve(*args, **kwargs):
+        return dispatch.run("causal_conv1d", implementation, args, kwargs)
+
+    if context_axis is None or context.axis_size(context_axis) == 1:
+        return convolve(*args, **kwargs)
+    return causal_conv1d_context(convolve, args, context_axis=context_axis, **kwargs)

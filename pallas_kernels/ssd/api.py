@@ -4,8 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.ssd.context import ssd_context
 
 
 def ssd(
@@ -20,6 +21,7 @@ def ssd(
     initial_state: jax.Array | None = None,
     return_final_state: bool = False,
     chunk: int | None = None,
+    context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """y_t = S_t C_t + D x_t with S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t, per head; head h reads group h // (H / G).
@@ -34,6 +36,9 @@ def ssd(
       initial_state: float32 [B, H, P, N], continues the first document of each row; None is zeros.
       return_final_state: also return the state after the last real token.
       chunk: tokens a chunk of the chunked implementations; a hint, invisible in the result beyond rounding.
+      context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
+        initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
+        y_BTHP is this device's share.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
 
     Returns:
@@ -81,4 +86,10 @@ def ssd(
         "return_final_state": return_final_state,
         "chunk": chunk,
     }
-    return dispatch.select("ssd", implementation, args, kwargs)(*args, **kwargs)
+
+    def scan(*args, **kwargs):
+        return dispatch.run("ssd", implementation, args, kwargs)
+
+    if context_axis is None or context.axis_size(context_axis) == 1:
+        return scan(*args, **kwargs)
+    return ssd_context(scan, args, context_axis=context_axis, **kwargs)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token axis split over devices: what a device must know of the tokens before its own, for use inside `shard_map`.
+
+Each device sums its tokens up in a few numbers; `join` of two neighbours' sums is that of their tokens together and is
+associative. `before` gives each device the sum of all tokens before its own, in ceil(log2(n - 1)) + 1 exchanges of one
+sum. What the sums hold is the ops' business (`context.py` of each); documents, which all of them need, are here.
+
+Axis letters: B batch, T tokens of one device.
+"""
+
+import typing
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import document_numbers, last_real_ids
+
+
+class Documents(typing.NamedTuple):
+    """What the ids of a run of tokens mean to its neighbours; int32 [B] each."""
+
+    first_B: jax.Array  # id of the first real token, 0 where there is none
+    last_B: jax.Array  # id of the last
+    starts_B: jax.Array  # 1 where a document starts behind the first real token
+
+
+def axis_size(context_axis: str) -> int:
+    """Devices along the axis. ValueError unless the call is inside a shard_map over a mesh that has it."""
+    try:
+        return jax.lax.axis_size(context_axis)
+    except (NameError, TypeError):
+        raise ValueError(f"context_axis ({context_axis!r}) is no axis of a shard_map around this call") from None
+
+
+def describe(segment_ids_BT: jax.Array | None) -> Documents | None:
+    """Of one device's tokens; None, where all are of one document, stays None."""
+    if segment_ids_BT is None:
+        return None
+    latest_BT = last_real_ids(segment_ids_BT)
+    first_BT = jax.lax.associative_scan(lambda a, b: jnp.where(b != 0, b, a), segment_ids_BT, axis=1, reverse=True)
+    starts_B = document_numbers(segment_ids_BT)[:, -1] > 0
+    return Documents(first_BT[:, 0], latest_BT[:, -1], starts_B.astype(jnp.int32))
+
+
+def nothing(like: Documents | None) -> Documents | None:
+    """Of no tokens."""
+    return None if like is None else Documents(*(jnp.zeros_like(array) for array in like))
+
+
+def is_cut(earlier: Documents | None, later: Documents | None):
+    """[B] bool: the first real token of `later` starts a document; False without documents."""
+    if later is None:
+        return jnp.zeros((), bool)
+    return (earlier.last_B != 0) & (later.first_B != 0) & (earlier.last_B != later.first_B)
+
+
+def join(earlier: Documents | None, later: Documents | None) -> Documents | None:
+    """Of both runs of tokens, one behind the other."""
+    if later is None:
+        return None
+    starts_B = earlier.starts_B | later.starts_B | is_cut(earlier, later).astype(jnp.int32)
+    return Documents(
+        jnp.where(earlier.first_B != 0, earlier.first_B, later.first_B),
+        jnp.where(later.last_B != 0, later.last_B, earlier.last_B),
+        starts_B,
+    )
+
+
+def before(joined: Callable, start, own, context_axis: str):
+    """The sum of `start` and of all tokens on the devices before this one; pytrees of arrays.
+
+    joined(earlier, later) sums two up; own: of this device's tokens; start: of what stands before the first device's.
+    """
+    n, index = axis_size(context_axis), jax.lax.axis_index(context_axis)
+    own = _select(index == 0, joined(start, own), own)
+    total = _shift(own, 1, 0, n, context_axis)
+    distance = 1
+    while distance < n - 1:  # device i knows the `distance` devices before it, the first one with `start`
+        total = _select(index > distance, joined(_shift(total, distance, 1, n, context_axis), total), total)
+        distance *= 2
+    return _select(index == 0, start, total)
+
+
+def from_last(array: jax.Array, context_axis: str) -> jax.Array:
+    """The last device's array, on all of them."""
+    is_last = jax.lax.axis_index(context_axis) == axis_size(context_axis) - 1
+    return jax.lax.psum(jnp.where(is_last, array, jnp.zeros_like(array)), context_axis)
+
+
+def _shift(tree, distance: int, first: int, n: int, context_axis: str):
+    """From each device, beginning with `first`, to the one `distance` behind it."""
+    pairs = [(i, i + distance) for i in range(first, n - distance)]
+    return jax.tree.map(lambda array: jax.lax.ppermute(array, context_axis, pairs), tree)
+
+
+def _select(which, these, others):
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), these, others)

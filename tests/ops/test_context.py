@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens split over 2, 4 and 8 devices: the ops equal the float64 reference on whole rows, gradients included."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels
+from pallas_kernels import attention, causal_conv1d, context, dispatch, oracle, ssd
+from pallas_kernels.attention import cases as attention_cases
+from pallas_kernels.causal_conv1d import cases as conv_cases
+from pallas_kernels.compat import enable_x64
+from pallas_kernels.ssd import cases as ssd_cases
+from pallas_kernels.ssd import context as ssd_context
+from pallas_kernels.ssd.tpu import ssd_tpu
+from tests.ops.support import QUICK
+
+# Dims of arrays by name and op that have a token axis, as second.
+TOKENS = {
+    "ssd": ("x", "dt", "B", "C", "segment_ids"),
+    "causal_conv1d": ("x", "segment_ids"),
+    "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
+}
+OPS = {"ssd": ssd, "causal_conv1d": causal_conv1d, "attention": attention}
+
+
+def mesh_of(n: int):
+    return jax.make_mesh((n,), ("context",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
+
+
+def split_over(op: str, n: int):
+    """The op on whole arrays, run by n devices on their tokens."""
+
+    def run(*args, **kwargs):
+        names = oracle.POSITIONAL[op]
+        arrays = {**dict(zip(names, args)), **kwargs}
+        given = {k: v for k, v in arrays.items() if v is not None and isinstance(v, (jax.Array, np.ndarray))}
+        options = {k: v for k, v in arrays.items() if k not in given}
+
+        def local(given):
+            named = {**options, **given}
+            args = [named.pop(name, None) for name in names]
+            return OPS[op](*args, **named, context_axis="context")
+
+        specs = {k: P(None, "context") if k in TOKENS[op] else P() for k in given}
+        out = P(None, "context")
+        out = (out, P()) if options.get("return_final_state") else out
+        return jax.shard_map(local, mesh=mesh_of(n), in_specs=(specs,), out_specs=out, check_vma=False)(given)
+
+    return run
+
+
+def check(op: str, inputs: dict, n: int, **options) -> None:
+    """The op split over n devices within the tolerance table of its float64 reference."""
+    dtype = inputs[oracle.POSITIONAL[op][0]].dtype
+    expected = oracle.oracle(op, inputs, compiler_options=QUICK, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_kernels, op, split_over(op, n))
+        actual = oracle.evaluate(op, inputs, compiler_options=QUICK, **options)
+    largest = max(oracle.rms(value) for name, value in expected.items() if name.startswith("d"))
+    for name, value in actual.items():
+        floor = oracle.SMALL_GRADIENT * largest if name.startswith("d") else 0.0
+        error, limit = oracle.relative_rms(value, expected[name], floor=floor), oracle.bound(dtype, f"{op}.{name}")
+        assert error <= limit, f"{op}.{name} on {n} devices: relative RMS {error:.2e} above {limit:.0e}"
+
+
+def ids_of(*rows) -> np.ndarray:
+    """Rows of (id, length) runs."""
+    return np.array([np.repeat(*zip(*row)) for row in rows], np.int32)
+
+
+# Four rows of 64 tokens, shards of 32, 16 or 8.
+EDGES = ids_of(
+    [(1, 20), (2, 30), (3, 14)],  # documents over edges; shards inside one document
+    [(1, 8), (2, 8), (1, 16), (2, 32)],  # starts exactly at edges, ids that come back
+    [(1, 10), (0, 30), (1, 10), (0, 14)],  # shards of padding inside a document and at the end
+    [(0, 17), (3, 1), (0, 15), (4, 1), (4, 23), (0, 3), (4, 4)],  # padding first, one-token document
+)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("layout", ["dense", "documents"])
+def test_ssd(layout, n):
+    case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "HP", True, True)
+    inputs = ssd_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
+    check("ssd", inputs, n, implementation="xla", return_final_state=True, chunk=8)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize(("layout", "taps"), [("dense", 4), ("documents", 2), ("documents", 8)])
+def test_causal_conv1d(layout, taps, n):
+    """Eight taps reach over shards of 8 tokens of which some are padding."""
+    case = conv_cases.Case("split", 4, 64, 3, taps, "dense", "silu", True, True, True)
+    inputs = conv_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
+    check("causal_conv1d", inputs, n, implementation="xla", activation="silu", return_final_state=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_halo_of_shards_shorter_than_it(tokens):
+    case = conv_cases.Case("short", 2, 8 * tokens, 3, 6, "scattered", None, True, True, True)
+    inputs = conv_cases.make_inputs(case)
+    for some in (inputs, inputs | {"segment_ids": None}):
+        check("causal_conv1d", some, 8, implementation="reference", return_final_state=True)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("layout", ["dense", "documents", "window", "given"])
+def test_attention(layout, n):
+    """Queries spread over the devices (dense, documents), served where they stand (window), with positions given."""
+    window, gate = 7 if layout == "window" else None, "head" if layout == "documents" else "elementwise"
+    case = attention_cases.Case("split", 4, 64, 64, 4, 2, 8, window=window, gate=gate, sinks=True)
+    inputs = attention_cases.make_inputs(case)
+    if layout != "dense":
+        inputs["segment_ids"] = EDGES
+    if layout == "given":
+        inputs["positions"] = np.broadcast_to(3 * np.arange(64)[::-1], (4, 64)).astype(np.int32)
+    check("attention", inputs, n, implementation="xla", window=window)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float64(implementation):
+    """No step of the exchange is less exact than the op."""
+    case = ssd_cases.Case("wide", 4, 64, 2, 3, 1, 5, "dense", "mixed", "H", True, True)
+    inputs = ssd_cases.make_inputs(case) | {"segment_ids": EDGES}
+    with enable_x64():
+        wide = {k: v if k == "segment_ids" else v.astype(np.float64) for k, v in inputs.items()}
+        check("ssd", wide, 4, implementation=implementation, return_final_state=True)
+
+
+@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
+def test_bfloat16(op):
+    cases = {"ssd": ssd_cases, "causal_conv1d": conv_cases}[op]
+    inputs = cases.make_inputs(cases.CASES["packed"], "bfloat16")
+    check(op, inputs, 4, implementation="xla", return_final_state=True)
+
+
+def test_padding_may_hold_anything():
+    inputs = ssd_cases.make_inputs(ssd_cases.Case("nan", 4, 64, 2, 4, 1, 4, "dense", "typical", "H", True, True))
+    inputs["segment_ids"] = EDGES
+    dirty = dict(inputs)
+    for name in ("x", "dt", "B", "C"):
+        real = (EDGES != 0).reshape(4, 64, *(1,) * (inputs[name].ndim - 2))
+        dirty[name] = np.where(real, inputs[name], np.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_kernels, "ssd", split_over("ssd", 8))
+        clean, same = (
+            oracle.evaluate("ssd", given, compiler_options=QUICK, return_final_state=True) for given in (inputs, dirty)
+        )
+    for name in clean:
+        np.testing.assert_array_equal(same[name], clean[name], err_msg=name)
+
+
+SMALL = {
+    "ssd": (ssd_cases.make_inputs(ssd_cases.Case("drawn", 4, 24, 2, 2, 1, 3, "one", "mixed", "H", True)), {}),
+    "causal_conv1d": (conv_cases.make_inputs(conv_cases.Case("drawn", 4, 24, 2, 5, "one", initial=True)), {}),
+    "attention": (attention_cases.make_inputs(attention_cases.Case("drawn", 4, 24, 24, 2, 1, 4, layout="one")), {}),
+}
+
+
+@functools.cache
+def compiled(op: str, n: int):
+    """Outputs and gradients, split over n devices or (n = 0) the reference, of arrays and ids given at run time."""
+    options = {} if op == "attention" else {"return_final_state": True}
+    run = split_over(op, n) if n else OPS[op]
+
+    def loss(arrays, ids):
+        named = {**arrays, "segment_ids": ids}
+        args = [named.pop(name, None) for name in oracle.POSITIONAL[op]]
+        out = run(*args, **named, **options, implementation="xla" if n else "reference")
+        out = out if isinstance(out, tuple) else (out,)
+        weights = oracle.make_weights([o.shape for o in out])
+        return sum(jnp.vdot(o, w.astype(o.dtype)) for o, w in zip(out, weights)), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+
+
+runs = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=8)
+
+
+@settings(max_examples=25)
+@given(rows=st.lists(runs, min_size=4, max_size=4))
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("op", OPS)
+def test_drawn_documents(op, n, rows):
+    ids = np.array([(np.repeat(*zip(*row)).tolist() * 24)[:24] for row in rows], np.int32)
+    arrays = {k: v for k, v in SMALL[op][0].items() if v is not None and k != "segment_ids"}
+    (_, out), grads = compiled(op, n)(arrays, ids)
+    with enable_x64():
+        wide = {k: np.asarray(v, np.float64) for k, v in arrays.items()}
+        (_, wide_out), wide_grads = compiled(op, 0)(wide, ids)
+    largest = max(oracle.rms(g) for g in wide_grads.values())
+    for i, (actual, expected) in enumerate(zip(out, wide_out)):
+        assert oracle.relative_rms(actual, expected, floor=1e-2) <= oracle.bound("float32"), f"out{i}"
+    for name, expected in wide_grads.items():
+        error = oracle.relative_rms(grads[name], expected, floor=oracle.SMALL_GRADIENT * largest)
+        assert error <= oracle.bound("float32"), f"d{name}: {error:.1e}"
+
+
+def collectives(function, *args) -> list[tuple[str, int]]:
+    """(operation, elements of its largest result) of the compiled program."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    names = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+    found = re.findall(rf"= (.*?) ({names})(?:-start)?\(", text)
+    sizes = lambda types: [
+        int(np.prod([int(d) for d in dims.split(",") if d])) for dims in re.findall(r"\[([\d,]*)\]", types)
+    ]
+    return [(name, max(sizes(types))) for types, name in found]
+
+
+def both(op: str, run, **options):
+    """(forward, forward and backward) of a run on a dict of arrays."""
+
+    def forward(arrays, ids):
+        named = {**arrays, "segment_ids": ids}
+        args = [named.pop(name, None) for name in oracle.POSITIONAL[op]]
+        return run(*args, **named, **options)
+
+    return forward, jax.grad(lambda arrays, ids: sum(jnp.sum(o**2) for o in jax.tree.leaves(forward(arrays, ids))))
+
+
+@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
+def test_devices_send_each_other_states_alone(op):
+    """Of the tokens split over devices no activation travels, forward or backward."""
+    if op == "ssd":
+        inputs = ssd_cases.make_inputs(ssd_cases.Case("sent", 1, 1024, 2, 8, 1, 8, "packed", initial=True))
+        state = 2 * 8 * 8
+    else:
+        inputs = conv_cases.make_inputs(conv_cases.Case("sent", 1, 1024, 8, 4, "packed", initial=True))
+        state = 3 * 8
+    ids = inputs.pop("segment_ids")
+    forward, gradient = both(op, split_over(op, 4), implementation="xla")
+    found = collectives(forward, inputs, ids)
+    assert {name for name, _ in found} == {"collective-permute"}
+    assert max(size for _, size in found) == state
+    found = collectives(gradient, inputs, ids)
+    assert {name for name, _ in found} == {"collective-permute", "all-reduce"}  # the latter of parameters' gradients
+    assert max(size for _, size in found) <= 2 * state
+
+
+def test_rows_and_heads_split_over_devices_send_nothing():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
+    inputs = ssd_cases.make_inputs(ssd_cases.Case("split", 2, 64, 8, 4, 4, 4, "packed", skip="HP", initial=True))
+    inputs = {k: v for k, v in inputs.items() if v is not None}
+    by_head = P("data", None, "tensor")
+    specs = {name: by_head for name in ("x", "dt", "B", "C")}
+    specs |= {"A": P("tensor"), "D": P("tensor"), "initial_state": P("data", "tensor"), "segment_ids": P("data")}
+    put = {k: jax.device_put(v, jax.sharding.NamedSharding(mesh, specs[k])) for k, v in inputs.items()}
+    names = ("x", "dt", "A", "B", "C", "D", "segment_ids", "initial_state")
+
+    def run(x, dt, A, B, C, *, D, segment_ids, initial_state):
+        def local(x, dt, A, B, C, D, segment_ids, initial_state):
+            return ssd(
+                x, dt, A, B, C, D=D, segment_ids=segment_ids, initial_state=initial_state, return_final_state=True
+            )
+
+        split = jax.shard_map(
+            local, mesh=mesh, in_specs=tuple(specs[k] for k in names), out_specs=(by_head, P("data", "tensor")),
+            check_vma=False,
+        )  # fmt: skip
+        return split(x, dt, A, B, C, D, segment_ids, initial_state)
+
+    ids = put.pop("segment_ids")
+    forward, gradient = both("ssd", run)
+    assert collectives(forward, put, ids) == []
+    found = collectives(gradient, put, ids)
+    assert {name for name, _ in found} == {"all-reduce"}  # of dA and dD, over rows
+    assert max(size for _, size in found) <= 2 * 4
+
+
+def test_shard_maps_that_check_replication():
+    """check_vma, which tracks what is equal on all devices, accepts the ops too."""
+    inputs = ssd_cases.make_inputs(ssd_cases.Case("checked", 2, 32, 2, 4, 1, 4, initial=True))
+    specs = {"x": P(None, "context"), "dt": P(None, "context"), "B": P(None, "context"), "C": P(None, "context")}
+    arrays = {k: v for k, v in inputs.items() if v is not None}
+
+    def local(a):
+        return ssd(a["x"], a["dt"], a["A"], a["B"], a["C"], D=a["D"], initial_state=a["initial_state"],
+                   return_final_state=True, context_axis="context", implementation="xla")  # fmt: skip
+
+    def loss(arrays, check_vma):
+        run = jax.shard_map(
+            local, mesh=mesh_of(4), in_specs=({k: specs.get(k, P()) for k in arrays},),
+            out_specs=(P(None, "context"), P()), check_vma=check_vma,
+        )  # fmt: skip
+        return sum(jnp.sum(jnp.sin(out)) for out in run(arrays))
+
+    expected, actual = (jax.jit(jax.grad(lambda a, c=c: loss(a, c)))(arrays) for c in (False, True))
+    for name in expected:
+        assert oracle.relative_rms(actual[name], expected[name]) <= oracle.bound("float32"), name
+
+
+@pytest.mark.parametrize(("module", "name", "fault"), [
+    (context, "is_cut", lambda earlier, later: jnp.zeros((), bool)),
+    (context, "before", lambda joined, start, own, axis: start),
+    (context, "join", lambda earlier, later: later),
+    (ssd_context, "_joined", lambda earlier, later: later),
+])  # fmt: skip
+def test_a_fault_is_seen(module, name, fault, monkeypatch):
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        test_ssd("documents", 8)
+
+
+def test_errors_name_argument_and_limit():
+    x = jnp.ones((1, 4, 2))
+    with pytest.raises(ValueError, match=r"context_axis \('context'\) is no axis of a shard_map around this call"):
+        causal_conv1d(x, jnp.ones((2, 3)), context_axis="context")
+    q = jnp.ones((1, 4, 2, 8))
+
+    def run(q, **options):
+        run = jax.shard_map(lambda q: attention(q, q, q, context_axis="context", **options), mesh=mesh_of(2),
+                            in_specs=P(None, "context"), out_specs=P(None, "context"))  # fmt: skip
+        return run(q)
+
+    with pytest.raises(ValueError, match=r"context_axis \('context'\) and q_offset \(3\) cannot be given together"):
+        run(q, q_offset=3)
+
+
+@pytest.mark.slow
+def test_on_top_of_a_kernel(monkeypatch):
+    """The same exchange around the interpreted TPU kernel."""
+    inputs = ssd_cases.make_inputs(ssd_cases.Case("kernel", 4, 64, 2, 32, 1, 16, "dense", "mixed", "H", True, True))
+    inputs["segment_ids"] = EDGES
+    expected = oracle.oracle("ssd", inputs, compiler_options=QUICK, return_final_state=True)
+    kernel = functools.partial(ssd_tpu, interpret=True)
+    monkeypatch.setattr(dispatch, "run", lambda op, implementation, args, kwargs: kernel(*args, **kwargs))
+    monkeypatch.setattr(oracle, "oracle", lambda *args, **kwargs: expected)
+    check("ssd", inputs, 2, return_final_state=True)
