@@ -11,6 +11,7 @@ from typing import Literal
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.layers.attention import Attention
+from hybridlm.layers.mamba1 import InnerNorm, Mamba1
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.parallel import Branch, Parallel
@@ -18,11 +19,12 @@ from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
 from hybridlm.layers.shared import Shared
 
 __all__ = [
-    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "Linear", "Llama3", "MLP",
-    "Mamba2", "MeshConfig", "ModelConfig", "OptimConfig", "Parallel", "Rope", "RunConfig", "Shared", "YaRN",
+    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "InnerNorm", "Linear", "Llama3",
+    "MLP", "Mamba1", "Mamba2", "MeshConfig", "ModelConfig", "OptimConfig", "Parallel", "Rope", "RunConfig", "Shared",
+    "YaRN",
 ]  # fmt: skip
 
-Block = Mamba2 | Attention | MLP | Parallel | Shared
+Block = Mamba1 | Mamba2 | Attention | MLP | Parallel | Shared
 """What a pattern symbol can stand for."""
 
 

@@ -11,9 +11,11 @@ counted as its chunked algorithm (Dao & Gu 2024, section 6) at chunk 128, whatev
 | (C B^T * decay) x within the chunk, causal half | H P (Q + 1) |
 | state of the chunk, B^T x | 2 H P N |
 | output of the incoming state, C S | 2 H P N |
+
+The selective scan of Mamba-1 has no matrix products and counts nothing.
 """
 
-from hybridlm.config import Attention, Block, Mamba2, ModelConfig, Shared
+from hybridlm.config import Attention, Block, Mamba1, Mamba2, ModelConfig, Shared
 from hybridlm.layers.blocks import parts
 
 SSD_CHUNK = 128
@@ -46,6 +48,10 @@ def block_flops(block: Block, d_model: int, seq_len: int) -> float:
 
 
 def _simple_flops(block, d_model: int, seq_len: int) -> float:
+    if isinstance(block, Mamba1):
+        d_inner, rank = block.inner(d_model), block.rank(d_model)
+        low = rank + 2 * block.d_state  # of each head, from its own channels: as many products as from all at once
+        return 2.0 * d_inner * (3 * d_model + block.d_conv + low + rank)
     if isinstance(block, Mamba2):
         n_heads = block.heads(d_model)
         d_inner, d_bc = n_heads * block.d_head, 2 * block.n_groups * block.d_state

@@ -33,6 +33,7 @@ RULES = {
     "kv_heads": ("tensor",),
     "groups": ("tensor",),
     "d_ff": ("tensor",),
+    "d_inner": ("tensor",),
 }
 """Logical axis -> mesh axes. An axis without an entry is never split."""
 REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
@@ -62,13 +63,16 @@ def check_model(config: "ModelConfig", mesh: Mesh) -> None:
 
     Key/value heads and state groups need not divide: fewer of them than tensor shards are replicated.
     """
-    from hybridlm.config import MLP, Attention, Mamba2
+    from hybridlm.config import MLP, Attention, Mamba1, Mamba2
     from hybridlm.layers.blocks import parts
 
     sizes = [("d_model", config.d_model, "fsdp"), ("vocab_size", config.vocab_size, "tensor")]
     for symbol in dict.fromkeys(config.pattern):
         for name, block in parts(config.blocks[symbol], f"blocks.{symbol}"):
-            if isinstance(block, Mamba2):
+            if isinstance(block, Mamba1):
+                inner = block.inner(config.d_model) if block.n_heads == 1 else block.n_heads
+                sizes.append((f"{name}.{'inner width' if block.n_heads == 1 else 'n_heads'}", inner, "tensor"))
+            elif isinstance(block, Mamba2):
                 sizes.append((f"{name}.n_heads", block.heads(config.d_model), "tensor"))
             elif isinstance(block, Attention):
                 sizes.append((f"{name}.n_heads", block.n_heads, "tensor"))

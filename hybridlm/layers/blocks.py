@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from flax import nnx
 
 from hybridlm.layers.attention import Attention, AttentionMixer
+from hybridlm.layers.mamba1 import Mamba1, Mamba1Mixer
 from hybridlm.layers.mamba2 import Mamba2, Mamba2Mixer
 from hybridlm.layers.mlp import MLP, FeedForward
 
-Simple = Mamba2 | Attention | MLP
+Simple = Mamba1 | Mamba2 | Attention | MLP
 """What a pattern symbol, a branch or the part of a shared block can be."""
 
-MIXERS: dict[type, type[nnx.Module]] = {Mamba2: Mamba2Mixer, Attention: AttentionMixer, MLP: FeedForward}
+MIXERS: dict[type, type[nnx.Module]] = {
+    Mamba1: Mamba1Mixer,
+    Mamba2: Mamba2Mixer,
+    Attention: AttentionMixer,
+    MLP: FeedForward,
+}
 """Sub-config -> the module that it configures."""
 
 

@@ -148,7 +148,7 @@ class Mamba2Mixer(nnx.Module):
         self.conv_x_bias = params.make(draw_x[..., W], channels, "bias") if config.conv_bias else None
         self.conv_BC_bias = params.make(draw_BC[..., W], BC, "bias") if config.conv_bias else None
         draw_dt, draw_A = params.uniforms(rngs, (H,), (H,))
-        self.dt_bias = params.make(_init_dt_bias(draw_dt, config), heads, "recurrence")
+        self.dt_bias = params.make(init_dt_bias(draw_dt, config), heads, "recurrence")
         self.A_log = params.make(
             jnp.log(config.A_init[0] + draw_A * (config.A_init[1] - config.A_init[0])), heads, "recurrence"
         )
@@ -283,7 +283,7 @@ class Mamba2Mixer(nnx.Module):
         return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
 
 
-def _init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
+def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
     """Inverse softplus of step sizes drawn log-uniformly from [dt_min, dt_max], at least dt_init_floor."""
     low, high = math.log(config.dt_min), math.log(config.dt_max)
     dt_H = jnp.maximum(jnp.exp(low + uniform_H * (high - low)), config.dt_init_floor)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm.config import MLP, Attention, GatedNorm, Llama3, Mamba2, ModelConfig, Rope
+from hybridlm.config import MLP, Attention, GatedNorm, InnerNorm, Llama3, Mamba1, Mamba2, ModelConfig, Rope
 from hybridlm.model import HybridLM
 
 VOCAB = 29
@@ -21,6 +21,16 @@ VARIANTS = {
         MAMBA, gated_norm=GatedNorm(before_gate=True, n_groups=1), proj_bias=True, per_channel_D=True, d_conv=3
     ),
     "mamba2_no_norm": replace(MAMBA, n_groups=1, gated_norm=None, conv_bias=False, dt_limit=(0.01, 0.5), d_conv=2),
+    "mamba1": Mamba1(d_state=4, inner_norm=InnerNorm(), chunk=8),
+    "mamba1_heads": Mamba1(
+        d_state=3,
+        n_heads=4,
+        dt_rank=5,
+        proj_bias=True,
+        d_conv=3,
+        activation="gelu",
+        inner_norm=InnerNorm(learned=False),
+    ),
     "attention": Attention(n_heads=4, n_kv_heads=2, d_head=6, qkv_bias=True, out_bias=True),
     "gated": Attention(n_heads=4, n_kv_heads=1, d_head=8, gate="elementwise", rope=None, softcap=3.0, scale=0.5),
     "window": Attention(

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mamba-1 mixer (Gu & Dao 2023, "Mamba", section 3.4), with the norms of Jamba and Falcon-Mamba and the heads of Zamba.
+
+Axis letters: B batch, T tokens, D model, H heads (one but in Zamba), P channels of a head, N state size, W convolution
+window, R rank of dt.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
+from hybridlm.errors import require
+from hybridlm.layers import cache as caches
+from hybridlm.layers import params
+from hybridlm.layers.mamba2 import init_dt_bias
+from hybridlm.layers.mlp import ACTIVATIONS
+from hybridlm.layers.norm import RMSNorm, rms_normalise
+from pallas_kernels import causal_conv1d, selective_scan
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """RMS norms of B, C and the low-rank dt, each by itself, before dt is projected up."""
+
+    learned: bool = True
+    """With weights (Jamba), or without (Falcon-Mamba)."""
+    eps: float = 1e-6
+    """Added to the mean square."""
+
+
+@dataclass(frozen=True)
+class Mamba1:
+    """Mamba-1 mixer: input projection, causal convolution, selective scan, gate, output projection."""
+
+    d_state: int = 16
+    """State size N of a channel."""
+    expand: float = 2.0
+    """Inner width over model width."""
+    n_heads: int = 1
+    """Heads H: equal parts of the inner width, each with B, C and dt of its own (Zamba)."""
+    dt_rank: int | None = None
+    """Rank R of dt's projection; None: d_model / 16, rounded up."""
+    d_conv: int = 4
+    """Window W of the causal convolution."""
+    conv_bias: bool = True
+    """Bias of the convolution."""
+    proj_bias: bool = False
+    """Bias of the input and output projections."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    """Behind the convolution; the gate is always a silu."""
+    inner_norm: InnerNorm | None = None
+    """Norms of B, C and dt; None: none."""
+    dt_min: float = 1e-3
+    """Smallest step size at initialisation."""
+    dt_max: float = 0.1
+    """Largest step size at initialisation."""
+    dt_init_floor: float = 1e-4
+    """Lower clamp of the step size at initialisation."""
+    dt_init: Literal["random", "constant"] = "random"
+    """dt's projection at initialisation: uniform up to +-dt_scale / sqrt(R), or that number."""
+    dt_scale: float = 1.0
+    """See dt_init."""
+    chunk: int | None = None
+    """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
+
+    def __post_init__(self):
+        for name in ("d_state", "expand", "n_heads", "dt_rank", "d_conv", "dt_scale", "chunk"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        require(
+            0 < self.dt_min <= self.dt_max,
+            f"dt_min ({self.dt_min}) must be positive and at most dt_max ({self.dt_max})",
+        )
+
+    def inner(self, d_model: int) -> int:
+        """Inner width H P for a model width; ConfigError where the widths do not divide."""
+        d_inner = self.expand * d_model
+        require(
+            d_inner == int(d_inner) and int(d_inner) % self.n_heads == 0,
+            f"expand * d_model ({d_inner:g}) not divisible by n_heads ({self.n_heads})",
+        )
+        return int(d_inner)
+
+    def rank(self, d_model: int) -> int:
+        """Rank R for a model width."""
+        return math.ceil(d_model / 16) if self.dt_rank is None else self.dt_rank
+
+    def check(self, d_model: int) -> None:
+        """Raises ConfigError where this mixer cannot be built at the model width."""
+        self.inner(d_model)
+
+
+class Mamba1Mixer(nnx.Module):
+    """Mamba-1: x, z = projection; convolution and activation of x; dt, B, C from x; selective_scan; gate silu(z).
+
+    Tensor parallelism splits the channels; where there are several heads, by whole heads.
+    """
+
+    keeps_all = False
+    """The cache does not grow with the number of tokens."""
+
+    def __init__(
+        self,
+        config: Mamba1,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: str = "bfloat16",
+    ):
+        """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
+        self.config, self.dtype = config, dtype
+        D, H, N, R, W = d_model, config.n_heads, config.d_state, config.rank(d_model), config.d_conv
+        P, bias = config.inner(d_model) // H, config.proj_bias
+        channels = self._channels
+        self.in_xz = params.matrix(rngs, (D, 2, H, P), ("d_model", None, *channels), init_std, fused_axes=(1,))
+        self.in_xz_bias = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
+        self.x_proj = params.matrix(rngs, (P, H, R + 2 * N), (*channels[::-1], None), init_std, fused_axes=(1,))
+        draw_conv, draw_dt, draw_bias = params.uniforms(rngs, (H, P, W + 1), (R, H, P), (H, P))
+        draw_conv = (2 * draw_conv - 1) / math.sqrt(W)  # +-1 / sqrt(fan-in), as published
+        self.conv = params.make(draw_conv[..., :W], (*channels, "conv"), "conv")
+        self.conv_bias = params.make(draw_conv[..., W], channels, "bias") if config.conv_bias else None
+        draw_dt = 2 * draw_dt - 1 if config.dt_init == "random" else jnp.ones((R, H, P))
+        dt_proj = draw_dt * config.dt_scale / math.sqrt(R)
+        self.dt_proj = params.make(dt_proj, (None, *channels), "matrix", n_in=1, fused_axes=(1,))
+        self.dt_bias = params.make(init_dt_bias(draw_bias, config), channels, "recurrence")
+        A_log = jnp.broadcast_to(jnp.log(jnp.arange(1.0, N + 1)), (H, P, N))  # S4D-real (Gu et al. 2022)
+        self.A_log = params.make(A_log, (*channels, None), "recurrence")
+        self.D = params.ones((H, P), channels, "recurrence")
+        norm = config.inner_norm
+        learned = norm is not None and norm.learned
+        self.dt_norm = RMSNorm(R, norm.eps, axis=None) if learned else None
+        self.B_norm = RMSNorm(N, norm.eps, axis=None) if learned else None
+        self.C_norm = RMSNorm(N, norm.eps, axis=None) if learned else None
+        out_std = init_std if out_std is None else out_std
+        self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), out_std, n_in=2)
+        self.out_bias = params.zeros((D,), ("d_model",), "bias") if bias else None
+
+    @property
+    def _channels(self) -> tuple[str | None, str | None]:
+        """Logical names of the axes H and P."""
+        return (None, "d_inner") if self.config.n_heads == 1 else ("heads", "d_head")
+
+    def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter."""
+        return self._mix(x_BTD, segment_ids, None)[0]
+
+    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+        """Zero state (float32), and zeros for the W - 1 inputs that the convolution reads before the next token."""
+        c, (H, P, _) = self.config, self.out.shape[-3:]
+        return {
+            "state": jnp.zeros((batch, H, P, c.d_state), jnp.float32),
+            "conv": jnp.zeros((batch, c.d_conv - 1, H, P), self.dtype),
+        }
+
+    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the cache after them.
+
+        real_BT: bool, False for padding, which leaves the cache as it is; None: all real. layer: index of the
+        entries in stacked caches.
+        """
+        old = {name: caches.read(array, layer) for name, array in cache.items()}
+        if x_BTD.shape[1] == 1:
+            y_BTD, new = self._step(x_BTD, real_BT, old)
+        else:
+            y_BTD, new = self._mix(x_BTD, None if real_BT is None else real_BT.astype(jnp.int32), old)
+        return y_BTD, {name: caches.write(cache[name], layer, new[name]) for name in cache}
+
+    def _mix(self, x_BTD, segment_ids, old: dict | None) -> tuple[jax.Array, dict]:
+        """The tokens in parallel, from the state `old` (None: from nothing, and no new state is made)."""
+        x_BTHP, z_BTHP = self._project(x_BTD)
+        x_BTHP, window = self._convolve(x_BTHP, segment_ids, old)
+        y_BTHP, state = self._scan(x_BTHP, *self._select(x_BTHP), segment_ids, old)
+        return self._output(y_BTHP, z_BTHP), {} if old is None else {"state": state, "conv": window}
+
+    def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
+        """One token: the recurrence as written (the paper's equation 2)."""
+        x_BTHP, z_BTHP = self._project(x_BTD)
+        window = jnp.concatenate([old["conv"], x_BTHP.astype(old["conv"].dtype)], axis=1)
+        x_BHP = (window.astype(jnp.float32) * jnp.moveaxis(self.conv[...], -1, 0)).sum(1)
+        x_BHP = x_BHP if self.conv_bias is None else x_BHP + self.conv_bias[...]
+        x_BHP = ACTIVATIONS[self.config.activation](x_BHP).astype(self.dtype)
+        dt_BTHP, B_BTHN, C_BTHN = self._select(x_BHP[:, None])
+        x_BHP, dt_BHP1 = x_BHP.astype(jnp.float32), dt_BTHP[:, 0, :, :, None]
+        B_BHN, C_BHN = (a[:, 0].astype(jnp.float32) for a in (B_BTHN, C_BTHN))
+        decay_BHPN = jnp.exp(-dt_BHP1 * jnp.exp(self.A_log[...]))
+        state = decay_BHPN * old["state"] + dt_BHP1 * x_BHP[..., None] * B_BHN[:, :, None]
+        y_BHP = (state * C_BHN[:, :, None]).sum(-1) + self.D[...] * x_BHP
+        new = {"state": state, "conv": window[:, 1:]}
+        if real_BT is not None:
+            new = {name: jnp.where(real_BT.reshape(-1, *(1,) * (a.ndim - 1)), a, old[name]) for name, a in new.items()}
+        return self._output(y_BHP[:, None], z_BTHP), new
+
+    def _project(self, x_BTD) -> tuple[jax.Array, jax.Array]:
+        """x and z, [B, T, H, P]."""
+        biases = None if self.in_xz_bias is None else [self.in_xz_bias]
+        (xz,) = params.project(x_BTD.astype(self.dtype), [self.in_xz], biases)
+        xz = checkpoint_name(sharding.constrain(xz, "batch", "tokens", None, *self._channels), "mamba1_xz")
+        return xz[:, :, 0], xz[:, :, 1]
+
+    def _convolve(self, x_BTHP, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array | None]:
+        """Causal convolution and activation of x; with `old`, the new convolution state too."""
+        activation, keep = self.config.activation, old is not None
+        fused = activation if activation == "silu" else None
+
+        def run(x, weight, bias, window, segment_ids):
+            flat = lambda a, lead: None if a is None else a.reshape(*a.shape[:lead], -1)
+            out = causal_conv1d(
+                flat(x, 2), weight.reshape(-1, weight.shape[-1]), flat(bias, 0), activation=fused,
+                segment_ids=segment_ids, initial_state=flat(window, 2), return_final_state=keep,
+            )  # fmt: skip
+            return (out[0].reshape(x.shape), out[1].reshape(window.shape)) if keep else out.reshape(x.shape)
+
+        tokens, window = ("batch", "tokens", *self._channels), ("batch", None, *self._channels)
+        arrays = (x_BTHP, self.conv[...], None if self.conv_bias is None else self.conv_bias[...],
+                  old["conv"] if keep else None, segment_ids)  # fmt: skip
+        names = (tokens, (*self._channels, None), self._channels, window, tokens[:2])
+        out = sharding.per_device(run, arrays, names, [tokens, window] if keep else tokens)
+        y_BTHP, state = out if keep else (out, None)
+        y_BTHP = y_BTHP if fused else ACTIVATIONS[activation](y_BTHP)
+        return checkpoint_name(y_BTHP, "mamba1_conv"), state
+
+    def _select(self, x_BTHP) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """dt [B, T, H, P] (float32, after softplus), B and C [B, T, H, N]: what the input selects."""
+        rank, n_state, norm = self.dt_proj.shape[-3], self.config.d_state, self.config.inner_norm
+        low = jnp.einsum("BTHP,PHR->BTHR", x_BTHP, params.use(self.x_proj, x_BTHP.dtype))
+        low = checkpoint_name(sharding.constrain(low, "batch", "tokens", self._channels[0], None), "mamba1_low")
+        parts = jnp.split(low, [rank, rank + n_state], axis=-1)
+        if norm is not None and norm.learned:
+            parts = [weigh(a) for weigh, a in zip((self.dt_norm, self.B_norm, self.C_norm), parts, strict=True)]
+        elif norm is not None:
+            parts = [rms_normalise(a, norm.eps).astype(a.dtype) for a in parts]
+        low_BTHR, B_BTHN, C_BTHN = parts
+        w_RHP = params.use(self.dt_proj, low_BTHR.dtype)
+        dt_BTHP = jnp.einsum("BTHR,RHP->BTHP", low_BTHR, w_RHP, preferred_element_type=jnp.float32)
+        dt_BTHP = sharding.constrain(dt_BTHP, "batch", "tokens", *self._channels)
+        return jax.nn.softplus(dt_BTHP + self.dt_bias[...]), B_BTHN, C_BTHN
+
+    def _scan(self, x_BTHP, dt_BTHP, B_BTHN, C_BTHN, segment_ids, old: dict | None) -> tuple:
+        """The selective scan, each device on its rows and channels: outputs, and the new state or None."""
+        keep = old is not None
+
+        def run(x, dt, A, B, C, D, segment_ids, state):
+            shape = (*x.shape[:2], -1)
+            out = selective_scan(
+                x.reshape(shape), dt.reshape(shape), A.reshape(-1, A.shape[-1]), B, C, D=D.reshape(-1),
+                segment_ids=segment_ids, return_final_state=keep, chunk=self.config.chunk,
+                initial_state=None if state is None else state.reshape(state.shape[0], -1, state.shape[-1]),
+            )  # fmt: skip
+            return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
+
+        rows, channels = ("batch", "tokens"), self._channels
+        tokens, maps, state = (*rows, *channels), (*rows, channels[0], None), ("batch", *channels, None)
+        A_HPN = -jnp.exp(self.A_log[...])
+        arrays = (x_BTHP, dt_BTHP, A_HPN, B_BTHN, C_BTHN, self.D[...], segment_ids, old["state"] if keep else None)
+        names = (tokens, tokens, (*channels, None), maps, maps, channels, rows, state)
+        out = sharding.per_device(run, arrays, names, [tokens, state] if keep else tokens)
+        y_BTHP, new = out if keep else (out, None)
+        return checkpoint_name(y_BTHP, "mamba1_scan"), new
+
+    def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
+        """Gate in float32, output projection."""
+        y_BTHP = y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))
+        y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", *self._channels)
+        y_BTHP = checkpoint_name(y_BTHP, "mamba1_gated")
+        out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
+        return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
