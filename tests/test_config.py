@@ -134,3 +134,25 @@ def test_no_word_ends_in_anything_but_a_config_or_one_line(word):
         load_config("hybrid_tiny", ["--" + word])
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+def test_sizes_of_a_config_file(tmp_path, monkeypatch):
+    file = tmp_path / "configs" / "ladder.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from hybridlm.config import Config, ModelConfig\n"
+        "SIZES = {'s': 64, '1.5b-deep': 128}\n"
+        "def config(size):\n    return Config(name=f'ladder_{size}', model=ModelConfig(d_model=SIZES[size]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert {"ladder:s", "ladder:1.5b-deep"} < set(config_names())
+    assert load_config("ladder:1.5b-deep").model.d_model == 128
+    assert load_config(f"{file}:s").name == "ladder_s"
+    for name, message in {
+        "ladder": r"size \(none\) must be one of s, 1.5b-deep: ladder:s",
+        "ladder:m": r"size \(m\) must be one of s, 1.5b-deep: ladder:s",
+        "hybrid_tiny:s": r"size \(s\) is given, but this config has no sizes",
+        "lader:s": "no config named 'lader:s': did you mean ladder:s",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_config(name)
