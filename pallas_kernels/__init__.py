@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequence operators on plain arrays: `ssd`, `selective_scan`, `attention`, `causal_conv1d`.
+"""Operators on plain arrays: `ssd`, `selective_scan`, `attention`, `causal_conv1d`; `grouped_dot` for experts.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm.
 
-Segment contract, the same for all of them. `segment_ids_BT` is int32. A change of id between consecutive real tokens
+Segment contract of the sequence operators. `segment_ids_BT` is int32. A change of id between consecutive real tokens
 starts a document; nothing passes from one document into the next. Id 0 is padding, wherever it stands (right, left or
 inside a document): its outputs and gradients are zero, and it neither changes nor resets any state, so [1, 1, 0, 0, 1]
 is one document of three tokens. An initial state continues a row's first document; a final state belongs to its last
@@ -16,7 +16,8 @@ avoid_faulty_cpu_fusions()
 
 from pallas_kernels.attention.api import attention  # noqa: E402
 from pallas_kernels.causal_conv1d.api import causal_conv1d  # noqa: E402
+from pallas_kernels.grouped_dot.api import grouped_dot  # noqa: E402
 from pallas_kernels.selective_scan.api import selective_scan  # noqa: E402
 from pallas_kernels.ssd.api import ssd  # noqa: E402
 
-__all__ = ["attention", "causal_conv1d", "selective_scan", "ssd"]
+__all__ = ["attention", "causal_conv1d", "grouped_dot", "selective_scan", "ssd"]

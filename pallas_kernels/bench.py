@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times and checks ops: `python -m pallas_kernels.bench OP [--impl a,b] [--case NAME] [--check] [--json FILE]`.
 
-OP is ssd, selective_scan, attention or causal_conv1d. Without --case all timed cases run (on a CPU the smallest). The
+OP is a name in `pallas_kernels`. Without --case all timed cases run (on a CPU the smallest). The
 forward row times the outputs alone, the forward + backward row outputs and the gradients of every array. Milliseconds
 are medians over repetitions of many calls in flight, divided by their number. TFLOP/s counts what the maths needs (no
 recomputation), GB/s every argument and result once. --check compares every test case (or the one of --case), gradients
@@ -182,6 +182,8 @@ def count_flops(op: str, case) -> float:
         return case.batch * case.tokens * a_token
     if op == "selective_scan":  # decay times state, plus dt x times B, times C
         return 6 * case.batch * case.tokens * case.width * case.state
+    if op == "grouped_dot":
+        return 2 * case.rows * case.width * case.outputs
     if op == "causal_conv1d":
         return 2 * case.batch * case.tokens * case.width * case.taps
     return 2 * case.heads * (case.width + (case.v_width or case.width)) * visible_pairs(case)

@@ -18,8 +18,9 @@ POSITIONAL = {
     "selective_scan": ("x", "dt", "A", "B", "C"),
     "attention": ("q", "k", "v"),
     "causal_conv1d": ("x", "w", "b"),
+    "grouped_dot": ("x", "w", "sizes"),
 }
-INTEGERS = ("segment_ids", "positions")
+INTEGERS = ("segment_ids", "positions", "sizes")
 
 # Relative RMS allowed by dtype of the activations; a tensor is looked up by its longest matching prefix, "" is the
 # rest. Rounding a result to bfloat16 alone is 1.7e-3, and gradients add up a few of those.

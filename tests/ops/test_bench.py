@@ -63,7 +63,7 @@ def test_counts():
 def test_float64_is_float64(op):
     """The chunked implementations run in float64 too, where they meet the reference to 1e-10."""
     module = oracle.cases_of(op)
-    case = module.CASES["packed"]
+    case = module.CASES.get("packed", module.TEST_CASES[-1])
     settings = module.make_settings(case)
     inputs = {
         name: a if a is None or a.dtype == np.int32 else a.astype(np.float64)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grouped_dot: ragged_dot and, interpreted, megablox against one product a group in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, grouped_dot
+from pallas_kernels.grouped_dot import cases, tpu
+from tests.ops.support import check_against_oracle, run
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+def test_equals_one_product_a_group(case):
+    check_against_oracle("grouped_dot", cases.make_inputs(case), implementation="xla")
+
+
+def test_bfloat16():
+    inputs = cases.make_inputs(cases.CASES["skewed"], "bfloat16")
+    check_against_oracle("grouped_dot", inputs, dtype="bfloat16", implementation="xla")
+
+
+@pytest.mark.parametrize("load", ["part"])
+def test_megablox(load, monkeypatch):
+    monkeypatch.setattr(tpu, "grouped_dot_tpu", functools.partial(tpu.grouped_dot_tpu, interpret=True))
+    case = cases.Case("kernel", 300, 128, 128, 3, load)
+    with dispatch.assume_platform("tpu"):
+        check_against_oracle("grouped_dot", cases.make_inputs(case), implementation="tpu")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rows_in_no_group_do_not_matter(implementation):
+    inputs = cases.make_inputs(cases.CASES["part"])
+    clean = run("grouped_dot", inputs, implementation=implementation)
+    n_rows = inputs["sizes"].sum()
+    dirty = {**inputs, "x": np.where(np.arange(40)[:, None] < n_rows, inputs["x"], np.nan)}
+    for name, value in run("grouped_dot", dirty, implementation=implementation).items():
+        np.testing.assert_array_equal(value, clean[name], err_msg=name)
+    for name in ("out0", "dx"):
+        assert not clean[name][n_rows:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((40, 7), np.float32)}, ValueError, r"w_GKN has shape \[5, 8, 6\], expected \[any, 7, any\]"),
+        ({"sizes": np.zeros(4, np.int32)}, ValueError, r"sizes_G has shape \[4\], expected \[5\]"),
+        ({"sizes": np.zeros(5, np.float32)}, TypeError, "sizes_G has dtype float32"),
+        ({"x": jnp.zeros((40, 8), jnp.bfloat16)}, TypeError, r"w_GKN has dtype float32, expected that of x_MK"),
+    ],
+)
+def test_errors_name_argument_value_and_limit(change, error, message):
+    with pytest.raises(error, match=message):
+        grouped_dot(*({**cases.make_inputs(cases.CASES["skewed"]), **change}).values())
+
+
+def test_widths_that_the_kernel_does_not_serve():
+    inputs = cases.make_inputs(cases.CASES["skewed"])
+    with dispatch.assume_platform("tpu"), pytest.raises(NotImplementedError, match=r"inputs \(8\) and outputs \(6\)"):
+        jax.eval_shape(functools.partial(grouped_dot, implementation="tpu"), *inputs.values())
