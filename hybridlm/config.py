@@ -177,9 +177,11 @@ class MeshConfig:
     """Ways to shard parameters and optimizer state; rows are split over them too."""
     tensor: int = 1
     """Ways to shard heads, feed-forward width and vocabulary."""
+    context: int = 1
+    """Ways to split the tokens of a row; divides data.seq_len."""
 
     def __post_init__(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name} ({size}) must be at least 1, or -1 for all that is left")
         require(list(sizes.values()).count(-1) <= 1, f"mesh ({sizes}): only one axis can be -1")

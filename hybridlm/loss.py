@@ -96,7 +96,7 @@ def _logits(x_BTD, w_SVD, spec: _Spec):
 
 def _forward(x_BTD, w_VD, targets_BT, spec: _Spec):
     batch, tokens, _ = x_BTD.shape
-    zeros_BTS = constrain(jnp.zeros((batch, tokens, spec.shards), jnp.float32), "batch", None, "vocab")
+    zeros_BTS = constrain(jnp.zeros((batch, tokens, spec.shards), jnp.float32), "batch", "tokens", "vocab")
 
     def step(carry, chunk):
         """Online logsumexp and target logit, kept per shard: devices that share V meet once, at the end."""
@@ -137,7 +137,8 @@ def _backward(spec: _Spec, saved, cotangents):
         dw_SVD = jnp.einsum("btsv,btd->svd", d_logits, x_BTD, preferred_element_type=jnp.float32)
         return dx_BTSD, constrain(dw_SVD, "vocab", None, "d_model")
 
-    dx_BTSD = constrain(jnp.zeros((batch, tokens, spec.shards, d_model), jnp.float32), "batch", None, "vocab", None)
+    dx_BTSD = jnp.zeros((batch, tokens, spec.shards, d_model), jnp.float32)
+    dx_BTSD = constrain(dx_BTSD, "batch", "tokens", "vocab", None)
     dx_BTSD, dw_CSVD = lax.scan(step, dx_BTSD, _chunks(w_VD, x_BTD.dtype, spec))
     shard = _layout(w_VD.shape[0], spec)[0]
     dw_SVD = dw_CSVD.swapaxes(0, 1).reshape(spec.shards, -1, d_model)[:, :shard]

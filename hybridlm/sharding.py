@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from hybridlm.layers.params import ParamInfo
     from hybridlm.model import HybridLM
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 RULES = {
     "batch": ("data", "fsdp"),
+    "tokens": ("context",),
     "vocab": ("tensor",),
     "d_model": ("fsdp",),  # of parameters; activations keep their width whole
     "heads": ("tensor",),
@@ -41,13 +42,13 @@ REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
 
 
 def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the axes data, fsdp and tensor over `devices` (all by default).
+    """Mesh with the axes of MESH_AXES over `devices` (all by default).
 
     An axis of size -1 takes what the others leave. ConfigError where the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {name: getattr(config, name) for name in MESH_AXES}
-    text = "mesh (" + " x ".join(f"{name} {size}" for name, size in sizes.items()) + ")"
+    text = f"mesh ({' x '.join(f'{name} {size}' for name, size in sizes.items() if size != 1) or 'one device'})"
     known = math.prod(size for size in sizes.values() if size != -1)
     for name, size in sizes.items():
         if size == -1:
@@ -55,7 +56,8 @@ def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None)
             sizes[name] = len(devices) // known
     needed = math.prod(sizes.values())
     require(needed == len(devices), f"{text} needs {needed} devices, {len(devices)} are there")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def check_model(config: "ModelConfig", mesh: Mesh) -> None:
@@ -90,6 +92,8 @@ def check_config(config: "Config", mesh: Mesh) -> None:
     shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
     name = "data.batch_size" if config.optim.accumulate == 1 else "data.batch_size / optim.accumulate"
     require(rows % shards == 0, f"{name} ({rows}) not divisible by mesh.data * mesh.fsdp ({shards})")
+    tokens, shards = config.data.seq_len, mesh.shape.get("context", 1)
+    require(tokens % shards == 0, f"data.seq_len ({tokens}) not divisible by mesh.context ({shards})")
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
@@ -115,7 +119,7 @@ def param_shardings(info, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of [B, T] token arrays: rows over data and fsdp."""
+    """Sharding of [B, T] token arrays: rows over data and fsdp. Ids are few: all tokens of a row are everywhere."""
     return NamedSharding(mesh, P(RULES["batch"], None))
 
 
@@ -197,17 +201,25 @@ def repeat_for_heads(x: jax.Array, axis: int, n_heads: int) -> jax.Array:
     return jax.numpy.repeat(x, math.lcm(size, shards) // size, axis=axis)
 
 
-def per_device(fn: Callable, arrays: Sequence[jax.Array | None], axes: Sequence[tuple], out_axes) -> jax.Array | tuple:
-    """`fn(*arrays)`, run by every device on its share of rows and heads.
+def per_device(
+    fn: Callable,
+    arrays: Sequence[jax.Array | None],
+    axes: Sequence[tuple],
+    out_axes,
+    *,
+    split_tokens: bool = False,
+) -> jax.Array | tuple:
+    """`fn(*arrays)`, run by every device on its share of rows and heads, and of tokens with split_tokens.
 
     axes: the logical axes of each array, of its leading dims where there are more names than dims; out_axes: of the
     result (a tuple of names) or the results (a list of tuples). A mesh axis splits either all the dims that it has in
-    the table or, where one of them does not divide, none.
+    the table or, where one of them does not divide, none. Where tokens are split, fn gets a keyword, context_axis: the mesh
+    axis that splits them, as the ops take it.
     """
     mesh = _current_mesh()
     if mesh is None:
         return fn(*arrays)
-    indivisible = set()
+    indivisible = set() if split_tokens and mesh.shape.get("context", 1) > 1 else {"context"}
     for array, names in zip(arrays, axes, strict=True):
         for name, size in zip(names, () if array is None else array.shape):
             mesh_axes = _mesh_axes(name, mesh)
@@ -222,6 +234,7 @@ def per_device(fn: Callable, arrays: Sequence[jax.Array | None], axes: Sequence[
     in_specs = tuple(
         P() if array is None else spec(names[: array.ndim]) for array, names in zip(arrays, axes, strict=True)
     )
+    fn = fn if "context" in indivisible else partial(fn, context_axis="context")
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 

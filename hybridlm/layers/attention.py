@@ -135,7 +135,8 @@ class AttentionMixer(nnx.Module):
         if positions is None:
             positions = positions_within(segment_ids, x_BTD.shape[:2])
         q, k, v, gate = self._project(x_BTD, positions, added)
-        return self._output(self._attend(q, k, v, gate, segment_ids=(segment_ids, segment_ids)))
+        ids = (segment_ids, segment_ids)
+        return self._output(self._attend(q, k, v, gate, segment_ids=ids, split_tokens=True))
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Keys and values [B, S, K, P]: S is max_len, or the window where that is smaller (a ring)."""
@@ -196,17 +197,20 @@ class AttentionMixer(nnx.Module):
         q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
         return q, k, v, gate
 
-    def _attend(self, q, k, v, gate, segment_ids: tuple, positions: tuple = (None, None), q_offset=None) -> jax.Array:
+    def _attend(
+        self, q, k, v, gate, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, split_tokens=False
+    ) -> jax.Array:
         """The attention op, each device on its rows and heads. segment_ids, positions: of queries and of keys."""
         c = self.config
         k, v = (sharding.repeat_for_heads(a, 2, c.n_heads) for a in (k, v))
 
-        def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset):
+        def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, context_axis=None):
             return attention(
                 q, k, v, gate=gate, causal=True, window=c.window, scale=c.scale, softcap=c.softcap, sinks=sinks,
                 segment_ids=None if q_ids is None else (q_ids, k_ids),
                 positions=None if q_positions is None else (q_positions, k_positions),
                 q_offset=0 if q_offset is None else q_offset,
+                context_axis=context_axis,
             )  # fmt: skip
 
         rows = ("batch", "tokens")
@@ -214,7 +218,8 @@ class AttentionMixer(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...]
         arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset)
         names = (heads, kv_heads, kv_heads, heads, ("heads",), rows, rows, rows, rows, ("batch",))
-        return checkpoint_name(sharding.per_device(run, arrays, names, heads), "attention_out")
+        out_BTHP = sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
+        return checkpoint_name(out_BTHP, "attention_out")
 
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)

@@ -251,17 +251,17 @@ class Mamba2Mixer(nnx.Module):
         n_heads, keep = x_BTHP.shape[2], old is not None
         BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, n_heads)
 
-        def run(x, dt, A, BC, D, segment_ids, initial_state):
+        def run(x, dt, A, BC, D, segment_ids, initial_state, context_axis=None):
             return ssd(
                 x, dt, A, BC[:, :, 0], BC[:, :, 1], D=D, segment_ids=segment_ids, initial_state=initial_state,
-                return_final_state=keep, chunk=self.config.chunk,
+                return_final_state=keep, chunk=self.config.chunk, context_axis=context_axis,
             )  # fmt: skip
 
         rows, heads, state = ("batch", "tokens"), ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
         A_H, initial_BHPN = -jnp.exp(self.A_log[...]), old["state"] if keep else None
         arrays = (x_BTHP, dt_BTH, A_H, BC_BTcGN, self.D[...], segment_ids, initial_BHPN)
         names = (heads, heads[:3], ("heads",), (*rows, None, "groups", None), ("heads", None), rows, state)
-        out = sharding.per_device(run, arrays, names, [heads, state] if keep else heads)
+        out = sharding.per_device(run, arrays, names, [heads, state] if keep else heads, split_tokens=not keep)
         y_BTHP, state_BHPN = out if keep else (out, None)
         return checkpoint_name(y_BTHP, "mamba_ssd"), state_BHPN
 
@@ -293,7 +293,7 @@ def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
 def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, jax.Array | None]:
     """causal_conv1d with SiLU over x [B, T, *channels], weight [*channels, W]; names: logical axes of the channels."""
 
-    def run(x, weight, bias, old, segment_ids):
+    def run(x, weight, bias, old, segment_ids, context_axis=None):
         out = causal_conv1d(
             x.reshape(*x.shape[:2], -1),
             weight.reshape(-1, weight.shape[-1]),
@@ -302,12 +302,14 @@ def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, j
             segment_ids=segment_ids,
             initial_state=None if old is None else old.reshape(*old.shape[:2], -1),
             return_final_state=old is not None,
+            context_axis=context_axis,
         )
         return out.reshape(x.shape) if old is None else (out[0].reshape(x.shape), out[1].reshape(old.shape))
 
     tokens, window = ("batch", "tokens", *names), ("batch", None, *names)
     arrays, axes = (x, weight, bias, old, segment_ids), (tokens, (*names, None), names, window, tokens[:2])
-    out = sharding.per_device(run, arrays, axes, tokens if old is None else [tokens, window])
+    out_axes = tokens if old is None else [tokens, window]
+    out = sharding.per_device(run, arrays, axes, out_axes, split_tokens=old is None)
     return (out, None) if old is None else out
 
 

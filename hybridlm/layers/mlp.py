@@ -94,7 +94,7 @@ class FeedForward(nnx.Module):
         if self.b_in is not None:
             h += params.use(self.b_in, h.dtype)
         h = h if added is None else h + added
-        h = checkpoint_name(sharding.constrain(h, "batch", *(None,) * (h.ndim - 2), "d_ff"), "mlp_in")
+        h = checkpoint_name(sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff"), "mlp_in")
         activation = ACTIVATIONS[GATED.get(self.config.activation, self.config.activation)]
         before = h[:, :, 0] if self.config.gated else h
         before = before if self.config.gate_multiplier == 1 else before * self.config.gate_multiplier

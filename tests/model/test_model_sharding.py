@@ -21,7 +21,7 @@ from hybridlm.config import (
     OptimConfig,
 )
 from hybridlm.model import HybridLM, param_info
-from tests.model.model_support import QUICK, log_likelihoods, named
+from tests.model.model_support import QUICK, log_likelihoods, named, packed_rows
 from tests.tolerances import check_close
 
 pytestmark = pytest.mark.quick
@@ -45,6 +45,8 @@ MESHES = {
     "tensor": MeshConfig(1, 1, 8),
     "fsdp and tensor": MeshConfig(1, 2, 4),
     "all": MeshConfig(2, 2, 2),
+    "context": MeshConfig(2, 1, 1, 4),
+    "context and others": MeshConfig(1, 2, 2, 2),
 }
 SLOW = ("data", "all")
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4, [1] * 14 + [0] * 2] * 4, np.int32)
@@ -80,6 +82,18 @@ def test_one_device_equals_eight(name, one):
     check_close(loss, one[1], dtype="float32", what="loss")
     for path, grad in named(one[2]).items():
         check_close(named(grads)[path], grad, dtype="float32", what=f"gradient of {path}")
+
+
+def test_padding_anywhere_with_tokens_split():
+    """Documents over the edges of shards, padding inside them: the rows' tokens change devices and come back."""
+    rows = packed_rows()
+    model = jax.jit(lambda: HybridLM(MODEL, rngs=nnx.Rngs(0)), compiler_options=QUICK)()
+    run = jax.jit(lambda model: model(rows.tokens, rows.segment_ids), compiler_options=QUICK)
+    expected = run(model)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(1, context=4), jax.devices()[:4])):
+        actual = run(jax.device_put(model, jax.sharding.PartitionSpec()))
+    real = rows.segment_ids != 0
+    check_close(np.asarray(actual)[real], np.asarray(expected)[real], dtype="float32", what="logits")
 
 
 def test_parameters_are_born_sharded():
@@ -174,11 +188,17 @@ def test_rows_that_do_not_divide(accumulate, message):
         sharding.check_config(config, sharding.make_mesh(MeshConfig(4, 2, 1)))
 
 
+def test_tokens_that_do_not_divide():
+    config = Config(model=MODEL, data=DataConfig(seq_len=18, batch_size=8))
+    with pytest.raises(ConfigError, match=r"^data\.seq_len \(18\) not divisible by mesh\.context \(4\)$"):
+        sharding.check_config(config, sharding.make_mesh(MeshConfig(2, context=4)))
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(3, 1, 1), r"mesh \(data 3 x fsdp 1 x tensor 1\) needs 3 devices, 8 are there"),
-        (MeshConfig(-1, 3, 1), r"mesh \(data -1 x fsdp 3 x tensor 1\): 8 devices not divisible by 3"),
+        (MeshConfig(3, 1, 1), r"mesh \(data 3\) needs 3 devices, 8 are there"),
+        (MeshConfig(-1, 3, 1), r"mesh \(data -1 x fsdp 3\): 8 devices not divisible by 3"),
         (MeshConfig(2, 2, 4), r"mesh \(data 2 x fsdp 2 x tensor 4\) needs 16 devices, 8 are there"),
     ],
 )
@@ -188,8 +208,13 @@ def test_meshes_that_do_not_fit(mesh, message):
 
 
 def test_mesh_takes_what_is_left():
-    assert dict(sharding.make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    for mesh, devices, sizes in (
+        (MeshConfig(-1, 2, 2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (MeshConfig(2, context=-1), 8, {"data": 2, "context": 4}),
+        (MeshConfig(1, 1, 1), 1, {}),
+    ):
+        shape = sharding.make_mesh(mesh, jax.devices()[:devices]).shape
+        assert {name: size for name, size in shape.items() if size != 1} == sizes
 
 
 @pytest.mark.slow

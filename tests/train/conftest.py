@@ -89,8 +89,8 @@ def small_config(*overrides: str) -> Config:
 
 
 @cache
-def small_program(overrides: tuple[str, ...] = (), mesh_sizes: tuple[int, int, int] = (1, 1, 1)):
-    """(config, mesh, program) of small_config on a mesh of data, fsdp, tensor; compiled once for all tests."""
+def small_program(overrides: tuple[str, ...] = (), mesh_sizes: tuple[int, ...] = (1, 1, 1)):
+    """(config, mesh, program) of small_config on a mesh of data, fsdp, tensor, context; compiled once for all tests."""
     config = small_config(*overrides)
     mesh = make_mesh(MeshConfig(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
     return config, mesh, make_program(config, mesh)

@@ -15,7 +15,7 @@ from tests.train.conftest import make_batch, small_config, small_program
 
 
 def run_steps(overrides=(), mesh_sizes=(1, 1, 1), n_steps=3):
-    """(parameters, metrics of each step, specs of the state) on a mesh of data, fsdp, tensor."""
+    """(parameters, metrics of each step, specs of the state) on a mesh of data, fsdp, tensor, context."""
     config, mesh, program = small_program(tuple(overrides), mesh_sizes)
     with jax.set_mesh(mesh):
         state, history = program.init(), []
@@ -54,7 +54,7 @@ def test_accumulation_equals_one_batch(reference):
     assert relative(split, params) < 2e-4
 
 
-MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8, 1, 1)}
+MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8, 1, 1), "context": (1, 2, 1, 4)}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,7 @@ MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8,
         ("adamw", "fsdp"),
         ("adamw", "tensor"),
         ("muon", "both"),
+        ("adamw", "context"),
         pytest.param("adamw", "data", marks=pytest.mark.slow),
         pytest.param("adamw", "both", marks=pytest.mark.slow),
         pytest.param("muon", "fsdp", marks=pytest.mark.slow),
@@ -77,7 +78,8 @@ def test_eight_devices_equal_one(reference, name, mesh):
             np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
     assert relative(many, params) < 5e-4
     used = {axis for spec in jax.tree.leaves(specs["opt_state"]) for axis in jax.tree.leaves(tuple(spec))}
-    assert used >= {"fsdp": {"fsdp"}, "tensor": {"tensor"}, "both": {"fsdp", "tensor"}, "data": set()}[mesh]
+    split = {"fsdp": {"fsdp"}, "tensor": {"tensor"}, "both": {"fsdp", "tensor"}, "data": set(), "context": {"fsdp"}}
+    assert used >= split[mesh]
 
 
 def test_mean_over_all_tokens_of_the_batch():
