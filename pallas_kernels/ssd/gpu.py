@@ -90,7 +90,7 @@ def piece_starts(local, ab, seg, init, reverse=False):
         through = jnp.pad(seg[:, :, 3, -1], ((0, 0), (0, pieces * size - chunks)), constant_values=1.0)
         decay *= through.reshape(batch, pieces, size).min(2)[..., None]
     order = range(pieces - 1, -1, -1) if reverse else range(pieces)
-    states, state = {}, init
+    states, state = {}, jnp.zeros_like(local[:, 0]) if init is None else init
     for p in order:
         states[p] = state
         state = decay[:, p, :, None, None] * state + local[:, p]
@@ -98,22 +98,22 @@ def piece_starts(local, ab, seg, init, reverse=False):
 
 
 def run_walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
-    """Walk with start state ``init [B, H, 64, N]``, cut into pieces where one row cannot fill the device.
+    """Walk with start state ``init [B, H, 64, N]`` (None: zero), cut into pieces where one row cannot fill the device.
 
-    Returns (y or None, final state, states or None).
+    Returns (y or None, final state or None, states or None), as ``cfg`` asks.
     """
     blocks = cfg.batch * cfg.heads // cfg.block_heads
     pieces = choose_pieces(blocks, cfg.chunks)
     replace = functools.partial(gpu_walk.dataclasses.replace, cfg)
-    starts = init[:, None]
+    starts = None if init is None else init[:, None]
     if pieces > 1:
-        zeros = jnp.zeros((cfg.batch, pieces, *init.shape[1:]), jnp.float32)
-        first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_d=False)
-        [local] = gpu_walk.walk(first, x, ab, b_mat, None, seg, None, zeros)
+        first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_init=False, has_d=False)
+        [local] = gpu_walk.walk(first, x, ab, b_mat, None, seg, None, None)
         starts = piece_starts(local, ab, seg, init, cfg.reverse)
-    outs = iter(gpu_walk.walk(replace(pieces=pieces), x, ab, b_mat, c_mat, seg, d, starts))
+    main = replace(pieces=pieces, has_init=starts is not None)
+    outs = iter(gpu_walk.walk(main, x, ab, b_mat, c_mat, seg, d, starts))
     y = next(outs) if cfg.emit_y else None
-    final = next(outs)[:, 0 if cfg.reverse else -1]
+    final = next(outs)[:, 0 if cfg.reverse else -1] if cfg.emit_final else None
     return y, final, (next(outs) if cfg.emit_states else None)
 
 
@@ -148,23 +148,28 @@ def _real_dt(dt, ids):
     return dt if ids is None else jnp.where((ids != 0)[..., None], dt, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _core(x, dt, a, b_mat, c_mat, d, ids, init, interpret):
-    """y and final state for widths the kernels take: P = 64, N a multiple of 64, T of 8; d [H], [H, 64] or None."""
-    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, interpret, False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
+    """y and final state (None unless ``with_final``) for widths the kernels take.
+
+    P = 64, N a multiple of 64, T of 8; d [H], [H, 64] or None; init may be None.
+    """
+    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, False)[:2]
 
 
-def _forward(x, dt, a, b_mat, c_mat, d, ids, init, interpret, emit_states):
-    cfg = gpu_walk.dataclasses.replace(_config(x, b_mat, d, ids, interpret), emit_y=True, emit_states=emit_states)
+def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_states):
+    cfg = _config(x, b_mat, d, ids, interpret)
+    cfg = gpu_walk.dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
     ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks)
     seg = None if ids is None else document_vectors(ids, cfg.chunks)
     y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, seg, _skip_rows(d), init)
     return y, final, states, ab, seg
 
 
-def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, interpret):
-    y, final, states, ab, seg = _forward(x, dt, a, b_mat, c_mat, d, ids, init, interpret, True)
-    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, states, ab, seg)
+def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
+    y, final, states, ab, seg = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
+    given = None if init is None else jnp.zeros(())  # residuals hold arrays or None, no flags
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, states, ab, seg, given)
 
 
 def choose_splits(blocks, heads):
@@ -212,12 +217,12 @@ def _sum_parts(parts, shape, extra=None):
     return total.swapaxes(2, 3).reshape(batch, -1, groups, state)[:, :tokens]
 
 
-def _core_bwd(interpret, residuals, cotangents):
-    x, dt, a, b_mat, c_mat, d, ids, states, ab, seg = residuals
+def _core_bwd(with_final, interpret, residuals, cotangents):
+    x, dt, a, b_mat, c_mat, d, ids, states, ab, seg, given = residuals
     dy, d_final = cotangents
     cfg = _config(x, b_mat, d, ids, interpret)
     chunks, heads = cfg.chunks, cfg.heads
-    back = gpu_walk.dataclasses.replace(cfg, reverse=True, emit_states=True, has_d=False)
+    back = gpu_walk.dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=given is not None, has_d=False)
     _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, seg, None, d_final)
     splits = choose_splits(cfg.batch * cfg.groups * chunks, heads // cfg.groups)
     grads = Grads(cfg.batch, heads, cfg.groups, cfg.state, chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
@@ -278,8 +283,6 @@ def ssd_gpu(
     pad_p, pad_n, pad_t = cuts * TILE - width, _round_up(state, TILE) - state, -tokens % 8
     if state > 2 * TILE:
         pad_n = 4 * TILE - state
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, width, state), jnp.float32)
 
     def pad(v, *ends):
         return jnp.pad(v, [(0, end) for end in ends]) if any(ends) else v
@@ -289,11 +292,14 @@ def ssd_gpu(
 
     x = pad(x, 0, pad_t, 0, pad_p).reshape(batch, tokens + pad_t, heads * cuts, TILE)
     b_mat, c_mat = pad(B, 0, pad_t, 0, pad_n), pad(C, 0, pad_t, 0, pad_n)
-    init = pad(initial_state.astype(jnp.float32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
+    init = None
+    if initial_state is not None:
+        init = pad(initial_state.astype(jnp.float32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
-    y, final = _core(x, split(pad(dt, 0, pad_t, 0), 2), split(A, 0), b_mat, c_mat, D, ids, init, interpret)
+    dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)
+    y, final = _core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state, interpret)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
     if not return_final_state:
         return y
