@@ -7,8 +7,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ConfigError": "hybridlm.errors",
     "HybridLM": "hybridlm.model",
+    "from_hf": "hybridlm.hf",
     "generate": "hybridlm.generation",
     "load_config": "hybridlm.config_io",
+    "to_hf": "hybridlm.hf",
 }
 __all__ = sorted(_EXPORTS)
 

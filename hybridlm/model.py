@@ -50,14 +50,11 @@ class Sublayer(nnx.Module):
         options = _options(config, rngs)
         self.residual_multiplier = config.residual_multiplier
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.link = None
         if isinstance(block, Parallel):
             self.mixer = ParallelMixer(block, config.d_model, **options)
-        elif isinstance(block, Shared):
-            self.mixer = make_mixer(block.mixer, config.d_model, **options)
-            self.link = SharedLink(block, config.d_model, **options)
         else:
-            self.mixer = make_mixer(block, config.d_model, **options)
+            self.mixer = make_mixer(block.mixer if isinstance(block, Shared) else block, config.d_model, **options)
+        self.link = SharedLink(block, config.d_model, **options) if isinstance(block, Shared) else None
 
     @property
     def keeps_all(self) -> bool:
@@ -105,7 +102,7 @@ class HybridLM(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """ConfigError for an unknown remat policy."""
         remat.check(config.remat)
-        self.config = config
+        self.config, self.source = config, None
         V, D, std = config.vocab_size, config.d_model, config.init_std
         key = rngs.params
         self.embedding = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")

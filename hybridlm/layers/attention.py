@@ -149,8 +149,9 @@ class AttentionMixer(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them.
 
-        length_B: tokens already in the cache. added: as in `__call__`. real_BT: bool, False for padding, on the right, which is not stored;
-        None: all real. layer: index of the entries in stacked caches. Position p is stored in slot p mod S.
+        length_B: tokens already in the cache. real_BT: bool, False for padding, on the right, which is not stored;
+        None: all real. layer: index of the entries in stacked caches. Position p is stored in slot p mod S. added: as
+        in `__call__`.
         """
         batch, tokens, _ = x_BTD.shape
         slots = cache["k"].shape[-3]

@@ -51,7 +51,9 @@ class Mamba2:
     conv_bias: bool = True
     """Bias of the convolution."""
     proj_bias: bool = False
-    """Bias of the input and output projections."""
+    """Bias of the input projection."""
+    out_bias: bool | None = None
+    """Bias of the output projection; None: where the input projection has one."""
     per_channel_D: bool = False
     """Skip weight D per channel [H, P] instead of per head [H]."""
     gated_norm: GatedNorm | None = GatedNorm()
@@ -156,7 +158,8 @@ class Mamba2Mixer(nnx.Module):
         self.D = params.ones((H, P)[:per_D], channels[:per_D], "recurrence")
         self.norm = params.ones((H, P), channels, "norm") if config.gated_norm is not None else None
         self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), out_std, n_in=2)
-        self.out_bias = params.zeros((D,), ("d_model",), "bias") if config.proj_bias else None
+        out_bias = config.proj_bias if config.out_bias is None else config.out_bias
+        self.out_bias = params.zeros((D,), ("d_model",), "bias") if out_bias else None
 
     keeps_all = False
     """The cache does not grow with the number of tokens."""

@@ -48,6 +48,10 @@ class YaRN:
             self.beta_fast > self.beta_slow, f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})"
         )
 
+    def scale_times(self, weight: float) -> float:
+        """Scale of cos and sin whose logarithmic part has this weight (the paper's equation 15 at 1)."""
+        return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1
+
 
 @dataclass(frozen=True)
 class Llama3:
@@ -140,7 +144,7 @@ def _yarn(freqs: np.ndarray, theta: float, d: int, yarn: YaRN) -> np.ndarray:
 
 
 def _yarn_scale(yarn: YaRN) -> float:
-    return 0.1 * math.log(yarn.factor) + 1 if yarn.attention_factor is None else yarn.attention_factor
+    return yarn.scale_times(1.0) if yarn.attention_factor is None else yarn.attention_factor
 
 
 def _llama3(freqs: np.ndarray, llama3: Llama3) -> np.ndarray:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Granite 4: Mamba-2 or attention, then a gated MLP; a multiplier on embeddings, residuals, scores and logits."""
+
+from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
+from hybridlm.hf import common
+from hybridlm.hf.family import Family, Keys
+
+
+def read(keys: Keys) -> ModelConfig:
+    keys.only("hidden_act", "silu", "swish")
+    keys.only("num_local_experts", 0, default=8)
+    keys.carry("num_experts_per_tok", "intermediate_size", "router_aux_loss_coef", "output_router_logits")
+    bias, n_layers = keys("attention_bias", False), keys("num_hidden_layers", 32)
+    rope = common.rope(keys, 2048)
+    attention = Attention(
+        **common.heads(keys), qkv_bias=bias, out_bias=bias, scale=float(keys("attention_multiplier", 1.0)),
+        rope=keys.choose("position_embedding_type", {None: None, "nope": None, "rope": rope}, None),
+    )  # fmt: skip
+    types = common.layer_types(keys, "layer_types", "layers_block_type", n_layers=n_layers)
+    types = ["linear_attention"] * n_layers if types is None else types
+    pattern = common.as_pattern(keys, types, {"linear_attention": "M-", "full_attention": "*-"})
+    blocks = {
+        "M": common.mamba_prefixed(keys, 1e-6),
+        "*": attention,
+        "-": MLP(keys("shared_intermediate_size", 1024), "swiglu"),
+    }
+    return ModelConfig(
+        **common.widths(keys, "rms_norm_eps", 1e-6, 32000, False),
+        embedding_multiplier=float(keys("embedding_multiplier", 1.0)),
+        residual_multiplier=float(keys("residual_multiplier", 1.0)),
+        logit_multiplier=1 / keys("logits_scaling", 1.0),
+        pattern=pattern, blocks={symbol: block for symbol, block in blocks.items() if symbol in pattern},
+    )  # fmt: skip
+
+
+def write(config: ModelConfig) -> dict:
+    attention = common.block(config, Attention, Attention(rope=None))
+    mlp = common.block(config, MLP)
+    mamba = common.block(config, Mamba2, Mamba2(d_head=2 * config.d_model, n_heads=1))
+    types = common.kinds(config)[::2]
+    return {
+        **common.write_widths(config, "rms_norm_eps"),
+        **common.write_heads(attention),
+        **common.write_mamba_prefixed(mamba, config),
+        "position_embedding_type": None if attention.rope is None else "rope",
+        "rope_parameters": common.write_rope(attention.rope or common.Rope()),
+        "attention_multiplier": attention.d_head**-0.5 if attention.scale is None else attention.scale,
+        "embedding_multiplier": config.embedding_multiplier, "residual_multiplier": config.residual_multiplier,
+        "logits_scaling": common.inverse(config.logit_multiplier), "attention_bias": attention.qkv_bias,
+        "hidden_act": "silu", "num_local_experts": 0, "shared_intermediate_size": mlp.d_ff,
+        "num_hidden_layers": len(types), "layer_types": types,
+    }  # fmt: skip
+
+
+NORM = {"input_layernorm.weight": "norm.weight: D"}
+FAMILY = Family(
+    model_type="granitemoehybrid",
+    architecture="GraniteMoeHybridForCausalLM",
+    read=read,
+    write=write,
+    per_layer=2,
+    top=common.top("model.embed_tokens", "model.norm"),
+    layers={
+        "M": {**NORM, **common.at("mamba.", common.MAMBA2)},
+        "*": {**NORM, **common.at("self_attn.", common.ATTENTION)},
+        "-": {"post_attention_layernorm.weight": "norm.weight: D", **common.at("shared_mlp.", common.FUSED_MLP)},
+    },
+)

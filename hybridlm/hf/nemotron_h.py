@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nemotron-H: one mixer a layer, of Mamba-2, attention without positions, or an MLP without a gate.
+
+NVIDIA's Mamba-2-Hybrid 8B (Waleffe et al. 2024) is the same layout with mlp_hidden_act "gelu". Step sizes are clamped
+to time_step_limit, as NVIDIA's own code does.
+"""
+
+from hybridlm.config import MLP, Attention, GatedNorm, Mamba2, ModelConfig
+from hybridlm.hf import common
+from hybridlm.hf.family import Family, Keys
+
+SYMBOLS = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+OLDER = {
+    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
+    "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max", "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_init_floor": "time_step_floor", "mamba_conv_bias": "use_conv_bias", "mamba_chunk_size": "chunk_size",
+}  # fmt: skip
+"""Keys of older files -> what they are now."""
+
+
+def read(keys: Keys) -> ModelConfig:
+    for older, name in OLDER.items():
+        if older in keys.values:
+            keys.values[name] = keys.values.pop(older)
+    keys.carry("residual_in_fp32", "rescale_prenorm_residual", "use_mamba_kernels", "mamba_ssm_cache_dtype", "expand")
+    keys.carry("mamba_proj_bias", "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern")
+    keys.carry("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size", "n_group")
+    keys.carry("n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "topk_group")
+    keys.carry("routed_scaling_factor")
+    for name in ("hidden_dropout", "num_nextn_predict_layers", "attention_bias", "sliding_window"):
+        keys.only(name, None, 0)
+    keys.only("mamba_hidden_act", "silu", "swish")
+    pattern = read_pattern(keys)
+    mamba = Mamba2(
+        d_state=keys("ssm_state_size", 128), d_head=keys("mamba_head_dim", 64), n_heads=keys("mamba_num_heads", 128),
+        n_groups=keys("n_groups", 8), d_conv=keys("conv_kernel", 4), conv_bias=keys("use_conv_bias", True),
+        proj_bias=keys("use_bias", False), gated_norm=GatedNorm(eps=keys("layer_norm_epsilon", 1e-5)),
+        dt_limit=common.dt_limit(keys), chunk=keys("chunk_size", 128), **common.dt_init(keys),
+    )  # fmt: skip
+    activation = keys.choose("mlp_hidden_act", common.PLAIN, "relu2")
+    blocks = {
+        "M": mamba,
+        "*": Attention(**common.heads(keys, n_kv_heads=8, d_head=128), rope=None),
+        "-": MLP(keys("intermediate_size", 21504), activation, keys("mlp_bias", False)),
+    }
+    return ModelConfig(
+        **common.widths(keys, "layer_norm_epsilon", 1e-5, 131072, False),
+        pattern=pattern, blocks={symbol: block for symbol, block in blocks.items() if symbol in pattern},
+    )  # fmt: skip
+
+
+def read_pattern(keys: Keys) -> str:
+    """The pattern, from the list of layer types or, in older files, itself."""
+    keys.derived("num_hidden_layers")
+    older = keys("hybrid_override_pattern", None)
+    types = keys("layers_block_type", None) or keys("layer_types", None)
+    if types is None:
+        names = {symbol: name for name, symbol in SYMBOLS.items()}
+        types = [names.get(s, s) for s in older] if older else ["linear_attention", "moe", "full_attention", "mlp"]
+    return common.as_pattern(keys, [common.LEGACY_TYPES.get(kind, kind) for kind in types], SYMBOLS)
+
+
+def write(config: ModelConfig) -> dict:
+    mamba = common.block(config, Mamba2, Mamba2(n_heads=128))
+    attention, mlp = common.block(config, Attention, Attention(rope=None)), common.block(config, MLP, MLP(1, "relu2"))
+    return {
+        **common.write_widths(config, "layer_norm_epsilon"),
+        **common.write_heads(attention),
+        **common.write_dt(mamba),
+        "mamba_num_heads": mamba.heads(config.d_model), "mamba_head_dim": mamba.d_head, "n_groups": mamba.n_groups,
+        "ssm_state_size": mamba.d_state, "conv_kernel": mamba.d_conv, "use_conv_bias": mamba.conv_bias,
+        "use_bias": mamba.proj_bias, "chunk_size": mamba.chunk or 128, "mamba_hidden_act": "silu",
+        "mlp_hidden_act": common.name_of(common.PLAIN, mlp.activation), "mlp_bias": mlp.bias,
+        "intermediate_size": mlp.d_ff, "layers_block_type": common.kinds(config),
+    }  # fmt: skip
+
+
+NORM = {"norm.weight": "norm.weight: D"}
+FAMILY = Family(
+    model_type="nemotron_h",
+    architecture="NemotronHForCausalLM",
+    read=read,
+    write=write,
+    top=common.top("backbone.embeddings", "backbone.norm_f"),
+    layer="backbone.layers.{layer}.",
+    layers={
+        "M": {**NORM, **common.at("mixer.", common.MAMBA2)},
+        "*": {**NORM, **common.at("mixer.", common.ATTENTION)},
+        "-": {**NORM, **common.at("mixer.", common.PLAIN_MLP)},
+    },
+    aliases=(("model.", "backbone."),),
+)

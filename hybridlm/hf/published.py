@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published sizes as runs that pretrain them: what configs/ says of a size is what its config.json says."""
+
+import dataclasses
+from typing import Any
+
+from hybridlm.config import Config, DataConfig, MeshConfig, OptimConfig, RunConfig
+from hybridlm.hf.config_json import family, read_values
+
+
+def published(name: str, size: str, values: dict[str, Any]) -> Config:
+    """A run called `name_size` of the model that a config.json describes, read as `from_hf` reads it.
+
+    values: the config.json's, those that are its class's defaults left out at will. The recipe is ours, not the
+    publisher's: AdamW at 3e-4 with warmup and decay, 4 million tokens a step, parameters and optimizer sharded over
+    all devices, sublayers recomputed in the backward pass.
+    """
+    model = read_values(family(values["model_type"]), values, f"{name}:{size}")
+    return Config(
+        name=f"{name}_{size}",
+        model=dataclasses.replace(model, remat="full"),
+        data=DataConfig(seq_len=4096, batch_size=1024),
+        optim=OptimConfig(lr=3e-4, schedule="wsd", warmup_steps=1000, final_lr_ratio=0.01),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        run=RunConfig(steps=100_000, eval_every=2000, eval_batches=32, save_every=1000, sample_tokens=256),
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as a published checkpoint: config.json, safetensors and the tokenizer's files."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from hybridlm.errors import ConfigError, require
+from hybridlm.hf.config_json import family as family_of
+from hybridlm.hf.config_json import find_family, read_config_json, save_json, write_values
+from hybridlm.hf.family import Keys
+from hybridlm.hf.plan import Tensor, make_plan
+from hybridlm.hf.tensors import INDEX, write_tensors
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model",
+    "chat_template*", "generation_config.json", "tokenization_*.py",
+)  # fmt: skip
+
+
+def to_hf(
+    model,
+    folder: str | Path,
+    *,
+    family: str | None = None,
+    like: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Writes what the published implementation loads with no missing and no unexpected key.
+
+    family: model_type to write; None: that of `like`, else the first that can express the model. like: a published
+    checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
+    was loaded from, if any. dtype: of the tensors written; None: of each parameter. overwrite: replace a checkpoint
+    that is in the folder. progress: called with (name, bytes written, bytes of all) after each tensor.
+
+    Tensors are made and written one at a time. ConfigError, one line, where the family cannot express the model.
+    """
+    folder = Path(folder)
+    require(dtype is None or dtype in DTYPES, f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
+    require(max_shard_bytes > 0, f"max_shard_bytes ({max_shard_bytes}) must be positive")
+    like = Path(like) if like is not None else _source(model)
+    carried = {}
+    if like is not None:
+        like_family, _, like_values = read_config_json(like)
+        family = family or like_family.model_type
+        if like_family.model_type == family:
+            carried = _carried(like_family, like_values)
+    of = find_family(model.config) if family is None else family_of(family)
+    values, published = write_values(of, model.config)
+    plan = make_plan(of, model, published)
+    params = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    _check_here(params)
+    old = _prepare(folder, overwrite)
+    tensors = dict(plan.tensors)
+    if not published.tie_embeddings:
+        tensors |= {name: plan.tensors[source] for name, source in plan.copies.items()}
+    kinds = {name: DTYPES[dtype] if dtype else _dtype_of(tensor, params) for name, tensor in tensors.items()}
+    total = sum(int(np.prod(t.shape, dtype=np.int64)) * kinds[name].itemsize for name, t in tensors.items())
+    done = 0
+
+    def report(name: str, n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress is not None:
+            progress(name, done, total)
+
+    entries = [(name, t.shape, kinds[name], partial(_make, t, params, kinds[name])) for name, t in tensors.items()]
+    for file in old:
+        file.unlink()
+    write_tensors(folder, entries, max_shard_bytes, report)
+    main = dtype or str(kinds[next(n for n, t in tensors.items() if t.pieces[0].path == "embedding")])
+    save_json({**carried, **values, "dtype": main}, folder / "config.json")
+    if like is not None and like.resolve() != folder.resolve():
+        copy_tokenizer(like, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copies the tokenizer's files, and says which."""
+    files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return [file.name for file in files]
+
+
+def _source(model) -> Path | None:
+    source = getattr(model, "source", None)
+    if source is None:
+        return None
+    if not (Path(source) / "config.json").is_file():
+        raise ConfigError(f"the checkpoint that the model was loaded from ({source}) is gone: name one with like=")
+    return Path(source)
+
+
+def _carried(of, values: dict) -> dict:
+    keys = Keys(values)
+    of.read(keys)
+    return {key: value for key, value in keys.carried().items() if key not in ("torch_dtype", "transformers_version")}
+
+
+def _prepare(folder: Path, overwrite: bool) -> list[Path]:
+    """Makes the folder; the files of a checkpoint that is there, to be removed."""
+    require(not folder.exists() or folder.is_dir(), f"{folder} is a file, where a folder is to be written")
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [*folder.glob("model*.safetensors"), *folder.glob(INDEX)]
+    require(overwrite or not old, f"{folder} holds a checkpoint already ({', '.join(f.name for f in old[:3])})")
+    return old
+
+
+def _check_here(params: dict) -> None:
+    far = [path for path, leaf in params.items() if not leaf[...].is_fully_addressable]
+    require(not far, f"parameters of other processes cannot be written from here: {', '.join(far[:3])}")
+
+
+def _dtype_of(tensor: Tensor, params: dict) -> np.dtype:
+    kinds = {np.dtype(params[part.path][...].dtype) for part in tensor.pieces}
+    return kinds.pop() if len(kinds) == 1 else DTYPES["float32"]
+
+
+def _make(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray:
+    """The published tensor, of the parts of parameters that it is made of."""
+    out = np.empty(tensor.shape or (1,), dtype)
+    for rows, part in tensor.rows():
+        array, index = params[part.path][...], part.index
+        if index and isinstance(index[0], int):  # a layer of a stacked parameter: it alone leaves its devices
+            array, index = _layer(array, index[0]), index[1:]
+        out[rows] = part.to_theirs(np.asarray(array)[index]).reshape(out[rows].shape)
+    return out.reshape(tensor.shape)
+
+
+@jax.jit
+def _layer(array: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
