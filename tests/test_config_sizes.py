@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every config builds abstractly, with the parameter count that its published widths give by hand."""
+"""Every config of our own builds abstractly, with the parameter count that its widths give by hand."""
 
 import jax
 import pytest
@@ -39,7 +39,7 @@ def count_by_hand(model: ModelConfig) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", [name for name in config_names() if ":" not in name])
 def test_parameter_count(name):
     config = hybridlm.load_config(name)
     model = nnx.eval_shape(lambda: hybridlm.HybridLM(config.model, rngs=nnx.Rngs(0)))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of published sizes: as many parameters as the published checkpoint has, counted without making any."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+import hybridlm
+from hybridlm.config_io import config_names, from_dict, load_config, to_dict
+from hybridlm.pattern import groups
+
+PUBLISHED = {
+    "bamba:9b": 9_780_235_392,
+    "falcon_h1:0.5b": 521_411_104,
+    "falcon_h1:1.5b": 1_554_863_488,
+    "falcon_h1:1.5b-deep": 1_554_874_768,
+    "falcon_h1:3b": 3_149_392_384,
+    "falcon_h1:7b": 7_585_654_880,
+    "falcon_h1:34b": 33_642_516_224,
+    "falcon_mamba:7b": 7_272_665_088,
+    "granite4_h:micro": 3_191_396_096,
+    "granite4_h:tiny": 6_939_037_248,
+    "granite4_h:small": 32_207_337_984,
+    "jamba:52b": 51_570_323_328,
+    "jamba:398b": 398_555_145_696,
+    "mamba:130m": 129_135_360,
+    "mamba:370m": 371_516_416,
+    "mamba:790m": 793_204_224,
+    "mamba:1.4b": 1_372_178_432,
+    "mamba:2.8b": 2_768_345_600,
+    "mamba2:130m": 128_989_632,
+    "mamba2:370m": 368_346_624,
+    "mamba2:780m": 780_161_280,
+    "mamba2:1.3b": 1_343_757_312,
+    "mamba2:2.7b": 2_702_599_680,
+    "nemotron_h:8b": 8_100_852_736,
+    "nemotron_h:47b": 46_791_554_816,
+    "nemotron_h:56b": 56_324_350_464,
+    "nemotron_h:mamba2-hybrid-8b": 8_654_517_248,
+    "nemotron_h:3-nano-30b-a3b": 31_577_937_344,
+    "zamba:7b": 7_232_490_496,
+    "zamba2:1.2b": 1_215_064_704,
+    "zamba2:2.7b": 2_662_214_560,
+    "zamba2:7b": 7_356_749_648,
+}
+"""Parameters of the published implementation at the published config.json."""
+NAMES = [name for name in config_names() if ":" in name]
+
+
+def test_every_size_has_a_published_count():
+    assert set(NAMES) <= set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_count(name):
+    config = load_config(name)
+    model = nnx.eval_shape(lambda: hybridlm.HybridLM(config.model, rngs=nnx.Rngs(0)))
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(p.size for p in parameters) == PUBLISHED[name]
+    assert {p.dtype.name for p in parameters} == {"float32"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_few_sublayers(name):
+    pattern = load_config(name).model.pattern
+    assert sum(len(group.unit) for group in groups(pattern)) <= max(24, len(pattern) // 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trips(name):
+    config = load_config(name)
+    assert config.name == name.replace(":", "_")
+    assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
+    assert load_config(name, {"optim.lr": 1e-5}).model == config.model
+
+
+@pytest.mark.parametrize("name", sorted({name.split(":")[0] for name in NAMES}))
+def test_docstring_has_the_figures(name):
+    text = (Path(__file__).parents[1] / "configs" / f"{name}.py").read_text()
+    assert all(line in text for line in (f"Command: python train.py --config {name}:", "Hardware: ", "Expected: "))
+    assert all(f"{count:,}" in text for size, count in PUBLISHED.items() if size.startswith(f"{name}:"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_published_implementation_counts_the_same(name):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    from hybridlm.hf.config_json import find_family, write_values
+
+    model = load_config(name).model
+    values, _ = write_values(find_family(model), model)
+    values.pop("architectures")
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        )
+    theirs.tie_weights()
+    assert sum(p.numel() for p in theirs.parameters()) == PUBLISHED[name]
