@@ -4,7 +4,20 @@
 from dataclasses import replace
 from typing import Any
 
-from hybridlm.config import MLP, Attention, GatedNorm, Linear, Llama3, Mamba2, ModelConfig, Parallel, Rope, Shared, YaRN
+from hybridlm.config import (
+    MLP,
+    Attention,
+    GatedNorm,
+    Linear,
+    Llama3,
+    Mamba1,
+    Mamba2,
+    ModelConfig,
+    Parallel,
+    Rope,
+    Shared,
+    YaRN,
+)
 from hybridlm.errors import ConfigError
 from hybridlm.hf.family import Keys
 
@@ -43,9 +56,17 @@ def block(config: ModelConfig, kind: type, default: Any = None, **but: Any) -> A
     return found[0] if found else default
 
 
+def expect(block: Any, kind: type) -> Any:
+    """The block, which has to be of a kind; ConfigError where it is not."""
+    if not isinstance(block, kind):
+        raise ConfigError(f"blocks: {type(block).__name__}, where the family has {kind.__name__}")
+    return block
+
+
 def kinds(config: ModelConfig) -> list[str]:
     """Of each sublayer what it is: linear_attention, full_attention, mlp, hybrid, or the block's name in lower case."""
-    names = {Mamba2: "linear_attention", Attention: "full_attention", MLP: "mlp", Shared: "hybrid", Parallel: "hybrid"}
+    names = {Mamba1: "linear_attention", Mamba2: "linear_attention", Attention: "full_attention", MLP: "mlp"}
+    names |= {Shared: "hybrid", Parallel: "hybrid"}
     types = [type(config.blocks[symbol]) for symbol in config.pattern]
     return [names.get(kind, kind.__name__.lower()) for kind in types]
 

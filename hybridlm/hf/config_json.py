@@ -8,15 +8,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config import Attention, Mamba2, ModelConfig
+from hybridlm.config import Attention, Mamba1, Mamba2, ModelConfig
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.family import Family, Keys
 
 FAMILIES = (
-    "llama", "qwen2", "qwen3", "mamba2", "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2",
+    "llama", "qwen2", "qwen3", "mamba2", "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba", "zamba2",
 )  # fmt: skip
 """model_type of every family: modules of this package."""
-FREE = frozenset("compute_dtype remat chunk init_std dt_min dt_max dt_init_floor A_init blocks pattern".split())  # noqa: SIM905
+FREE = frozenset({
+    "compute_dtype", "remat", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "A_init",
+    "blocks", "pattern",
+})  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
 
 
@@ -111,6 +114,8 @@ def _resolved(block: Any, d_model: int) -> Any:
             norm = replace(norm, n_groups=block.n_groups)
         out_bias = block.proj_bias if block.out_bias is None else block.out_bias
         return replace(block, n_heads=block.heads(d_model), expand=1.0, gated_norm=norm, out_bias=out_bias)
+    if isinstance(block, Mamba1):
+        return replace(block, dt_rank=block.rank(d_model))
     return block
 
 

@@ -54,7 +54,7 @@ DEFAULT = "l" + "lllllh" * 7 + "llllhlllhll"
 
 def write(config: ModelConfig) -> dict:
     shared = common.block(config, Shared)
-    mamba, attention, mlp = shared.mixer, shared.attention, shared.mlp
+    mamba, attention, mlp = common.expect(shared.mixer, Mamba2), shared.attention, shared.mlp
     symbols = {symbol for symbol in config.pattern if isinstance(config.blocks[symbol], Shared)}
     return {
         **common.write_widths(config, "rms_norm_eps"),
