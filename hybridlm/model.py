@@ -152,8 +152,9 @@ class HybridLM(nnx.Module):
         restore = None
         if segment_ids is not None:
             (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
-            segment_ids = document_ids(segment_ids)
-            positions = positions_within(segment_ids, tokens_BT.shape) if positions is None else positions
+            rows = ("batch", None)  # all tokens of a row on each of its devices: nothing is exchanged to find documents
+            segment_ids, within = sharding.per_device(_documents, [segment_ids], [rows], [rows, rows])
+            positions = within if positions is None else sharding.constrain(positions, *rows)
         x_BTD, stats = self._embed(tokens_BT), []
         embedded_BTD = x_BTD
         for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
@@ -312,6 +313,11 @@ def _check_length(limit: int | None, length_B: jax.Array) -> jax.Array | None:
     if not isinstance(length_B, jax.core.Tracer) and int(length_B.max()) > limit:
         raise ValueError(f"tokens in the cache and new ones ({int(length_B.max())}) exceed max_len ({limit})")
     return length_B <= limit
+
+
+def _documents(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ids of which each is one document's, and positions within documents."""
+    return document_ids(segment_ids_BT), positions_within(segment_ids_BT, segment_ids_BT.shape)
 
 
 def _int32(*arrays) -> list[jax.Array | None]:
