@@ -14,6 +14,8 @@ def read(keys: Keys) -> ModelConfig:
     attention = Attention(
         **common.heads(keys, n_kv_heads=8), rope=common.rope(keys, 262144, fraction=0.5), qkv_bias=bias, out_bias=bias
     )
+    rotated = keys.some("attn_rotary_emb", attention.d_head // 2)
+    keys.require(rotated == attention.d_head // 2, f"attn_rotary_emb ({rotated}) is not half of a head")
     at = keys("attn_layer_indices", None) or []
     pattern = "".join("*-" if i in at else "M-" for i in range(keys("num_hidden_layers", 32)))
     blocks = {

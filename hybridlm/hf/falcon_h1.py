@@ -12,6 +12,8 @@ from hybridlm.hf.family import Family, Keys
 def read(keys: Keys) -> ModelConfig:
     keys.only("hidden_act", "silu", "swish")
     keys.derived("layers_block_type", "layer_types")
+    keys.only("mamba_use_mlp", True)
+    keys.carry("mlp_expansion_factor", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank")
     bias, norm_first = keys("attention_bias", False), keys("mamba_norm_before_gate", True)
     attention = Attention(
         **common.heads(keys, n_kv_heads=8), rope=common.rope(keys, 8192), qkv_bias=bias, out_bias=bias,

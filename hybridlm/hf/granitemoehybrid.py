@@ -8,6 +8,8 @@ from hybridlm.hf.family import Family, Keys
 
 def read(keys: Keys) -> ModelConfig:
     keys.only("hidden_act", "silu", "swish")
+    keys.only("normalization_function", "rmsnorm")
+    keys.carry("init_method")
     keys.only("num_local_experts", 0, default=8)
     keys.carry("num_experts_per_tok", "intermediate_size", "router_aux_loss_coef", "output_router_logits")
     bias, n_layers = keys("attention_bias", False), keys("num_hidden_layers", 32)

@@ -10,7 +10,9 @@ def read(keys: Keys) -> ModelConfig:
     D, H, P = keys("hidden_size", 4096), keys("num_heads", 128), keys("head_dim", 64)
     keys.require(keys("expand", 2) * D == H * P, f"hidden_size ({D}) * expand is not num_heads ({H}) * head_dim ({P})")
     keys.only("hidden_act", "silu", "swish")
-    keys.carry("residual_in_fp32", "rescale_prenorm_residual", "time_step_rank")
+    keys.carry("residual_in_fp32", "rescale_prenorm_residual", "time_step_rank", "norm_before_gate", "rms_norm")
+    keys.carry("time_step_init_scheme", "time_step_scale")
+    keys.require(keys.some("intermediate_size", H * P) == H * P, "intermediate_size is not num_heads * head_dim")
     mamba = Mamba2(
         d_state=keys("state_size", 128), d_head=P, n_heads=H, n_groups=keys("n_groups", 8),
         d_conv=keys("conv_kernel", 4), conv_bias=keys("use_conv_bias", True), proj_bias=keys("use_bias", False),

@@ -24,6 +24,7 @@ def read(keys: Keys) -> ModelConfig:
             keys.values[name] = keys.values.pop(older)
     keys.carry("residual_in_fp32", "rescale_prenorm_residual", "use_mamba_kernels", "mamba_ssm_cache_dtype", "expand")
     keys.carry("mamba_proj_bias", "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern")
+    keys.carry("time_step_rank", "rms_norm_eps", "norm_eps", "rope_theta", "partial_rotary_factor")  # not looked at
     keys.carry("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size", "n_group")
     keys.carry("n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "topk_group")
     keys.carry("routed_scaling_factor")
@@ -40,7 +41,7 @@ def read(keys: Keys) -> ModelConfig:
     activation = keys.choose("mlp_hidden_act", common.PLAIN, "relu2")
     blocks = {
         "M": mamba,
-        "*": Attention(**common.heads(keys, n_kv_heads=8, d_head=128), rope=None),
+        "*": Attention(**common.heads(keys, n_kv_heads=8, d_head=keys.some("attention_head_dim", 128)), rope=None),
         "-": MLP(keys("intermediate_size", 21504), activation, keys("mlp_bias", False)),
     }
     return ModelConfig(

@@ -16,7 +16,8 @@ def read(keys: Keys) -> ModelConfig:
 def read_layers(keys: Keys, attention: Attention) -> ModelConfig:
     """What Qwen2 and Qwen3 have in common: layers of attention, some of them windowed, and a gated MLP."""
     n_layers = keys("num_hidden_layers", 32)
-    window = keys("sliding_window", 4096) if keys("use_sliding_window", False) else None
+    width = keys("sliding_window", 4096)
+    window = width if keys("use_sliding_window", False) else None
     first = keys("max_window_layers", 28)
     types = common.layer_types(keys, "layer_types", n_layers=n_layers)
     if types is None:

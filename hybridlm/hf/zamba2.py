@@ -11,6 +11,7 @@ BLOCKS = "ABCDEFGH"
 
 def read(keys: Keys) -> ModelConfig:
     keys.only("use_long_context", False)
+    keys.only("use_shared_mlp_adapter", True)
     keys.carry("use_conv_bias", "use_mem_eff_path", "use_mamba_kernels", "max_position_embeddings")
     keys.derived("kv_channels", "num_query_groups", "attention_hidden_size", "attention_head_dim", "mamba_headdim")
     keys.derived("hybrid_layer_ids", "head_dim")
