@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json files with the keys that publishers leave in them: nothing in their way, and the published size."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+import hybridlm
+from hybridlm.config_io import load_config
+from hybridlm.hf.config_json import _difference, load_json, read_config_json
+
+FILES = load_json(Path(__file__).with_name("published.json"))
+"""Name of our config, or of the checkpoint where we have none, -> config.json."""
+COUNTS = {
+    "Llama-3.1-8B": 8_030_261_248,
+    "Mamba-Codestral-7B": 7_285_403_648,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen3-0.6B": 596_049_920,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_published_file_is_read_as_its_size(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FILES[name]))
+    _, model, _ = read_config_json(tmp_path)
+    if ":" in name:
+        assert _difference(model, load_config(name).model) is None
+    else:
+        abstract = nnx.eval_shape(lambda: hybridlm.HybridLM(model, rngs=nnx.Rngs(0)))
+        assert sum(p.size for p in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == COUNTS[name]
