@@ -14,17 +14,18 @@ from hybridlm.layers.attention import Attention
 from hybridlm.layers.mamba1 import InnerNorm, Mamba1
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
 from hybridlm.layers.mlp import MLP
+from hybridlm.layers.moe import MoE, Router
 from hybridlm.layers.parallel import Branch, Parallel
 from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
 from hybridlm.layers.shared import Shared
 
 __all__ = [
     "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "InnerNorm", "Linear", "Llama3",
-    "MLP", "Mamba1", "Mamba2", "MeshConfig", "ModelConfig", "OptimConfig", "Parallel", "Rope", "RunConfig", "Shared",
-    "YaRN",
+    "MLP", "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "OptimConfig", "Parallel", "Rope", "Router",
+    "RunConfig", "Shared", "YaRN",
 ]  # fmt: skip
 
-Block = Mamba1 | Mamba2 | Attention | MLP | Parallel | Shared
+Block = Mamba1 | Mamba2 | Attention | MLP | MoE | Parallel | Shared
 """What a pattern symbol can stand for."""
 
 
@@ -179,9 +180,11 @@ class MeshConfig:
     """Ways to shard heads, feed-forward width and vocabulary."""
     context: int = 1
     """Ways to split the tokens of a row; divides data.seq_len."""
+    expert: int = 1
+    """Ways to shard the experts of MoE blocks; rows are split over them too, other parameters are not."""
 
     def __post_init__(self):
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context", "expert")}
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name} ({size}) must be at least 1, or -1 for all that is left")
         require(list(sizes.values()).count(-1) <= 1, f"mesh ({sizes}): only one axis can be -1")

@@ -15,7 +15,7 @@ counted as its chunked algorithm (Dao & Gu 2024, section 6) at chunk 128, whatev
 The selective scan of Mamba-1 has no matrix products and counts nothing.
 """
 
-from hybridlm.config import Attention, Block, Mamba1, Mamba2, ModelConfig, Shared
+from hybridlm.config import Attention, Block, Mamba1, Mamba2, ModelConfig, MoE, Shared
 from hybridlm.layers.blocks import parts
 
 SSD_CHUNK = 128
@@ -64,6 +64,11 @@ def _simple_flops(block, d_model: int, seq_len: int) -> float:
         projections = 2.0 * d_model * (2 * d_queries + 2 * d_keys + gate)
         return projections + 4.0 * d_queries * mean_visible(seq_len, block.window)
     n_matrices = 3 if block.gated else 2
+    if isinstance(block, MoE):
+        shared = 0.0 if block.shared is None else _simple_flops(block.shared, d_model, seq_len)
+        projections = 2.0 * d_model * (block.n_experts + block.shared_gate + 2 * (block.d_latent or 0))
+        width = block.router.top_k * (block.d_latent or d_model)
+        return projections + shared + 2.0 * n_matrices * width * block.d_ff
     return 2.0 * n_matrices * d_model * block.d_ff
 
 

@@ -28,6 +28,8 @@ class LossSums(NamedTuple):
     """Squared log-partition (z-loss)."""
     tokens: jax.Array
     """How many."""
+    router: dict[str, jax.Array] | None = None
+    """Of a model with experts: the statistics of `layers.moe.summarise` times `tokens`; dropped: a plain count."""
 
 
 def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk=CHUNK, shards=None) -> LossSums:

@@ -48,7 +48,5 @@ def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
     if leaf.kind != "matrix":
         return None
     first = 1 if leaf.stacked else 0
-    inputs = tuple(range(first, first + leaf.n_in))
-    fused = {first + axis for axis in leaf.fused_axes}
-    outputs = tuple(axis for axis in range(first + leaf.n_in, first + len(leaf.axes)) if axis not in fused)
-    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+    axes = tuple(first + axis for axis in range(len(leaf.axes)) if axis not in leaf.fused_axes)
+    return optax.contrib.MuonDimensionNumbers(axes[: leaf.n_in], axes[leaf.n_in :])

@@ -15,6 +15,7 @@ from flax import nnx
 
 from hybridlm.errors import ConfigError
 from hybridlm.layers.mlp import FeedForward
+from hybridlm.layers.moe import MoEFeedForward
 
 POLICIES = ("none", "full", "dots", "mixer")
 NAMES = {
@@ -37,6 +38,8 @@ NAMES = {
     "attention_out": "attention: input of the output projection",
     "mlp_in": "MLP: result of the first product",
     "mlp_hidden": "MLP: input of the last product",
+    "moe_logits": "MoE: router logits",
+    "moe_routed": "MoE: output of the routed experts, weighed and added up",
 }
 """Intermediates that a custom policy can keep."""
 
@@ -54,7 +57,7 @@ def check(remat: str) -> None:
 def wrap(function: Callable, remat: str, mixer: nnx.Module, *, in_loop: bool) -> Callable:
     """`function`, which runs one sublayer, under the policy. in_loop: the body of a real loop, which XLA cannot merge
     with its recomputation; elsewhere that has to be forbidden."""
-    if remat == "none" or (remat == "mixer" and isinstance(mixer, FeedForward)):
+    if remat == "none" or (remat == "mixer" and isinstance(mixer, FeedForward | MoEFeedForward)):
         return function
     policies = jax.checkpoint_policies
     if remat in ("full", "mixer"):

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from hybridlm.layers.params import ParamInfo
     from hybridlm.model import HybridLM
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "tokens": ("context",),
     "vocab": ("tensor",),
     "d_model": ("fsdp",),  # of parameters; activations keep their width whole
@@ -35,6 +35,7 @@ RULES = {
     "groups": ("tensor",),
     "d_ff": ("tensor",),
     "d_inner": ("tensor",),
+    "experts": ("expert",),
 }
 """Logical axis -> mesh axes. An axis without an entry is never split."""
 REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
@@ -65,7 +66,7 @@ def check_model(config: "ModelConfig", mesh: Mesh) -> None:
 
     Key/value heads and state groups need not divide: fewer of them than tensor shards are replicated.
     """
-    from hybridlm.config import MLP, Attention, Mamba1, Mamba2
+    from hybridlm.config import MLP, Attention, Mamba1, Mamba2, MoE
     from hybridlm.layers.blocks import parts
 
     sizes = [("d_model", config.d_model, "fsdp"), ("vocab_size", config.vocab_size, "tensor")]
@@ -80,6 +81,10 @@ def check_model(config: "ModelConfig", mesh: Mesh) -> None:
                 sizes.append((f"{name}.n_heads", block.n_heads, "tensor"))
             elif isinstance(block, MLP):
                 sizes.append((f"{name}.d_ff", block.d_ff, "tensor"))
+            elif isinstance(block, MoE):
+                sizes += [(f"{name}.n_experts", block.n_experts, "expert"), (f"{name}.d_ff", block.d_ff, "tensor")]
+                sizes.append((f"{name}.d_latent", block.d_latent or config.d_model, "fsdp"))
+                sizes.append((f"{name}.shared.d_ff", 0 if block.shared is None else block.shared.d_ff, "tensor"))
     for name, size, axis in sizes:
         n = mesh.shape.get(axis, 1)
         require(size % n == 0, f"model.{name} ({size}) not divisible by mesh.{axis} ({n})")
@@ -89,9 +94,10 @@ def check_config(config: "Config", mesh: Mesh) -> None:
     """ConfigError for the first size of the model or of the batch that the mesh cannot split."""
     check_model(config.model, mesh)
     rows = config.data.batch_size // config.optim.accumulate
-    shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    axes = [axis for axis in RULES["batch"] if axis != "expert" or mesh.shape.get(axis, 1) > 1]
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in axes)
     name = "data.batch_size" if config.optim.accumulate == 1 else "data.batch_size / optim.accumulate"
-    require(rows % shards == 0, f"{name} ({rows}) not divisible by mesh.data * mesh.fsdp ({shards})")
+    require(rows % shards == 0, f"{name} ({rows}) not divisible by mesh.{' * mesh.'.join(axes)} ({shards})")
     tokens, shards = config.data.seq_len, mesh.shape.get("context", 1)
     require(tokens % shards == 0, f"data.seq_len ({tokens}) not divisible by mesh.context ({shards})")
 
@@ -119,7 +125,7 @@ def param_shardings(info, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of [B, T] token arrays: rows over data and fsdp. Ids are few: all tokens of a row are everywhere."""
+    """Sharding of [B, T] token arrays: rows over data, fsdp and expert. Ids are few: all of a row are everywhere."""
     return NamedSharding(mesh, P(RULES["batch"], None))
 
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config
+from hybridlm.layers.moe import summarise
 from hybridlm.loss import LossSums, cross_entropy
 from hybridlm.optim import make_optimizer
 
@@ -103,11 +104,13 @@ def make_loss(config: Config, graphdef: nnx.GraphDef) -> Callable:
 
     def loss_sums(params, batch) -> LossSums:
         model = nnx.merge(graphdef, params)
-        x_BTD = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
-        return cross_entropy(
+        x_BTD, stats = model.hidden_with_stats(batch["tokens"], batch["segment_ids"], batch["positions"])
+        sums = cross_entropy(
             x_BTD, model.unembedding(), batch["targets"], multiplier=model.logit_scale,
             softcap=config.model.logit_softcap,
         )  # fmt: skip
+        router = {k: v if k == "dropped" else v * sums.tokens for k, v in summarise(stats).items()}
+        return sums._replace(router=router or None)
 
     return loss_sums
 
@@ -116,8 +119,9 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
     """(state, batch) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if finite.
 
     With optim.accumulate > 1 the gradients of that many microbatches are summed in float32 one after the other; the
-    result is that of the whole batch. Where the loss or the gradient is not finite, parameters and optimizer stay as
-    they were and the step counts as skipped.
+    result is that of the whole batch, but for the load-balance loss of experts, which is taken of each microbatch.
+    Where the loss or the gradient is not finite, parameters and optimizer stay as they were and the step counts as
+    skipped.
     """
     n_micro = config.optim.accumulate
 
@@ -127,7 +131,8 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
 
         def mean_loss(params, micro):
             sums = loss_sums(params, micro)
-            return (sums.nats + config.optim.z_loss * sums.z) / n_tokens, sums
+            router_loss = 0.0 if sums.router is None else sums.router["loss"]
+            return (sums.nats + config.optim.z_loss * sums.z + router_loss) / n_tokens, sums
 
         gradient = jax.grad(mean_loss, has_aux=True)
         if n_micro == 1:
@@ -138,9 +143,11 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
             grads, sums = gradient(params, micro)
             return jax.tree.map(jnp.add, total, (_as_params(grads, params_at), sums)), None
 
+        micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
         zeros = jax.tree.map(jnp.zeros_like, params)
-        start = (_as_params(zeros, params_at), LossSums(*[jnp.zeros((), jnp.float32)] * 3))
-        (grads, sums), _ = lax.scan(add, start, {k: _microbatches(v, n_micro) for k, v in batch.items()})
+        no_sums = jax.eval_shape(loss_sums, params, jax.tree.map(lambda x: x[0], micros))
+        start = (_as_params(zeros, params_at), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), no_sums))
+        (grads, sums), _ = lax.scan(add, start, micros)
         return sums, grads
 
     def train_step(state, batch):
@@ -162,7 +169,7 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
             "lr": jnp.float32(schedule(state["step"] - state["skipped"])),
             "skipped": new_state["skipped"], "skipped_in_row": new_state["skipped_in_row"],
         }  # fmt: skip
-        return new_state, metrics
+        return new_state, metrics | {f"router_{name}": value for name, value in (sums.router or {}).items()}
 
     return train_step
 

@@ -9,8 +9,9 @@ from hybridlm.layers.attention import Attention, AttentionMixer
 from hybridlm.layers.mamba1 import Mamba1, Mamba1Mixer
 from hybridlm.layers.mamba2 import Mamba2, Mamba2Mixer
 from hybridlm.layers.mlp import MLP, FeedForward
+from hybridlm.layers.moe import MoE, MoEFeedForward
 
-Simple = Mamba1 | Mamba2 | Attention | MLP
+Simple = Mamba1 | Mamba2 | Attention | MLP | MoE
 """What a pattern symbol, a branch or the part of a shared block can be."""
 
 MIXERS: dict[type, type[nnx.Module]] = {
@@ -18,6 +19,7 @@ MIXERS: dict[type, type[nnx.Module]] = {
     Mamba2: Mamba2Mixer,
     Attention: AttentionMixer,
     MLP: FeedForward,
+    MoE: MoEFeedForward,
 }
 """Sub-config -> the module that it configures."""
 

@@ -6,7 +6,7 @@ stacks the values of its repeats along a leading axis that is not counted):
 
 - axes: logical axis names (None: no name), see `hybridlm.sharding.RULES`.
 - kind: matrix, embedding, norm, bias, recurrence, conv or sink.
-- n_in: of a matrix, the number of leading axes that are contracted; the others, but the fused ones, are its outputs.
+- n_in: of a matrix, how many axes are contracted: the first, fused ones aside; the others are its outputs.
 - fused_axes: of a matrix, axes that count independent matrices stored together.
 """
 
@@ -32,7 +32,7 @@ class ParamInfo:
     kind: Kind
     """matrix, embedding, norm, bias, recurrence, conv or sink."""
     n_in: int
-    """Leading axes of a matrix (without the stacked one) that are contracted."""
+    """How many axes of a matrix are contracted: the first, the stacked one and fused ones aside."""
     fused_axes: tuple[int, ...]
     """Axes (without the stacked one) that count independent matrices."""
     stacked: bool

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm.config import MLP, Attention, GatedNorm, InnerNorm, Llama3, Mamba1, Mamba2, ModelConfig, Rope
+from hybridlm.config import MLP, Attention, GatedNorm, InnerNorm, Llama3, Mamba1, Mamba2, ModelConfig, MoE, Rope, Router
 from hybridlm.model import HybridLM
 
 VOCAB = 29
@@ -35,6 +35,15 @@ VARIANTS = {
     "gated": Attention(n_heads=4, n_kv_heads=1, d_head=8, gate="elementwise", rope=None, softcap=3.0, scale=0.5),
     "window": Attention(
         n_heads=2, d_head=8, window=3, sinks=True, gate="head", qk_norm=True, rope=Rope(100.0, 0.5, Llama3())
+    ),
+    "moe": MoE(
+        n_experts=6,
+        d_ff=5,
+        activation="relu2",
+        d_latent=8,
+        latent_bias=True,
+        shared=MLP(7, "relu2"),
+        router=Router(3, "sigmoid", renormalise=True, scaling=1.5, selection_bias=True, n_groups=3, top_groups=2),
     ),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
 }

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The products of routed experts on one device's tokens: sorted by expert, dropless; over a mesh axis by all-to-all.
+
+A token and one of its experts are an assignment; there are A = M k of them. Rows are laid out by two index arrays that
+are each other's inverse, so that both directions, and their gradients, are gathers: `source` says for each row which
+assignment it holds (A: none), `place` for each assignment in which row it is (the number of rows: in none).
+
+Axis letters: M tokens, k experts of a token, A assignments, E experts, D model, F feed-forward, X devices of the axis.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import grouped_dot
+
+
+def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
+    """sum over k of weights[m, k] * expert(x[m]), float32 [M, D].
+
+    experts_Mk: int32; numbers that are no expert's (E and above) give zeros. apply(rows, sizes): the experts' outputs
+    for rows sorted by expert, sizes[e] of them expert e's (see `feed_forward`).
+    """
+    source_A, place_A, sizes_E = sort_by_expert(experts_Mk.reshape(-1), apply.n_experts)
+    rows_AD = spread(x_MD, source_A, place_A, experts_Mk.shape[1])
+    y_AD = collect(apply(rows_AD, sizes_E), source_A, place_A)
+    return combine(y_AD, weights_Mk)
+
+
+def routed_experts_over(
+    axis: str, x_MD, experts_Mk, weights_Mk, apply: Callable, *, n_experts: int, capacity: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """`routed_experts` inside a shard_map where each device of the mesh axis has n_experts / X of the experts.
+
+    Every device sends each other the rows for its experts in a buffer of fixed size, computes on what it gets, and
+    sends the results back. The buffer holds M min(k, E / X) rows, which is the most that can be needed; or, with
+    `capacity`, that many times the M k / X rows of an even load, rounded up to 8, and what is more is left out (the
+    later tokens first). Returns that and bool [M, k]: which assignments were computed.
+    """
+    (n_tokens, d_model), top_k = x_MD.shape, experts_Mk.shape[1]
+    n_devices = jax.lax.axis_size(axis)
+    n_local = n_experts // n_devices
+    room = n_tokens * min(top_k, n_local)
+    if capacity is not None:
+        room = min(room, -(-int(capacity * n_tokens * top_k / n_devices + 1) // 8) * 8)
+    source, place_A, sent_XE = _addresses(experts_Mk.reshape(-1), n_devices, n_local, room)
+    exchange = partial(jax.lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0)
+    send = spread(x_MD, source, place_A, top_k).reshape(n_devices, room, d_model)
+    received, sizes_XE = exchange(send).reshape(-1, d_model), exchange(sent_XE)
+    expert = jnp.sum(
+        jnp.arange(room)[:, None] >= jnp.cumsum(sizes_XE, axis=1)[:, None], axis=-1
+    )  # n_local: an empty row
+    order, back, sizes_E = sort_by_expert(expert.reshape(-1), n_local)
+    y = collect(apply(spread(received, order, back, 1), sizes_E), order, back)
+    y_AD = collect(exchange(y.reshape(send.shape)).reshape(-1, d_model), source, place_A)
+    return combine(y_AD, weights_Mk), (place_A < n_devices * room).reshape(experts_Mk.shape)
+
+
+def feed_forward(w_in, w_out_EFD, activation: Callable) -> Callable:
+    """The experts' (rows, sizes) -> outputs. w_in: [E, D, F], or [E, D, 2, F] where the activation's side is gated."""
+
+    def apply(rows_RD, sizes_E):
+        h = grouped_dot(rows_RD, w_in.reshape(*w_in.shape[:2], -1), sizes_E).reshape(-1, *w_in.shape[2:])
+        h_RF = activation(h[:, 0]) * h[:, 1] if h.ndim == 3 else activation(h)
+        return grouped_dot(h_RF, w_out_EFD, sizes_E)
+
+    apply.n_experts = w_out_EFD.shape[0]
+    return apply
+
+
+def combine(y_AD: jax.Array, weights_Mk: jax.Array) -> jax.Array:
+    """Assignments weighed and added up by token, in float32."""
+    y_MkD = y_AD.reshape(*weights_Mk.shape, -1).astype(jnp.float32)
+    return jnp.sum(y_MkD * weights_Mk[:, :, None].astype(jnp.float32), axis=1)
+
+
+def sort_by_expert(experts_A, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(source, place, sizes [E]) of rows sorted by expert, tokens of one expert in order."""
+    source_A = jnp.argsort(experts_A, stable=True)
+    return source_A, jnp.argsort(source_A), _count(experts_A, n_experts)
+
+
+def _count(experts_A, n_experts: int) -> jax.Array:
+    return jnp.sum(experts_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+
+
+def _addresses(experts_A, n_devices: int, n_local: int, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(source, place, rows sent by device and its experts [X, E / X]) of a buffer with `room` rows a device."""
+    order_A, rank_A, sizes_E = sort_by_expert(experts_A, n_devices * n_local)
+    sizes_XE = sizes_E.reshape(n_devices, n_local)
+    before_XE = jnp.cumsum(sizes_XE, axis=1) - sizes_XE  # rows for the device's earlier experts
+    sent_XE = jnp.clip(room - before_XE, 0, sizes_XE)
+    start_X = jnp.cumsum(sizes_XE.sum(axis=1)) - sizes_XE.sum(axis=1)
+    n_assignments, row = experts_A.shape[0], jnp.arange(room)
+    of_row = order_A[jnp.clip(start_X[:, None] + row, max=n_assignments - 1)]
+    source = jnp.where(row < sent_XE.sum(axis=1)[:, None], of_row, n_assignments).reshape(-1)
+    device_A = experts_A // n_local
+    at_A = rank_A - start_X[jnp.clip(device_A, max=n_devices - 1)]
+    is_sent_A = (device_A < n_devices) & (at_A < room)
+    return source, jnp.where(is_sent_A, device_A * room + at_A, n_devices * room), sent_XE
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def spread(x_MD, source, place_A, top_k: int) -> jax.Array:
+    """Rows that hold their assignments' tokens; zeros where there is none."""
+    token = jnp.where(source < place_A.shape[0], source // top_k, x_MD.shape[0])
+    return _take(x_MD, token)
+
+
+def _spread_forward(x_MD, source, place_A, top_k):
+    return spread(x_MD, source, place_A, top_k), place_A
+
+
+def _spread_backward(top_k, place_A, grad):
+    grad_MkD = _take(grad, place_A).reshape(-1, top_k, grad.shape[-1])
+    return grad_MkD.astype(jnp.float32).sum(axis=1).astype(grad.dtype), None, None
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def collect(rows, source, place_A) -> jax.Array:
+    """[A, D]: the row of each assignment; zeros where it has none."""
+    return _take(rows, place_A)
+
+
+def _collect_forward(rows, source, place_A):
+    return _take(rows, place_A), source
+
+
+def _collect_backward(source, grad_AD):
+    return _take(grad_AD, source), None, None
+
+
+collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _take(array, index) -> jax.Array:
+    """array[index], zeros where the index is too large."""
+    return jnp.take(array, index, axis=0, mode="fill", fill_value=0)
