@@ -65,7 +65,8 @@ def make_plan(family: Family, model: nnx.Module, published: ModelConfig) -> Plan
     published: the model's config as the family writes it, whose pattern has the family's own symbols. ValueError
     where the tables leave a parameter out.
     """
-    infos = {".".join(map(str, path)): info for path, info in nnx.to_flat_state(param_info(model))}
+    flat = nnx.to_flat_state(param_info(model))
+    infos = {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
     tensors: dict[str, Tensor] = {}
     copies: dict[str, str] = {}
 

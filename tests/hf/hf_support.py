@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tests/golden: tiny random checkpoints of published implementations (transformers 5.23, float32) with their outputs."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from hybridlm.hf import FAMILIES, from_hf
+from hybridlm.hf.config_json import family
+from hybridlm.hf.plan import Plan, make_plan
+from tests.model.model_support import QUICK
+
+FOLDER = Path(__file__).parent.parent / "golden"
+GOLDEN = [name for name in FAMILIES if (FOLDER / name / "golden.npz").is_file()]
+ATOL = 2e-4
+"""Largest difference of a logit, at highest matrix precision."""
+
+
+@cache
+def golden(name: str) -> tuple[nnx.Module, dict[str, np.ndarray], dict]:
+    """The model of a golden checkpoint, its golden arrays, meta.json."""
+    arrays = dict(np.load(FOLDER / name / "golden.npz"))
+    return from_hf(FOLDER / name), arrays, json.loads((FOLDER / name / "meta.json").read_text())
+
+
+def tokens(name: str) -> np.ndarray:
+    """The golden tokens [2, 17]."""
+    return golden(name)[1]["input_ids"].astype(np.int32)
+
+
+def plan_of(name: str) -> Plan:
+    """The plan of a golden checkpoint's model."""
+    model = golden(name)[0]
+    return make_plan(family(name), model, model.config)
+
+
+forward = jax.jit(lambda model, tokens, ids=None: model(tokens, ids), compiler_options=QUICK)
+extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache), compiler_options=QUICK)
+
+
+def norms_by_name(plan: Plan, grads) -> dict[str, float]:
+    """L2 norm of the gradient of each published tensor."""
+    flat = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(grads)}
+    return {
+        name: float(np.linalg.norm([np.linalg.norm(flat[part.path][part.index]) for part in tensor.pieces]))
+        for name, tensor in plan.tensors.items()
+    }

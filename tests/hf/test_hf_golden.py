@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each family against its published implementation, and against itself: packed, cached, chunked, sharded, trained."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import hybridlm
+from hybridlm.config import MeshConfig
+from hybridlm.sharding import make_mesh
+from tests.hf.hf_support import ATOL, FOLDER, GOLDEN, extend, forward, golden, norms_by_name, plan_of, tokens
+from tests.model.model_support import QUICK
+
+
+def by_default(*names: str) -> list:
+    """All families; those not named, for which these stand by default, are slow."""
+    return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in GOLDEN]
+
+
+every = pytest.mark.parametrize("name", GOLDEN)
+
+
+@every
+@pytest.mark.quick
+def test_logits(name):
+    model, arrays, _ = golden(name)
+    np.testing.assert_allclose(forward(model, tokens(name)), arrays["logits"], rtol=0, atol=ATOL)
+
+
+@every
+def test_packed_logits(name):
+    model, arrays, _ = golden(name)
+    row = tokens(name)[:1]
+    ids = np.where(np.arange(row.shape[1]) < int(arrays["packed_split"]), 1, 2).astype(np.int32)[None]
+    np.testing.assert_allclose(forward(model, row, ids)[0], arrays["packed_logits"], rtol=0, atol=ATOL)
+
+
+@every
+def test_greedy_tokens(name):
+    model, arrays, _ = golden(name)
+    np.testing.assert_array_equal(hybridlm.generate(model, tokens(name), max_new_tokens=8), arrays["greedy_ids"])
+
+
+@every
+def test_loss_and_gradient_norms(name):
+    model, arrays, meta = golden(name)
+    graphdef, params = nnx.split(model)
+    inputs = tokens(name)
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, params)(inputs[:, :-1]))
+        return -jnp.take_along_axis(log_p, inputs[:, 1:, None], axis=-1).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+    assert float(value) == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    plan = plan_of(name)
+    norms = norms_by_name(plan, grads)
+    for published, norm in meta["grad_norms"].items():
+        assert norms[plan.canonical(published)] == pytest.approx(norm, rel=1e-3), published
+
+
+@pytest.mark.parametrize("name", by_default("llama", "falcon_h1", "zamba2"))
+def test_chunked_prefill(name):
+    """Chunks of any size, single tokens among them, give the logits of one call."""
+    model, arrays, _ = golden(name)
+    inputs = tokens(name)
+    cache, logits, start = model.init_cache(*inputs.shape), [], 0
+    for size in (5, 5, 1, 1, 5):
+        part, cache = extend(model, inputs[:, start : start + size], cache)
+        logits.append(part)
+        start += size
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), arrays["logits"], rtol=0, atol=ATOL)
+
+
+@every
+def test_round_trip_is_bit_exact(name, tmp_path):
+    """What to_hf writes holds the tensors that from_hf read, under the same names; read again it is the same model."""
+    model, _, _ = golden(name)
+    hybridlm.to_hf(model, tmp_path / "out", max_shard_bytes=40_000)
+    published, written = load_file(FOLDER / name / "model.safetensors"), {}
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    for file in files:
+        written |= load_file(file)
+    assert sorted(published) == sorted(written)
+    for key, value in published.items():
+        assert value.dtype == written[key].dtype
+        np.testing.assert_array_equal(value, written[key], err_msg=key)
+    again = hybridlm.from_hf(tmp_path / "out")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+@every
+def test_eight_devices_equal_one(name):
+    """Loaded straight to 2 x 2 x 2 devices: no device holds a whole matrix, the logits are the same."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        model = hybridlm.from_hf(FOLDER / name, mesh=mesh)
+        assert model.embedding[...].addressable_shards[0].data.size == model.embedding[...].size // 4
+        logits = forward(model, np.tile(tokens(name), (2, 1)))
+    expected = np.tile(golden(name)[1]["logits"], (2, 1, 1))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", by_default("bamba"))
+def test_twenty_steps_learn(name):
+    """Every parameter gets a gradient, and the loss of a batch falls."""
+    graphdef, params = nnx.split(golden(name)[0])
+    inputs = tokens(name)
+    optimizer = optax.adam(3e-3)
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, params)(inputs[:, :-1]))
+        return -jnp.take_along_axis(log_p, inputs[:, 1:, None], axis=-1).mean()
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses, start = optimizer.init(params), [], params
+    for _ in range(20):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, start)))
