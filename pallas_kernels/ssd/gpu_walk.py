@@ -2,9 +2,9 @@
 """Mosaic GPU (Hopper) kernel that walks the chunks of a sequence with the recurrent state in registers.
 
 One thread block owns a few heads of one piece of one row. A producer warpgroup streams chunks of 64 tokens through
-shared memory; a state warpgroup keeps the float32 states ``[P, N]`` of the heads as matrix-unit accumulators. In the
-forward it hands their bfloat16 copies to one output warpgroup a head, so that state and outputs of different chunks
-are computed at the same time.
+shared memory. One warpgroup a head keeps the float32 state ``[P, N]`` as matrix-unit accumulators and forms y
+transposed, ``[P, tokens]``, so that its left operands (state, x) come from registers. In the forward one more
+warpgroup forms the decayed scores of all heads of the block, ahead of their use.
 
 Forward (``emit_y``), chunked SSD (Dao and Gu 2024, section 6): with ``a`` the within-chunk cumulative log2 decay and
 ``b = a - log2(dt)``,
@@ -12,12 +12,12 @@ Forward (``emit_y``), chunked SSD (Dao and Gu 2024, section 6): with ``a`` the w
     y_i   = exp2(a_i) C_i state^T + sum_{j<=i} (C_i . B_j) exp2(a_i - b_j) x_j + D x_i
     state = exp2(a_end) state + sum_j exp2(a_end - b_j) x_j B_j^T
 
-Without ``emit_y`` only the state is walked, by one warpgroup a head; ``reverse`` walks it from the end of the sequence
-with the weights ``exp2(a_i)``, which is the recurrence of the state's gradient (``x`` := dy, ``B`` := C).
+Without ``emit_y`` only the state is walked; ``reverse`` walks it from the end of the sequence with the weights
+``exp2(a_i)``, which is the recurrence of the state's gradient (``x`` := dy, ``B`` := C).
 
-Barriers: ``full`` and ``empty`` of each slot of the ring between the producer and everyone else; ``h_full`` and
-``h_empty`` between the state's and the output warpgroups. No barrier is inserted automatically: every buffer has one
-writer, and between two writes of one buffer all its readers have passed a barrier.
+Barriers: ``full`` and ``empty`` of each slot of the ring between the producer and everyone else; ``m_full`` and
+``m_empty`` between the scores' and the state warpgroups. y overwrites x, so a slot is given back one chunk later. No
+barrier is inserted automatically: between two writes of one buffer all its readers have passed a barrier.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ TILE = 64  # tokens a chunk, and head width of a tile
 BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SHARED_BYTES = 220 * 1024  # shared memory the buffers may take
 MOST_STAGES = 6
+TILE_BYTES = 2 * TILE * TILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +59,33 @@ class Walk:
 
     @property
     def block_heads(self) -> int:
-        """Heads of a thread block; they share B and C."""
+        """Heads of a thread block, one a state warpgroup; they share B and C."""
         pairs = (self.heads // self.groups) % 2 == 0
         return 2 if pairs and not (self.emit_y and self.state > 128) else 1
 
     @property
-    def state_warpgroups(self) -> int:
-        return 1 if self.emit_y else self.block_heads
-
-    @property
     def warpgroups(self) -> int:
-        """State and output warpgroups; the producer is one more."""
-        return self.state_warpgroups + (self.block_heads if self.emit_y else 0)
+        """State and scores warpgroups; the producer is one more."""
+        return self.block_heads + self.emit_y
 
     @property
     def stages(self) -> int:
-        """Chunks in the ring of inputs: what fits."""
-        tile, vector = 2 * TILE * TILE, 4 * TILE
-        wide = 2 * TILE * self.state
-        fixed = self.block_heads * (2 * tile + vector + (wide if self.emit_y or self.emit_states else 0))
-        stage = self.block_heads * (tile + 2 * vector) + 4 * vector * self.segments + wide * (1 + self.emit_y)
-        return min(MOST_STAGES, (SHARED_BYTES - fixed) // stage)
+        """Chunks in the ring of inputs: what fits beside the copies of states and one set of scores."""
+        return min(MOST_STAGES, self._free_bytes // self._stage_bytes)
+
+    @property
+    def score_stages(self) -> int:
+        return 2 if self._free_bytes - self.stages * self._stage_bytes >= self.block_heads * TILE_BYTES else 1
+
+    @property
+    def _stage_bytes(self) -> int:
+        vectors = 4 * TILE * (2 * self.block_heads + 4 * self.segments)
+        return self.block_heads * TILE_BYTES + vectors + 2 * TILE * self.state * (1 + self.emit_y)
+
+    @property
+    def _free_bytes(self) -> int:
+        copies = 2 * TILE * self.state if self.emit_states else 0
+        return SHARED_BYTES - self.block_heads * (copies + TILE_BYTES * self.emit_y)
 
     @property
     def piece_chunks(self) -> int:
@@ -119,158 +126,186 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
 
 
-def _decayed_scores(cfg, scores, a_row, b_col, first):
-    """M_ij = (C_i . B_j) exp2(a_i - b_j), zero unless first_i <= j <= i."""
-    gate = jnp.exp2(_row(a_row, TILE) - _col(b_col, TILE))
+def _masked_scores(cfg, slot, scores, seg):
+    """Scores B_j . C_i, zero unless j <= i in one document."""
     rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
     cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
-    mask = rows >= cols
+    mask = rows <= cols
     if cfg.segments:
-        mask = jnp.logical_and(mask, cols >= rows - _row(first, TILE))
-    return jnp.where(mask, scores * gate, 0.0).astype(cfg.dtype)
+        span = plgpu.load(seg.at[slot, 0], layout=COL)
+        token = plgpu.layout_cast(lax.iota(jnp.int32, TILE), COL)
+        mask = jnp.logical_and(mask, rows >= _col(token - span.astype(jnp.int32), TILE))
+    return jnp.where(mask, scores, 0.0)
 
 
-def _update(cfg, states, heads, smem, slot, tiles):
-    """States of ``heads`` after the chunk in ``slot``; ``tiles`` are scratch space, one a head."""
-    scaled = []
-    for state, lh, tile in zip(states, heads, tiles):
-        a_end = smem["ab"][slot, lh, 0, TILE - 1]
-        decay = jnp.exp2(a_end)
+def _decayed(cfg, scores, a_col, b_row):
+    """scores_ji exp2(a_i - b_j); the bound matters only where scores are zero, so that no infinity meets them."""
+    gate = jnp.exp2(jnp.minimum(_col(a_col, TILE) - _row(b_row, TILE), 100.0))
+    return (scores * gate).astype(cfg.dtype)
+
+
+def _walk_scores(cfg, idx, smem, bars):
+    """Work of the scores' warpgroup: decayed scores of all heads of the block, in bfloat16."""
+    steps = idx[-1]
+
+    def step(i, _):
+        slot, ring = lax.rem(i, cfg.stages), lax.rem(i, cfg.score_stages)
+        plgpu.barrier_wait(bars["full"].at[slot])
+        scores = matmul(smem["b"].at[slot], smem["c"].at[slot].T, (TILE, TILE), None, cfg.interpret)
+        # Vectors are read from here on: layout inference does not end when they are read before the product starts.
+        scores = _masked_scores(cfg, slot, scores, smem["seg"])
+        for lh in range(cfg.block_heads):
+            a_col = plgpu.load(smem["ab"].at[slot, lh, 0], layout=COL)
+            b_row = plgpu.load(smem["ab"].at[slot, lh, 1], layout=ROW)
+            m = _decayed(cfg, scores, a_col, b_row)
+
+            @pl.when(i >= cfg.score_stages)
+            def _():
+                plgpu.barrier_wait(bars["m_empty"].at[ring, lh])
+
+            smem["m"][ring, lh] = m
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(bars["m_full"].at[ring, lh])
+        plgpu.barrier_arrive(bars["empty"].at[slot])
+        return None
+
+    lax.fori_loop(0, steps, step, None)
+    for i in range(cfg.score_stages):  # leave no arrival unobserved
+
+        @pl.when(steps + i >= cfg.score_stages)
+        def _():
+            for lh in range(cfg.block_heads):
+                plgpu.barrier_wait(bars["m_empty"].at[lax.rem(steps + i, cfg.score_stages), lh])
+
+
+def _head_step(cfg, state, smem, bars, i, lh, released):
+    """One chunk of one head: returns the new state; y overwrites x. ``released()`` runs while products are underway."""
+    slot = lax.rem(i, cfg.stages)
+    ab, seg, x_ref = smem["ab"], smem["seg"], smem["x"].at[slot, lh]
+    a_end = ab[slot, lh, 0, TILE - 1]
+    decay = jnp.exp2(a_end)
+    if cfg.segments:
+        decay *= seg[slot, 3, TILE - 1]
+
+    def weighted(x):
         if cfg.reverse:
-            weight = jnp.exp2(plgpu.load(smem["ab"].at[slot, lh, 0], layout=ROW))
+            weight = jnp.exp2(plgpu.load(ab.at[slot, lh, 0], layout=COL))
         else:
-            weight = jnp.exp2(a_end - plgpu.load(smem["ab"].at[slot, lh, 1], layout=ROW))
+            weight = jnp.exp2(a_end - plgpu.load(ab.at[slot, lh, 1], layout=COL))
         if cfg.segments:
-            weight *= plgpu.load(smem["seg"].at[slot, 1 if cfg.reverse else 2], layout=ROW)
-            decay *= smem["seg"][slot, 3, TILE - 1]
-        x = plgpu.load(smem["x"].at[slot, lh], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        tile[...] = (x * _row(weight, TILE)).astype(cfg.dtype)
-        scaled.append(state * decay)
-    plgpu.commit_smem()
+            weight *= plgpu.load(seg.at[slot, 1 if cfg.reverse else 2], layout=COL)
+        return (x.astype(jnp.float32) * _col(weight, TILE)).astype(cfg.dtype)
+
+    def transposed():
+        return plgpu.load(x_ref.T, layout=plgpu.Layout.WGMMA)
+
     b_ref = smem["b"].at[slot]
-    if cfg.interpret:
-        return tuple(matmul(t.T, b_ref, s.shape, s, True) for t, s in zip(tiles, scaled))
+    if not cfg.emit_y:
+        return matmul(weighted(transposed()), b_ref, state.shape, state * decay, cfg.interpret)
 
-    def products(*accs):
-        for tile, acc, state in zip(tiles, accs, scaled):
-            acc[...] = state
-            plgpu.wgmma(acc, tile.T, b_ref)
-        return tuple(acc[...] for acc in accs)
+    c_ref = smem["c"].at[slot]
 
-    return pl.run_scoped(products, *[plgpu.ACC(s.shape, jnp.float32) for s in scaled])
+    def inter(acc):
+        plgpu.wgmma(acc, state.astype(cfg.dtype), c_ref.T)
+        x = transposed()
+        released()
+        return acc[...], x
 
-
-def _walk_states(cfg, idx, final_g, states_g, init_g, smem, bars, w_idx):
-    """Work of a state warpgroup: all heads of the block in the forward, else head ``w_idx``."""
-    b, h0, piece, first, steps = idx
-    local = tuple(range(cfg.block_heads)) if cfg.emit_y else (w_idx,)
-    if cfg.has_init:
-        start = [plgpu.load(init_g.at[b, piece, h0 + lh], layout=plgpu.Layout.WGMMA, optimized=False) for lh in local]
+    if cfg.interpret or cfg.state > 128:  # in parts: registers are short
+        y = None
+        for n in range(0, cfg.state, 64):
+            part = lax.slice(state, (0, n), (TILE, n + 64)).astype(cfg.dtype)
+            y = matmul(part, c_ref.at[:, pl.ds(n, 64)].T, (TILE, TILE), y, cfg.interpret)
+        x = transposed()
+        released()
     else:
-        zero = plgpu.layout_cast(jnp.zeros((TILE, cfg.state), jnp.float32), plgpu.Layout.WGMMA)
-        start = [zero for _ in local]
+        y, x = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
+    xw = weighted(x)
+    e_col = jnp.exp2(plgpu.load(ab.at[slot, lh, 0], layout=COL))
+    if cfg.segments:
+        e_col *= plgpu.load(seg.at[slot, 1], layout=COL)
+    y *= _col(e_col, TILE)
+    if cfg.has_d:
+        skip = x.astype(jnp.float32) * _row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE)
+        if cfg.segments:
+            skip = jnp.where(_col(plgpu.load(seg.at[slot, 0], layout=COL), TILE) >= 0.0, skip, 0.0)
+        y += skip
+    ring = lax.rem(i, cfg.score_stages)
+    m_ref = smem["m"].at[ring, lh]
+    plgpu.barrier_wait(bars["m_full"].at[ring, lh])
 
-    def share(i, chunk, states):
-        """Puts the states into shared memory, for the outputs and for the copy out at every second chunk."""
+    def products(y_acc, state_acc):
+        y_acc[...] = y
+        state_acc[...] = state * decay
+        plgpu.wgmma(y_acc, x, m_ref)
+        plgpu.wgmma(state_acc, xw, b_ref)
+        out = plgpu.layout_cast(plgpu.wgmma_accumulator_load(y_acc, wait_n=1), plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(bars["m_empty"].at[ring, lh])
+        x_ref.T[...] = out.astype(cfg.dtype)
+        plgpu.commit_smem()
+        return state_acc[...]
+
+    if cfg.interpret:
+        out = matmul(x, m_ref, y.shape, y, True)
+        plgpu.barrier_arrive(bars["m_empty"].at[ring, lh])
+        x_ref.T[...] = out.astype(cfg.dtype)
+        plgpu.commit_smem()
+        return matmul(xw, b_ref, state.shape, state * decay, True)
+    return pl.run_scoped(products, plgpu.ACC(y.shape, jnp.float32), plgpu.ACC(state.shape, jnp.float32))
+
+
+def _walk_states(cfg, idx, outs, init_g, d_g, smem, bars, lh):
+    """Work of a state warpgroup: head ``lh`` of the block."""
+    y_g, final_g, states_g = outs
+    b, h0, piece, first, steps = idx
+    head = h0 + lh
+    if cfg.has_init:
+        start = plgpu.load(init_g.at[b, piece, head], layout=plgpu.Layout.WGMMA, optimized=False)
+    else:
+        start = plgpu.layout_cast(jnp.zeros((TILE, cfg.state), jnp.float32), plgpu.Layout.WGMMA)
+
+    def step(i, state):
+        slot = lax.rem(i, cfg.stages)
+        chunk = first - i if cfg.reverse else first + i
         if cfg.emit_states:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if cfg.emit_y:
+
+            @pl.when(lax.rem(i, 2) == 0)
+            def _():
+                if not cfg.emit_y:  # else seen at the last chunk
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                smem["h"][lh] = state.astype(cfg.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(smem["h"].at[lh], states_g.at[b, lax.div(chunk, 2), head])
+
+        plgpu.barrier_wait(bars["full"].at[slot])
+
+        def released():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too: all have read x
 
             @pl.when(i > 0)
             def _():
-                plgpu.barrier_wait(bars["h_empty"].at[0])
+                plgpu.barrier_arrive(bars["empty"].at[lax.rem(i + cfg.stages - 1, cfg.stages)])
 
-        for lh, state in zip(local, states):
-            smem["h"][lh] = state.astype(cfg.dtype)
-        plgpu.commit_smem()
+        state = _head_step(cfg, state, smem, bars, i, lh, released)
         if cfg.emit_y:
-            plgpu.barrier_arrive(bars["h_full"].at[0])
-        if cfg.emit_states:
+            y_ref = smem["x"].at[slot, lh]
+            plgpu.copy_smem_to_gmem(y_ref, y_g.at[b, pl.ds(chunk * TILE, TILE), head])
+        else:
+            plgpu.barrier_arrive(bars["empty"].at[slot])
+        return state
 
-            @pl.when(lax.rem(i, 2) == 0)
-            def _():
-                for lh in local:
-                    plgpu.copy_smem_to_gmem(smem["h"].at[lh], states_g.at[b, lax.div(chunk, 2), h0 + lh])
-
-    def step(i, states):
-        slot = lax.rem(i, cfg.stages)
-        chunk = first - i if cfg.reverse else first + i
-        if cfg.emit_y:
-            share(i, chunk, states)
-        elif cfg.emit_states:
-
-            @pl.when(lax.rem(i, 2) == 0)
-            def _():
-                share(i, chunk, states)
-
-        plgpu.barrier_wait(bars["full"].at[slot])
-        tiles = [smem["xw"].at[lh] if cfg.emit_y else smem["xw"].at[lax.rem(i, 2), lh] for lh in local]
-        states = _update(cfg, states, local, smem, slot, tiles)
-        plgpu.barrier_arrive(bars["empty"].at[slot])
-        return states
-
-    states = lax.fori_loop(0, steps, step, tuple(start))
+    if cfg.has_d:
+        plgpu.copy_gmem_to_smem(d_g.at[head], smem["d"].at[lh], bars["d"].at[lh])
+        plgpu.barrier_wait(bars["d"].at[lh])
+    state = lax.fori_loop(0, steps, step, start)
     if cfg.emit_final:
-        for lh, state in zip(local, states):
-            final_g[b, piece, h0 + lh] = state
+        final_g[b, piece, head] = state
+    plgpu.wait_smem_to_gmem(0)
     if cfg.emit_y:
 
         @pl.when(steps > 0)
         def _():
-            plgpu.barrier_wait(bars["h_empty"].at[0])
-
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _walk_outputs(cfg, idx, y_g, d_g, smem, bars, lh):
-    """Work of an output warpgroup: y of head ``lh`` of the block."""
-    b, h0, _, first, steps = idx
-    x_s, ab_s, y_ref = smem["x"], smem["ab"], smem["y"].at[lh]
-
-    def step(i, _):
-        slot = lax.rem(i, cfg.stages)
-        x_ref, c_ref = x_s.at[slot, lh], smem["c"].at[slot]
-        plgpu.barrier_wait(bars["full"].at[slot])
-        scores = matmul(c_ref, smem["b"].at[slot].T, (TILE, TILE), None, cfg.interpret)
-        a_row = plgpu.load(ab_s.at[slot, lh, 0], layout=ROW)
-        e_row, span = jnp.exp2(a_row), None
-        if cfg.segments:
-            e_row *= plgpu.load(smem["seg"].at[slot, 1], layout=ROW)
-            span = plgpu.load(smem["seg"].at[slot, 0], layout=ROW)
-        plgpu.barrier_wait(bars["h_full"].at[0])
-
-        def mix():
-            # Read here: layout inference does not end when this vector is read before the products start.
-            b_col = plgpu.load(ab_s.at[slot, lh, 1], layout=COL)
-            return _decayed_scores(cfg, scores, a_row, b_col, None if span is None else span.astype(jnp.int32))
-
-        def inter(acc):
-            plgpu.wgmma(acc, c_ref, smem["h"].at[lh].T)
-            m = mix()
-            return acc[...], m
-
-        if cfg.interpret:
-            y, m = matmul(c_ref, smem["h"].at[lh].T, (TILE, TILE), None, True), mix()
-        else:
-            y, m = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
-        plgpu.barrier_arrive(bars["h_empty"].at[0])
-        y = matmul(m, x_ref, y.shape, y * _row(e_row, TILE), cfg.interpret)
-        if cfg.has_d:
-            x = plgpu.load(x_ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            skip = x * _col(plgpu.load(smem["d"].at[lh], layout=COL), TILE)
-            y += jnp.where(_row(span, TILE) >= 0.0, skip, 0.0) if cfg.segments else skip
-        plgpu.barrier_arrive(bars["empty"].at[slot])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        y_ref[...] = y.astype(cfg.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_ref, y_g.at[b, pl.ds((first + i) * TILE, TILE), h0 + lh])
-        return None
-
-    if cfg.has_d:
-        plgpu.copy_gmem_to_smem(d_g.at[h0 + lh], smem["d"].at[lh], bars["d"].at[lh])
-        plgpu.barrier_wait(bars["d"].at[lh])
-    lax.fori_loop(0, steps, step, None)
-    plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(bars["empty"].at[lax.rem(steps + cfg.stages - 1, cfg.stages)])
 
 
 def _produce(cfg, idx, ins, smem, full, empty):
@@ -334,32 +369,32 @@ def _body(cfg, *refs):
         "seg": plgpu.SMEM((s, 4, TILE), jnp.float32) if cfg.segments else None,
         "b": tile((s, TILE, n)),
         "c": tile((s, TILE, n)) if cfg.emit_y else None,
-        "h": tile((hb, TILE, n)) if cfg.emit_y or cfg.emit_states else None,
-        "xw": tile((hb, TILE, TILE) if cfg.emit_y else (2, hb, TILE, TILE)),
-        "y": tile((hb, TILE, TILE)) if cfg.emit_y else None,
+        "h": tile((hb, TILE, n)) if cfg.emit_states else None,
+        "m": tile((cfg.score_stages, hb, TILE, TILE)) if cfg.emit_y else None,
         "d": plgpu.SMEM((hb, TILE), jnp.float32) if cfg.has_d else None,
     }
+    ring = (cfg.score_stages, hb)
     barriers = {
         "full": plgpu.Barrier(num_arrivals=2 + cfg.emit_y + cfg.segments + hb, num_barriers=s),
         "empty": plgpu.Barrier(num_arrivals=cfg.warpgroups, num_barriers=s),
-        "h_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
-        "h_empty": plgpu.Barrier(num_arrivals=hb, num_barriers=1),
+        "m_full": plgpu.Barrier(num_arrivals=1, num_barriers=ring),
+        "m_empty": plgpu.Barrier(num_arrivals=1, num_barriers=ring),
         "d": plgpu.Barrier(num_arrivals=1, num_barriers=hb),
     }
-    state_wgs, most = cfg.state_warpgroups, _registers(cfg)
+    most = _registers(cfg)
 
     def scoped(smem, bars):
-        @pl.when(wg < state_wgs)
+        @pl.when(wg < hb)
         def _():
             plgpu.set_max_registers(most[0], action="increase")
-            _walk_states(cfg, idx, final_g, states_g, init_g, smem, bars, wg)
+            _walk_states(cfg, idx, (y_g, final_g, states_g), init_g, d_g, smem, bars, wg)
 
         if cfg.emit_y:
 
-            @pl.when(jnp.logical_and(wg >= state_wgs, wg < cfg.warpgroups))
+            @pl.when(wg == hb)
             def _():
                 plgpu.set_max_registers(most[1], action="increase")
-                _walk_outputs(cfg, idx, y_g, d_g, smem, bars, wg - state_wgs)
+                _walk_scores(cfg, idx, smem, bars)
 
         @pl.when(wg == cfg.warpgroups)
         def _():
@@ -370,10 +405,10 @@ def _body(cfg, *refs):
 
 
 def _registers(cfg):
-    """Registers a thread of the (state, output) warpgroups; the producer keeps 24 of its share."""
+    """Registers a thread of the (state, scores) warpgroups; the producer keeps 24 of its share."""
     if not cfg.emit_y or cfg.block_heads == 1:
         return 240, 240
-    return 208, 136
+    return 176, 128
 
 
 def walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
