@@ -165,7 +165,10 @@ class Mamba2Mixer(nnx.Module):
     """The cache does not grow with the number of tokens."""
 
     def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter."""
+        """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter.
+
+        Padding must not stand inside a document (HybridLM moves such padding away).
+        """
         return self._mix(x_BTD, segment_ids, None)[0]
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
@@ -305,6 +308,7 @@ def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, j
             segment_ids=segment_ids,
             initial_state=None if old is None else old.reshape(*old.shape[:2], -1),
             return_final_state=old is not None,
+            gaps=False,
             context_axis=context_axis,
         )
         return out.reshape(x.shape) if old is None else (out[0].reshape(x.shape), out[1].reshape(old.shape))

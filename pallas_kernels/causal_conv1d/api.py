@@ -19,6 +19,7 @@ def causal_conv1d(
     segment_ids: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     return_final_state: bool = False,
+    gaps: bool = True,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -34,6 +35,9 @@ def causal_conv1d(
       return_final_state: also return the last W - 1 raw inputs of each row's last document. They reach back into
         initial_state if that is the first document and shorter than W - 1 tokens, and are zero before its start
         otherwise.
+      gaps: False promises that no padding stands between two tokens of one document, nor between initial_state and the
+        first token. Then nothing is decided at run time, for which a GPU would have to wait; if it is not so, tokens
+        next to such padding come out wrong.
       context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
         initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
         y_BTD is this device's share.
@@ -71,6 +75,7 @@ def causal_conv1d(
         "segment_ids": segment_ids,
         "initial_state": initial_state,
         "return_final_state": return_final_state,
+        "gaps": gaps,
     }
 
     def convolve(*args, **kwargs):

@@ -48,6 +48,7 @@ BENCH_CASES = (
     Case("b8_t2048_packed", 8, 2048, 4352, 4, layout="packed"),
     Case("b8_t2048_right", 8, 2048, 4352, 4, layout="right"),
     Case("b8_t2048_interior", 8, 2048, 4352, 4, layout="interior"),
+    Case("b1_t16384", 1, 16384, 4352, 4),
     Case("b1_t65536", 1, 65536, 4352, 4),
     Case("tiny", 8, 256, 320, 4, layout="packed"),
 )

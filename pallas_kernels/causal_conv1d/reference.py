@@ -6,9 +6,18 @@ import jax.numpy as jnp
 
 
 def causal_conv1d_reference(
-    x_BTD, w_DW, b_D=None, *, activation=None, segment_ids=None, initial_state=None, return_final_state=False
+    x_BTD,
+    w_DW,
+    b_D=None,
+    *,
+    activation=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    gaps=True,
 ):
-    """See `pallas_kernels.causal_conv1d`."""
+    """See `pallas_kernels.causal_conv1d`; right whatever `gaps` promises."""
+    del gaps
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
     n_batch, n_tokens, d_model = x_BTD.shape
     if segment_ids is None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import causal_conv1d
+from pallas_kernels import causal_conv1d, dispatch
 from pallas_kernels.causal_conv1d import cases, xla
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.oracle import make_weights
@@ -131,6 +131,21 @@ def test_usual_padding_takes_the_straight_path(monkeypatch):
         options = {name: inputs[name] for name in ("segment_ids", "initial_state")}
         causal_conv1d(inputs["x"], inputs["w"], **options, implementation="xla")
         assert taken.pop() == moves, layout
+
+
+@pytest.mark.parametrize("layout", ["packed", "edges", "singles", "right"])
+def test_promised_absence_of_gaps_spares_the_decision(layout, monkeypatch):
+    monkeypatch.setattr(jax.lax, "cond", None)
+    case = cases.Case("case", 2, 20, 3, 4, layout, initial=True, final=True)
+    check_against_oracle("causal_conv1d", cases.make_inputs(case), **options(case), gaps=False)
+
+
+@pytest.mark.parametrize("name", ["packed", "one_tap", "scattered"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradients_that_gpus_take(name, dtype):
+    case = cases.CASES[name]
+    with dispatch.assume_platform("gpu"):
+        check_against_oracle("causal_conv1d", cases.make_inputs(case, dtype), dtype=dtype, **options(case))
 
 
 def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
