@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`attention` on Hopper GPUs through Pallas Mosaic GPU, forward and hand-written backward; bfloat16.
+
+The output gate is applied in the forward kernel's registers. Its gradient needs no pass over the scores: with
+s = sigmoid(gate) and out = s o,
+
+    do = s dout        delta = sum_P do o        dgate = dout o s (1 - s)
+
+o is stored beside out for the backward: recovered from the rounded out it would cost queries with few keys, whose score
+gradients cancel, their accuracy.
+
+Kernels: `gpu_forward`, `gpu_backward`; masks: `gpu_masks`.
+"""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import gpu_backward, gpu_forward, gpu_masks
+from pallas_kernels.attention.gpu_backward import Backward
+from pallas_kernels.attention.gpu_forward import LOG2E, LOWEST, Forward
+
+WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
+ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every kernel
+KEY_MULTIPLE = 128
+TOKEN_MULTIPLE = 8  # of q, k, v and gate: what the copy engine's tiles ask for; it hides what lies behind
+
+
+class _Masks(typing.NamedTuple):
+    """Arrays of `gpu_masks`, see there."""
+
+    bounds: jax.Array | np.ndarray
+    keys: jax.Array | np.ndarray | None
+    key_ranges: jax.Array | np.ndarray
+    query_ranges: jax.Array | np.ndarray
+
+
+def supports(q, k, v, **kwargs) -> str | None:
+    """Why the GPU kernels cannot serve this call of `attention`, or None if they can."""
+    for name, array in (("q_BTHP", q), ("k_BSKP", k), ("v_BSKP", v)):
+        if array.dtype != jnp.bfloat16:
+            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+        if array.shape[3] > WIDTHS[-1]:
+            return f"head width of {name} ({array.shape[3]}) above {WIDTHS[-1]}"
+    return None
+
+
+def _pad(array, axis: int, missing: int):
+    if array is None or not missing:
+        return array
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)])
+
+
+def attention_gpu(
+    q_BTHP,
+    k_BSKP,
+    v_BSKP,
+    *,
+    gate=None,
+    causal=True,
+    window=None,
+    segment_ids=None,
+    positions=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    q_offset=0,
+):
+    """See `pallas_kernels.attention`; segment_ids and positions are pairs here."""
+    n_batch, n_queries, n_heads, d_head = q_BTHP.shape
+    n_keys, n_kv_heads, d_value = v_BSKP.shape[1:]
+    scale = d_head**-0.5 if scale is None else scale
+    width = next(w for w in WIDTHS if w >= max(d_head, d_value))
+    elementwise = gate is not None and gate.ndim == 4
+    q, k = (_pad(_pad(a, 3, width - d_head), 1, -a.shape[1] % TOKEN_MULTIPLE) for a in (q_BTHP, k_BSKP))
+    v = _pad(_pad(v_BSKP, 3, width - d_value), 1, -n_keys % TOKEN_MULTIPLE)
+    gate = _pad(gate, 1, -n_queries % TOKEN_MULTIPLE)
+    if elementwise:
+        gate = _pad(gate, 3, width - d_value)
+
+    places = gpu_masks.make_places(n_queries, n_keys, causal, window, segment_ids, positions, q_offset)
+    forward = Forward(
+        n_batch,
+        n_heads,
+        n_kv_heads,
+        width,
+        n_queries,
+        float(scale),
+        softcap,
+        gate=None if gate is None else "elementwise" if elementwise else "head",
+        sinks=sinks is not None,
+        ids=places.q_ids_MT is not None,
+        positions=places.k_position_MS is not None,
+        masks_batch=places.start_MT.shape[0] > 1,
+    )
+    same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
+    backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
+    key_ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(places, n_keys, forward.block_q, forward.block_k))
+    query_ranges = gpu_masks.query_ranges(*gpu_masks.block_pairs(places, n_keys, backward.block_q, backward.block_k))
+    if isinstance(key_ranges, np.ndarray):  # fewer loops where it is known that they are empty
+        lo, a, b, hi = np.moveaxis(key_ranges, 2, 0)
+        forward = forward.replace(first_masked=bool((a > lo + 1).any()), last_masked=bool((b < hi).any()))
+        lo, a, b, hi = np.moveaxis(query_ranges, 2, 0)
+        backward = backward.replace(first_masked=bool((lo < a).any()), last_masked=bool((b < hi).any()))
+    masks = _Masks(
+        gpu_masks.query_rows(places, n_queries + -n_queries % ROW_MULTIPLE),
+        gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE),
+        key_ranges,
+        query_ranges,
+    )
+    out = _attend(forward, backward, q, k, v, gate, sinks, jax.tree.map(jnp.asarray, masks))
+    return out[:, :n_queries, :, :d_value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, masks: _Masks):
+    """out for widths the kernels take; T and S multiples of 8."""
+    return _run_forward(forward, q, k, v, gate, sinks, masks)[0]
+
+
+def _sinks_log2(sinks):
+    return None if sinks is None else jnp.maximum(sinks.astype(jnp.float32) * LOG2E, LOWEST)
+
+
+def _run_forward(forward, q, k, v, gate, sinks, masks):
+    if forward.gate == "head":
+        gate = jnp.swapaxes(gate[:, : forward.queries].astype(jnp.float32), 1, 2)
+        gate = _pad(gate, 2, forward.blocks * forward.block_q - forward.queries)
+    elif gate is not None:
+        gate = gate.astype(q.dtype)
+    bounds, keys, ranges, _ = masks
+    return gpu_forward.forward(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
+
+
+def _attend_forward(forward, backward, q, k, v, gate, sinks, masks):
+    out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, masks)
+    return out, (q, k, v, gate, sinks, masks, *(ungated or [out]), lse)
+
+
+def _attend_backward(forward, backward, residuals, dout):
+    q, k, v, gate, sinks, masks, out, lse = residuals
+    wide_dout, out = dout.astype(jnp.float32), out.astype(jnp.float32)
+    do, dgate = dout, None
+    if gate is not None:
+        open_ = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(*gate.shape[:3], -1)
+        do = (wide_dout * open_).astype(q.dtype)
+        dgate = wide_dout * out * (open_ * (1 - open_))
+        dgate = (dgate if forward.gate == "elementwise" else dgate.sum(3)).astype(gate.dtype)
+    delta_BTH = (do.astype(jnp.float32) * out).sum(3)
+    delta_BHT = jnp.swapaxes(delta_BTH, 1, 2)
+    bounds, keys, _, ranges = masks
+    width = q.shape[3]
+    q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
+    grads = gpu_backward.backward(backward, q, k, v, do, lse, delta_BHT, bounds, ranges, keys)
+    dq, dk, dv = (grad[..., :width] for grad in grads)
+    dq = (dq * backward.scale).astype(q.dtype)
+    dsinks = None
+    if sinks is not None:
+        weights = jnp.exp2(_sinks_log2(sinks)[:, None] - lse[:, :, : forward.queries])
+        dsinks = -(weights * delta_BHT[:, :, : forward.queries]).sum((0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, dgate, dsinks, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mosaic GPU (Hopper) kernel of the attention forward: online softmax, masks by key ranges, gate in the epilogue.
+
+A thread block owns 64 query rows a compute warpgroup of one head. A producer warpgroup streams key and value blocks
+through shared memory by TMA. Each compute warpgroup starts the scores of the next key block and the product of the
+current weights with v together, and does the softmax of the former while the latter runs (Shah et al. 2024,
+arXiv:2407.08608, section 3.2); the warpgroups take turns at starting products.
+
+Row t sees the keys with ``start_t <= position < end_t`` (position: the index where none are given) and an id equal to
+its own. Per query block, ``ranges`` holds (lo, a, b, hi): key blocks lo..hi are visited, a..b without masks.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # query rows of a compute warpgroup
+LOG2E = math.log2(math.e)
+LOWEST = -1e30  # running maximum of a row that has seen no key
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)
+COL = WGMMA.reduce(0)
+BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Static description of one forward kernel."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    width: int  # of q, k and v: 64, 128, 192 or 256
+    queries: int
+    scale: float
+    softcap: float | None
+    gate: str | None = None  # None, "elementwise" or "head"
+    sinks: bool = False
+    ids: bool = False  # documents: bounds and keys hold ids
+    positions: bool = False  # keys hold positions
+    masks_batch: bool = False  # ranges, bounds and keys differ between rows of the batch
+    first_masked: bool = True  # key blocks before those without masks can exist
+    last_masked: bool = True  # and behind them
+    save: bool = False  # store the log-sum-exp, and under a gate the ungated output, for the backward
+    alternate: bool = True  # warpgroups take turns
+    dtype: jnp.dtype = jnp.bfloat16
+    stages: int = 2
+
+    replace = dataclasses.replace
+
+    @property
+    def warpgroups(self) -> int:
+        return 3 if self.width == 64 else 2
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.warpgroups
+
+    @property
+    def block_k(self) -> int:
+        return 128 if self.width <= 128 else 64
+
+    @property
+    def key_rows(self) -> int:
+        return self.ids + self.positions
+
+    @property
+    def save_ungated(self) -> bool:
+        return self.save and self.gate is not None
+
+    @property
+    def own_buffer(self) -> bool:
+        """Shared memory holds another tile of output."""
+        return self.save_ungated and self.width <= 128
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.queries // self.block_q)
+
+
+def rows_of(vector, n):
+    """[m] -> [m, n], one value a row."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], n), (0,))
+
+
+def cols_of(vector, m):
+    """[n] -> [m, n], one value a column."""
+    return lax.broadcast_in_dim(vector, (m, vector.shape[0]), (1,))
+
+
+def capped(scores, scale: float, softcap: float | None):
+    """(scores in units of log2 as a function of q . k, tanh of the softcap or None).
+
+    tanh through exp2: the hardware's own is off by 5e-4.
+    """
+    if softcap is None:
+        return scores * (scale * LOG2E), None
+    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2E * scale / softcap)))
+    return tanh * (softcap * LOG2E), tanh
+
+
+def visible(cfg, base, bounds, keys, axis: int, shape):
+    """[m, n] bool: which keys, along `axis`, the queries of the other one see.
+
+    bounds: start, end (and id) of the queries, keys: their ids and positions where cfg has them, as vectors in the
+    layouts that fit.
+    """
+    spread = (functools.partial(cols_of, m=shape[0]), functools.partial(rows_of, n=shape[1]))
+    of_keys, of_queries = spread if axis == 1 else spread[::-1]
+    keys = list(keys)
+    ids = keys.pop(0) if cfg.ids else None
+    if cfg.positions:
+        position = of_keys(keys.pop(0))
+    else:
+        position = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) + base
+    mask = jnp.logical_and(position >= of_queries(bounds[0]), position < of_queries(bounds[1]))
+    return jnp.logical_and(mask, of_keys(ids) == of_queries(bounds[2])) if cfg.ids else mask
+
+
+def _scores(cfg, raw, base, bounds, keys, masked: bool):
+    """(scores with hidden ones at -inf, factor that brings them to units of log2)."""
+    factor = cfg.scale * LOG2E
+    if cfg.softcap is not None or factor < 0:
+        raw, factor = capped(raw, cfg.scale, cfg.softcap)[0], 1.0
+    if masked:
+        keys = [plgpu.load(keys.at[i], layout=COL) for i in range(cfg.key_rows)]
+        raw = jnp.where(visible(cfg, base, bounds, keys, 1, raw.shape), raw, -jnp.inf)
+    return raw, factor
+
+
+def _softmax(cfg, scores, factor, top, total):
+    """(float32 weights, new maximum, factor of what was summed before, new total)."""
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores * factor - rows_of(new_top, cfg.block_k))
+    total = total * shrink + jnp.sum(weights, axis=1)
+    return weights, new_top, shrink, total
+
+
+def drain(steps, stages: int, barriers) -> None:
+    """The producer's last waits, so that every arrival of `steps` at barriers of `stages` slots is observed."""
+
+    def wait(step):
+        @pl.when(step >= 0)
+        def _():
+            for barrier in barriers:
+                plgpu.barrier_wait(barrier.at[lax.rem(step, stages)])
+
+    for i in range(stages):
+        wait(steps - stages + i)
+
+
+class _Turns:
+    """Lets one compute warpgroup at a time start products: each waits for its own barrier and wakes the next."""
+
+    def __init__(self, cfg, barriers, wg):
+        self.cfg, self.barriers, self.wg = cfg, barriers, wg
+
+    def wait(self):
+        if self.cfg.alternate:
+            plgpu.barrier_wait(self.barriers.at[self.wg])
+
+    def wake(self):
+        if self.cfg.alternate:
+            plgpu.barrier_arrive(self.barriers.at[lax.rem(self.wg + 1, self.cfg.warpgroups)])
+
+    def begin(self):
+        """The first warpgroup's first turn."""
+        if self.cfg.alternate:
+
+            @pl.when(self.wg == self.cfg.warpgroups - 1)
+            def _():
+                plgpu.barrier_arrive(self.barriers.at[0])
+
+    def finish(self):
+        """Takes the last wake-up, so that every arrival is observed."""
+        if self.cfg.alternate:
+
+            @pl.when(self.wg == 0)
+            def _():
+                plgpu.barrier_wait(self.barriers.at[0])
+
+
+def _compute(cfg, idx, refs, smem, bars, wg):
+    batch, block, head, (lo, a, b, hi) = idx
+    q_s, k_s, v_s, keys_s, lse_s, ungated_s = smem
+    q_bar, k_full, v_full, k_empty, v_empty, turn_bars = bars
+    q_ref = q_s.at[wg]
+    first_row = block * cfg.block_q + wg * ROWS
+    tile = (batch, pl.ds(first_row, ROWS), head)
+    plgpu.copy_gmem_to_smem(refs["q"].at[tile], q_ref, q_bar.at[wg])
+    mask_row = batch if cfg.masks_batch else 0
+    bounds = tuple(
+        plgpu.load(refs["bounds"].at[mask_row, i, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
+        for i in range(2 + cfg.ids)
+    )
+    turns = _Turns(cfg, turn_bars, wg)
+    turns.begin()
+
+    def slot(j):
+        return lax.rem(j - lo, cfg.stages)
+
+    def soften(raw, j, top, total, masked):
+        keys = keys_s.at[slot(j)] if masked and cfg.key_rows else None
+        scores, factor = _scores(cfg, raw, j * cfg.block_k, bounds, keys, masked)
+        if keys is not None:
+            plgpu.barrier_arrive(k_empty.at[slot(j)])
+        return _softmax(cfg, scores, factor, top, total)
+
+    def release_k(j, masked):
+        if not (masked and cfg.key_rows):
+            plgpu.barrier_arrive(k_empty.at[slot(j)])
+
+    top = jnp.full((ROWS,), LOWEST, jnp.float32)
+    total = jnp.zeros((ROWS,), jnp.float32)
+    if cfg.sinks:
+        top, total = jnp.full((ROWS,), refs["sinks"][head], jnp.float32), jnp.ones((ROWS,), jnp.float32)
+    top, total = plgpu.layout_cast(top, ROW), plgpu.layout_cast(total, ROW)
+
+    plgpu.barrier_wait(q_bar.at[wg])
+    plgpu.barrier_wait(k_full.at[0])
+    turns.wait()
+
+    def first(acc):
+        plgpu.wgmma(acc, q_ref, k_s.at[0].T)
+        turns.wake()
+        return acc[...]
+
+    raw = pl.run_scoped(first, plgpu.ACC((ROWS, cfg.block_k), jnp.float32))
+    release_k(lo, True)
+    weights, top, _, total = soften(raw, lo, top, total, True)
+    out = plgpu.layout_cast(jnp.zeros((ROWS, cfg.width), jnp.float32), WGMMA)
+
+    def step(j, carry, masked):
+        out, weights, top, total = carry
+        plgpu.barrier_wait(k_full.at[slot(j)])
+        turns.wait()
+
+        def overlapped(raw_acc, out_acc):
+            out_acc[...] = out
+            plgpu.wgmma(raw_acc, q_ref, k_s.at[slot(j)].T)
+            plgpu.barrier_wait(v_full.at[slot(j - 1)])
+            plgpu.wgmma(out_acc, weights, v_s.at[slot(j - 1)])
+            turns.wake()
+            raw = lax.optimization_barrier(plgpu.wgmma_accumulator_load(raw_acc, wait_n=1))
+            release_k(j, masked)
+            new = soften(raw, j, top, total, masked)
+            new = lax.optimization_barrier(new)
+            return out_acc[...], new
+
+        out, (weights, top, shrink, total) = pl.run_scoped(
+            overlapped,
+            plgpu.ACC((ROWS, cfg.block_k), jnp.float32),
+            plgpu.ACC((ROWS, cfg.width), jnp.float32),
+        )
+        plgpu.barrier_arrive(v_empty.at[slot(j - 1)])
+        # Rounded only now: the operand registers of a product must not be written while one is in flight.
+        return out * rows_of(shrink, cfg.width), weights.astype(cfg.dtype), top, total
+
+    carry = (out, weights.astype(cfg.dtype), top, total)
+    begin = lo + 1
+    if cfg.first_masked:
+        middle = jnp.maximum(a, begin)
+        carry = lax.fori_loop(begin, middle, functools.partial(step, masked=True), carry)
+        begin = middle
+    middle = jnp.maximum(b, begin)
+    carry = lax.fori_loop(begin, middle, functools.partial(step, masked=False), carry)
+    if cfg.last_masked:
+        carry = lax.fori_loop(middle, hi, functools.partial(step, masked=True), carry)
+    out, weights, top, total = carry
+    if cfg.gate == "elementwise":  # q is not read any more
+        plgpu.copy_gmem_to_smem(refs["gate"].at[tile], q_ref, q_bar.at[wg])
+    plgpu.barrier_wait(v_full.at[slot(hi - 1)])
+    turns.wait()
+
+    def last(acc):
+        plgpu.wgmma(acc, weights, v_s.at[slot(hi - 1)])
+        turns.wake()
+
+    out = pl.run_state(last)(plgpu.ACC.init(out))
+    turns.finish()
+    plgpu.barrier_arrive(v_empty.at[slot(hi - 1)])
+    own = (q_ref, q_bar.at[wg], ungated_s.at[wg] if cfg.own_buffer else q_ref, lse_s.at[wg] if cfg.save else None)
+    _finish(cfg, refs, tile, own, out, top, total)
+
+
+def _finish(cfg, refs, tile, own, out, top, total):
+    """Normalises, applies the gate and stores out and the log-sum-exp (units of log2)."""
+    q_ref, bar, ungated_ref, lse_ref = own
+    batch, rows, head = tile
+    out *= rows_of(jnp.where(total > 0.0, 1.0 / total, 0.0), cfg.width)
+    gate = None
+    if cfg.gate == "head":
+        gate = plgpu.load(refs["gate"].at[batch, head, rows], layout=ROW, optimized=False)
+        gate = rows_of(1.0 / (1.0 + jnp.exp2(gate * -LOG2E)), cfg.width)
+    elif cfg.gate is not None:
+        plgpu.barrier_wait(bar)
+        gate = 1.0 / (1.0 + jnp.exp2(plgpu.load(q_ref, layout=WGMMA).astype(jnp.float32) * -LOG2E))
+    if cfg.save_ungated:
+        ungated_ref[...] = out.astype(cfg.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(ungated_ref, refs["ungated"].at[tile])
+        if not cfg.own_buffer:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    q_ref[...] = (out if gate is None else out * gate).astype(cfg.dtype)
+    if cfg.save:
+        lse_ref[...] = jnp.where(total > 0.0, top + jnp.log2(total), jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_ref, refs["out"].at[tile])
+    if cfg.save:
+        plgpu.copy_smem_to_gmem(lse_ref, refs["lse"].at[batch, head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _produce(cfg, idx, refs, smem, bars):
+    batch, _, head, (lo, _, _, hi) = idx
+    _, k_s, v_s, keys_s, _, _ = smem
+    _, k_full, v_full, k_empty, v_empty, _ = bars
+    kv_head = lax.div(head, cfg.heads // cfg.kv_heads)
+    mask_row = batch if cfg.masks_batch else 0
+
+    def copy(name, buffer, full, empty, i):
+        slot = lax.rem(i, cfg.stages)
+
+        @pl.when(i >= cfg.stages)
+        def _():
+            plgpu.barrier_wait(empty.at[slot])
+
+        rows = pl.ds((lo + i) * cfg.block_k, cfg.block_k)
+        plgpu.copy_gmem_to_smem(refs[name].at[batch, rows, kv_head], buffer.at[slot], full.at[slot])
+        if name == "k" and cfg.key_rows:
+            plgpu.copy_gmem_to_smem(refs["keys"].at[mask_row, :, rows], keys_s.at[slot], full.at[slot])
+
+    steps = hi - lo
+    copy("k", k_s, k_full, k_empty, jnp.int32(0))
+
+    def step(i, _):
+        copy("k", k_s, k_full, k_empty, i)
+        copy("v", v_s, v_full, v_empty, i - 1)
+        return None
+
+    lax.fori_loop(1, steps, step, None)
+    copy("v", v_s, v_full, v_empty, steps - 1)
+    drain(steps, cfg.stages, (k_empty, v_empty))
+
+
+def _body(cfg, *flat):
+    names = ["q", "k", "v", "bounds", "ranges"] + ["keys"] * (cfg.key_rows > 0)
+    names += ["sinks"] * cfg.sinks + ["gate"] * (cfg.gate is not None) + ["out"]
+    names += ["lse"] * cfg.save + ["ungated"] * cfg.save_ungated
+    refs = dict(zip(names, flat))
+    wg = lax.axis_index("wg")
+    index = lax.axis_index("block")
+    per_block = cfg.batch * cfg.heads
+    block = cfg.blocks - 1 - lax.div(index, per_block)  # under a causal mask the last query blocks are the longest
+    rest = lax.rem(index, per_block)
+    batch, head = lax.div(rest, cfg.heads), lax.rem(rest, cfg.heads)
+    mask_row = batch if cfg.masks_batch else 0
+    bounds = tuple(refs["ranges"][mask_row, block, i] for i in range(4))
+    idx = (batch, block, head, bounds)
+
+    wgs, s = cfg.warpgroups, cfg.stages
+    tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
+    scratch = [
+        tile((wgs, ROWS, cfg.width)),
+        tile((s, cfg.block_k, cfg.width)),
+        tile((s, cfg.block_k, cfg.width)),
+        plgpu.SMEM((s, cfg.key_rows, cfg.block_k), jnp.int32) if cfg.key_rows else None,
+        plgpu.SMEM((wgs, ROWS), jnp.float32) if cfg.save else None,
+        tile((wgs, ROWS, cfg.width)) if cfg.own_buffer else None,
+    ]
+
+    def scoped(smem, *bars):
+        @pl.when(wg < wgs)
+        def _():
+            plgpu.set_max_registers(240 if wgs == 2 else 160, action="increase")
+            _compute(cfg, idx, refs, smem, bars, wg)
+
+        @pl.when(wg == wgs)
+        def _():
+            plgpu.set_max_registers(24 if wgs == 2 else 32, action="decrease")
+            _produce(cfg, idx, refs, smem, bars)
+
+    pl.run_scoped(
+        scoped,
+        scratch,
+        plgpu.Barrier(num_barriers=wgs),
+        plgpu.Barrier(num_arrivals=1 + (cfg.key_rows > 0), num_barriers=s),
+        plgpu.Barrier(num_barriers=s),
+        plgpu.Barrier(num_arrivals=wgs, num_barriers=s),
+        plgpu.Barrier(num_arrivals=wgs, num_barriers=s),
+        plgpu.Barrier(num_barriers=wgs),
+        collective_axes="wg",
+    )
+
+
+def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate):
+    """Run the forward kernel: [out], [out, lse] or [out, lse, ungated out].
+
+    q ``[B, T, H, P]``; k, v ``[B, S, K, P]``; bounds ``[B or 1, 2 or 3, blocks * block_q]`` int32: start,
+    end (, id); ranges ``[B or 1, blocks, 4]`` int32; keys ``[B or 1, key_rows, S to a multiple of block_k]``
+    int32: ids, positions; sinks ``[H]`` in units of log2; gate like q
+    or ``[B, H, blocks * block_q]`` float32; lse ``[B, H, blocks * block_q]``, +inf where nothing is visible.
+    """
+    out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if cfg.save:
+        out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.heads, cfg.blocks * cfg.block_q), jnp.float32))
+    if cfg.save_ungated:
+        out.append(jax.ShapeDtypeStruct(q.shape, q.dtype))
+    kernel = plgpu.kernel(
+        functools.partial(_body, cfg),
+        out_type=out,
+        grid=(cfg.blocks * cfg.batch * cfg.heads,),
+        grid_names=("block",),
+        num_threads=cfg.warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    args = [q, k, v, bounds, ranges, keys if cfg.key_rows else None, sinks if cfg.sinks else None]
+    return kernel(*[arg for arg in (*args, gate if cfg.gate else None) if arg is not None])
