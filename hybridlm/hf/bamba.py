@@ -39,7 +39,7 @@ def write(config: ModelConfig) -> dict:
         **common.write_widths(config, "rms_norm_eps"),
         **common.write_heads(attention),
         **common.write_mamba_prefixed(mamba, config),
-        "rope_parameters": common.write_rope(common.needs_rope(attention)),
+        "rope_parameters": common.write_rope(common.needs_rope(attention), always=True),
         "attention_bias": attention.qkv_bias, "mlp_bias": mlp.bias, "hidden_act": "silu",
         "intermediate_size": mlp.d_ff, "num_hidden_layers": len(config.pattern) // 2,
         "attn_layer_indices": [i for i, kind in enumerate(common.kinds(config)[::2]) if kind == "full_attention"],

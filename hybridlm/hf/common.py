@@ -161,10 +161,10 @@ def _scaling(keys: Keys, kind: str, length: int) -> YaRN | Llama3 | Linear | Non
     return YaRN(factor, original, fast, slow, scale, keys.some("truncate", True))
 
 
-def write_rope(config: Rope) -> dict[str, Any]:
-    """rope_parameters of a Rope."""
+def write_rope(config: Rope, always: bool = False) -> dict[str, Any]:
+    """rope_parameters of a Rope; always: with the rotated fraction even where that is one."""
     values: dict[str, Any] = {"rope_theta": config.theta, "rope_type": "default"}
-    if config.fraction != 1:
+    if always or config.fraction != 1:
         values["partial_rotary_factor"] = config.fraction
     match config.scaling:
         case Linear(factor):
@@ -263,6 +263,26 @@ MAMBA2 = {
 }  # fmt: skip
 """Mamba-2, all families."""
 
+# Mamba-1 ------------------------------------------------------------------------------------------------------------
+
+MAMBA1 = {
+    "in_proj.weight": "mixer.in_xz: (c H P) D -> D c H P",
+    "in_proj.bias": "mixer.in_xz_bias: (c H P) -> c H P",
+    "conv1d.weight": "mixer.conv: (H P) 1 W -> H P W",
+    "conv1d.bias": "mixer.conv_bias: (H P) -> H P",
+    "x_proj.weight": "mixer.x_proj: R (H P) -> P H R",
+    "dt_proj.weight": "mixer.dt_proj: (H P) R -> R H P",
+    "dt_proj.bias": "mixer.dt_bias: (H P) -> H P",
+    "A_log": "mixer.A_log: (H P) N -> H P N",
+    "D": "mixer.D: (H P) -> H P",
+    "dt_layernorm.weight": "mixer.dt_norm.weight: R",
+    "b_layernorm.weight": "mixer.B_norm.weight: N",
+    "c_layernorm.weight": "mixer.C_norm.weight: N",
+    "out_proj.weight": "mixer.out: D (H P) -> H P D",
+    "out_proj.bias": "mixer.out_bias: D",
+}
+"""Mamba-1 of one head."""
+
 
 def mamba_prefixed(keys: Keys, eps: float) -> Mamba2:
     """Mamba-2 of the families (Bamba, Granite, Falcon-H1) whose keys start with mamba_, with their class's defaults.
@@ -301,13 +321,10 @@ def dt_limit(keys: Keys, name: str = "time_step_limit") -> tuple[float, float]:
 
 
 def dt_init(keys: Keys) -> dict[str, float]:
-    """Fields of Mamba2 that say how step sizes start."""
-    names = {
-        "dt_min": ("time_step_min", 1e-3),
-        "dt_max": ("time_step_max", 0.1),
-        "dt_init_floor": ("time_step_floor", 1e-4),
-    }
-    return {field: keys(name, default) for field, (name, default) in names.items()}
+    """Fields of Mamba-1 and Mamba-2 that say how step sizes start; the lowest no higher than the highest."""
+    high = keys("time_step_max", 0.1)
+    low = min(max(keys("time_step_min", 1e-3), 1e-12), high)
+    return {"dt_min": low, "dt_max": high, "dt_init_floor": keys("time_step_floor", 1e-4)}
 
 
 def write_dt(mamba: Mamba2) -> dict[str, Any]:

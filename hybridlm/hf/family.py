@@ -38,6 +38,9 @@ class Family:
     """Prefix of a layer's weights."""
     per_layer: int = 1
     """Sublayers of one published layer."""
+    ties: bool = True
+    """The published implementation ties the output to the embedding where its config says so. Where it does not, a
+    tied output is written as a tensor of its own too."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Prefixes that files may have, and what the tables have in their place."""
     skipped: tuple[str, ...] = field(default=(r"rotary_emb\.inv_freq$",))

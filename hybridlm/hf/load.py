@@ -14,7 +14,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from hybridlm.config import ModelConfig
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.config_json import read_config_json
-from hybridlm.hf.plan import Plan, Tensor, make_plan
+from hybridlm.hf.family import Family
+from hybridlm.hf.plan import OUTPUT, Plan, Tensor, make_plan
 from hybridlm.hf.tensors import DTYPES, Entry, read_entries
 
 COMPUTE = {"float32": "float32", "float64": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
@@ -37,11 +38,14 @@ def from_hf(
 
     Never more of the checkpoint is in memory than the model's own arrays and, on the way, one of its parameters.
     ConfigError, one line, for a family or an option that is not supported, and for unknown, missing or misshapen
-    tensors, all of them named; RunError is never raised.
+    tensors, all of them named. A checkpoint whose config ties the output to the embedding and which holds two that
+    differ is read as untied, as the published implementation reads it.
     """
     folder = Path(folder)
     family, config, values = read_config_json(folder)
-    config = replace(config, compute_dtype=compute_dtype or COMPUTE.get(_published_dtype(values), "bfloat16"))
+    compute_dtype = compute_dtype or COMPUTE.get(_published_dtype(values), "bfloat16")
+    tied = config.tie_embeddings and not _differ(folder, family, config)
+    config = replace(config, compute_dtype=compute_dtype, tie_embeddings=tied)
     abstract = abstract_model(config)
     model = load_into(folder, make_plan(family, abstract, config), abstract, mesh, dtype, progress)
     model.source = str(folder)
@@ -60,7 +64,7 @@ def load_into(folder: Path, plan: Plan, abstract, mesh: Mesh | None, dtype: str,
     from hybridlm.sharding import check_model, param_shardings
 
     require(dtype in ("float32", "bfloat16"), f"dtype ({dtype!r}) must be float32 or bfloat16")
-    entries = _matched(folder, plan, tied=abstract.config.tie_embeddings)
+    entries = _matched(folder, plan)
     if mesh is not None:
         check_model(abstract.config, mesh)
     else:
@@ -126,7 +130,7 @@ class _Fill:
         return buffer
 
 
-def _matched(folder: Path, plan: Plan, tied: bool) -> dict[str, Entry]:
+def _matched(folder: Path, plan: Plan) -> dict[str, Entry]:
     """The folder's tensors by their names in the plan; ConfigError that names all that do not fit."""
     entries, problems = {}, {"missing": [], "unknown": [], "misshapen": [], "unequal": []}
     found, again = {}, {}
@@ -134,11 +138,13 @@ def _matched(folder: Path, plan: Plan, tied: bool) -> dict[str, Entry]:
         known = plan.canonical(name)
         if known in plan.tensors:
             found[known] = entry
-        elif known in plan.copies or (tied and known == "lm_head.weight"):
+        elif known in plan.copies:
             again[known] = entry
         elif not plan.skipped(known):
             problems["unknown"].append(name)
-    embedding = next(n for n, t in plan.tensors.items() if t.pieces[0].path == "embedding")
+    for name, original in plan.copies.items():
+        if name in again and original not in found:
+            found[original] = again.pop(name)
     for name, tensor in plan.tensors.items():
         if name not in found:
             problems["missing"].append(name)
@@ -149,8 +155,8 @@ def _matched(folder: Path, plan: Plan, tied: bool) -> dict[str, Entry]:
         else:
             entries[name] = found[name]
     for name, entry in again.items():
-        original = plan.copies.get(name, embedding)
-        if original in entries and not np.array_equal(entry.open(), entries[original].open()):
+        original = plan.copies[name]
+        if original in entries and not _equal(entry, entries[original]):
             problems["unequal"].append(f"{name} to {original}, which it shares")
     texts = [
         f"{len(names)} {what}: {', '.join(names[:20])}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
@@ -160,6 +166,18 @@ def _matched(folder: Path, plan: Plan, tied: bool) -> dict[str, Entry]:
     if texts:
         raise ConfigError(f"{folder} does not hold the tensors of its config.json: {'; '.join(texts)}")
     return entries
+
+
+def _differ(folder: Path, family: Family, config: ModelConfig) -> bool:
+    """Whether a folder holds an output projection that is not its embedding."""
+    plan = make_plan(family, abstract_model(config), config)
+    known = {plan.canonical(name): entry for name, entry in read_entries(folder).items()}
+    output, embedding = known.get(OUTPUT), known.get(plan.copies[OUTPUT])
+    return output is not None and embedding is not None and not _equal(output, embedding)
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES and np.array_equal(a.open(), b.open())
 
 
 def _n_bytes(entry: Entry) -> int:

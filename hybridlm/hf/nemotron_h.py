@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nemotron-H: one mixer a layer, of Mamba-2, attention without positions, or an MLP without a gate.
+"""Nemotron-H: one mixer a layer, of Mamba-2, attention without positions, an MLP without a gate, or a mixture of them.
 
 NVIDIA's Mamba-2-Hybrid 8B (Waleffe et al. 2024) is the same layout with mlp_hidden_act "gelu". Step sizes are clamped
 to time_step_limit, as NVIDIA's own code does.
 """
 
-from hybridlm.config import MLP, Attention, GatedNorm, Mamba2, ModelConfig
+from hybridlm.config import MLP, Attention, GatedNorm, Mamba2, ModelConfig, MoE, Router
 from hybridlm.hf import common
 from hybridlm.hf.family import Family, Keys
 
-SYMBOLS = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+SYMBOLS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 OLDER = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
     "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max", "mamba_dt_limit": "time_step_limit",
@@ -25,9 +25,7 @@ def read(keys: Keys) -> ModelConfig:
     keys.carry("residual_in_fp32", "rescale_prenorm_residual", "use_mamba_kernels", "mamba_ssm_cache_dtype", "expand")
     keys.carry("mamba_proj_bias", "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern")
     keys.carry("time_step_rank", "rms_norm_eps", "norm_eps", "rope_theta", "partial_rotary_factor")  # not looked at
-    keys.carry("moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size", "n_group")
-    keys.carry("n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "topk_group")
-    keys.carry("routed_scaling_factor")
+    keys.carry("n_shared_experts", "output_router_logits")  # there is one, of moe_shared_expert_intermediate_size
     for name in ("hidden_dropout", "num_nextn_predict_layers", "attention_bias", "sliding_window"):
         keys.only(name, None, 0)
     keys.only("mamba_hidden_act", "silu", "swish")
@@ -39,14 +37,33 @@ def read(keys: Keys) -> ModelConfig:
         dt_limit=common.dt_limit(keys), chunk=keys("chunk_size", 128), **common.dt_init(keys),
     )  # fmt: skip
     activation = keys.choose("mlp_hidden_act", common.PLAIN, "relu2")
+    bias = keys("mlp_bias", False)
     blocks = {
         "M": mamba,
+        "E": read_experts(keys, activation, bias),
         "*": Attention(**common.heads(keys, n_kv_heads=8, d_head=keys.some("attention_head_dim", 128)), rope=None),
-        "-": MLP(keys("intermediate_size", 21504), activation, keys("mlp_bias", False)),
+        "-": MLP(keys("intermediate_size", 21504), activation, bias),
     }
     return ModelConfig(
         **common.widths(keys, "layer_norm_epsilon", 1e-5, 131072, False),
         pattern=pattern, blocks={symbol: block for symbol, block in blocks.items() if symbol in pattern},
+    )  # fmt: skip
+
+
+def read_experts(keys: Keys, activation: str, bias: bool) -> MoE:
+    """The mixture; its routed experts have no biases."""
+    router = Router(
+        keys("num_experts_per_tok", 2), "sigmoid", renormalise=keys("norm_topk_prob", True),
+        scaling=float(keys("routed_scaling_factor", 1.0)), selection_bias=True, n_groups=keys("n_group", 1),
+        top_groups=keys("topk_group", 1),
+    )  # fmt: skip
+    shared, latent = (
+        MLP(keys("moe_shared_expert_intermediate_size", 7688), activation, bias),
+        keys("moe_latent_size", None),
+    )
+    return MoE(
+        keys("n_routed_experts", 8), keys("moe_intermediate_size", 7688), activation, router, shared, d_latent=latent,
+        latent_bias=bias and latent is not None, balance_weight=1e-4, z_weight=0.0,
     )  # fmt: skip
 
 
@@ -63,7 +80,10 @@ def read_pattern(keys: Keys) -> str:
 
 def write(config: ModelConfig) -> dict:
     mamba = common.block(config, Mamba2, Mamba2(n_heads=128))
-    attention, mlp = common.block(config, Attention, Attention(rope=None)), common.block(config, MLP, MLP(1, "relu2"))
+    attention, moe = common.block(config, Attention, Attention(rope=None)), common.block(config, MoE, MoE())
+    shared = common.expect(moe.shared or MLP(1, "relu2"), MLP)
+    mlp = common.block(config, MLP, MLP(1, shared.activation, shared.bias))
+    router = moe.router
     return {
         **common.write_widths(config, "layer_norm_epsilon"),
         **common.write_heads(attention),
@@ -73,6 +93,10 @@ def write(config: ModelConfig) -> dict:
         "use_bias": mamba.proj_bias, "chunk_size": mamba.chunk or 128, "mamba_hidden_act": "silu",
         "mlp_hidden_act": common.name_of(common.PLAIN, mlp.activation), "mlp_bias": mlp.bias,
         "intermediate_size": mlp.d_ff, "layers_block_type": common.kinds(config),
+        "n_routed_experts": moe.n_experts, "moe_intermediate_size": moe.d_ff, "moe_latent_size": moe.d_latent,
+        "moe_shared_expert_intermediate_size": shared.d_ff, "n_shared_experts": 1,
+        "num_experts_per_tok": router.top_k, "norm_topk_prob": router.renormalise, "n_group": router.n_groups,
+        "routed_scaling_factor": router.scaling, "topk_group": router.top_groups,
     }  # fmt: skip
 
 
@@ -88,6 +112,19 @@ FAMILY = Family(
         "M": {**NORM, **common.at("mixer.", common.MAMBA2)},
         "*": {**NORM, **common.at("mixer.", common.ATTENTION)},
         "-": {**NORM, **common.at("mixer.", common.PLAIN_MLP)},
+        "E": {
+            **NORM,
+            "mixer.gate.weight": "mixer.router: E D -> D E",
+            "mixer.gate.e_score_correction_bias": "mixer.selection_bias: E",
+            "mixer.fc1_latent_proj.weight": "mixer.latent_in: R D -> D R",
+            "mixer.fc1_latent_proj.bias": "mixer.latent_in_bias: R",
+            "mixer.fc2_latent_proj.weight": "mixer.latent_out: D R -> R D",
+            "mixer.fc2_latent_proj.bias": "mixer.latent_out_bias: D",
+            "mixer.experts.{e}.up_proj.weight": "mixer.w_in: F D -> e D F",
+            "mixer.experts.{e}.down_proj.weight": "mixer.w_out: D F -> e F D",
+            **common.at("mixer.shared_experts.", common.PLAIN_MLP, "mixer.shared"),
+        },
     },
     aliases=(("model.", "backbone."),),
+    ties=False,
 )

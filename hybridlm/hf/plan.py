@@ -14,6 +14,9 @@ from hybridlm.hf.family import Family
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.pattern import places
 
+OUTPUT = "lm_head.weight"
+"""Name of the output projection in every family."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -40,7 +43,10 @@ class Plan:
     tensors: dict[str, Tensor]
     """By published name."""
     copies: dict[str, str]
-    """Names under which untied checkpoints hold a Shared block's weights again -> the name in `tensors`."""
+    """Names under which a checkpoint may hold a shared tensor again (a Shared block's weights at its later depths, the
+    output of a tied model) -> the name in `tensors`."""
+    doubled: frozenset[str]
+    """Of the copies those that are written: the published implementation does not share them."""
     infos: dict[str, ParamInfo]
     """Of the model's parameters, by dotted path."""
     family: Family
@@ -110,7 +116,12 @@ def make_plan(family: Family, model: nnx.Module, published: ModelConfig) -> Plan
                 if name.startswith(tuple(f"{source}{head}." for head in heads)):
                     copies[family.layer.format(**again) + name.removeprefix(source)] = name
     _check_cover(tensors, infos, family)
-    return Plan(tensors, copies, infos, family)
+    tied = model.config.tie_embeddings
+    doubled = set() if tied else set(copies)
+    if tied:
+        copies[OUTPUT] = next(name for name, tensor in tensors.items() if tensor.pieces[0].path == "embedding")
+        doubled |= set() if family.ties else {OUTPUT}
+    return Plan(tensors, copies, frozenset(doubled), infos, family)
 
 
 def _our_path(move: Move, base: str, own: str) -> str:

@@ -61,9 +61,7 @@ def to_hf(
     params = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     _check_here(params)
     old = _prepare(folder, overwrite)
-    tensors = dict(plan.tensors)
-    if not published.tie_embeddings:
-        tensors |= {name: plan.tensors[source] for name, source in plan.copies.items()}
+    tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
     kinds = {name: DTYPES[dtype] if dtype else _dtype_of(tensor, params) for name, tensor in tensors.items()}
     total = sum(int(np.prod(t.shape, dtype=np.int64)) * kinds[name].itemsize for name, t in tensors.items())
     done = 0

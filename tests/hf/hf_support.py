@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tests/golden: tiny random checkpoints of published implementations (transformers 5.23, float32) with their outputs."""
+"""tests/golden: tiny random checkpoints of published implementations (transformers 5.23) with their outputs."""
 
 import json
 from functools import cache

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations that the golden checkpoints do not show: options of each family's published config class."""
+
+WIDTHS = {"vocab_size": 48, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {
+    **WIDTHS, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+PREFIXED = {
+    **LLAMA, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_chunk_size": 8,
+}  # fmt: skip
+MAMBA2 = {
+    **WIDTHS, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 8,
+}  # fmt: skip
+GRANITE = {**PREFIXED, "num_local_experts": 0, "shared_intermediate_size": 24, "layer_types": ["mamba", "attention"]}
+NEMOTRON = {
+    **WIDTHS, "layers_block_type": ["mamba", "mlp", "attention", "mamba"], "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 40, "mamba_num_heads": 6, "mamba_head_dim": 8,
+    "ssm_state_size": 6, "n_groups": 2, "chunk_size": 8, "time_step_min": 1e-12,
+}  # fmt: skip
+FALCON = {**PREFIXED, "mamba_d_ssm": 48, "mamba_n_heads": 6, "projectors_bias": False}
+ZAMBA2 = {
+    **WIDTHS, "num_hidden_layers": 6, "layers_block_type": ["hybrid", "mamba", "hybrid", "mamba", "hybrid", "hybrid"],
+    "num_attention_heads": 4, "intermediate_size": 40, "mamba_d_state": 6, "n_mamba_heads": 8, "mamba_ngroups": 2,
+    "adapter_rank": 3, "num_mem_blocks": 2, "chunk_size": 8, "time_step_min": 1e-12,
+}  # fmt: skip
+ZAMBA = {
+    **WIDTHS, "num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "mamba", "hybrid"],
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 40, "mamba_d_state": 6,
+    "mamba_dt_rank": 3, "n_mamba_heads": 2,
+}  # fmt: skip
+
+
+def rope(kind: str, **values) -> dict:
+    """rope_parameters of a type."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **values}}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS: dict[str, list[tuple[dict, dict]]] = {
+    "llama": [
+        (LLAMA, change)
+        for change in (
+            {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+            {"head_dim": 12, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+            {"num_key_value_heads": None, "hidden_act": "gelu"},
+            {"hidden_act": "gelu_pytorch_tanh", **rope("linear", factor=4.0)},
+            {"hidden_act": "relu", **LLAMA3},
+            rope("yarn", **YARN),
+            rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3, truncate=False),
+            rope("yarn", **YARN, attention_factor=1.5, beta_fast=8, beta_slow=2),
+            {"num_hidden_layers": 1, "intermediate_size": 7},
+        )
+    ],
+    "qwen2": [
+        (LLAMA, change)
+        for change in (
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3},
+            {
+                "use_sliding_window": True, "sliding_window": 3, "num_hidden_layers": 3,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            {"tie_word_embeddings": True, "num_key_value_heads": 4, **LLAMA3},
+        )
+    ],
+    "qwen3": [
+        (LLAMA, change)
+        for change in (
+            {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
+            {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            {"head_dim": 8, **rope("yarn", factor=2.0)},
+        )
+    ],
+    "mamba2": [
+        (MAMBA2, change)
+        for change in (
+            {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True},
+            {"n_groups": 4, "time_step_limit": (0.1, 0.5), "conv_kernel": 3},
+            {"n_groups": 8, "num_heads": 16, "head_dim": 4, "layer_norm_epsilon": 1e-2, "chunk_size": 5},
+            {"expand": 3, "num_heads": 6, "head_dim": 16, "conv_kernel": 2, "state_size": 16},
+            {"expand": 1, "num_heads": 2, "head_dim": 16, "n_groups": 1, "num_hidden_layers": 1},
+        )
+    ],
+    "bamba": [
+        (PREFIXED, change)
+        for change in (
+            {"attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
+            {"attn_layer_indices": [1, 2], "num_hidden_layers": 4, "mamba_conv_bias": False, "mamba_d_conv": 3},
+            {"attn_layer_indices": [], "tie_word_embeddings": True, "mamba_d_head": "auto", "mamba_n_heads": 4},
+            {"attn_layer_indices": [0, 1], "head_dim": 12},
+            {"attn_layer_indices": [1], "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
+            {"attn_layer_indices": [0], "head_dim": 16, "time_step_limit": (0.2, 0.4), "rms_norm_eps": 1e-2},
+            {"attn_layer_indices": None, "mamba_expand": 3, "mamba_n_heads": 12, "mamba_n_groups": 4},
+        )
+    ],
+    "granitemoehybrid": [
+        (GRANITE, change)
+        for change in (
+            {"position_embedding_type": "rope", "attention_bias": True, "tie_word_embeddings": True},
+            {"embedding_multiplier": 3, "logits_scaling": 49, "residual_multiplier": 0.3, "attention_multiplier": 0.2},
+            {"layer_types": ["attention", "attention"], "position_embedding_type": "rope", **LLAMA3},
+            {"layer_types": None, "mamba_proj_bias": True, "mamba_conv_bias": False, "num_key_value_heads": None},
+            {"time_step_limit": (0.1, 0.3), "mamba_d_head": "auto", "mamba_n_heads": 16, "head_dim": 10},
+            {"num_hidden_layers": 4, "layer_types": ["attention", "mamba", "mamba", "attention"], "mamba_d_conv": 2},
+        )
+    ],
+    "nemotron_h": [
+        (NEMOTRON, change)
+        for change in (
+            {"use_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+            {"use_conv_bias": False, "n_groups": 3, "mlp_hidden_act": "gelu", "layer_norm_epsilon": 1e-2},
+            {"layers_block_type": ["attention", "attention", "mlp"], "mlp_hidden_act": "silu"},
+            {"layers_block_type": ["mlp", "mamba"], "conv_kernel": 3, "mamba_head_dim": 4, "expand": 5},
+            {"hybrid_override_pattern": "M*M--*", "layers_block_type": None, "num_key_value_heads": 1},
+            {"layers_block_type": ["mamba"] * 3, "mlp_hidden_act": "relu"},
+        )
+    ],
+    "falcon_h1": [
+        (FALCON, change)
+        for change in (
+            {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "attention_bias": True},
+            {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mlp_bias": True, "tie_word_embeddings": True},
+            {"mamba_d_ssm": None, "mamba_n_heads": 8, "projectors_bias": True, "mamba_conv_bias": False},
+            {"mamba_d_ssm": None, "mamba_n_heads": 8, "mamba_proj_bias": True, "mamba_d_conv": 3, "head_dim": 10},
+            {
+                "ssm_multipliers": [0.3, 1.2, 0.8, 1.5, 0.7], "mlp_multipliers": [0.9, 0.5], "key_multiplier": 0.4,
+                "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.3,
+                "ssm_out_multiplier": 0.6, "embedding_multiplier": 5.6, "lm_head_multiplier": 0.04,
+                "mamba_rms_norm": True,
+            },
+            {"time_step_limit": (0.05, 0.4), "mamba_n_groups": 3, "num_key_value_heads": None, **LLAMA3},
+            {"mamba_proj_bias": True, "projectors_bias": True, "mamba_d_head": "auto", **rope("linear", factor=2.0)},
+        )
+    ],
+    "zamba2": [
+        (ZAMBA2, change)
+        for change in (
+            {"use_shared_attention_adapter": True, "use_mem_rope": True, "add_bias_linear": True},
+            {"num_mem_blocks": 1, "hidden_act": "silu", "num_key_value_heads": 2},
+            {"num_mem_blocks": 3, "use_mem_rope": True, "mamba_expand": 3, "mamba_d_conv": 3},
+            {"use_mem_rope": True, "time_step_min": 0.3, "num_attention_heads": 2, "intermediate_size": None},
+            {"layers_block_type": ["mamba"] * 3 + ["hybrid"] + ["mamba"] * 2, "use_mem_rope": True, **LLAMA3},
+        )
+    ],
+    "zamba": [
+        (ZAMBA, change)
+        for change in (
+            {"mamba_conv_bias": False, "mamba_proj_bias": True, "hidden_act": "silu", "n_mamba_heads": 4},
+            {"n_mamba_heads": 1, "mamba_dt_rank": "auto", "num_key_value_heads": 2, "attention_head_dim": 6},
+            {"layers_block_type": None, "num_hidden_layers": 8, "attn_layer_period": 3, "attn_layer_offset": 1},
+            {"hidden_mamba_act": "gelu", "mamba_d_conv": 3, "mamba_expand": 3, "rms_norm_eps": 1e-2},
+        )
+    ],
+}  # fmt: skip
+"""Of each family (base config, what is changed in it)."""
