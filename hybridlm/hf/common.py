@@ -116,8 +116,10 @@ def layer_types(keys: Keys, *names: str, n_layers: int) -> list[str] | None:
 
 def as_pattern(keys: Keys, types: list[str], symbols: dict[str, str]) -> str:
     """A pattern of layer types; ConfigError for a type that the family has not."""
+    names = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+    name = next((name for name in names if keys.values.get(name)), names[0])
     for kind in types:
-        keys.require(kind in symbols, f"layer type ({kind!r}) is not supported: only {', '.join(symbols)}")
+        keys.require(kind in symbols, f"{name} ({kind!r}) is not supported: only {', '.join(symbols)}")
     return "".join(symbols[kind] for kind in types)
 
 

@@ -23,7 +23,7 @@ def read_layers(keys: Keys, attention: Attention) -> ModelConfig:
     if types is None:
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layers)]
     pattern = common.as_pattern(keys, types, {"full_attention": "*-", "sliding_attention": "w-"})
-    keys.require("w" not in pattern or window, "layer type ('sliding_attention') needs use_sliding_window")
+    keys.require("w" not in pattern or window, "layer_types ('sliding_attention') needs use_sliding_window")
     blocks = {
         "*": attention,
         "w": Attention(**{**vars(attention), "window": window}),
