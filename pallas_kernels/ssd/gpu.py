@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ssd import gpu_grads, gpu_walk
+from pallas_kernels.ssd import gpu_decay, gpu_grads, gpu_walk
 from pallas_kernels.ssd.gpu_grads import Grads
 from pallas_kernels.ssd.gpu_walk import TILE, Walk
 
 LOG2E = math.log2(math.e)
 SMS = 132
-MAX_STATE = 128
+MAX_STATE = 256
 
 
 def _round_up(n, m):
@@ -160,16 +160,18 @@ def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
 def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_states):
     cfg = _config(x, b_mat, d, ids, interpret)
     cfg = gpu_walk.dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
-    ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks)
     seg = None if ids is None else document_vectors(ids, cfg.chunks)
-    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, seg, _skip_rows(d), init)
+    if cfg.heads % gpu_decay.HEADS == 0 and not interpret:
+        ab = gpu_decay.decays(dt, a * LOG2E, seg, cfg.chunks)
+    else:
+        ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks)
+    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, seg, None if d is None else d.astype(jnp.float32), init)
     return y, final, states, ab, seg
 
 
 def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
     y, final, states, ab, seg = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
-    given = None if init is None else jnp.zeros(())  # residuals hold arrays or None, no flags
-    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, states, ab, seg, given)
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, seg)
 
 
 def choose_splits(blocks, heads):
@@ -180,78 +182,108 @@ def choose_splits(blocks, heads):
     return splits
 
 
-def _decay_grads(rows, columns, end, ids, chunks):
-    """d loss / d log decay ``[B, spans, H, 128]`` of each token.
+def _spans(v):
+    """[B, chunks, ...] -> [B, spans, 2, ...]"""
+    return v.reshape(v.shape[0], -1, 2, *v.shape[2:])
 
-    The log decay of token t acts on all pairs j < t <= i of one document: the sum over tokens i >= t of (row sum i -
-    column sum i) of Z within the span, plus <R, state> at its end. rows, columns ``[B, chunks, H, 64]``, end
+
+def _decay_grads(net, end, seg):
+    """d loss / d log decay ``[B, chunks, 64, H]`` of each token.
+
+    The log decay of token t acts on all pairs j < t <= i of one document: the sum of ``net = dy . y - x . v`` over
+    tokens i >= t of the span and document, plus what reaches the span's end. net ``[B, spans, 2, H, 64]``, end
     ``[B, spans, H]``.
     """
-
-    def spans(v):
-        batch, _, heads, _ = v.shape
-        return v.reshape(batch, chunks // 2, 2, heads, TILE).swapaxes(2, 3).reshape(batch, chunks // 2, heads, 2 * TILE)
-
-    net = spans(rows - columns)
-    upper = jnp.triu(jnp.ones((2 * TILE, 2 * TILE), jnp.float32))
-    if ids is None:
-        return jnp.einsum("bkhi,ti->bkht", net, upper, precision=lax.Precision.HIGHEST) + end[..., None]
-    ids = jnp.pad(ids, ((0, 0), (0, chunks * TILE - ids.shape[1])))
-    start = document_starts(ids)
-    token = jnp.arange(chunks * TILE, dtype=jnp.int32)
-    inside = (start != token).astype(jnp.float32).reshape(ids.shape[0], chunks // 2, 1, 2 * TILE)
-    start = start.reshape(ids.shape[0], chunks // 2, 2 * TILE)
-    same = jnp.where(start[..., :, None] == start[..., None, :], upper, 0.0)
-    last = (start == start[..., -1:]).astype(jnp.float32)[:, :, None]
-    log_decay = jnp.einsum("bkhi,bkti->bkht", net, same, precision=lax.Precision.HIGHEST) + last * end[..., None]
-    return log_decay * inside
+    same = jnp.triu(jnp.ones((TILE, TILE), jnp.float32))
+    if seg is None:
+        grads = jnp.einsum("bkshi,ti->bksth", net, same, precision=lax.Precision.HIGHEST)
+        later = jnp.stack([net[:, :, 1].sum(-1) + end, end], axis=2)[:, :, :, None]
+        return (grads + later).reshape(net.shape[0], -1, TILE, net.shape[3])
+    seg = _spans(seg)
+    reach, carried, last, through = (seg[:, :, :, i] for i in range(4))
+    token = jnp.arange(TILE, dtype=jnp.float32)
+    same = jnp.where(token - token[:, None] <= reach[..., None, :], same, 0.0)
+    grads = jnp.einsum("bkshi,bksti->bksth", net, same, precision=lax.Precision.HIGHEST)
+    across = (net[:, :, 1] * carried[:, :, 1, None]).sum(-1) + end * through[:, :, 1, :1]
+    later = last[..., None] * jnp.stack([across, end], axis=2)[:, :, :, None]
+    grads = jnp.where(reach[..., None] == 0.0, 0.0, grads + later)
+    return grads.reshape(net.shape[0], -1, TILE, net.shape[3])
 
 
-def _sum_parts(parts, shape, extra=None):
-    """Sum of partial dB or dC ``[k, B, splits, chunks, G, 64, N]`` as ``[B, T, G, N]``."""
-    batch, tokens, groups, state = shape
-    total = parts.sum((0, 2))
-    if extra is not None:
-        extra = extra.sum(1)
-        total += jnp.stack([jnp.zeros_like(extra), extra], axis=2).reshape(total.shape)
-    return total.swapaxes(2, 3).reshape(batch, -1, groups, state)[:, :tokens]
+def _rounded_start(init, dy, c_mat, ab, seg, r_states):
+    """What the rounding of the caller's float32 state to bfloat16 takes from ``dy . y`` ``[B, 2, H, 64]`` and <R, h>.
+
+    Where decays are weak the gradient of A is a small difference of large sums over this state.
+    """
+    batch, heads = init.shape[:2]
+    rest = (init - lax.reduce_precision(init, 8, 7)).astype(jnp.bfloat16)
+    ends = jnp.exp2(ab[:, :2, :, 0, -1])
+    decay = jnp.exp2(ab[:, :2, :, 0])
+    if seg is not None:
+        ends *= seg[:, :2, 3, -1:]
+        decay *= seg[:, :2, None, 1]
+    decay = jnp.stack([decay[:, 0], decay[:, 1] * ends[:, 0, :, None]], axis=1)
+
+    def first(v):
+        v = v[:, : 2 * TILE]
+        return jnp.pad(v, ((0, 0), (0, 2 * TILE - v.shape[1]), (0, 0), (0, 0)))
+
+    c_mat, dy = first(c_mat), first(dy)
+    rest_g = rest.reshape(batch, c_mat.shape[2], -1, TILE, rest.shape[-1])
+    y = jnp.einsum("bign,bgrpn->bigrp", c_mat, rest_g, preferred_element_type=jnp.float32)
+    rows = (y.reshape(dy.shape) * dy.astype(jnp.float32)).sum(-1).reshape(batch, 2, TILE, heads).swapaxes(2, 3)
+    state = (r_states[:, 0].astype(jnp.float32) * rest.astype(jnp.float32)).sum((-2, -1))
+    return rows * decay, state * ends[:, 0] * ends[:, 1]
+
+
+def _joined(parts, tokens, odd=None):
+    """Sum of parts of dB or dC ``[B, splits, chunks, 64, G, N]`` as ``[B, T, G, N]``; ``odd`` goes to odd chunks."""
+    total = parts.sum(1)
+    if odd is not None:
+        total += jnp.pad(odd.sum(1)[:, :, None], ((0, 0), (0, 0), (1, 0)) + 3 * ((0, 0),)).reshape(total.shape)
+    return total.reshape(total.shape[0], -1, *total.shape[3:])[:, :tokens]
+
+
+def _skip_grad(d, x, dy, source, ids, seg):
+    if d is None:
+        return None
+    if d.ndim == 1:
+        real = 1.0 if seg is None else (seg[:, :, None, 0] >= 0.0).astype(jnp.float32)
+        return (source[:, :, :, 2] * real).sum((0, 1, 3)).astype(d.dtype)
+    product = dy.astype(jnp.float32) * x.astype(jnp.float32)
+    return (product if ids is None else product * (ids != 0)[..., None, None]).sum((0, 1)).astype(d.dtype)
 
 
 def _core_bwd(with_final, interpret, residuals, cotangents):
-    x, dt, a, b_mat, c_mat, d, ids, states, ab, seg, given = residuals
+    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, seg = residuals
     dy, d_final = cotangents
     cfg = _config(x, b_mat, d, ids, interpret)
-    chunks, heads = cfg.chunks, cfg.heads
-    back = gpu_walk.dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=given is not None, has_d=False)
+    batch, heads = cfg.batch, cfg.heads
+    back = gpu_walk.dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
     _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, seg, None, d_final)
-    splits = choose_splits(cfg.batch * cfg.groups * chunks, heads // cfg.groups)
-    grads = Grads(cfg.batch, heads, cfg.groups, cfg.state, chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
+    splits = choose_splits(batch * cfg.groups * cfg.chunks, heads // cfg.groups)
+    grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
     out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, seg, _skip_rows(d))
-    x_du, x_du_state, columns, rows = (out["score_vectors"][:, :, :, i] for i in range(4))
-    dy_x, z_state = (out["row_vectors"][:, :, :, i] for i in range(2))
 
-    dt_c = _chunked(_real_dt(dt, ids), chunks)
-    real = None if seg is None else (seg[:, :, None, 0] >= 0.0).astype(jnp.float32)
-    if d is None:
-        d_d = None
-    elif d.ndim == 1:
-        d_d = (dy_x if real is None else dy_x * real).sum((0, 1, 3)).astype(d.dtype)
-    else:
-        product = dy.astype(jnp.float32) * x.astype(jnp.float32)
-        d_d = (product if ids is None else product * (ids != 0)[..., None, None]).sum((0, 1)).astype(d.dtype)
-    cross_rows = jnp.stack([jnp.zeros_like(out["cross_rows"]), out["cross_rows"]], axis=2)
-    cross_rows = cross_rows.reshape(dt_c.shape)
-    rows += z_state + cross_rows
-    columns += dt_c * x_du_state
-    end = (dt_c * x_du_state).sum(-1).reshape(cfg.batch, chunks // 2, 2, heads).sum(2) + out["state_rows"].sum(-1)
-    log_decay = _decay_grads(rows, columns, end, ids, chunks)
-    log_decay = log_decay.reshape(cfg.batch, chunks // 2, heads, 2, TILE).swapaxes(2, 3).reshape(dt_c.shape)
-    d_dt = x_du + a[:, None] * log_decay
-    d_dt = d_dt if real is None else d_dt * real
-    d_dt = d_dt.transpose(0, 1, 3, 2).reshape(cfg.batch, -1, heads)[:, : cfg.tokens]
-    d_a = (dt_c * log_decay).sum((0, 1, 3))
-    d_b = _sum_parts(out["parts"][:2], b_mat.shape).astype(b_mat.dtype)
-    d_c = _sum_parts(out["parts"][2:], c_mat.shape, out["cross"]).astype(c_mat.dtype)
+    x_v, x_v_state = out["source"][:, :, :, 0], out["source"][:, :, :, 1]
+    net = _spans(out["target"] - x_v)
+    net += jnp.pad(out["cross"][:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
+    end = _spans(x_v_state).sum((2, 4)) + out["state"].sum(-1)
+    if init is not None:
+        rows, state = _rounded_start(init, dy, c_mat, ab, seg, r_states)
+        net, end = net.at[:, 0].add(rows), end.at[:, 0].add(state)
+
+    def by_token(v):
+        return v.reshape(batch, -1, heads)[:, : cfg.tokens]
+
+    log_decay = by_token(_decay_grads(net, end, seg))
+    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, 2.0**-gpu_grads.SMALLEST_DT) + a * log_decay
+    if ids is not None:
+        d_dt = jnp.where((ids != 0)[..., None], d_dt, 0.0)
+    d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))
+    d_b = _joined(out["d_b"], cfg.tokens).astype(b_mat.dtype)
+    d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(c_mat.dtype)
+    d_d = _skip_grad(d, x, dy, out["source"], ids, seg)
     return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
 
 

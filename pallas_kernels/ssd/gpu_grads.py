@@ -3,16 +3,19 @@
 
 A thread block owns the tile ``half`` of one span of 128 tokens and loops over the heads of a group, so that dB and dC
 are summed over heads in registers. With ``h`` the state at the span's start, ``R`` the gradient of the state at its
-end, ``L_ij = exp2(a_i - a_j)`` (zero unless i >= j in one document), ``e_i`` the decay from the span's start to i and
-``u_j`` that from j to its end, it computes for the columns j and the rows i of its tile
+end, ``W_ij = dt_j exp2(a_i - a_j)``, ``M_ij = (C_i . B_j) W_ij`` rounded to bfloat16 (zero unless i >= j in one
+document), ``e_i`` the decay from the span's start to i and ``u_j`` that from j to its end, times dt_j,
 
-    du_j = sum_i L_ij (C_i . B_j) dy_i + u_j R B_j          dx_j = dt_j du_j + D dy_j
-    dB_j = sum_heads sum_i dS_ij C_i + dt_j u_j x_j R       dS_ij = dt_j L_ij (dy_i . x_j)
+    v_j = sum_i M_ij dy_i + u_j R B_j          dx_j = v_j + D dy_j          y_i = sum_j M_ij x_j + e_i h C_i
+    dB_j = sum_heads sum_i dS_ij C_i + u_j x_j R                            dS_ij = W_ij (dy_i . x_j)
     dC_i = sum_heads sum_j dS_ij B_j + e_i dy_i h
 
-and the per-token sums from which XLA forms ddt, dA and dD (``SCORE_VECTORS``, ``ROW_VECTORS``). Three compute
-warpgroups share the work (scores and dx, dB, dC); a producer streams the heads' tiles through shared memory. Scores
-are kept transposed ([j, i]), so that the second product takes its left operand from registers.
+and the sums ``x_j . v_j``, ``dy_i . y_i`` from which XLA forms ddt and dA. Both sums use the same rounded M, so what
+does not cross a token cancels to float32 accuracy. A dt below 2^-64 counts as 2^-64, so that ddt = x . v / dt + ...
+holds for 0.
+
+Four warpgroups: ``source`` (pair terms, dx), ``target`` (y, dC), ``db`` and a producer that streams the heads' tiles
+through shared memory. Pairs are kept transposed ([j, i]), so that the product with dy takes M from registers.
 """
 
 import dataclasses
@@ -24,14 +27,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.gpu_walk import BF16_TRANSFORMS, COL, ROW, TILE, matmul
+from pallas_kernels.ssd.gpu_walk import BF16_TRANSFORMS, COL, ROW, TILE
 
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
-# Per-token sums, Z_ij = (C_i . B_j) dS_ij; a row of Z is summed over j, a column over i.
-SCORE_VECTORS = ("x.du", "x.du through the state", "columns of Z", "rows of Z in the tile")
-ROW_VECTORS = ("dy.x", "rows of Z through the state")
-PARTS = ("dB through the state", "dB within", "dC through the state", "dC within", "dC of the second half")
+SMALLEST_DT = 64.0  # minus its log2
+LARGEST = 126.0  # log2 of the largest weight of a pair that is masked afterwards
+SMS = 132
+REGISTERS = (216, 152, 120, 24)  # of a thread of the warpgroups source, target, db and the producer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Grads:
     batch: int
     heads: int
     groups: int
-    state: int
+    state: int  # columns of the states this kernel takes, at most 128
     chunks: int  # chunks of TILE tokens, even
     splits: int = 1  # parts of a group's heads visited by different thread blocks
     segments: bool = False
@@ -49,10 +52,17 @@ class Grads:
     stages: int = 2
     dtype: jnp.dtype = jnp.bfloat16
     interpret: bool = False
+    column: int = 0  # the first of these columns
+    pairs: bool = True  # with the terms of pairs of tokens; without: only what goes through the states
+    whole: bool = True  # these are all columns; else the scores are given and dS is an output
 
     @property
     def block_heads(self) -> int:
         return self.heads // (self.groups * self.splits)
+
+    def tiles(self, k) -> int:
+        """Pairs of tiles that end in or start from tile ``k`` of a span, here."""
+        return (2 - k) * self.pairs
 
 
 def _rows(v, n=TILE):
@@ -67,22 +77,79 @@ def _load(ref):
     return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
 
 
+class _Accumulator:
+    """Accumulator of the matrix unit; a plain array for the interpreter, which knows no left operand in registers."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def add(self, a, b):
+        if isinstance(self.target, jax.Array):
+            left = a if isinstance(a, jax.Array) else a[...]
+            self.target += jnp.dot(left, b[...], preferred_element_type=jnp.float32)
+        else:
+            plgpu.wgmma(self.target, a, b)
+
+    def set(self, value):
+        if isinstance(self.target, jax.Array):
+            self.target = value
+        else:
+            self.target[...] = value
+
+    def wait(self):
+        if not isinstance(self.target, jax.Array):
+            plgpu.wgmma_wait(0)
+
+    def get(self, in_flight=0):
+        """The value, once at most ``in_flight`` later products are unfinished."""
+        if isinstance(self.target, jax.Array):
+            return self.target
+        return plgpu.wgmma_accumulator_load(self.target, wait_n=in_flight)
+
+
+def _accumulate(cfg, work, *widths):
+    """``work`` of accumulators [64, width]."""
+    if cfg.interpret:
+        return work(*(_Accumulator(jnp.zeros((TILE, n), jnp.float32)) for n in widths))
+    refs = (plgpu.ACC((TILE, n), jnp.float32) for n in widths)
+    return pl.run_scoped(lambda *accs: work(*map(_Accumulator, accs)), *refs)
+
+
+def _loop(cfg, count, step, acc):
+    """``step(i, acc)`` for every i; the accumulator stays in its registers."""
+
+    def plain(i, value):
+        acc = _Accumulator(value)
+        step(i, acc)
+        return acc.target
+
+    if cfg.interpret:
+        acc.target = lax.fori_loop(0, count, plain, acc.target)
+    else:
+        lax.fori_loop(0, count, lambda i, _: step(i, acc), None)
+
+
+def _zeros(n):
+    return plgpu.layout_cast(jnp.zeros((TILE, n), jnp.float32), WGMMA)
+
+
 class _Tokens:
     """Decays and masks of the tile ``half`` of one head, read from shared memory."""
 
     def __init__(self, cfg, smem, slot, half):
-        self.cfg, self.half, self.ab, self.seg = cfg, half, smem["ab"].at[slot], smem["seg"]
-        self.slot_ab = smem["ab"]
-        self.slot = slot
+        self.cfg, self.half, self.seg = cfg, half, smem["seg"]
+        self.ab, self.slot = smem["ab"], slot
 
     def a(self, layout=ROW, half=None):
-        return plgpu.load(self.ab.at[self.half if half is None else half, 0], layout=layout)
+        return plgpu.load(self.ab.at[self.slot, self.half if half is None else half, 0], layout=layout, optimized=False)
 
-    def dt(self):
-        return jnp.exp2(self.a() - plgpu.load(self.ab.at[self.half, 1], layout=ROW))
+    def b(self):
+        """a - log2(dt)"""
+        b = plgpu.load(self.ab.at[self.slot, self.half, 1], layout=ROW, optimized=False)
+        return jnp.minimum(b, self.a() + SMALLEST_DT)
 
     def end(self, half):
-        return self.slot_ab[self.slot, half, 0, TILE - 1]
+        return self.ab[self.slot, half, 0, TILE - 1]
 
     def through(self, half):
         """Decay across one whole tile."""
@@ -90,13 +157,13 @@ class _Tokens:
         return decay * self.seg[half, 3, TILE - 1] if self.cfg.segments else decay
 
     def mask(self, row, layout=ROW, half=None):
-        return plgpu.load(self.seg.at[self.half if half is None else half, row], layout=layout)
+        return plgpu.load(self.seg.at[self.half if half is None else half, row], layout=layout, optimized=False)
 
     def to_end(self):
-        """u_j: decay from token j to the end of the span."""
-        u = jnp.exp2(self.end(self.half) - self.a())
+        """u_j: dt_j and the decay from token j to the end of the span."""
+        u = jnp.exp2(self.end(self.half) - self.b())
         if self.cfg.segments:
-            u *= self.mask(2)
+            u *= jnp.where(self.mask(0) >= 0.0, self.mask(2), 0.0)
         if self.half == 1:
             return u
         return u * self.through(1)
@@ -111,169 +178,265 @@ class _Tokens:
         return e * self.through(0)
 
 
-def _scores_head(cfg, k, carry, smem, slot):
-    """Warpgroup 0, one head: du and the head's share of dS (transposed)."""
+def _visible(cfg, smem, half, pair, values):
+    """``values`` [j, i] of the pairs within a tile (``pair`` 0) or from the first tile to the second one, else 0."""
+    tok = _Tokens(cfg, smem, 0, half)
+    if pair == 0:
+        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
+        cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+        values = jnp.where(rows <= cols, values, 0.0)
+        if cfg.segments:
+            values = jnp.where((cols - rows).astype(jnp.float32) <= _cols(tok.mask(0, COL)), values, 0.0)
+    elif cfg.segments:
+        values = jnp.where(_cols(tok.mask(1, COL, 1)) > 0.0, values, 0.0)
+        values = jnp.where(_rows(tok.mask(2, ROW, 0)) > 0.0, values, 0.0)
+    if cfg.segments:
+        values = jnp.where(_rows(tok.mask(0)) >= 0.0, values, 0.0)
+    return values
+
+
+def _source_head(cfg, k, carry, smem, slot, i, bars):
+    """One head: its share of dS (transposed), dx, x . v and its part through the state."""
     tok = _Tokens(cfg, smem, slot, k)
-    x_ref = smem["x"].at[slot]
-    a_row, dt = tok.a(), tok.dt()
-    u = tok.to_end()
-    columns, z_rows = None, []
-    du = matmul(smem["b"], smem["r"].at[slot].T, (TILE, TILE), None, cfg.interpret) * _rows(u)
+    x_ref, dy_ref, dy1_ref = smem["x"].at[slot], smem["dy"].at[slot, 0], smem["dy"].at[slot, 1]
+
+    def weight(pair):
+        if pair == 0:
+            return jnp.exp2(jnp.minimum(_cols(tok.a(COL)) - _rows(tok.b()), LARGEST))
+        return _cols(jnp.exp2(tok.a(COL, 1))) * _rows(jnp.exp2(tok.end(0) - tok.b()))
+
+    def mix(pair, weight, grad):
+        scores = plgpu.load(smem["scores"].at[pair], layout=WGMMA)
+        return scores * weight.astype(cfg.dtype), carry[pair] + weight * grad
+
+    def store(pair, m):
+        """Hands M to the target warpgroup."""
+        if pair == 0:
+
+            @pl.when(i > 0)
+            def _():
+                plgpu.barrier_wait(bars["m_empty"].at[0])
+
+        smem["m"][pair] = m
+
+    def within_tile(v, grad):
+        grad.add(x_ref, dy_ref.T)
+        v.add(smem["b"], smem["r"].at[slot].T)
+        w = weight(0)
+        return mix(0, w, grad.get(1))
+
+    def through_state(v):
+        part = v.get(0) * _rows(tok.to_end())
+        return part, jnp.sum(_load(x_ref) * part, axis=1)
+
+    def across(v, grad):
+        grad.add(x_ref, dy1_ref.T)
+        w = weight(1)
+        m, new = mix(1, w, grad.get(0))
+        v.add(m, dy1_ref)
+        store(1, m)
+        return new
+
+    def work(v):
+        m, first = _accumulate(cfg, functools.partial(within_tile, v), TILE)
+        state_part, x_state = through_state(v)
+        v.set(state_part)
+        v.add(m, dy_ref)
+        store(0, m)
+        new = (first,)
+        if k == 0:
+            new += (_accumulate(cfg, functools.partial(across, v), TILE),)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(bars["m_full"].at[0])
+        return new, v.get(0), x_state
+
+    def states_alone(v):
+        v.add(smem["b"], smem["r"].at[slot].T)
+        return (), *through_state(v)
+
+    new, v, x_state = _accumulate(cfg, work if cfg.pairs else states_alone, TILE)
     x = _load(x_ref)
-    through_state = jnp.sum(x * du, axis=1)
-    new = []
-    for i in range(2 - k):
-        dy_ref = (smem["dy"] if i == 0 else smem["dy1"]).at[slot]
-        grad = matmul(x_ref, dy_ref.T, (TILE, TILE), None, cfg.interpret)
-        if i == 0:
-            gate = jnp.exp2(_cols(tok.a(COL)) - _rows(a_row))
-            rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-            cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
-            mask = rows <= cols
-            if cfg.segments:
-                mask = jnp.logical_and(mask, (cols - rows).astype(jnp.float32) <= _cols(tok.mask(0, COL)))
-            gate = jnp.where(mask, gate, 0.0)
-        else:
-            gate = jnp.exp2(_cols(tok.a(COL, 1)) + (tok.end(0) - _rows(a_row)))
-            if cfg.segments:
-                gate *= _cols(tok.mask(1, COL, 1)) * _rows(tok.mask(2, ROW, 0))
-        scores = plgpu.load(smem["scores"].at[i], layout=WGMMA)
-        m = (scores * gate).astype(cfg.dtype)
-        ds = gate * _rows(dt) * grad
-        new.append(carry[i] + ds)
-        z = ds * scores
-        z_rows.append(jnp.sum(z, axis=0))
-        columns = jnp.sum(z, axis=1) if i == 0 else columns + jnp.sum(z, axis=1)
-        du = matmul(m, dy_ref, du.shape, du, cfg.interpret)
-    total = jnp.sum(_load(x_ref) * du, axis=1)
-    dx = du * _rows(dt)
+    vectors = [jnp.sum(x * v, axis=1), x_state]
     if cfg.has_d:
-        skip = _load(smem["dy"].at[slot]) * _cols(plgpu.load(smem["d"].at[slot], layout=COL))
-        dx += jnp.where(_rows(tok.mask(0)) >= 0.0, skip, 0.0) if cfg.segments else skip
-    return tuple(new), dx, (total, through_state, columns), z_rows
+        dy = _load(dy_ref)
+        vectors.append(jnp.sum(x * dy, axis=1))
+        skip = dy * _cols(plgpu.load(smem["d"].at[slot], layout=COL, optimized=False))
+        v += jnp.where(_rows(tok.mask(0)) >= 0.0, skip, 0.0) if cfg.segments else skip
+    return new, v, vectors
 
 
-def _scores_warpgroup(cfg, k, idx, outs, smem, full, empty):
+def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     b, span, group, split, head0 = idx
     chunk = span * 2 + k
-    part_g, cross_g = outs["parts"], outs["cross"]
-    for i in range(2 - k):
-        c_ref = smem["c1" if i else "c"]
-        smem["scores"][i] = matmul(smem["b"], c_ref.T, (TILE, TILE), None, cfg.interpret)
+    for pair in range(cfg.tiles(k) if cfg.whole else 0):
+
+        def scores(acc):
+            acc.add(smem["b"], smem["c1" if pair else "c"].T)
+            return acc.get()
+
+        smem["scores"][pair] = _visible(cfg, smem, k, pair, _accumulate(cfg, scores, TILE)).astype(cfg.dtype)
+    plgpu.commit_smem()
 
     def step(i, carry):
         slot = lax.rem(i, cfg.stages)
-        plgpu.barrier_wait(full.at[slot])
-        carry, dx, own, z_rows = _scores_head(cfg, k, carry, smem, slot)
-        plgpu.barrier_arrive(empty.at[slot])
+        plgpu.barrier_wait(bars["full"].at[slot])
+        carry, dx, vectors = _source_head(cfg, k, carry, smem, slot, i, bars)
+        plgpu.barrier_arrive(bars["empty"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem["out"][...] = dx.astype(cfg.dtype)
-        for row, v in enumerate((*own, z_rows[0])):
-            smem["score_vectors"][row] = v
-        if k == 0:
-            smem["cross_rows"][...] = z_rows[1]
+        for row, v in enumerate(vectors):
+            smem["source"][row] = v
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem["out"], outs["dx"].at[b, pl.ds(chunk * TILE, TILE), head0 + i])
-        plgpu.copy_smem_to_gmem(smem["score_vectors"], outs["score_vectors"].at[b, chunk, head0 + i])
-        if k == 0:
-            plgpu.copy_smem_to_gmem(smem["cross_rows"], outs["cross_rows"].at[b, span, head0 + i])
+        plgpu.copy_smem_to_gmem(smem["source"], outs["source"].at[b, chunk, head0 + i])
         return carry
 
-    zero = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
-    carry = lax.fori_loop(0, cfg.block_heads, step, (zero,) * (2 - k))
-    db = None
-    for i in range(2 - k):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        ds = carry[i].astype(cfg.dtype)
-        smem["out"][...] = ds
+    carry = lax.fori_loop(0, cfg.block_heads, step, (_zeros(TILE),) * cfg.tiles(k))
+    if cfg.pairs:
+        plgpu.barrier_wait(bars["m_empty"].at[0])
+        for pair, ds in enumerate(carry):
+            smem["m"][pair] = _visible(cfg, smem, k, pair, ds).astype(cfg.dtype)
         plgpu.commit_smem()
-        db = matmul(ds, smem["c1" if i else "c"], (TILE, cfg.state), db, cfg.interpret)
-        dc = matmul(smem["out"].T, smem["b"], (TILE, cfg.state), None, cfg.interpret)
-        if i == 0:
-            part_g[3, b, split, chunk, group] = dc
+        if cfg.whole:
+            plgpu.barrier_arrive(bars["ds_full"].at[0])
         else:
-            cross_g[b, split, span, group] = dc
-    part_g[1, b, split, chunk, group] = db
+            plgpu.copy_smem_to_gmem(smem["m"], outs["d_s"].at[b, split, chunk, group])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _db_warpgroup(cfg, k, idx, outs, smem, full, empty):
-    part_g = outs["parts"]
+def _target_head(cfg, k, d_c, smem, slot, bars):
+    """One head: its share of dC through the state; dy . y in the tile and from the first tile to the second."""
+    tok = _Tokens(cfg, smem, slot, k)
+    x_ref, dy_ref, h_ref = smem["x"].at[slot], smem["dy"].at[slot, 0], smem["h"].at[slot]
+    e = tok.from_start()
+
+    def within_tile(y):
+        y.add(smem["c"], h_ref.T)
+        part = y.get(0) * _rows(e)
+        if not cfg.pairs:
+            return jnp.sum(_load(dy_ref) * part, axis=1)
+        plgpu.barrier_wait(bars["m_full"].at[0])
+        y.set(part)
+        y.add(smem["m"].at[0].T, x_ref)
+        return jnp.sum(_load(dy_ref) * y.get(0), axis=1)
+
+    def across(cross):
+        cross.add(smem["m"].at[1].T, x_ref)
+        return jnp.sum(_load(smem["dy"].at[slot, 1]) * cross.get(0), axis=1)
+
+    d_c.add(plgpu.load(dy_ref, layout=WGMMA) * _rows(e.astype(cfg.dtype)), h_ref)
+    rows = [_accumulate(cfg, within_tile, TILE)]
+    if cfg.tiles(k) == 2:
+        rows.append(_accumulate(cfg, across, TILE))
+    d_c.wait()
+    if cfg.pairs:
+        plgpu.barrier_arrive(bars["m_empty"].at[0])
+    return rows
+
+
+def _target_warpgroup(cfg, k, idx, outs, smem, bars):
     b, span, group, split, head0 = idx
 
-    def step(i, acc):
+    def step(i, d_c):
         slot = lax.rem(i, cfg.stages)
-        plgpu.barrier_wait(full.at[slot])
-        tok = _Tokens(cfg, smem, slot, k)
-        weight = tok.to_end() * tok.dt()
-        xw = (_load(smem["x"].at[slot]) * _rows(weight)).astype(cfg.dtype)
-        acc = matmul(xw, smem["r"].at[slot], acc.shape, acc, cfg.interpret)
-
-        if k == 1:
-            rh = None
-            for n in range(0, cfg.state, TILE):
-                cut = (slot, slice(None), pl.ds(n, TILE))
-                part = jnp.sum(_load(smem["r"].at[cut]) * _load(smem["h"].at[cut]), axis=1)
-                rh = part if rh is None else rh + part
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            smem["state_rows"][...] = rh * (tok.through(0) * tok.through(1))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem["state_rows"], outs["state_rows"].at[b, span, head0 + i])
-
-        plgpu.barrier_arrive(empty.at[slot])
-        return acc
-
-    zero = plgpu.layout_cast(jnp.zeros((TILE, cfg.state), jnp.float32), WGMMA)
-    part_g[0, b, split, span * 2 + k, group] = lax.fori_loop(0, cfg.block_heads, step, zero)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _dc_warpgroup(cfg, k, idx, outs, smem, full, empty):
-    part_g = outs["parts"]
-    b, span, group, split, head0 = idx
-
-    def step(i, acc):
-        slot = lax.rem(i, cfg.stages)
-        plgpu.barrier_wait(full.at[slot])
-        tok = _Tokens(cfg, smem, slot, k)
-        dy = _load(smem["dy"].at[slot])
-        e = tok.from_start()
-        inter = matmul(smem["c"], smem["h"].at[slot].T, (TILE, TILE), None, cfg.interpret)
-        rows = jnp.sum(dy * inter, axis=1) * e
-        acc = matmul((dy * _rows(e)).astype(cfg.dtype), smem["h"].at[slot], acc.shape, acc, cfg.interpret)
-        skip = jnp.sum(dy * _load(smem["x"].at[slot]), axis=1)
-        plgpu.barrier_arrive(empty.at[slot])
+        plgpu.barrier_wait(bars["full"].at[slot])
+        rows = _target_head(cfg, k, d_c, smem, slot, bars)
+        plgpu.barrier_arrive(bars["empty"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        smem["row_vectors"][0] = skip
-        smem["row_vectors"][1] = rows
+        for row, v in enumerate(rows):
+            smem["target"][row] = v
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem["row_vectors"], outs["row_vectors"].at[b, span * 2 + k, head0 + i])
-        return acc
+        plgpu.copy_smem_to_gmem(smem["target"].at[0], outs["target"].at[b, span * 2 + k, head0 + i])
+        if cfg.tiles(k) == 2:
+            plgpu.copy_smem_to_gmem(smem["target"].at[1], outs["cross"].at[b, span, head0 + i])
 
-    zero = plgpu.layout_cast(jnp.zeros((TILE, cfg.state), jnp.float32), WGMMA)
-    part_g[2, b, split, span * 2 + k, group] = lax.fori_loop(0, cfg.block_heads, step, zero)
+    def through_state(d_c):
+        _loop(cfg, cfg.block_heads, step, d_c)
+        if cfg.pairs and cfg.whole:
+            plgpu.barrier_wait(bars["ds_full"].at[0])
+            d_c.add(smem["m"].at[0].T, smem["b"])
+        return d_c.get()
+
+    def from_first_tile(d_c):
+        d_c.add(smem["m"].at[1].T, smem["b"])
+        return d_c.get()
+
+    def store(value, target):
+        for n in range(0, cfg.state, TILE):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            smem["part"][...] = value[:, n : n + TILE]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem["part"], target.at[:, group, pl.ds(n, TILE)])
+
+    store(_accumulate(cfg, through_state, cfg.state), outs["d_c"].at[b, split, span * 2 + k])
+    if cfg.tiles(k) == 2 and cfg.whole:
+        store(_accumulate(cfg, from_first_tile, cfg.state), outs["d_c_cross"].at[b, split, span])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _produce(cfg, k, idx, ins, smem, full, empty):
+def _state_product(cfg, smem, slot):
+    """<R, h> by row of the states."""
+
+    def part(n, total):
+        cut = (slot, slice(None), pl.ds(n * TILE, TILE))
+        return total + jnp.sum(_load(smem["r"].at[cut]) * _load(smem["h"].at[cut]), axis=1)
+
+    zero = plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), ROW)
+    return lax.fori_loop(0, cfg.state // TILE, part, zero)
+
+
+def _db_warpgroup(cfg, k, idx, outs, smem, bars):
+    b, span, group, split, head0 = idx
+
+    def step(i, d_b):
+        slot = lax.rem(i, cfg.stages)
+        plgpu.barrier_wait(bars["full"].at[slot])
+        tok = _Tokens(cfg, smem, slot, k)
+        weights = tok.to_end().astype(cfg.dtype)
+        d_b.add(plgpu.load(smem["x"].at[slot], layout=WGMMA) * _rows(weights), smem["r"].at[slot])
+        if k == 1:
+            product = _state_product(cfg, smem, slot) * (tok.through(0) * tok.through(1))
+        d_b.wait()
+        plgpu.barrier_arrive(bars["empty"].at[slot])
+        if k == 1:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            smem["db"][...] = product
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem["db"], outs["state"].at[b, span, head0 + i])
+
+    def work(d_b):
+        _loop(cfg, cfg.block_heads, step, d_b)
+        if cfg.pairs and cfg.whole:
+            plgpu.barrier_wait(bars["ds_full"].at[0])
+            for pair in range(2 - k):
+                d_b.add(smem["m"].at[pair], smem["c1" if pair else "c"])
+        return d_b.get()
+
+    outs["d_b"][b, split, span * 2 + k, :, group] = _accumulate(cfg, work, cfg.state)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _produce(cfg, k, idx, ins, smem, bars):
     b, span, _, _, head0 = idx
-    own = pl.ds((span * 2 + k) * TILE, TILE)
-    second = pl.ds((span * 2 + 1) * TILE, TILE)
+    own, columns = pl.ds((span * 2 + k) * TILE, TILE), pl.ds(cfg.column, cfg.state)
 
     def step(i, _):
         slot = lax.rem(i, cfg.stages)
 
         @pl.when(i >= cfg.stages)
         def _():
-            plgpu.barrier_wait(empty.at[slot])
+            plgpu.barrier_wait(bars["empty"].at[slot])
 
-        bar, head = full.at[slot], head0 + i
+        bar, head = bars["full"].at[slot], head0 + i
         plgpu.copy_gmem_to_smem(ins["ab"].at[b, pl.ds(span * 2, 2), head], smem["ab"].at[slot], bar)
-        plgpu.copy_gmem_to_smem(ins["r"].at[b, span, head], smem["r"].at[slot], bar)
         plgpu.copy_gmem_to_smem(ins["x"].at[b, own, head], smem["x"].at[slot], bar)
-        plgpu.copy_gmem_to_smem(ins["dy"].at[b, own, head], smem["dy"].at[slot], bar)
-        plgpu.copy_gmem_to_smem(ins["dy"].at[b, second, head], smem["dy1"].at[slot], bar)
-        plgpu.copy_gmem_to_smem(ins["h"].at[b, span, head], smem["h"].at[slot], bar)
+        for tile in range(max(1, cfg.tiles(k))):
+            rows = pl.ds((span * 2 + k + tile) * TILE, TILE)
+            plgpu.copy_gmem_to_smem(ins["dy"].at[b, rows, head], smem["dy"].at[slot, tile], bar)
+        plgpu.copy_gmem_to_smem(ins["r"].at[b, span, head, :, columns], smem["r"].at[slot], bar)
+        plgpu.copy_gmem_to_smem(ins["h"].at[b, span, head, :, columns], smem["h"].at[slot], bar)
+        if cfg.tiles(k) < 2:
+            plgpu.barrier_arrive(bar)
         if cfg.has_d:
             plgpu.copy_gmem_to_smem(ins["d"].at[head], smem["d"].at[slot], bar)
         return None
@@ -281,46 +444,53 @@ def _produce(cfg, k, idx, ins, smem, full, empty):
     lax.fori_loop(0, cfg.block_heads, step, None)
     for i in range(min(cfg.stages, cfg.block_heads)):
         last = cfg.block_heads - min(cfg.stages, cfg.block_heads) + i
-        plgpu.barrier_wait(empty.at[last % cfg.stages])
+        plgpu.barrier_wait(bars["empty"].at[last % cfg.stages])
 
 
 def _schedule(cfg, block):
     """(half, index of the span) of a thread block.
 
-    First tiles of a span take longer. The first half of the blocks runs both tiles of a span side by side, so that they
-    share the states through the cache; the other half runs all first tiles before all second ones, which evens out
-    the device's load.
+    The tiles of a span run side by side, so that they share the states through the cache; first tiles take longer, so
+    those of the last round of blocks come before its second ones.
     """
-    spans = cfg.batch * cfg.groups * cfg.splits * (cfg.chunks // 2)
-    paired = spans // 2
-    rest = block - 2 * paired
-    alone = spans - paired
-    first = block < 2 * paired
-    half = jnp.where(first, lax.rem(block, 2), lax.div(jnp.maximum(rest, 0), alone))
-    span = jnp.where(first, lax.div(block, 2), paired + lax.rem(jnp.maximum(rest, 0), alone))
-    return half, span
+    blocks = cfg.batch * cfg.groups * cfg.splits * cfg.chunks
+    paired = (blocks - 1) // SMS * SMS
+    alone = (blocks - paired) // 2
+    rest = jnp.maximum(block - paired, 0)
+    side_by_side = block < paired
+    half = jnp.where(side_by_side, lax.rem(block, 2), lax.div(rest, alone))
+    return half, jnp.where(side_by_side, lax.div(block, 2), paired // 2 + lax.rem(rest, alone))
 
 
 def _outputs(cfg):
     """Shapes of the kernel's outputs by name."""
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     tokens, spans = (cfg.batch, cfg.chunks, cfg.heads), (cfg.batch, cfg.chunks // 2, cfg.heads)
-    return {
-        "score_vectors": f32((*tokens, len(SCORE_VECTORS), TILE)),
-        "row_vectors": f32((*tokens, len(ROW_VECTORS), TILE)),
-        "cross_rows": f32((*spans, TILE)),  # rows of Z of the second tile over columns of the first
-        "state_rows": f32((*spans, TILE)),  # <R, h> by row of the states, decayed over the span
-        "parts": f32((4, cfg.batch, cfg.splits, cfg.chunks, cfg.groups, TILE, cfg.state)),
-        "cross": f32((cfg.batch, cfg.splits, cfg.chunks // 2, cfg.groups, TILE, cfg.state)),
-        "dx": None,
+    rest = (TILE, cfg.groups, cfg.state)
+    named = {
+        "source": f32((*tokens, 2 + cfg.has_d, TILE)),  # x . v, its part through the state, dy . x
+        "target": f32((*tokens, TILE)),  # dy . y without the pairs of a second tile with the first
+        "state": f32((*spans, TILE)),  # <R, h> by row of the states, decayed over the span
+        "d_b": f32((cfg.batch, cfg.splits, cfg.chunks, *rest)),
+        "d_c": f32((cfg.batch, cfg.splits, cfg.chunks, *rest)),  # without the pairs of "cross"
     }
+    if cfg.pairs:
+        named["cross"] = f32((*spans, TILE))  # dy . y of the second tile by these pairs
+    if cfg.pairs and cfg.whole:
+        named["d_c_cross"] = f32((cfg.batch, cfg.splits, cfg.chunks // 2, *rest))
+    elif cfg.pairs:
+        shape = (cfg.batch, cfg.splits, cfg.chunks, cfg.groups, 2, TILE, TILE)
+        named["d_s"] = jax.ShapeDtypeStruct(shape, cfg.dtype)  # [j, i], with the same tile and the second one
+    return named
 
 
 def _body(cfg, *refs):
     names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["seg"] * cfg.segments + ["d"] * cfg.has_d
-    ins, outs = dict(zip(names, refs)), dict(zip(_outputs(cfg), refs[len(names) :]))
-    wg = lax.axis_index("wg")
-    k, tile_index = _schedule(cfg, lax.axis_index("block"))
+    given = cfg.pairs and not cfg.whole
+    names += ["scores"] * given
+    ins, outs = dict(zip(names, refs)), dict(zip([*_outputs(cfg), "dx"], refs[len(names) :]))
+    wg, block = lax.axis_index("wg"), lax.axis_index("block")
+    half, tile_index = _schedule(cfg, block)
     rest, span = lax.div(tile_index, cfg.chunks // 2), lax.rem(tile_index, cfg.chunks // 2)
     b, rest = lax.div(rest, cfg.groups * cfg.splits), lax.rem(rest, cfg.groups * cfg.splits)
     idx = (b, span, lax.div(rest, cfg.splits), lax.rem(rest, cfg.splits), rest * cfg.block_heads)
@@ -330,8 +500,7 @@ def _body(cfg, *refs):
     s, n = cfg.stages, cfg.state
     scratch = {
         "x": tile((s, TILE, TILE)),
-        "dy": tile((s, TILE, TILE)),
-        "dy1": tile((s, TILE, TILE)),
+        "dy": tile((s, 2, TILE, TILE)),
         "h": tile((s, TILE, n)),
         "r": tile((s, TILE, n)),
         "ab": plgpu.SMEM((s, 2, 2, TILE), jnp.float32),
@@ -340,63 +509,59 @@ def _body(cfg, *refs):
         "c": tile((TILE, n)),
         "c1": tile((TILE, n)),
         "out": tile((TILE, TILE)),
+        "m": tile((2, TILE, TILE)),
         "seg": plgpu.SMEM((2, 4, TILE), jnp.float32) if cfg.segments else None,
-        "scores": plgpu.SMEM((2, TILE, TILE), jnp.float32, transforms=F32_TRANSFORMS),
-        "score_vectors": plgpu.SMEM((len(SCORE_VECTORS), TILE), jnp.float32),
-        "row_vectors": plgpu.SMEM((len(ROW_VECTORS), TILE), jnp.float32),
-        "cross_rows": plgpu.SMEM((TILE,), jnp.float32),
-        "state_rows": plgpu.SMEM((TILE,), jnp.float32),
+        "scores": tile((2, TILE, TILE)),
+        "part": plgpu.SMEM((TILE, TILE), jnp.float32, transforms=F32_TRANSFORMS),
+        "source": plgpu.SMEM((2 + cfg.has_d, TILE), jnp.float32),
+        "target": plgpu.SMEM((2, TILE), jnp.float32),
+        "db": plgpu.SMEM((TILE,), jnp.float32),
+    }
+    barriers = {
+        "full": plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=s),
+        "empty": plgpu.Barrier(num_arrivals=3, num_barriers=s),
+        "start": plgpu.Barrier(num_arrivals=3 + cfg.segments + given, num_barriers=1),
+        "m_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
+        "m_empty": plgpu.Barrier(num_arrivals=1, num_barriers=1),
+        "ds_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
     }
 
-    def scoped(smem, full, empty, start):
+    def by_half(work):
+        for k in range(2):
+
+            @pl.when(half == k)
+            def _():
+                work(cfg, k)
+
+    def scoped(smem, bars):
         @pl.when(wg == 3)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
-            bar = start.at[0]
-            plgpu.copy_gmem_to_smem(ins["b"].at[b, pl.ds((span * 2 + k) * TILE, TILE), group], smem["b"], bar)
-            for name, chunk in (("c", span * 2 + k), ("c1", span * 2 + 1)):
-                plgpu.copy_gmem_to_smem(ins["c"].at[b, pl.ds(chunk * TILE, TILE), group], smem[name], bar)
+            plgpu.set_max_registers(REGISTERS[3], action="decrease")
+            bar = bars["start"].at[0]
+            tiles = (("b", "b", half), ("c", "c", half), ("c1", "c", 1))
+            for target, name, tile_half in tiles:
+                rows = pl.ds((span * 2 + tile_half) * TILE, TILE)
+                source = ins[name].at[b, rows, group, pl.ds(cfg.column, n)]
+                plgpu.copy_gmem_to_smem(source, smem[target], bar)
+            if given:
+                plgpu.copy_gmem_to_smem(ins["scores"].at[b, span * 2 + half, group], smem["scores"], bar)
             if cfg.segments:
                 plgpu.copy_gmem_to_smem(ins["seg"].at[b, pl.ds(span * 2, 2)], smem["seg"], bar)
-            _produce(cfg, k, idx, ins, smem, full, empty)
+            by_half(lambda cfg, k: _produce(cfg, k, idx, ins, smem, bars))
 
-        @pl.when(wg == 0)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
-            plgpu.barrier_wait(start.at[0])
-            for half in range(2):
-
-                @pl.when(k == half)
-                def _():
-                    _scores_warpgroup(cfg, half, idx, outs, smem, full, empty)
-
-        for number, work in ((1, _db_warpgroup), (2, _dc_warpgroup)):
+        for number, work in enumerate((_source_warpgroup, _target_warpgroup, _db_warpgroup)):
 
             @pl.when(wg == number)
             def _():
-                plgpu.set_max_registers(120, action="decrease")
-                plgpu.barrier_wait(start.at[0])
-                for half in range(2):
+                count = REGISTERS[number]
+                plgpu.set_max_registers(count, action="increase" if count > 128 else "decrease")
+                plgpu.barrier_wait(bars["start"].at[0])
+                by_half(lambda cfg, k: work(cfg, k, idx, outs, smem, bars))
 
-                    @pl.when(k == half)
-                    def _():
-                        work(cfg, half, idx, outs, smem, full, empty)
-
-    pl.run_scoped(
-        scoped,
-        scratch,
-        plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=s),
-        plgpu.Barrier(num_arrivals=3, num_barriers=s),
-        plgpu.Barrier(num_arrivals=3 + cfg.segments, num_barriers=1),
-        collective_axes="wg",
-    )
+    pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
 
-def grads(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d):
-    """All gradients by name, see ``_outputs``; ``dx`` is ``[B, T, H, 64]``, "parts" and "cross" are the ``PARTS``.
-
-    h and r ``[B, chunks / 2, H, 64, N]``: the state at the start of each span and the gradient of that at its end.
-    """
+def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d, scores=None):
     out = _outputs(cfg) | {"dx": jax.ShapeDtypeStruct(x.shape, cfg.dtype)}
     kernel = plgpu.kernel(
         functools.partial(_body, cfg),
@@ -405,8 +570,66 @@ def grads(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d):
         grid_names=("block",),
         num_threads=4,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=8192),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
     )
-    args = [x, dy, ab, b_mat, c_mat, h, r] + ([seg] if cfg.segments else []) + ([d] if cfg.has_d else [])
-    return dict(zip(out, kernel(*args)))
+    args = [x, dy, ab, b_mat, c_mat, h, r, seg if cfg.segments else None, d if cfg.has_d else None, scores]
+    return dict(zip(out, kernel(*(v for v in args if v is not None))))
+
+
+def _by_tile(v, chunks):
+    """[B, T, G, N] -> [B, chunks, 64, G, N], zeros behind T"""
+    v = jnp.pad(v, ((0, 0), (0, chunks * TILE - v.shape[1]), (0, 0), (0, 0)))
+    return v.reshape(v.shape[0], chunks, TILE, *v.shape[2:])
+
+
+def _score_tiles(cfg, b_mat, c_mat, seg):
+    """Masked scores [j, i] of each tile with itself and with the next one: ``[B, chunks, G, 2, 64, 64]``."""
+    b_mat, c_mat = _by_tile(b_mat, cfg.chunks), _by_tile(c_mat, cfg.chunks)
+    c_mat = jnp.stack([c_mat, jnp.roll(c_mat, -1, axis=1)], axis=2)
+    scores = jnp.einsum("bcjgn,bcpign->bcgpji", b_mat, c_mat, preferred_element_type=jnp.float32)
+    token = jnp.arange(TILE)
+    within = token[:, None] <= token
+    if seg is None:
+        masks = jnp.stack([within, jnp.ones_like(within)])
+    else:
+        reach, carried, last, _ = (seg[:, :, row] for row in range(4))
+        within &= (token - token[:, None]) <= reach[:, :, None, :]
+        across = (jnp.roll(carried, -1, axis=1)[:, :, None, :] > 0) & (last[..., None] > 0)
+        masks = jnp.stack([within, across], axis=2)[:, :, None] & (reach >= 0)[:, :, None, None, :, None]
+    return jnp.where(masks, scores, 0.0).astype(cfg.dtype)
+
+
+def _columns_in_parts(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d):
+    """``grads`` for more columns than shared memory holds: pairs with the first ones, the rest through the states."""
+    width = cfg.state // 2
+    first = dataclasses.replace(cfg, state=width, whole=False)
+    second = dataclasses.replace(cfg, state=width, column=width, whole=False, pairs=False, has_d=False)
+    one = _call(first, x, dy, ab, b_mat, c_mat, h, r, seg, d, _score_tiles(cfg, b_mat, c_mat, seg))
+    two = _call(second, x, dy, ab, b_mat, c_mat, h, r, seg, None)
+    out = {name: one[name] + two[name] for name in ("target", "state", "dx")}
+    out["source"] = one["source"].at[:, :, :, :2].add(two["source"])
+    out["cross"] = one["cross"]
+    d_s = one["d_s"].astype(jnp.float32).sum(1).astype(cfg.dtype)
+    d_s, d_across = d_s[:, :, :, 0], d_s[:, ::2, :, 1]
+    b_mat, c_mat = _by_tile(b_mat, cfg.chunks), _by_tile(c_mat, cfg.chunks)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_b = product("bcgji,bcign->bcjgn", d_s, c_mat)
+    d_b = d_b.at[:, ::2].add(product("bcgji,bcign->bcjgn", d_across, c_mat[:, 1::2]))
+    d_c = product("bcgji,bcjgn->bcign", d_s, b_mat)
+    out["d_c_cross"] = product("bcgji,bcjgn->bcign", d_across, b_mat[:, ::2])[:, None]
+    for name, within in (("d_b", d_b), ("d_c", d_c)):
+        out[name] = (jnp.concatenate([one[name], two[name]], axis=-1).sum(1) + within)[:, None]
+    return out
+
+
+def grads(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d):
+    """All gradients by name, see ``_outputs``; ``dx`` is ``[B, T, H, 64]``, d_b and d_c are parts of the heads.
+
+    h and r ``[B, chunks / 2, H, 64, N]``: the state at the start of each span and the gradient of that at its end.
+    """
+    return (_call if cfg.state <= 2 * TILE else _columns_in_parts)(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d)
