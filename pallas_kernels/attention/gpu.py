@@ -18,6 +18,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.attention import gpu_backward, gpu_forward, gpu_masks
 from pallas_kernels.attention.gpu_backward import Backward
@@ -146,10 +147,11 @@ def _attend_backward(forward, backward, residuals, dout):
     do, dgate = dout, None
     if gate is not None:
         open_ = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(*gate.shape[:3], -1)
-        do = (wide_dout * open_).astype(q.dtype)
+        do = lax.reduce_precision(wide_dout * open_, 8, 7)  # XLA may leave out a conversion to bfloat16 and back
         dgate = wide_dout * out * (open_ * (1 - open_))
         dgate = (dgate if forward.gate == "elementwise" else dgate.sum(3)).astype(gate.dtype)
     delta_BTH = (do.astype(jnp.float32) * out).sum(3)
+    do = do.astype(q.dtype)
     delta_BHT = jnp.swapaxes(delta_BTH, 1, 2)
     bounds, keys, _, ranges = masks
     width = q.shape[3]
