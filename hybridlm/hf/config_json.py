@@ -8,17 +8,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config import Attention, Mamba1, Mamba2, ModelConfig
+from hybridlm.config import Attention, Mamba1, Mamba2, ModelConfig, Router
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.family import Family, Keys
 
 FAMILIES = (
-    "llama", "qwen2", "qwen3", "mamba2", "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba", "zamba2",
+    "llama", "qwen2", "qwen3", "mamba", "falcon_mamba", "mamba2", "jamba", "bamba", "granitemoehybrid", "nemotron_h",
+    "falcon_h1", "zamba", "zamba2",
 )  # fmt: skip
 """model_type of every family: modules of this package."""
 FREE = frozenset({
     "compute_dtype", "remat", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "A_init",
-    "blocks", "pattern",
+    "blocks", "pattern", "balance_weight", "z_weight", "capacity",
 })  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
 
@@ -56,7 +57,7 @@ def write_values(of: Family, config: ModelConfig) -> tuple[dict[str, Any], Model
     """
     values = {"architectures": [of.architecture], "model_type": of.model_type, **of.write(config)}
     published = read_values(of, values, f"as {of.model_type}")
-    difference = _difference(config, published)
+    difference = difference_of(config, published)
     require(difference is None, f"{of.model_type} cannot express this model: {difference}")
     return values, published
 
@@ -74,7 +75,7 @@ def find_family(config: ModelConfig) -> Family:
     raise ConfigError(f"no published family can express this model ({'; '.join(reasons)})")
 
 
-def _difference(ours: ModelConfig, published: ModelConfig) -> str | None:
+def difference_of(ours: ModelConfig, published: ModelConfig) -> str | None:
     """The first field that differs, of the model or of a sublayer; None where there is none."""
     if len(ours.pattern) != len(published.pattern):
         return f"pattern has {len(ours.pattern)} sublayers where {len(published.pattern)} would be read"
@@ -115,7 +116,10 @@ def _resolved(block: Any, d_model: int) -> Any:
         out_bias = block.proj_bias if block.out_bias is None else block.out_bias
         return replace(block, n_heads=block.heads(d_model), expand=1.0, gated_norm=norm, out_bias=out_bias)
     if isinstance(block, Mamba1):
-        return replace(block, dt_rank=block.rank(d_model))
+        return replace(block, dt_rank=block.rank(d_model), expand=block.inner(d_model) / d_model)
+    if isinstance(block, Router):
+        grouped = {} if block.n_groups > 1 else {"top_groups": 1, "group_top": 2}
+        return replace(block, renormalise_eps=block.renormalise_eps if block.renormalise else 1.0, **grouped)
     return block
 
 
@@ -142,6 +146,11 @@ def load_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     require(isinstance(values, dict), f"{file} is no JSON object")
     return values
+
+
+def published_dtype(values: dict[str, Any]) -> str:
+    """Type of the weights by a config.json."""
+    return str(values.get("dtype") or values.get("torch_dtype") or "float32")
 
 
 def save_json(values: dict[str, Any], file: Path) -> None:

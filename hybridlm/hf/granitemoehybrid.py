@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite 4: Mamba-2 or attention, then a gated MLP; a multiplier on embeddings, residuals, scores and logits."""
+"""Granite 4: Mamba-2 or attention, then a gated MLP, with experts or alone; multipliers of embeddings and much else."""
 
-from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
+from hybridlm.config import MLP, Attention, Mamba2, ModelConfig, MoE, Router
 from hybridlm.hf import common
 from hybridlm.hf.family import Family, Keys
 
@@ -10,8 +10,14 @@ def read(keys: Keys) -> ModelConfig:
     keys.only("hidden_act", "silu", "swish")
     keys.only("normalization_function", "rmsnorm")
     keys.carry("init_method")
-    keys.only("num_local_experts", 0, default=8)
-    keys.carry("num_experts_per_tok", "intermediate_size", "router_aux_loss_coef", "output_router_logits")
+    keys.carry("output_router_logits")
+    mlp, n_experts = MLP(keys("shared_intermediate_size", 1024), "swiglu"), keys.some("num_local_experts", 8)
+    top_k, d_ff = keys.some("num_experts_per_tok", 2), keys("intermediate_size", 11008)
+    weight = keys.some("router_aux_loss_coef", 0.001)
+    moe = None
+    if n_experts:
+        router = Router(top_k, "softmax_after")
+        moe = MoE(n_experts, d_ff, "swiglu", router, mlp, balance_weight=weight, z_weight=0.0)
     bias, n_layers = keys("attention_bias", False), keys("num_hidden_layers", 32)
     rope = common.rope(keys, 2048)
     attention = Attention(
@@ -20,11 +26,13 @@ def read(keys: Keys) -> ModelConfig:
     )  # fmt: skip
     types = common.layer_types(keys, "layer_types", "layers_block_type", n_layers=n_layers)
     types = ["linear_attention"] * n_layers if types is None else types
-    pattern = common.as_pattern(keys, types, {"linear_attention": "M-", "full_attention": "*-"})
+    last = "E" if n_experts else "-"
+    pattern = common.as_pattern(keys, types, {"linear_attention": "M" + last, "full_attention": "*" + last})
     blocks = {
         "M": common.mamba_prefixed(keys, 1e-6),
         "*": attention,
-        "-": MLP(keys("shared_intermediate_size", 1024), "swiglu"),
+        "-": mlp,
+        "E": moe,
     }
     return ModelConfig(
         **common.widths(keys, "rms_norm_eps", 1e-6, 32000, False),
@@ -37,7 +45,8 @@ def read(keys: Keys) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict:
     attention = common.block(config, Attention, Attention(rope=None))
-    mlp = common.block(config, MLP)
+    moe = common.block(config, MoE, MoE(1, 1, router=Router(1)))
+    mlp = common.block(config, MLP, moe.shared)
     mamba = common.block(config, Mamba2, Mamba2(d_head=2 * config.d_model, n_heads=1))
     types = common.kinds(config)[::2]
     return {
@@ -49,12 +58,15 @@ def write(config: ModelConfig) -> dict:
         "attention_multiplier": attention.d_head**-0.5 if attention.scale is None else attention.scale,
         "embedding_multiplier": config.embedding_multiplier, "residual_multiplier": config.residual_multiplier,
         "logits_scaling": common.inverse(config.logit_multiplier), "attention_bias": attention.qkv_bias,
-        "hidden_act": "silu", "num_local_experts": 0, "shared_intermediate_size": mlp.d_ff,
+        "hidden_act": "silu", "shared_intermediate_size": mlp.d_ff,
+        "num_local_experts": moe.n_experts if moe.shared else 0, "num_experts_per_tok": moe.router.top_k,
+        "intermediate_size": moe.d_ff, "router_aux_loss_coef": moe.balance_weight,
         "num_hidden_layers": len(types), "layer_types": types,
     }  # fmt: skip
 
 
 NORM = {"input_layernorm.weight": "norm.weight: D"}
+MLP_NORM = {"post_attention_layernorm.weight": "norm.weight: D"}
 FAMILY = Family(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
@@ -65,6 +77,13 @@ FAMILY = Family(
     layers={
         "M": {**NORM, **common.at("mamba.", common.MAMBA2)},
         "*": {**NORM, **common.at("self_attn.", common.ATTENTION)},
-        "-": {"post_attention_layernorm.weight": "norm.weight: D", **common.at("shared_mlp.", common.FUSED_MLP)},
+        "-": {**MLP_NORM, **common.at("shared_mlp.", common.FUSED_MLP)},
+        "E": {
+            **MLP_NORM,
+            "block_sparse_moe.router.layer.weight": "mixer.router: E D -> D E",
+            "block_sparse_moe.input_linear.weight": "mixer.w_in: E (c F) D -> E D c F",
+            "block_sparse_moe.output_linear.weight": "mixer.w_out: E D F -> E F D",
+            **common.at("shared_mlp.", common.FUSED_MLP, "mixer.shared"),
+        },
     },
 )

@@ -80,12 +80,12 @@ class Mamba1:
 
     def inner(self, d_model: int) -> int:
         """Inner width H P for a model width; ConfigError where the widths do not divide."""
-        d_inner = self.expand * d_model
+        d_inner = round(self.expand * d_model)
         require(
-            d_inner == int(d_inner) and int(d_inner) % self.n_heads == 0,
-            f"expand * d_model ({d_inner:g}) not divisible by n_heads ({self.n_heads})",
+            abs(d_inner - self.expand * d_model) < 1e-6 and d_inner % self.n_heads == 0,
+            f"expand * d_model ({self.expand * d_model:g}) not divisible by n_heads ({self.n_heads})",
         )
-        return int(d_inner)
+        return d_inner
 
     def rank(self, d_model: int) -> int:
         """Rank R for a model width."""

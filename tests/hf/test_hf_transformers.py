@@ -23,7 +23,8 @@ def randomised(name: str, values: dict, seed: int = 0):
     config = transformers.AutoConfig.for_model(name, **values)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        biases = [buffer for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias")]
+        for parameter in [*model.parameters(), *biases]:
             parameter.add_(0.15 * torch.randn_like(parameter))
     return model
 

@@ -30,6 +30,17 @@ ZAMBA = {
     "mamba_dt_rank": 3, "n_mamba_heads": 2,
 }  # fmt: skip
 
+MAMBA = {**WIDTHS, "num_hidden_layers": 2, "state_size": 6}
+JAMBA = {
+    **WIDTHS, "num_hidden_layers": 5, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "mamba_d_state": 6, "num_experts": 6, "attn_layer_period": 3, "attn_layer_offset": 1,
+}  # fmt: skip
+GRANITE_MOE = {**GRANITE, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 12}
+NEMOTRON_MOE = {
+    **NEMOTRON, "layers_block_type": ["mamba", "moe", "attention", "moe"], "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 20,
+}  # fmt: skip
+
 
 def rope(kind: str, **values) -> dict:
     """rope_parameters of a type."""
@@ -72,6 +83,31 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"head_dim": 8, **rope("yarn", factor=2.0)},
         )
     ],
+    "mamba": [
+        (MAMBA, change)
+        for change in (
+            {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "hidden_act": "gelu", "expand": 3},
+            {"intermediate_size": 40, "hidden_act": "relu", "time_step_rank": 5, "layer_norm_epsilon": 1e-2},
+            {"tie_word_embeddings": False, "residual_in_fp32": False, "conv_kernel": 2, "state_size": 1},
+        )
+    ],
+    "falcon_mamba": [
+        (MAMBA, change)
+        for change in (
+            {"mixer_rms_eps": 1e-2, "intermediate_size": 40, "expand": 16, "hidden_act": "gelu_pytorch_tanh"},
+            {"use_bias": True, "tie_word_embeddings": False, "use_conv_bias": False, "time_step_rank": 3},
+        )
+    ],
+    "jamba": [
+        (JAMBA, change)
+        for change in (
+            {"num_experts_per_tok": 3, "expert_layer_period": 3, "expert_layer_offset": 0, "mamba_d_conv": 3},
+            {"mamba_proj_bias": True, "mamba_conv_bias": False, "hidden_act": "gelu", "tie_word_embeddings": True},
+            {"num_experts": 1, "attn_layer_period": 8, "attn_layer_offset": 6, "hidden_act": "relu"},
+            {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 1, "attn_layer_offset": 0},
+            {"mamba_dt_rank": 5, "mamba_expand": 3, "rms_norm_eps": 1e-2, "num_key_value_heads": 4, "head_dim": 6},
+        )
+    ],
     "mamba2": [
         (MAMBA2, change)
         for change in (
@@ -104,6 +140,13 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"time_step_limit": (0.1, 0.3), "mamba_d_head": "auto", "mamba_n_heads": 16, "head_dim": 10},
             {"num_hidden_layers": 4, "layer_types": ["attention", "mamba", "mamba", "attention"], "mamba_d_conv": 2},
         )
+    ] + [
+        (GRANITE_MOE, change)
+        for change in (
+            {"residual_multiplier": 0.3, "position_embedding_type": "rope", "tie_word_embeddings": True},
+            {"num_experts_per_tok": 1, "num_local_experts": 3, "shared_intermediate_size": 7},
+            {"num_experts_per_tok": 6, "layer_types": ["mamba", "mamba"]},
+        )
     ],
     "nemotron_h": [
         (NEMOTRON, change)
@@ -114,6 +157,14 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"layers_block_type": ["mlp", "mamba"], "conv_kernel": 3, "mamba_head_dim": 4, "expand": 5},
             {"hybrid_override_pattern": "M*M--*", "layers_block_type": None, "num_key_value_heads": 1},
             {"layers_block_type": ["mamba"] * 3, "mlp_hidden_act": "relu"},
+        )
+    ] + [
+        (NEMOTRON_MOE, change)
+        for change in (
+            {"moe_latent_size": 16, "mlp_bias": True, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+            {"norm_topk_prob": False, "mlp_hidden_act": "silu", "n_shared_experts": 2, "moe_latent_size": 8},
+            {"num_experts_per_tok": 8, "layers_block_type": ["moe", "mlp"], "mlp_hidden_act": "gelu"},
+            {"hybrid_override_pattern": "ME*-E", "layers_block_type": None, "n_group": 2, "topk_group": 1},
         )
     ],
     "falcon_h1": [
