@@ -15,6 +15,16 @@ SIZES = {
         "intermediate_size": 8192, "shared_intermediate_size": 8192, "num_local_experts": 0, "num_experts_per_tok": 0,
         "attention_multiplier": 0.015625, "logits_scaling": 8.0,
     },
+    "tiny": {
+        "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 4, "mamba_n_heads": 48,
+        "intermediate_size": 512, "shared_intermediate_size": 1024, "num_local_experts": 64, "num_experts_per_tok": 6,
+        "attention_multiplier": 0.0078125, "logits_scaling": 6.0,
+    },
+    "small": {
+        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_n_heads": 128,
+        "intermediate_size": 768, "shared_intermediate_size": 1536, "num_local_experts": 72, "num_experts_per_tok": 10,
+        "attention_multiplier": 0.0078125, "logits_scaling": 16.0,
+    },
 }  # fmt: skip
 COMMON = {
     "model_type": "granitemoehybrid", "vocab_size": 100_352, "num_hidden_layers": 40,

@@ -6,7 +6,7 @@ mamba2-hybrid-8b is from Waleffe et al. 2024 ("An Empirical Study of Mamba-based
 
 Command: python train.py --config nemotron_h:8b --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json
 Hardware: a pod; 0.13, 0.75, 0.9, 0.14 and 0.5 TB over all devices for AdamW in float32, before activations.
-Expected: 8,100,852,736, 46,791,554,816, 56,324,350,464, 8,654,517,248 and 31,577,937,344 parameters.
+Expected: 8,100,852,736, 46,791,554,816, 56,324,350,464, 8,654,517,248 and 31,577,940,288 parameters.
 """
 
 from hybridlm.config import Config
@@ -31,6 +31,13 @@ SIZES = {
         "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 16_384, "mamba_num_heads": 128,
         "hybrid_override_pattern": "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-",
         "mlp_hidden_act": "gelu", "vocab_size": 256_000,
+    },
+    "3-nano-30b-a3b": {
+        "hidden_size": 2688, "num_attention_heads": 32, "num_key_value_heads": 2, "mamba_num_heads": 64,
+        "intermediate_size": 1856, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712,
+        "n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "hybrid_override_pattern": "MEMEM*E" * 5 + "MEMEMEM*EMEMEMEME",
     },
 }  # fmt: skip
 COMMON = {

@@ -10,7 +10,7 @@ from flax import nnx
 
 import hybridlm
 from hybridlm.config_io import load_config
-from hybridlm.hf.config_json import _difference, load_json, read_config_json
+from hybridlm.hf.config_json import difference_of, load_json, read_config_json
 
 FILES = load_json(Path(__file__).with_name("published.json"))
 """Name of our config, or of the checkpoint where we have none, -> config.json."""
@@ -27,7 +27,7 @@ def test_a_published_file_is_read_as_its_size(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES[name]))
     _, model, _ = read_config_json(tmp_path)
     if ":" in name:
-        assert _difference(model, load_config(name).model) is None
+        assert difference_of(load_config(name).model, model) is None
     else:
         abstract = nnx.eval_shape(lambda: hybridlm.HybridLM(model, rngs=nnx.Rngs(0)))
         assert sum(p.size for p in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == COUNTS[name]
