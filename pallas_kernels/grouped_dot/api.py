@@ -16,7 +16,8 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
       w_GKN: a matrix a group, of the type of x.
       sizes_G: int32, rows of each group; their sum is at most M. Rows behind all groups give zeros and get zero
         gradients, whatever stands in them.
-      implementation: "auto", "reference", "xla" (jax.lax.ragged_dot) or "tpu" (the megablox kernel that JAX ships).
+      implementation: "auto", "reference", "xla" (jax.lax.ragged_dot on TPU, a loop over blocks of rows elsewhere) or
+        "tpu" (the megablox kernel that JAX ships).
 
     Returns:
       y_MN in the dtype of x; sums are float32 at least. Gradients flow to x and w. Raises ValueError or TypeError for
@@ -30,5 +31,5 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
         raise TypeError(f"w_GKN has dtype {w_GKN.dtype}, expected that of x_MK ({x_MK.dtype})")
     if not jnp.issubdtype(sizes_G.dtype, jnp.integer):
         raise TypeError(f"sizes_G has dtype {sizes_G.dtype}, expected int32")
-    args = (x_MK, w_GKN, sizes_G.astype(jnp.int32))
+    args = (jnp.asarray(x_MK), jnp.asarray(w_GKN), jnp.asarray(sizes_G).astype(jnp.int32))
     return dispatch.select("grouped_dot", implementation, args, {})(*args)

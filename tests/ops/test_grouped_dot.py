@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_dot: ragged_dot and, interpreted, megablox against one product a group in float64."""
+"""grouped_dot: blocks, ragged_dot and, interpreted, megablox against one product a group in float64."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, grouped_dot
-from pallas_kernels.grouped_dot import cases, tpu
+from pallas_kernels.grouped_dot import cases, tpu, xla
 from tests.ops.support import check_against_oracle, run
 
 
@@ -17,6 +17,37 @@ from tests.ops.support import check_against_oracle, run
 @pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
 def test_equals_one_product_a_group(case):
     check_against_oracle("grouped_dot", cases.make_inputs(case), implementation="xla")
+
+
+@pytest.mark.parametrize("name", ["skewed", "part"])
+def test_ragged_dot_equals_one_product_a_group(name):
+    """What "xla" is on a TPU; here JAX multiplies with all groups and masks."""
+    with dispatch.assume_platform("tpu"):
+        check_against_oracle("grouped_dot", cases.make_inputs(cases.CASES[name]), implementation="xla")
+
+
+def test_several_blocks_a_group():
+    case = cases.Case("blocks", 300, 8, 6, 4)
+    assert xla._block_rows(np.zeros((300, 8)), np.zeros(4)) == 32
+    check_against_oracle("grouped_dot", cases.make_inputs(case), implementation="xla")
+
+
+def test_work_does_not_grow_with_the_number_of_groups():
+    """Of 64 groups no row is multiplied with more than one: no array of groups times rows, forward or backward."""
+    shapes = [
+        jax.ShapeDtypeStruct(s, t) for s, t in (((512, 64), "float32"), ((64, 64, 64), "float32"), ((64,), "int32"))
+    ]
+    grad = jax.jit(jax.grad(lambda x, w, sizes: grouped_dot(x, w, sizes).sum(), argnums=(0, 1)))
+    temporary = grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 3 * 4 * (2 * 512 * 64 + 64 * 64 * 64)  # the dense form holds 64 * 512 * 64 numbers
+
+
+def test_vmap():
+    inputs = cases.make_inputs(cases.CASES["skewed"])
+    x_, w_, sizes = inputs["x"], inputs["w"], inputs["sizes"]
+    many = jax.vmap(lambda x, sizes: grouped_dot(x, w_, sizes))(np.stack([x_, 2 * x_]), np.stack([sizes, sizes[::-1]]))
+    np.testing.assert_allclose(many[0], grouped_dot(x_, w_, sizes), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(many[1], grouped_dot(2 * x_, w_, sizes[::-1]), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16():
