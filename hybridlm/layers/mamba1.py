@@ -210,11 +210,12 @@ class Mamba1Mixer(nnx.Module):
         activation, keep = self.config.activation, old is not None
         fused = activation if activation == "silu" else None
 
-        def run(x, weight, bias, window, segment_ids):
+        def run(x, weight, bias, window, segment_ids, context_axis=None):
             flat = lambda a, lead: None if a is None else a.reshape(*a.shape[:lead], -1)
             out = causal_conv1d(
                 flat(x, 2), weight.reshape(-1, weight.shape[-1]), flat(bias, 0), activation=fused,
                 segment_ids=segment_ids, initial_state=flat(window, 2), return_final_state=keep,
+                context_axis=context_axis,
             )  # fmt: skip
             return (out[0].reshape(x.shape), out[1].reshape(window.shape)) if keep else out.reshape(x.shape)
 
@@ -222,7 +223,7 @@ class Mamba1Mixer(nnx.Module):
         arrays = (x_BTHP, self.conv[...], None if self.conv_bias is None else self.conv_bias[...],
                   old["conv"] if keep else None, segment_ids)  # fmt: skip
         names = (tokens, (*self._channels, None), self._channels, window, tokens[:2])
-        out = sharding.per_device(run, arrays, names, [tokens, window] if keep else tokens)
+        out = sharding.per_device(run, arrays, names, [tokens, window] if keep else tokens, split_tokens=not keep)
         y_BTHP, state = out if keep else (out, None)
         y_BTHP = y_BTHP if fused else ACTIVATIONS[activation](y_BTHP)
         return checkpoint_name(y_BTHP, "mamba1_conv"), state
@@ -247,11 +248,11 @@ class Mamba1Mixer(nnx.Module):
         """The selective scan, each device on its rows and channels: outputs, and the new state or None."""
         keep = old is not None
 
-        def run(x, dt, A, B, C, D, segment_ids, state):
+        def run(x, dt, A, B, C, D, segment_ids, state, context_axis=None):
             shape = (*x.shape[:2], -1)
             out = selective_scan(
                 x.reshape(shape), dt.reshape(shape), A.reshape(-1, A.shape[-1]), B, C, D=D.reshape(-1),
-                segment_ids=segment_ids, return_final_state=keep, chunk=self.config.chunk,
+                segment_ids=segment_ids, return_final_state=keep, chunk=self.config.chunk, context_axis=context_axis,
                 initial_state=None if state is None else state.reshape(state.shape[0], -1, state.shape[-1]),
             )  # fmt: skip
             return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
@@ -261,7 +262,7 @@ class Mamba1Mixer(nnx.Module):
         A_HPN = -jnp.exp(self.A_log[...])
         arrays = (x_BTHP, dt_BTHP, A_HPN, B_BTHN, C_BTHN, self.D[...], segment_ids, old["state"] if keep else None)
         names = (tokens, tokens, (*channels, None), maps, maps, channels, rows, state)
-        out = sharding.per_device(run, arrays, names, [tokens, state] if keep else tokens)
+        out = sharding.per_device(run, arrays, names, [tokens, state] if keep else tokens, split_tokens=not keep)
         y_BTHP, new = out if keep else (out, None)
         return checkpoint_name(y_BTHP, "mamba1_scan"), new
 

@@ -4,8 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.selective_scan.context import selective_scan_context
 
 
 def selective_scan(
@@ -20,6 +21,7 @@ def selective_scan(
     initial_state: jax.Array | None = None,
     return_final_state: bool = False,
     chunk: int | None = None,
+    context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """y_t = h_t C_t + D x_t with h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, per channel, a state of N numbers each.
@@ -36,6 +38,9 @@ def selective_scan(
       return_final_state: also return the state after the last real token.
       chunk: tokens of which the backward pass holds the states at once; a hint, invisible in the result beyond
         rounding.
+      context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
+        initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
+        y_BTD is this device's share.
       implementation: "auto", "reference" or "xla"; there is no kernel yet.
 
     Returns:
@@ -84,4 +89,10 @@ def selective_scan(
         "return_final_state": return_final_state,
         "chunk": chunk,
     }
-    return dispatch.select("selective_scan", implementation, args, kwargs)(*args, **kwargs)
+
+    def scan(*args, **kwargs):
+        return dispatch.select("selective_scan", implementation, args, kwargs)(*args, **kwargs)
+
+    if context_axis is None or context.axis_size(context_axis) == 1:
+        return scan(*args, **kwargs)
+    return selective_scan_context(scan, args, context_axis=context_axis, **kwargs)

@@ -133,7 +133,10 @@ def flat(info):
     return [(".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(info)]
 
 
-def test_one_device_equals_eight():
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(1, fsdp=2, tensor=4), MeshConfig(1, context=4, tensor=2)], ids=["tensor 4", "context 4"]
+)
+def test_one_device_equals_eight(mesh):
     blocks = {"1": replace(PLAIN, inner_norm=InnerNorm()), "z": replace(BLOCKS["zamba"], n_heads=8)}
     config = replace(small("1z", blocks), vocab_size=32, init_std=0.3)
     tokens_BT, targets_BT = random_tokens(8, 12), random_tokens(8, 12, seed=1)
@@ -150,7 +153,7 @@ def test_one_device_equals_eight():
         with jax.set_mesh(mesh):
             return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params, *batch)
 
-    (value, grads), (expected, expected_grads) = step(MeshConfig(1, 2, 4), 8), step(MeshConfig(1, 1, 1), 1)
+    (value, grads), (expected, expected_grads) = step(mesh, 8), step(MeshConfig(1), 1)
     check_close(value, expected, dtype="float32", what="loss")
     for path, grad in named(expected_grads).items():
         check_close(named(grads)[path], grad, dtype="float32", what=f"gradient of {path}")

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import attention, causal_conv1d, context, dispatch, oracle, ssd
+from pallas_kernels import attention, causal_conv1d, context, dispatch, oracle, selective_scan, ssd
 from pallas_kernels.attention import cases as attention_cases
 from pallas_kernels.causal_conv1d import cases as conv_cases
 from pallas_kernels.compat import enable_x64
+from pallas_kernels.selective_scan import cases as scan_cases
 from pallas_kernels.ssd import cases as ssd_cases
 from pallas_kernels.ssd import context as ssd_context
 from pallas_kernels.ssd.tpu import ssd_tpu
@@ -25,10 +26,11 @@ from tests.ops.support import QUICK
 # Dims of arrays by name and op that have a token axis, as second.
 TOKENS = {
     "ssd": ("x", "dt", "B", "C", "segment_ids"),
+    "selective_scan": ("x", "dt", "B", "C", "segment_ids"),
     "causal_conv1d": ("x", "segment_ids"),
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
-OPS = {"ssd": ssd, "causal_conv1d": causal_conv1d, "attention": attention}
+OPS = {"ssd": ssd, "selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "attention": attention}
 
 
 def mesh_of(n: int):
@@ -91,6 +93,14 @@ def test_ssd(layout, n):
     case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "HP", True, True)
     inputs = ssd_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
     check("ssd", inputs, n, implementation="xla", return_final_state=True, chunk=8)
+
+
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("layout", ["dense", "documents"])
+def test_selective_scan(layout, n):
+    case = scan_cases.Case("split", 4, 64, 4, 3, 2, "dense", "mixed", True, True, True)
+    inputs = scan_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
+    check("selective_scan", inputs, n, implementation="xla", return_final_state=True, chunk=8)
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
@@ -159,6 +169,10 @@ def test_padding_may_hold_anything():
 
 SMALL = {
     "ssd": (ssd_cases.make_inputs(ssd_cases.Case("drawn", 4, 24, 2, 2, 1, 3, "one", "mixed", "H", True)), {}),
+    "selective_scan": (
+        scan_cases.make_inputs(scan_cases.Case("drawn", 4, 24, 2, 3, 1, "one", "mixed", True, True)),
+        {},
+    ),
     "causal_conv1d": (conv_cases.make_inputs(conv_cases.Case("drawn", 4, 24, 2, 5, "one", initial=True)), {}),
     "attention": (attention_cases.make_inputs(attention_cases.Case("drawn", 4, 24, 24, 2, 1, 4, layout="one")), {}),
 }
@@ -225,12 +239,15 @@ def both(op: str, run, **options):
     return forward, jax.grad(lambda arrays, ids: sum(jnp.sum(o**2) for o in jax.tree.leaves(forward(arrays, ids))))
 
 
-@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
+@pytest.mark.parametrize("op", ["ssd", "selective_scan", "causal_conv1d"])
 def test_devices_send_each_other_states_alone(op):
     """Of the tokens split over devices no activation travels, forward or backward."""
     if op == "ssd":
         inputs = ssd_cases.make_inputs(ssd_cases.Case("sent", 1, 1024, 2, 8, 1, 8, "packed", initial=True))
         state = 2 * 8 * 8
+    elif op == "selective_scan":
+        inputs = scan_cases.make_inputs(scan_cases.Case("sent", 1, 1024, 8, 4, 1, "packed", initial=True))
+        state = 8 * 4
     else:
         inputs = conv_cases.make_inputs(conv_cases.Case("sent", 1, 1024, 8, 4, "packed", initial=True))
         state = 3 * 8
