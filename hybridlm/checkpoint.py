@@ -43,9 +43,10 @@ class Checkpoints:
         """Starts writing; returns when the arrays are copied from the devices. RunError where a save failed."""
         self.wait()
         params, trainer = _split(state)
+        items = {"trainer": ocp.args.StandardSave(trainer)} if trainer else {}
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params), trainer=ocp.args.StandardSave(trainer),
-            config=ocp.args.JsonSave(config), loop=ocp.args.JsonSave(loop),
+            params=ocp.args.StandardSave(params), **items, config=ocp.args.JsonSave(config),
+            loop=ocp.args.JsonSave(loop),
         )  # fmt: skip
         self._pending = step
         self._guard("write", lambda: self._manager.save(step, args=args, force=True))

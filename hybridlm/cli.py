@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `hybridlm train`, `hybridlm generate`. What the user has to change is one line and exit code 2."""
+"""The command line: `hybridlm train`, `generate`, `convert`. What the user has to mend is one line and exit code 2."""
 
 import argparse
 import logging
@@ -18,6 +18,8 @@ from hybridlm.stop import StopRequest
 USAGE = """\
 usage: hybridlm train --config NAME [--section.key=value ...]    train, or go on with, a run
        hybridlm generate --run runs/NAME --prompt TEXT [...]     write text with a run's model
+       hybridlm convert from-hf FOLDER RUN                       a published checkpoint as a run's folder
+       hybridlm convert to-hf RUN FOLDER [...]                   a run as a published checkpoint
        hybridlm COMMAND --help                                   all options of a command
 """
 
@@ -25,7 +27,7 @@ usage: hybridlm train --config NAME [--section.key=value ...]    train, or go on
 def main(argv: list[str] | None = None) -> int:
     """`hybridlm ...`; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "generate": _generate}
+    commands = {"train": _train, "generate": _generate, "convert": _convert}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -74,6 +76,8 @@ def _train(words: list[str], prog: str) -> int:
     if name is None:
         raise ConfigError(f"--config is missing; known: {', '.join(config_names())}")
     config = load_config(name, overrides)
+    if config.init.hf == "":
+        raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
     typed = prog.replace("python", python_command()).replace("hybridlm", hybridlm_command())
     again = [*typed.split(), "--config", name, *_without(overrides, "--run.steps")]
     with StopRequest() as stop:
@@ -172,3 +176,16 @@ def _generate(words: list[str], prog: str) -> int:
     )  # fmt: skip
     print(text)
     return 0
+
+
+def _convert(words: list[str], prog: str) -> int:
+    from hybridlm import convert
+
+    parser = _Parser(prog=prog, description="Published checkpoints in and out.", allow_abbrev=False)
+    convert.add_arguments(parser)
+    try:
+        args = parser.parse_args(words)
+    except SystemExit as done:
+        return int(done.code or 0)
+    _prepare()
+    return convert.convert(args)

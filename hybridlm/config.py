@@ -20,9 +20,9 @@ from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
 from hybridlm.layers.shared import Shared
 
 __all__ = [
-    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "InnerNorm", "Linear", "Llama3",
-    "MLP", "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "OptimConfig", "Parallel", "Rope", "Router",
-    "RunConfig", "Shared", "YaRN",
+    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "InitConfig", "InnerNorm",
+    "Linear", "Llama3", "Mamba1", "Mamba2", "MeshConfig", "MLP", "ModelConfig", "MoE", "OptimConfig", "Parallel",
+    "Rope", "Router", "RunConfig", "Shared", "YaRN",
 ]  # fmt: skip
 
 Block = Mamba1 | Mamba2 | Attention | MLP | MoE | Parallel | Shared
@@ -228,6 +228,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where the first parameters come from."""
+
+    hf: str | None = None
+    """Folder of a published checkpoint, which gives the model, too; None: drawn from run.seed; empty: to be given."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -235,6 +243,8 @@ class Config:
     """Name of the experiment and of its folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Its first parameters."""
     data: DataConfig = field(default_factory=DataConfig)
     """Its text."""
     optim: OptimConfig = field(default_factory=OptimConfig)

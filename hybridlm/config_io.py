@@ -108,6 +108,7 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
     if isinstance(overrides, str):
         raise ConfigError(f"overrides ({overrides!r}) must be a list of words or a mapping, not one string")
     pairs = list(_mapping_words(overrides)) if isinstance(overrides, Mapping) else list(_split_words(overrides))
+    config = _with_published(config, pairs)
     variants = []
     for key, values in sorted(pairs, key=lambda pair: pair[0].count(".")):  # whole blocks first, outermost first
         if len(values) == 1 and values[0][:1].isupper() and _variants(_hint(config, key)):
@@ -119,6 +120,24 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
             path = _resolve(config, key)
             leaves[path] = _parse(config, key, path, values)
     return _rebuild(config, leaves)
+
+
+def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Config:
+    """The config with the model, and where it has one the tokenizer, of the checkpoint folder that init.hf names."""
+    given = [values for key, values in pairs if key == "init.hf" and values]
+    if given:
+        config = dataclasses.replace(config, init=dataclasses.replace(config.init, hf=given[-1][-1]))
+    if not config.init.hf or config.init.hf == "None":
+        return config
+    from hybridlm.hf.load import read_model
+
+    folder = Path(config.init.hf).expanduser()
+    published = read_model(folder)[1]
+    kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat")}
+    data = config.data
+    if data.tokenizer == "byte" and (folder / "tokenizer.json").is_file():
+        data = dataclasses.replace(data, tokenizer=str(folder))
+    return dataclasses.replace(config, model=dataclasses.replace(published, **kept), data=data)
 
 
 def _mapping_words(overrides: Mapping[str, Any]):

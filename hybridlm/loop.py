@@ -3,6 +3,7 @@
 
 import time
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -70,7 +71,7 @@ class Run:
 
         opened: takes what has to be closed at the end: threads, files, a save under way.
         """
-        self.config, self.folder, self.display, self.stop = config, folder, display, stop
+        self.config, self.folder, self.mesh, self.display, self.stop = config, folder, mesh, display, stop
         self.began = time.monotonic()
         self.corpus = open_corpus(config.data)
         _check_vocabulary(config, self.corpus, display)
@@ -108,13 +109,25 @@ class Run:
     def _restore(self) -> None:
         found = self.checkpoints.restore_latest(self.program.state_like)
         if found is None:
-            self.state = self.program.init()
+            self.state = self.program.init() if self.config.init.hf is None else self._published()
             return
         self.step, self.state, record = found
         self.saved = self.step
         self.loader.set_state(record["data"])
         self.meter.set_state(record["meter"])
         self.display.say(f"{self.folder.path}: going on from the checkpoint of step {self.step}")
+
+    def _published(self) -> dict:
+        """The first state with the parameters of the published checkpoint, whose small files the run keeps."""
+        from hybridlm.hf.load import load_params
+        from hybridlm.hf.save import copy_small_files
+
+        source = Path(self.config.init.hf).expanduser()
+        params = load_params(source, self.config.model, self.mesh)
+        if self.folder.owner:
+            copy_small_files(source, self.folder.published)
+        self.display.say(f"parameters of {source}")
+        return self.program.init_from(params)
 
     def _introduce(self, mesh) -> None:
         n_params = sum(x.size for x in jax.tree.leaves(self.program.state_like["params"]))

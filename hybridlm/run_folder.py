@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: config.json, metrics.jsonl, checkpoints/, loss.png, sample.txt, tensorboard/, lock.
 
+A run that goes on from a published checkpoint has published/ too, with that one's config.json and tokenizer.
+
 A folder belongs to one config and one process at a time. A run found in it is gone on with, never overwritten.
 """
 
@@ -19,7 +21,7 @@ from hybridlm.errors import ConfigError, RunError
 log = logging.getLogger(__name__)
 
 _MAY_CHANGE = re.compile(
-    r"name|mesh\..*|run\.(?!seed$).*|model\.remat|model\.blocks\..\.chunk|data\.(workers|prefetch|cache_dir)"
+    r"name|init\..*|mesh\..*|run\.(?!seed$).*|model\.remat|model\.blocks\..\.chunk|data\.(workers|prefetch|cache_dir)"
     r"|optim\.(accumulate|max_skipped)"
 )
 """What a run can be gone on with changed: nothing here alters what a step computes, beyond rounding."""
@@ -36,6 +38,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.plot = self.path / "loss.png"
         self.sample = self.path / "sample.txt"
+        self.published = self.path / "published"
         self.tensorboard = self.path / "tensorboard"
         self._config_file = self.path / "config.json"
         self._lock = None

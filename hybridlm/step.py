@@ -26,6 +26,8 @@ class Program(NamedTuple):
 
     init: Callable
     """() -> train state, made sharded; nothing larger than a shard exists on any device."""
+    init_from: Callable
+    """(params) -> train state with those parameters, which are donated."""
     train_step: Callable
     """(state, batch) -> (state, metrics); the state given is donated. Metrics are float32 scalars on device."""
     eval_step: Callable
@@ -51,13 +53,17 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     info = jax.tree.unflatten(jax.tree.structure(nnx.to_pure_dict(variables)), jax.tree.leaves(param_info(abstract)))
     optimizer, schedule = make_optimizer(config.optim, config.run.steps, info)
 
+    def keys():
+        return jax.random.split(jax.random.key(config.run.seed))  # of the parameters, of the run
+
     def init():
-        params_key, run_key = jax.random.split(jax.random.key(config.run.seed))
-        params = nnx.to_pure_dict(nnx.split(build(params_key), nnx.Param)[1])
+        return init_from(nnx.to_pure_dict(nnx.split(build(keys()[0]), nnx.Param)[1]))
+
+    def init_from(params):
         zero = jnp.zeros((), jnp.int32)
         return {
             "params": params, "opt_state": optimizer.init(params), "step": zero, "skipped": zero,
-            "skipped_in_row": zero, "key": jax.random.key_data(run_key),
+            "skipped_in_row": zero, "key": jax.random.key_data(keys()[1]),
         }  # fmt: skip
 
     shapes = jax.eval_shape(init)
@@ -75,6 +81,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
+        init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(loss_sums),
         state_like=like,

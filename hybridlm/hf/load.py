@@ -13,7 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from hybridlm.config import ModelConfig
 from hybridlm.errors import ConfigError, require
-from hybridlm.hf.config_json import read_config_json
+from hybridlm.hf.config_json import difference_of, published_dtype, read_config_json
 from hybridlm.hf.family import Family
 from hybridlm.hf.plan import OUTPUT, Plan, Tensor, make_plan
 from hybridlm.hf.tensors import DTYPES, Entry, read_entries
@@ -42,14 +42,29 @@ def from_hf(
     differ is read as untied, as the published implementation reads it.
     """
     folder = Path(folder)
-    family, config, values = read_config_json(folder)
-    compute_dtype = compute_dtype or COMPUTE.get(_published_dtype(values), "bfloat16")
-    tied = config.tie_embeddings and not _differ(folder, family, config)
-    config = replace(config, compute_dtype=compute_dtype, tie_embeddings=tied)
+    family, config, values = read_model(folder)
+    config = replace(config, compute_dtype=compute_dtype or COMPUTE.get(published_dtype(values), "bfloat16"))
     abstract = abstract_model(config)
     model = load_into(folder, make_plan(family, abstract, config), abstract, mesh, dtype, progress)
     model.source = str(folder)
     return model
+
+
+def read_model(folder: Path) -> tuple[Family, ModelConfig, dict]:
+    """(family, config, config.json's values) of a folder's model, tied only where its tensors are."""
+    family, config, values = read_config_json(folder)
+    tied = config.tie_embeddings and not _differ(folder, family, config)
+    return family, replace(config, tie_embeddings=tied), values
+
+
+def load_params(folder: Path, config: ModelConfig, mesh: Mesh) -> dict:
+    """The parameters, as a nested dict, of a folder whose checkpoint has to be of this config's model."""
+    family, published, _ = read_model(folder)
+    difference = difference_of(config, published)
+    require(difference is None, f"{folder} holds another model: {difference}")
+    abstract = abstract_model(config)
+    model = load_into(folder, make_plan(family, abstract, published), abstract, mesh, "float32")
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def abstract_model(config: ModelConfig):
@@ -182,7 +197,3 @@ def _equal(a: Entry, b: Entry) -> bool:
 
 def _n_bytes(entry: Entry) -> int:
     return int(np.prod(entry.shape, dtype=np.int64)) * DTYPES[entry.dtype].itemsize
-
-
-def _published_dtype(values: dict) -> str:
-    return str(values.get("dtype") or values.get("torch_dtype") or "float32")

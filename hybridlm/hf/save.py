@@ -13,10 +13,11 @@ from flax import nnx
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.config_json import family as family_of
-from hybridlm.hf.config_json import find_family, read_config_json, save_json, write_values
+from hybridlm.hf.config_json import find_family, published_dtype, read_config_json, save_json, write_values
 from hybridlm.hf.family import Keys
-from hybridlm.hf.plan import Tensor, make_plan
-from hybridlm.hf.tensors import INDEX, write_tensors
+from hybridlm.hf.plan import Plan, Tensor, make_plan
+from hybridlm.hf.tensors import DTYPES as STORED
+from hybridlm.hf.tensors import INDEX, read_entries, write_tensors
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 TOKENIZER_FILES = (
@@ -40,8 +41,9 @@ def to_hf(
 
     family: model_type to write; None: that of `like`, else the first that can express the model. like: a published
     checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
-    was loaded from, if any. dtype: of the tensors written; None: of each parameter. overwrite: replace a checkpoint
-    that is in the folder. progress: called with (name, bytes written, bytes of all) after each tensor.
+    was loaded from, if any. dtype: of the tensors written; None: that of each tensor in `like`, without one that of the
+    parameter. overwrite: replace a checkpoint that is in the folder. progress: called with (name, bytes written, bytes
+    of all) after each tensor.
 
     Tensors are made and written one at a time. ConfigError, one line, where the family cannot express the model.
     """
@@ -62,7 +64,11 @@ def to_hf(
     _check_here(params)
     old = _prepare(folder, overwrite)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
-    kinds = {name: DTYPES[dtype] if dtype else _dtype_of(tensor, params) for name, tensor in tensors.items()}
+    kinds = {name: _dtype_of(tensor, params) for name, tensor in tensors.items()}
+    if dtype is not None:
+        kinds = dict.fromkeys(tensors, DTYPES[dtype])
+    elif carried:
+        kinds |= _dtypes_in(like, plan, tensors, like_values)
     total = sum(int(np.prod(t.shape, dtype=np.int64)) * kinds[name].itemsize for name, t in tensors.items())
     done = 0
 
@@ -88,6 +94,13 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     for file in files:
         shutil.copyfile(file, folder / file.name)
     return [file.name for file in files]
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copies config.json and the tokenizer's files: what `like` needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    copy_tokenizer(source, folder)
 
 
 def _source(model) -> Path | None:
@@ -122,6 +135,16 @@ def _check_here(params: dict) -> None:
 def _dtype_of(tensor: Tensor, params: dict) -> np.dtype:
     kinds = {np.dtype(params[part.path][...].dtype) for part in tensor.pieces}
     return kinds.pop() if len(kinds) == 1 else DTYPES["float32"]
+
+
+def _dtypes_in(like: Path, plan: Plan, tensors: dict[str, Tensor], values: dict) -> dict[str, np.dtype]:
+    """Types of the tensors in a published checkpoint; of what it does not hold the type that its config.json names."""
+    named = DTYPES.get(published_dtype(values))
+    kinds = {name: named for name in tensors} if named is not None else {}
+    if any(like.glob("*.safetensors")):
+        found = {plan.canonical(name): entry.dtype for name, entry in read_entries(like).items()}
+        kinds |= {name: STORED[found[name]] for name in tensors if found.get(name) in STORED}
+    return kinds
 
 
 def _make(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray:

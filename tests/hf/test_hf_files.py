@@ -203,11 +203,13 @@ def test_bfloat16(copy, tmp_path):
     assert kept.embedding[...].dtype == ml_dtypes.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(kept))} == {np.dtype(ml_dtypes.bfloat16), np.dtype("f4")}
     for model, out in ((wide, tmp_path / "wide"), (kept, tmp_path / "kept")):
-        hybridlm.to_hf(model, out, dtype="bfloat16")
+        hybridlm.to_hf(model, out)
         written = load_file(out / "model.safetensors")
         for key, value in load_file(folder / "model.safetensors").items():
             np.testing.assert_array_equal(value.view(np.uint16), written[key].view(np.uint16))
         assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    hybridlm.to_hf(wide, tmp_path / "float32", dtype="float32")
+    assert {value.dtype for value in load_file(tmp_path / "float32" / "model.safetensors").values()} == {np.dtype("f4")}
 
 
 def test_tokenizer_and_other_keys_are_carried_along(copy, tmp_path):

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hybridlm convert` and training on from a published checkpoint, as typed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from hybridlm.cli import main
+from hybridlm.config_io import load_config
+from hybridlm.run_folder import read_metrics, stored_config
+from tests.hf.hf_support import FOLDER
+from tests.train.conftest import write_texts
+
+LLAMA = FOLDER / "llama"
+
+
+@pytest.fixture
+def bytes_checkpoint(tmp_path):
+    """A golden checkpoint whose vocabulary is wide enough for bytes."""
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "published"
+    folder.mkdir()
+    tensors = load_file(LLAMA / "model.safetensors")
+    draw = np.random.default_rng(0).normal(size=(264, 32)).astype(np.float32)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = 0.1 * draw
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((LLAMA / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 264, "eos_token_id": 77}))
+    (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+def test_there_and_back(bytes_checkpoint, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["convert", "from-hf", str(bytes_checkpoint), str(run)]) == 0
+    assert "generate --run" in capsys.readouterr().out
+    assert main(["generate", "--run", str(run), "--prompt", "a", "--max-new-tokens", "3"]) == 0
+    assert main(["convert", "to-hf", str(run), str(out)]) == 0
+    published, written = (load_file(folder / "model.safetensors") for folder in (bytes_checkpoint, out))
+    assert sorted(published) == sorted(written)
+    for name, value in published.items():
+        np.testing.assert_array_equal(value, written[name], err_msg=name)
+    assert (out / "generation_config.json").is_file()
+    assert main(["convert", "from-hf", str(bytes_checkpoint), str(run)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_training_on(bytes_checkpoint, tmp_path, capsys):
+    """The first loss is the published model's, later ones are lower; the run is resumed, and written as a checkpoint
+    even when the published folder is gone."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    write_texts(texts)
+    words = [
+        "train", "--config", "configs/continue_from_hf.py", f"--init.hf={bytes_checkpoint}", "--data.seq_len=32",
+        f"--data.path={texts}/train-*.txt", f"--data.val_path={texts}/val-*.txt", f"--data.cache_dir={tmp_path}/cache",
+        f"--run.dir={tmp_path}/run", "--data.batch_size=8", "--optim.accumulate=1", "--optim.lr=1e-2",
+        "--optim.warmup_steps=1", "--run.log_every=1", "--run.eval_every=-1", "--run.sample_tokens=0",
+        "--run.tensorboard=False", "--model.compute_dtype=float32",
+    ]  # fmt: skip
+    assert main([*words, "--run.steps=10"]) == 0
+    assert "parameters of" in capsys.readouterr().out
+    assert main([*words, "--run.steps=12"]) == 0
+    assert "going on from the checkpoint of step 10" in capsys.readouterr().out
+    losses = [
+        record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"
+    ]
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    config = stored_config(tmp_path / "run")
+    assert config.model.remat == "mixer"
+    bytes_checkpoint.rename(tmp_path / "elsewhere")
+    assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["eos_token_id"]) == ("llama", 77)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("elsewhere", "out"))
+    assert jax.tree.map(np.shape, before) == jax.tree.map(np.shape, after)
+    assert not any(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_the_folder_has_to_be_given(capsys):
+    assert main(["train", "--config", "continue_from_hf"]) == 2
+    assert "give --init.hf=FOLDER" in capsys.readouterr().err
+    assert main(["train", "--config", "continue_from_hf", "--init.hf=nowhere"]) == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
+def test_the_model_can_still_be_overridden():
+    config = load_config("continue_from_hf", [f"--init.hf={LLAMA}", "--model.remat=full"])
+    assert (config.model.remat, config.model.pattern, config.model.compute_dtype) == ("full", "*-*-", "bfloat16")
