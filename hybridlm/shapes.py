@@ -14,5 +14,6 @@
 | G | state groups | | |
 
 `x_BTHP` is an array of shape [batch, tokens, heads, head width]. Counts are `n_...`, widths are `d_...`; `axis` is a
-mesh axis and `dim` a tensor dimension. Mesh axes: `data`, `fsdp`, `tensor`.
+mesh axis and `dim` a tensor dimension. Mesh axes: `data`, `fsdp`, `expert`, `context`,
+`tensor`.
 """
