@@ -46,7 +46,10 @@ def document_starts(segment_ids):
 
 
 def document_vectors(segment_ids, chunks):
-    """Float32 ``[B, chunks, 4, 64]``: visible span (-1: padding), carry-in mask, carry-out mask, carry-through."""
+    """Float32 ``[B, chunks, 4, 64]``: visible span, carry-in mask, carry-out mask, carry-through.
+
+    The span is -1 on padding, and 256 all over a chunk that lies inside one document begun before it, without padding.
+    """
     batch, tokens = segment_ids.shape
     pad = chunks * TILE - tokens
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
@@ -56,6 +59,7 @@ def document_vectors(segment_ids, chunks):
     begin = token[:, :1]
     carried = start < begin
     span = jnp.where(real, jnp.where(carried, 2 * TILE, token - start), -1)
+    span = jnp.where(jnp.all(span == 2 * TILE, axis=-1, keepdims=True), 4 * TILE, span)
     end = start[..., -1:]
     through = jnp.broadcast_to(end < begin, start.shape)
     return jnp.stack([span, carried & real, start == end, through], axis=2).astype(jnp.float32)
@@ -162,7 +166,7 @@ def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_s
     cfg = gpu_walk.dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
     seg = None if ids is None else document_vectors(ids, cfg.chunks)
     if cfg.heads % gpu_decay.HEADS == 0 and not interpret:
-        ab = gpu_decay.decays(dt, a * LOG2E, seg, cfg.chunks)
+        ab = gpu_decay.decays(dt, a, seg, cfg.chunks)
     else:
         ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks)
     y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, seg, None if d is None else d.astype(jnp.float32), init)

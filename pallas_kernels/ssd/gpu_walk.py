@@ -78,14 +78,22 @@ class Walk:
         return 2 if self._free_bytes - self.stages * self._stage_bytes >= self.block_heads * TILE_BYTES else 1
 
     @property
+    def state_in_memory(self) -> bool:
+        """Whether the products with C read the state from shared memory: large ones leave no registers for a copy.
+
+        y has a buffer of its own then: the ring is short, its slots are given back as soon as possible.
+        """
+        return self.emit_y and self.state > 128
+
+    @property
     def _stage_bytes(self) -> int:
         vectors = 4 * TILE * (2 * self.block_heads + 4 * self.segments)
         return self.block_heads * TILE_BYTES + vectors + 2 * TILE * self.state * (1 + self.emit_y)
 
     @property
     def _free_bytes(self) -> int:
-        copies = 2 * TILE * self.state if self.emit_states else 0
-        return SHARED_BYTES - self.block_heads * (copies + TILE_BYTES * self.emit_y)
+        copies = 2 * TILE * self.state if self.emit_states or self.state_in_memory else 0
+        return SHARED_BYTES - self.block_heads * (copies + TILE_BYTES * (self.emit_y + self.state_in_memory))
 
     @property
     def piece_chunks(self) -> int:
@@ -126,16 +134,29 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
 
 
-def _masked_scores(cfg, slot, scores, seg):
+def _whole(smem, slot):
+    """Whether the chunk lies inside one document begun before it, without padding: no masks then."""
+    return smem["seg"][slot, 0, 0] > 3.0 * TILE
+
+
+def _masked_scores(cfg, slot, scores, smem):
     """Scores B_j . C_i, zero unless j <= i in one document."""
-    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
-    cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
-    mask = rows <= cols
-    if cfg.segments:
-        span = plgpu.load(seg.at[slot, 0], layout=COL)
+
+    def causal(scores):
+        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
+        cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
+        return jnp.where(rows <= cols, scores, 0.0)
+
+    def in_document(scores):
+        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
+        span = plgpu.load(smem["seg"].at[slot, 0], layout=COL)
         token = plgpu.layout_cast(lax.iota(jnp.int32, TILE), COL)
-        mask = jnp.logical_and(mask, rows >= _col(token - span.astype(jnp.int32), TILE))
-    return jnp.where(mask, scores, 0.0)
+        first = token - span.astype(jnp.int32)
+        return jnp.where(rows >= _col(first, TILE), causal(scores), 0.0)
+
+    if not cfg.segments:
+        return causal(scores)
+    return lax.cond(_whole(smem, slot), causal, in_document, scores)
 
 
 def _decayed(cfg, scores, a_col, b_row):
@@ -145,31 +166,56 @@ def _decayed(cfg, scores, a_col, b_row):
 
 
 def _walk_scores(cfg, idx, smem, bars):
-    """Work of the scores' warpgroup: decayed scores of all heads of the block, in bfloat16."""
+    """Work of the scores' warpgroup: decayed scores of all heads of the block, in bfloat16.
+
+    The product of the next chunk runs while the last head of a chunk is worked on.
+    """
     steps = idx[-1]
 
-    def step(i, _):
-        slot, ring = lax.rem(i, cfg.stages), lax.rem(i, cfg.score_stages)
-        plgpu.barrier_wait(bars["full"].at[slot])
-        scores = matmul(smem["b"].at[slot], smem["c"].at[slot].T, (TILE, TILE), None, cfg.interpret)
-        # Vectors are read from here on: layout inference does not end when they are read before the product starts.
-        scores = _masked_scores(cfg, slot, scores, smem["seg"])
-        for lh in range(cfg.block_heads):
-            a_col = plgpu.load(smem["ab"].at[slot, lh, 0], layout=COL)
-            b_row = plgpu.load(smem["ab"].at[slot, lh, 1], layout=ROW)
-            m = _decayed(cfg, scores, a_col, b_row)
+    def publish(i, slot, scores, lh):
+        ring = lax.rem(i, cfg.score_stages)
+        a_col = plgpu.load(smem["ab"].at[slot, lh, 0], layout=COL)
+        b_row = plgpu.load(smem["ab"].at[slot, lh, 1], layout=ROW)
+        m = _decayed(cfg, scores, a_col, b_row)
 
-            @pl.when(i >= cfg.score_stages)
-            def _():
-                plgpu.barrier_wait(bars["m_empty"].at[ring, lh])
+        @pl.when(i >= cfg.score_stages)
+        def _():
+            plgpu.barrier_wait(bars["m_empty"].at[ring, lh])
 
-            smem["m"][ring, lh] = m
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(bars["m_full"].at[ring, lh])
-        plgpu.barrier_arrive(bars["empty"].at[slot])
-        return None
+        smem["m"][ring, lh] = m
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(bars["m_full"].at[ring, lh])
 
-    lax.fori_loop(0, steps, step, None)
+    def step(i, scores):
+        slot, after = lax.rem(i, cfg.stages), lax.rem(i + 1, cfg.stages)
+        last = cfg.block_heads - 1
+        for lh in range(last):
+            publish(i, slot, scores, lh)
+
+        @pl.when(i + 1 < steps)
+        def _():
+            plgpu.barrier_wait(bars["full"].at[after])
+
+        def ahead(acc):  # of an old slot, unused, at the last chunk
+            plgpu.wgmma(acc, smem["b"].at[after], smem["c"].at[after].T)
+            publish(i, slot, scores, last)
+            plgpu.barrier_arrive(bars["empty"].at[slot])
+            return acc[...]
+
+        if cfg.interpret:
+            publish(i, slot, scores, last)
+            plgpu.barrier_arrive(bars["empty"].at[slot])
+            out = matmul(smem["b"].at[after], smem["c"].at[after].T, (TILE, TILE), None, True)
+        else:
+            out = pl.run_scoped(ahead, plgpu.ACC((TILE, TILE), jnp.float32))
+        return _masked_scores(cfg, after, out, smem)
+
+    @pl.when(steps > 0)
+    def _():
+        plgpu.barrier_wait(bars["full"].at[0])
+        out = matmul(smem["b"].at[0], smem["c"].at[0].T, (TILE, TILE), None, cfg.interpret)
+        lax.fori_loop(0, steps, step, _masked_scores(cfg, 0, out, smem))
+
     for i in range(cfg.score_stages):  # leave no arrival unobserved
 
         @pl.when(steps + i >= cfg.score_stages)
@@ -178,8 +224,20 @@ def _walk_scores(cfg, idx, smem, bars):
                 plgpu.barrier_wait(bars["m_empty"].at[lax.rem(steps + i, cfg.score_stages), lh])
 
 
-def _head_step(cfg, state, smem, bars, i, lh, released):
-    """One chunk of one head: returns the new state; y overwrites x. ``released()`` runs while products are underway."""
+def _skip(cfg, smem, slot, lh, d):
+    """Factor of x in y ``[P, tokens]``: D, but zero on padding."""
+    rows = None if d is not None else _row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE)
+    if not cfg.segments:
+        return d if rows is None else rows
+
+    real = plgpu.load(smem["seg"].at[slot, 0], layout=COL) >= 0.0
+    if rows is None:
+        return _col(jnp.where(real, d, 0.0), TILE)
+    return jnp.where(_col(real, TILE), rows, 0.0)
+
+
+def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
+    """One chunk of one head: returns the new state; y overwrites x and its copy out is started."""
     slot = lax.rem(i, cfg.stages)
     ab, seg, x_ref = smem["ab"], smem["seg"], smem["x"].at[slot, lh]
     a_end = ab[slot, lh, 0, TILE - 1]
@@ -199,25 +257,20 @@ def _head_step(cfg, state, smem, bars, i, lh, released):
     def transposed():
         return plgpu.load(x_ref.T, layout=plgpu.Layout.WGMMA)
 
-    b_ref = smem["b"].at[slot]
+    b_ref, y_ref = smem["b"].at[slot], smem["y"].at[lh] if cfg.state_in_memory else x_ref
     if not cfg.emit_y:
         return matmul(weighted(transposed()), b_ref, state.shape, state * decay, cfg.interpret)
 
     c_ref = smem["c"].at[slot]
+    h = smem["h"].at[lh] if cfg.state_in_memory else state.astype(cfg.dtype)
 
     def inter(acc):
-        plgpu.wgmma(acc, state.astype(cfg.dtype), c_ref.T)
+        plgpu.wgmma(acc, h, c_ref.T)
         x = transposed()
-        released()
         return acc[...], x
 
-    if cfg.interpret or cfg.state > 128:  # in parts: registers are short
-        y = None
-        for n in range(0, cfg.state, 64):
-            part = lax.slice(state, (0, n), (TILE, n + 64)).astype(cfg.dtype)
-            y = matmul(part, c_ref.at[:, pl.ds(n, 64)].T, (TILE, TILE), y, cfg.interpret)
-        x = transposed()
-        released()
+    if cfg.interpret:
+        y, x = matmul(h, c_ref.T, (TILE, TILE), None, True), transposed()
     else:
         y, x = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
     xw = weighted(x)
@@ -226,10 +279,8 @@ def _head_step(cfg, state, smem, bars, i, lh, released):
         e_col *= plgpu.load(seg.at[slot, 1], layout=COL)
     y *= _col(e_col, TILE)
     if cfg.has_d:
-        skip = x.astype(jnp.float32) * _row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE)
-        if cfg.segments:
-            skip = jnp.where(_col(plgpu.load(seg.at[slot, 0], layout=COL), TILE) >= 0.0, skip, 0.0)
-        y += skip
+        y += x.astype(jnp.float32) * _skip(cfg, smem, slot, lh, d)
+    release()
     ring = lax.rem(i, cfg.score_stages)
     m_ref = smem["m"].at[ring, lh]
     plgpu.barrier_wait(bars["m_full"].at[ring, lh])
@@ -241,15 +292,17 @@ def _head_step(cfg, state, smem, bars, i, lh, released):
         plgpu.wgmma(state_acc, xw, b_ref)
         out = plgpu.layout_cast(plgpu.wgmma_accumulator_load(y_acc, wait_n=1), plgpu.Layout.WGMMA)
         plgpu.barrier_arrive(bars["m_empty"].at[ring, lh])
-        x_ref.T[...] = out.astype(cfg.dtype)
+        y_ref.T[...] = out.astype(cfg.dtype)
         plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_ref, y_dst)
         return state_acc[...]
 
     if cfg.interpret:
         out = matmul(x, m_ref, y.shape, y, True)
         plgpu.barrier_arrive(bars["m_empty"].at[ring, lh])
-        x_ref.T[...] = out.astype(cfg.dtype)
+        y_ref.T[...] = out.astype(cfg.dtype)
         plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_ref, y_dst)
         return matmul(xw, b_ref, state.shape, state * decay, True)
     return pl.run_scoped(products, plgpu.ACC(y.shape, jnp.float32), plgpu.ACC(state.shape, jnp.float32))
 
@@ -267,41 +320,47 @@ def _walk_states(cfg, idx, outs, init_g, d_g, smem, bars, lh):
     def step(i, state):
         slot = lax.rem(i, cfg.stages)
         chunk = first - i if cfg.reverse else first + i
+        if cfg.state_in_memory:
+            smem["h"][lh] = state.astype(cfg.dtype)
+            plgpu.commit_smem()
         if cfg.emit_states:
 
             @pl.when(lax.rem(i, 2) == 0)
             def _():
-                if not cfg.emit_y:  # else seen at the last chunk
+                if not cfg.emit_y:  # else waited for at the last chunk
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                smem["h"][lh] = state.astype(cfg.dtype)
-                plgpu.commit_smem()
+                if not cfg.state_in_memory:
+                    smem["h"][lh] = state.astype(cfg.dtype)
+                    plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(smem["h"].at[lh], states_g.at[b, lax.div(chunk, 2), head])
 
         plgpu.barrier_wait(bars["full"].at[slot])
 
-        def released():
+        def release():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too: all have read x
+            if not cfg.state_in_memory:
 
-            @pl.when(i > 0)
-            def _():
-                plgpu.barrier_arrive(bars["empty"].at[lax.rem(i + cfg.stages - 1, cfg.stages)])
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_arrive(bars["empty"].at[lax.rem(i + cfg.stages - 1, cfg.stages)])
 
-        state = _head_step(cfg, state, smem, bars, i, lh, released)
-        if cfg.emit_y:
-            y_ref = smem["x"].at[slot, lh]
-            plgpu.copy_smem_to_gmem(y_ref, y_g.at[b, pl.ds(chunk * TILE, TILE), head])
-        else:
+        y_dst = y_g.at[b, pl.ds(chunk * TILE, TILE), head] if cfg.emit_y else None
+        state = _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst)
+        if not cfg.emit_y or cfg.state_in_memory:
             plgpu.barrier_arrive(bars["empty"].at[slot])
         return state
 
-    if cfg.has_d:
+    d = None
+    if cfg.has_d and len(d_g.shape) == 1:
+        d = d_g[head]
+    elif cfg.has_d:
         plgpu.copy_gmem_to_smem(d_g.at[head], smem["d"].at[lh], bars["d"].at[lh])
         plgpu.barrier_wait(bars["d"].at[lh])
     state = lax.fori_loop(0, steps, step, start)
     if cfg.emit_final:
         final_g[b, piece, head] = state
     plgpu.wait_smem_to_gmem(0)
-    if cfg.emit_y:
+    if cfg.emit_y and not cfg.state_in_memory:
 
         @pl.when(steps > 0)
         def _():
@@ -369,7 +428,8 @@ def _body(cfg, *refs):
         "seg": plgpu.SMEM((s, 4, TILE), jnp.float32) if cfg.segments else None,
         "b": tile((s, TILE, n)),
         "c": tile((s, TILE, n)) if cfg.emit_y else None,
-        "h": tile((hb, TILE, n)) if cfg.emit_states else None,
+        "h": tile((hb, TILE, n)) if cfg.emit_states or cfg.state_in_memory else None,
+        "y": tile((hb, TILE, TILE)) if cfg.state_in_memory else None,
         "m": tile((cfg.score_stages, hb, TILE, TILE)) if cfg.emit_y else None,
         "d": plgpu.SMEM((hb, TILE), jnp.float32) if cfg.has_d else None,
     }
@@ -406,8 +466,10 @@ def _body(cfg, *refs):
 
 def _registers(cfg):
     """Registers a thread of the (state, scores) warpgroups; the producer keeps 24 of its share."""
-    if not cfg.emit_y or cfg.block_heads == 1:
-        return 240, 240
+    if not cfg.emit_y:
+        return 240, 0
+    if cfg.block_heads == 1:
+        return 248, 232
     return 176, 128
 
 
@@ -415,7 +477,7 @@ def walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
     """Run the walk; returns the list of outputs that ``cfg`` asks for: y, final states, states.
 
     x ``[B, T, H, 64]``; ab ``[B, chunks, H, 2, 64]``; b_mat, c_mat ``[B, T, G, N]``; seg ``[B, chunks, 4, 64]``;
-    d ``[H, 64]``; init, final ``[B, pieces, H, 64, N]`` float32; states ``[B, chunks / 2, H, 64, N]``.
+    d ``[H]`` or ``[H, 64]``; init, final ``[B, pieces, H, 64, N]`` float32; states ``[B, chunks / 2, H, 64, N]``.
     """
     out = []
     if cfg.emit_y:

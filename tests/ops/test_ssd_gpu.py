@@ -50,6 +50,8 @@ def test_document_vectors_say_which_pairs_see_each_other(layout):
             i, j = np.arange(gpu.TILE)[:, None], np.arange(gpu.TILE)
             visible = (j <= i) & (i - j <= span[:, None])
             np.testing.assert_array_equal(visible, (j <= i) & (own[:, None] == own) & real[:, None])
+            whole = (own == before).all() and real.all()
+            np.testing.assert_array_equal(span == 4 * gpu.TILE, np.full(gpu.TILE, whole))
             np.testing.assert_array_equal(carry_in, (own == before) & real)
             np.testing.assert_array_equal(carry_out, own == own[-1])
             np.testing.assert_array_equal(through, np.full(gpu.TILE, own[-1] == before))
