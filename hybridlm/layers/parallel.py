@@ -37,7 +37,7 @@ class Parallel:
     """The branches by name."""
 
     def __post_init__(self):
-        require(len(self.branches) > 0, "branches ({}) must have at least one entry")
+        require(len(self.branches) > 0, "branches must have at least one entry")
         for name in self.branches:
             require(name.isidentifier(), f"branches key ({name!r}) must be an identifier")
 

@@ -8,7 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm.config import MLP, Attention, GatedNorm, InnerNorm, Llama3, Mamba1, Mamba2, ModelConfig, MoE, Rope, Router
+from hybridlm.config import (
+    MLP,
+    Attention,
+    Branch,
+    GatedNorm,
+    InnerNorm,
+    Llama3,
+    Mamba1,
+    Mamba2,
+    ModelConfig,
+    MoE,
+    Parallel,
+    Rope,
+    Router,
+    Shared,
+)
 from hybridlm.model import HybridLM
 
 VOCAB = 29
@@ -47,6 +62,12 @@ VARIANTS = {
     ),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
 }
+BRANCHES = {"mamba": Branch(MAMBA, 1.2, 0.7), "attention": Branch(VARIANTS["attention"], 0.9, 1.1)}
+VARIANTS["parallel"] = Parallel(BRANCHES)
+VARIANTS["shared"] = Shared(
+    VARIANTS["mamba2_norm_first"], Attention(n_heads=2, d_head=6, scale=0.3), MLP(12, "geglu", bias=True),
+    mlp_adapter=3, attention_adapter=2,
+)  # fmt: skip
 HYBRID = {
     "M": VARIANTS["mamba2"],
     "m": VARIANTS["mamba2_norm_first"],

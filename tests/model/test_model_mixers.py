@@ -53,10 +53,11 @@ def run_sublayers(model, x_BTD):
     """The model behind its embedding."""
     from hybridlm.pattern import places
 
-    for place in places(model.config.pattern):
+    embedded_BTD = x_BTD
+    for symbol, place in zip(model.config.pattern, places(model.config.pattern), strict=True):
         graphdef, state = nnx.split(model.groups[place.group][place.position])
         sublayer = nnx.merge(graphdef, jax.tree.map(lambda a, place=place: a[place.repeat], state))
-        x_BTD, _ = sublayer(x_BTD, None, None)
+        x_BTD, _ = sublayer(x_BTD, None, None, embedded_BTD, model.shared.get(symbol))
     return x_BTD
 
 
