@@ -9,6 +9,9 @@ s = sigmoid(gate) and out = s o,
 o is stored beside out for the backward: recovered from the rounded out it would cost queries with few keys, whose score
 gradients cancel, their accuracy.
 
+Few queries against many keys (decoding) go through the forward kernel too: the query heads of a key head become rows of
+one tile, the keys are cut into parts, and the parts' results are put together by their log-sum-exp.
+
 Kernels: `gpu_forward`, `gpu_backward`; masks: `gpu_masks`.
 """
 
@@ -27,6 +30,9 @@ from pallas_kernels.attention.gpu_forward import LOG2E, LOWEST, Forward
 WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
 ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every kernel
 KEY_MULTIPLE = 128
+SHORT = 8192  # queries: the schedules that were faster at 4,096 serve up to here, those faster at 16,384 beyond
+DECODE_TILES = 1056  # tiles to cut the keys for: 8 a multiprocessor
+DECODE_KEYS = 1024  # of a part, at least
 TOKEN_MULTIPLE = 8  # of q, k, v and gate: what the copy engine's tiles ask for; it hides what lies behind
 
 
@@ -96,9 +102,12 @@ def attention_gpu(
         ids=places.q_ids_MT is not None,
         positions=places.k_position_MS is not None,
         masks_batch=places.start_MT.shape[0] > 1,
+        persistent=n_queries <= SHORT,
     )
+    decode = _cut_keys(forward, places, n_keys, k.shape[1])
     same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
     backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
+    backward = backward.replace(dq_last=n_queries <= SHORT)
     key_ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(places, n_keys, forward.block_q, forward.block_k))
     query_ranges = gpu_masks.query_ranges(*gpu_masks.block_pairs(places, n_keys, backward.block_q, backward.block_k))
     if isinstance(key_ranges, np.ndarray):  # fewer loops where it is known that they are empty
@@ -112,13 +121,107 @@ def attention_gpu(
         key_ranges,
         query_ranges,
     )
-    out = _attend(forward, backward, q, k, v, gate, sinks, jax.tree.map(jnp.asarray, masks))
+    masks, decode = jax.tree.map(jnp.asarray, (masks, decode))
+    out = _attend(forward, backward, q, k, v, gate, sinks, masks, decode)
     return out[:, :n_queries, :, :d_value]
 
 
+def _decode_forward(forward: Forward, parts: int) -> Forward:
+    """The kernel of one part of the keys: the heads of a group are rows, the parts rows of the batch."""
+    return forward.replace(
+        batch=forward.batch * parts,
+        heads=forward.kv_heads,
+        queries=forward.queries * (forward.heads // forward.kv_heads),
+        gate=None,
+        sinks=False,
+        masks_batch=True,
+        first_masked=True,
+        last_masked=True,
+        save=True,
+        alternate=False,
+        few=True,
+    )
+
+
+def _cut_keys(forward: Forward, places: gpu_masks.Places, n_keys: int, n_padded: int) -> _Masks | None:
+    """Masks of the decoding kernel; None for calls with enough tiles of their own."""
+    group = forward.heads // forward.kv_heads
+    rows = forward.batch * forward.kv_heads
+    most = min(DECODE_TILES // rows, n_padded // DECODE_KEYS)
+    parts = max((n for n in range(1, most + 1) if n_padded % (8 * n) == 0), default=1)
+    if forward.queries * group > gpu_forward.ROWS or parts == 1:
+        return None
+    length = n_padded // parts
+
+    def of_batch(array):
+        return jnp.broadcast_to(jnp.asarray(array), (forward.batch, array.shape[1]))
+
+    def queries(array, shift=None):
+        """[M, T] -> [B parts, T group]; bounds by index are counted from the part's first key."""
+        array = jnp.repeat(of_batch(array), group, axis=1)[:, None]
+        array = jnp.broadcast_to(array, (forward.batch, parts, array.shape[2]))
+        if shift is not None:
+            array = jnp.clip(array - shift[:, None], 0, length)
+        return array.reshape(forward.batch * parts, -1)
+
+    def keys(array, fill):
+        array = jnp.pad(of_batch(array), ((0, 0), (0, n_padded - n_keys)), constant_values=fill)
+        return array.reshape(forward.batch * parts, length)
+
+    shift = None if forward.positions else jnp.arange(parts, dtype=jnp.int32) * length
+    start, end, q_ids, k_ids, k_position = places
+    cut = gpu_masks.Places(
+        queries(start, shift),
+        queries(end, shift),
+        None if q_ids is None else queries(q_ids),
+        None if k_ids is None else keys(k_ids, -1),
+        None if k_position is None else keys(k_position, gpu_masks.HIDDEN_POSITION),
+    )
+    kernel = _decode_forward(forward, parts)
+    ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(cut, length, kernel.block_q, kernel.block_k))
+    return _Masks(
+        gpu_masks.query_rows(cut, kernel.block_q),
+        gpu_masks.key_rows(cut, length + -length % KEY_MULTIPLE),
+        ranges,
+        ranges,
+    )
+
+
+def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
+    """out of the parts of the keys, put together in float32."""
+    n_batch, n_queries, group = forward.batch, forward.queries, forward.heads // forward.kv_heads
+    parts = masks.bounds.shape[0] // n_batch
+    kernel = _decode_forward(forward, parts)
+    q_BTKRP = q[:, :n_queries].reshape(n_batch, n_queries, forward.kv_heads, group, -1)
+    rows = jnp.swapaxes(q_BTKRP, 2, 3).reshape(n_batch, 1, kernel.queries, forward.kv_heads, -1)
+    rows = jnp.repeat(rows, parts, axis=1).reshape(n_batch * parts, *rows.shape[2:])
+    rows = _pad(rows, 1, gpu_forward.ROWS - kernel.queries)
+    k, v = (array.reshape(n_batch * parts, -1, *array.shape[2:]) for array in (k, v))
+    out, lse = gpu_forward.forward(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None)
+
+    def unpack(array, *rest):
+        """[B parts, rows, K, ...] -> [B, parts, T, H, ...]"""
+        array = array[:, : kernel.queries].reshape(n_batch, parts, n_queries, group, forward.kv_heads, *rest)
+        return jnp.swapaxes(array, 3, 4).reshape(n_batch, parts, n_queries, forward.heads, *rest)
+
+    out, lse = unpack(out, out.shape[3]).astype(jnp.float32), unpack(jnp.swapaxes(lse, 1, 2))
+    lse = jnp.where(lse == jnp.inf, LOWEST, lse)
+    top = lse.max(1, keepdims=True)
+    if sinks is not None:
+        top = jnp.maximum(top, _sinks_log2(sinks))
+    weights = jnp.where(lse == LOWEST, 0.0, jnp.exp2(lse - top))
+    total = weights.sum(1) + (0.0 if sinks is None else jnp.exp2(_sinks_log2(sinks) - top[:, 0]))
+    out = (out * weights[..., None]).sum(1) / jnp.where(total == 0.0, 1.0, total)[..., None]
+    if gate is not None:
+        out *= jax.nn.sigmoid(gate[:, :n_queries].astype(jnp.float32)).reshape(*out.shape[:3], -1)
+    return out.astype(q.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, masks: _Masks):
-    """out for widths the kernels take; T and S multiples of 8."""
+def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, masks: _Masks, decode: _Masks | None):
+    """out for widths the kernels take; T and S multiples of 8. decode: masks of the cut keys, where that pays."""
+    if decode is not None:
+        return _decode(forward, q, k, v, gate, sinks, decode)
     return _run_forward(forward, q, k, v, gate, sinks, masks)[0]
 
 
@@ -136,7 +239,8 @@ def _run_forward(forward, q, k, v, gate, sinks, masks):
     return gpu_forward.forward(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
 
 
-def _attend_forward(forward, backward, q, k, v, gate, sinks, masks):
+def _attend_forward(forward, backward, q, k, v, gate, sinks, masks, decode):
+    del decode
     out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, masks)
     return out, (q, k, v, gate, sinks, masks, *(ungated or [out]), lse)
 
@@ -163,7 +267,7 @@ def _attend_backward(forward, backward, residuals, dout):
     if sinks is not None:
         weights = jnp.exp2(_sinks_log2(sinks)[:, None] - lse[:, :, : forward.queries])
         dsinks = -(weights * delta_BHT[:, :, : forward.queries]).sum((0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, dgate, dsinks, None
+    return dq, dk, dv, dgate, dsinks, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -58,6 +58,7 @@ class Backward:
     last_masked: bool = True  # and behind them
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
+    dq_last: bool = True  # of the products; else dq is stored while that for dk runs
 
     replace = dataclasses.replace
 
@@ -168,12 +169,16 @@ def _sums(cfg, refs, smem, wg, meet, slots, place, carry, weights, ds):
     def products(dv_acc, dq_acc, dk_acc):
         dk_acc[...], dv_acc[...] = carry
         plgpu.wgmma(dv_acc, weights, do_ref)
-        plgpu.wgmma(dk_acc, ds, q_ref)
+        if cfg.dq_last:
+            plgpu.wgmma(dk_acc, ds, q_ref)
         if not cfg.split:
             plgpu.barrier_arrive(meet)
             plgpu.barrier_wait(meet)
         add_dq(dq_acc, first_column)
-        dq = dq_acc[...]
+        if not cfg.dq_last:
+            plgpu.wgmma(dk_acc, ds, q_ref)
+        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=0 if cfg.dq_last else 1)
+        dq = lax.optimization_barrier(dq)
         _add_dq(cfg, refs, smem, wg, dq, batch, head, first, first_column)
         return dk_acc[...], dv_acc[...]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mosaic GPU (Hopper) kernel of the attention forward: online softmax, masks by key ranges, gate in the epilogue.
 
-A thread block owns 64 query rows a compute warpgroup of one head. A producer warpgroup streams key and value blocks
-through shared memory by TMA. Each compute warpgroup starts the scores of the next key block and the product of the
-current weights with v together, and does the softmax of the former while the latter runs (Shah et al. 2024,
-arXiv:2407.08608, section 3.2); the warpgroups take turns at starting products.
+A thread block works on one tile after the other: 64 query rows a compute warpgroup, of one head. A producer warpgroup
+streams key and value blocks through shared memory by TMA, those of the next tile while this one ends. Each compute
+warpgroup starts the scores of the next key block and the product of the current weights with v together, and does the
+softmax of the former while the latter runs (Shah et al. 2024, arXiv:2407.08608, section 3.2); the warpgroups take turns
+at starting products.
 
 Row t sees the keys with ``start_t <= position < end_t`` (position: the index where none are given) and an id equal to
 its own. Per query block, ``ranges`` holds (lo, a, b, hi): key blocks lo..hi are visited, a..b without masks.
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # query rows of a compute warpgroup
+MULTIPROCESSORS = 132
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # running maximum of a row that has seen no key
 WGMMA = plgpu.Layout.WGMMA
@@ -49,14 +51,16 @@ class Forward:
     last_masked: bool = True  # and behind them
     save: bool = False  # store the log-sum-exp, and under a gate the ungated output, for the backward
     alternate: bool = True  # warpgroups take turns
+    few: bool = False  # one compute warpgroup
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
+    persistent: bool = True  # as many thread blocks as multiprocessors; else one a tile
 
     replace = dataclasses.replace
 
     @property
     def warpgroups(self) -> int:
-        return 3 if self.width == 64 else 2
+        return 1 if self.few else 3 if self.width == 64 else 2
 
     @property
     def block_q(self) -> int:
@@ -75,9 +79,16 @@ class Forward:
         return self.save and self.gate is not None
 
     @property
-    def own_buffer(self) -> bool:
-        """Shared memory holds another tile of output."""
-        return self.save_ungated and self.width <= 128
+    def q_slots(self) -> int:
+        return 2 if self.width <= 128 else 1
+
+    @property
+    def tiles(self) -> int:
+        return self.blocks * self.batch * self.heads
+
+    @property
+    def programs(self) -> int:
+        return min(MULTIPROCESSORS, self.tiles) if self.persistent else self.tiles
 
     @property
     def blocks(self) -> int:
@@ -187,24 +198,70 @@ class _Turns:
                 plgpu.barrier_wait(self.barriers.at[0])
 
 
-def _compute(cfg, idx, refs, smem, bars, wg):
-    batch, block, head, (lo, a, b, hi) = idx
-    q_s, k_s, v_s, keys_s, lse_s, ungated_s = smem
-    q_bar, k_full, v_full, k_empty, v_empty, turn_bars = bars
-    q_ref = q_s.at[wg]
-    first_row = block * cfg.block_q + wg * ROWS
-    tile = (batch, pl.ds(first_row, ROWS), head)
-    plgpu.copy_gmem_to_smem(refs["q"].at[tile], q_ref, q_bar.at[wg])
-    mask_row = batch if cfg.masks_batch else 0
+class _Tile:
+    """Which tile the thread block works on in its round `number`, and the key blocks that it sees."""
+
+    def __init__(self, cfg, refs, number):
+        # Under a causal mask the last query blocks are the longest: those first, in rounds of alternating direction.
+        program = lax.axis_index("program")
+        turned = jnp.where(lax.rem(number, 2) == 0, program, cfg.programs - 1 - program)
+        index = jnp.minimum(number * cfg.programs + turned, cfg.tiles - 1)
+        self.block = cfg.blocks - 1 - lax.div(index, cfg.batch * cfg.heads)
+        rest = lax.rem(index, cfg.batch * cfg.heads)
+        self.batch, self.head = lax.div(rest, cfg.heads), lax.rem(rest, cfg.heads)
+        self.mask_row = self.batch if cfg.masks_batch else 0
+        self.ranges = tuple(refs["ranges"][self.mask_row, self.block, i] for i in range(4))
+
+    def rows(self, cfg, wg):
+        return pl.ds(self.block * cfg.block_q + wg * ROWS, ROWS)
+
+
+def _count_tiles(cfg):
+    """Tiles of this thread block."""
+    full, rest = divmod(cfg.tiles, cfg.programs)
+    if not rest:
+        return jnp.int32(full)
+    program = lax.axis_index("program")
+    turned = program if full % 2 == 0 else cfg.programs - 1 - program
+    return full + (turned < rest).astype(jnp.int32)
+
+
+def _compute(cfg, refs, smem, bars, wg):
+    q_s, (q_bar, _), turns = smem[0], bars[:2], _Turns(cfg, bars[-1], wg)
+    n_tiles = _count_tiles(cfg)
+
+    def load_q(number, slot):
+        @pl.when(number < n_tiles)
+        def _():
+            tile = _Tile(cfg, refs, number)
+            source = refs["q"].at[tile.batch, tile.rows(cfg, wg), tile.head]
+            plgpu.copy_gmem_to_smem(source, q_s.at[slot, wg], q_bar.at[slot * cfg.warpgroups + wg])
+
+    def tile(number, count):
+        return _compute_tile(cfg, _Tile(cfg, refs, number), refs, smem, bars, wg, turns, number, count, load_q)
+
+    load_q(jnp.int32(0), 0)
+    turns.begin()
+    lax.fori_loop(0, n_tiles, tile, jnp.int32(0))
+    turns.finish()
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _compute_tile(cfg, tile, refs, smem, bars, wg, turns, number, count, load_q):
+    """One tile; count is the number of key blocks before it, returned with its own added."""
+    q_s, k_s, v_s, keys_s, lse_s = smem
+    q_bar, gate_bar, k_full, v_full, k_empty, v_empty, _ = bars
+    lo, a, b, hi = tile.ranges
+    q_slot = lax.rem(number, cfg.q_slots)
+    q_ref = q_s.at[q_slot, wg]
+    place = (tile.batch, tile.rows(cfg, wg), tile.head)
     bounds = tuple(
-        plgpu.load(refs["bounds"].at[mask_row, i, pl.ds(first_row, ROWS)], layout=ROW, optimized=False)
+        plgpu.load(refs["bounds"].at[tile.mask_row, i, place[1]], layout=ROW, optimized=False)
         for i in range(2 + cfg.ids)
     )
-    turns = _Turns(cfg, turn_bars, wg)
-    turns.begin()
 
     def slot(j):
-        return lax.rem(j - lo, cfg.stages)
+        return lax.rem(count + j - lo, cfg.stages)
 
     def soften(raw, j, top, total, masked):
         keys = keys_s.at[slot(j)] if masked and cfg.key_rows else None
@@ -220,15 +277,15 @@ def _compute(cfg, idx, refs, smem, bars, wg):
     top = jnp.full((ROWS,), LOWEST, jnp.float32)
     total = jnp.zeros((ROWS,), jnp.float32)
     if cfg.sinks:
-        top, total = jnp.full((ROWS,), refs["sinks"][head], jnp.float32), jnp.ones((ROWS,), jnp.float32)
+        top, total = jnp.full((ROWS,), refs["sinks"][tile.head], jnp.float32), jnp.ones((ROWS,), jnp.float32)
     top, total = plgpu.layout_cast(top, ROW), plgpu.layout_cast(total, ROW)
 
-    plgpu.barrier_wait(q_bar.at[wg])
-    plgpu.barrier_wait(k_full.at[0])
+    plgpu.barrier_wait(q_bar.at[q_slot * cfg.warpgroups + wg])
+    plgpu.barrier_wait(k_full.at[slot(lo)])
     turns.wait()
 
     def first(acc):
-        plgpu.wgmma(acc, q_ref, k_s.at[0].T)
+        plgpu.wgmma(acc, q_ref, k_s.at[slot(lo)].T)
         turns.wake()
         return acc[...]
 
@@ -274,8 +331,11 @@ def _compute(cfg, idx, refs, smem, bars, wg):
     if cfg.last_masked:
         carry = lax.fori_loop(middle, hi, functools.partial(step, masked=True), carry)
     out, weights, top, total = carry
-    if cfg.gate == "elementwise":  # q is not read any more
-        plgpu.copy_gmem_to_smem(refs["gate"].at[tile], q_ref, q_bar.at[wg])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left shared memory, no warp reads q
+    if cfg.gate == "elementwise":
+        plgpu.copy_gmem_to_smem(refs["gate"].at[place], q_ref, gate_bar.at[wg])
+    if cfg.q_slots == 2 and not cfg.save_ungated:
+        load_q(number + 1, 1 - q_slot)
     plgpu.barrier_wait(v_full.at[slot(hi - 1)])
     turns.wait()
 
@@ -284,16 +344,22 @@ def _compute(cfg, idx, refs, smem, bars, wg):
         turns.wake()
 
     out = pl.run_state(last)(plgpu.ACC.init(out))
-    turns.finish()
     plgpu.barrier_arrive(v_empty.at[slot(hi - 1)])
-    own = (q_ref, q_bar.at[wg], ungated_s.at[wg] if cfg.own_buffer else q_ref, lse_s.at[wg] if cfg.save else None)
-    _finish(cfg, refs, tile, own, out, top, total)
+    spare_ref = q_s.at[1 - q_slot, wg] if cfg.q_slots == 2 else q_ref
+    _finish(cfg, refs, place, (q_ref, gate_bar.at[wg], spare_ref, lse_s.at[wg] if cfg.save else None), out, top, total)
+    if cfg.q_slots == 1:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        load_q(number + 1, 0)
+    elif cfg.save_ungated:
+        plgpu.wait_smem_to_gmem(2, wait_read_only=True)
+        load_q(number + 1, 1 - q_slot)
+    return count + hi - lo
 
 
-def _finish(cfg, refs, tile, own, out, top, total):
-    """Normalises, applies the gate and stores out and the log-sum-exp (units of log2)."""
-    q_ref, bar, ungated_ref, lse_ref = own
-    batch, rows, head = tile
+def _finish(cfg, refs, place, own, out, top, total):
+    """Normalises, applies the gate and starts storing out and the log-sum-exp (units of log2)."""
+    q_ref, bar, spare_ref, lse_ref = own
+    batch, rows, head = place
     out *= rows_of(jnp.where(total > 0.0, 1.0 / total, 0.0), cfg.width)
     gate = None
     if cfg.gate == "head":
@@ -303,50 +369,52 @@ def _finish(cfg, refs, tile, own, out, top, total):
         plgpu.barrier_wait(bar)
         gate = 1.0 / (1.0 + jnp.exp2(plgpu.load(q_ref, layout=WGMMA).astype(jnp.float32) * -LOG2E))
     if cfg.save_ungated:
-        ungated_ref[...] = out.astype(cfg.dtype)
+        spare_ref[...] = out.astype(cfg.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(ungated_ref, refs["ungated"].at[tile])
-        if not cfg.own_buffer:
+        plgpu.copy_smem_to_gmem(spare_ref, refs["ungated"].at[place])
+        if cfg.q_slots == 1:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     q_ref[...] = (out if gate is None else out * gate).astype(cfg.dtype)
     if cfg.save:
         lse_ref[...] = jnp.where(total > 0.0, top + jnp.log2(total), jnp.inf)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_ref, refs["out"].at[tile])
+    plgpu.copy_smem_to_gmem(q_ref, refs["out"].at[place])
     if cfg.save:
         plgpu.copy_smem_to_gmem(lse_ref, refs["lse"].at[batch, head, rows])
-    plgpu.wait_smem_to_gmem(0)
 
 
-def _produce(cfg, idx, refs, smem, bars):
-    batch, _, head, (lo, _, _, hi) = idx
-    _, k_s, v_s, keys_s, _, _ = smem
-    _, k_full, v_full, k_empty, v_empty, _ = bars
-    kv_head = lax.div(head, cfg.heads // cfg.kv_heads)
-    mask_row = batch if cfg.masks_batch else 0
+def _produce(cfg, refs, smem, bars):
+    _, k_s, v_s, keys_s, _ = smem
+    _, _, k_full, v_full, k_empty, v_empty, _ = bars
 
-    def copy(name, buffer, full, empty, i):
-        slot = lax.rem(i, cfg.stages)
+    def produce_tile(number, count):
+        tile = _Tile(cfg, refs, number)
+        lo, _, _, hi = tile.ranges
+        kv_head = lax.div(tile.head, cfg.heads // cfg.kv_heads)
 
-        @pl.when(i >= cfg.stages)
-        def _():
-            plgpu.barrier_wait(empty.at[slot])
+        def copy(name, buffer, full, empty, i):
+            slot = lax.rem(count + i, cfg.stages)
 
-        rows = pl.ds((lo + i) * cfg.block_k, cfg.block_k)
-        plgpu.copy_gmem_to_smem(refs[name].at[batch, rows, kv_head], buffer.at[slot], full.at[slot])
-        if name == "k" and cfg.key_rows:
-            plgpu.copy_gmem_to_smem(refs["keys"].at[mask_row, :, rows], keys_s.at[slot], full.at[slot])
+            @pl.when(count + i >= cfg.stages)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
 
-    steps = hi - lo
-    copy("k", k_s, k_full, k_empty, jnp.int32(0))
+            rows = pl.ds((lo + i) * cfg.block_k, cfg.block_k)
+            plgpu.copy_gmem_to_smem(refs[name].at[tile.batch, rows, kv_head], buffer.at[slot], full.at[slot])
+            if name == "k" and cfg.key_rows:
+                plgpu.copy_gmem_to_smem(refs["keys"].at[tile.mask_row, :, rows], keys_s.at[slot], full.at[slot])
 
-    def step(i, _):
-        copy("k", k_s, k_full, k_empty, i)
-        copy("v", v_s, v_full, v_empty, i - 1)
-        return None
+        def step(i, _):
+            copy("k", k_s, k_full, k_empty, i)
+            copy("v", v_s, v_full, v_empty, i - 1)
+            return None
 
-    lax.fori_loop(1, steps, step, None)
-    copy("v", v_s, v_full, v_empty, steps - 1)
+        copy("k", k_s, k_full, k_empty, jnp.int32(0))
+        lax.fori_loop(1, hi - lo, step, None)
+        copy("v", v_s, v_full, v_empty, hi - lo - 1)
+        return count + hi - lo
+
+    steps = lax.fori_loop(0, _count_tiles(cfg), produce_tile, jnp.int32(0))
     drain(steps, cfg.stages, (k_empty, v_empty))
 
 
@@ -356,40 +424,33 @@ def _body(cfg, *flat):
     names += ["lse"] * cfg.save + ["ungated"] * cfg.save_ungated
     refs = dict(zip(names, flat))
     wg = lax.axis_index("wg")
-    index = lax.axis_index("block")
-    per_block = cfg.batch * cfg.heads
-    block = cfg.blocks - 1 - lax.div(index, per_block)  # under a causal mask the last query blocks are the longest
-    rest = lax.rem(index, per_block)
-    batch, head = lax.div(rest, cfg.heads), lax.rem(rest, cfg.heads)
-    mask_row = batch if cfg.masks_batch else 0
-    bounds = tuple(refs["ranges"][mask_row, block, i] for i in range(4))
-    idx = (batch, block, head, bounds)
-
     wgs, s = cfg.warpgroups, cfg.stages
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     scratch = [
-        tile((wgs, ROWS, cfg.width)),
+        tile((cfg.q_slots, wgs, ROWS, cfg.width)),
         tile((s, cfg.block_k, cfg.width)),
         tile((s, cfg.block_k, cfg.width)),
         plgpu.SMEM((s, cfg.key_rows, cfg.block_k), jnp.int32) if cfg.key_rows else None,
         plgpu.SMEM((wgs, ROWS), jnp.float32) if cfg.save else None,
-        tile((wgs, ROWS, cfg.width)) if cfg.own_buffer else None,
     ]
 
     def scoped(smem, *bars):
         @pl.when(wg < wgs)
         def _():
-            plgpu.set_max_registers(240 if wgs == 2 else 160, action="increase")
-            _compute(cfg, idx, refs, smem, bars, wg)
+            if not cfg.few:
+                plgpu.set_max_registers(240 if wgs == 2 else 160, action="increase")
+            _compute(cfg, refs, smem, bars, wg)
 
         @pl.when(wg == wgs)
         def _():
-            plgpu.set_max_registers(24 if wgs == 2 else 32, action="decrease")
-            _produce(cfg, idx, refs, smem, bars)
+            if not cfg.few:
+                plgpu.set_max_registers(24 if wgs == 2 else 32, action="decrease")
+            _produce(cfg, refs, smem, bars)
 
     pl.run_scoped(
         scoped,
         scratch,
+        plgpu.Barrier(num_barriers=cfg.q_slots * wgs),
         plgpu.Barrier(num_barriers=wgs),
         plgpu.Barrier(num_arrivals=1 + (cfg.key_rows > 0), num_barriers=s),
         plgpu.Barrier(num_barriers=s),
@@ -416,11 +477,13 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate):
     kernel = plgpu.kernel(
         functools.partial(_body, cfg),
         out_type=out,
-        grid=(cfg.blocks * cfg.batch * cfg.heads,),
-        grid_names=("block",),
+        grid=(cfg.programs,),
+        grid_names=("program",),
         num_threads=cfg.warpgroups + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # No thread reads and writes the same shared memory but a warp its own rows of q_s, in order: no barriers needed
+        # beside those of commits and waits.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     args = [q, k, v, bounds, ranges, keys if cfg.key_rows else None, sinks if cfg.sinks else None]
     return kernel(*[arg for arg in (*args, gate if cfg.gate else None) if arg is not None])

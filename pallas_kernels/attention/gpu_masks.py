@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+HIDDEN_POSITION = _HIGH  # that no query sees
 
 
 class Places(typing.NamedTuple):

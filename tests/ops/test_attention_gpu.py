@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernels of attention: masks and ranges anywhere, the kernels interpreted, or run on a Hopper GPU."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import dispatch, oracle
+from pallas_kernels.attention import cases, gpu_masks
+from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+
+HERE = Path(__file__).parent
+WIDE_CASES = (
+    cases.Case("wide", 2, 700, 700, 4, 2, 128),
+    cases.Case("wide_packed", 2, 1000, 1000, 4, 1, 128, layout="packed", sinks=True, gate="head"),
+    cases.Case("wide_full", 1, 512, 640, 4, 2, 128, causal=False),
+    cases.Case("narrow", 2, 1000, 1000, 4, 2, 64),
+    cases.Case("narrow_window", 1, 900, 900, 4, 2, 64, window=200, softcap=20.0),
+    cases.Case("width_96", 1, 500, 500, 4, 2, 96),
+    cases.Case("width_192", 1, 500, 500, 2, 1, 192, layout="packed"),
+    cases.Case("width_256", 2, 600, 600, 4, 2, 256),
+)
+
+
+def on_hopper() -> bool:
+    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
+    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
+
+
+def visible(n_queries, n_keys, causal, window, ids, positions, q_offset):
+    """[B, T, S] bool, straight from the contract."""
+    if positions is None:
+        positions = (np.arange(n_queries) + np.reshape(q_offset, (-1, 1)), np.arange(n_keys)[None])
+    behind = positions[0][:, :, None] - positions[1][:, None, :]
+    seen = np.ones(behind.shape, bool)
+    if causal:
+        seen &= behind >= 0
+    if window is not None:
+        seen &= behind < window
+    if ids is not None:
+        seen = seen & (ids[0][:, :, None] == ids[1][:, None, :]) & (ids[0] != 0)[:, :, None]
+    return seen
+
+
+def as_told(places, n_queries, n_keys):
+    """[M, n_queries, n_keys] bool: what the kernels make of their vectors (queries and keys to whole blocks)."""
+    start, end, *q_ids = np.moveaxis(np.asarray(gpu_masks.query_rows(places, n_queries)), 1, 0)
+    keys = gpu_masks.key_rows(places, n_keys)
+    keys = [] if keys is None else list(np.moveaxis(np.asarray(keys), 1, 0))
+    k_ids = keys.pop(0) if q_ids else None
+    position = keys.pop(0) if keys else np.arange(n_keys)[None]
+    seen = (position[:, None] >= start[:, :, None]) & (position[:, None] < end[:, :, None])
+    return seen & (k_ids[:, None] == q_ids[0][:, :, None]) if q_ids else seen
+
+
+@settings(max_examples=40)
+@given(
+    queries=st.integers(1, 90),
+    keys=st.none() | st.integers(1, 90),
+    layout=st.sampled_from(LAYOUTS),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 60),
+    offset=st.integers(-10, 40) | st.just("each"),
+    positions=st.booleans(),
+    blocks=st.sampled_from([(16, 8), (8, 16), (24, 8)]),
+    traced=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_masks_and_block_ranges(queries, keys, layout, causal, window, offset, positions, blocks, traced, seed):
+    """Vectors say what the contract says; visited blocks hold all that is visible, those without masks only that."""
+    rng = np.random.default_rng(seed)
+    keys = keys or queries
+    ids = None
+    if layout != "dense":
+        ids = tuple(make_segment_ids(layout, 2, n, seed=seed) for n in (queries, keys))
+    where = None
+    if positions:
+        where, offset = tuple(rng.integers(0, 50, (2, n)).astype(np.int32) for n in (queries, keys)), 0
+    elif offset == "each":
+        offset = rng.integers(-10, 40, 2).astype(np.int32)
+    seen = visible(queries, keys, causal, window, ids, where, offset)
+    if traced:
+        ids, where = (None if pair is None else tuple(map(jnp.asarray, pair)) for pair in (ids, where))
+    places = gpu_masks.make_places(queries, keys, causal, window, ids, where, offset)
+
+    q_block, k_block = blocks
+    n_q, n_k = -(-queries // q_block), -(-keys // k_block)
+    told = as_told(places, n_q * q_block, n_k * k_block)
+    assert (told[:, :queries, :keys] == seen).all()
+    assert not told[:, queries:].any()
+    assert not told[:, :, keys:].any()
+    some, whole = gpu_masks.block_pairs(places, keys, *blocks)
+    real = np.arange(n_q * q_block) < queries
+    for row, rows, columns in zip(
+        told,
+        np.asarray(gpu_masks.key_ranges(some, whole)),
+        np.asarray(gpu_masks.query_ranges(some, whole)),
+        strict=True,
+    ):
+        tiles = row.reshape(n_q, q_block, n_k, k_block)
+        full = (tiles | ~real.reshape(n_q, q_block, 1, 1)).all((1, 3))
+        for i, (lo, a, b, hi) in enumerate(rows):
+            assert 0 <= lo < hi <= n_k
+            assert lo <= a <= b <= hi
+            assert not np.delete(tiles[i].any((0, 2)), range(lo, hi)).any()
+            assert full[i, a:b].all()
+        for j, (lo, a, b, hi) in enumerate(columns):
+            assert 0 <= lo <= a <= b <= hi <= n_q
+            assert not np.delete(tiles[:, :, j].any((1, 2)), range(lo, hi)).any()
+            assert full[a:b, j].all()
+
+
+def test_blocks_that_documents_and_windows_hide_are_skipped():
+    def visited(window=None, ids=None):
+        places = gpu_masks.make_places(4096, 4096, True, window, ids and (ids[0], ids[0]), None, 0)
+        lo, a, b, hi = np.moveaxis(gpu_masks.key_ranges(*gpu_masks.block_pairs(places, 4096, 128, 128)), 2, 0)
+        return int((hi - lo).sum()), int((b - a).sum())
+
+    assert visited() == (32 * 33 // 2, 32 * 31 // 2)
+    assert visited(window=512) == (32 * 5 - 10, 32 * 3 - 6)
+    documents = np.repeat(np.arange(1, 9, dtype=np.int32), 512)[None]
+    assert visited(ids=[documents]) == (8 * 10, 8 * 6)
+
+
+def test_calls_that_are_not_served_are_named():
+    gpu = importlib.import_module("pallas_kernels.attention.gpu")
+    narrow, wide = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 320), jnp.bfloat16)
+    assert gpu.supports(narrow, narrow, narrow) is None
+    assert gpu.supports(narrow, narrow, wide) == "head width of v_BSKP (320) above 256"
+    assert gpu.supports(narrow.astype(jnp.float32), narrow, narrow) == "dtype of q_BTHP (float32) is not bfloat16"
+
+
+def interpret(*names):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE / "mosaic_interpreter.py"), *names]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+needs_interpreter = pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
+)
+
+
+@needs_interpreter
+@pytest.mark.quick
+def test_kernels_interpreted():
+    interpret("packed_wide", "decode")
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_more_kernels_interpreted():
+    interpret()
+
+
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", [*cases.TEST_CASES, *WIDE_CASES], ids=lambda case: case.name)
+def test_equals_the_full_matrix(case):
+    inputs = cases.make_inputs(case, "bfloat16")
+    with dispatch.assume_platform("gpu"):
+        found = oracle.compare("attention", inputs, dtype="bfloat16", implementation="gpu", **cases.make_settings(case))
+    for name, (error, limit) in found.items():
+        assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"
