@@ -134,6 +134,9 @@ def test_blocks_that_documents_and_windows_hide_are_skipped():
 def test_calls_that_are_not_served_are_named():
     gpu = importlib.import_module("pallas_kernels.attention.gpu")
     narrow, wide = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 320), jnp.bfloat16)
+    if jax.__version_info__ < (0, 11):
+        assert gpu.supports(narrow, narrow, narrow).startswith(f"JAX ({jax.__version__}) older than 0.11")
+        return
     assert gpu.supports(narrow, narrow, narrow) is None
     assert gpu.supports(narrow, narrow, wide) == "head width of v_BSKP (320) above 256"
     assert gpu.supports(narrow.astype(jnp.float32), narrow, narrow) == "dtype of q_BTHP (float32) is not bfloat16"
@@ -146,9 +149,7 @@ def interpret(*names):
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 
-needs_interpreter = pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
-)
+needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts")
 
 
 @needs_interpreter
