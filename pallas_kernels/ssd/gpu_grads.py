@@ -526,6 +526,11 @@ def _body(cfg, *refs):
         "ds_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
     }
 
+    def one_warp(work):
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _():
+            pl.when(lax.axis_index("warp") == 0)(work)
+
     def by_half(work):
         for k in range(2):
 
@@ -534,9 +539,7 @@ def _body(cfg, *refs):
                 work(cfg, k)
 
     def scoped(smem, bars):
-        @pl.when(wg == 3)
-        def _():
-            plgpu.set_max_registers(REGISTERS[3], action="decrease")
+        def produce():
             bar = bars["start"].at[0]
             tiles = (("b", "b", half), ("c", "c", half), ("c1", "c", 1))
             for target, name, tile_half in tiles:
@@ -548,6 +551,14 @@ def _body(cfg, *refs):
             if cfg.segments:
                 plgpu.copy_gmem_to_smem(ins["seg"].at[b, pl.ds(span * 2, 2)], smem["seg"], bar)
             by_half(lambda cfg, k: _produce(cfg, k, idx, ins, smem, bars))
+
+        @pl.when(wg == 3)
+        def _():
+            plgpu.set_max_registers(REGISTERS[3], action="decrease")
+            if cfg.interpret:
+                produce()
+            else:
+                one_warp(produce)
 
         for number, work in enumerate((_source_warpgroup, _target_warpgroup, _db_warpgroup)):
 
