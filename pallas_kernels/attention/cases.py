@@ -57,6 +57,18 @@ TEST_CASES = (
     Case("behind_the_window", 1, 20, 30, 2, 1, 8, q_offset=25, window=8, sinks=True),
 )
 
+# Widths that kernels serve in other ways, and more tokens than a block.
+WIDTH_CASES = (
+    Case("width_64", 2, 1000, 1000, 4, 2, 64),
+    Case("width_64_window", 1, 900, 900, 4, 2, 64, window=200, softcap=20.0),
+    Case("width_96", 1, 500, 500, 4, 2, 96),
+    Case("width_128", 2, 700, 700, 4, 2, 128),
+    Case("width_128_packed", 2, 1000, 1000, 4, 1, 128, layout="packed", sinks=True, gate="head"),
+    Case("width_128_full", 1, 512, 640, 4, 2, 128, causal=False),
+    Case("width_192", 1, 500, 500, 2, 1, 192, layout="packed"),
+    Case("width_256", 2, 600, 600, 4, 2, 256),
+)
+
 BENCH_CASES = (
     Case("b4_t4096", 4, 4096, 4096, 16, 4, 128),
     Case("b4_t4096_ungated", 4, 4096, 4096, 16, 4, 128, gate=None),
@@ -68,7 +80,7 @@ BENCH_CASES = (
     Case("tiny", 8, 256, 256, 4, 2, 32, layout="packed"),
 )
 
-CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
+CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:

@@ -19,16 +19,6 @@ from pallas_kernels.attention import cases, gpu_masks
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 
 HERE = Path(__file__).parent
-WIDE_CASES = (
-    cases.Case("wide", 2, 700, 700, 4, 2, 128),
-    cases.Case("wide_packed", 2, 1000, 1000, 4, 1, 128, layout="packed", sinks=True, gate="head"),
-    cases.Case("wide_full", 1, 512, 640, 4, 2, 128, causal=False),
-    cases.Case("narrow", 2, 1000, 1000, 4, 2, 64),
-    cases.Case("narrow_window", 1, 900, 900, 4, 2, 64, window=200, softcap=20.0),
-    cases.Case("width_96", 1, 500, 500, 4, 2, 96),
-    cases.Case("width_192", 1, 500, 500, 2, 1, 192, layout="packed"),
-    cases.Case("width_256", 2, 600, 600, 4, 2, 256),
-)
 
 
 def on_hopper() -> bool:
@@ -165,7 +155,7 @@ def test_more_kernels_interpreted():
 
 
 @pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
-@pytest.mark.parametrize("case", [*cases.TEST_CASES, *WIDE_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.TEST_CASES, *cases.WIDTH_CASES], ids=lambda case: case.name)
 def test_equals_the_full_matrix(case):
     inputs = cases.make_inputs(case, "bfloat16")
     with dispatch.assume_platform("gpu"):
