@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernels of ssd: their per-token vectors anywhere, the kernels themselves lowered or run where that works.
+"""The Hopper kernels of ssd: their per-token vectors and the interpreted kernels anywhere, the real ones on a Hopper GPU.
 
-The kernels are compared with the float64 recurrence on a Hopper GPU only: the interpreter of Mosaic GPU runs host
-callbacks that can wait for each other on machines with few cores, so nothing here depends on it.
+The interpreter runs host callbacks that wait for each other, so it gets a process with enough threads of its own.
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,10 @@ from pallas_kernels.ssd import cases
 gpu = pytest.importorskip("pallas_kernels.ssd.gpu", reason="this JAX has no Pallas Mosaic GPU")
 
 TOKENS, CHUNKS = 200, 4
+HERE = Path(__file__).parent
+needs_interpreter = pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
+)
 
 
 def on_hopper() -> bool:
@@ -109,6 +117,39 @@ def test_supports_names_argument_and_limit():
     positional = [given.pop(name) for name in ("x", "dt", "A", "B", "C")]
     assert str(gpu.MAX_STATE) in gpu.supports(*positional, **given)
     assert "float32" in gpu.supports(positional[0].astype(jnp.float32), *positional[1:], **given)
+
+
+def interpret(*names):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE / "ssd_gpu_interpreted.py"), *names]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+@needs_interpreter
+@pytest.mark.quick
+def test_kernels_interpreted():
+    interpret("scattered", "pieces")
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_kernels_interpreted_on_all_cases():
+    interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES))
+
+
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("layout", ["dense", "scattered"])
+def test_decay_kernel_equals_the_vectors(layout):
+    rng = np.random.default_rng(4)
+    dt = np.exp(rng.uniform(np.log(1e-6), np.log(80.0), (2, TOKENS, 128))).astype(np.float32)
+    dt[:, ::7] = 0.0
+    a, ids = -rng.uniform(0.1, 16.0, 128).astype(np.float32), make_segment_ids(layout, 2, TOKENS, seed=1)
+    seg = None if ids is None else gpu.document_vectors(jnp.asarray(ids), CHUNKS)
+    found = np.asarray(gpu.gpu_decay.decays(jnp.asarray(dt), jnp.asarray(a), seg, CHUNKS))
+    real = dt if ids is None else np.where(ids[..., None] != 0, dt, 0.0)
+    expected = np.asarray(gpu.decay_vectors(jnp.asarray(real), jnp.asarray(a) * gpu.LOG2E, CHUNKS))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
