@@ -31,6 +31,13 @@ def default_device_platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def tpu_generation() -> str | None:
+    """ "v5e", "v5p", "v6e", ... of the device that Pallas compiles for, the mesh's or the default; else None."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
+
+
 def vary_alike(tree):
     """`tree` with its arrays varying over the same axes of a shard_map that checks it (check_vma), else as it is.
 

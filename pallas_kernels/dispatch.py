@@ -7,12 +7,16 @@ import importlib.util
 import logging
 from collections.abc import Callable
 
-from pallas_kernels.compat import default_device_platform, vary_alike
+from pallas_kernels.compat import default_device_platform, tpu_generation, vary_alike
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
 
 # (op, platform) whose kernel passes every case on that platform and is measured to be faster than xla.
 PROVEN: frozenset[tuple[str, str]] = frozenset()
+
+# (op, TPU generation) whose kernel passes every case interpreted, compiles for that generation, and is faster than xla
+# by the compiler's own estimates, forward and backward, at every shape of docs/kernels.md: no TPU has run it.
+ESTIMATED: frozenset[tuple[str, str]] = frozenset({("ssd", "v5e"), ("ssd", "v5p"), ("ssd", "v6e")})
 
 _logger = logging.getLogger("pallas_kernels")
 _logged: set[tuple[str, str]] = set()
@@ -52,12 +56,13 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
         return _load(op, implementation)
     here = platform()
     if implementation == "auto":
-        if (op, here) not in PROVEN:
+        estimated = here == "tpu" and (op, tpu_generation()) in ESTIMATED
+        if (op, here) not in PROVEN and not estimated:
             choice, why = "xla", f"no {here} kernel of it is proven faster"
         elif reason := _limit(op, here, args, kwargs):
             choice, why = "xla", f"the {here} kernel cannot serve this call: {reason}"
         else:
-            choice, why = here, "proven on this platform"
+            choice, why = here, "faster by the compiler's estimate" if estimated else "proven on this platform"
         _log_once(op, f"{op}: auto uses {choice} on {here} ({why})")
         return _load(op, choice)
     if implementation != here:

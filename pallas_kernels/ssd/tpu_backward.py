@@ -104,7 +104,7 @@ def _chunk_gradients(chunk, x, refs, blocks: Blocks):
     """Gradients of one chunk into the output refs. x: [P, CHUNK] of every head."""
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     rows, width, dtype = refs["rows"], blocks.width, x[0].dtype
-    dy = tpu_forward.transposed_heads(refs["dy"], chunk, blocks)
+    dy = tpu_forward.transposed_heads("dy", chunk, refs, blocks)
     from_t = common.triangle(dtype, lambda i, t: i >= t)
     before_t = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0) < lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
     mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None)
@@ -173,9 +173,10 @@ def _kernel(*args, names: tuple, blocks: Blocks):
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
+    refs = common.mask_maps(refs, blocks)
     entering = refs["entering"]
     entering[0] = refs["states"][0, 0].astype(F32)
-    inputs = [tpu_forward.transposed_heads(refs["x"], chunk, blocks) for chunk in range(blocks.chunks)]
+    inputs = [tpu_forward.transposed_heads("x", chunk, refs, blocks) for chunk in range(blocks.chunks)]
     for chunk, x in enumerate(inputs):
         tpu_forward.prepare_chunk(chunk, refs, blocks)
         tpu_forward.shared_products(chunk, refs, blocks)
@@ -229,7 +230,7 @@ def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) ->
         outputs["dD"] = (channel_spec, jax.ShapeDtypeStruct((n_batch, width, CHUNK), F32))
     if blocks.initial:
         outputs["dinitial"] = (specs["last"], jax.ShapeDtypeStruct((n_batch, width, blocks.state), F32))
-    scratch = tpu_forward.scratch_shapes(blocks) | {
+    scratch = tpu_forward.scratch_shapes(blocks, inputs["B"].dtype) | {
         "factors": pltpu.VMEM((blocks.chunks, blocks.heads, CHUNK), F32),
         "sums": pltpu.VMEM((N_SUMS, blocks.heads, CHUNK), F32),
         "overlap": pltpu.VMEM((blocks.heads, blocks.state), F32),

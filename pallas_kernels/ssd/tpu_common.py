@@ -10,9 +10,8 @@ two floats, exact to about 2^-32. Differences of c are then as good next to a de
 
 Weights of pairs: exp(c_i - c_j) for each pair in the backward and for float32 inputs. In the forward of bfloat16 inputs
 the weight is factored around the middle r_J of each group J of 8 tokens, exp(c_i - r_J) exp(r_J - c_j): the second
-factor scales x_j, the first is one row per 8. To keep both factors in range the log decay of these pairs, and of them
-alone, is limited to about -16 a token: a pair that a stronger decay separates weighs at most 1.1e-7 instead of less,
-which is below float32 rounding. Carried states always use the unlimited sums.
+factor scales x_j, the first is one row per 8. Both stay in range as long as no token's log decay is below PAIR_FLOOR;
+blocks that have such a token take the exponentials of every pair instead.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ F32 = jnp.float32
 CHUNK = 128  # tokens a chunk: one lane row
 GROUP = 8  # tokens that share a decay reference in the factored form
 LOG_DECAY_FLOOR = -120.0  # exp of it is zero in float32, so the limit changes nothing
-PAIR_FLOOR = -16.0  # factored form: the least log decay of a token between two tokens of a chunk
+PAIR_FLOOR = -16.0  # the least log decay of a token in the factored form
 EXPONENT_LIMIT = 64.0
 
 NN = (((1,), (0,)), ((), ()))
@@ -73,11 +72,6 @@ class Blocks:
     def group_channels(self) -> int:
         return self.group_heads * self.width
 
-    @property
-    def pair_shape(self) -> tuple:
-        """Scratch of the pair weights of a chunk: rows of c (high, low), or one row a group and head."""
-        return (2, self.heads, CHUNK) if self.exact else (self.heads, CHUNK // GROUP, CHUNK)
-
 
 def dot(a, b, dims=NN):
     """Matrix product into float32; float32 operands at full precision."""
@@ -97,7 +91,7 @@ def _to_grid(value, scale: float):
 
 
 def decay_pieces(a_HQ):
-    """Log decays cut into bfloat16 pieces: (halves, halves limited to PAIR_FLOOR, smaller pieces)."""
+    """Log decays cut into bfloat16 pieces: (halves, smaller pieces)."""
     halves = _to_grid(a_HQ, 2.0)
     rest = a_HQ - halves
     pieces = []
@@ -105,15 +99,14 @@ def decay_pieces(a_HQ):
         piece = _to_grid(rest, scale)
         pieces.append(piece)
         rest = rest - piece
-    return halves, jnp.maximum(halves, PAIR_FLOOR), [*pieces, rest]
+    return halves, [*pieces, rest]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecaySums:
-    """Inclusive sums over a chunk as high + low, [heads, CHUNK]; `pair_high` is high between tokens of a chunk."""
+    """Inclusive sums over a chunk as high + low, [heads, CHUNK]."""
 
     high: jax.Array
-    pair_high: jax.Array
     low: jax.Array
     to_reference: jax.Array | None  # r_J - c_j, factored form only
     references: tuple | None  # r_J as (high, low), tokens-first: [CHUNK / GROUP, heads]
@@ -140,28 +133,25 @@ def _reference_token(token):
 def decay_sums(a_HQ, blocks: Blocks) -> DecaySums:
     """Sums of a chunk's log decays [heads, CHUNK] along tokens."""
     heads = a_HQ.shape[0]
-    halves, limited, small = decay_pieces(a_HQ)
-    if blocks.exact:
-        limited = halves
+    halves, small = decay_pieces(a_HQ)
     stack = lambda parts: jnp.concatenate(parts, 0).astype(jnp.bfloat16)
     split = lambda sums: [sums[k * heads : (k + 1) * heads] for k in range(sums.shape[0] // heads)]
     upto = triangle(jnp.bfloat16, lambda row, column: row <= column)
-    first = [halves] if blocks.exact else [halves, limited]
-    sums = split(dot(stack([*first, *small]), upto))
-    high, low = sums[0] + sums[-4], sums[-3] + (sums[-2] + sums[-1])
+    sums = split(dot(stack([halves, *small]), upto))
+    high, low = sums[0] + sums[1], sums[2] + (sums[3] + sums[4])
     if blocks.exact:
-        return DecaySums(high, high, low, None, None)
+        return DecaySums(high, low, None, None)
     row = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
     column = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
     middle = lax.broadcasted_iota(jnp.int32, (CHUNK // GROUP, CHUNK), 0) * GROUP + GROUP // 2 - 1
     before = lax.broadcasted_iota(jnp.int32, (CHUNK // GROUP, CHUNK), 1) <= middle
     at_reference = lambda piece: dot(before.astype(F32).astype(jnp.bfloat16), piece.astype(jnp.bfloat16), NT)
-    at = [at_reference(piece) for piece in (limited, *small)]
+    at = [at_reference(piece) for piece in (halves, *small)]
     references = at[0] + at[1], at[2] + (at[3] + at[4])
     toward = (row <= _reference_token(column)).astype(F32) - (row <= column).astype(F32)
-    parts = split(dot(stack([limited, *small]), toward.astype(jnp.bfloat16)))
+    parts = split(dot(stack([halves, *small]), toward.astype(jnp.bfloat16)))
     to_reference = (parts[0] + parts[1]) + (parts[2] + (parts[3] + parts[4]))
-    return DecaySums(high, sums[1] + sums[2], low, to_reference, references)
+    return DecaySums(high, low, to_reference, references)
 
 
 def write_pair_sums(sums: DecaySums, chunk: int, refs, blocks: Blocks):
@@ -176,8 +166,8 @@ def write_pair_sums(sums: DecaySums, chunk: int, refs, blocks: Blocks):
     high, low = sums.references
     for head in range(heads):
         one = slice(head, head + 1)
-        exponent = (sums.pair_high[one] - high[:, one]) + (sums.low[one] - low[:, one])
-        refs["pairs"][chunk, head] = jnp.exp(jnp.minimum(exponent, EXPONENT_LIMIT))
+        exponent = (sums.high[one] - high[:, one]) + (sums.low[one] - low[:, one])
+        refs["factored"][chunk, head] = jnp.exp(jnp.minimum(exponent, EXPONENT_LIMIT))
 
 
 def exact_weights(chunk: int, head: int, refs):
@@ -197,7 +187,7 @@ def weigh_pairs(factor, chunk: int, head: int, refs, blocks: Blocks):
         return factor[...] * exact_weights(chunk, head, refs)
     rows = []
     for group in range(CHUNK // GROUP):
-        weights = refs["pairs"][chunk, head, group : group + 1]
+        weights = refs["factored"][chunk, head, group : group + 1]
         rows.append(factor[group * GROUP : (group + 1) * GROUP] * weights)
     return jnp.concatenate(rows, 0)
 
@@ -221,6 +211,30 @@ def document_rows(segment_ids_BT):
     query_BT = jnp.where(real_BT, number_BT, -1)
     rows = [number_BT, query_BT, carries_BT & real_BT, leaves_BT & real_BT, real_BT, carries_BT, zero_BT, zero_BT]
     return jnp.stack([row.astype(F32) for row in rows], axis=1)
+
+
+def without_padding(tile, rows):
+    """[channels, CHUNK] with zeros at padded tokens, whatever they hold. rows: as in `pair_mask`."""
+    if rows is None:
+        return tile
+    return jnp.where(rows[REAL : REAL + 1] != 0, tile, jnp.zeros_like(tile))
+
+
+def mask_maps(refs, blocks: Blocks) -> dict:
+    """The refs with B and C replaced, where there are documents, by copies with zeros at padded tokens."""
+    if not blocks.documents:
+        return refs
+    width = min(CHUNK, blocks.state)
+    for chunk in range(blocks.chunks):
+        tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+        real = refs["documents"][0, REAL : REAL + 1, tokens]
+        keep = jnp.broadcast_to(real, (CHUNK, CHUNK)).T[:, :width] != 0
+        for name in ("B", "C"):
+            for first in range(0, blocks.groups * blocks.state, width):
+                lanes = slice(first, first + width)
+                part = refs[name][0, tokens, lanes]
+                refs[f"masked {name}"][0, tokens, lanes] = jnp.where(keep, part.astype(F32), 0.0).astype(part.dtype)
+    return {**refs, "B": refs["masked B"], "C": refs["masked C"]}
 
 
 def pair_mask(rows, inclusive: bool = True):

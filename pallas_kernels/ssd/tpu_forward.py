@@ -6,6 +6,8 @@ matrix unit and the CHUNK x CHUNK weights the stationary one:
 y^T[P, i] = x^T[P, j] (S^T * L^T)[j, i] + state[P, N] C^T[N, i].
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -63,12 +65,15 @@ def tile_heads(blocks: Blocks) -> int:
     return heads if blocks.heads % heads == 0 else blocks.heads
 
 
-def transposed_heads(ref, chunk, blocks: Blocks) -> list:
-    """[P, CHUNK] of every head out of a block [1, tokens, heads P]."""
+def transposed_heads(name, chunk, refs, blocks: Blocks) -> list:
+    """[P, CHUNK] of every head out of the block [1, tokens, heads P] of that name, zero at padding."""
     heads, width = tile_heads(blocks), blocks.width
+    tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+    documents = refs["documents"][0, :, tokens] if blocks.documents else None
     found = []
     for first in range(0, blocks.heads, heads):
-        tile = ref[0, chunk * CHUNK : (chunk + 1) * CHUNK, first * width : (first + heads) * width].T
+        tile = refs[name][0, tokens, first * width : (first + heads) * width].T
+        tile = common.without_padding(tile, documents)
         found += [tile[k * width : (k + 1) * width] for k in range(heads)]
     return found
 
@@ -146,18 +151,13 @@ def _kernel(*args, names: tuple, blocks: Blocks):
 
     if "states" in refs:
         refs["states"][0, 0] = refs["state"][...].astype(refs["states"].dtype)
-    for chunk in range(blocks.chunks):
-        shared_products(chunk, refs, blocks)
-    for chunk in range(blocks.chunks):
-        prepare_chunk(chunk, refs, blocks)
-    for chunk in range(blocks.chunks):
-        x = transposed_heads(refs["x"], chunk, blocks)
-        waiting, first = [], 0
-        for group, heads in stages(blocks, HEADS_A_STAGE):
-            waiting += _scan_heads(chunk, x, group, heads, refs, blocks)
-            if len(waiting) % tile_heads(blocks) == 0:
-                store_heads(refs["y"], chunk, first, waiting, blocks)
-                waiting, first = [], heads[-1] + 1
+    refs = common.mask_maps(refs, blocks)
+    if blocks.exact:
+        _scan(refs, blocks)
+    else:
+        strong = refs["strong"][0, 0, step] != 0
+        pl.when(strong)(lambda: _scan(refs, dataclasses.replace(blocks, exact=True)))
+        pl.when(jnp.logical_not(strong))(lambda: _scan(refs, blocks))
 
     if blocks.final:
 
@@ -166,13 +166,39 @@ def _kernel(*args, names: tuple, blocks: Blocks):
             refs["last"][0] = refs["state"][...]
 
 
-def scratch_shapes(blocks: Blocks) -> dict:
-    """Scratch that forward and backward share, by name."""
-    columns = {"columns": pltpu.VMEM((blocks.chunks, 2, CHUNK, -(-blocks.heads // CHUNK) * CHUNK), F32)}
-    return (columns if blocks.exact else {}) | {
+def _scan(refs, blocks: Blocks):
+    """Outputs of the chunks of a grid step, and the state behind them."""
+    for chunk in range(blocks.chunks):
+        shared_products(chunk, refs, blocks)
+    for chunk in range(blocks.chunks):
+        prepare_chunk(chunk, refs, blocks)
+    for chunk in range(blocks.chunks):
+        x = transposed_heads("x", chunk, refs, blocks)
+        waiting, first = [], 0
+        for group, heads in stages(blocks, HEADS_A_STAGE):
+            waiting += _scan_heads(chunk, x, group, heads, refs, blocks)
+            if len(waiting) % tile_heads(blocks) == 0:
+                store_heads(refs["y"], chunk, first, waiting, blocks)
+                waiting, first = [], heads[-1] + 1
+
+
+def _strong(inputs: dict, blocks: Blocks):
+    """int32 [B x blocks, 1, grid steps]: 1 where a log decay is too strong for the factored form."""
+    log_decays = inputs["dt"] * inputs["A"]
+    by_step = log_decays.reshape(*log_decays.shape[:3], -1, blocks.tokens)
+    strong = by_step.min(axis=(2, 4)) < common.PAIR_FLOOR
+    return strong.astype(jnp.int32).reshape(-1, 1, strong.shape[-1])
+
+
+def scratch_shapes(blocks: Blocks, dtype) -> dict:
+    """Scratch that forward and backward share, by name; dtype: of B and C."""
+    maps = pltpu.VMEM((1, blocks.tokens, blocks.groups * blocks.state), dtype)
+    masked = {"masked B": maps, "masked C": maps} if blocks.documents else {}
+    return masked | {
+        "columns": pltpu.VMEM((blocks.chunks, 2, CHUNK, -(-blocks.heads // CHUNK) * CHUNK), F32),
+        "pairs": pltpu.VMEM((blocks.chunks, 2, blocks.heads, CHUNK), F32),
         "rows": pltpu.VMEM((blocks.chunks, N_ROWS, blocks.heads, CHUNK), F32),
         "totals": pltpu.VMEM((blocks.chunks, blocks.heads, blocks.state), F32),
-        "pairs": pltpu.VMEM((blocks.chunks, *blocks.pair_shape), F32),
         "shared": pltpu.VMEM((blocks.chunks * blocks.groups, CHUNK, CHUNK), F32),
     }
 
@@ -214,6 +240,10 @@ def forward(inputs: dict, blocks: Blocks, *, n_groups: int, states_dtype=None, i
         outputs["last"] = (specs["last"], jax.ShapeDtypeStruct((n_batch, width, blocks.state), F32))
     if states_dtype is not None:
         outputs["states"] = (specs["states"], jax.ShapeDtypeStruct((n_batch, steps, width, blocks.state), states_dtype))
-    scratch = scratch_shapes(blocks) | {"state": pltpu.VMEM((blocks.channels, blocks.state), F32)}
+    scratch = scratch_shapes(blocks, inputs["B"].dtype) | {"state": pltpu.VMEM((blocks.channels, blocks.state), F32)}
+    if not blocks.exact:
+        inputs = {**inputs, "strong": _strong(inputs, blocks)}
+        specs["strong"] = pl.BlockSpec((1, 1, steps), lambda b, h, c: (b * n_blocks + h, 0, 0), memory_space=pltpu.SMEM)
+        scratch["factored"] = pltpu.VMEM((blocks.chunks, blocks.heads, CHUNK // common.GROUP, CHUNK), F32)
     grid = (n_batch, n_blocks, steps)
     return common.call_kernel(_kernel, "ssd_forward", grid, inputs, specs, outputs, scratch, blocks, interpret)

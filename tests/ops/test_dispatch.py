@@ -48,6 +48,17 @@ def test_auto_takes_a_proven_kernel_and_falls_back_where_it_cannot_serve(kernel,
     assert "auto uses xla on gpu (the gpu kernel cannot serve this call: taps of w_DW (5) above 4)" in caplog.text
 
 
+@pytest.mark.parametrize(("generation", "choice"), [("v5e", "tpu"), ("v4", "xla"), (None, "xla")])
+def test_auto_on_a_tpu_goes_by_its_generation(generation, choice, monkeypatch):
+    monkeypatch.setattr(dispatch, "tpu_generation", lambda: generation)
+    kinds = [((1, 8, 2, 64), jnp.bfloat16), ((1, 8, 2), jnp.float32), ((2,), jnp.float32)]
+    args = [jax.ShapeDtypeStruct(*kind) for kind in (*kinds, *[((1, 8, 1, 128), jnp.bfloat16)] * 2)]
+    with dispatch.assume_platform("tpu"):
+        assert dispatch.select("ssd", "auto", args, {}).__name__ == f"ssd_{choice}"
+        odd = [jax.ShapeDtypeStruct((1, 8, 2, 48), jnp.bfloat16), *args[1:]]
+        assert dispatch.select("ssd", "auto", odd, {}).__name__ == "ssd_xla"
+
+
 def test_a_named_kernel_raises_where_it_cannot_serve(kernel):
     with pytest.raises(
         NotImplementedError,

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.oracle import bound, oracle, relative_rms
 from pallas_kernels.ssd import cases
@@ -130,16 +133,32 @@ def test_bfloat16_pairs_at_the_limit_of_the_factored_decay(log_decay):
     check(inputs)
 
 
-def test_padding_may_hold_anything():
-    """Numbers at padded tokens reach no output and no gradient."""
-    inputs = cases.make_inputs(case_of(name="padding", layout="interior", tokens=150, seed=5))
+def test_bfloat16_a_token_that_forgets_all_hides_what_was_before():
+    """Behind a decay of -40 stands only what came after, however small beside what came before."""
+    inputs = cases.make_inputs(case_of(name="forget", layout="dense", tokens=256, initial=False, skip=None), "bfloat16")
+    step = np.full(256, 1e-6, np.float32)
+    step[[60, 200]] = 40.0
+    inputs["A"] = np.full(2, -1.0, np.float32)
+    inputs["dt"] = np.broadcast_to(step[None, :, None], (1, 256, 2)).astype(np.float32)
+    inputs["x"][:, [60, 200]] = 0
+    inputs["x"][:, :60] *= 1e6
+    actual = run_kernel(inputs)["out0"]
+    expected = oracle("ssd", inputs, compiler_options=QUICK, return_final_state=True)["out0"]
+    check_close(actual[:, 61:], expected[:, 61:], dtype=jnp.bfloat16, what="ssd.out0")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_may_hold_anything(dtype):
+    """Not even NaN at padded tokens reaches an output or a gradient."""
+    case = case_of(name="padding", layout="interior", tokens=150, seed=5, skip="HP", groups=2)
+    inputs = cases.make_inputs(case, dtype)
     padded = inputs["segment_ids"] == 0
     assert padded.any()
     expected = run_kernel(inputs)
     changed = dict(inputs)
     for name in ("x", "dt", "B", "C"):
         changed[name] = inputs[name].copy()
-        changed[name][padded] = 7.0
+        changed[name][padded] = np.nan
     actual = run_kernel(changed)
     for name in expected:
         np.testing.assert_array_equal(actual[name], expected[name])
@@ -247,6 +266,37 @@ def compile_args(**sizes):
 def test_compiles(generation):
     args = compile_args(tokens=300)
     compile_for(generation, args, ids=np.ones((1, 300), np.int32))
+
+
+def test_rows_and_heads_split_over_devices():
+    """On a 2 x 2 slice each chip runs the kernels on its rows and heads; nothing but gradients of A and D is summed."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v5e"]).devices
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
+    rows, heads = P("data", None, "tensor"), P("tensor")
+    specs = (rows, rows, heads, rows, rows, heads, P("data", "tensor"))
+    args = [
+        jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for arg, spec in zip(compile_args(batch=2, heads=8, groups=2, tokens=256), specs, strict=True)
+    ]
+
+    def local(x, dt, A, B, C, D, state):
+        return pallas_kernels.ssd(x, dt, A, B, C, D=D, initial_state=state)
+
+    def loss(*arrays):
+        split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        return jnp.sum(split(*arrays).astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+        text = jax.jit(jax.grad(loss, range(7))).lower(*args).compile().as_text()
+    assert text.count("tpu_custom_call") >= 2  # by auto, forward and backward
+    assert not re.search(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
+    sizes = [
+        np.prod([int(d) for d in dims.split(",") if d]) for dims in re.findall(r"\[([\d,]*)\][^=]* all-reduce", text)
+    ]
+    assert all(size <= 8 for size in sizes)
 
 
 @pytest.mark.slow
