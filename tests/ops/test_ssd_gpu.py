@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernels of ssd: their per-token vectors and the interpreted kernels anywhere, the real ones on a Hopper GPU.
+"""The Hopper kernels of ssd: per-token vectors and interpreted kernels anywhere, the real ones on a Hopper GPU.
 
 The interpreter runs host callbacks that wait for each other, so it gets a process with enough threads of its own.
 """
