@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What XLA does around the gradient kernel of ssd on Hopper: sums of decay gradients, a start state, scores."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+
+gpu = pytest.importorskip("pallas_kernels.ssd.gpu", reason="this JAX has no Pallas Mosaic GPU")
+from pallas_kernels.ssd import gpu_grads  # noqa: E402
+
+TOKENS, CHUNKS, SPAN = 200, 4, 2 * gpu.TILE
+
+
+def marks(layout):
+    """(segment ids padded to whole spans or None, the kernels' mask vectors or None)."""
+    ids = make_segment_ids(layout, 2, TOKENS, seed=5)
+    if ids is None:
+        return np.ones((2, CHUNKS * gpu.TILE), np.int32), None
+    padded = np.pad(ids, ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS)))
+    return padded, gpu.document_vectors(jnp.asarray(ids), CHUNKS)
+
+
+def documents(ids):
+    """Per token: index of its document, padding counted to the document before it; the row's first one is 0."""
+    out, document, last = [], 0, 0
+    for value in ids:
+        document += bool(value and last and value != last)
+        last = value or last
+        out.append(document)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decay_gradients_sum_what_crosses_each_token(layout):
+    rng = np.random.default_rng(0)
+    ids, seg = marks(layout)
+    heads = 3
+    net = rng.standard_normal((2, CHUNKS * gpu.TILE, heads)) * (ids != 0)[..., None]
+    end = rng.standard_normal((2, CHUNKS // 2, heads))
+    by_tile = net.reshape(2, CHUNKS // 2, 2, gpu.TILE, heads).swapaxes(3, 4)
+    found = gpu._decay_grads(jnp.asarray(by_tile, jnp.float32), jnp.asarray(end, jnp.float32), seg)
+    found = np.asarray(found).reshape(net.shape)
+    for row in range(2):
+        document = documents(ids[row])
+        for t in range(CHUNKS * gpu.TILE):
+            if not ids[row, t]:
+                continue
+            expected = np.zeros(heads)
+            if t == 0 or document[t] == document[t - 1]:
+                span = t // SPAN
+                later = np.arange(t, (span + 1) * SPAN)
+                expected = net[row, later[document[later] == document[t]]].sum(0)
+                expected = expected + end[row, span] * (document[later[-1]] == document[t])
+            np.testing.assert_allclose(found[row, t], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "left"])
+def test_rounding_of_the_start_state_is_given_back(layout):
+    rng = np.random.default_rng(1)
+    ids, seg = marks(layout)
+    heads, groups, state = 2, 1, 64
+    dt = rng.random((2, TOKENS, heads), np.float32) * 0.01 * (ids[:, :TOKENS, None] != 0)
+    ab = gpu.decay_vectors(jnp.asarray(dt), -jnp.ones(heads), CHUNKS)
+    init = rng.standard_normal((2, heads, gpu.TILE, state)).astype(np.float32)
+    dy, c_mat = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((2, TOKENS, heads, gpu.TILE), (2, TOKENS, groups, state))
+    )
+    r_states = jnp.asarray(rng.standard_normal((2, CHUNKS // 2, heads, gpu.TILE, state)), jnp.bfloat16)
+    rows, through = gpu._rounded_start(jnp.asarray(init), dy, c_mat, ab, seg, r_states)
+    rest = init - np.asarray(jnp.asarray(init, jnp.bfloat16), np.float64)
+    wide = [np.asarray(v, np.float64) for v in (dy, c_mat, r_states)]
+    for row in range(2):
+        document = documents(ids[row])[:SPAN]
+        seen = (document == 0) & (ids[row, :SPAN] != 0)
+        decay = np.exp2(-np.cumsum(dt[row, :SPAN].astype(np.float64), 0))
+        expected = np.einsum("ihp,hpn,in->ih", wide[0][row, :SPAN], rest[row], wide[1][row, :SPAN, 0]) * decay
+        actual = np.asarray(rows[row]).swapaxes(1, 2).reshape(SPAN, heads)
+        np.testing.assert_allclose(actual, expected * seen[:, None], rtol=0.02, atol=2e-3)
+        expected = (wide[2][row, 0] * rest[row]).sum((1, 2)) * decay[-1] * (document[-1] == 0)
+        np.testing.assert_allclose(np.asarray(through[row]), expected, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "singles", "scattered", "edges"])
+def test_scores_of_wide_states_are_masked_like_the_kernels(layout):
+    rng = np.random.default_rng(2)
+    ids, seg = marks(layout)
+    b_mat, c_mat = (jnp.asarray(rng.standard_normal((2, TOKENS, 2, 8)), jnp.bfloat16) for _ in range(2))
+    cfg = gpu_grads.Grads(2, 2, 2, 256, CHUNKS, segments=seg is not None)
+    found = np.asarray(gpu_grads._score_tiles(cfg, b_mat, c_mat, seg), np.float64)
+    full = [np.pad(np.asarray(v, np.float64), ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS), (0, 0), (0, 0)))
+            for v in (b_mat, c_mat)]  # fmt: skip
+    scores = np.einsum("bjgn,bign->bgji", *full)
+    index = np.arange(CHUNKS * gpu.TILE)
+    for row in range(2):
+        document, real = documents(ids[row]), ids[row] != 0
+        seen = (index[:, None] <= index) & (document[:, None] == document) & real[:, None] & real
+        expected = np.where(seen, scores[row], 0.0)
+        for chunk in range(CHUNKS):
+            for pair in range(2 - chunk % 2):  # a first tile with itself and the second one, a second with itself
+                j, i = (slice(c * gpu.TILE, (c + 1) * gpu.TILE) for c in (chunk, chunk + pair))
+                np.testing.assert_allclose(found[row, chunk, :, pair], expected[:, j, i], rtol=0.02, atol=0.02)
