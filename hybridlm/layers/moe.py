@@ -159,7 +159,8 @@ class MoEFeedForward(nnx.Module):
         """[B, T, D] -> [B, T, D] in `dtype`, and the statistics. Padding (segment id 0) reaches no routed expert."""
         x_BTD = x_BTD.astype(self.dtype)
         real_BT = jnp.ones(x_BTD.shape[:2], bool) if segment_ids is None else segment_ids != 0
-        logits_BTE = x_BTD.astype(jnp.float32) @ params.use(self.router, jnp.float32)
+        w_DE = params.use(self.router, jnp.float32)
+        logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
         logits_BTE = checkpoint_name(sharding.constrain(logits_BTE, "batch", "tokens", None), "moe_logits")
         bias_E = None if self.selection_bias is None else self.selection_bias[...]
         experts_BTk, weights_BTk, scores_BTE = route(self.config.router, logits_BTE, bias_E)
