@@ -122,13 +122,16 @@ def _convolve_forward(x_BTD, w_DW, b_D, initial_state, real_BT, document_BT, act
 
 
 def _taps(x_BTD, initial_state, real_BT, document_BT):
-    """Yields for each tap j (array [B, T, D] that meets w[:, j], mask [B, T, 1] of where it counts or None)."""
+    """Yields for each tap j (array [B, T, D] that meets w[:, j], mask [B, T, 1] of where it counts or None).
+
+    Where a tap does not count it may hold anything.
+    """
     n_tokens = x_BTD.shape[1]
     n_before = initial_state.shape[1]
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    x_BTD = x_BTD if real_BT is None else jnp.where(real_BT[:, :, None], x_BTD, 0)
     before_BTD = jnp.concatenate([initial_state.astype(x_BTD.dtype), x_BTD], axis=1)
-    documents = None if document_BT is None else jnp.pad(document_BT, ((0, 0), (n_before, 0)))
+    # Padding is of no document; masking x itself instead would cost another pass over it.
+    documents = None if document_BT is None else jnp.pad(jnp.where(real_BT, document_BT, -1), ((0, 0), (n_before, 0)))
     for j in range(n_before + 1):
         counts = None
         if document_BT is not None:
@@ -162,8 +165,8 @@ def _convolve_backward(activation, residuals, dy_BTD):
     else:
         dw_WD = []
         for tap_BTD, counts in _taps(x_BTD, initial_state, real_BT, document_BT):
-            dterm_BTD = dsums_BTD if counts is None else jnp.where(counts, dsums_BTD, 0)
-            dw_WD.append(jnp.sum(dterm_BTD * tap_BTD, axis=(0, 1)))
+            dterm_BTD = dsums_BTD * tap_BTD
+            dw_WD.append(jnp.sum(dterm_BTD if counts is None else jnp.where(counts, dterm_BTD, 0), axis=(0, 1)))
         dw_WD, db_D = jnp.stack(dw_WD), jnp.sum(dsums_BTD, axis=(0, 1))
     dbefore_BTD = _spread(dsums_BTD, w_DW.astype(dtype), document_BT)
     dx_BTD = dbefore_BTD[:, n_before:]
