@@ -7,7 +7,6 @@ from hybridlm.hf.family import Family, Keys
 
 
 def read(keys: Keys) -> ModelConfig:
-    keys.only("hidden_act", "silu", "swish")
     keys.carry("z_loss_coefficient")
     keys.derived("layers_block_type", "layer_types")
     bias = keys("attention_bias", False)
@@ -21,7 +20,9 @@ def read(keys: Keys) -> ModelConfig:
     blocks = {
         "M": common.mamba_prefixed(keys, 1e-5),
         "*": attention,
-        "-": MLP(keys("intermediate_size", 14336), "swiglu", keys("mlp_bias", False)),
+        "-": MLP(
+            keys("intermediate_size", 14336), keys.choose("hidden_act", common.GATED, "silu"), keys("mlp_bias", False)
+        ),
     }
     return ModelConfig(
         **common.widths(keys, "rms_norm_eps", 1e-5, 128000, False),
@@ -40,7 +41,8 @@ def write(config: ModelConfig) -> dict:
         **common.write_heads(attention),
         **common.write_mamba_prefixed(mamba, config),
         "rope_parameters": common.write_rope(common.needs_rope(attention), always=True),
-        "attention_bias": attention.qkv_bias, "mlp_bias": mlp.bias, "hidden_act": "silu",
+        "attention_bias": attention.qkv_bias, "mlp_bias": mlp.bias,
+        "hidden_act": common.name_of(common.GATED, mlp.activation),
         "intermediate_size": mlp.d_ff, "num_hidden_layers": len(config.pattern) // 2,
         "attn_layer_indices": [i for i, kind in enumerate(common.kinds(config)[::2]) if kind == "full_attention"],
     }  # fmt: skip

@@ -300,7 +300,8 @@ def mamba_prefixed(keys: Keys, eps: float) -> Mamba2:
     return Mamba2(
         d_state=keys("mamba_d_state", 256), d_head=P, n_heads=H, n_groups=keys("mamba_n_groups", 1),
         d_conv=keys("mamba_d_conv", 4), conv_bias=keys("mamba_conv_bias", True),
-        proj_bias=keys("mamba_proj_bias", False), gated_norm=GatedNorm(eps=keys("rms_norm_eps", eps)),
+        activation=keys.choose("hidden_act", PLAIN, "silu"), proj_bias=keys("mamba_proj_bias", False),
+        gated_norm=GatedNorm(eps=keys("rms_norm_eps", eps)),
         dt_limit=dt_limit(keys), chunk=keys.some("mamba_chunk_size", 256),
     )  # fmt: skip
 

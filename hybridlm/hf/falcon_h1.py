@@ -10,7 +10,6 @@ from hybridlm.hf.family import Family, Keys
 
 
 def read(keys: Keys) -> ModelConfig:
-    keys.only("hidden_act", "silu", "swish")
     keys.derived("layers_block_type", "layer_types")
     keys.only("mamba_use_mlp", True)
     keys.carry("mlp_expansion_factor", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank")
@@ -30,7 +29,8 @@ def read(keys: Keys) -> ModelConfig:
         "mamba": Branch(mamba, keys("ssm_in_multiplier", 1.0), keys("ssm_out_multiplier", 1.0)),
         "attention": Branch(attention, keys("attention_in_multiplier", 1.0), keys("attention_out_multiplier", 1.0)),
     }
-    mlp = MLP(keys("intermediate_size", 14336), "swiglu", keys("mlp_bias", False), gate, out)
+    act = keys.choose("hidden_act", common.GATED, "silu")
+    mlp = MLP(keys("intermediate_size", 14336), act, keys("mlp_bias", False), gate, out)
     return ModelConfig(
         **common.widths(keys, "rms_norm_eps", 1e-5, 128000, False),
         embedding_multiplier=keys("embedding_multiplier", 1.0), logit_multiplier=keys("lm_head_multiplier", 1.0),
@@ -58,7 +58,8 @@ def write(config: ModelConfig) -> dict:
         "mlp_multipliers": [mlp.gate_multiplier, mlp.out_multiplier], "mlp_bias": mlp.bias,
         "rope_parameters": common.write_rope(common.needs_rope(attention)), "attention_bias": attention.qkv_bias,
         "embedding_multiplier": config.embedding_multiplier, "lm_head_multiplier": config.logit_multiplier,
-        "hidden_act": "silu", "intermediate_size": mlp.d_ff, "num_hidden_layers": len(config.pattern) // 2,
+        "hidden_act": common.name_of(common.GATED, mlp.activation), "intermediate_size": mlp.d_ff,
+        "num_hidden_layers": len(config.pattern) // 2,
     }  # fmt: skip
 
 

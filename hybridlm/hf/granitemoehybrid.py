@@ -7,17 +7,17 @@ from hybridlm.hf.family import Family, Keys
 
 
 def read(keys: Keys) -> ModelConfig:
-    keys.only("hidden_act", "silu", "swish")
+    act = keys.choose("hidden_act", common.GATED, "silu")
     keys.only("normalization_function", "rmsnorm")
     keys.carry("init_method")
     keys.carry("output_router_logits")
-    mlp, n_experts = MLP(keys("shared_intermediate_size", 1024), "swiglu"), keys.some("num_local_experts", 8)
+    mlp, n_experts = MLP(keys("shared_intermediate_size", 1024), act), keys.some("num_local_experts", 8)
     top_k, d_ff = keys.some("num_experts_per_tok", 2), keys("intermediate_size", 11008)
     weight = keys.some("router_aux_loss_coef", 0.001)
     moe = None
     if n_experts:
         router = Router(top_k, "softmax_after")
-        moe = MoE(n_experts, d_ff, "swiglu", router, mlp, balance_weight=weight, z_weight=0.0)
+        moe = MoE(n_experts, d_ff, act, router, mlp, balance_weight=weight, z_weight=0.0)
     bias, n_layers = keys("attention_bias", False), keys("num_hidden_layers", 32)
     rope = common.rope(keys, 2048)
     attention = Attention(
@@ -58,7 +58,7 @@ def write(config: ModelConfig) -> dict:
         "attention_multiplier": attention.d_head**-0.5 if attention.scale is None else attention.scale,
         "embedding_multiplier": config.embedding_multiplier, "residual_multiplier": config.residual_multiplier,
         "logits_scaling": common.inverse(config.logit_multiplier), "attention_bias": attention.qkv_bias,
-        "hidden_act": "silu", "shared_intermediate_size": mlp.d_ff,
+        "hidden_act": common.name_of(common.GATED, mlp.activation), "shared_intermediate_size": mlp.d_ff,
         "num_local_experts": moe.n_experts if moe.shared else 0, "num_experts_per_tok": moe.router.top_k,
         "intermediate_size": moe.d_ff, "router_aux_loss_coef": moe.balance_weight,
         "num_hidden_layers": len(types), "layer_types": types,

@@ -16,6 +16,11 @@ OLDER = {
     "mamba_dt_init_floor": "time_step_floor", "mamba_conv_bias": "use_conv_bias", "mamba_chunk_size": "chunk_size",
 }  # fmt: skip
 """Keys of older files -> what they are now."""
+EXPERT_KEYS = (
+    "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "moe_latent_size",
+    "moe_shared_expert_intermediate_size", "n_routed_experts", "moe_intermediate_size",
+)  # fmt: skip
+"""Keys that say nothing where there are no experts."""
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -28,19 +33,19 @@ def read(keys: Keys) -> ModelConfig:
     keys.carry("n_shared_experts", "output_router_logits")  # there is one, of moe_shared_expert_intermediate_size
     for name in ("hidden_dropout", "num_nextn_predict_layers", "attention_bias", "sliding_window"):
         keys.only(name, None, 0)
-    keys.only("mamba_hidden_act", "silu", "swish")
     pattern = read_pattern(keys)
     mamba = Mamba2(
         d_state=keys("ssm_state_size", 128), d_head=keys("mamba_head_dim", 64), n_heads=keys("mamba_num_heads", 128),
         n_groups=keys("n_groups", 8), d_conv=keys("conv_kernel", 4), conv_bias=keys("use_conv_bias", True),
-        proj_bias=keys("use_bias", False), gated_norm=GatedNorm(eps=keys("layer_norm_epsilon", 1e-5)),
+        activation=keys.choose("mamba_hidden_act", common.PLAIN, "silu"), proj_bias=keys("use_bias", False),
+        gated_norm=GatedNorm(eps=keys("layer_norm_epsilon", 1e-5)),
         dt_limit=common.dt_limit(keys), chunk=keys("chunk_size", 128), **common.dt_init(keys),
     )  # fmt: skip
     activation = keys.choose("mlp_hidden_act", common.PLAIN, "relu2")
     bias = keys("mlp_bias", False)
     blocks = {
         "M": mamba,
-        "E": read_experts(keys, activation, bias),
+        "E": read_experts(keys, activation, bias) if "E" in pattern else keys.carry(*EXPERT_KEYS),
         "*": Attention(**common.heads(keys, n_kv_heads=8, d_head=keys.some("attention_head_dim", 128)), rope=None),
         "-": MLP(keys("intermediate_size", 21504), activation, bias),
     }
@@ -57,10 +62,8 @@ def read_experts(keys: Keys, activation: str, bias: bool) -> MoE:
         scaling=float(keys("routed_scaling_factor", 1.0)), selection_bias=True, n_groups=keys("n_group", 1),
         top_groups=keys("topk_group", 1),
     )  # fmt: skip
-    shared, latent = (
-        MLP(keys("moe_shared_expert_intermediate_size", 7688), activation, bias),
-        keys("moe_latent_size", None),
-    )
+    shared = MLP(keys("moe_shared_expert_intermediate_size", 7688), activation, bias)
+    latent = keys("moe_latent_size", None)
     return MoE(
         keys("n_routed_experts", 8), keys("moe_intermediate_size", 7688), activation, router, shared, d_latent=latent,
         latent_bias=bias and latent is not None, balance_weight=1e-4, z_weight=0.0,
@@ -90,7 +93,8 @@ def write(config: ModelConfig) -> dict:
         **common.write_dt(mamba),
         "mamba_num_heads": mamba.heads(config.d_model), "mamba_head_dim": mamba.d_head, "n_groups": mamba.n_groups,
         "ssm_state_size": mamba.d_state, "conv_kernel": mamba.d_conv, "use_conv_bias": mamba.conv_bias,
-        "use_bias": mamba.proj_bias, "chunk_size": mamba.chunk or 128, "mamba_hidden_act": "silu",
+        "use_bias": mamba.proj_bias, "chunk_size": mamba.chunk or 128,
+        "mamba_hidden_act": common.name_of(common.PLAIN, mamba.activation),
         "mlp_hidden_act": common.name_of(common.PLAIN, mlp.activation), "mlp_bias": mlp.bias,
         "intermediate_size": mlp.d_ff, "layers_block_type": common.kinds(config),
         "n_routed_experts": moe.n_experts, "moe_intermediate_size": moe.d_ff, "moe_latent_size": moe.d_latent,

@@ -6,6 +6,7 @@ Axis letters: B batch, T tokens, D model, H heads, P head width, G state groups,
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
 from hybridlm.layers import params
+from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.norm import rms_normalise
 from pallas_kernels import causal_conv1d, ssd
 
@@ -50,6 +52,8 @@ class Mamba2:
     """Window W of the causal convolution over x, B and C."""
     conv_bias: bool = True
     """Bias of the convolution."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    """Behind the convolution; the gate is always a silu."""
     proj_bias: bool = False
     """Bias of the input projection."""
     out_bias: bool | None = None
@@ -205,8 +209,9 @@ class Mamba2Mixer(nnx.Module):
     def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written (the paper's equation 2, discretised with dt as in section 7)."""
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
-        x_BHP, conv_x = _conv_step(x_BTHP, self.conv_x, self.conv_x_bias, old["conv_x"])
-        BC_BcGN, conv_BC = _conv_step(BC_BTcGN, self.conv_BC, self.conv_BC_bias, old["conv_BC"])
+        activation = ACTIVATIONS[self.config.activation]
+        x_BHP, conv_x = _conv_step(x_BTHP, self.conv_x, self.conv_x_bias, old["conv_x"], activation)
+        BC_BcGN, conv_BC = _conv_step(BC_BTcGN, self.conv_BC, self.conv_BC_bias, old["conv_BC"], activation)
         per_group = x_BHP.shape[1] // self.config.n_groups
         BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), per_group, axis=2)
         x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
@@ -242,13 +247,13 @@ class Mamba2Mixer(nnx.Module):
         states = (None, None) if old is None else (old["conv_x"], old["conv_BC"])
         if params.fused(x_BTHP.shape[1]):
             joined = (_join(xs, 2), _join(weights, 0, -1), _join(biases, 0), _join(states, 2))
-            y, state = _conv(*joined, segment_ids, (None,))
+            y, state = _conv(*joined, segment_ids, (None,), self.config.activation)
             ys = _split(y, xs)
             news = (None, None) if old is None else _split(state, states)
         else:
             names = (("heads", None), (None, "groups", None))
             args = zip(xs, weights, biases, states, (segment_ids,) * 2, names, strict=True)
-            ys, news = zip(*(_conv(*a) for a in args), strict=True)
+            ys, news = zip(*(_conv(*a, self.config.activation) for a in args), strict=True)
         ys = tuple(checkpoint_name(y, "mamba_conv") for y in ys)
         return *ys, {} if old is None else {"conv_x": news[0], "conv_BC": news[1]}
 
@@ -296,15 +301,18 @@ def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
     return dt_H + jnp.log(-jnp.expm1(-dt_H))
 
 
-def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, jax.Array | None]:
-    """causal_conv1d with SiLU over x [B, T, *channels], weight [*channels, W]; names: logical axes of the channels."""
+def _conv(x, weight, bias, old, segment_ids, names: tuple, activation: str) -> tuple[jax.Array, jax.Array | None]:
+    """causal_conv1d and activation over x [B, T, *channels], weight [*channels, W]; names: the channels' logical axes.
+
+    The op knows silu; another activation comes behind it."""
+    in_op = activation if activation == "silu" else None
 
     def run(x, weight, bias, old, segment_ids, context_axis=None):
         out = causal_conv1d(
             x.reshape(*x.shape[:2], -1),
             weight.reshape(-1, weight.shape[-1]),
             None if bias is None else bias.reshape(-1),
-            activation="silu",
+            activation=in_op,
             segment_ids=segment_ids,
             initial_state=None if old is None else old.reshape(*old.shape[:2], -1),
             return_final_state=old is not None,
@@ -317,15 +325,16 @@ def _conv(x, weight, bias, old, segment_ids, names: tuple) -> tuple[jax.Array, j
     arrays, axes = (x, weight, bias, old, segment_ids), (tokens, (*names, None), names, window, tokens[:2])
     out_axes = tokens if old is None else [tokens, window]
     out = sharding.per_device(run, arrays, axes, out_axes, split_tokens=old is None)
-    return (out, None) if old is None else out
+    y, new = (out, None) if old is None else out
+    return (y if in_op else ACTIVATIONS[activation](y)), new
 
 
-def _conv_step(x_BT, weight: nnx.Param, bias: nnx.Param | None, old) -> tuple[jax.Array, jax.Array]:
-    """One token of the convolution with SiLU, [B, *channels], and the new window."""
+def _conv_step(x_BT, weight: nnx.Param, bias: nnx.Param | None, old, activation) -> tuple[jax.Array, jax.Array]:
+    """One token of the convolution with its activation, [B, *channels], and the new window."""
     window = jnp.concatenate([old, x_BT.astype(old.dtype)], axis=1)
     y = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)).sum(1)
     y = y if bias is None else y + bias[...]
-    return jax.nn.silu(y).astype(x_BT.dtype), window[:, 1:]
+    return activation(y).astype(x_BT.dtype), window[:, 1:]
 
 
 def _join(arrays, lead: int, trail: int | None = None) -> jax.Array | None:

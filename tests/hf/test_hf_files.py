@@ -72,7 +72,7 @@ def test_missing_unknown_and_misshapen_tensors_in_one_line(copy):
         ("llama", "rope_parameters", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}),
         ("llama", "partial_rotary_factor", 0.5),
         ("qwen3", "layer_types", ["full_attention", "chunked_attention"]),
-        ("mamba2", "hidden_act", "gelu"),
+        ("mamba2", "hidden_act", "tanh"),
         ("mamba2", "a_new_option", 3),
         ("nemotron_h", "num_nextn_predict_layers", 1),
         ("zamba2", "use_long_context", True),

@@ -111,7 +111,7 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
     "mamba2": [
         (MAMBA2, change)
         for change in (
-            {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True},
+            {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu"},
             {"n_groups": 4, "time_step_limit": (0.1, 0.5), "conv_kernel": 3},
             {"n_groups": 8, "num_heads": 16, "head_dim": 4, "layer_norm_epsilon": 1e-2, "chunk_size": 5},
             {"expand": 3, "num_heads": 6, "head_dim": 16, "conv_kernel": 2, "state_size": 16},
@@ -124,7 +124,7 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
             {"attn_layer_indices": [1, 2], "num_hidden_layers": 4, "mamba_conv_bias": False, "mamba_d_conv": 3},
             {"attn_layer_indices": [], "tie_word_embeddings": True, "mamba_d_head": "auto", "mamba_n_heads": 4},
-            {"attn_layer_indices": [0, 1], "head_dim": 12},
+            {"attn_layer_indices": [0], "head_dim": 12, "hidden_act": "gelu_pytorch_tanh"},
             {"attn_layer_indices": [1], "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
             {"attn_layer_indices": [0], "head_dim": 16, "time_step_limit": (0.2, 0.4), "rms_norm_eps": 1e-2},
             {"attn_layer_indices": None, "mamba_expand": 3, "mamba_n_heads": 12, "mamba_n_groups": 4},
@@ -136,7 +136,7 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"position_embedding_type": "rope", "attention_bias": True, "tie_word_embeddings": True},
             {"embedding_multiplier": 3, "logits_scaling": 49, "residual_multiplier": 0.3, "attention_multiplier": 0.2},
             {"layer_types": ["attention", "attention"], "position_embedding_type": "rope", **LLAMA3},
-            {"layer_types": None, "mamba_proj_bias": True, "mamba_conv_bias": False, "num_key_value_heads": None},
+            {"layer_types": None, "mamba_proj_bias": True, "hidden_act": "relu", "mamba_conv_bias": False},
             {"time_step_limit": (0.1, 0.3), "mamba_d_head": "auto", "mamba_n_heads": 16, "head_dim": 10},
             {"num_hidden_layers": 4, "layer_types": ["attention", "mamba", "mamba", "attention"], "mamba_d_conv": 2},
         )
@@ -156,7 +156,7 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"layers_block_type": ["attention", "attention", "mlp"], "mlp_hidden_act": "silu"},
             {"layers_block_type": ["mlp", "mamba"], "conv_kernel": 3, "mamba_head_dim": 4, "expand": 5},
             {"hybrid_override_pattern": "M*M--*", "layers_block_type": None, "num_key_value_heads": 1},
-            {"layers_block_type": ["mamba"] * 3, "mlp_hidden_act": "relu"},
+            {"layers_block_type": ["mamba"] * 3, "mamba_hidden_act": "relu"},
         )
     ] + [
         (NEMOTRON_MOE, change)
@@ -181,6 +181,7 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
                 "mamba_rms_norm": True,
             },
             {"time_step_limit": (0.05, 0.4), "mamba_n_groups": 3, "num_key_value_heads": None, **LLAMA3},
+            {"hidden_act": "gelu"},
             {"mamba_proj_bias": True, "projectors_bias": True, "mamba_d_head": "auto", **rope("linear", factor=2.0)},
         )
     ],

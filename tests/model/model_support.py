@@ -33,7 +33,12 @@ MAMBA = Mamba2(d_state=4, d_head=4, n_groups=2, chunk=8)
 VARIANTS = {
     "mamba2": MAMBA,
     "mamba2_norm_first": replace(
-        MAMBA, gated_norm=GatedNorm(before_gate=True, n_groups=1), proj_bias=True, per_channel_D=True, d_conv=3
+        MAMBA,
+        gated_norm=GatedNorm(before_gate=True, n_groups=1),
+        proj_bias=True,
+        per_channel_D=True,
+        d_conv=3,
+        activation="gelu",
     ),
     "mamba2_no_norm": replace(MAMBA, n_groups=1, gated_norm=None, conv_bias=False, dt_limit=(0.01, 0.5), d_conv=2),
     "mamba1": Mamba1(d_state=4, inner_norm=InnerNorm(), chunk=8),
