@@ -31,6 +31,8 @@ def read(keys: Keys) -> ModelConfig:
         (keys(f"{name}_layer_period", period), keys(f"{name}_layer_offset", offset))
         for name, period, offset in (("attn", 8, 4), ("expert", 2, 1))
     )
+    for name, (every, offset) in (("attn", attends), ("expert", mixes)):
+        keys.require(offset < every, f"{name}_layer_offset ({offset}) must be below {name}_layer_period ({every})")
     pattern = "".join(
         ("*" if i % attends[0] == attends[1] else "M") + ("E" if n_experts > 1 and i % mixes[0] == mixes[1] else "-")
         for i in range(n_layers)

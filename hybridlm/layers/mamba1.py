@@ -33,6 +33,9 @@ class InnerNorm:
     eps: float = 1e-6
     """Added to the mean square."""
 
+    def __post_init__(self):
+        require(self.eps >= 0, f"eps ({self.eps}) must not be negative")
+
 
 @dataclass(frozen=True)
 class Mamba1:
