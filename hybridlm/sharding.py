@@ -219,8 +219,8 @@ def per_device(
 
     axes: the logical axes of each array, of its leading dims where there are more names than dims; out_axes: of the
     result (a tuple of names) or the results (a list of tuples). A mesh axis splits either all the dims that it has in
-    the table or, where one of them does not divide, none. Where tokens are split, fn gets a keyword, context_axis: the mesh
-    axis that splits them, as the ops take it.
+    the table or, where one of them does not divide, none. Where tokens are split, fn gets a keyword, context_axis: the
+    mesh axis that splits them, as the ops take it.
     """
     mesh = _current_mesh()
     if mesh is None:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from hybridlm import remat, sharding
-from hybridlm.config import MLP, ConfigError, MeshConfig, MoE, Router
+from hybridlm.config import MLP, Branch, ConfigError, MeshConfig, MoE, Parallel, Router
 from hybridlm.flops import block_flops
 from hybridlm.layers.mlp import ACTIVATIONS, GATED
 from hybridlm.layers.moe import MoEFeedForward, route, summarise
@@ -248,6 +248,14 @@ def test_summary_over_layers():
     assert found["z"] == pytest.approx(values.mean(), rel=1e-5)
     assert found["max_load"] == max(s["max_load"].max() for group in stats for s in group if s)
     assert summarise([[{}], [{}, {}]]) == {}
+
+
+def test_experts_beside_another_mixer():
+    """In a Parallel block their statistics come through, under the branch's name."""
+    both = Parallel({"experts": Branch(BLOCKS["jamba"]), "mlp": Branch(VARIANTS["mlp"])})
+    model, tokens_BT = build(small("P", {"P": both})), random_tokens(2, 5)
+    stats = jax.jit(lambda model: model.hidden_with_stats(tokens_BT)[1], compiler_options=QUICK)(model)
+    assert set(summarise(stats)) == {"loss", "balance", "z", "entropy", "max_load", "dropped"}
 
 
 def test_cache_equals_the_full_forward():
