@@ -34,7 +34,9 @@ WGMMA = plgpu.Layout.WGMMA
 SMALLEST_DT = 64.0  # minus its log2
 LARGEST = 126.0  # log2 of the largest weight of a pair that is masked afterwards
 SMS = 132
-REGISTERS = (216, 152, 120, 24)  # of a thread of the warpgroups source, target, db and the producer
+# Of a thread of the warpgroups source, target, db and the producer, without and with documents. Other splits of the
+# same sum make ptxas run all matrix products one by one (C7512): look at its output after any change.
+REGISTERS = {False: (216, 152, 120, 24), True: (224, 144, 120, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -554,7 +556,7 @@ def _body(cfg, *refs):
 
         @pl.when(wg == 3)
         def _():
-            plgpu.set_max_registers(REGISTERS[3], action="decrease")
+            plgpu.set_max_registers(REGISTERS[cfg.segments][3], action="decrease")
             if cfg.interpret:
                 produce()
             else:
@@ -564,7 +566,7 @@ def _body(cfg, *refs):
 
             @pl.when(wg == number)
             def _():
-                count = REGISTERS[number]
+                count = REGISTERS[cfg.segments][number]
                 plgpu.set_max_registers(count, action="increase" if count > 128 else "decrease")
                 plgpu.barrier_wait(bars["start"].at[0])
                 by_half(lambda cfg, k: work(cfg, k, idx, outs, smem, bars))
