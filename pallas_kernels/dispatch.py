@@ -16,7 +16,9 @@ PROVEN: frozenset[tuple[str, str]] = frozenset()
 
 # (op, TPU generation) whose kernel passes every case interpreted, compiles for that generation, and is faster than xla
 # by the compiler's own estimates, forward and backward, at every shape of docs/kernels.md: no TPU has run it.
-ESTIMATED: frozenset[tuple[str, str]] = frozenset({("ssd", "v5e"), ("ssd", "v5p"), ("ssd", "v6e")})
+ESTIMATED: frozenset[tuple[str, str]] = frozenset(
+    (op, generation) for op in ("ssd", "attention") for generation in ("v5e", "v5p", "v6e")
+)
 
 _logger = logging.getLogger("pallas_kernels")
 _logged: set[tuple[str, str]] = set()

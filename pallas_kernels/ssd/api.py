@@ -8,6 +8,8 @@ from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
 from pallas_kernels.ssd.context import ssd_context
 
+STATES = (None, "recompute", "bfloat16", "float32")
+
 
 def ssd(
     x_BTHP: jax.Array,
@@ -21,6 +23,7 @@ def ssd(
     initial_state: jax.Array | None = None,
     return_final_state: bool = False,
     chunk: int | None = None,
+    states: str | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -36,6 +39,9 @@ def ssd(
       initial_state: float32 [B, H, P, N], continues the first document of each row; None is zeros.
       return_final_state: also return the state after the last real token.
       chunk: tokens a chunk of the chunked implementations; a hint, invisible in the result beyond rounding.
+      states: what the backward starts its chunks from: "bfloat16" or "float32" states kept by the forward, one for every
+        128 or 256 tokens, or "recompute": none are kept and the forward runs again. None: bfloat16 for bfloat16 inputs.
+        xla and reference always recompute. "float32" of bfloat16 inputs is served by the TPU kernel alone.
       context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
         initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
         y_BTHP is this device's share.
@@ -78,6 +84,8 @@ def ssd(
         initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
     if chunk is not None:
         check_positive_int("chunk", chunk)
+    if states not in STATES:
+        raise ValueError(f"states ({states!r}) not one of {', '.join(map(repr, STATES))}")
     args = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN)
     kwargs = {
         "D": D,
@@ -85,6 +93,7 @@ def ssd(
         "initial_state": initial_state,
         "return_final_state": return_final_state,
         "chunk": chunk,
+        "states": states,
     }
 
     def scan(*args, **kwargs):

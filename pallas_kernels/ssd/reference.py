@@ -17,9 +17,10 @@ def ssd_reference(
     initial_state=None,
     return_final_state=False,
     chunk=None,
+    states=None,
 ):
-    """See `pallas_kernels.ssd`; `chunk` has no meaning here."""
-    del chunk
+    """See `pallas_kernels.ssd`; `chunk` and `states` have no meaning here."""
+    del chunk, states
     dtype = jnp.result_type(x_BTHP, dt_BTH, jnp.float32)
     n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
     n_groups, d_state = B_BTGN.shape[2:]

@@ -48,10 +48,10 @@ def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int
 
 
 def supports(
-    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None
+    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None, states=None
 ) -> str | None:
     """Why the TPU kernel cannot serve this call of `ssd`, or None if it can."""
-    del A, D, segment_ids, initial_state, return_final_state, chunk
+    del A, D, segment_ids, initial_state, return_final_state, chunk, states
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x has dtype {x.dtype}, the kernel takes bfloat16 and float32"
     if B.dtype != x.dtype or C.dtype != x.dtype:
@@ -83,23 +83,24 @@ def ssd_tpu(
     initial_state=None,
     return_final_state=False,
     chunk=None,
+    states=None,
     heads_per_block=None,
     chunks_per_step=None,
-    states=None,
     interpret=False,
 ):
     """See `pallas_kernels.ssd` for arguments and results; chunks are always 128 tokens, `chunk` is a hint not followed.
 
-    heads_per_block, chunks_per_step: sizes of the kernels, chosen by shape unless given. states: dtype in which the
-    forward stores the states that the backward starts from, "float32" or "bfloat16" (default: that of x). interpret:
-    run the kernels in Pallas' interpreter, on any platform.
+    heads_per_block, chunks_per_step: sizes of the kernels, chosen by shape unless given. interpret: run the kernels in
+    Pallas' interpreter, on any platform.
     Raises NotImplementedError, naming argument and limit, where `supports` gives a reason.
     """
     del chunk
     if reason := supports(x, dt, A, B, C):
         raise NotImplementedError(reason)
-    plan = make_plan(x.shape, B.shape, heads_per_block, chunks_per_step, states or str(x.dtype), interpret)
-    y, last = _ssd((plan, return_final_state), x, dt, A, B, C, D, segment_ids, initial_state)
+    stored = str(x.dtype) if states in (None, "recompute") else states
+    plan = make_plan(x.shape, B.shape, heads_per_block, chunks_per_step, stored, interpret)
+    scan = jax.checkpoint(_ssd, static_argnums=(0,)) if states == "recompute" else _ssd
+    y, last = scan((plan, return_final_state), x, dt, A, B, C, D, segment_ids, initial_state)
     return (y, last) if return_final_state else y
 
 

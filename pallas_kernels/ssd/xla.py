@@ -63,8 +63,10 @@ def ssd_xla(
     initial_state=None,
     return_final_state=False,
     chunk=None,
+    states=None,
 ):
-    """See `pallas_kernels.ssd`."""
+    """See `pallas_kernels.ssd`; the states of chunks are always recomputed."""
+    del states
     n_tokens, d_head, d_state = x_BTHP.shape[1], x_BTHP.shape[3], B_BTGN.shape[3]
     dtype = _accumulation_dtype(x_BTHP, dt_BTH)
     if initial_state is None:

@@ -320,6 +320,7 @@ def test_a_one_percent_error_is_seen(name, monkeypatch):
         ({"segment_ids": np.zeros((2, 49), np.int32)}, ValueError, r"segment_ids has shape \[2, 49\]"),
         ({"segment_ids": np.zeros((2, 50), np.float32)}, TypeError, "segment_ids has dtype float32"),
         ({"initial_state": np.zeros((2, 4, 8, 9), np.float32)}, ValueError, "initial_state has shape"),
+        ({"states": "float16"}, ValueError, r"states \('float16'\) not one of None, 'recompute'"),
         ({"chunk": 0}, ValueError, r"chunk \(0\) below its minimum \(1\)"),
         ({"chunk": 8.0}, TypeError, r"chunk \(8.0\)"),
         ({"implementation": "cuda"}, ValueError, r"implementation \('cuda'\) not one of auto"),

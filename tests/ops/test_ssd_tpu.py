@@ -166,10 +166,11 @@ def test_padding_may_hold_anything(dtype):
         assert not np.any(actual[name][padded]), name
 
 
-def test_states_stored_in_float32_or_bfloat16():
+def test_states_kept_in_float32_or_bfloat16_or_recomputed():
     inputs = cases.make_inputs(case_of(name="states", tokens=260, layout="dense", decay="typical"), "bfloat16")
-    for states in ("float32", "bfloat16"):
-        check(inputs, states=states)
+    kept = {states: check(inputs, states=states) for states in ("float32", "bfloat16", "recompute")}
+    for name in kept["bfloat16"]:
+        np.testing.assert_array_equal(kept["recompute"][name], kept["bfloat16"][name])
 
 
 @pytest.mark.slow
