@@ -65,9 +65,13 @@ def document_vectors(segment_ids, chunks):
     return jnp.stack([span, carried & real, start == end, through], axis=2).astype(jnp.float32)
 
 
-def supports(x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None):
+def supports(
+    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None, states=None
+):
     """None if the kernels can serve the call, else the reason."""
     del dt, A, D, segment_ids, initial_state, return_final_state, chunk
+    if states == "float32":
+        return "states ('float32'): they are kept in bfloat16 or recomputed"
     for name, array in (("x_BTHP", x), ("B_BTGN", B), ("C_BTGN", C)):
         if array.dtype != jnp.bfloat16:
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
@@ -248,14 +252,15 @@ def _joined(parts, tokens, odd=None):
     return total.reshape(total.shape[0], -1, *total.shape[3:])[:, :tokens]
 
 
-def _skip_grad(d, x, dy, source, ids, seg):
+def _skip_grad(d, x, dy, source, ids):
     if d is None:
         return None
     if d.ndim == 1:
-        real = 1.0 if seg is None else (seg[:, :, None, 0] >= 0.0).astype(jnp.float32)
-        return (source[:, :, :, 2] * real).sum((0, 1, 3)).astype(d.dtype)
+        return source[:, :, :, 2].sum((0, 1, 3)).astype(d.dtype)
     product = dy.astype(jnp.float32) * x.astype(jnp.float32)
-    return (product if ids is None else product * (ids != 0)[..., None, None]).sum((0, 1)).astype(d.dtype)
+    if ids is not None:
+        product = jnp.where((ids != 0)[..., None, None], product, 0.0)
+    return product.sum((0, 1)).astype(d.dtype)
 
 
 def _core_bwd(with_final, interpret, residuals, cotangents):
@@ -269,7 +274,10 @@ def _core_bwd(with_final, interpret, residuals, cotangents):
     grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
     out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, seg, _skip_rows(d))
 
-    x_v, x_v_state = out["source"][:, :, :, 0], out["source"][:, :, :, 1]
+    source = out["source"]
+    if seg is not None:  # padding may hold anything
+        source = jnp.where(seg[:, :, None, None, 0] >= 0.0, source, 0.0)
+    x_v, x_v_state = source[:, :, :, 0], source[:, :, :, 1]
     net = _spans(out["target"] - x_v)
     net += jnp.pad(out["cross"][:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
     end = _spans(x_v_state).sum((2, 4)) + out["state"].sum(-1)
@@ -287,7 +295,7 @@ def _core_bwd(with_final, interpret, residuals, cotangents):
     d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))
     d_b = _joined(out["d_b"], cfg.tokens).astype(b_mat.dtype)
     d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(c_mat.dtype)
-    d_d = _skip_grad(d, x, dy, out["source"], ids, seg)
+    d_d = _skip_grad(d, x, dy, source, ids)
     return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
 
 
@@ -306,6 +314,7 @@ def ssd_gpu(
     initial_state=None,
     return_final_state=False,
     chunk=None,
+    states=None,
     interpret=False,
 ):
     """The scan of ``pallas_kernels.ssd.api.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
@@ -334,8 +343,12 @@ def ssd_gpu(
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
+    if ids is not None:  # padding may hold anything; of x and dt the kernels take care
+        real = (ids != 0)[..., None, None]
+        b_mat, c_mat = jnp.where(real, b_mat, 0), jnp.where(real, c_mat, 0)
     dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)
-    y, final = _core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state, interpret)
+    core = jax.checkpoint(_core, static_argnums=(8, 9)) if states == "recompute" else _core
+    y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state, interpret)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
     if not return_final_state:
         return y
