@@ -38,6 +38,13 @@ def tpu_generation() -> str | None:
     return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
 
 
+def gpu_capability() -> str | None:
+    """Compute capability of the default device, "9.0" for Hopper; None where it is no NVIDIA GPU."""
+    device = jax.config.jax_default_device
+    device = device if hasattr(device, "compute_capability") else jax.local_devices()[0]
+    return str(device.compute_capability) if hasattr(device, "compute_capability") else None
+
+
 def vary_alike(tree):
     """`tree` with its arrays varying over the same axes of a shard_map that checks it (check_vma), else as it is.
 

@@ -7,12 +7,14 @@ import importlib.util
 import logging
 from collections.abc import Callable
 
-from pallas_kernels.compat import default_device_platform, tpu_generation, vary_alike
+from pallas_kernels.compat import default_device_platform, gpu_capability, tpu_generation, vary_alike
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
 
+HOPPER = "9.0"  # compute capability of the GPUs that the gpu kernels are written for
+
 # (op, platform) whose kernel passes every case on that platform and is measured to be faster than xla.
-PROVEN: frozenset[tuple[str, str]] = frozenset()
+PROVEN: frozenset[tuple[str, str]] = frozenset({("ssd", "gpu")})
 
 # (op, TPU generation) whose kernel passes every case interpreted, compiles for that generation, and is faster than xla
 # by the compiler's own estimates, forward and backward, at every shape of docs/kernels.md: no TPU has run it.
@@ -85,6 +87,8 @@ def _limit(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
     module_name = f"pallas_kernels.{op}.{name}"
     if importlib.util.find_spec(module_name) is None:
         return f"{op} has no {name} kernel"
+    if name == "gpu" and (capability := gpu_capability()) not in (None, HOPPER):
+        return f"compute capability of the device ({capability}) not that of Hopper ({HOPPER})"
     return importlib.import_module(module_name).supports(*args, **kwargs)
 
 

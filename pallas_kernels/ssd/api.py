@@ -39,9 +39,9 @@ def ssd(
       initial_state: float32 [B, H, P, N], continues the first document of each row; None is zeros.
       return_final_state: also return the state after the last real token.
       chunk: tokens a chunk of the chunked implementations; a hint, invisible in the result beyond rounding.
-      states: what the backward starts its chunks from: "bfloat16" or "float32" states kept by the forward, one for every
-        128 or 256 tokens, or "recompute": none are kept and the forward runs again. None: bfloat16 for bfloat16 inputs.
-        xla and reference always recompute. "float32" of bfloat16 inputs is served by the TPU kernel alone.
+      states: what the backward starts its chunks from: "bfloat16" or "float32" states that the forward keeps, one for
+        every 128 or 256 tokens, or "recompute": none are kept and the forward runs again. None: the dtype of x. xla and
+        reference always recompute; "float32" of bfloat16 inputs is served by the TPU kernel alone.
       context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
         initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
         y_BTHP is this device's share.

@@ -77,6 +77,8 @@ def supports(
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
     if B.shape[-1] > MAX_STATE:
         return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
+    if jax.__version_info__ < (0, 11):
+        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
     return None
 
 
@@ -275,7 +277,7 @@ def _core_bwd(with_final, interpret, residuals, cotangents):
     out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, seg, _skip_rows(d))
 
     source = out["source"]
-    if seg is not None:  # padding may hold anything
+    if seg is not None:
         source = jnp.where(seg[:, :, None, None, 0] >= 0.0, source, 0.0)
     x_v, x_v_state = source[:, :, :, 0], source[:, :, :, 1]
     net = _spans(out["target"] - x_v)
@@ -319,6 +321,8 @@ def ssd_gpu(
 ):
     """The scan of ``pallas_kernels.ssd.api.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
 
+    Padding has to hold finite numbers of x, and of y's gradient.
+
     Any head width is cut or padded into heads of 64, any state size padded to a multiple of 64.
     """
     del chunk
@@ -343,7 +347,7 @@ def ssd_gpu(
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
-    if ids is not None:  # padding may hold anything; of x and dt the kernels take care
+    if ids is not None:
         real = (ids != 0)[..., None, None]
         b_mat, c_mat = jnp.where(real, b_mat, 0), jnp.where(real, c_mat, 0)
     dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)

@@ -201,12 +201,6 @@ def _source_head(cfg, k, carry, smem, slot, i, bars):
     """One head: its share of dS (transposed), dx, x . v and its part through the state."""
     tok = _Tokens(cfg, smem, slot, k)
     x_ref, dy_ref, dy1_ref = smem["x"].at[slot], smem["dy"].at[slot, 0], smem["dy"].at[slot, 1]
-    if cfg.segments:  # padding may hold anything, but must not reach the products
-
-        @pl.when(smem["seg"][k, 0, 0] <= 2.0 * TILE)
-        def _():
-            x_ref[...] = jnp.where(_rows(tok.mask(0)) >= 0.0, _load(x_ref), 0.0).astype(cfg.dtype)
-            plgpu.commit_smem()
 
     def weight(pair):
         if pair == 0:

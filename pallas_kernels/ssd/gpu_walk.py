@@ -224,6 +224,18 @@ def _walk_scores(cfg, idx, smem, bars):
                 plgpu.barrier_wait(bars["m_empty"].at[lax.rem(steps + i, cfg.score_stages), lh])
 
 
+def _skip(cfg, smem, slot, lh, d):
+    """Factor of x in y ``[P, tokens]``: D, but zero on padding."""
+    rows = None if d is not None else _row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE)
+    if not cfg.segments:
+        return d if rows is None else rows
+
+    real = plgpu.load(smem["seg"].at[slot, 0], layout=COL) >= 0.0
+    if rows is None:
+        return _col(jnp.where(real, d, 0.0), TILE)
+    return jnp.where(_col(real, TILE), rows, 0.0)
+
+
 def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
     """One chunk of one head: returns the new state; y overwrites x and its copy out is started."""
     slot = lax.rem(i, cfg.stages)
@@ -243,11 +255,7 @@ def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
         return (x.astype(jnp.float32) * _col(weight, TILE)).astype(cfg.dtype)
 
     def transposed():
-        x = plgpu.load(x_ref.T, layout=plgpu.Layout.WGMMA)
-        if not cfg.segments:
-            return x
-        real = plgpu.load(seg.at[slot, 0], layout=COL) >= 0.0  # padding may hold anything
-        return jnp.where(_col(real, TILE), x, jnp.zeros((), cfg.dtype))
+        return plgpu.load(x_ref.T, layout=plgpu.Layout.WGMMA)
 
     b_ref, y_ref = smem["b"].at[slot], smem["y"].at[lh] if cfg.state_in_memory else x_ref
     if not cfg.emit_y:
@@ -271,7 +279,7 @@ def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
         e_col *= plgpu.load(seg.at[slot, 1], layout=COL)
     y *= _col(e_col, TILE)
     if cfg.has_d:
-        y += x.astype(jnp.float32) * (_row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE) if d is None else d)
+        y += x.astype(jnp.float32) * _skip(cfg, smem, slot, lh, d)
     release()
     ring = lax.rem(i, cfg.score_stages)
     m_ref = smem["m"].at[ring, lh]

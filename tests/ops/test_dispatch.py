@@ -73,6 +73,16 @@ def test_a_named_kernel_raises_where_it_cannot_serve(kernel):
         causal_conv1d(X, W, implementation="tpu")
 
 
+@pytest.mark.parametrize(("capability", "choice"), [("9.0", "gpu"), ("8.0", "xla"), ("10.0", "xla"), (None, "gpu")])
+def test_gpu_kernels_are_for_hopper(kernel, capability, choice, monkeypatch):
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: capability)
+    with dispatch.assume_platform("gpu"):
+        assert bool(np.all(causal_conv1d(X, W) == 7.0)) == (choice == "gpu")
+        if choice == "xla":
+            with pytest.raises(NotImplementedError, match=rf"\({capability}\) not that of Hopper"):
+                causal_conv1d(X, W, implementation="gpu")
+
+
 def test_platform_follows_the_default_device():
     assert dispatch.platform() == "cpu"
     with jax.default_device(jax.devices("cpu")[1]):

@@ -129,13 +129,13 @@ def interpret(*names):
 @needs_interpreter
 @pytest.mark.quick
 def test_kernels_interpreted():
-    interpret("scattered", "pieces", "interior")
+    interpret("scattered", "pieces")
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_kernels_interpreted_on_all_cases():
-    interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES), "scattered")
+    interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES))
 
 
 @pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
