@@ -172,7 +172,7 @@ class MoEFeedForward(nnx.Module):
         )
         y_BTD = checkpoint_name(y_BTR, "moe_routed")
         if self.latent_out is not None:
-            y_BTD = _linear(y_BTR, self.latent_out, self.latent_out_bias)
+            y_BTD = _linear(y_BTD, self.latent_out, self.latent_out_bias)
         y_BTD = y_BTD + self._shared(x_BTD)
         return y_BTD, self._statistics(logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk)
 

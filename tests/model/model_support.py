@@ -80,6 +80,8 @@ HYBRID = {
     "a": VARIANTS["attention"],
     "w": VARIANTS["window"],
     "-": VARIANTS["mlp"],
+    "1": VARIANTS["mamba1"],
+    "E": VARIANTS["moe"],
 }
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
 from hybridlm.layers.attention import AttentionMixer
 from hybridlm.layers.mamba2 import Mamba2Mixer
-from hybridlm.layers.mlp import ACTIVATIONS, FeedForward
+from hybridlm.layers.mlp import ACTIVATIONS, GATED, FeedForward
 from hybridlm.model import HybridLM
 from tests.model.model_support import QUICK, build, named, random_tokens, small
 from tests.tolerances import check_close
@@ -83,7 +83,7 @@ def test_parameters_depend_on_depth_not_on_grouping():
     np.testing.assert_array_equal(alone["groups.0.0.mixer.in_zx"][0], periodic["groups.0.0.mixer.in_zx"][0])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *GATED])
 def test_feed_forward(activation):
     """Against the formulas, written out with numpy."""
     from math import erf
@@ -92,15 +92,16 @@ def test_feed_forward(activation):
     layer.b_in[...] += 0.1
     layer.b_out[...] += 0.2
     x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
-    phi = {
-        "swiglu": lambda h: h / (1 + np.exp(-h)),
-        "geglu": lambda h: h * (1 + np.vectorize(erf)(h / np.sqrt(2))) / 2,
+    formulas = {
+        "silu": lambda h: h / (1 + np.exp(-h)),
         "gelu": lambda h: h * (1 + np.vectorize(erf)(h / np.sqrt(2))) / 2,
         "gelu_tanh": lambda h: h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) / 2,
+        "relu": lambda h: np.maximum(h, 0),
         "relu2": lambda h: np.maximum(h, 0) ** 2,
-    }[activation]
+    }
+    phi = formulas[GATED.get(activation, activation)]
     w, b = np.asarray(layer.w_in[...], np.float64), np.asarray(layer.b_in[...], np.float64)
-    gated = activation in ("swiglu", "geglu")
+    gated = activation in GATED
     hidden = phi(x @ w[:, 0] + b[0]) * (x @ w[:, 1] + b[1]) if gated else phi(x @ w + b)
     expected = hidden @ np.asarray(layer.w_out[...], np.float64) + np.asarray(layer.b_out[...])
     check_close(layer(x), expected, dtype="float32", what=activation)

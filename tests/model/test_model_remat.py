@@ -62,7 +62,7 @@ def test_mixer_policy_leaves_feed_forward_alone():
 @pytest.mark.parametrize("name", sorted(remat.NAMES))
 def test_every_name_is_an_intermediate(name):
     """Keeping it keeps more than keeping nothing."""
-    assert residual_bytes(name, "M*-a") > residual_bytes("full", "M*-a")
+    assert residual_bytes(name, "M*-a1E") > residual_bytes("full", "M*-a1E")
 
 
 @pytest.mark.parametrize("policy", ["some", "mamba_ssd,ssd", "", "none,full"])
@@ -89,7 +89,7 @@ def test_scanned_groups_equal_an_unrolled_model(expected):
         def __call__(self, tokens_BT, segment_ids):
             x_BTD = self.model.embedding[...][tokens_BT]
             for (definition, _), state in zip(sublayers, self.states):
-                x_BTD = nnx.merge(definition, state)(x_BTD, segment_ids, None)
+                x_BTD, _ = nnx.merge(definition, state)(x_BTD, segment_ids, None)
             return self.model.logits(self.model.norm(x_BTD))
 
     def loss(params, states):
