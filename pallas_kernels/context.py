@@ -96,3 +96,41 @@ def _shift(tree, distance: int, first: int, n: int, context_axis: str):
 
 def _select(which, these, others):
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), these, others)
+
+
+# States that a run of tokens carries on by an affine map.
+
+
+class StateMap(typing.NamedTuple):
+    """What a run of tokens does to the state before it: state <- decay * state + this state."""
+
+    decay: jax.Array  # broadcasts against the state; 0 where a document starts behind the first real token
+    state: jax.Array  # [B, ...]
+    documents: Documents | None
+
+
+def scan_from_entering(scan: Callable, args: tuple, own: StateMap, *, context_axis: str, **options):
+    """`scan(*args, **options)` on this device's tokens, whose own map is given, from the state that enters them.
+
+    options["initial_state"] (or None) and the final state that is returned are those of the whole rows.
+    """
+    initial = options["initial_state"]
+    initial = jnp.zeros_like(own.state) if initial is None else initial.astype(own.state.dtype)
+    start = StateMap(jnp.ones_like(own.decay), initial, nothing(own.documents))
+    entering = before(_join_maps, start, own, context_axis)
+    options["initial_state"] = keep_rows(~is_cut(entering.documents, own.documents), entering.state)
+    out = scan(*args, **options)
+    if not options["return_final_state"]:
+        return out
+    return out[0], from_last(out[1], context_axis)
+
+
+def _join_maps(earlier: StateMap, later: StateMap) -> StateMap:
+    decay = keep_rows(~is_cut(earlier.documents, later.documents), later.decay)
+    joined = join(earlier.documents, later.documents)
+    return StateMap(earlier.decay * decay, earlier.state * decay + later.state, joined)
+
+
+def keep_rows(keep, array):
+    """The array [B, ...] where keep, [B] or a scalar, else zeros."""
+    return jnp.where(keep.reshape(keep.shape + (1,) * (array.ndim - 1)) if keep.ndim else keep, array, 0)

@@ -13,7 +13,6 @@ Axis letters beyond hybridlm's: R heads of a group.
 """
 
 import functools
-import typing
 from collections.abc import Callable
 
 import jax
@@ -23,43 +22,11 @@ from pallas_kernels import context
 from pallas_kernels.segments import document_numbers
 
 
-class _Map(typing.NamedTuple):
-    """What a run of tokens does to the state before it."""
-
-    decay_BH: jax.Array  # 0 where a document starts behind the first real token
-    state_BHPN: jax.Array
-    documents: context.Documents | None
-
-
 def ssd_context(scan: Callable, args: tuple, *, context_axis: str, **options):
     """`scan(*args, **options)`, an implementation of ssd, on tokens of which each device of the axis has a share."""
-    x_BTHP, dt_BTH, A_H, B_BTGN, _ = args
-    segment_ids, initial_state = options["segment_ids"], options["initial_state"]
-    dtype = jnp.result_type(x_BTHP, dt_BTH, jnp.float32)
-    own = _Map(*_local(x_BTHP, dt_BTH, A_H, B_BTGN, segment_ids), context.describe(segment_ids))
-    if initial_state is None:
-        initial_state = jnp.zeros_like(own.state_BHPN)
-    start = _Map(jnp.ones_like(own.decay_BH), initial_state.astype(dtype), context.nothing(own.documents))
-    entering = context.before(_joined, start, own, context_axis)
-    options["initial_state"] = _keep(~context.is_cut(entering.documents, own.documents), entering.state_BHPN)
-    out = scan(*args, **options)
-    if not options["return_final_state"]:
-        return out
-    return out[0], context.from_last(out[1], context_axis)
-
-
-def _joined(earlier: _Map, later: _Map) -> _Map:
-    decay_BH = _keep(~context.is_cut(earlier.documents, later.documents), later.decay_BH)
-    return _Map(
-        earlier.decay_BH * decay_BH,
-        earlier.state_BHPN * decay_BH[:, :, None, None] + later.state_BHPN,
-        context.join(earlier.documents, later.documents),
-    )
-
-
-def _keep(keep, array):
-    """The array [B, ...] where keep, [B] or a scalar, else zeros."""
-    return jnp.where(keep.reshape(keep.shape + (1,) * (array.ndim - 1)) if keep.ndim else keep, array, 0)
+    decay_BH, state_BHPN = _local(*args[:4], options["segment_ids"])
+    own = context.StateMap(decay_BH[:, :, None, None], state_BHPN, context.describe(options["segment_ids"]))
+    return context.scan_from_entering(scan, args, own, context_axis=context_axis, **options)
 
 
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
@@ -90,5 +57,5 @@ def _local(x_BTHP, dt_BTH, A_H, B_BTGN, segment_ids):
     )
     decay_BH = jnp.exp(until_BTH[:, 0])
     if starts_B is not None:
-        decay_BH = _keep(~starts_B, decay_BH)
+        decay_BH = context.keep_rows(~starts_B, decay_BH)
     return decay_BH, state_BGRPN.reshape(n_batch, n_heads, d_head, -1)

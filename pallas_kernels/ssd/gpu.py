@@ -6,6 +6,7 @@ from a first, state-only walk. The backward walks the state's gradient in revers
 parallel (``gpu_grads``). Only per-token vectors (``dt``, cumulative decays, document masks) are prepared by XLA.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -114,7 +115,7 @@ def run_walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
     """
     blocks = cfg.batch * cfg.heads // cfg.block_heads
     pieces = choose_pieces(blocks, cfg.chunks)
-    replace = functools.partial(gpu_walk.dataclasses.replace, cfg)
+    replace = functools.partial(dataclasses.replace, cfg)
     starts = None if init is None else init[:, None]
     if pieces > 1:
         first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_init=False, has_d=False)
@@ -169,7 +170,7 @@ def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
 
 def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_states):
     cfg = _config(x, b_mat, d, ids, interpret)
-    cfg = gpu_walk.dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
+    cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
     seg = None if ids is None else document_vectors(ids, cfg.chunks)
     if cfg.heads % gpu_decay.HEADS == 0 and not interpret:
         ab = gpu_decay.decays(dt, a, seg, cfg.chunks)
@@ -270,7 +271,7 @@ def _core_bwd(with_final, interpret, residuals, cotangents):
     dy, d_final = cotangents
     cfg = _config(x, b_mat, d, ids, interpret)
     batch, heads = cfg.batch, cfg.heads
-    back = gpu_walk.dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
+    back = dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
     _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, seg, None, d_final)
     splits = choose_splits(batch * cfg.groups * cfg.chunks, heads // cfg.groups)
     grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)

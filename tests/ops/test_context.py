@@ -19,7 +19,6 @@ from pallas_kernels.causal_conv1d import cases as conv_cases
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.selective_scan import cases as scan_cases
 from pallas_kernels.ssd import cases as ssd_cases
-from pallas_kernels.ssd import context as ssd_context
 from pallas_kernels.ssd.tpu import ssd_tpu
 from tests.ops.support import QUICK
 
@@ -317,7 +316,7 @@ def test_shard_maps_that_check_replication():
     (context, "is_cut", lambda earlier, later: jnp.zeros((), bool)),
     (context, "before", lambda joined, start, own, axis: start),
     (context, "join", lambda earlier, later: later),
-    (ssd_context, "_joined", lambda earlier, later: later),
+    (context, "_join_maps", lambda earlier, later: later),
 ])  # fmt: skip
 def test_a_fault_is_seen(module, name, fault, monkeypatch):
     monkeypatch.setattr(module, name, fault)
