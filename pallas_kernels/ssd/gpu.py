@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssd import gpu_decay, gpu_grads, gpu_walk
 from pallas_kernels.ssd.gpu_grads import Grads
@@ -182,6 +183,7 @@ def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_s
 
 def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
     y, final, states, ab, seg = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
+    states = checkpoint_name(states, "ssd_states")
     return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, seg)
 
 
