@@ -10,7 +10,8 @@ o is stored beside out for the backward: recovered from the rounded out it would
 gradients cancel, their accuracy.
 
 Few queries against many keys (decoding) go through the forward kernel too: the query heads of a key head become rows of
-one tile, the keys are cut into parts, and the parts' results are put together by their log-sum-exp.
+one tile, the key blocks are dealt out to parts in turn, so that all have as many visible ones however much of a cache is
+filled, and the parts' results are put together by their log-sum-exp.
 
 Kernels: `gpu_forward`, `gpu_backward`; masks: `gpu_masks`.
 """
@@ -97,6 +98,7 @@ def attention_gpu(
         n_kv_heads,
         width,
         n_queries,
+        n_keys,
         float(scale),
         softcap,
         gate=None if gate is None else "elementwise" if elementwise else "head",
@@ -106,10 +108,9 @@ def attention_gpu(
         masks_batch=places.start_MT.shape[0] > 1,
         persistent=n_queries <= SHORT,
     )
-    decode = _cut_keys(forward, places, n_keys, k.shape[1])
+    decode = _decode_masks(forward, places, n_keys)
     same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
     backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
-    backward = backward.replace(dq_last=n_queries <= SHORT)
     key_ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(places, n_keys, forward.block_q, forward.block_k))
     query_ranges = gpu_masks.query_ranges(*gpu_masks.block_pairs(places, n_keys, backward.block_q, backward.block_k))
     if isinstance(key_ranges, np.ndarray):  # fewer loops where it is known that they are empty
@@ -128,83 +129,49 @@ def attention_gpu(
     return out[:, :n_queries, :, :d_value]
 
 
-def _decode_forward(forward: Forward, parts: int) -> Forward:
-    """The kernel of one part of the keys: the heads of a group are rows, the parts rows of the batch."""
+def _decode_forward(forward: Forward) -> Forward:
+    """The kernel for few queries: those of all heads of a group are rows of one tile, its keys are cut into parts."""
+    tiles = forward.batch * forward.kv_heads
     return forward.replace(
-        batch=forward.batch * parts,
         heads=forward.kv_heads,
         queries=forward.queries * (forward.heads // forward.kv_heads),
         gate=None,
         sinks=False,
-        masks_batch=True,
         first_masked=True,
         last_masked=True,
         save=True,
         alternate=False,
         few=True,
+        parts=max(1, min(DECODE_TILES // tiles, forward.keys // DECODE_KEYS)),
     )
 
 
-def _cut_keys(forward: Forward, places: gpu_masks.Places, n_keys: int, n_padded: int) -> _Masks | None:
-    """Masks of the decoding kernel; None for calls with enough tiles of their own."""
-    group = forward.heads // forward.kv_heads
-    rows = forward.batch * forward.kv_heads
-    most = min(DECODE_TILES // rows, n_padded // DECODE_KEYS)
-    parts = max((n for n in range(1, most + 1) if n_padded % (8 * n) == 0), default=1)
-    if forward.queries * group > gpu_forward.ROWS or parts == 1:
+def _decode_masks(forward: Forward, places: gpu_masks.Places, n_keys: int) -> _Masks | None:
+    """Masks of the decoding kernel; None for calls with many queries or few keys."""
+    kernel = _decode_forward(forward)
+    if kernel.queries > gpu_forward.ROWS or n_keys < DECODE_KEYS:
         return None
-    length = n_padded // parts
-
-    def of_batch(array):
-        return jnp.broadcast_to(jnp.asarray(array), (forward.batch, array.shape[1]))
-
-    def queries(array, shift=None):
-        """[M, T] -> [B parts, T group]; bounds by index are counted from the part's first key."""
-        array = jnp.repeat(of_batch(array), group, axis=1)[:, None]
-        array = jnp.broadcast_to(array, (forward.batch, parts, array.shape[2]))
-        if shift is not None:
-            array = jnp.clip(array - shift[:, None], 0, length)
-        return array.reshape(forward.batch * parts, -1)
-
-    def keys(array, fill):
-        array = jnp.pad(of_batch(array), ((0, 0), (0, n_padded - n_keys)), constant_values=fill)
-        return array.reshape(forward.batch * parts, length)
-
-    shift = None if forward.positions else jnp.arange(parts, dtype=jnp.int32) * length
-    start, end, q_ids, k_ids, k_position = places
-    cut = gpu_masks.Places(
-        queries(start, shift),
-        queries(end, shift),
-        None if q_ids is None else queries(q_ids),
-        None if k_ids is None else keys(k_ids, -1),
-        None if k_position is None else keys(k_position, gpu_masks.HIDDEN_POSITION),
-    )
-    kernel = _decode_forward(forward, parts)
-    ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(cut, length, kernel.block_q, kernel.block_k))
-    return _Masks(
-        gpu_masks.query_rows(cut, kernel.block_q),
-        gpu_masks.key_rows(cut, length + -length % KEY_MULTIPLE),
-        ranges,
-        ranges,
-    )
+    group = forward.heads // forward.kv_heads
+    start, end, q_ids = (a if a is None else a.repeat(group, axis=1) for a in places[:3])
+    packed = places._replace(start_MT=start, end_MT=end, q_ids_MT=q_ids)
+    ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(packed, n_keys, kernel.block_q, kernel.block_k))
+    keys = gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE)
+    return _Masks(gpu_masks.query_rows(packed, kernel.block_q), keys, ranges, ranges)
 
 
 def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
     """out of the parts of the keys, put together in float32."""
     n_batch, n_queries, group = forward.batch, forward.queries, forward.heads // forward.kv_heads
-    parts = masks.bounds.shape[0] // n_batch
-    kernel = _decode_forward(forward, parts)
+    kernel = _decode_forward(forward)
     q_BTKRP = q[:, :n_queries].reshape(n_batch, n_queries, forward.kv_heads, group, -1)
-    rows = jnp.swapaxes(q_BTKRP, 2, 3).reshape(n_batch, 1, kernel.queries, forward.kv_heads, -1)
-    rows = jnp.repeat(rows, parts, axis=1).reshape(n_batch * parts, *rows.shape[2:])
-    rows = _pad(rows, 1, gpu_forward.ROWS - kernel.queries)
-    k, v = (array.reshape(n_batch * parts, -1, *array.shape[2:]) for array in (k, v))
-    out, lse = gpu_forward.forward(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None)
+    rows = jnp.swapaxes(q_BTKRP, 2, 3).reshape(n_batch, kernel.queries, forward.kv_heads, -1)
+    rows = _pad(rows, 1, -kernel.queries % TOKEN_MULTIPLE)
+    out, lse = _forward_kernel(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None)
 
     def unpack(array, *rest):
         """[B parts, rows, K, ...] -> [B, parts, T, H, ...]"""
-        array = array[:, : kernel.queries].reshape(n_batch, parts, n_queries, group, forward.kv_heads, *rest)
-        return jnp.swapaxes(array, 3, 4).reshape(n_batch, parts, n_queries, forward.heads, *rest)
+        array = array[:, : kernel.queries].reshape(n_batch, kernel.parts, n_queries, group, forward.kv_heads, *rest)
+        return jnp.swapaxes(array, 3, 4).reshape(n_batch, kernel.parts, n_queries, forward.heads, *rest)
 
     out, lse = unpack(out, out.shape[3]).astype(jnp.float32), unpack(jnp.swapaxes(lse, 1, 2))
     lse = jnp.where(lse == jnp.inf, LOWEST, lse)
@@ -217,6 +184,15 @@ def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
     if gate is not None:
         out *= jax.nn.sigmoid(gate[:, :n_queries].astype(jnp.float32)).reshape(*out.shape[:3], -1)
     return out.astype(q.dtype)
+
+
+def _forward_kernel(cfg: Forward, *arrays):
+    """`gpu_forward.forward`, one call after the other under vmap."""
+    return jax.custom_batching.sequential_vmap(functools.partial(gpu_forward.forward, cfg))(*arrays)
+
+
+def _backward_kernel(cfg: Backward, *arrays):
+    return jax.custom_batching.sequential_vmap(functools.partial(gpu_backward.backward, cfg))(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -238,7 +214,7 @@ def _run_forward(forward, q, k, v, gate, sinks, masks):
     elif gate is not None:
         gate = gate.astype(q.dtype)
     bounds, keys, ranges, _ = masks
-    return gpu_forward.forward(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
+    return _forward_kernel(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
 
 
 def _attend_forward(forward, backward, q, k, v, gate, sinks, masks, decode):
@@ -262,7 +238,7 @@ def _attend_backward(forward, backward, residuals, dout):
     bounds, keys, _, ranges = masks
     width = q.shape[3]
     q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
-    grads = gpu_backward.backward(backward, q, k, v, do, lse, delta_BHT, bounds, ranges, keys)
+    grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, bounds, ranges, keys)
     dq, dk, dv = (grad[..., :width] for grad in grads)
     dq = (dq * backward.scale).astype(q.dtype)
     dsinks = None

@@ -9,7 +9,8 @@ operand from registers (Shah et al. 2024, arXiv:2407.08608, appendix B):
     dS^T = P^T * (V dO^T - delta)           dk += dS^T Q            dq += dS K
 
 dS goes through shared memory, where both warpgroups read it: each computes a 64 x 64 tile of dq, which the copy engine
-adds to float32 in global memory. dq leaves here without the factor `scale`.
+adds to float32 in global memory. That of one query block is computed with the next block, so that one warpgroup may do
+the softmax while the other keeps the matrix units busy. dq leaves here without the factor `scale`.
 
 Heads of 256 do not fit that way. There a thread block owns 64 keys, both warpgroups compute the same scores, and each
 half of the columns of dk, dv and dq.
@@ -58,7 +59,6 @@ class Backward:
     last_masked: bool = True  # and behind them
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
-    dq_last: bool = True  # of the products; else dq is stored while that for dk runs
 
     replace = dataclasses.replace
 
@@ -97,6 +97,11 @@ class Backward:
         return self.heads // self.kv_heads
 
 
+def _unknown_zero():
+    """0 that the compiler cannot see through: what is addressed with it is not kept in registers around a loop."""
+    return lax.optimization_barrier(jnp.int32(0))
+
+
 def _weights(cfg, raw, base, smem, slot, keys, masked: bool):
     """(P transposed, tanh of the softcap or None)."""
     factor, tanh = cfg.scale * LOG2E, None
@@ -114,7 +119,7 @@ def _score_gradients(cfg, base, smem, bars, wg, slots, keys, masked):
     """(P, dS) transposed, in the dtype of the operands."""
     _, q_full, do_full = bars[:3]
     slot, do_slot = slots
-    own = 0 if cfg.split else wg
+    own = _unknown_zero() + (0 if cfg.split else wg)
     plgpu.barrier_wait(q_full.at[slot])
 
     def products(raw_acc, dp_acc):
@@ -134,8 +139,13 @@ def _score_gradients(cfg, base, smem, bars, wg, slots, keys, masked):
     return pl.run_scoped(products, shape, shape)
 
 
-def _add_dq(cfg, refs, smem, wg, dq, batch, head, first, column):
-    """Starts adding a 64 x 64 tile of dq in global memory, once the tile before has left."""
+def _add_dq(cfg, refs, smem, wg, dq, place, column):
+    """Starts adding a 64 x 64 tile of dq in global memory, once the tile before has left.
+
+    place: batch, head, query block and whether there is anything to add.
+    """
+    batch, head, block, some = place
+    first = block * cfg.block_q
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem["dq"][wg] = dq
     plgpu.commit_smem()
@@ -143,55 +153,94 @@ def _add_dq(cfg, refs, smem, wg, dq, batch, head, first, column):
         target = refs["dq"].at[batch, pl.ds(first + wg * ROWS, ROWS), head]
     else:
         target = refs["dq"].at[batch, pl.ds(first, ROWS), head, pl.ds(column, ROWS)]
-    plgpu.copy_smem_to_gmem(smem["dq"].at[wg], target, reduction_op="add")
+
+    @pl.when(some)
+    def _():
+        plgpu.copy_smem_to_gmem(smem["dq"].at[wg], target, reduction_op="add")
 
 
-def _sums(cfg, refs, smem, wg, meet, slots, place, carry, weights, ds):
-    """dk and dv with this query block added; starts adding to dq."""
-    batch, head, first, turn = place
+def _store_ds(cfg, smem, wg, turn, ds):
+    for part in range(cfg.block_q // ROWS):
+        smem["ds"][turn, part, wg] = ds[:, part * ROWS : (part + 1) * ROWS]
+    plgpu.commit_smem()
+
+
+def _multiply_dq(cfg, smem, wg, acc, turn):
+    """acc += the warpgroup's tile of dS K."""
+    zero = _unknown_zero()
+    for half in range(2):
+        if cfg.width == 64:
+            left, right = smem["ds"].at[turn, wg, half], smem["k"].at[half + zero]
+        else:
+            left, right = smem["ds"].at[turn, 0, half], smem["k"].at[half + zero, :, pl.ds(wg * ROWS, ROWS)]
+        plgpu.wgmma(acc, left.T, right)
+
+
+def _sums(cfg, refs, smem, wg, meet, slots, turn, before, carry, weights, ds):
+    """dk and dv with this query block added; starts adding to dq what the block before (a place) gives."""
+    plgpu.barrier_wait(meet)  # both have stored dS of the block before and read that of the one before it
+
+    def products(dq_acc, dv_acc, dk_acc):
+        dk_acc[...], dv_acc[...] = carry
+        _multiply_dq(cfg, smem, wg, dq_acc, 1 - turn)
+        plgpu.wgmma(dv_acc, weights, smem["do"].at[slots[1]])
+        plgpu.wgmma(dk_acc, ds, smem["q"].at[slots[0]])
+        _store_ds(cfg, smem, wg, turn, ds)
+        dq = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
+        _add_dq(cfg, refs, smem, wg, dq, before, wg * ROWS)
+        return dk_acc[...], dv_acc[...]
+
+    wide, tile = plgpu.ACC((ROWS, cfg.columns), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
+    carry = pl.run_scoped(products, tile, wide, wide)
+    plgpu.barrier_arrive(meet)
+    return carry
+
+
+def _last_dq(cfg, refs, smem, wg, meet, steps, place):
+    """Adds what the last query block gives to dq."""
+    plgpu.barrier_wait(meet)
+
+    def product(acc):
+        _multiply_dq(cfg, smem, wg, acc, lax.rem(steps - 1, 2))
+        return acc[...]
+
+    @pl.when(steps > 0)
+    def _():
+        dq = pl.run_scoped(product, plgpu.ACC((ROWS, ROWS), jnp.float32))
+        _add_dq(cfg, refs, smem, wg, dq, (*place, True), wg * ROWS)
+
+
+def _split_sums(cfg, refs, smem, wg, slots, place, carry, weights, ds):
+    """The same where the warpgroups split columns: each has dS of its own, and dq of this block is added at once."""
     columns = pl.ds(wg * cfg.columns, cfg.columns)
-    cut = (slice(None), columns) if cfg.split else (slice(None), slice(None))
-    q_ref, do_ref = smem["q"].at[(slots[0], *cut)], smem["do"].at[(slots[1], *cut)]
+    q_ref, do_ref = smem["q"].at[slots[0], :, columns], smem["do"].at[slots[1], :, columns]
+    _store_ds(cfg, smem, wg, 0, ds)
+    zero = _unknown_zero()
 
-    def add_dq(acc, column):
-        if cfg.split:
-            plgpu.wgmma(acc, smem["ds"].at[0, 0, wg].T, smem["k"].at[0, :, pl.ds(column, ROWS)])
-            return
-        for half in range(2):
-            if cfg.width == 64:
-                left, right = smem["ds"].at[turn, wg, half], smem["k"].at[half]
-            else:
-                left, right = smem["ds"].at[turn, 0, half], smem["k"].at[half, :, pl.ds(column, ROWS)]
-            plgpu.wgmma(acc, left.T, right)
+    def multiply_dq(acc, column):
+        plgpu.wgmma(acc, smem["ds"].at[zero, 0, wg].T, smem["k"].at[zero, :, pl.ds(column, ROWS)])
 
-    first_column = wg * (cfg.columns if cfg.split else ROWS)
+    first_column = wg * cfg.columns
 
     def products(dv_acc, dq_acc, dk_acc):
         dk_acc[...], dv_acc[...] = carry
         plgpu.wgmma(dv_acc, weights, do_ref)
-        if cfg.dq_last:
-            plgpu.wgmma(dk_acc, ds, q_ref)
-        if not cfg.split:
-            plgpu.barrier_arrive(meet)
-            plgpu.barrier_wait(meet)
-        add_dq(dq_acc, first_column)
-        if not cfg.dq_last:
-            plgpu.wgmma(dk_acc, ds, q_ref)
-        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=0 if cfg.dq_last else 1)
-        dq = lax.optimization_barrier(dq)
-        _add_dq(cfg, refs, smem, wg, dq, batch, head, first, first_column)
+        plgpu.wgmma(dk_acc, ds, q_ref)
+        multiply_dq(dq_acc, first_column)
+        dq = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc))
+        _add_dq(cfg, refs, smem, wg, dq, place, first_column)
         return dk_acc[...], dv_acc[...]
 
     wide, tile = plgpu.ACC((ROWS, cfg.columns), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
     carry = pl.run_scoped(products, wide, tile, wide)
-    for column in range(ROWS, cfg.columns, ROWS) if cfg.split else ():
+    for column in range(ROWS, cfg.columns, ROWS):
 
         def rest(acc, column=first_column + column):
-            add_dq(acc, column)
+            multiply_dq(acc, column)
             return acc[...]
 
         dq = pl.run_scoped(rest, tile)
-        _add_dq(cfg, refs, smem, wg, dq, batch, head, first, first_column + column)
+        _add_dq(cfg, refs, smem, wg, dq, place, first_column + column)
     return carry
 
 
@@ -206,20 +255,22 @@ def _compute(cfg, idx, refs, smem, bars, wg):
         for i in range(cfg.key_rows)
     ]
     plgpu.barrier_wait(kv_bar)
+    if not cfg.split:
+        plgpu.barrier_arrive(meet)
 
     def step(i, carry, head, before, masked):
+        sums, place = carry
         count = before + i - lo
         slots = lax.rem(count, cfg.stages), lax.rem(count, cfg.do_stages)
-        turn = 0 if cfg.split else lax.rem(count, 2)
         weights, ds = _score_gradients(cfg, base, smem, bars, wg, slots, keys, masked)
-        for part in range(cfg.block_q // ROWS):
-            smem["ds"][turn, part, wg] = ds[:, part * ROWS : (part + 1) * ROWS]
-        plgpu.commit_smem()
-        place = batch, head, i * cfg.block_q, turn
-        carry = _sums(cfg, refs, smem, wg, meet, slots, place, carry, weights, ds)
+        if cfg.split:
+            sums = _split_sums(cfg, refs, smem, wg, slots, (batch, head, i, True), sums, weights, ds)
+        else:
+            place = (batch, *place, count > 0)
+            sums = _sums(cfg, refs, smem, wg, meet, slots, lax.rem(count, 2), place, sums, weights, ds)
         plgpu.barrier_arrive(q_empty.at[slots[0]])
         plgpu.barrier_arrive(do_empty.at[slots[1]])
-        return carry
+        return sums, (head, i)
 
     def one_head(r, carry):
         here = functools.partial(step, head=kv_head * cfg.group + r, before=r * (hi - lo))
@@ -231,7 +282,10 @@ def _compute(cfg, idx, refs, smem, bars, wg):
         return carry
 
     zero = plgpu.layout_cast(jnp.zeros((ROWS, cfg.columns), jnp.float32), WGMMA)
-    dk, dv = lax.fori_loop(0, cfg.group, one_head, (zero, zero))
+    first_place = (kv_head * cfg.group, jnp.int32(0))
+    (dk, dv), place = lax.fori_loop(0, cfg.group, one_head, ((zero, zero), first_place))
+    if not cfg.split:
+        _last_dq(cfg, refs, smem, wg, meet, (hi - lo) * cfg.group, (batch, *place))
     plgpu.barrier_arrive(meet)  # the other warpgroup reads these keys until here
     plgpu.barrier_wait(meet)
     columns = pl.ds(wg * cfg.columns, cfg.columns) if cfg.split else slice(None)
@@ -356,7 +410,9 @@ def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
         functools.partial(_body, cfg),
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Every store to shared memory follows a wait of the whole warpgroup for its last readers: no barriers needed
+        # beside those of commits and waits.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         name="attention_backward",
     )
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))

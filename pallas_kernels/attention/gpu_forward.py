@@ -40,6 +40,7 @@ class Forward:
     kv_heads: int
     width: int  # of q, k and v: 64, 128, 192 or 256
     queries: int
+    keys: int
     scale: float
     softcap: float | None
     gate: str | None = None  # None, "elementwise" or "head"
@@ -52,6 +53,7 @@ class Forward:
     save: bool = False  # store the log-sum-exp, and under a gate the ungated output, for the backward
     alternate: bool = True  # warpgroups take turns
     few: bool = False  # one compute warpgroup
+    parts: int = 1  # a tile takes one key block in so many; results of the parts are rows of the batch
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
     persistent: bool = True  # as many thread blocks as multiprocessors; else one a tile
@@ -84,7 +86,7 @@ class Forward:
 
     @property
     def tiles(self) -> int:
-        return self.blocks * self.batch * self.heads
+        return self.blocks * self.batch * self.parts * self.heads
 
     @property
     def programs(self) -> int:
@@ -206,11 +208,25 @@ class _Tile:
         program = lax.axis_index("program")
         turned = jnp.where(lax.rem(number, 2) == 0, program, cfg.programs - 1 - program)
         index = jnp.minimum(number * cfg.programs + turned, cfg.tiles - 1)
-        self.block = cfg.blocks - 1 - lax.div(index, cfg.batch * cfg.heads)
-        rest = lax.rem(index, cfg.batch * cfg.heads)
-        self.batch, self.head = lax.div(rest, cfg.heads), lax.rem(rest, cfg.heads)
+        per_block = cfg.batch * cfg.parts * cfg.heads
+        self.block = cfg.blocks - 1 - lax.div(index, per_block)
+        rest = lax.rem(index, per_block)
+        self.row, self.head = lax.div(rest, cfg.heads), lax.rem(rest, cfg.heads)
+        self.parts, self.batch = cfg.parts, lax.div(self.row, cfg.parts)
         self.mask_row = self.batch if cfg.masks_batch else 0
         self.ranges = tuple(refs["ranges"][self.mask_row, self.block, i] for i in range(4))
+        if cfg.parts > 1:
+            lo, a, b, hi = (self._own(limit) for limit in self.ranges)
+            lo = jnp.where(lo < hi, lo, 0)  # at least one block, here one that is hidden
+            self.ranges = (lo, jnp.maximum(a, lo), jnp.maximum(b, lo), jnp.maximum(hi, lo + 1))
+
+    def _own(self, limit):
+        """How many of the key blocks before `limit` belong to this part."""
+        return lax.div(jnp.maximum(limit - lax.rem(self.row, self.parts) + self.parts - 1, 0), self.parts)
+
+    def key_block(self, j):
+        """Where the tile's j-th key block stands among all."""
+        return j if self.parts == 1 else j * self.parts + lax.rem(self.row, self.parts)
 
     def rows(self, cfg, wg):
         return pl.ds(self.block * cfg.block_q + wg * ROWS, ROWS)
@@ -254,7 +270,7 @@ def _compute_tile(cfg, tile, refs, smem, bars, wg, turns, number, count, load_q)
     lo, a, b, hi = tile.ranges
     q_slot = lax.rem(number, cfg.q_slots)
     q_ref = q_s.at[q_slot, wg]
-    place = (tile.batch, tile.rows(cfg, wg), tile.head)
+    place = (tile.row, tile.rows(cfg, wg), tile.head)
     bounds = tuple(
         plgpu.load(refs["bounds"].at[tile.mask_row, i, place[1]], layout=ROW, optimized=False)
         for i in range(2 + cfg.ids)
@@ -265,7 +281,7 @@ def _compute_tile(cfg, tile, refs, smem, bars, wg, turns, number, count, load_q)
 
     def soften(raw, j, top, total, masked):
         keys = keys_s.at[slot(j)] if masked and cfg.key_rows else None
-        scores, factor = _scores(cfg, raw, j * cfg.block_k, bounds, keys, masked)
+        scores, factor = _scores(cfg, raw, tile.key_block(j) * cfg.block_k, bounds, keys, masked)
         if keys is not None:
             plgpu.barrier_arrive(k_empty.at[slot(j)])
         return _softmax(cfg, scores, factor, top, total)
@@ -399,7 +415,7 @@ def _produce(cfg, refs, smem, bars):
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            rows = pl.ds((lo + i) * cfg.block_k, cfg.block_k)
+            rows = pl.ds(tile.key_block(lo + i) * cfg.block_k, cfg.block_k)
             plgpu.copy_gmem_to_smem(refs[name].at[tile.batch, rows, kv_head], buffer.at[slot], full.at[slot])
             if name == "k" and cfg.key_rows:
                 plgpu.copy_gmem_to_smem(refs["keys"].at[tile.mask_row, :, rows], keys_s.at[slot], full.at[slot])
@@ -467,11 +483,13 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate):
     q ``[B, T, H, P]``; k, v ``[B, S, K, P]``; bounds ``[B or 1, 2 or 3, blocks * block_q]`` int32: start,
     end (, id); ranges ``[B or 1, blocks, 4]`` int32; keys ``[B or 1, key_rows, S to a multiple of block_k]``
     int32: ids, positions; sinks ``[H]`` in units of log2; gate like q
-    or ``[B, H, blocks * block_q]`` float32; lse ``[B, H, blocks * block_q]``, +inf where nothing is visible.
+    or ``[B, H, blocks * block_q]`` float32; lse ``[B, H, blocks * block_q]``, +inf where nothing is visible. The results
+    of several parts are rows b * parts + part of ``[B * parts, ...]``; then without gate and sinks.
     """
-    out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    rows = cfg.batch * cfg.parts
+    out = [jax.ShapeDtypeStruct((rows, *q.shape[1:]), q.dtype)]
     if cfg.save:
-        out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.heads, cfg.blocks * cfg.block_q), jnp.float32))
+        out.append(jax.ShapeDtypeStruct((rows, cfg.heads, cfg.blocks * cfg.block_q), jnp.float32))
     if cfg.save_ungated:
         out.append(jax.ShapeDtypeStruct(q.shape, q.dtype))
     kernel = plgpu.kernel(
