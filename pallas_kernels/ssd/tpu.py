@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd import tpu_backward, tpu_forward
@@ -191,7 +192,7 @@ def _forward_rule(static, x, dt, A, B, C, D, segment_ids, initial_state):
     plan, final = static
     arrays = (x, dt, A, B, C, D, segment_ids, initial_state)
     results = _run_forward(plan, *arrays, final=final, states=plan.states)
-    return (results["y"], results.get("last")), (arrays, results["states"])
+    return (results["y"], results.get("last")), (arrays, checkpoint_name(results["states"], "ssd_states"))
 
 
 def _backward_rule(static, residuals, cotangents):

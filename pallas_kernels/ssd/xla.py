@@ -18,6 +18,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch, segments
 
@@ -116,7 +117,7 @@ def _ssd_forward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, initi
 
     final_BHPN, (y_BTHP, entering_SBHPN) = _scan(step, initial_BHPN, jnp.arange(count))
     y_BTHP = _join(y_BTHP)[:, :n_tokens]
-    return (y_BTHP, final_BHPN), (tokens, weights, marks, entering_SBHPN)
+    return (y_BTHP, final_BHPN), (tokens, weights, marks, checkpoint_name(entering_SBHPN, "ssd_states"))
 
 
 def _ssd_backward(chunk: int, residuals, cotangents):
