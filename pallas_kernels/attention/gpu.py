@@ -10,8 +10,8 @@ o is stored beside out for the backward: recovered from the rounded out it would
 gradients cancel, their accuracy.
 
 Few queries against many keys (decoding) go through the forward kernel too: the query heads of a key head become rows of
-one tile, the key blocks are dealt out to parts in turn, so that all have as many visible ones however much of a cache is
-filled, and the parts' results are put together by their log-sum-exp.
+one tile, the key blocks are dealt out to parts in turn, so that all have as many visible ones however full a cache is,
+and the parts' results are put together by their log-sum-exp.
 
 Kernels: `gpu_forward`, `gpu_backward`; masks: `gpu_masks`.
 """

@@ -482,9 +482,9 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate):
 
     q ``[B, T, H, P]``; k, v ``[B, S, K, P]``; bounds ``[B or 1, 2 or 3, blocks * block_q]`` int32: start,
     end (, id); ranges ``[B or 1, blocks, 4]`` int32; keys ``[B or 1, key_rows, S to a multiple of block_k]``
-    int32: ids, positions; sinks ``[H]`` in units of log2; gate like q
-    or ``[B, H, blocks * block_q]`` float32; lse ``[B, H, blocks * block_q]``, +inf where nothing is visible. The results
-    of several parts are rows b * parts + part of ``[B * parts, ...]``; then without gate and sinks.
+    int32: ids, positions; sinks ``[H]`` in units of log2; gate like q or ``[B, H, blocks * block_q]`` float32;
+    lse ``[B, H, blocks * block_q]``, +inf where nothing is visible. Results of several parts are rows
+    b * parts + part of ``[B * parts, ...]``; then without gate and sinks.
     """
     rows = cfg.batch * cfg.parts
     out = [jax.ShapeDtypeStruct((rows, *q.shape[1:]), q.dtype)]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NAMES = ("packed_wide", "window_wide", "softcap_sinks", "packed_window", "heads_of_256", "one_token", "cache")
-DECODING = ("decode", "decode_window")
+DECODING = ("decode", "decode_window", "decode_rows")
 
 
 class Accumulator:
@@ -87,6 +87,8 @@ def make_case(cases, name: str):
         return cases.Case(name, queries=150, keys=150, width=200, layout="packed", softcap=20.0, **many)
     if name == "decode":
         return cases.Case(name, 2, 1, 768, 8, 2, 64, q_offset=500)
+    if name == "decode_rows":  # q_offset given by row: one fills the cache, the other leaves most parts without a key
+        return cases.Case(name, 2, 2, 700, 8, 2, 128)
     if name == "decode_window":
         changes = {"window": 300, "sinks": True, "softcap": 10.0, "gate": "head", "q_offset": 700}
         return cases.Case(name, 2, 3, 768, 8, 2, 128, **changes)
@@ -100,6 +102,8 @@ def compare(name: str) -> bool:
 
     case = make_case(cases, name)
     inputs, settings = cases.make_inputs(case, "bfloat16"), cases.make_settings(case)
+    if name == "decode_rows":
+        settings["q_offset"] = jnp.array([698, 3])
     arrays, fixed = oracle.split(inputs)
 
     def call(arrays):

@@ -145,7 +145,7 @@ needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="t
 @needs_interpreter
 @pytest.mark.quick
 def test_kernels_interpreted():
-    interpret("packed_wide", "decode")
+    interpret("packed_wide", "decode_rows")
 
 
 @needs_interpreter
