@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What documents and padding mean to `causal_conv1d`, around any implementation of the convolution itself.
 
-A tap counts if its token belongs to the document of the current one. That is decided by comparing ids as long as padding
-does not stand between two tokens that see each other; where it does (rare, decided at run time unless the caller
-excludes it), real tokens are first moved to the front of their rows and afterwards back.
+A tap counts if its token belongs to the document of the current one. That is decided by comparing ids as long as
+padding does not stand between two tokens that see each other; where it does (rare, decided at run time unless the
+caller excludes it), real tokens are first moved to the front of their rows and afterwards back.
 
-A convolution is a function (x_BTD, w_DW, b_D, initial_state, seen_BT, activation) -> y_BTD with a gradient for the first
-four; b_D, initial_state and seen_BT (see `count_taps`) may be None.
+A convolution is a function (x_BTD, w_DW, b_D, initial_state, seen_BT, activation) -> y_BTD with a gradient for the
+first four; b_D, initial_state and seen_BT (see `count_taps`) may be None.
 """
 
 import functools

@@ -85,7 +85,7 @@ def _forward_rule(static, *arrays):
 
 
 def _backward_rule(static, residuals, dy_BTD):
-    x_BTD, w_DW, b_D, initial_state, seen_BT = residuals
+    x_BTD, w_DW, b_D, initial_state, _ = residuals
     plan = make_plan(BACKWARD, static, *residuals)
     dx_BTD, parts, dstate = gpu_kernels.backward(plan, *_prepare(plan, (x_BTD, dy_BTD), *residuals[1:]))
     sums = parts.sum(axis=0)[:, : w_DW.shape[0]]
@@ -147,10 +147,7 @@ def _prepare(plan, inputs, w_DW, b_D, initial_state, seen_BT):
     """The kernel's arrays: `inputs` [B, T, D]; taps and bias as rows, padded to whole thread blocks; seen; state."""
     rows = jnp.concatenate([w_DW.T.astype(F32), *([] if b_D is None else [b_D.astype(F32)[None]])])
     weights = jnp.pad(rows, ((0, 0), (0, plan.padded_width - rows.shape[1])))
-    if plan.initial:
-        initial_state = _pad_width(plan, initial_state.astype(plan.dtype))
-    else:
-        initial_state = None
+    initial_state = _pad_width(plan, initial_state.astype(plan.dtype)) if plan.initial else None
     if seen_BT is not None:  # rows start at multiples of 16 bytes
         seen_BT = jnp.pad(seen_BT, ((0, 0), (plan.margin, plan.margin + -plan.tokens % 4)))
     if plan.margin:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mosaic GPU (Hopper) kernels of the causal convolution, forward and backward, one pass over memory each.
 
-A thread block is one warpgroup that owns 256 channels, two a thread, and walks along a part of one row's tokens: rows of
-channels come through a ring in shared memory, the last K = W - 1 inputs and all sums stay in registers in float32.
+A thread block is one warpgroup that owns 256 channels, two a thread, and walks along a part of one row's tokens: rows
+of channels come through a ring in shared memory, the last K = W - 1 inputs and all sums stay in registers in float32.
 
     s_t  = bias + sum_k w[K - k] x_{t-k}        y_t  = silu(s_t) or s_t
     ds_t = dy_t silu'(s_t)                       dx_t = sum_k w[K - k] ds_{t+k}      dw[K - k] = sum_t ds_t x_{t-k}
 
-The backward reads K tokens ahead of what it writes, so that dx_t is whole when it is written; parts of a row each do the K
-tokens between them anew. Sums over tokens (dw, the bias' gradient) are written by part and added up outside, so that they
-do not depend on the order of thread blocks. `seen` [B, T] counts for each token how many of its K + 1 taps count, 0 at
-padding: documents cost comparisons only.
+The backward reads K tokens ahead of what it writes, so that dx_t is whole when it is written; parts of a row each do
+the K tokens between them anew. Sums over tokens (dw, the bias' gradient) are written by part and added up outside, so
+that they do not depend on the order of thread blocks. `seen` [B, T] counts for each token how many of its K + 1 taps
+count, 0 at padding: documents cost comparisons only.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def _sum_of_taps(w, b, window):
 
 
 def _masked_window(plan, seen, older, x):
-    """The K + 1 inputs of one token's taps, oldest first; those that do not count are zero, now and for later tokens."""
+    """The K + 1 inputs of one token's taps, oldest first; those that do not count are zero, for later tokens too."""
     if not plan.segments:
         return [*older, x]
     zero = jnp.zeros_like(x)
@@ -108,7 +108,7 @@ def _weights(plan, w_g, channels):
 
 
 def _start_before(plan, x_g, state_g, halo, bar, where):
-    """Starts the copy of the K inputs before a part: earlier tokens, or the initial state (zeros come by themselves)."""
+    """Starts the copy of the K inputs before a part: earlier tokens or the initial state; zeros come by themselves."""
     b, part, begin, channels = where
     earlier = x_g.at[b, pl.ds(begin - plan.before + plan.margin, plan.before), channels]
     if not plan.initial:

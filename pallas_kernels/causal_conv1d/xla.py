@@ -35,22 +35,33 @@ def causal_conv1d_xla(
 
 
 def _from_start(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
-    if initial_state is None:  # zeros, of x so that they are sharded like x
-        initial_state = jnp.repeat(jnp.zeros_like(x_BTD[:, :1]), w_DW.shape[1] - 1, axis=1)
-    return _convolve(x_BTD, w_DW, b_D, initial_state, seen_BT, activation)
+    return _convolve(x_BTD, w_DW, b_D, start_state(x_BTD, w_DW, initial_state), seen_BT, activation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _convolve(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
-    return _convolve_forward(x_BTD, w_DW, b_D, initial_state, seen_BT, activation)[0]
+def start_state(x_BTD, w_DW, initial_state):
+    """The initial state, or zeros, of x so that they are sharded like x."""
+    if initial_state is not None:
+        return initial_state
+    return jnp.repeat(jnp.zeros_like(x_BTD[:, :1]), w_DW.shape[1] - 1, axis=1)
 
 
-def _convolve_forward(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
+def convolve(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
+    """The convolution of `documents.convolve_documents` with an initial state, without a gradient of its own."""
     sums_BTD = _sums(x_BTD, w_DW, b_D, initial_state, seen_BT)
     y_BTD = jax.nn.silu(sums_BTD) if activation == "silu" else sums_BTD
     if seen_BT is not None:
         y_BTD = jnp.where((seen_BT != 0)[:, :, None], y_BTD, 0)
-    return y_BTD.astype(x_BTD.dtype), (x_BTD, w_DW, b_D, initial_state, seen_BT)
+    return y_BTD.astype(x_BTD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _convolve(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
+    return convolve(x_BTD, w_DW, b_D, initial_state, seen_BT, activation)
+
+
+def _convolve_forward(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
+    arrays = (x_BTD, w_DW, b_D, initial_state, seen_BT)
+    return convolve(*arrays, activation), arrays
 
 
 def _taps(x_BTD, initial_state, seen_BT):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the Hopper kernels of causal_conv1d in Mosaic's interpreter, as a process: `conv_gpu_interpreted.py CASE...`.
 
-The interpreter needs enough threads of XLA (NPROC in the environment), whatever the machine has, and copies no tiles that
-reach outside an array, so arrays get margins (``interpret`` of the kernels); the rest is the kernels' own.
+The interpreter needs enough threads of XLA (NPROC in the environment), whatever the machine has, and copies no tiles
+that reach outside an array, so arrays get margins (``interpret`` of the kernels); the rest is the kernels' own.
 """
 
 import dataclasses
