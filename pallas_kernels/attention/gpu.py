@@ -186,11 +186,13 @@ def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
     return out.astype(q.dtype)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _forward_kernel(cfg: Forward, *arrays):
-    """`gpu_forward.forward`, one call after the other under vmap."""
+    """`gpu_forward.forward`: one call after the other under vmap; lowered once for all calls of a program alike."""
     return jax.custom_batching.sequential_vmap(functools.partial(gpu_forward.forward, cfg))(*arrays)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward_kernel(cfg: Backward, *arrays):
     return jax.custom_batching.sequential_vmap(functools.partial(gpu_backward.backward, cfg))(*arrays)
 
