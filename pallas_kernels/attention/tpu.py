@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pallas TPU (Mosaic) implementation of `attention`: blocks, layouts, masks as arrays and the hand-written gradient.
 
-The kernels stand in tpu_forward.py and tpu_backward.py. Few queries (decoding) are packed with the query heads of a
-key head into the rows of one block, so that the cache is read once.
+The kernels stand in tpu_forward.py and tpu_backward.py. Few queries (decoding) go to tpu_decode.py, which reads the
+cache where it lies; what it does not take, and gradients, are packed with the query heads of a key head into the rows
+of one block.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import block_pairs, tpu_backward, tpu_forward
+from pallas_kernels.attention import block_pairs, tpu_backward, tpu_decode, tpu_forward
 from pallas_kernels.attention.block_pairs import Places
 from pallas_kernels.attention.tpu_common import F32, LANES, LOG2E, Settings
 
@@ -67,14 +68,42 @@ def attention_tpu(
     """
     if reason := supports(q, k, v):
         raise NotImplementedError(reason)
+    known = isinstance(q_offset, int) and positions is None
+    masks = _Masks(*(segment_ids or (None, None)), *(positions or (None, None)), None if known else q_offset)
+    call = _Call(
+        causal=causal,
+        window=window,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        q_offset=q_offset if known else None,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    if blocks is None and tpu_decode.serves(q.shape, k.shape, v.shape[3], q.dtype.itemsize):
+        return _decode(call, q, k, v, gate, sinks, masks)
+    return _in_blocks(call, q, k, v, gate, sinks, masks)
+
+
+class _Call(typing.NamedTuple):
+    """The arguments of attention that are no arrays."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    q_offset: int | None  # None: given as an array, or positions are
+    blocks: tuple[int, int] | None
+    interpret: bool | object
+
+
+def _in_blocks(call: _Call, q, k, v, gate, sinks, masks):
+    """The call by the kernels of blocks of queries."""
     _, n_queries, n_heads, width = q.shape
     n_keys, n_kv_heads, v_width = *k.shape[1:3], v.shape[3]
     group = n_heads // n_kv_heads
     q_block, k_block, packed = _block_sizes(n_queries, n_keys, group, max(width, v_width))
-    if blocks is not None:
-        q_block, k_block, packed = *blocks, 1
-    known = isinstance(q_offset, int) and positions is None
-    masks = _Masks(*(segment_ids or (None, None)), *(positions or (None, None)), None if known else q_offset)
+    if call.blocks is not None:
+        q_block, k_block, packed = *call.blocks, 1
     if packed > 1:
         q = _pack(q, group)
         gate = gate if gate is None else _pack(gate, group)
@@ -83,25 +112,79 @@ def attention_tpu(
         kv_heads=n_kv_heads,
         width=width,
         v_width=v_width,
-        scale=width**-0.5 if scale is None else scale,
-        softcap=softcap,
-        causal=causal,
-        window=window,
-        ids=segment_ids is not None or bool(q.shape[1] % q_block or n_keys % k_block),
-        positions=causal or window is not None,
-        gate="" if gate is None else ("head", "channel")[gate.ndim - 3],
+        scale=call.scale,
+        softcap=call.softcap,
+        causal=call.causal,
+        window=call.window,
+        ids=masks.q_ids_BT is not None or bool(q.shape[1] % q_block or n_keys % k_block),
+        positions=call.causal or call.window is not None,
+        gate=_gate_kind(gate),
         sinks=sinks is not None,
         packed=packed,
-        q_offset=q_offset if known else None,
+        q_offset=call.q_offset,
         blocks=(q_block, k_block),
         natural=width % LANES == 0 and v_width % LANES == 0,
-        interpret=interpret,
+        interpret=call.interpret,
     )
     rows = None
     if sinks is not None:
         rows = jnp.tile(sinks.astype(F32).reshape(settings.heads, packed), (1, q.shape[1] // packed))
     out = _attend(settings, q, k, v, gate, rows, masks)
     return out if packed == 1 else _unpack(out, n_queries, group)
+
+
+def _gate_kind(gate) -> str:
+    return "" if gate is None else ("head", "channel")[gate.ndim - 3]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(call: _Call, q, k, v, gate, sinks, masks):
+    """The call by the kernel for few queries; its gradient is that of `_in_blocks`."""
+    n_keys, n_kv_heads, v_width = *k.shape[1:3], v.shape[3]
+    n_queries, n_heads, width = q.shape[1:]
+    positions = ""
+    if call.causal or call.window is not None:
+        positions = "counted" if masks.k_position_BS is None else "given"
+    layout = tpu_decode.choose_layout(n_kv_heads, width, v_width)
+    settings = tpu_decode.Decode(
+        layout=layout,
+        joint=tpu_decode.joins(layout, q.shape, n_kv_heads, v_width),
+        queries=n_queries,
+        keys=n_keys,
+        heads=n_heads,
+        kv_heads=n_kv_heads,
+        width=width,
+        v_width=v_width,
+        scale=call.scale,
+        softcap=call.softcap,
+        causal=call.causal,
+        window=call.window,
+        ids=masks.q_ids_BT is not None,
+        positions=positions,
+        gate=_gate_kind(gate),
+        sinks=sinks is not None,
+        tokens=tpu_decode.block_tokens(n_keys, n_kv_heads, max(width, v_width), q.dtype.itemsize),
+        parts=tpu_decode.cores(),
+        interpret=call.interpret,
+    )
+    q_ids, k_ids, q_positions, k_positions, q_offset = masks
+    if not positions:
+        q_positions = k_positions = None
+    elif q_positions is None:
+        q_positions = np.arange(n_queries, dtype=np.int32)[None]
+        q_positions = q_positions + (call.q_offset if q_offset is None else jnp.reshape(q_offset, (-1, 1)))
+    return tpu_decode.decode(settings, q, k, v, gate, sinks, tpu_decode.Masks(q_ids, k_ids, q_positions, k_positions))
+
+
+def _decode_forward(call: _Call, q, k, v, gate, sinks, masks):
+    return jax.vjp(lambda *arrays: _in_blocks(call, *arrays, masks), q, k, v, gate, sinks)
+
+
+def _decode_backward(call: _Call, gradient, dout):
+    return *gradient(dout), None
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
 
 
 def _pack(array, group: int):
