@@ -5,9 +5,9 @@ Grid (rows, blocks of channels, blocks of tokens from the last to the first). Wi
 
     s_t = bias + sum_k w[K - k] x_{t-k}      ds_t = dy_t act'(s_t)      dx_t = sum_k w[K - k] ds_{t+k}
 
-x and ds stand in VMEM in float32, one tile of 128 channels behind the other, so that a shift by k tokens is a load from
-another row and costs nothing else. The K tokens before a block are read with it, the K values of ds behind it are carried.
-Sums over tokens stay in VMEM until a row is done. Strips of tokens inside one document take no masks.
+x and ds stand in VMEM in float32, one tile of 128 channels behind the other, so that a shift by k tokens is a load
+from another row and costs nothing else. The K tokens before a block are read with it, the K values of ds behind it are
+carried. Sums over tokens stay in VMEM until a row is done. Strips of tokens inside one document take no masks.
 """
 
 import dataclasses
@@ -209,8 +209,9 @@ def _write_state_gradient(blocks, refs):
 def backward(blocks: Blocks, x, dy, w, seen, state):
     """(dx; sums over tokens float32 [B, W (+ 1 with bias), D'], of taps and of the bias; dstate [B, 8, D] or None).
 
-    x, dy [B, T, D], T not below a block's; w float32 [W (+ 1), D'], halved with silu, D' >= D filling blocks; seen int32
-    [B, 1, T'], T' >= T filling blocks, or None; state float32 [B, 8, D] or None. The sums are twice too large with silu.
+    x, dy [B, T, D], T not below a block's; w float32 [W (+ 1), D'], halved with silu, D' >= D filling blocks; seen
+    int32 [B, 1, T'], T' >= T filling blocks, or None; state float32 [B, 8, D] or None. With silu the sums are twice
+    too large.
     """
     n_batch, n_tokens, width = x.shape
     n_weights, n_channels = blocks.taps + blocks.bias, blocks.channels

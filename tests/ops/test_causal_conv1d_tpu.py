@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.causal_conv1d import cases
+from pallas_kernels.causal_conv1d.context import causal_conv1d_context
 from pallas_kernels.causal_conv1d.tpu import causal_conv1d_tpu, supports
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.oracle import bound, oracle, relative_rms
@@ -39,7 +40,13 @@ def check(case, dtype="float32", **options) -> None:
         assert relative_rms(value, expected[name]) <= limit, name
 
 
-@pytest.mark.parametrize("case", [case for case in cases.TEST_CASES if case.taps > 1], ids=lambda case: case.name)
+QUICK_CASES = ("one_token", "eight_taps", "packed", "left", "scattered", "two_taps")
+
+
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=() if case.name in QUICK_CASES else pytest.mark.slow)
+    for case in cases.TEST_CASES if case.taps > 1
+])  # fmt: skip
 def test_equals_direct_taps(case):
     check(case)
 
@@ -50,9 +57,10 @@ BLOCKS = cases.Case("blocks", 2, 600, 200, 4, "packed", initial=True, final=True
 @pytest.mark.parametrize("changes", [
     {},
     {"dtype": "bfloat16", "tokens": 512, "layout": "dense", "width": 128},
-    {"taps": 8, "layout": "scattered", "batch": 1},
-    {"layout": "right", "taps": 2, "activation": None, "bias": False, "initial": False, "final": False},
-    {"width": 4700, "tokens": 257, "layout": "dense", "batch": 1},
+    pytest.param({"taps": 8, "layout": "scattered", "batch": 1}, marks=pytest.mark.slow),
+    pytest.param({"layout": "right", "taps": 2, "activation": None, "bias": False, "initial": False, "final": False},
+                 marks=pytest.mark.slow),
+    pytest.param({"width": 4700, "tokens": 257, "layout": "dense", "batch": 1}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_several_blocks(changes):
     changes = dict(changes)
@@ -78,7 +86,7 @@ def test_equals_direct_taps_on_drawn_shapes(tokens, width, taps, layout, activat
 
 def test_padding_may_hold_anything():
     """Not even NaN at padded tokens reaches an output or a gradient."""
-    inputs = cases.make_inputs(dataclasses.replace(BLOCKS, layout="interior", tokens=300))
+    inputs = cases.make_inputs(dataclasses.replace(BLOCKS, layout="interior", tokens=60, width=6))
     padded = inputs["segment_ids"] == 0
     assert padded.any()
     options = {"activation": "silu", "return_final_state": True}
@@ -139,3 +147,33 @@ def test_compiles(generation):
 ], ids=str)  # fmt: skip
 def test_compiles_at_every_size(generation, sizes):
     compile_for(generation, *sizes, documents=False, state=False)
+
+
+def test_tokens_split_over_devices():
+    """The kernel within `causal_conv1d_context`, with documents across the devices' shares."""
+    case = cases.Case("split", 2, 64, 8, 4, "packed", initial=True)
+    inputs = {name: jnp.asarray(array) for name, array in cases.make_inputs(case).items()}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("context",))
+    names = ("x", "w", "b", "segment_ids", "initial_state")
+    tokens, whole = jax.sharding.PartitionSpec(None, "context"), jax.sharding.PartitionSpec()
+    kernel = functools.partial(causal_conv1d_tpu, interpret=True)
+
+    def split(x, w, b, segment_ids, initial_state):
+        options = {"segment_ids": segment_ids, "initial_state": initial_state, "activation": "silu"}
+        options |= {"return_final_state": False, "gaps": True}
+        return causal_conv1d_context(kernel, (x, w, b), context_axis="context", **options)
+
+    specs = tuple(tokens if name in ("x", "segment_ids") else whole for name in names)
+    split = jax.shard_map(split, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+
+    def plain(x, w, b, segment_ids, initial_state):
+        options = {"segment_ids": segment_ids, "initial_state": initial_state, "activation": "silu"}
+        return pallas_kernels.causal_conv1d(x, w, b, **options, implementation="xla")
+
+    def evaluate(convolve):
+        loss = lambda *arrays: jnp.sum(jnp.sin(convolve(*arrays)))
+        grads = jax.grad(loss, (0, 1, 2, 4))
+        return jax.jit(lambda *arrays: (convolve(*arrays), grads(*arrays)))(*(inputs[name] for name in names))
+
+    for actual, expected in zip(jax.tree.leaves(evaluate(split)), jax.tree.leaves(evaluate(plain)), strict=True):
+        assert relative_rms(actual, expected) <= bound("float32")
