@@ -238,39 +238,59 @@ class HybridLM(nnx.Module):
 
     def _run(self, group: pattern.Group, sublayers, x_BTD, segment_ids, positions, embedded_BTD):
         """One scan over the repeats of a group."""
-        splits = [nnx.split(sublayer) for sublayer in sublayers]
+        shared = self._shared_states(group)
+        runs, states = {}, []
+        for symbol, sublayer in zip(group.unit, sublayers, strict=True):
+            graphdef, state = nnx.split(sublayer)
+            states.append(state)
+
+            def run(state, shared_state, *args, graphdef=graphdef, symbol=symbol):
+                return nnx.merge(graphdef, state)(*args, self._merge_shared(symbol, shared_state))
+
+            run = jax.jit(run)  # traced once for all sublayers of a symbol
+            runs.setdefault(symbol, remat.wrap(run, self.config.remat, sublayer.mixer, in_loop=group.repeats > 1))
 
         def unit(x_BTD, states):
             stats = []
-            for symbol, (graphdef, _), state, sublayer in zip(group.unit, splits, states, sublayers, strict=True):
-                shared = self.shared.get(symbol)
-
-                def run(state, x_BTD, graphdef=graphdef, shared=shared):
-                    return nnx.merge(graphdef, state)(x_BTD, segment_ids, positions, embedded_BTD, shared)
-
-                run = remat.wrap(run, self.config.remat, sublayer.mixer, in_loop=group.repeats > 1)
-                x_BTD, of_sublayer = run(state, x_BTD)
+            for symbol, state in zip(group.unit, states, strict=True):
+                args = (x_BTD, segment_ids, positions, embedded_BTD)
+                x_BTD, of_sublayer = runs[symbol](state, shared.get(symbol), *args)
                 stats.append(of_sublayer)
             return x_BTD, stats
 
-        return jax.lax.scan(unit, x_BTD, [state for _, state in splits])
+        return jax.lax.scan(unit, x_BTD, states)
 
     def _extend(self, group: pattern.Group, sublayers, x_BTD, caches: list[dict], length_B, real_BT, embedded_BTD):
         """One scan over the repeats; stacked caches are carried, each layer writes its own entries in place."""
-        splits = [nnx.split(sublayer) for sublayer in sublayers]
+        shared = self._shared_states(group)
+        extends, all_states = {}, []
+        for symbol, sublayer in zip(group.unit, sublayers, strict=True):
+            graphdef, state = nnx.split(sublayer)
+            all_states.append(state)
+
+            def extend(state, shared_state, *args, graphdef=graphdef, symbol=symbol):
+                return nnx.merge(graphdef, state).extend(*args, self._merge_shared(symbol, shared_state))
+
+            extends.setdefault(symbol, jax.jit(extend))
 
         def unit(carry, layer_states):
             x_BTD, caches = carry
             layer, states = layer_states
             new = []
-            for symbol, (graphdef, _), state, cache in zip(group.unit, splits, states, caches, strict=True):
-                extend, shared = nnx.merge(graphdef, state).extend, self.shared.get(symbol)
-                x_BTD, cache = extend(x_BTD, cache, length_B, real_BT, layer, embedded_BTD, shared)
+            for symbol, state, cache in zip(group.unit, states, caches, strict=True):
+                args = (x_BTD, cache, length_B, real_BT, layer, embedded_BTD)
+                x_BTD, cache = extends[symbol](state, shared.get(symbol), *args)
                 new.append(cache)
             return (x_BTD, new), None
 
-        xs = (jnp.arange(group.repeats), [state for _, state in splits])
-        return jax.lax.scan(unit, (x_BTD, caches), xs)[0]
+        return jax.lax.scan(unit, (x_BTD, caches), (jnp.arange(group.repeats), all_states))[0]
+
+    def _shared_states(self, group: pattern.Group) -> dict[str, nnx.State]:
+        """Parameters of the transformers that the group's Shared blocks use, by symbol."""
+        return {symbol: nnx.state(self.shared[symbol]) for symbol in group.unit if symbol in self.shared}
+
+    def _merge_shared(self, symbol: str, state: nnx.State | None) -> SharedTransformer | None:
+        return None if state is None else nnx.merge(nnx.graphdef(self.shared[symbol]), state)
 
 
 def _options(config: ModelConfig, rngs: nnx.Rngs) -> dict:

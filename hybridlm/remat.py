@@ -25,6 +25,8 @@ NAMES = {
     "mamba_dt": "Mamba-2: step sizes, before bias and softplus",
     "mamba_conv": "Mamba-2: x, B and C after convolution and SiLU",
     "mamba_ssd": "Mamba-2: output of the state space model",
+    "ssd_states": "Mamba-2: states within the row from which the backward of the state space model starts",
+    "mamba_root": "Mamba-2: inverse root mean squares of the gated norm, one number a token and group",
     "mamba_norm": "Mamba-2: gated and normed input of the output projection",
     "mamba1_xz": "Mamba-1: inner input and gate, before the convolution",
     "mamba1_conv": "Mamba-1: inner input after convolution and activation",

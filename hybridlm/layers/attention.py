@@ -182,9 +182,8 @@ class AttentionMixer(nnx.Module):
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
         x_BTD = x_BTD.astype(self.dtype)
-        weights = [self.w_q, self.w_k, self.w_v, *([] if self.w_gate is None else [self.w_gate])]
-        biases = [self.b_q, self.b_k, self.b_v, None] if self.config.qkv_bias else None
-        q, k, v, *gate = params.project(x_BTD, weights, biases)
+        pairs = ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
+        q, k, v = (params.project(x_BTD, weight, bias) for weight, bias in pairs)
         if added is not None:
             q, k, v = (a + more for a, more in zip((q, k, v), added, strict=True))
         k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier
@@ -194,7 +193,9 @@ class AttentionMixer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope is not None:
             q, k = rotate(q, positions_BT, self.config.rope), rotate(k, positions_BT, self.config.rope)
-        gate = checkpoint_name(gate[0], "attention_gate") if gate else None
+        gate = None
+        if self.w_gate is not None:
+            gate = checkpoint_name(params.project(x_BTD, self.w_gate), "attention_gate")
         q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
         return q, k, v, gate
 

@@ -203,8 +203,7 @@ class Mamba1Mixer(nnx.Module):
 
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array]:
         """x and z, [B, T, H, P]."""
-        biases = None if self.in_xz_bias is None else [self.in_xz_bias]
-        (xz,) = params.project(x_BTD.astype(self.dtype), [self.in_xz], biases)
+        xz = params.project(x_BTD.astype(self.dtype), self.in_xz, self.in_xz_bias)
         xz = checkpoint_name(sharding.constrain(xz, "batch", "tokens", None, *self._channels), "mamba1_xz")
         return xz[:, :, 0], xz[:, :, 1]
 

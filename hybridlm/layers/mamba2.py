@@ -18,7 +18,7 @@ from hybridlm.errors import require
 from hybridlm.layers import cache as caches
 from hybridlm.layers import params
 from hybridlm.layers.mlp import ACTIVATIONS
-from hybridlm.layers.norm import rms_normalise
+from hybridlm.layers.norm import gated_rms_norm
 from pallas_kernels import causal_conv1d, ssd
 
 
@@ -120,7 +120,8 @@ class Mamba2Mixer(nnx.Module):
     """Mamba-2: z, x, B, C, dt = projections; convolution and SiLU over x, B, C; ssd; norm with the gate z; projection.
 
     The published fused input projection and convolution are stored by head and by group, so that tensor parallelism can
-    split them; where it does not, they are computed as one.
+    split them. Products and convolutions are taken apart, too: each result is an array of its own, which the kernels
+    behind it read as it is.
     """
 
     def __init__(
@@ -226,36 +227,37 @@ class Mamba2Mixer(nnx.Module):
 
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
-        biases = [self.in_zx_bias, self.in_BC_bias, self.in_dt_bias] if self.config.proj_bias else None
-        zx, BC, dt = params.project(x_BTD.astype(self.dtype), [self.in_zx, self.in_BC, self.in_dt], biases)
-        if self.config.multipliers != (1.0,) * 5:
-            z, x, B, C, of_dt = self.config.multipliers
-            zx, BC = (a * jnp.array(m, a.dtype)[:, None, None] for a, m in ((zx, (z, x)), (BC, (B, C))))
-            dt = dt * of_dt
-        zx = checkpoint_name(sharding.constrain(zx, "batch", "tokens", None, "heads", None), "mamba_zx")
+        x_BTD, c = x_BTD.astype(self.dtype), self.config
+        w_DcHP = params.use(self.in_zx, self.dtype)
+        z, x = (jnp.tensordot(x_BTD, w_DcHP[:, i], 1) for i in (0, 1))
+        if c.proj_bias:
+            bias_cHP = params.use(self.in_zx_bias, self.dtype)
+            z, x = z + bias_cHP[0], x + bias_cHP[1]
+        BC, dt = params.project(x_BTD, self.in_BC, self.in_BC_bias), params.project(x_BTD, self.in_dt, self.in_dt_bias)
+        if c.multipliers != (1.0,) * 5:
+            of_z, of_x, of_B, of_C, of_dt = c.multipliers
+            z, x, dt = z * of_z, x * of_x, dt * of_dt
+            BC = BC * jnp.array((of_B, of_C), BC.dtype)[:, None, None]
+        names = ("batch", "tokens", "heads", None)
+        z, x = (checkpoint_name(sharding.constrain(a, *names), "mamba_zx") for a in (z, x))
         BC = checkpoint_name(sharding.constrain(BC, "batch", "tokens", None, "groups", None), "mamba_BC")
-        dt = checkpoint_name(sharding.constrain(dt, "batch", "tokens", "heads"), "mamba_dt")
+        dt = checkpoint_name(sharding.constrain(dt, *names[:3]), "mamba_dt")
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
-        if self.config.dt_limit != (0.0, math.inf):
-            dt = jnp.clip(dt, *self.config.dt_limit)
-        return zx[:, :, 0], zx[:, :, 1], BC, dt
+        if c.dt_limit != (0.0, math.inf):
+            dt = jnp.clip(dt, *c.dt_limit)
+        return z, x, BC, dt
 
     def _convolve(self, x_BTHP, BC_BTcGN, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array, dict]:
         """Causal convolution and SiLU of x, B and C; with `old`, the new convolution states too."""
-        xs, weights = (x_BTHP, BC_BTcGN), (self.conv_x[...], self.conv_BC[...])
-        biases = (self.conv_x_bias[...], self.conv_BC_bias[...]) if self.config.conv_bias else (None, None)
-        states = (None, None) if old is None else (old["conv_x"], old["conv_BC"])
-        if params.fused(x_BTHP.shape[1]):
-            joined = (_join(xs, 2), _join(weights, 0, -1), _join(biases, 0), _join(states, 2))
-            y, state = _conv(*joined, segment_ids, (None,), self.config.activation)
-            ys = _split(y, xs)
-            news = (None, None) if old is None else _split(state, states)
-        else:
-            names = (("heads", None), (None, "groups", None))
-            args = zip(xs, weights, biases, states, (segment_ids,) * 2, names, strict=True)
-            ys, news = zip(*(_conv(*a, self.config.activation) for a in args), strict=True)
-        ys = tuple(checkpoint_name(y, "mamba_conv") for y in ys)
-        return *ys, {} if old is None else {"conv_x": news[0], "conv_BC": news[1]}
+        old = {"conv_x": None, "conv_BC": None} if old is None else old
+        activation, x_bias, BC_bias = self.config.activation, None, None
+        if self.config.conv_bias:
+            x_bias, BC_bias = self.conv_x_bias[...], self.conv_BC_bias[...]
+        x, new_x = _conv(x_BTHP, self.conv_x[...], x_bias, old["conv_x"], segment_ids, ("heads", None), activation)
+        names = (None, "groups", None)
+        BC, new_BC = _conv(BC_BTcGN, self.conv_BC[...], BC_bias, old["conv_BC"], segment_ids, names, activation)
+        x, BC = checkpoint_name(x, "mamba_conv"), checkpoint_name(BC, "mamba_conv")
+        return x, BC, {} if new_x is None else {"conv_x": new_x, "conv_BC": new_BC}
 
     def _scan(self, x_BTHP, BC_BTcGN, dt_BTH, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array | None]:
         """The state space model, each device on its rows and heads."""
@@ -278,17 +280,13 @@ class Mamba2Mixer(nnx.Module):
 
     def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
         """Gate, norm in float32, output projection."""
-        gate, y = jax.nn.silu(z_BTHP.astype(jnp.float32)), y_BTHP.astype(jnp.float32)
         norm = self.config.gated_norm
         if norm is None:
-            y = y * gate
+            y = (y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))).astype(self.dtype)
         else:
-            y = y if norm.before_gate else y * gate
             n_groups = self.config.n_groups if norm.n_groups is None else norm.n_groups
-            y_grouped = rms_normalise(y.reshape(*y.shape[:2], n_groups, -1), norm.eps)
-            y = y_grouped.reshape(y.shape) * self.norm[...]
-            y = y * gate if norm.before_gate else y
-        y_BTHP = sharding.constrain(y.astype(self.dtype), "batch", "tokens", "heads", None)
+            y = gated_rms_norm(y_BTHP, z_BTHP, self.norm[...], norm.eps, n_groups, norm.before_gate, self.dtype)
+        y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
         y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
         return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
@@ -335,17 +333,3 @@ def _conv_step(x_BT, weight: nnx.Param, bias: nnx.Param | None, old, activation)
     y = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)).sum(1)
     y = y if bias is None else y + bias[...]
     return activation(y).astype(x_BT.dtype), window[:, 1:]
-
-
-def _join(arrays, lead: int, trail: int | None = None) -> jax.Array | None:
-    """Arrays concatenated along their flattened channels; `lead` axes stay in front, those from `trail` on behind."""
-    if arrays[0] is None:
-        return None
-    flat = [a.reshape(*a.shape[:lead], -1, *(a.shape[trail:] if trail else ())) for a in arrays]
-    return jnp.concatenate(flat, axis=lead)
-
-
-def _split(joined: jax.Array, like) -> list[jax.Array]:
-    """The inverse of `_join` for arrays [B, T, *channels]."""
-    cut = math.prod(like[0].shape[2:])
-    return [part.reshape(a.shape) for part, a in zip(jnp.split(joined, [cut], axis=2), like, strict=True)]

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMS norm (Zhang & Sennrich 2019), in float32 whatever the type of its input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm.layers import params
 
@@ -25,3 +28,52 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = params.use(self.weight, jnp.float32)
         return (rms_normalise(x, self.eps) * weight).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps: float, n_groups: int, before_gate: bool, dtype) -> jax.Array:
+    """norm(y * silu(z)) * weight, or norm(y) * weight * silu(z) with `before_gate`: [B, T, H, P] in `dtype`.
+
+    The norm is taken over each of n_groups equal parts of the channels H * P, everything in float32. Mamba-2's output
+    (Dao & Gu 2024, section 7). The gradient is written out: it keeps y, z and the roots, of which everything else
+    follows in one pass over y, z and the cotangent for each kind of sum and one for dy and dz.
+    """
+    return _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype)[0]
+
+
+def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype):
+    y, gate = y_BTHP.astype(jnp.float32), jax.nn.silu(z_BTHP.astype(jnp.float32))
+    u = y if before_gate else y * gate
+    root_BTG = checkpoint_name(jax.lax.rsqrt(_group_mean(jnp.square(u), n_groups) + eps), "mamba_root")
+    out = u * _per_channel(root_BTG, u.shape) * weight_HP.astype(jnp.float32)
+    out = out * gate if before_gate else out
+    return out.astype(dtype), (y_BTHP, z_BTHP, weight_HP, root_BTG)
+
+
+def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, saved, d_out):
+    y_BTHP, z_BTHP, weight_HP, root_BTG = saved
+    y, z, d_out = (a.astype(jnp.float32) for a in (y_BTHP, z_BTHP, d_out))
+    weight, sigmoid = weight_HP.astype(jnp.float32), jax.nn.sigmoid(z)
+    gate, d_gate = z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
+    u, d_normed = (y, d_out * gate) if before_gate else (y * gate, d_out)
+    root = _per_channel(root_BTG, y.shape)
+    normed = u * root
+    d_weight = (d_normed * normed).sum((0, 1))
+    d_u = d_normed * weight
+    d_u = root * (d_u - normed * _per_channel(_group_mean(d_u * normed, n_groups), y.shape))
+    d_y, d_z = (d_u, d_out * normed * weight * d_gate) if before_gate else (d_u * gate, d_u * y * d_gate)
+    return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
+
+
+gated_rms_norm.defvjp(_gated_rms_norm, _gated_rms_norm_bwd)
+
+
+def _group_mean(u_BTHP: jax.Array, n_groups: int) -> jax.Array:
+    """Means of the groups of channels, [B, T, n_groups]."""
+    return u_BTHP.reshape(*u_BTHP.shape[:2], n_groups, -1).mean(-1)
+
+
+def _per_channel(v_BTG: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Each group's value at all its channels, [B, T, H, P]."""
+    per_group = shape[2] * shape[3] // v_BTG.shape[2]
+    return jnp.broadcast_to(v_BTG[..., None], (*v_BTG.shape, per_group)).reshape(shape)

@@ -96,31 +96,7 @@ def use(param: nnx.Param, dtype) -> jax.Array:
     return sharding.gather_fsdp(param[...], dtype, param.get_metadata()["axes"])
 
 
-def project(x_BTD: jax.Array, weights: list[nnx.Param], biases: list[nnx.Param] | None = None) -> list[jax.Array]:
-    """Products of one input with several matrices [D, ...], each [B, T, ...], in the input's type.
-
-    Where the tensor axis is not split and there is more than one token, they are one matrix product.
-    """
-    batch, tokens, d_model = x_BTD.shape
-    arrays = [use(w, x_BTD.dtype) for w in weights]
-    shapes = [w.shape[1:] for w in arrays]
-    if fused(tokens):
-        w_DO = jnp.concatenate([w.reshape(d_model, -1) for w in arrays], axis=1)
-        y_BTO = x_BTD @ w_DO
-        cuts = [sum(math.prod(s) for s in shapes[: i + 1]) for i in range(len(shapes) - 1)]
-        outputs = [y.reshape(batch, tokens, *s) for y, s in zip(jnp.split(y_BTO, cuts, axis=-1), shapes, strict=True)]
-    else:
-        outputs = [jnp.tensordot(x_BTD, w, 1) for w in arrays]
-    if biases:
-        pairs = zip(outputs, biases, strict=False)
-        outputs = [y if b is None else y + use(b, y.dtype) for y, b in pairs]
-    return outputs
-
-
-def fused(tokens: int) -> bool:
-    """Whether products and convolutions of one input are computed as one.
-
-    Not under tensor parallelism, whose shards are whole heads, nor for one token, where putting the weights together
-    would cost more than the product.
-    """
-    return tokens > 1 and sharding.axis_size("tensor") == 1
+def project(x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+    """x @ weight [D, ...] + bias, [B, T, ...], in the input's type."""
+    y = jnp.tensordot(x_BTD, use(weight, x_BTD.dtype), 1)
+    return y if bias is None else y + use(bias, y.dtype)
