@@ -28,43 +28,37 @@ def _round_up(n, m):
     return -(-n // m) * m
 
 
-def decay_vectors(dt, a_log2, chunks):
-    """Cumulative log2 decay ``a`` and ``a - log2(dt)`` within chunks: ``[B, chunks, H, 2, 64]`` (dt ``[B, T, H]``)."""
+def decay_vectors(dt, a_log2, chunks, begun=None):
+    """Cumulative log2 decay ``a`` and ``a - log2(dt)`` within chunks: ``[B, chunks, H, 2, 64]`` (dt ``[B, T, H]``).
+
+    ``begun [B, chunks, 64]``: documents that begin in the chunk up to each token; each takes all weight away.
+    """
     dt = _chunked(dt, chunks)
     lower = jnp.tril(jnp.ones((TILE, TILE), jnp.float32))
     a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None], lower, precision=lax.Precision.HIGHEST)
+    if begun is not None:
+        a -= gpu_decay.BETWEEN_DOCUMENTS * begun[:, :, None]
     return jnp.stack([a, a - jnp.log2(dt)], axis=3)
 
 
-def document_starts(segment_ids):
-    """Index of the first token of each token's document ``[B, T]``; -1 in the row's first; padding takes part."""
-    real = segment_ids != 0
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    last = lax.cummax(jnp.where(real, index, -1), axis=1)
-    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    before_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    first = real & (before >= 0) & (before_id != segment_ids)
-    return lax.cummax(jnp.where(first, index, -1), axis=1)
-
-
 def document_vectors(segment_ids, chunks):
-    """Float32 ``[B, chunks, 4, 64]``: visible span, carry-in mask, carry-out mask, carry-through.
+    """What the kernels know of documents, float32 ``[B, chunks, 64]`` each: padding, and documents begun.
 
-    The span is -1 on padding, and 256 all over a chunk that lies inside one document begun before it, without padding.
+    The first is 1 on real tokens, 0 on padding (which takes part in the document before it), and 2 all over a chunk
+    without padding. The second counts the documents that begin in the chunk, up to each token; the row's first one does
+    not count, as it sees the initial state.
     """
     batch, tokens = segment_ids.shape
-    pad = chunks * TILE - tokens
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    start = document_starts(segment_ids).reshape(batch, chunks, TILE)
-    real = (segment_ids != 0).reshape(batch, chunks, TILE)
-    token = jnp.arange(chunks * TILE, dtype=jnp.int32).reshape(chunks, TILE)
-    begin = token[:, :1]
-    carried = start < begin
-    span = jnp.where(real, jnp.where(carried, 2 * TILE, token - start), -1)
-    span = jnp.where(jnp.all(span == 2 * TILE, axis=-1, keepdims=True), 4 * TILE, span)
-    end = start[..., -1:]
-    through = jnp.broadcast_to(end < begin, start.shape)
-    return jnp.stack([span, carried & real, start == end, through], axis=2).astype(jnp.float32)
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, chunks * TILE - tokens)))
+    real = segment_ids != 0
+    index = jnp.arange(chunks * TILE, dtype=jnp.int32)
+    before = lax.cummax(jnp.where(real, index, -1), axis=1)
+    before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    before_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    first = (real & (before >= 0) & (before_id != segment_ids)).reshape(batch, chunks, TILE)
+    real = real.reshape(batch, chunks, TILE)
+    real = jnp.where(real.all(-1, keepdims=True), 2.0, real.astype(jnp.float32))
+    return real, jnp.cumsum(first.astype(jnp.float32), axis=-1)
 
 
 def supports(
@@ -91,16 +85,13 @@ def choose_pieces(blocks, chunks):
     return max(1, min(SMS // blocks, chunks // 8))
 
 
-def piece_starts(local, ab, seg, init, reverse=False):
+def piece_starts(local, ab, init, reverse=False):
     """Start states of the pieces ``[B, pieces, H, 64, N]`` from their local end states and total decays."""
     batch, pieces, heads = local.shape[:3]
     chunks = ab.shape[1]
     size = _round_up(-(-chunks // pieces), 2)
     log_decay = jnp.pad(ab[:, :, :, 0, -1], ((0, 0), (0, pieces * size - chunks), (0, 0)))
     decay = jnp.exp2(log_decay.reshape(batch, pieces, size, heads).sum(2))
-    if seg is not None:
-        through = jnp.pad(seg[:, :, 3, -1], ((0, 0), (0, pieces * size - chunks)), constant_values=1.0)
-        decay *= through.reshape(batch, pieces, size).min(2)[..., None]
     order = range(pieces - 1, -1, -1) if reverse else range(pieces)
     states, state = {}, jnp.zeros_like(local[:, 0]) if init is None else init
     for p in order:
@@ -109,7 +100,7 @@ def piece_starts(local, ab, seg, init, reverse=False):
     return jnp.stack([states[p] for p in range(pieces)], axis=1)
 
 
-def run_walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
+def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
     """Walk with start state ``init [B, H, 64, N]`` (None: zero), cut into pieces where one row cannot fill the device.
 
     Returns (y or None, final state or None, states or None), as ``cfg`` asks.
@@ -120,10 +111,10 @@ def run_walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
     starts = None if init is None else init[:, None]
     if pieces > 1:
         first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_init=False, has_d=False)
-        [local] = gpu_walk.walk(first, x, ab, b_mat, None, seg, None, None)
-        starts = piece_starts(local, ab, seg, init, cfg.reverse)
+        [local] = gpu_walk.walk(first, x, ab, b_mat, None, real, None, None)
+        starts = piece_starts(local, ab, init, cfg.reverse)
     main = replace(pieces=pieces, has_init=starts is not None)
-    outs = iter(gpu_walk.walk(main, x, ab, b_mat, c_mat, seg, d, starts))
+    outs = iter(gpu_walk.walk(main, x, ab, b_mat, c_mat, real, d, starts))
     y = next(outs) if cfg.emit_y else None
     final = next(outs)[:, 0 if cfg.reverse else -1] if cfg.emit_final else None
     return y, final, (next(outs) if cfg.emit_states else None)
@@ -160,6 +151,11 @@ def _real_dt(dt, ids):
     return dt if ids is None else jnp.where((ids != 0)[..., None], dt, 0.0)
 
 
+def _cleared(v, ids):
+    """``v [B, T, G, N]`` (or its first tokens) with zeros on padding."""
+    return v if ids is None else jnp.where((ids[:, : v.shape[1]] != 0)[..., None, None], v, 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
     """y and final state (None unless ``with_final``) for widths the kernels take.
@@ -172,19 +168,19 @@ def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
 def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_states):
     cfg = _config(x, b_mat, d, ids, interpret)
     cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
-    seg = None if ids is None else document_vectors(ids, cfg.chunks)
     if cfg.heads % gpu_decay.HEADS == 0 and not interpret:
-        ab = gpu_decay.decays(dt, a, seg, cfg.chunks)
+        ab, real = gpu_decay.decays(dt, a, ids, cfg.chunks)
     else:
-        ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks)
-    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, seg, None if d is None else d.astype(jnp.float32), init)
-    return y, final, states, ab, seg
+        real, begun = (None, None) if ids is None else document_vectors(ids, cfg.chunks)
+        ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks, begun)
+    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, real, None if d is None else d.astype(jnp.float32), init)
+    return y, final, states, ab, real
 
 
 def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
-    y, final, states, ab, seg = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
+    y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
     states = checkpoint_name(states, "ssd_states")
-    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, seg)
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real)
 
 
 def choose_splits(blocks, heads):
@@ -200,30 +196,20 @@ def _spans(v):
     return v.reshape(v.shape[0], -1, 2, *v.shape[2:])
 
 
-def _decay_grads(net, end, seg):
+def _decay_grads(net, end):
     """d loss / d log decay ``[B, chunks, 64, H]`` of each token.
 
-    The log decay of token t acts on all pairs j < t <= i of one document: the sum of ``net = dy . y - x . v`` over
-    tokens i >= t of the span and document, plus what reaches the span's end. net ``[B, spans, 2, H, 64]``, end
-    ``[B, spans, H]``.
+    The log decay of token t acts on all pairs j < t <= i: the sum of ``net = dy . y - x . v`` over tokens i >= t of the
+    span, plus what reaches the span's end. Documents that begin behind t cancel in it. net ``[B, spans, 2, H, 64]``,
+    end ``[B, spans, H]``.
     """
     same = jnp.triu(jnp.ones((TILE, TILE), jnp.float32))
-    if seg is None:
-        grads = jnp.einsum("bkshi,ti->bksth", net, same, precision=lax.Precision.HIGHEST)
-        later = jnp.stack([net[:, :, 1].sum(-1) + end, end], axis=2)[:, :, :, None]
-        return (grads + later).reshape(net.shape[0], -1, TILE, net.shape[3])
-    seg = _spans(seg)
-    reach, carried, last, through = (seg[:, :, :, i] for i in range(4))
-    token = jnp.arange(TILE, dtype=jnp.float32)
-    same = jnp.where(token - token[:, None] <= reach[..., None, :], same, 0.0)
-    grads = jnp.einsum("bkshi,bksti->bksth", net, same, precision=lax.Precision.HIGHEST)
-    across = (net[:, :, 1] * carried[:, :, 1, None]).sum(-1) + end * through[:, :, 1, :1]
-    later = last[..., None] * jnp.stack([across, end], axis=2)[:, :, :, None]
-    grads = jnp.where(reach[..., None] == 0.0, 0.0, grads + later)
-    return grads.reshape(net.shape[0], -1, TILE, net.shape[3])
+    grads = jnp.einsum("bkshi,ti->bksth", net, same, precision=lax.Precision.HIGHEST)
+    later = jnp.stack([net[:, :, 1].sum(-1) + end, end], axis=2)[:, :, :, None]
+    return (grads + later).reshape(net.shape[0], -1, TILE, net.shape[3])
 
 
-def _rounded_start(init, dy, c_mat, ab, seg, r_states):
+def _rounded_start(init, dy, c_mat, ab, ids, r_states):
     """What the rounding of the caller's float32 state to bfloat16 takes from ``dy . y`` ``[B, 2, H, 64]`` and <R, h>.
 
     Where decays are weak the gradient of A is a small difference of large sums over this state.
@@ -232,16 +218,13 @@ def _rounded_start(init, dy, c_mat, ab, seg, r_states):
     rest = (init - lax.reduce_precision(init, 8, 7)).astype(jnp.bfloat16)
     ends = jnp.exp2(ab[:, :2, :, 0, -1])
     decay = jnp.exp2(ab[:, :2, :, 0])
-    if seg is not None:
-        ends *= seg[:, :2, 3, -1:]
-        decay *= seg[:, :2, None, 1]
     decay = jnp.stack([decay[:, 0], decay[:, 1] * ends[:, 0, :, None]], axis=1)
 
     def first(v):
         v = v[:, : 2 * TILE]
         return jnp.pad(v, ((0, 0), (0, 2 * TILE - v.shape[1]), (0, 0), (0, 0)))
 
-    c_mat, dy = first(c_mat), first(dy)
+    c_mat, dy = first(_cleared(c_mat[:, : 2 * TILE], ids)), first(_cleared(dy[:, : 2 * TILE], ids))
     rest_g = rest.reshape(batch, c_mat.shape[2], -1, TILE, rest.shape[-1])
     y = jnp.einsum("bign,bgrpn->bigrp", c_mat, rest_g, preferred_element_type=jnp.float32)
     rows = (y.reshape(dy.shape) * dy.astype(jnp.float32)).sum(-1).reshape(batch, 2, TILE, heads).swapaxes(2, 3)
@@ -251,56 +234,57 @@ def _rounded_start(init, dy, c_mat, ab, seg, r_states):
 
 def _joined(parts, tokens, odd=None):
     """Sum of parts of dB or dC ``[B, splits, chunks, 64, G, N]`` as ``[B, T, G, N]``; ``odd`` goes to odd chunks."""
-    total = parts.sum(1)
+    total = parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
     if odd is not None:
         total += jnp.pad(odd.sum(1)[:, :, None], ((0, 0), (0, 0), (1, 0)) + 3 * ((0, 0),)).reshape(total.shape)
     return total.reshape(total.shape[0], -1, *total.shape[3:])[:, :tokens]
 
 
-def _skip_grad(d, x, dy, source, ids):
-    if d is None:
-        return None
-    if d.ndim == 1:
-        return source[:, :, :, 2].sum((0, 1, 3)).astype(d.dtype)
-    product = dy.astype(jnp.float32) * x.astype(jnp.float32)
-    if ids is not None:
-        product = jnp.where((ids != 0)[..., None, None], product, 0.0)
-    return product.sum((0, 1)).astype(d.dtype)
-
-
-def _core_bwd(with_final, interpret, residuals, cotangents):
-    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, seg = residuals
-    dy, d_final = cotangents
-    cfg = _config(x, b_mat, d, ids, interpret)
-    batch, heads = cfg.batch, cfg.heads
-    back = dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
-    _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, seg, None, d_final)
-    splits = choose_splits(batch * cfg.groups * cfg.chunks, heads // cfg.groups)
-    grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
-    out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, seg, _skip_rows(d))
-
+def _dt_grads(out, dt, a, ids):
+    """``gpu_decay.gradients`` by XLA, for any number of heads."""
+    batch, tokens, heads = dt.shape
     source = out["source"]
-    if seg is not None:
-        source = jnp.where(seg[:, :, None, None, 0] >= 0.0, source, 0.0)
     x_v, x_v_state = source[:, :, :, 0], source[:, :, :, 1]
     net = _spans(out["target"] - x_v)
     net += jnp.pad(out["cross"][:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
     end = _spans(x_v_state).sum((2, 4)) + out["state"].sum(-1)
-    if init is not None:
-        rows, state = _rounded_start(init, dy, c_mat, ab, seg, r_states)
-        net, end = net.at[:, 0].add(rows), end.at[:, 0].add(state)
 
     def by_token(v):
-        return v.reshape(batch, -1, heads)[:, : cfg.tokens]
+        return v.reshape(batch, -1, heads)[:, :tokens]
 
-    log_decay = by_token(_decay_grads(net, end, seg))
-    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, 2.0**-gpu_grads.SMALLEST_DT) + a * log_decay
+    log_decay = by_token(_decay_grads(net, end))
+    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, gpu_decay.SMALLEST_DT) + a * log_decay
     if ids is not None:
         d_dt = jnp.where((ids != 0)[..., None], d_dt, 0.0)
     d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))
+    return d_dt, d_a, (source[:, :, :, 2].sum((0, 1, 3)) if source.shape[3] == 3 else None)
+
+
+def _core_bwd(with_final, interpret, residuals, cotangents):
+    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real = residuals
+    dy, d_final = cotangents
+    cfg = _config(x, b_mat, d, ids, interpret)
+    batch, heads = cfg.batch, cfg.heads
+    back = dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
+    _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, real, None, d_final)
+    splits = choose_splits(batch * cfg.groups * cfg.chunks, heads // cfg.groups)
+    grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
+    out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, real, _skip_rows(d))
+
+    if init is not None:
+        rows, state = _rounded_start(init, dy, c_mat, ab, ids, r_states)
+        out["target"], out["state"] = out["target"].at[:, :2].add(rows), out["state"].at[:, 0, :, 0].add(state)
+    if heads % gpu_decay.HEADS == 0 and not interpret:
+        sums = (out["source"], out["target"], out["cross"], out["state"])
+        d_dt, d_a, d_d = gpu_decay.gradients(*sums, dt, a, ids, cfg.has_d)
+    else:
+        d_dt, d_a, d_d = _dt_grads(out, dt, a, ids)
+    if d is not None:
+        if d.ndim == 2:
+            d_d = _cleared(dy.astype(jnp.float32) * x.astype(jnp.float32), ids).sum((0, 1))
+        d_d = d_d.astype(d.dtype)
     d_b = _joined(out["d_b"], cfg.tokens).astype(b_mat.dtype)
     d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(c_mat.dtype)
-    d_d = _skip_grad(d, x, dy, source, ids)
     return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
 
 
@@ -324,9 +308,8 @@ def ssd_gpu(
 ):
     """The scan of ``pallas_kernels.ssd.api.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
 
-    Padding has to hold finite numbers of x, and of y's gradient.
-
-    Any head width is cut or padded into heads of 64, any state size padded to a multiple of 64.
+    Padding may hold anything. Any head width is cut or padded into heads of 64, any state size padded to a multiple
+    of 64.
     """
     del chunk
     batch, tokens, heads, width = x.shape
@@ -350,9 +333,6 @@ def ssd_gpu(
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
-    if ids is not None:
-        real = (ids != 0)[..., None, None]
-        b_mat, c_mat = jnp.where(real, b_mat, 0), jnp.where(real, c_mat, 0)
     dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)
     core = jax.checkpoint(_core, static_argnums=(8, 9)) if states == "recompute" else _core
     y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state, interpret)

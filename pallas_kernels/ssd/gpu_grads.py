@@ -3,16 +3,16 @@
 
 A thread block owns the tile ``half`` of one span of 128 tokens and loops over the heads of a group, so that dB and dC
 are summed over heads in registers. With ``h`` the state at the span's start, ``R`` the gradient of the state at its
-end, ``W_ij = dt_j exp2(a_i - a_j)``, ``M_ij = (C_i . B_j) W_ij`` rounded to bfloat16 (zero unless i >= j in one
-document), ``e_i`` the decay from the span's start to i and ``u_j`` that from j to its end, times dt_j,
+end, ``W_ij = dt_j exp2(a_i - a_j)``, ``M_ij = (C_i . B_j) W_ij`` rounded to bfloat16 (zero unless i >= j), ``e_i``
+the decay from the span's start to i and ``u_j`` that from j to its end, times dt_j,
 
     v_j = sum_i M_ij dy_i + u_j R B_j          dx_j = v_j + D dy_j          y_i = sum_j M_ij x_j + e_i h C_i
     dB_j = sum_heads sum_i dS_ij C_i + u_j x_j R                            dS_ij = W_ij (dy_i . x_j)
     dC_i = sum_heads sum_j dS_ij B_j + e_i dy_i h
 
-and the sums ``x_j . v_j``, ``dy_i . y_i`` from which XLA forms ddt and dA. Both sums use the same rounded M, so what
-does not cross a token cancels to float32 accuracy. A dt below 2^-64 counts as 2^-64, so that ddt = x . v / dt + ...
-holds for 0.
+and the sums ``x_j . v_j``, ``dy_i . y_i`` from which ``gpu_decay`` forms ddt and dA. Both sums use the same rounded M,
+so what does not cross a token cancels to float32 accuracy. A dt below 2^-64 counts as 2^-64, so that
+ddt = x . v / dt + ... holds for 0.
 
 Four warpgroups: ``source`` (pair terms, dx), ``target`` (y, dC), ``db`` and a producer that streams the heads' tiles
 through shared memory. Pairs are kept transposed ([j, i]), so that the product with dy takes M from registers.
@@ -27,16 +27,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.gpu_walk import BF16_TRANSFORMS, COL, ROW, TILE
+from pallas_kernels.ssd.gpu_walk import BF16_TRANSFORMS, COL, ROW, TILE, named_body
 
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
 SMALLEST_DT = 64.0  # minus its log2
 LARGEST = 126.0  # log2 of the largest weight of a pair that is masked afterwards
 SMS = 132
-# Of a thread of the warpgroups source, target, db and the producer, without and with documents. Other splits of the
-# same sum make ptxas run all matrix products one by one (C7512): look at its output after any change.
-REGISTERS = {False: (216, 152, 120, 24), True: (224, 144, 120, 24)}
+# Of a thread of the warpgroups source, target, db and the producer. Other splits of the same sum make ptxas run all
+# matrix products one by one (C7512): look at its output after any change.
+REGISTERS = (216, 152, 120, 24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Grads:
     @property
     def block_heads(self) -> int:
         return self.heads // (self.groups * self.splits)
+
+    @property
+    def db_dtype(self):
+        """One part is the gradient itself."""
+        return self.dtype if self.splits == 1 and self.whole else jnp.float32
 
     def tiles(self, k) -> int:
         """Pairs of tiles that end in or start from tile ``k`` of a span, here."""
@@ -136,10 +141,10 @@ def _zeros(n):
 
 
 class _Tokens:
-    """Decays and masks of the tile ``half`` of one head, read from shared memory."""
+    """Decays of the tile ``half`` of one head, read from shared memory."""
 
-    def __init__(self, cfg, smem, slot, half):
-        self.cfg, self.half, self.seg = cfg, half, smem["seg"]
+    def __init__(self, smem, slot, half):
+        self.half = half
         self.ab, self.slot = smem["ab"], slot
 
     def a(self, layout=ROW, half=None):
@@ -155,17 +160,11 @@ class _Tokens:
 
     def through(self, half):
         """Decay across one whole tile."""
-        decay = jnp.exp2(self.end(half))
-        return decay * self.seg[half, 3, TILE - 1] if self.cfg.segments else decay
-
-    def mask(self, row, layout=ROW, half=None):
-        return plgpu.load(self.seg.at[self.half if half is None else half, row], layout=layout, optimized=False)
+        return jnp.exp2(self.end(half))
 
     def to_end(self):
         """u_j: dt_j and the decay from token j to the end of the span."""
         u = jnp.exp2(self.end(self.half) - self.b())
-        if self.cfg.segments:
-            u *= jnp.where(self.mask(0) >= 0.0, self.mask(2), 0.0)
         if self.half == 1:
             return u
         return u * self.through(1)
@@ -173,33 +172,50 @@ class _Tokens:
     def from_start(self):
         """e_i: decay from the start of the span to token i."""
         e = jnp.exp2(self.a())
-        if self.cfg.segments:
-            e *= self.mask(1)
         if self.half == 0:
             return e
         return e * self.through(0)
 
 
-def _visible(cfg, smem, half, pair, values):
-    """``values`` [j, i] of the pairs within a tile (``pair`` 0) or from the first tile to the second one, else 0."""
-    tok = _Tokens(cfg, smem, 0, half)
-    if pair == 0:
-        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-        cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
-        values = jnp.where(rows <= cols, values, 0.0)
-        if cfg.segments:
-            values = jnp.where((cols - rows).astype(jnp.float32) <= _cols(tok.mask(0, COL)), values, 0.0)
-    elif cfg.segments:
-        values = jnp.where(_cols(tok.mask(1, COL, 1)) > 0.0, values, 0.0)
-        values = jnp.where(_rows(tok.mask(2, ROW, 0)) > 0.0, values, 0.0)
-    if cfg.segments:
-        values = jnp.where(_rows(tok.mask(0)) >= 0.0, values, 0.0)
-    return values
+def _causal(pair, values):
+    """``values`` [j, i] of the pairs within a tile (``pair`` 0) with j <= i, or from the first tile to the second."""
+    if pair:
+        return values
+    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
+    cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+    return jnp.where(rows <= cols, values, 0.0)
+
+
+def _clear_padding(cfg, smem, *tiles):
+    """Zeros on the padding of tiles ``([64 tokens, n], half)``, which may hold anything; rare, and costs a branch.
+
+    Every warpgroup does so before it reads them: they write the same values.
+    """
+    if not cfg.segments:
+        return
+    full = smem["real"][0, 0]
+    if len({half for _, half in tiles}) > 1:
+        full = jnp.minimum(full, smem["real"][1, 0])
+
+    @pl.when(full < 1.5)
+    def _():
+        for tile, half in tiles:
+            real = _rows(plgpu.load(smem["real"].at[half], layout=ROW, optimized=False)) > 0.0
+            for n in range(0, tile.shape[-1], TILE):
+                part = tile.at[:, pl.ds(n, TILE)]
+                part[...] = jnp.where(real, _load(part), 0.0).astype(cfg.dtype)
+        plgpu.commit_smem()
+
+
+def _head_tiles(cfg, k, smem, slot):
+    """Tiles of one head that the pairs read, with their halves."""
+    tiles = [(smem["x"].at[slot], k), (smem["dy"].at[slot, 0], k)]
+    return tiles + [(smem["dy"].at[slot, 1], 1)] * (cfg.tiles(k) == 2)
 
 
 def _source_head(cfg, k, carry, smem, slot, i, bars):
     """One head: its share of dS (transposed), dx, x . v and its part through the state."""
-    tok = _Tokens(cfg, smem, slot, k)
+    tok = _Tokens(smem, slot, k)
     x_ref, dy_ref, dy1_ref = smem["x"].at[slot], smem["dy"].at[slot, 0], smem["dy"].at[slot, 1]
 
     def weight(pair):
@@ -262,26 +278,27 @@ def _source_head(cfg, k, carry, smem, slot, i, bars):
     if cfg.has_d:
         dy = _load(dy_ref)
         vectors.append(jnp.sum(x * dy, axis=1))
-        skip = dy * _cols(plgpu.load(smem["d"].at[slot], layout=COL, optimized=False))
-        v += jnp.where(_rows(tok.mask(0)) >= 0.0, skip, 0.0) if cfg.segments else skip
+        v += dy * _cols(plgpu.load(smem["d"].at[slot], layout=COL, optimized=False))
     return new, v, vectors
 
 
 def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     b, span, group, split, head0 = idx
     chunk = span * 2 + k
+    _clear_padding(cfg, smem, (smem["b"], k), (smem["c"], k), (smem["c1"], 1))
     for pair in range(cfg.tiles(k) if cfg.whole else 0):
 
         def scores(acc):
             acc.add(smem["b"], smem["c1" if pair else "c"].T)
             return acc.get()
 
-        smem["scores"][pair] = _visible(cfg, smem, k, pair, _accumulate(cfg, scores, TILE)).astype(cfg.dtype)
+        smem["scores"][pair] = _causal(pair, _accumulate(cfg, scores, TILE)).astype(cfg.dtype)
     plgpu.commit_smem()
 
     def step(i, carry):
         slot = lax.rem(i, cfg.stages)
         plgpu.barrier_wait(bars["full"].at[slot])
+        _clear_padding(cfg, smem, *_head_tiles(cfg, k, smem, slot))
         carry, dx, vectors = _source_head(cfg, k, carry, smem, slot, i, bars)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -297,7 +314,7 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     if cfg.pairs:
         plgpu.barrier_wait(bars["m_empty"].at[0])
         for pair, ds in enumerate(carry):
-            smem["m"][pair] = _visible(cfg, smem, k, pair, ds).astype(cfg.dtype)
+            smem["m"][pair] = _causal(pair, ds).astype(cfg.dtype)
         plgpu.commit_smem()
         if cfg.whole:
             plgpu.barrier_arrive(bars["ds_full"].at[0])
@@ -308,7 +325,7 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
 
 def _target_head(cfg, k, d_c, smem, slot, bars):
     """One head: its share of dC through the state; dy . y in the tile and from the first tile to the second."""
-    tok = _Tokens(cfg, smem, slot, k)
+    tok = _Tokens(smem, slot, k)
     x_ref, dy_ref, h_ref = smem["x"].at[slot], smem["dy"].at[slot, 0], smem["h"].at[slot]
     e = tok.from_start()
 
@@ -338,10 +355,12 @@ def _target_head(cfg, k, d_c, smem, slot, bars):
 
 def _target_warpgroup(cfg, k, idx, outs, smem, bars):
     b, span, group, split, head0 = idx
+    _clear_padding(cfg, smem, (smem["c"], k))
 
     def step(i, d_c):
         slot = lax.rem(i, cfg.stages)
         plgpu.barrier_wait(bars["full"].at[slot])
+        _clear_padding(cfg, smem, *_head_tiles(cfg, k, smem, slot))
         rows = _target_head(cfg, k, d_c, smem, slot, bars)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -393,7 +412,8 @@ def _db_warpgroup(cfg, k, idx, outs, smem, bars):
     def step(i, d_b):
         slot = lax.rem(i, cfg.stages)
         plgpu.barrier_wait(bars["full"].at[slot])
-        tok = _Tokens(cfg, smem, slot, k)
+        _clear_padding(cfg, smem, (smem["x"].at[slot], k))
+        tok = _Tokens(smem, slot, k)
         weights = tok.to_end().astype(cfg.dtype)
         d_b.add(plgpu.load(smem["x"].at[slot], layout=WGMMA) * _rows(weights), smem["r"].at[slot])
         if k == 1:
@@ -414,7 +434,7 @@ def _db_warpgroup(cfg, k, idx, outs, smem, bars):
                 d_b.add(smem["m"].at[pair], smem["c1" if pair else "c"])
         return d_b.get()
 
-    outs["d_b"][b, split, span * 2 + k, :, group] = _accumulate(cfg, work, cfg.state)
+    outs["d_b"][b, split, span * 2 + k, :, group] = _accumulate(cfg, work, cfg.state).astype(cfg.db_dtype)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -473,7 +493,7 @@ def _outputs(cfg):
         "source": f32((*tokens, 2 + cfg.has_d, TILE)),  # x . v, its part through the state, dy . x
         "target": f32((*tokens, TILE)),  # dy . y without the pairs of a second tile with the first
         "state": f32((*spans, TILE)),  # <R, h> by row of the states, decayed over the span
-        "d_b": f32((cfg.batch, cfg.splits, cfg.chunks, *rest)),
+        "d_b": jax.ShapeDtypeStruct((cfg.batch, cfg.splits, cfg.chunks, *rest), cfg.db_dtype),
         "d_c": f32((cfg.batch, cfg.splits, cfg.chunks, *rest)),  # without the pairs of "cross"
     }
     if cfg.pairs:
@@ -487,7 +507,7 @@ def _outputs(cfg):
 
 
 def _body(cfg, *refs):
-    names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["seg"] * cfg.segments + ["d"] * cfg.has_d
+    names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["real"] * cfg.segments + ["d"] * cfg.has_d
     given = cfg.pairs and not cfg.whole
     names += ["scores"] * given
     ins, outs = dict(zip(names, refs)), dict(zip([*_outputs(cfg), "dx"], refs[len(names) :]))
@@ -512,7 +532,7 @@ def _body(cfg, *refs):
         "c1": tile((TILE, n)),
         "out": tile((TILE, TILE)),
         "m": tile((2, TILE, TILE)),
-        "seg": plgpu.SMEM((2, 4, TILE), jnp.float32) if cfg.segments else None,
+        "real": plgpu.SMEM((2, TILE), jnp.float32) if cfg.segments else None,
         "scores": tile((2, TILE, TILE)),
         "part": plgpu.SMEM((TILE, TILE), jnp.float32, transforms=F32_TRANSFORMS),
         "source": plgpu.SMEM((2 + cfg.has_d, TILE), jnp.float32),
@@ -551,12 +571,12 @@ def _body(cfg, *refs):
             if given:
                 plgpu.copy_gmem_to_smem(ins["scores"].at[b, span * 2 + half, group], smem["scores"], bar)
             if cfg.segments:
-                plgpu.copy_gmem_to_smem(ins["seg"].at[b, pl.ds(span * 2, 2)], smem["seg"], bar)
+                plgpu.copy_gmem_to_smem(ins["real"].at[b, pl.ds(span * 2, 2)], smem["real"], bar)
             by_half(lambda cfg, k: _produce(cfg, k, idx, ins, smem, bars))
 
         @pl.when(wg == 3)
         def _():
-            plgpu.set_max_registers(REGISTERS[cfg.segments][3], action="decrease")
+            plgpu.set_max_registers(REGISTERS[3], action="decrease")
             if cfg.interpret:
                 produce()
             else:
@@ -566,7 +586,7 @@ def _body(cfg, *refs):
 
             @pl.when(wg == number)
             def _():
-                count = REGISTERS[cfg.segments][number]
+                count = REGISTERS[number]
                 plgpu.set_max_registers(count, action="increase" if count > 128 else "decrease")
                 plgpu.barrier_wait(bars["start"].at[0])
                 by_half(lambda cfg, k: work(cfg, k, idx, outs, smem, bars))
@@ -574,10 +594,11 @@ def _body(cfg, *refs):
     pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
 
-def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d, scores=None):
+@functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
+def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d, scores=None):
     out = _outputs(cfg) | {"dx": jax.ShapeDtypeStruct(x.shape, cfg.dtype)}
     kernel = plgpu.kernel(
-        functools.partial(_body, cfg),
+        named_body("ssd_gradients", _body, cfg),
         out_type=list(out.values()),
         grid=(cfg.batch * cfg.groups * cfg.splits * cfg.chunks,),
         grid_names=("block",),
@@ -590,59 +611,52 @@ def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d, scores=None):
         ),
         interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
     )
-    args = [x, dy, ab, b_mat, c_mat, h, r, seg if cfg.segments else None, d if cfg.has_d else None, scores]
+    args = [x, dy, ab, b_mat, c_mat, h, r, real if cfg.segments else None, d if cfg.has_d else None, scores]
     return dict(zip(out, kernel(*(v for v in args if v is not None))))
 
 
-def _by_tile(v, chunks):
-    """[B, T, G, N] -> [B, chunks, 64, G, N], zeros behind T"""
+def _by_tile(v, real, chunks):
+    """[B, T, G, N] -> [B, chunks, 64, G, N], zeros behind T and on padding"""
     v = jnp.pad(v, ((0, 0), (0, chunks * TILE - v.shape[1]), (0, 0), (0, 0)))
-    return v.reshape(v.shape[0], chunks, TILE, *v.shape[2:])
+    v = v.reshape(v.shape[0], chunks, TILE, *v.shape[2:])
+    return v if real is None else jnp.where(real[..., None, None] > 0.0, v, 0)
 
 
-def _score_tiles(cfg, b_mat, c_mat, seg):
-    """Masked scores [j, i] of each tile with itself and with the next one: ``[B, chunks, G, 2, 64, 64]``."""
-    b_mat, c_mat = _by_tile(b_mat, cfg.chunks), _by_tile(c_mat, cfg.chunks)
+def _score_tiles(cfg, b_mat, c_mat):
+    """Scores [j, i] of each tile with itself (zero unless j <= i) and the next one: ``[B, chunks, G, 2, 64, 64]``."""
     c_mat = jnp.stack([c_mat, jnp.roll(c_mat, -1, axis=1)], axis=2)
     scores = jnp.einsum("bcjgn,bcpign->bcgpji", b_mat, c_mat, preferred_element_type=jnp.float32)
     token = jnp.arange(TILE)
     within = token[:, None] <= token
-    if seg is None:
-        masks = jnp.stack([within, jnp.ones_like(within)])
-    else:
-        reach, carried, last, _ = (seg[:, :, row] for row in range(4))
-        within &= (token - token[:, None]) <= reach[:, :, None, :]
-        across = (jnp.roll(carried, -1, axis=1)[:, :, None, :] > 0) & (last[..., None] > 0)
-        masks = jnp.stack([within, across], axis=2)[:, :, None] & (reach >= 0)[:, :, None, None, :, None]
-    return jnp.where(masks, scores, 0.0).astype(cfg.dtype)
+    return jnp.where(jnp.stack([within, jnp.ones_like(within)]), scores, 0.0).astype(cfg.dtype)
 
 
-def _columns_in_parts(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d):
+def _columns_in_parts(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d):
     """``grads`` for more columns than shared memory holds: pairs with the first ones, the rest through the states."""
     width = cfg.state // 2
     first = dataclasses.replace(cfg, state=width, whole=False)
     second = dataclasses.replace(cfg, state=width, column=width, whole=False, pairs=False, has_d=False)
-    one = _call(first, x, dy, ab, b_mat, c_mat, h, r, seg, d, _score_tiles(cfg, b_mat, c_mat, seg))
-    two = _call(second, x, dy, ab, b_mat, c_mat, h, r, seg, None)
+    b_tiles, c_tiles = _by_tile(b_mat, real, cfg.chunks), _by_tile(c_mat, real, cfg.chunks)
+    one = _call(first, x, dy, ab, b_mat, c_mat, h, r, real, d, _score_tiles(cfg, b_tiles, c_tiles))
+    two = _call(second, x, dy, ab, b_mat, c_mat, h, r, real, None)
     out = {name: one[name] + two[name] for name in ("target", "state", "dx")}
     out["source"] = one["source"].at[:, :, :, :2].add(two["source"])
     out["cross"] = one["cross"]
     d_s = one["d_s"].astype(jnp.float32).sum(1).astype(cfg.dtype)
     d_s, d_across = d_s[:, :, :, 0], d_s[:, ::2, :, 1]
-    b_mat, c_mat = _by_tile(b_mat, cfg.chunks), _by_tile(c_mat, cfg.chunks)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    d_b = product("bcgji,bcign->bcjgn", d_s, c_mat)
-    d_b = d_b.at[:, ::2].add(product("bcgji,bcign->bcjgn", d_across, c_mat[:, 1::2]))
-    d_c = product("bcgji,bcjgn->bcign", d_s, b_mat)
-    out["d_c_cross"] = product("bcgji,bcjgn->bcign", d_across, b_mat[:, ::2])[:, None]
+    d_b = product("bcgji,bcign->bcjgn", d_s, c_tiles)
+    d_b = d_b.at[:, ::2].add(product("bcgji,bcign->bcjgn", d_across, c_tiles[:, 1::2]))
+    d_c = product("bcgji,bcjgn->bcign", d_s, b_tiles)
+    out["d_c_cross"] = product("bcgji,bcjgn->bcign", d_across, b_tiles[:, ::2])[:, None]
     for name, within in (("d_b", d_b), ("d_c", d_c)):
         out[name] = (jnp.concatenate([one[name], two[name]], axis=-1).sum(1) + within)[:, None]
     return out
 
 
-def grads(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d):
+def grads(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d):
     """All gradients by name, see ``_outputs``; ``dx`` is ``[B, T, H, 64]``, d_b and d_c are parts of the heads.
 
     h and r ``[B, chunks / 2, H, 64, N]``: the state at the start of each span and the gradient of that at its end.
     """
-    return (_call if cfg.state <= 2 * TILE else _columns_in_parts)(cfg, x, dy, ab, b_mat, c_mat, h, r, seg, d)
+    return (_call if cfg.state <= 2 * TILE else _columns_in_parts)(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d)

@@ -13,7 +13,8 @@ Forward (``emit_y``), chunked SSD (Dao and Gu 2024, section 6): with ``a`` the w
     state = exp2(a_end) state + sum_j exp2(a_end - b_j) x_j B_j^T
 
 Without ``emit_y`` only the state is walked; ``reverse`` walks it from the end of the sequence with the weights
-``exp2(a_i)``, which is the recurrence of the state's gradient (``x`` := dy, ``B`` := C).
+``exp2(a_i)``, which is the recurrence of the state's gradient (``x`` := dy, ``B`` := C). Documents are in the decays
+(``gpu_decay``).
 
 Barriers: ``full`` and ``empty`` of each slot of the ring between the producer and everyone else; ``m_full`` and
 ``m_empty`` between the scores' and the state warpgroups. y overwrites x, so a slot is given back one chunk later. No
@@ -87,7 +88,7 @@ class Walk:
 
     @property
     def _stage_bytes(self) -> int:
-        vectors = 4 * TILE * (2 * self.block_heads + 4 * self.segments)
+        vectors = 4 * TILE * (2 * self.block_heads + self.segments)
         return self.block_heads * TILE_BYTES + vectors + 2 * TILE * self.state * (1 + self.emit_y)
 
     @property
@@ -98,6 +99,13 @@ class Walk:
     @property
     def piece_chunks(self) -> int:
         return -(-self.chunks // (2 * self.pieces)) * 2
+
+
+def named_body(name, body, *args):
+    """A kernel's body with its first arguments, under the name that profiles show."""
+    body = functools.partial(body, *args)
+    body.__name__ = name
+    return body
 
 
 def matmul(a, b, shape, acc=None, interpret=False):
@@ -134,29 +142,30 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
 
 
-def _whole(smem, slot):
-    """Whether the chunk lies inside one document begun before it, without padding: no masks then."""
-    return smem["seg"][slot, 0, 0] > 3.0 * TILE
+def _clear_padding(cfg, smem, slot, *tiles):
+    """Zeros on the padding of tiles ``[64 tokens, n]`` of a chunk, which may hold anything; rare, and costs a branch.
 
-
-def _masked_scores(cfg, slot, scores, smem):
-    """Scores B_j . C_i, zero unless j <= i in one document."""
-
-    def causal(scores):
-        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
-        cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
-        return jnp.where(rows <= cols, scores, 0.0)
-
-    def in_document(scores):
-        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
-        span = plgpu.load(smem["seg"].at[slot, 0], layout=COL)
-        token = plgpu.layout_cast(lax.iota(jnp.int32, TILE), COL)
-        first = token - span.astype(jnp.int32)
-        return jnp.where(rows >= _col(first, TILE), causal(scores), 0.0)
-
+    Every warpgroup does so before it reads them: they write the same values.
+    """
     if not cfg.segments:
-        return causal(scores)
-    return lax.cond(_whole(smem, slot), causal, in_document, scores)
+        return
+
+    @pl.when(smem["real"][slot, 0] < 1.5)
+    def _():
+        real = _row(plgpu.load(smem["real"].at[slot], layout=ROW), TILE) > 0.0
+        for tile in tiles:
+            for n in range(0, tile.shape[-1], TILE):
+                part = tile.at[:, pl.ds(n, TILE)]
+                value = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                part[...] = jnp.where(real, value, 0.0).astype(cfg.dtype)
+        plgpu.commit_smem()
+
+
+def _causal(scores):
+    """Scores B_j . C_i, zero unless j <= i."""
+    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
+    cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(rows <= cols, scores, 0.0)
 
 
 def _decayed(cfg, scores, a_col, b_row):
@@ -195,6 +204,7 @@ def _walk_scores(cfg, idx, smem, bars):
         @pl.when(i + 1 < steps)
         def _():
             plgpu.barrier_wait(bars["full"].at[after])
+            _clear_padding(cfg, smem, after, smem["b"].at[after], smem["c"].at[after])
 
         def ahead(acc):  # of an old slot, unused, at the last chunk
             plgpu.wgmma(acc, smem["b"].at[after], smem["c"].at[after].T)
@@ -208,13 +218,14 @@ def _walk_scores(cfg, idx, smem, bars):
             out = matmul(smem["b"].at[after], smem["c"].at[after].T, (TILE, TILE), None, True)
         else:
             out = pl.run_scoped(ahead, plgpu.ACC((TILE, TILE), jnp.float32))
-        return _masked_scores(cfg, after, out, smem)
+        return _causal(out)
 
     @pl.when(steps > 0)
     def _():
         plgpu.barrier_wait(bars["full"].at[0])
+        _clear_padding(cfg, smem, 0, smem["b"].at[0], smem["c"].at[0])
         out = matmul(smem["b"].at[0], smem["c"].at[0].T, (TILE, TILE), None, cfg.interpret)
-        lax.fori_loop(0, steps, step, _masked_scores(cfg, 0, out, smem))
+        lax.fori_loop(0, steps, step, _causal(out))
 
     for i in range(cfg.score_stages):  # leave no arrival unobserved
 
@@ -224,34 +235,18 @@ def _walk_scores(cfg, idx, smem, bars):
                 plgpu.barrier_wait(bars["m_empty"].at[lax.rem(steps + i, cfg.score_stages), lh])
 
 
-def _skip(cfg, smem, slot, lh, d):
-    """Factor of x in y ``[P, tokens]``: D, but zero on padding."""
-    rows = None if d is not None else _row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE)
-    if not cfg.segments:
-        return d if rows is None else rows
-
-    real = plgpu.load(smem["seg"].at[slot, 0], layout=COL) >= 0.0
-    if rows is None:
-        return _col(jnp.where(real, d, 0.0), TILE)
-    return jnp.where(_col(real, TILE), rows, 0.0)
-
-
 def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
     """One chunk of one head: returns the new state; y overwrites x and its copy out is started."""
     slot = lax.rem(i, cfg.stages)
-    ab, seg, x_ref = smem["ab"], smem["seg"], smem["x"].at[slot, lh]
+    ab, x_ref = smem["ab"], smem["x"].at[slot, lh]
     a_end = ab[slot, lh, 0, TILE - 1]
     decay = jnp.exp2(a_end)
-    if cfg.segments:
-        decay *= seg[slot, 3, TILE - 1]
 
     def weighted(x):
         if cfg.reverse:
             weight = jnp.exp2(plgpu.load(ab.at[slot, lh, 0], layout=COL))
         else:
             weight = jnp.exp2(a_end - plgpu.load(ab.at[slot, lh, 1], layout=COL))
-        if cfg.segments:
-            weight *= plgpu.load(seg.at[slot, 1 if cfg.reverse else 2], layout=COL)
         return (x.astype(jnp.float32) * _col(weight, TILE)).astype(cfg.dtype)
 
     def transposed():
@@ -275,11 +270,9 @@ def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
         y, x = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
     xw = weighted(x)
     e_col = jnp.exp2(plgpu.load(ab.at[slot, lh, 0], layout=COL))
-    if cfg.segments:
-        e_col *= plgpu.load(seg.at[slot, 1], layout=COL)
     y *= _col(e_col, TILE)
     if cfg.has_d:
-        y += x.astype(jnp.float32) * _skip(cfg, smem, slot, lh, d)
+        y += x.astype(jnp.float32) * (_row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE) if d is None else d)
     release()
     ring = lax.rem(i, cfg.score_stages)
     m_ref = smem["m"].at[ring, lh]
@@ -335,6 +328,8 @@ def _walk_states(cfg, idx, outs, init_g, d_g, smem, bars, lh):
                 plgpu.copy_smem_to_gmem(smem["h"].at[lh], states_g.at[b, lax.div(chunk, 2), head])
 
         plgpu.barrier_wait(bars["full"].at[slot])
+        tiles = [smem["x"].at[slot, lh], smem["b"].at[slot]] + ([smem["c"].at[slot]] if cfg.emit_y else [])
+        _clear_padding(cfg, smem, slot, *tiles)
 
         def release():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too: all have read x
@@ -368,8 +363,8 @@ def _walk_states(cfg, idx, outs, init_g, d_g, smem, bars, lh):
 
 
 def _produce(cfg, idx, ins, smem, full, empty):
-    x_g, ab_g, seg_g, b_g, c_g = ins
-    x_s, ab_s, seg_s, b_s, c_s = (smem[name] for name in ("x", "ab", "seg", "b", "c"))
+    x_g, ab_g, real_g, b_g, c_g = ins
+    x_s, ab_s, real_s, b_s, c_s = (smem[name] for name in ("x", "ab", "real", "b", "c"))
     b, h0, _, first, steps = idx
     group = lax.div(h0, cfg.heads // cfg.groups)
 
@@ -388,7 +383,7 @@ def _produce(cfg, idx, ins, smem, full, empty):
             plgpu.copy_gmem_to_smem(c_g.at[b, rows, group], c_s.at[slot], bar)
         plgpu.copy_gmem_to_smem(ab_g.at[b, chunk, pl.ds(h0, cfg.block_heads)], ab_s.at[slot], bar)
         if cfg.segments:
-            plgpu.copy_gmem_to_smem(seg_g.at[b, chunk], seg_s.at[slot], bar)
+            plgpu.copy_gmem_to_smem(real_g.at[b, chunk], real_s.at[slot], bar)
         for lh in range(cfg.block_heads):
             plgpu.copy_gmem_to_smem(x_g.at[b, rows, h0 + lh], x_s.at[slot, lh], bar)
         return None
@@ -405,7 +400,7 @@ def _body(cfg, *refs):
     it = iter(refs)
     x_g, ab_g, b_g = next(it), next(it), next(it)
     c_g = next(it) if cfg.emit_y else None
-    seg_g = next(it) if cfg.segments else None
+    real_g = next(it) if cfg.segments else None
     d_g = next(it) if cfg.has_d else None
     init_g = next(it) if cfg.has_init else None
     y_g = next(it) if cfg.emit_y else None
@@ -425,7 +420,7 @@ def _body(cfg, *refs):
     scratch = {
         "x": tile((s, hb, TILE, TILE)),
         "ab": plgpu.SMEM((s, hb, 2, TILE), jnp.float32),
-        "seg": plgpu.SMEM((s, 4, TILE), jnp.float32) if cfg.segments else None,
+        "real": plgpu.SMEM((s, TILE), jnp.float32) if cfg.segments else None,
         "b": tile((s, TILE, n)),
         "c": tile((s, TILE, n)) if cfg.emit_y else None,
         "h": tile((hb, TILE, n)) if cfg.emit_states or cfg.state_in_memory else None,
@@ -459,7 +454,7 @@ def _body(cfg, *refs):
         @pl.when(wg == cfg.warpgroups)
         def _():
             plgpu.set_max_registers(24, action="decrease")
-            _produce(cfg, idx, (x_g, ab_g, seg_g, b_g, c_g), smem, bars["full"], bars["empty"])
+            _produce(cfg, idx, (x_g, ab_g, real_g, b_g, c_g), smem, bars["full"], bars["empty"])
 
     pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
@@ -473,10 +468,11 @@ def _registers(cfg):
     return 176, 128
 
 
-def walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
+@functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
+def walk(cfg, x, ab, b_mat, c_mat, real, d, init):
     """Run the walk; returns the list of outputs that ``cfg`` asks for: y, final states, states.
 
-    x ``[B, T, H, 64]``; ab ``[B, chunks, H, 2, 64]``; b_mat, c_mat ``[B, T, G, N]``; seg ``[B, chunks, 4, 64]``;
+    x ``[B, T, H, 64]``; ab ``[B, chunks, H, 2, 64]``; b_mat, c_mat ``[B, T, G, N]``; real ``[B, chunks, 64]``;
     d ``[H]`` or ``[H, 64]``; init, final ``[B, pieces, H, 64, N]`` float32; states ``[B, chunks / 2, H, 64, N]``.
     """
     out = []
@@ -486,10 +482,10 @@ def walk(cfg, x, ab, b_mat, c_mat, seg, d, init):
         out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.pieces, cfg.heads, TILE, cfg.state), jnp.float32))
     if cfg.emit_states:
         out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.chunks // 2, cfg.heads, TILE, cfg.state), cfg.dtype))
-    args = [x, ab, b_mat, c_mat if cfg.emit_y else None, seg if cfg.segments else None, d if cfg.has_d else None]
+    args = [x, ab, b_mat, c_mat if cfg.emit_y else None, real if cfg.segments else None, d if cfg.has_d else None]
     args.append(init if cfg.has_init else None)
     kernel = plgpu.kernel(
-        functools.partial(_body, cfg),
+        named_body("ssd_reverse_walk" if cfg.reverse else "ssd_walk", _body, cfg),
         out_type=out,
         grid=(cfg.batch, cfg.pieces, cfg.heads // cfg.block_heads),
         grid_names=("batch", "piece", "heads"),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the Hopper kernels of ssd in Mosaic's interpreter, as a process: `ssd_gpu_interpreted.py CASE...`.
+"""Runs the Hopper kernels of ssd in Mosaic's interpreter: `ssd_gpu_interpreted.py CASE... CASE_WITH_PADDING`.
+
+The kernels of the decays, which serve multiples of 64 heads alone, are compared with their versions in XLA.
 
 One thread of a thread block waits for another: XLA must have enough of them (NPROC in the environment), whatever the
 machine has. Products are plain ones here (``interpret`` of the kernels); barriers, slots, masks and layouts of the
@@ -10,16 +12,18 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import oracle
-from pallas_kernels.ssd import cases, gpu
+from pallas_kernels.layouts import make_segment_ids
+from pallas_kernels.ssd import cases, gpu, gpu_decay
 
 # Few long rows, so that they are cut into pieces.
 PIECES = cases.Case("pieces", 1, 2060, 2, 64, 1, 64, layout="packed", initial=True, final=True)
 
 
-def evaluate(inputs: dict, settings: dict) -> dict:
-    """Outputs and gradients of `sum(output * weight)` by name."""
+def evaluate(inputs: dict, settings: dict, padding=None) -> dict:
+    """Outputs and gradients of `sum(output * weight)` by name; the gradient of y is NaN where ``padding [B, T]``."""
     arrays, fixed = oracle.split(inputs)
 
     def call(arrays):
@@ -28,12 +32,15 @@ def evaluate(inputs: dict, settings: dict) -> dict:
         out = gpu.ssd_gpu(*positional, **given, **settings, interpret=True)
         return out if isinstance(out, tuple) else (out,)
 
-    def loss(arrays):
-        out = call(arrays)
-        weights = oracle.make_weights([o.shape for o in out])
-        return sum(jnp.vdot(o.astype(jnp.float32), w) for o, w in zip(out, weights, strict=True)), out
+    @jax.jit
+    def both(arrays):
+        out, pull = jax.vjp(call, arrays)
+        weights = [jnp.asarray(w, o.dtype) for o, w in zip(out, oracle.make_weights([o.shape for o in out]))]
+        if padding is not None:
+            weights[0] = jnp.where(padding[..., None, None], jnp.nan, weights[0])
+        return out, pull(tuple(weights))[0]
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    out, grads = both(arrays)
     return {f"out{i}": o for i, o in enumerate(out)} | {f"d{name}": grad for name, grad in grads.items()}
 
 
@@ -54,6 +61,49 @@ def compare(case) -> bool:
     return good
 
 
+def ignores_padding(case) -> bool:
+    """Whether NaN in all padding changes nothing, in outputs and gradients."""
+    inputs, settings = cases.make_inputs(case, "bfloat16"), cases.make_settings(case)
+    padding = inputs["segment_ids"] == 0
+    dirty = dict(inputs)
+    for name in ("x", "dt", "B", "C"):
+        dirty[name] = inputs[name].copy()
+        dirty[name][padding] = np.nan
+    clean, found = evaluate(inputs, settings), evaluate(dirty, settings, padding)
+    bad = [name for name in clean if not np.array_equal(np.asarray(clean[name]), np.asarray(found[name]))]
+    print(f"{case.name}: padding changes {', '.join(bad) or 'nothing'}")
+    return not bad
+
+
+def decay_kernels(layout, interpret=True) -> bool:
+    """Whether the kernels of decays and of their gradients agree with XLA."""
+    batch, tokens, heads, chunks = 2, 200, 64, 4
+    rng = np.random.default_rng(4)
+    dt = np.exp(rng.uniform(np.log(1e-6), np.log(80.0), (batch, tokens, heads))).astype(np.float32)
+    dt[:, ::7] = 0.0
+    dt, a = jnp.asarray(dt), -jnp.asarray(rng.uniform(0.1, 16.0, heads), jnp.float32)
+    ids = make_segment_ids(layout, batch, tokens, seed=1)
+    ids = None if ids is None else jnp.asarray(ids)
+    ab, padding = gpu_decay.decays(dt, a, ids, chunks, interpret)
+    real, begun = (None, None) if ids is None else gpu.document_vectors(ids, chunks)
+    expected = gpu.decay_vectors(gpu._real_dt(dt, ids), a * gpu.LOG2E, chunks, begun)
+    good = np.allclose(ab, expected, rtol=1e-5, atol=1e-4) and (ids is None or np.array_equal(padding, real))
+
+    dt = jnp.maximum(dt, 0.01)  # x . v / dt of a smaller one would hide the rest
+    shapes = {"source": (chunks, heads, 3), "target": (chunks, heads), "cross": (2, heads), "state": (2, heads)}
+    sums = {
+        name: jnp.asarray(rng.standard_normal((batch, *shape, gpu.TILE)), jnp.float32) for name, shape in shapes.items()
+    }
+    found = gpu_decay.gradients(*sums.values(), dt, a, ids, True, interpret)
+    expected = gpu._dt_grads(sums, dt, a, ids)
+    errors = [oracle.relative_rms(v, np.asarray(w, np.float64)) for v, w in zip(found, expected, strict=True)]
+    print(f"decays of {layout} documents: {'as' if good else 'NOT as'} by XLA, gradients {max(errors):.1e} of 1e-05")
+    return good and max(errors) < 1e-5
+
+
 if __name__ == "__main__":
     known = cases.CASES | {PIECES.name: PIECES}
-    sys.exit(0 if all([compare(known[name]) for name in sys.argv[1:]]) else 1)
+    *names, dirty = sys.argv[1:]
+    good = [compare(known[name]) for name in names]
+    good += [ignores_padding(known[dirty]), decay_kernels("scattered")]
+    sys.exit(0 if all(good) else 1)

@@ -44,25 +44,28 @@ def documents(ids):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])
-def test_document_vectors_say_which_pairs_see_each_other(layout):
+def test_document_vectors_say_where_documents_begin(layout):
     ids = make_segment_ids(layout, 2, TOKENS, seed=5)
-    vectors = np.asarray(gpu.document_vectors(jnp.asarray(ids), CHUNKS))
+    real, begun = np.asarray(gpu.document_vectors(jnp.asarray(ids), CHUNKS))
+    before = np.asarray(gpu.gpu_decay.last_real_before(jnp.asarray(ids), CHUNKS))
     padded = np.pad(ids, ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS)))
-    for row, span_carry in zip(padded, vectors, strict=True):
-        document = documents(row)
+    for row in range(2):
+        document = documents(padded[row])
         for chunk in range(CHUNKS):
-            span, carry_in, carry_out, through = span_carry[chunk]
-            own = document[chunk * gpu.TILE : (chunk + 1) * gpu.TILE]
-            real = row[chunk * gpu.TILE : (chunk + 1) * gpu.TILE] != 0
-            before = document[chunk * gpu.TILE - 1] if chunk else 0
-            i, j = np.arange(gpu.TILE)[:, None], np.arange(gpu.TILE)
-            visible = (j <= i) & (i - j <= span[:, None])
-            np.testing.assert_array_equal(visible, (j <= i) & (own[:, None] == own) & real[:, None])
-            whole = (own == before).all() and real.all()
-            np.testing.assert_array_equal(span == 4 * gpu.TILE, np.full(gpu.TILE, whole))
-            np.testing.assert_array_equal(carry_in, (own == before) & real)
-            np.testing.assert_array_equal(carry_out, own == own[-1])
-            np.testing.assert_array_equal(through, np.full(gpu.TILE, own[-1] == before))
+            own = slice(chunk * gpu.TILE, (chunk + 1) * gpu.TILE)
+            is_real = padded[row, own] != 0
+            np.testing.assert_array_equal(real[row, chunk], np.where(is_real.all(), 2, is_real))
+            carried = document[chunk * gpu.TILE - 1] if chunk else 0
+            np.testing.assert_array_equal(begun[row, chunk], document[own] - carried)
+            earlier = np.flatnonzero(padded[row, : own.start])
+            assert before[row, chunk] == (earlier[-1] if earlier.size else -1)
+
+
+def test_last_real_token_in_two_passes(monkeypatch):
+    ids = jnp.asarray(make_segment_ids("scattered", 2, TOKENS, seed=5))
+    expected = gpu.gpu_decay.last_real_before(ids, CHUNKS)
+    monkeypatch.setattr(gpu.gpu_decay, "MOST_PAIRS", 0)
+    np.testing.assert_array_equal(gpu.gpu_decay.last_real_before(ids, CHUNKS), expected)
 
 
 def test_decay_vectors_are_cumulative_sums_and_hide_the_tail():
@@ -83,12 +86,10 @@ def test_piece_starts_equal_the_walk(reverse, layout):
     pieces, heads, chunks = 3, 2, 10
     ids = make_segment_ids(layout, 1, chunks * gpu.TILE, seed=2)
     dt = jnp.asarray(rng.random((1, chunks * gpu.TILE, heads), np.float32) * 0.01)
-    ab = gpu.decay_vectors(dt, -jnp.ones(heads), chunks)
-    seg = None if ids is None else gpu.document_vectors(jnp.asarray(ids), chunks)
+    begun = None if ids is None else gpu.document_vectors(jnp.asarray(ids), chunks)[1]
+    ab = gpu.decay_vectors(dt, -jnp.ones(heads), chunks, begun)
     update = rng.standard_normal((chunks, heads, 1, 1)).astype(np.float32)
     decay = np.exp2(np.asarray(ab)[0, :, :, 0, -1])[..., None, None]
-    if seg is not None:
-        decay = decay * np.asarray(seg)[0, :, 3, -1][:, None, None, None]
 
     def run(state, order):
         for chunk in order:
@@ -99,7 +100,7 @@ def test_piece_starts_equal_the_walk(reverse, layout):
     parts = [list(range(p * size, min((p + 1) * size, chunks)))[:: -1 if reverse else 1] for p in range(pieces)]
     init = rng.standard_normal((heads, 1, 1)).astype(np.float32)
     local = np.stack([run(np.zeros_like(init), part) for part in parts])
-    starts = np.asarray(gpu.piece_starts(jnp.asarray(local[None]), ab, seg, jnp.asarray(init[None]), reverse))[0]
+    starts = np.asarray(gpu.piece_starts(jnp.asarray(local[None]), ab, jnp.asarray(init[None]), reverse))[0]
     state = init
     for p in reversed(range(pieces)) if reverse else range(pieces):
         np.testing.assert_allclose(starts[p], state, rtol=1e-5, atol=1e-6)
@@ -129,27 +130,21 @@ def interpret(*names):
 @needs_interpreter
 @pytest.mark.quick
 def test_kernels_interpreted():
-    interpret("scattered", "pieces")
+    interpret("scattered", "pieces", "interior")
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_kernels_interpreted_on_all_cases():
-    interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES))
+    interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES), "scattered")
 
 
 @pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("layout", ["dense", "scattered"])
-def test_decay_kernel_equals_the_vectors(layout):
-    rng = np.random.default_rng(4)
-    dt = np.exp(rng.uniform(np.log(1e-6), np.log(80.0), (2, TOKENS, 128))).astype(np.float32)
-    dt[:, ::7] = 0.0
-    a, ids = -rng.uniform(0.1, 16.0, 128).astype(np.float32), make_segment_ids(layout, 2, TOKENS, seed=1)
-    seg = None if ids is None else gpu.document_vectors(jnp.asarray(ids), CHUNKS)
-    found = np.asarray(gpu.gpu_decay.decays(jnp.asarray(dt), jnp.asarray(a), seg, CHUNKS))
-    real = dt if ids is None else np.where(ids[..., None] != 0, dt, 0.0)
-    expected = np.asarray(gpu.decay_vectors(jnp.asarray(real), jnp.asarray(a) * gpu.LOG2E, CHUNKS))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+def test_decay_kernels_equal_xla(layout):
+    from tests.ops.ssd_gpu_interpreted import decay_kernels
+
+    assert decay_kernels(layout, interpret=False)
 
 
 @pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
