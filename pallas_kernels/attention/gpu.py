@@ -111,8 +111,8 @@ def attention_gpu(
     decode = _decode_masks(forward, places, n_keys)
     same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
     backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
-    key_ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(places, n_keys, forward.block_q, forward.block_k))
-    query_ranges = gpu_masks.query_ranges(*gpu_masks.block_pairs(places, n_keys, backward.block_q, backward.block_k))
+    key_ranges = gpu_masks.key_ranges(places, n_keys, forward.block_q, forward.block_k)
+    query_ranges = gpu_masks.query_ranges(places, n_keys, backward.block_q, backward.block_k)
     if isinstance(key_ranges, np.ndarray):  # fewer loops where it is known that they are empty
         lo, a, b, hi = np.moveaxis(key_ranges, 2, 0)
         forward = forward.replace(first_masked=bool((a > lo + 1).any()), last_masked=bool((b < hi).any()))
@@ -154,7 +154,7 @@ def _decode_masks(forward: Forward, places: gpu_masks.Places, n_keys: int) -> _M
     group = forward.heads // forward.kv_heads
     start, end, q_ids = (a if a is None else a.repeat(group, axis=1) for a in places[:3])
     packed = places._replace(start_MT=start, end_MT=end, q_ids_MT=q_ids)
-    ranges = gpu_masks.key_ranges(*gpu_masks.block_pairs(packed, n_keys, kernel.block_q, kernel.block_k))
+    ranges = gpu_masks.key_ranges(packed, n_keys, kernel.block_q, kernel.block_k)
     keys = gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE)
     return _Masks(gpu_masks.query_rows(packed, kernel.block_q), keys, ranges, ranges)
 

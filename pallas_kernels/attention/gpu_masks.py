@@ -78,55 +78,73 @@ def _stack(arrays, length: int, fills):
     return xp.stack(padded, axis=1)
 
 
+def _blocks(array, width: int):
+    """[M, n] -> [M, blocks, width], the last value repeated to whole blocks."""
+    array = _module(array).pad(array, ((0, 0), (0, -array.shape[1] % width)), mode="edge")
+    return array.reshape(array.shape[0], -1, width)
+
+
+def _limits(array, where=None):
+    """(lowest, highest) of every block, of those `where` says."""
+    xp = _module(array)
+    if where is None:
+        return array.min(2), array.max(2)
+    return xp.where(where, array, _HIGH).min(2), xp.where(where, array, _LOW).max(2)
+
+
 def block_pairs(places: Places, n_keys: int, block_q: int, block_k: int):
     """(anything visible, everything visible), bool [M, Q, J]; never too little of the former or too much of the latter.
 
     "Everything" takes no notice of queries behind the last, whose results go nowhere.
     """
 
-    def blocks(array, width):
-        xp = _module(array)
-        array = xp.pad(array, ((0, 0), (0, -array.shape[1] % width)), mode="edge")
-        return array.reshape(array.shape[0], -1, width)
-
-    def limits(array, where=None):
-        xp = _module(array)
-        if where is None:
-            return array.min(2), array.max(2)
-        return xp.where(where, array, _HIGH).min(2), xp.where(where, array, _LOW).max(2)
-
-    start, end = blocks(places.start_MT, block_q), blocks(places.end_MT, block_q)
+    start, end = _blocks(places.start_MT, block_q), _blocks(places.end_MT, block_q)
     position = np.arange(n_keys, dtype=np.int32)[None] if places.k_position_MS is None else places.k_position_MS
-    low, top = (limit[:, None] for limit in limits(blocks(position, block_k)))
+    low, top = (limit[:, None] for limit in _limits(_blocks(position, block_k)))
     seeing = start < end
-    some = (limits(start, seeing)[0][:, :, None] <= top) & (limits(end, seeing)[1][:, :, None] > low)
-    whole = (limits(start)[1][:, :, None] <= low) & (limits(end)[0][:, :, None] > top)
+    some = (_limits(start, seeing)[0][:, :, None] <= top) & (_limits(end, seeing)[1][:, :, None] > low)
+    whole = (_limits(start)[1][:, :, None] <= low) & (_limits(end)[0][:, :, None] > top)
     whole = whole & (np.arange(1, low.shape[2] + 1) * block_k <= n_keys)
     if places.q_ids_MT is not None:
-        q_ids, k_ids = blocks(places.q_ids_MT, block_q), blocks(places.k_ids_MS, block_k)
-        (q_low, q_top), (k_low, k_top) = limits(q_ids, q_ids != 0), limits(k_ids, k_ids != -1)
+        q_ids, k_ids = _blocks(places.q_ids_MT, block_q), _blocks(places.k_ids_MS, block_k)
+        (q_low, q_top), (k_low, k_top) = _limits(q_ids, q_ids != 0), _limits(k_ids, k_ids != -1)
         some = some & (q_low[:, :, None] <= k_top[:, None]) & (k_low[:, None] <= q_top[:, :, None])
-        (q_low, q_top), (k_low, k_top) = limits(q_ids), limits(k_ids)
+        (q_low, q_top), (k_low, k_top) = _limits(q_ids), _limits(k_ids)
         same = (q_low[:, :, None] == k_low[:, None]) & (q_top[:, :, None] == k_top[:, None])
         whole = whole & same & (q_low == q_top)[:, :, None]
     return some, whole
 
 
-def key_ranges(some, whole):
+def key_ranges(places: Places, n_keys: int, block_q: int, block_k: int):
     """[M, Q, 4] int32: key blocks lo..hi to visit for each query block, at least one, a..b of them without masks."""
-    lo, a, b, hi = _ranges(some, whole, 2)
+    if places.q_ids_MT is None and places.k_position_MS is None:
+        lo, a, b, hi = _ranges_of_bounds(places, block_q, block_k)
+    else:
+        lo, a, b, hi = _ranges(*block_pairs(places, n_keys, block_q, block_k), 2)
     xp = _module(lo)
     empty = hi == 0
     a, b = (xp.where(a == b, lo, limit) for limit in (a, b))
     return xp.stack([lo, a, b, xp.where(empty, 1, hi)], axis=2).astype(np.int32)
 
 
-def query_ranges(some, whole):
+def query_ranges(places: Places, n_keys: int, block_q: int, block_k: int):
     """[M, J, 4] int32: query blocks lo..hi to visit for each key block, perhaps none, a..b of them without masks."""
-    lo, a, b, hi = _ranges(some, whole, 1)
+    lo, a, b, hi = _ranges(*block_pairs(places, n_keys, block_q, block_k), 1)
     xp = _module(lo)
     a, b = (xp.where(a == b, hi, limit) for limit in (a, b))
     return xp.stack([lo, a, b, hi], axis=2).astype(np.int32)
+
+
+def _ranges_of_bounds(places: Places, block_q: int, block_k: int):
+    """`_ranges` of `block_pairs` over keys where bounds say all, in few operations."""
+    start, end = _blocks(places.start_MT, block_q), _blocks(places.end_MT, block_q)
+    xp = _module(start)
+    first, last = _limits(start, start < end)[0], _limits(end, start < end)[1]
+    empty = first >= last
+    lo, hi = xp.where(empty, 0, first // block_k), xp.where(empty, 0, -(-last // block_k))
+    a, b = -(-_limits(start)[1] // block_k), _limits(end)[0] // block_k
+    none = empty | (a >= b)
+    return lo, xp.where(none, lo, a), xp.where(none, lo, b), hi
 
 
 def _ranges(some, whole, axis: int):

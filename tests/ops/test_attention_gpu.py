@@ -88,12 +88,11 @@ def test_masks_and_block_ranges(queries, keys, layout, causal, window, offset, p
     assert (told[:, :queries, :keys] == seen).all()
     assert not told[:, queries:].any()
     assert not told[:, :, keys:].any()
-    some, whole = gpu_masks.block_pairs(places, keys, *blocks)
     real = np.arange(n_q * q_block) < queries
     for row, rows, columns in zip(
         told,
-        np.asarray(gpu_masks.key_ranges(some, whole)),
-        np.asarray(gpu_masks.query_ranges(some, whole)),
+        np.asarray(gpu_masks.key_ranges(places, keys, *blocks)),
+        np.asarray(gpu_masks.query_ranges(places, keys, *blocks)),
         strict=True,
     ):
         tiles = row.reshape(n_q, q_block, n_k, k_block)
@@ -109,10 +108,26 @@ def test_masks_and_block_ranges(queries, keys, layout, causal, window, offset, p
             assert full[a:b, j].all()
 
 
+@settings(max_examples=100)
+@given(
+    sizes=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 60),
+    offset=st.integers(-60, 100),
+    blocks=st.sampled_from([(16, 8), (8, 16), (24, 8), (8, 8)]),
+)
+def test_block_ranges_by_bounds_alone(sizes, causal, window, offset, blocks):
+    """Without ids and positions the ranges come from the bounds: as those from pairs of blocks."""
+    places = gpu_masks.make_places(*sizes, causal, window, None, None, offset)
+    index = np.zeros((1, sizes[1]), np.int32) + np.arange(sizes[1], dtype=np.int32)
+    expected = gpu_masks.key_ranges(places._replace(k_position_MS=index), sizes[1], *blocks)
+    np.testing.assert_array_equal(gpu_masks.key_ranges(places, sizes[1], *blocks), expected)
+
+
 def test_blocks_that_documents_and_windows_hide_are_skipped():
     def visited(window=None, ids=None):
         places = gpu_masks.make_places(4096, 4096, True, window, ids and (ids[0], ids[0]), None, 0)
-        lo, a, b, hi = np.moveaxis(gpu_masks.key_ranges(*gpu_masks.block_pairs(places, 4096, 128, 128)), 2, 0)
+        lo, a, b, hi = np.moveaxis(gpu_masks.key_ranges(places, 4096, 128, 128), 2, 0)
         return int((hi - lo).sum()), int((b - a).sum())
 
     assert visited() == (32 * 33 // 2, 32 * 31 // 2)
