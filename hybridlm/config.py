@@ -58,7 +58,7 @@ class ModelConfig:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of matrices at use; parameters are float32."""
     remat: str = "none"
-    """What the backward recomputes: none, full, dots, mixer, or the comma-separated names of what is kept."""
+    """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "norm_eps", "init_std", "logit_softcap"):

@@ -5,6 +5,7 @@ none     nothing: every intermediate is kept.
 full     everything in a sublayer but its input.
 dots     everything but the results of matrix products without batch dims: the projections are kept.
 mixer    everything inside sequence mixers, of which only the input is kept; feed-forward sublayers keep theirs.
+kernels  everything but what matrix products, scans and attention give (KERNELS): nothing that is slow to make again.
 a,b,...  everything but a sublayer's input and the intermediates with these names, see NAMES.
 """
 
@@ -17,7 +18,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.layers.mlp import FeedForward
 from hybridlm.layers.moe import MoEFeedForward
 
-POLICIES = ("none", "full", "dots", "mixer")
+POLICIES = ("none", "full", "dots", "mixer", "kernels")
 NAMES = {
     "sublayer_norm": "normed input of a sublayer",
     "mamba_zx": "Mamba-2: gate and inner input, before the convolution",
@@ -38,12 +39,20 @@ NAMES = {
     "attention_v": "attention: values",
     "attention_gate": "attention: pre-activation of the output gate",
     "attention_out": "attention: input of the output projection",
+    "attention_kept": "attention: output before the gate, and log-sum-exp, from which its backward starts",
     "mlp_in": "MLP: result of the first product",
     "mlp_hidden": "MLP: input of the last product",
     "moe_logits": "MoE: router logits",
     "moe_routed": "MoE: output of the routed experts, weighed and added up",
 }
 """Intermediates that a custom policy can keep."""
+
+KERNELS = (
+    "mamba_zx", "mamba_BC", "mamba_dt", "mamba_ssd", "ssd_states", "mamba_root", "mamba1_xz", "mamba1_low",
+    "mamba1_scan", "attention_q", "attention_k", "attention_v", "attention_gate", "attention_out", "attention_kept",
+    "mlp_in", "moe_logits", "moe_routed",
+)  # fmt: skip
+"""What the policy `kernels` keeps."""
 
 
 def check(remat: str) -> None:
@@ -67,5 +76,6 @@ def wrap(function: Callable, remat: str, mixer: nnx.Module, *, in_loop: bool) ->
     elif remat == "dots":
         policy = policies.dots_with_no_batch_dims_saveable
     else:
-        policy = policies.save_only_these_names(*(name.strip() for name in remat.split(",")))
+        names = KERNELS if remat == "kernels" else (name.strip() for name in remat.split(","))
+        policy = policies.save_only_these_names(*names)
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)

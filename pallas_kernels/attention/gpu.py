@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import gpu_backward, gpu_forward, gpu_masks
 from pallas_kernels.attention.gpu_backward import Backward
@@ -222,7 +223,8 @@ def _run_forward(forward, q, k, v, gate, sinks, masks):
 def _attend_forward(forward, backward, q, k, v, gate, sinks, masks, decode):
     del decode
     out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, masks)
-    return out, (q, k, v, gate, sinks, masks, *(ungated or [out]), lse)
+    kept = checkpoint_name((*(ungated or [out]), lse), "attention_kept")
+    return out, (q, k, v, gate, sinks, masks, *kept)
 
 
 def _attend_backward(forward, backward, residuals, dout):

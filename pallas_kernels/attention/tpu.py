@@ -12,6 +12,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import block_pairs, tpu_backward, tpu_decode, tpu_forward
 from pallas_kernels.attention.block_pairs import Places
@@ -299,8 +300,8 @@ def _attend(s: Settings, q, k, v, gate, sink_rows, masks):
 
 def _attend_forward(s: Settings, q, k, v, gate, sink_rows, masks):
     found = _run_forward(s, q, k, v, gate, sink_rows, masks, residuals=True)
-    ungated = found.get("ungated", found["out"])
-    return found["out"], (q, k, v, gate, sink_rows, masks, ungated, found["log_sum"])
+    kept = checkpoint_name((found.get("ungated", found["out"]), found["log_sum"]), "attention_kept")
+    return found["out"], (q, k, v, gate, sink_rows, masks, *kept)
 
 
 def _attend_backward(s: Settings, residuals, dout):

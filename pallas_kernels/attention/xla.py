@@ -14,6 +14,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
 
@@ -291,7 +292,8 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings
     total_BKRT = jnp.where(seen_BKRT, total_BKRT, 1)
     out_BKRTV = (sum_BKRTV / total_BKRT[..., None]).astype(q_BKRTP.dtype)
     log_sum_BKRT = jnp.where(seen_BKRT, top_BKRT + jnp.log(total_BKRT), 0)
-    return out_BKRTV, (q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places, out_BKRTV, log_sum_BKRT)
+    kept = checkpoint_name((out_BKRTV, log_sum_BKRT), "attention_kept")
+    return out_BKRTV, (q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places, *kept)
 
 
 def _attend_backward(settings: _Settings, residuals, dout_BKRTV):

@@ -32,7 +32,7 @@ def expected():
     return value_and_grads(build(small(PATTERN)))
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "mixer", "mamba_ssd, attention_out,mlp_hidden"])
+@pytest.mark.parametrize("policy", ["full", "dots", "mixer", "kernels", "mamba_ssd, attention_out,mlp_hidden"])
 def test_equals_none(policy, expected):
     loss, grads = value_and_grads(build(small(PATTERN, remat=policy)))
     check_close(loss, expected[0], dtype="float32", what="loss")
@@ -48,9 +48,12 @@ def residual_bytes(policy: str, pattern: str) -> int:
 
 
 def test_policies_keep_less():
-    sizes = {policy: residual_bytes(policy, PATTERN) for policy in ("none", "mixer", "dots", "mlp_hidden", "full")}
+    sizes = {
+        policy: residual_bytes(policy, PATTERN) for policy in ("none", "mixer", "dots", "kernels", "mlp_hidden", "full")
+    }
     assert sizes["full"] < sizes["mlp_hidden"] < sizes["none"]
     assert sizes["full"] < sizes["dots"] < sizes["none"]
+    assert sizes["mlp_hidden"] < sizes["kernels"] < sizes["none"]
     assert sizes["full"] < sizes["mixer"] < sizes["none"]
 
 
@@ -67,7 +70,7 @@ def test_every_name_is_an_intermediate(name):
 
 @pytest.mark.parametrize("policy", ["some", "mamba_ssd,ssd", "", "none,full"])
 def test_unknown_names(policy):
-    with pytest.raises(ConfigError, match=r"known are none, full, dots, mixer, or .*mamba_ssd") as error:
+    with pytest.raises(ConfigError, match=r"known are none, full, dots, mixer, kernels, or .*mamba_ssd") as error:
         HybridLM(small("M", remat=policy), rngs=nnx.Rngs(0))
     assert "\n" not in str(error.value)
 
