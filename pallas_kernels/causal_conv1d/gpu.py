@@ -161,4 +161,6 @@ def _pad_width(plan, array):
 
 
 def _cut(plan, array, width):
-    return array[:, plan.margin : plan.margin + plan.tokens, :width] if plan.margin else array
+    if plan.out_tokens == plan.tokens and plan.width == width:
+        return array
+    return array[:, plan.margin : plan.margin + plan.tokens, :width]

@@ -54,6 +54,18 @@ class Plan:
         return -(-self.tokens // (self.block * self.part_blocks))
 
     @property
+    def out_tokens(self) -> int:
+        """Tokens of the arrays that are written: a copy of whole rows would go over the end of a batch element."""
+        if self.width != CHANNELS or self.margin:
+            return self.tokens + 2 * self.margin
+        return -(-self.tokens // self.block) * self.block
+
+    @property
+    def overhang(self) -> bool:
+        """Whether the backward's last block, K tokens ahead, begins behind the tokens."""
+        return 0 < self.tokens % self.block <= self.before
+
+    @property
     def padded_width(self) -> int:
         return -(-self.width // CHANNELS) * CHANNELS
 
@@ -108,9 +120,9 @@ def _weights(plan, w_g, channels):
 
 
 def _start_before(plan, x_g, state_g, halo, bar, where):
-    """Starts the copy of the K inputs before a part: earlier tokens or the initial state; zeros come by themselves."""
+    """Starts the copy of the K inputs before a part: earlier tokens or the initial state, see `_older`."""
     b, part, begin, channels = where
-    earlier = x_g.at[b, pl.ds(begin - plan.before + plan.margin, plan.before), channels]
+    earlier = x_g.at[b, pl.ds(jnp.maximum(begin - plan.before, 0) + plan.margin, plan.before), channels]
     if not plan.initial:
         plgpu.copy_gmem_to_smem(earlier, halo, bar)
         return
@@ -122,6 +134,17 @@ def _start_before(plan, x_g, state_g, halo, bar, where):
     @pl.when(part == 0)
     def _():
         plgpu.copy_gmem_to_smem(state_g.at[b, :, channels], halo, bar)
+
+
+def _older(plan, halo, part):
+    """The K inputs before a part, oldest first; zeros before a row without an initial state."""
+    rows = [_load(halo.at[r]) for r in range(plan.before)]
+    return rows if plan.initial else [_where(part > 0, row, jnp.zeros_like(row)) for row in rows]
+
+
+def _fetch_seen(plan, seen_g, seen_s, bar, b, start):
+    """Copies `seen` from a whole block's first token on: a copy starts at multiples of 16 bytes only."""
+    plgpu.copy_gmem_to_smem(seen_g.at[b, pl.ds(start + plan.margin, SEEN)], seen_s, bar)
 
 
 def _forward_body(plan, *refs):
@@ -139,7 +162,7 @@ def _forward_body(plan, *refs):
             start = begin + i * block + plan.margin
             plgpu.copy_gmem_to_smem(x_g.at[b, pl.ds(start, block), channels], x_s.at[slot], full.at[slot])
             if plan.segments:
-                plgpu.copy_gmem_to_smem(seen_g.at[b, pl.ds(start, SEEN)], seen_s.at[slot], full.at[slot])
+                _fetch_seen(plan, seen_g, seen_s.at[slot], full.at[slot], b, begin + i * block)
 
         if plan.before:
             _start_before(plan, x_g, state_g, halo_s, ready, (b, part, begin, channels))
@@ -149,7 +172,7 @@ def _forward_body(plan, *refs):
         older = []
         if plan.before:
             plgpu.barrier_wait(ready)
-            older = [_load(halo_s.at[r]) for r in range(plan.before)]
+            older = _older(plan, halo_s, part)
 
         def step(i, older):
             slot, out = lax.rem(i, stages), lax.rem(i, 2)
@@ -247,13 +270,17 @@ def _backward_body(plan, *refs):
     block, stages, k = plan.block, plan.stages, plan.before
 
     def scoped(x_s, dy_s, seen_s, dx_s, before_s, first_x_s, first_dy_s, first_seen_s, full, ready):
-        def fetch(i):  # K tokens ahead of what is written
+        def first_token(i):  # K tokens ahead of what is written
+            start = begin + k + i * block
+            return start, jnp.minimum(start, plan.tokens - 1) if plan.overhang else start
+
+        def fetch(i):
             slot = lax.rem(i, stages)
-            start = begin + k + i * block + plan.margin
-            plgpu.copy_gmem_to_smem(x_g.at[b, pl.ds(start, block), channels], x_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(dy_g.at[b, pl.ds(start, block), channels], dy_s.at[slot], full.at[slot])
+            rows = pl.ds(first_token(i)[1] + plan.margin, block)
+            plgpu.copy_gmem_to_smem(x_g.at[b, rows, channels], x_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(dy_g.at[b, rows, channels], dy_s.at[slot], full.at[slot])
             if plan.segments:
-                plgpu.copy_gmem_to_smem(seen_g.at[b, pl.ds(start, SEEN)], seen_s.at[slot], full.at[slot])
+                _fetch_seen(plan, seen_g, seen_s.at[slot], full.at[slot], b, begin + i * block)
 
         if k:
             rows = pl.ds(begin + plan.margin, k)
@@ -261,7 +288,7 @@ def _backward_body(plan, *refs):
             plgpu.copy_gmem_to_smem(x_g.at[b, rows, channels], first_x_s, ready)
             plgpu.copy_gmem_to_smem(dy_g.at[b, rows, channels], first_dy_s, ready)
             if plan.segments:
-                plgpu.copy_gmem_to_smem(seen_g.at[b, pl.ds(begin + plan.margin, SEEN)], first_seen_s, ready)
+                _fetch_seen(plan, seen_g, first_seen_s, ready, b, begin)
         for i in range(stages):
             pl.when(i < steps)(functools.partial(fetch, i))
         weights = _weights(plan, w_g, channels)
@@ -269,7 +296,7 @@ def _backward_body(plan, *refs):
         carry = _Carry([], [zero] * k, [zero] * (k + 1), zero if plan.bias else None)
         if k:
             plgpu.barrier_wait(ready)
-            carry.older = [_load(before_s.at[r]) for r in range(k)]
+            carry.older = _older(plan, before_s, part)
         for r in range(k):
             seen = first_seen_s[r] if plan.segments else None
             whole = _backward_token(
@@ -287,8 +314,12 @@ def _backward_body(plan, *refs):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             plgpu.barrier_wait(full.at[slot])
             for r in range(block):
-                seen = seen_s[slot, r] if plan.segments else None
-                dx = _backward_token(plan, weights, carry, _load(x_s.at[slot, r]), _load(dy_s.at[slot, r]), seen)
+                seen = seen_s[slot, k + r] if plan.segments else None
+                x, dy = _load(x_s.at[slot, r]), _load(dy_s.at[slot, r])
+                if plan.overhang and r == 0:
+                    start, taken = first_token(i)
+                    dy = _where(start == taken, dy, jnp.zeros_like(dy))
+                dx = _backward_token(plan, weights, carry, x, dy, seen)
                 dx_s[out, r] = dx.astype(plan.dtype)
             plgpu.commit_smem()  # all have read the slot, too
             start = begin + i * block + plan.margin
@@ -332,12 +363,14 @@ def _kernel(plan, body, out):
 # Compiled by themselves, so that layers of one shape are traced and lowered once.
 @functools.partial(jax.jit, static_argnums=(0,))
 def forward(plan: Plan, x, w, seen, state):
-    """y [B, T, D] in plan.dtype.
+    """y [B, plan.out_tokens, D] in plan.dtype.
 
     x [B, T, D]; w float32 [W, padded width], with a bias [W + 1, ...]; seen int32 [B, T or more] or None; state
     [B, K, D] in the type of x or None.
     """
-    [y] = _kernel(plan, _forward_body, [jax.ShapeDtypeStruct(x.shape, plan.dtype)])(*_given(x, w, seen, state))
+    [y] = _kernel(plan, _forward_body, [jax.ShapeDtypeStruct((plan.batch, plan.out_tokens, plan.width), plan.dtype)])(
+        *_given(x, w, seen, state)
+    )
     return y
 
 
@@ -345,7 +378,7 @@ def forward(plan: Plan, x, w, seen, state):
 def backward(plan: Plan, x, dy, w, seen, state):
     """(dx; dw float32 [B x parts, W (+ 1 with bias), padded width]; dstate float32 [B, K, padded width] or None)."""
     out = [
-        jax.ShapeDtypeStruct(x.shape, plan.dtype),
+        jax.ShapeDtypeStruct((plan.batch, plan.out_tokens, plan.width), plan.dtype),
         jax.ShapeDtypeStruct((plan.batch * plan.parts, plan.before + 1 + plan.bias, plan.padded_width), F32),
     ]
     if plan.initial:

@@ -14,9 +14,11 @@ from pallas_kernels.causal_conv1d import cases, gpu
 
 
 def make_case(name: str):
-    """A test case at a width that the kernels take; "parts" has rows cut into several parts."""
+    """A test case at a width that the kernels take; "parts" has rows cut into parts, "overhang" a short last block."""
     if name == "parts":
         return cases.Case(name, 2, 150, 264, 4, "packed", "silu", True, True, True)
+    if name == "overhang":
+        return cases.Case(name, 1, 26, 8, 4, "dense", "silu", True, True, False)
     return dataclasses.replace(cases.CASES[name], width=8)
 
 

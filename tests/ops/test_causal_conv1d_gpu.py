@@ -44,13 +44,13 @@ def interpret(*names):
 @needs_interpreter
 @pytest.mark.quick
 def test_kernels_interpreted():
-    interpret("parts", "scattered_bfloat16")
+    interpret("parts", "overhang", "scattered_bfloat16")
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_kernels_interpreted_on_all_cases():
-    interpret(*NAMES, *(f"{name}_bfloat16" for name in NAMES))
+    interpret("overhang", *NAMES, *(f"{name}_bfloat16" for name in NAMES))
 
 
 @pytest.mark.parametrize("layout", ["packed", "edges", "singles", "right", "empty"])
