@@ -165,12 +165,12 @@ class AttentionMixer(nnx.Module):
         new = {name: caches.write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
         if not ring:
             real_BS = jnp.arange(slots) < end_B[:, None]
-            places = {"q_offset": length_B}
-            k, v = (caches.read(new[name], layer) for name in ("k", "v"))
+            places = {"q_offset": length_B, "layer": layer}
+            k, v = new["k"], new["v"]
         elif tokens == 1:
             position_BS, real_BS = _ring_positions(end_B, slots)
-            places = {"positions": (position_BT, position_BS)}
-            k, v = (caches.read(new[name], layer) for name in ("k", "v"))
+            places = {"positions": (position_BT, position_BS), "layer": layer}
+            k, v = new["k"], new["v"]
         else:  # the first queries see keys whose slots the last tokens take: the old ring and the new tokens, apart
             position_BS, real_BS = _ring_positions(length_B, slots)
             places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
@@ -200,26 +200,35 @@ class AttentionMixer(nnx.Module):
         return q, k, v, gate
 
     def _attend(
-        self, q, k, v, gate, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, split_tokens=False
-    ) -> jax.Array:
-        """The attention op, each device on its rows and heads. segment_ids, positions: of queries and of keys."""
-        c = self.config
-        k, v = (sharding.repeat_for_heads(a, 2, c.n_heads) for a in (k, v))
+        self, q, k, v, gate, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, layer=None,
+        split_tokens=False,
+    ) -> jax.Array:  # fmt: skip
+        """The attention op, each device on its rows and heads. segment_ids, positions: of queries and of keys.
 
-        def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, context_axis=None):
+        layer: of stacked caches k and v, which the op reads.
+        """
+        c = self.config
+        if layer is not None and c.kv_heads % sharding.axis_size("tensor"):
+            k, v, layer = caches.read(k, layer), caches.read(v, layer), None
+        if layer is None:
+            k, v = (sharding.repeat_for_heads(a, 2, c.n_heads) for a in (k, v))
+
+        def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, layer, context_axis=None):
             return attention(
                 q, k, v, gate=gate, causal=True, window=c.window, scale=c.scale, softcap=c.softcap, sinks=sinks,
                 segment_ids=None if q_ids is None else (q_ids, k_ids),
                 positions=None if q_positions is None else (q_positions, k_positions),
                 q_offset=0 if q_offset is None else q_offset,
+                layer=layer,
                 context_axis=context_axis,
             )  # fmt: skip
 
         rows = ("batch", "tokens")
         heads, kv_heads = (*rows, "heads", None), (*rows, "kv_heads", None)
         sinks = None if self.sinks is None else self.sinks[...]
-        arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset)
-        names = (heads, kv_heads, kv_heads, heads, ("heads",), rows, rows, rows, rows, ("batch",))
+        kv_heads = kv_heads if layer is None else (None, *kv_heads)
+        arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset, layer)
+        names = (heads, kv_heads, kv_heads, heads, ("heads",), rows, rows, rows, rows, ("batch",), ())
         out_BTHP = sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
         return checkpoint_name(out_BTHP, "attention_out")
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import context, dispatch, segments
 from pallas_kernels.attention.context import attention_context
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.compat import vary_alike
 
 
 def attention(
@@ -26,6 +27,7 @@ def attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
+    layer: int | jax.Array | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -47,6 +49,8 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap).
       sinks: [H] float, one more logit a head in the softmax's denominator.
       q_offset: position of the first query among the keys where positions is None: an int, or an int32 scalar or [B].
+      layer: the entry of k_BSKP and v_BSKP to read, which then are stacked caches [L, B, S, K, P]: the kernel for few
+        queries reads it where it lies. Not with context_axis.
       context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order; to be called inside
         a shard_map over it. The result is this device's share of that of the whole rows. Not with q_offset.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
@@ -60,6 +64,10 @@ def attention(
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape
+    stacked = None
+    if layer is not None:
+        stacked = _stacked(k_BSKP, v_BSKP, layer, context_axis)
+        k_BSKP, v_BSKP = (jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False) for array in stacked[:2])
     check_shape(
         "k_BSKP", k_BSKP, (n_batch, None, None, d_head), "batch of q_BTHP, keys, key heads, head width of q_BTHP"
     )
@@ -100,11 +108,30 @@ def attention(
     args = (q_BTHP, k_BSKP, v_BSKP)
 
     def attend(*args, **kwargs):
-        return dispatch.run("attention", implementation, args, kwargs)
+        if stacked is None:
+            return dispatch.run("attention", implementation, args, kwargs)
+        args, kwargs, source = vary_alike((args, kwargs, stacked))
+        function = dispatch.select("attention", implementation, args, kwargs)
+        return function(*args, **kwargs, **({"stacked": source} if hasattr(function, "reads_stacked") else {}))
 
     if context_axis is None:
         return attend(*args, **kwargs)
     return attention_context(attend, args, context_axis=context_axis, one_side=one_side, **kwargs)
+
+
+def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:
+    """(k, v, layer as an int32 scalar), checked."""
+    for name, array in (("k_BSKP", k_LBSKP), ("v_BSKP", v_LBSKP)):
+        check_shape(name, array, (*k_LBSKP.shape[:1], *[None] * 4), "layers, as layer is given, batch, keys, ...")
+    if context_axis is not None:
+        raise ValueError(f"context_axis ({context_axis!r}) and layer ({layer!r}) cannot be given together")
+    n_layers = k_LBSKP.shape[0]
+    if isinstance(layer, numbers.Integral) and not 0 <= layer < n_layers:
+        raise ValueError(f"layer ({layer}) outside of the layers of k_BSKP ({n_layers})")
+    index = jnp.asarray(layer)
+    if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"layer ({layer!r}) is neither an int nor an integer scalar")
+    return k_LBSKP, v_LBSKP, jnp.clip(index.astype(jnp.int32), 0, n_layers - 1)
 
 
 def _context_axis(context_axis: str | None, n_queries: int, n_keys: int, q_offset) -> str | None:

@@ -59,10 +59,11 @@ def _block_sizes(n_queries: int, n_keys: int, group: int, width: int) -> tuple[i
 
 def attention_tpu(
     q, k, v, *, gate=None, causal=True, window=None, segment_ids=None, positions=None, scale=None, softcap=None,
-    sinks=None, q_offset=0, blocks=None, interpret=False,
+    sinks=None, q_offset=0, stacked=None, blocks=None, interpret=False,
 ):  # fmt: skip
     """See `pallas_kernels.attention` for arguments and result; segment_ids and positions are pairs here.
 
+    stacked: (k, v, layer), where k and v are the entries `layer` of [L, B, S, K, P]: read from there if that is faster.
     blocks: (queries, keys) of a block, chosen by shape unless given, multiples of 256. interpret: run the kernels in
     Pallas' interpreter, on any platform. Raises NotImplementedError, with argument and limit, where `supports` gives a
     reason.
@@ -81,8 +82,11 @@ def attention_tpu(
         interpret=interpret,
     )
     if blocks is None and tpu_decode.serves(q.shape, k.shape, v.shape[3], q.dtype.itemsize):
-        return _decode(call, q, k, v, gate, sinks, masks)
+        return _decode(call, q, k, v, gate, sinks, masks, stacked)
     return _in_blocks(call, q, k, v, gate, sinks, masks)
+
+
+attention_tpu.reads_stacked = True
 
 
 class _Call(typing.NamedTuple):
@@ -139,7 +143,7 @@ def _gate_kind(gate) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(call: _Call, q, k, v, gate, sinks, masks):
+def _decode(call: _Call, q, k, v, gate, sinks, masks, stacked):
     """The call by the kernel for few queries; its gradient is that of `_in_blocks`."""
     n_keys, n_kv_heads, v_width = *k.shape[1:3], v.shape[3]
     n_queries, n_heads, width = q.shape[1:]
@@ -174,15 +178,18 @@ def _decode(call: _Call, q, k, v, gate, sinks, masks):
     elif q_positions is None:
         q_positions = np.arange(n_queries, dtype=np.int32)[None]
         q_positions = q_positions + (call.q_offset if q_offset is None else jnp.reshape(q_offset, (-1, 1)))
-    return tpu_decode.decode(settings, q, k, v, gate, sinks, tpu_decode.Masks(q_ids, k_ids, q_positions, k_positions))
+    masks = tpu_decode.Masks(q_ids, k_ids, q_positions, k_positions)
+    k, v, layer = (k, v, None) if stacked is None else stacked
+    return tpu_decode.decode(settings, q, k, v, gate, sinks, masks, layer)
 
 
-def _decode_forward(call: _Call, q, k, v, gate, sinks, masks):
+def _decode_forward(call: _Call, q, k, v, gate, sinks, masks, stacked):
+    del stacked  # k and v are its entries
     return jax.vjp(lambda *arrays: _in_blocks(call, *arrays, masks), q, k, v, gate, sinks)
 
 
 def _decode_backward(call: _Call, gradient, dout):
-    return *gradient(dout), None
+    return *gradient(dout), None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

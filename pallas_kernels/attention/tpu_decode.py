@@ -333,7 +333,8 @@ def _finish(refs, s: Decode):
     refs["out"][0, 0] = out.astype(refs["out"].dtype)
 
 
-def _kernel(words, whole, *args, names: tuple, s: Decode):
+def _kernel(words, whole, first, *args, names: tuple, s: Decode):
+    del first  # for index maps alone
     refs = dict(zip(names, args))
     part = pl.program_id(0)
     word = _word(words, part, pl.program_id(1), s)
@@ -375,12 +376,12 @@ def _block(word):
 
 
 def _specs(arrays: dict, s: Decode) -> dict:
-    """Block specs by name; grid (parts, visits), scalars words and whole."""
+    """Block specs by name; grid (parts, visits), scalars words, whole and the cache's first row."""
 
-    def spec(shape, where):
-        def index(p, n, words, whole):
+    def spec(shape, where, row_of=lambda row, first: row):
+        def index(p, n, words, whole, first):
             word = _word(words, p, n, s)
-            return where(_row(word), _block(word), whole)
+            return where(row_of(_row(word), first), _block(word), whole)
 
         return pl.BlockSpec(shape, index)
 
@@ -399,11 +400,12 @@ def _specs(arrays: dict, s: Decode) -> dict:
         return spec((1, 1, s.tokens), where)
 
     def cache(width):
+        spec_of = functools.partial(spec, row_of=lambda row, first: first[0] + row)
         if s.layout == "rows":
-            return spec((1, s.tokens * s.kv_heads, width), lambda row, block, whole: (row, block, 0))
+            return spec_of((1, s.tokens * s.kv_heads, width), lambda row, block, whole: (row, block, 0))
         if s.layout == "heads":
-            return spec((1, s.kv_heads, s.tokens, width), lambda row, block, whole: (row, 0, block, 0))
-        return spec((1, s.kv_heads, width, s.tokens), lambda row, block, whole: (row, 0, 0, block))
+            return spec_of((1, s.kv_heads, s.tokens, width), lambda row, block, whole: (row, 0, block, 0))
+        return spec_of((1, s.kv_heads, width, s.tokens), lambda row, block, whole: (row, 0, 0, block))
 
     specs = {"k": cache(s.width), "v": cache(s.v_width)}
     for name in ("q", "gate", "q_ids", "q_positions"):
@@ -419,13 +421,16 @@ def _specs(arrays: dict, s: Decode) -> dict:
     return specs
 
 
-def run_kernel(arrays: dict, visits: Visits, s: Decode) -> dict:
-    """Runs the kernel on arrays laid out by `lay_out`: {"out": [parts, B, all rows, V], "log_sum"}."""
+def run_kernel(arrays: dict, visits: Visits, first, s: Decode) -> dict:
+    """Runs the kernel on arrays laid out by `lay_out`: {"out": [parts, B, all rows, V], "log_sum"}.
+
+    first: int32 [1], the row of k and v that belongs to the first of q.
+    """
     n_batch, n_rows = arrays["q"].shape[0], s.products * s.rows
     dtype = F32 if s.parts > 1 else arrays["q"].dtype
 
     def output(width, dtype):
-        index = lambda p, n, words, whole: (p, _row(_word(words, p, n, s)), 0, 0)
+        index = lambda p, n, words, *_: (p, _row(_word(words, p, n, s)), 0, 0)
         shape = jax.ShapeDtypeStruct((s.parts, n_batch, n_rows, width), dtype)
         return shape, pl.BlockSpec((1, 1, n_rows, width), index)
 
@@ -437,7 +442,7 @@ def run_kernel(arrays: dict, visits: Visits, s: Decode) -> dict:
     found = pl.pallas_call(
         functools.partial(_kernel, names=(*arrays, *outputs, *scratch), s=s),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(s.parts, visits.count),
             in_specs=[specs[name] for name in arrays],
             out_specs=[spec for _, spec in outputs.values()],
@@ -449,7 +454,7 @@ def run_kernel(arrays: dict, visits: Visits, s: Decode) -> dict:
         ),
         interpret=s.interpret,
         name="attention_decode",
-    )(visits.words, visits.whole, *arrays.values())
+    )(visits.words, visits.whole, first, *arrays.values())
     return dict(zip(outputs, found))
 
 
@@ -480,10 +485,10 @@ def _columns(array):
 
 
 def lay_out(q, k, v, gate, sinks, masks: Masks, s: Decode) -> dict:
-    """The kernel's inputs by name; k and v as they lie in memory."""
+    """The kernel's inputs by name; k and v, [(L) B, S, K, P], as they lie in memory."""
     n_batch = q.shape[0]
     views = {
-        "rows": lambda array: array.reshape(n_batch, s.keys * s.kv_heads, array.shape[3]),
+        "rows": lambda array: array.reshape(array.shape[0], s.keys * s.kv_heads, array.shape[3]),
         "heads": lambda array: array.transpose(0, 2, 1, 3),
         "lanes": lambda array: array.transpose(0, 2, 3, 1),
     }
@@ -528,10 +533,14 @@ def cores() -> int:
     return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
 
 
-def decode(s: Decode, q, k, v, gate, sinks, masks: Masks):
-    """out_BTHP of a call that `serves` takes."""
+def decode(s: Decode, q, k, v, gate, sinks, masks: Masks, layer=None):
+    """out_BTHP of a call that `serves` takes; with a layer, k and v are [L, B, S, K, P]."""
     visits = list_visits(masks, q.shape[0], s)
     visits = Visits(jnp.asarray(visits.words), jnp.asarray(visits.whole), visits.count)
-    found = run_kernel(lay_out(q, k, v, gate, sinks, masks, s), visits, s)
+    first = jnp.zeros(1, jnp.int32)
+    if layer is not None:
+        first += jnp.asarray(layer, jnp.int32) * q.shape[0]
+        k, v = (array.reshape(-1, *array.shape[2:]) for array in (k, v))
+    found = run_kernel(lay_out(q, k, v, gate, sinks, masks, s), visits, first, s)
     out = _from_rows(found["out"][0], s) if s.parts == 1 else _combine(found, gate, s)
     return out.astype(q.dtype)

@@ -154,6 +154,24 @@ def test_equals_the_matrix_form_on_drawn_shapes(
             check(case, ids=ids, places=places, q_offset=offsets)
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_one_layer_of_stacked_caches(width, small_blocks):
+    case = case_of(width=width, keys=300, q_offset=270)
+    inputs, options = cases.make_inputs(case), cases.make_settings(case)
+    stacks = {name: np.stack([inputs[name] + 1, inputs[name], inputs[name] * 2]) for name in "kv"}
+    wanted = expected(inputs, options)
+    for layer in (1, jnp.int32(1)):
+        actual = decoded({**inputs, **stacks}, {**options, "layer": layer})
+        assert relative_rms(actual, wanted) <= bound("float32", "attention.out0")
+    q, k, v = (jnp.asarray(a) for a in (inputs["q"], stacks["k"], stacks["v"]))
+    grad = jax.grad(lambda k: attention(q, k, v, layer=1, implementation="xla", **options).sum())(k)
+    assert np.any(grad[1]) and not np.any(grad[0]) and not np.any(grad[2])
+    with pytest.raises(ValueError, match=r"layer \(3\) outside of the layers of k_BSKP \(3\)"):
+        attention(q, k, v, layer=3)
+    with pytest.raises(ValueError, match="layers, as layer is given"):
+        attention(q, k[0], v[0], layer=0)
+
+
 def settings_of(n_queries: int, n_keys: int, **changes) -> tpu_decode.Decode:
     options = {
         "layout": "rows", "joint": True, "queries": n_queries, "keys": n_keys, "heads": 1, "kv_heads": 1, "width": 128,
@@ -324,6 +342,33 @@ def test_a_generation_loop_moves_no_cache(generation):
     compiled, n_bytes = compile_loop(generation, kv_heads=8)
     assert "attention_decode" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < n_bytes / 4
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_loop_over_layers_moves_no_cache(width):
+    """The caches of scanned layers are read in their stack."""
+    mesh = jax.sharding.Mesh(np.array(devices_of("v5e")[:1]), ("one",))
+    array = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+        sizes, dtype, sharding=jax.sharding.NamedSharding(mesh, P())
+    )
+    n_batch, n_keys, kv_heads = 2, 4096, 8
+
+    def loop(k, v, length_B, q, new):
+        def layer(carry, index):
+            k, v, x = carry
+            for row in range(n_batch):
+                start = index, row, length_B[row], 0, 0
+                k, v = (jax.lax.dynamic_update_slice(a, new[None, row : row + 1], start) for a in (k, v))
+            return (k, v, attention(x, k, v, gate=x, q_offset=length_B, layer=index)), None
+
+        return jax.lax.scan(layer, (k, v, q), jnp.arange(4))[0]
+
+    cache, new = array(4, n_batch, n_keys, kv_heads, width), array(n_batch, 1, kv_heads, width)
+    args = cache, cache, array(n_batch, dtype=jnp.int32), array(n_batch, 1, 32, width), new
+    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+        compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(*args).compile()
+    assert "attention_decode" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.size * 2 / 4 / 4
 
 
 def test_rows_and_heads_split_over_devices():
