@@ -69,8 +69,8 @@ def test_a_named_kernel_raises_where_it_cannot_serve(kernel):
         assert np.all(causal_conv1d(X, W, implementation="gpu") == 7.0)
         with pytest.raises(NotImplementedError, match=r"taps of w_DW \(5\) above 4"):
             causal_conv1d(X, jnp.ones((3, 5)), implementation="gpu")
-    with dispatch.assume_platform("tpu"), pytest.raises(NotImplementedError, match="causal_conv1d has no tpu kernel"):
-        causal_conv1d(X, W, implementation="tpu")
+    with dispatch.assume_platform("tpu"), pytest.raises(NotImplementedError, match="selective_scan has no tpu kernel"):
+        dispatch.select("selective_scan", "tpu", (), {})
 
 
 @pytest.mark.parametrize(("capability", "choice"), [("9.0", "gpu"), ("8.0", "xla"), ("10.0", "xla"), (None, "gpu")])
