@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-NAMES = ("packed_wide", "window_wide", "softcap_sinks", "packed_window", "heads_of_256", "one_token", "cache")
+NAMES = ("packed_wide", "window_wide", "softcap_sinks", "packed_window", "heads_of_256", "one_token", "cache", "mapped")
 DECODING = ("decode", "decode_window", "decode_rows")
 
 
@@ -83,6 +83,8 @@ def make_case(cases, name: str):
         return cases.Case(name, queries=400, keys=400, width=128, layout="packed", sinks=True, **many)
     if name == "window_wide":
         return cases.Case(name, queries=300, keys=300, width=128, window=90, gate="head", **many)
+    if name == "mapped":  # by vmap over the batch
+        return cases.Case(name, 2, 200, 200, 2, 1, 64)
     if name == "heads_of_256":
         return cases.Case(name, queries=150, keys=150, width=200, layout="packed", softcap=20.0, **many)
     if name == "decode":
@@ -109,13 +111,17 @@ def compare(name: str) -> bool:
     def call(arrays):
         return oracle.call("attention", {**arrays, **fixed}, implementation="gpu", **settings)[0]
 
+    def mapped(arrays):
+        return jax.vmap(lambda row: call({key: array[None] for key, array in row.items()})[0])(arrays)
+
+    function = mapped if name == "mapped" else call
     if name in DECODING:  # without gradients
         with plgpu.force_gpu_interpret_mode(), dispatch.assume_platform("gpu"):
             actual = {"out0": call(arrays)}
         expected = {"out0": oracle.oracle("attention", inputs, **settings)["out0"]}
         return report(name, actual, expected)
     with plgpu.force_gpu_interpret_mode(), dispatch.assume_platform("gpu"):
-        out, pull = jax.vjp(call, arrays)
+        out, pull = jax.vjp(function, arrays)
         [weights] = oracle.make_weights([out.shape])
         [grads] = pull(jnp.asarray(weights, out.dtype))
     actual = {"out0": out} | {f"d{name}": grad for name, grad in grads.items()}
