@@ -14,12 +14,12 @@ IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
 HOPPER = "9.0"  # compute capability of the GPUs that the gpu kernels are written for
 
 # (op, platform) whose kernel passes every case on that platform and is measured to be faster than xla.
-PROVEN: frozenset[tuple[str, str]] = frozenset({("ssd", "gpu")})
+PROVEN: frozenset[tuple[str, str]] = frozenset({("ssd", "gpu"), ("attention", "gpu"), ("causal_conv1d", "gpu")})
 
 # (op, TPU generation) whose kernel passes every case interpreted, compiles for that generation, and is faster than xla
 # by the compiler's own estimates, forward and backward, at every shape of docs/kernels.md: no TPU has run it.
 ESTIMATED: frozenset[tuple[str, str]] = frozenset(
-    (op, generation) for op in ("ssd", "attention") for generation in ("v5e", "v5p", "v6e")
+    (op, generation) for op in ("ssd", "attention", "causal_conv1d") for generation in ("v5e", "v5p", "v6e")
 )
 
 _logger = logging.getLogger("pallas_kernels")
