@@ -34,7 +34,7 @@ ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every 
 KEY_MULTIPLE = 128
 SHORT = 8192  # queries: the schedules that were faster at 4,096 serve up to here, those faster at 16,384 beyond
 DECODE_TILES = 1056  # tiles to cut the keys for: 8 a multiprocessor
-DECODE_KEYS = 1024  # of a part, at least
+DECODE_KEYS = 512  # of a part, at least
 TOKEN_MULTIPLE = 8  # of q, k, v and gate: what the copy engine's tiles ask for; it hides what lies behind
 
 
@@ -45,6 +45,7 @@ class _Masks(typing.NamedTuple):
     keys: jax.Array | np.ndarray | None
     key_ranges: jax.Array | np.ndarray
     query_ranges: jax.Array | np.ndarray
+    stacked: tuple | None = None  # of decoding: k and v [L B, S, K, P] and the first row to read, [1]
 
 
 def supports(q, k, v, **kwargs) -> str | None:
@@ -79,8 +80,12 @@ def attention_gpu(
     softcap=None,
     sinks=None,
     q_offset=0,
+    stacked=None,
 ):
-    """See `pallas_kernels.attention`; segment_ids and positions are pairs here."""
+    """See `pallas_kernels.attention`; segment_ids and positions are pairs here.
+
+    stacked: (k, v, layer), where k and v are the entries `layer` of [L, B, S, K, P]: few queries read them there.
+    """
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape
     n_keys, n_kv_heads, d_value = v_BSKP.shape[1:]
     scale = d_head**-0.5 if scale is None else scale
@@ -110,6 +115,9 @@ def attention_gpu(
         persistent=n_queries <= SHORT,
     )
     decode = _decode_masks(forward, places, n_keys)
+    if decode is not None and stacked is not None and k.shape == k_BSKP.shape and v.shape == v_BSKP.shape:
+        rows = tuple(array.reshape(-1, *array.shape[2:]) for array in stacked[:2])
+        decode = decode._replace(stacked=(*rows, jnp.reshape(stacked[2] * n_batch, 1)))
     same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
     backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
     key_ranges = gpu_masks.key_ranges(places, n_keys, forward.block_q, forward.block_k)
@@ -128,6 +136,9 @@ def attention_gpu(
     masks, decode = jax.tree.map(jnp.asarray, (masks, decode))
     out = _attend(forward, backward, q, k, v, gate, sinks, masks, decode)
     return out[:, :n_queries, :, :d_value]
+
+
+attention_gpu.reads_stacked = True
 
 
 def _decode_forward(forward: Forward) -> Forward:
@@ -167,7 +178,10 @@ def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
     q_BTKRP = q[:, :n_queries].reshape(n_batch, n_queries, forward.kv_heads, group, -1)
     rows = jnp.swapaxes(q_BTKRP, 2, 3).reshape(n_batch, kernel.queries, forward.kv_heads, -1)
     rows = _pad(rows, 1, -kernel.queries % TOKEN_MULTIPLE)
-    out, lse = _forward_kernel(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None)
+    first = None
+    if masks.stacked is not None:
+        kernel, (k, v, first) = kernel.replace(stacked=True), masks.stacked
+    out, lse = _forward_kernel(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None, first)
 
     def unpack(array, *rest):
         """[B parts, rows, K, ...] -> [B, parts, T, H, ...]"""
@@ -216,7 +230,7 @@ def _run_forward(forward, q, k, v, gate, sinks, masks):
         gate = _pad(gate, 2, forward.blocks * forward.block_q - forward.queries)
     elif gate is not None:
         gate = gate.astype(q.dtype)
-    bounds, keys, ranges, _ = masks
+    bounds, keys, ranges = masks[:3]
     return _forward_kernel(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
 
 
@@ -239,7 +253,7 @@ def _attend_backward(forward, backward, residuals, dout):
     delta_BTH = (do.astype(jnp.float32) * out).sum(3)
     do = do.astype(q.dtype)
     delta_BHT = jnp.swapaxes(delta_BTH, 1, 2)
-    bounds, keys, _, ranges = masks
+    bounds, keys, _, ranges = masks[:4]
     width = q.shape[3]
     q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
     grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, bounds, ranges, keys)

@@ -53,6 +53,7 @@ class Forward:
     save: bool = False  # store the log-sum-exp, and under a gate the ungated output, for the backward
     alternate: bool = True  # warpgroups take turns
     few: bool = False  # one compute warpgroup
+    stacked: bool = False  # k and v hold more rows: those of the batch begin at `first`
     parts: int = 1  # a tile takes one key block in so many; results of the parts are rows of the batch
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
@@ -402,6 +403,7 @@ def _finish(cfg, refs, place, own, out, top, total):
 def _produce(cfg, refs, smem, bars):
     _, k_s, v_s, keys_s, _ = smem
     _, _, k_full, v_full, k_empty, v_empty, _ = bars
+    first = refs["first"][0] if cfg.stacked else 0
 
     def produce_tile(number, count):
         tile = _Tile(cfg, refs, number)
@@ -416,7 +418,7 @@ def _produce(cfg, refs, smem, bars):
                 plgpu.barrier_wait(empty.at[slot])
 
             rows = pl.ds(tile.key_block(lo + i) * cfg.block_k, cfg.block_k)
-            plgpu.copy_gmem_to_smem(refs[name].at[tile.batch, rows, kv_head], buffer.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(refs[name].at[first + tile.batch, rows, kv_head], buffer.at[slot], full.at[slot])
             if name == "k" and cfg.key_rows:
                 plgpu.copy_gmem_to_smem(refs["keys"].at[tile.mask_row, :, rows], keys_s.at[slot], full.at[slot])
 
@@ -435,7 +437,7 @@ def _produce(cfg, refs, smem, bars):
 
 
 def _body(cfg, *flat):
-    names = ["q", "k", "v", "bounds", "ranges"] + ["keys"] * (cfg.key_rows > 0)
+    names = ["q", "k", "v", "bounds", "ranges"] + ["first"] * cfg.stacked + ["keys"] * (cfg.key_rows > 0)
     names += ["sinks"] * cfg.sinks + ["gate"] * (cfg.gate is not None) + ["out"]
     names += ["lse"] * cfg.save + ["ungated"] * cfg.save_ungated
     refs = dict(zip(names, flat))
@@ -477,14 +479,14 @@ def _body(cfg, *flat):
     )
 
 
-def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate):
+def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate, first=None):
     """Run the forward kernel: [out], [out, lse] or [out, lse, ungated out].
 
     q ``[B, T, H, P]``; k, v ``[B, S, K, P]``; bounds ``[B or 1, 2 or 3, blocks * block_q]`` int32: start,
     end (, id); ranges ``[B or 1, blocks, 4]`` int32; keys ``[B or 1, key_rows, S to a multiple of block_k]``
     int32: ids, positions; sinks ``[H]`` in units of log2; gate like q or ``[B, H, blocks * block_q]`` float32;
     lse ``[B, H, blocks * block_q]``, +inf where nothing is visible. Results of several parts are rows
-    b * parts + part of ``[B * parts, ...]``; then without gate and sinks.
+    b * parts + part of ``[B * parts, ...]``; then without gate and sinks. first ``[1]`` int32, if cfg.stacked.
     """
     rows = cfg.batch * cfg.parts
     out = [jax.ShapeDtypeStruct((rows, *q.shape[1:]), q.dtype)]
@@ -503,5 +505,5 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate):
         # beside those of commits and waits.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    args = [q, k, v, bounds, ranges, keys if cfg.key_rows else None, sinks if cfg.sinks else None]
-    return kernel(*[arg for arg in (*args, gate if cfg.gate else None) if arg is not None])
+    given = ((first, cfg.stacked), (keys, cfg.key_rows), (sinks, cfg.sinks), (gate, cfg.gate))
+    return kernel(q, k, v, bounds, ranges, *[array for array, wanted in given if wanted])

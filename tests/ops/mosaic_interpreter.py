@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NAMES = ("packed_wide", "window_wide", "softcap_sinks", "packed_window", "heads_of_256", "one_token", "cache", "mapped")
-DECODING = ("decode", "decode_window", "decode_rows")
+DECODING = ("decode", "decode_window", "decode_rows", "decode_layer")
 
 
 class Accumulator:
@@ -87,7 +87,7 @@ def make_case(cases, name: str):
         return cases.Case(name, 2, 200, 200, 2, 1, 64)
     if name == "heads_of_256":
         return cases.Case(name, queries=150, keys=150, width=200, layout="packed", softcap=20.0, **many)
-    if name == "decode":
+    if name in ("decode", "decode_layer"):
         return cases.Case(name, 2, 1, 768, 8, 2, 64, q_offset=500)
     if name == "decode_rows":  # q_offset given by row: one fills the cache, the other leaves most parts without a key
         return cases.Case(name, 2, 2, 700, 8, 2, 128)
@@ -111,13 +111,19 @@ def compare(name: str) -> bool:
     def call(arrays):
         return oracle.call("attention", {**arrays, **fixed}, implementation="gpu", **settings)[0]
 
+    def layer(arrays):
+        """Keys and values as a layer of stacked caches."""
+        stacks = {name: jnp.stack([3 * arrays[name], arrays[name]]) for name in ("k", "v")}
+        given = {**arrays, **stacks, **fixed}
+        return oracle.call("attention", given, implementation="gpu", layer=jnp.int32(1), **settings)[0]
+
     def mapped(arrays):
         return jax.vmap(lambda row: call({key: array[None] for key, array in row.items()})[0])(arrays)
 
-    function = mapped if name == "mapped" else call
+    function = {"mapped": mapped, "decode_layer": layer}.get(name, call)
     if name in DECODING:  # without gradients
         with plgpu.force_gpu_interpret_mode(), dispatch.assume_platform("gpu"):
-            actual = {"out0": call(arrays)}
+            actual = {"out0": function(arrays)}
         expected = {"out0": oracle.oracle("attention", inputs, **settings)["out0"]}
         return report(name, actual, expected)
     with plgpu.force_gpu_interpret_mode(), dispatch.assume_platform("gpu"):

@@ -160,7 +160,7 @@ needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="t
 @needs_interpreter
 @pytest.mark.quick
 def test_kernels_interpreted():
-    interpret("packed_wide", "decode_rows")
+    interpret("packed_wide", "decode_rows", "decode_layer")
 
 
 @needs_interpreter
