@@ -20,8 +20,8 @@ COPY_BYTES = 16  # rows of x must start at multiples of it
 MULTIPROCESSORS = 132
 FEWEST_TOKENS = 64  # of a part of a row
 # (tokens a stage, stages, thread blocks that a multiprocessor holds) by W - 1 up to 4 and above.
-FORWARD = ((8, 4, 8), (8, 4, 8))
-BACKWARD = ((8, 3, 4), (4, 6, 3))
+FORWARD = ((16, 4, 4), (16, 4, 4))
+BACKWARD = ((8, 2, 4), (4, 6, 3))
 
 
 def supports(
