@@ -186,29 +186,24 @@ def _causal(pair, values):
     return jnp.where(rows <= cols, values, 0.0)
 
 
+def _when_padded(cfg, smem, work):
+    """Calls ``work`` in a thread block whose span holds padding: rare, and costs the others a branch."""
+    if cfg.segments:
+        pl.when(jnp.minimum(smem["real"][0, 0], smem["real"][1, 0]) < 1.5)(work)
+
+
 def _clear_padding(cfg, smem, *tiles):
-    """Zeros on the padding of tiles ``([64 tokens, n], half)``, which may hold anything; rare, and costs a branch.
-
-    Every warpgroup does so before it reads them: they write the same values.
-    """
-    if not cfg.segments:
-        return
-    full = smem["real"][0, 0]
-    if len({half for _, half in tiles}) > 1:
-        full = jnp.minimum(full, smem["real"][1, 0])
-
-    @pl.when(full < 1.5)
-    def _():
-        for tile, half in tiles:
-            real = _rows(plgpu.load(smem["real"].at[half], layout=ROW, optimized=False)) > 0.0
-            for n in range(0, tile.shape[-1], TILE):
-                part = tile.at[:, pl.ds(n, TILE)]
-                part[...] = jnp.where(real, _load(part), 0.0).astype(cfg.dtype)
-        plgpu.commit_smem()
+    """Zeros on the padding of tiles ``([64 tokens, n], half)``, which may hold anything."""
+    for tile, half in tiles:
+        real = _rows(plgpu.load(smem["real"].at[half], layout=ROW, optimized=False)) > 0.0
+        for n in range(0, tile.shape[-1], TILE):
+            part = tile.at[:, pl.ds(n, TILE)]
+            part[...] = jnp.where(real, _load(part), 0.0).astype(cfg.dtype)
+    plgpu.commit_smem()
 
 
 def _head_tiles(cfg, k, smem, slot):
-    """Tiles of one head that the pairs read, with their halves."""
+    """Tiles of one head with tokens as rows, and their halves."""
     tiles = [(smem["x"].at[slot], k), (smem["dy"].at[slot, 0], k)]
     return tiles + [(smem["dy"].at[slot, 1], 1)] * (cfg.tiles(k) == 2)
 
@@ -285,7 +280,8 @@ def _source_head(cfg, k, carry, smem, slot, i, bars):
 def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     b, span, group, split, head0 = idx
     chunk = span * 2 + k
-    _clear_padding(cfg, smem, (smem["b"], k), (smem["c"], k), (smem["c1"], 1))
+    clear = functools.partial(_clear_padding, cfg, smem, (smem["b"], k), (smem["c"], k), (smem["c1"], 1))
+    _when_padded(cfg, smem, clear)
     for pair in range(cfg.tiles(k) if cfg.whole else 0):
 
         def scores(acc):
@@ -298,7 +294,7 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     def step(i, carry):
         slot = lax.rem(i, cfg.stages)
         plgpu.barrier_wait(bars["full"].at[slot])
-        _clear_padding(cfg, smem, *_head_tiles(cfg, k, smem, slot))
+        _when_padded(cfg, smem, lambda: plgpu.barrier_wait(bars["clean"].at[slot]))
         carry, dx, vectors = _source_head(cfg, k, carry, smem, slot, i, bars)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -355,12 +351,12 @@ def _target_head(cfg, k, d_c, smem, slot, bars):
 
 def _target_warpgroup(cfg, k, idx, outs, smem, bars):
     b, span, group, split, head0 = idx
-    _clear_padding(cfg, smem, (smem["c"], k))
+    _when_padded(cfg, smem, lambda: _clear_padding(cfg, smem, (smem["c"], k)))  # as the other warpgroup does
 
     def step(i, d_c):
         slot = lax.rem(i, cfg.stages)
         plgpu.barrier_wait(bars["full"].at[slot])
-        _clear_padding(cfg, smem, *_head_tiles(cfg, k, smem, slot))
+        _when_padded(cfg, smem, lambda: plgpu.barrier_wait(bars["clean"].at[slot]))
         rows = _target_head(cfg, k, d_c, smem, slot, bars)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -412,7 +408,12 @@ def _db_warpgroup(cfg, k, idx, outs, smem, bars):
     def step(i, d_b):
         slot = lax.rem(i, cfg.stages)
         plgpu.barrier_wait(bars["full"].at[slot])
-        _clear_padding(cfg, smem, (smem["x"].at[slot], k))
+
+        def clear():
+            _clear_padding(cfg, smem, *_head_tiles(cfg, k, smem, slot))
+            plgpu.barrier_arrive(bars["clean"].at[slot])
+
+        _when_padded(cfg, smem, clear)
         tok = _Tokens(smem, slot, k)
         weights = tok.to_end().astype(cfg.dtype)
         d_b.add(plgpu.load(smem["x"].at[slot], layout=WGMMA) * _rows(weights), smem["r"].at[slot])
@@ -543,6 +544,7 @@ def _body(cfg, *refs):
         "full": plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=s),
         "empty": plgpu.Barrier(num_arrivals=3, num_barriers=s),
         "start": plgpu.Barrier(num_arrivals=3 + cfg.segments + given, num_barriers=1),
+        "clean": plgpu.Barrier(num_arrivals=1, num_barriers=s),
         "m_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
         "m_empty": plgpu.Barrier(num_arrivals=1, num_barriers=1),
         "ds_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
