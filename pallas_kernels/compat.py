@@ -45,6 +45,14 @@ def gpu_capability() -> str | None:
     return str(device.compute_capability) if hasattr(device, "compute_capability") else None
 
 
+def automatic_axes() -> tuple[str, ...]:
+    """Axes of the mesh at hand over which the compiler, not a shard_map, splits arrays; none where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind != manual and mesh.shape[name] > 1)
+
+
 def vary_alike(tree):
     """`tree` with its arrays varying over the same axes of a shard_map that checks it (check_vma), else as it is.
 
@@ -58,6 +66,18 @@ def vary_alike(tree):
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree) if axes else tree
+
+
+@contextlib.contextmanager
+def unchecked_varying():
+    """Within, a shard_map does not check over which of its axes arrays vary: for kernels that add to a reference.
+
+    Results count as the same on all devices until `vary_alike` says otherwise.
+    """
+    from jax._src import config  # no public name turns the check off but shard_map's own argument
+
+    with config._check_vma(False):
+        yield
 
 
 def _varying(leaf) -> frozenset:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 
-from pallas_kernels.compat import default_device_platform, gpu_capability, tpu_generation, vary_alike
+from pallas_kernels.compat import automatic_axes, default_device_platform, gpu_capability, tpu_generation, vary_alike
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
 
@@ -63,6 +63,8 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
         estimated = here == "tpu" and (op, tpu_generation()) in ESTIMATED
         if (op, here) not in PROVEN and not estimated:
             choice, why = "xla", f"no {here} kernel of it is proven faster"
+        elif axes := automatic_axes():
+            choice, why = "xla", f"outside of a shard_map over mesh axes ({', '.join(axes)}) a kernel cannot be split"
         elif reason := _limit(op, here, args, kwargs):
             choice, why = "xla", f"the {here} kernel cannot serve this call: {reason}"
         else:

@@ -48,6 +48,23 @@ def test_auto_takes_a_proven_kernel_and_falls_back_where_it_cannot_serve(kernel,
     assert "auto uses xla on gpu (the gpu kernel cannot serve this call: taps of w_DW (5) above 4)" in caplog.text
 
 
+def test_auto_is_xla_where_the_compiler_splits_arrays(kernel, caplog, monkeypatch):
+    """Kernels cannot be split by the compiler, so auto takes them in a shard_map over all axes only."""
+    monkeypatch.setattr(dispatch, "_logged", set())
+    mesh = jax.make_mesh((1, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec()
+
+    def in_shard_map(x):
+        return jax.shard_map(lambda x: causal_conv1d(x, W), in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+    with dispatch.assume_platform("gpu"), caplog.at_level(logging.INFO, "pallas_kernels"), jax.set_mesh(mesh):
+        assert not np.any(jax.jit(lambda x: causal_conv1d(x, W))(X) == 7.0)
+        assert np.all(jax.jit(in_shard_map)(X) == 7.0)
+    assert (
+        "auto uses xla on gpu (outside of a shard_map over mesh axes (tensor) a kernel cannot be split)" in caplog.text
+    )
+
+
 @pytest.mark.parametrize(("generation", "choice"), [("v5e", "tpu"), ("v4", "xla"), (None, "xla")])
 def test_auto_on_a_tpu_goes_by_its_generation(generation, choice, monkeypatch):
     monkeypatch.setattr(dispatch, "tpu_generation", lambda: generation)
