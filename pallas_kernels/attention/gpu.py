@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.attention import gpu_backward, gpu_forward, gpu_masks
 from pallas_kernels.attention.gpu_backward import Backward
 from pallas_kernels.attention.gpu_forward import LOG2E, LOWEST, Forward
+from pallas_kernels.compat import vary_alike
 
 WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
 ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every kernel
@@ -204,12 +205,14 @@ def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
 @functools.partial(jax.jit, static_argnums=0)
 def _forward_kernel(cfg: Forward, *arrays):
     """`gpu_forward.forward`: one call after the other under vmap; lowered once for all calls of a program alike."""
-    return jax.custom_batching.sequential_vmap(functools.partial(gpu_forward.forward, cfg))(*arrays)
+    results = jax.custom_batching.sequential_vmap(functools.partial(gpu_forward.forward, cfg))(*arrays)
+    return vary_alike((arrays, results))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward_kernel(cfg: Backward, *arrays):
-    return jax.custom_batching.sequential_vmap(functools.partial(gpu_backward.backward, cfg))(*arrays)
+    results = jax.custom_batching.sequential_vmap(functools.partial(gpu_backward.backward, cfg))(*arrays)
+    return vary_alike((arrays, results))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

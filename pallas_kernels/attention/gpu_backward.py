@@ -37,6 +37,7 @@ from pallas_kernels.attention.gpu_forward import (
     drain,
     visible,
 )
+from pallas_kernels.compat import unchecked_varying
 
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
@@ -356,7 +357,8 @@ def _body(cfg, *flat):
     rest = lax.rem(index, per_block)
     batch, kv_head = lax.div(rest, cfg.kv_heads), lax.rem(rest, cfg.kv_heads)
     mask_row = batch if cfg.masks_batch else 0
-    idx = (batch, block, kv_head, tuple(refs["ranges"][mask_row, block, i] for i in range(4)))
+    # + 0: what is read counts as varying over a shard_map's axes, what is computed here as the same, also in loops.
+    idx = (batch, block, kv_head, tuple(refs["ranges"][mask_row, block, i] + 0 for i in range(4)))
 
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     s, do_s, halves = cfg.stages, cfg.do_stages, cfg.block_k // ROWS
@@ -406,16 +408,16 @@ def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
     mesh = plgpu.Mesh(
         grid=(cfg.blocks * cfg.batch * cfg.kv_heads,), grid_names=("block",), num_threads=3, thread_name="wg"
     )
-    kernel = pl.kernel(
-        functools.partial(_body, cfg),
-        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        mesh=mesh,
-        # Every store to shared memory follows a wait of the whole warpgroup for its last readers: no barriers needed
-        # beside those of commits and waits.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        name="attention_backward",
-    )
-    dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
     args = [q, k, v, do, lse, delta, bounds, ranges] + [keys] * (cfg.key_rows > 0)
-    dk, dv = kernel(*args, dq)
-    return jax.freeze(dq), dk, dv
+    with unchecked_varying():
+        dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+        dk, dv = pl.kernel(
+            functools.partial(_body, cfg),
+            out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+            mesh=mesh,
+            # Every store to shared memory follows a wait of the whole warpgroup for its last readers: no barriers are
+            # needed beside those of commits and waits.
+            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+            name="attention_backward",
+        )(*args, dq)
+        return jax.freeze(dq), dk, dv
