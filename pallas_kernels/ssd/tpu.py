@@ -29,6 +29,7 @@ class Plan:
 
     heads: int
     chunks: int
+    stage: int
     states: str
     interpret: bool | object
 
@@ -110,7 +111,7 @@ def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
     n_batch, n_tokens, n_heads, width = x_shape
     n_groups, state = B_shape[2:]
     legal = legal_heads(n_heads, n_groups, width, state)
-    cores = _cores()
+    cores, stage = _device()
     if heads is None:
         most = min(BLOCK_CHANNELS, BLOCK_STATES // state) // width
         if n_batch % cores:
@@ -120,12 +121,18 @@ def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
         raise ValueError(f"heads_per_block ({heads}) not one of {legal}")
     if chunks is None:
         chunks = 2 if -(-n_tokens // CHUNK) % 2 == 0 else 1
-    return Plan(heads, chunks, states, interpret)
+    return Plan(heads, chunks, stage, states, interpret)
 
 
-def _cores() -> int:
-    """Cores that share a kernel's parallel grid on the device compiled for: 2 on v4 and v5p."""
-    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+def _device() -> tuple[int, int]:
+    """Of the device compiled for: cores that share a kernel's parallel grid (2 on v4 and v5p); heads of a stage.
+
+    On a matrix unit of 128 x 128 fewer heads spill less and wait as little; one of 256 x 256 needs more in flight.
+    """
+    if not pltpu.is_tpu_device():
+        return 1, 8
+    info = pltpu.get_tpu_info()
+    return info.num_cores, 8 if info.mxu_column_size > 128 else 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,6 +177,7 @@ def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bo
         state=state,
         chunks=plan.chunks,
         exact=exact,
+        stage=plan.stage,
         skip="" if D is None else ("head", "channel")[D.ndim - 1],
         documents=segment_ids is not None,
         initial=initial_state is not None,

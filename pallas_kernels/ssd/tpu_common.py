@@ -42,7 +42,8 @@ class Blocks:
     """Static sizes of one kernel call.
 
     heads: heads a block; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
-    exponentials (float32) instead of the factored form; skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]).
+    exponentials (float32) instead of the factored form; stage: heads whose carried products the forward holds together;
+    skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]).
     """
 
     heads: int
@@ -51,6 +52,7 @@ class Blocks:
     state: int
     chunks: int
     exact: bool
+    stage: int
     skip: str
     documents: bool
     initial: bool
@@ -145,8 +147,9 @@ def decay_sums(a_HQ, blocks: Blocks) -> DecaySums:
     column = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
     middle = lax.broadcasted_iota(jnp.int32, (CHUNK // GROUP, CHUNK), 0) * GROUP + GROUP // 2 - 1
     before = lax.broadcasted_iota(jnp.int32, (CHUNK // GROUP, CHUNK), 1) <= middle
-    at_reference = lambda piece: dot(before.astype(F32).astype(jnp.bfloat16), piece.astype(jnp.bfloat16), NT)
-    at = [at_reference(piece) for piece in (halves, *small)]
+    rows = max(2, heads)  # the compiler fails on products with a single column
+    wide = lambda piece: jnp.broadcast_to(piece, (rows, CHUNK)).astype(jnp.bfloat16)
+    at = [dot(before.astype(F32).astype(jnp.bfloat16), wide(piece), NT) for piece in (halves, *small)]
     references = at[0] + at[1], at[2] + (at[3] + at[4])
     toward = (row <= _reference_token(column)).astype(F32) - (row <= column).astype(F32)
     parts = split(dot(stack([halves, *small]), toward.astype(jnp.bfloat16)))
@@ -213,11 +216,25 @@ def document_rows(segment_ids_BT):
     return jnp.stack([row.astype(F32) for row in rows], axis=1)
 
 
+def _bits(keep, dtype):
+    """int32 of -1 where the float is positive, else 0; for bfloat16 int16, computed two rows at a time."""
+    if dtype == F32:
+        return jnp.where(keep > 0, -1, 0)
+    ones = (pltpu.bitcast(jnp.where(keep > 0, 1.0, 0.0).astype(dtype), jnp.int32) >> 7) & 0x00010001  # 1.0 is 0x3F80
+    return pltpu.bitcast((ones << 16) - ones, jnp.int16)
+
+
+def _and(array, bits):
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(array, bits.dtype) & bits, array.dtype)
+
+
 def without_padding(tile, rows):
     """[channels, CHUNK] with zeros at padded tokens, whatever they hold. rows: as in `pair_mask`."""
     if rows is None:
         return tile
-    return jnp.where(rows[REAL : REAL + 1] != 0, tile, jnp.zeros_like(tile))
+    keep = jnp.broadcast_to(rows[REAL : REAL + 1], (8 * 4 // tile.dtype.itemsize, CHUNK))
+    bits = _bits(keep, tile.dtype)
+    return _and(tile, jnp.concatenate([bits] * (tile.shape[0] // bits.shape[0]), 0))
 
 
 def mask_maps(refs, blocks: Blocks) -> dict:
@@ -228,12 +245,11 @@ def mask_maps(refs, blocks: Blocks) -> dict:
     for chunk in range(blocks.chunks):
         tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         real = refs["documents"][0, REAL : REAL + 1, tokens]
-        keep = jnp.broadcast_to(real, (CHUNK, CHUNK)).T[:, :width] != 0
+        bits = _bits(jnp.broadcast_to(real, (CHUNK, CHUNK)).T[:, :width], refs["B"].dtype)
         for name in ("B", "C"):
             for first in range(0, blocks.groups * blocks.state, width):
                 lanes = slice(first, first + width)
-                part = refs[name][0, tokens, lanes]
-                refs[f"masked {name}"][0, tokens, lanes] = jnp.where(keep, part.astype(F32), 0.0).astype(part.dtype)
+                refs[f"masked {name}"][0, tokens, lanes] = _and(refs[name][0, tokens, lanes], bits)
     return {**refs, "B": refs["masked B"], "C": refs["masked C"]}
 
 
@@ -262,7 +278,9 @@ def call_kernel(kernel, name, grid, inputs, specs, outputs, scratch, blocks, int
         out_shape=[shape for _, shape in outputs.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=64 * 2**20,
+            disable_bounds_checks=True,  # of the copies, whose addresses follow from shapes: 5% of the forward's time
         ),
         interpret=interpret,
         name=name,

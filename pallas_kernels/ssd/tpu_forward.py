@@ -14,12 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd import tpu_common as common
+from pallas_kernels.ssd import tpu_copies
 from pallas_kernels.ssd.tpu_common import CHUNK, F32, NT, Blocks, dot
+from pallas_kernels.ssd.tpu_copies import Copies
 
 # Rows of the per-chunk scratch, each [heads, CHUNK].
 INTRA, TAIL, START, SKIP = range(4)
 N_ROWS = 4
-HEADS_A_STAGE = 8  # whose carried products are alive together
 
 
 def prepare_chunk(chunk, refs, blocks: Blocks):
@@ -43,8 +44,7 @@ def prepare_chunk(chunk, refs, blocks: Blocks):
     rows[chunk, START] = start
     if blocks.skip:
         skip = refs["D"][0] if blocks.skip == "head" else jnp.ones((blocks.heads, 1), F32)
-        real = documents[common.REAL : common.REAL + 1] if blocks.documents else jnp.ones((1, CHUNK), F32)
-        rows[chunk, SKIP] = skip * real
+        rows[chunk, SKIP] = jnp.broadcast_to(skip, (blocks.heads, CHUNK))
     refs["totals"][chunk] = jnp.broadcast_to(total, refs["totals"].shape[1:])
     common.write_pair_sums(sums, chunk, refs, blocks)
 
@@ -143,21 +143,25 @@ def _scan_heads(chunk, x, group, heads, refs, blocks: Blocks):
 def _kernel(*args, names: tuple, blocks: Blocks):
     refs = dict(zip(names, args))
     step = pl.program_id(2)
+    copies = Copies(refs, blocks)
 
     @pl.when(step == 0)
     def _():
+        loads = copies.first_loads()
         state = refs["state"]
         state[...] = refs["initial"][0] if blocks.initial else jnp.zeros_like(state)
+        copies.wait_for_first(loads)
 
+    refs = copies.arrive()
     if "states" in refs:
         refs["states"][0, 0] = refs["state"][...].astype(refs["states"].dtype)
-    refs = common.mask_maps(refs, blocks)
     if blocks.exact:
-        _scan(refs, blocks)
+        _scan(refs, blocks, copies)
     else:
         strong = refs["strong"][0, 0, step] != 0
-        pl.when(strong)(lambda: _scan(refs, dataclasses.replace(blocks, exact=True)))
-        pl.when(jnp.logical_not(strong))(lambda: _scan(refs, blocks))
+        pl.when(strong)(lambda: _scan(refs, dataclasses.replace(blocks, exact=True), copies))
+        pl.when(jnp.logical_not(strong))(lambda: _scan(refs, blocks, copies))
+    copies.finish()
 
     if blocks.final:
 
@@ -166,8 +170,10 @@ def _kernel(*args, names: tuple, blocks: Blocks):
             refs["last"][0] = refs["state"][...]
 
 
-def _scan(refs, blocks: Blocks):
+def _scan(refs, blocks: Blocks, copies: Copies):
     """Outputs of the chunks of a grid step, and the state behind them."""
+    copies.load_ahead()
+    refs = common.mask_maps(refs, blocks)
     for chunk in range(blocks.chunks):
         shared_products(chunk, refs, blocks)
     for chunk in range(blocks.chunks):
@@ -175,11 +181,12 @@ def _scan(refs, blocks: Blocks):
     for chunk in range(blocks.chunks):
         x = transposed_heads("x", chunk, refs, blocks)
         waiting, first = [], 0
-        for group, heads in stages(blocks, HEADS_A_STAGE):
+        for group, heads in stages(blocks, blocks.stage):
             waiting += _scan_heads(chunk, x, group, heads, refs, blocks)
             if len(waiting) % tile_heads(blocks) == 0:
                 store_heads(refs["y"], chunk, first, waiting, blocks)
                 waiting, first = [], heads[-1] + 1
+        copies.store(chunk)
 
 
 def _strong(inputs: dict, blocks: Blocks):
@@ -235,6 +242,7 @@ def forward(inputs: dict, blocks: Blocks, *, n_groups: int, states_dtype=None, i
     n_blocks = width // blocks.channels
     steps = n_tokens // blocks.tokens
     specs = input_specs(blocks, n_groups, n_blocks * blocks.heads)
+    specs |= {name: pl.BlockSpec(memory_space=pl.ANY) for name in (*tpu_copies.STREAMED, *tpu_copies.RESIDENT)}
     outputs = {"y": (specs["x"], jax.ShapeDtypeStruct(inputs["x"].shape, inputs["x"].dtype))}
     if blocks.final:
         outputs["last"] = (specs["last"], jax.ShapeDtypeStruct((n_batch, width, blocks.state), F32))
@@ -243,7 +251,7 @@ def forward(inputs: dict, blocks: Blocks, *, n_groups: int, states_dtype=None, i
     scratch = scratch_shapes(blocks, inputs["B"].dtype) | {"state": pltpu.VMEM((blocks.channels, blocks.state), F32)}
     if not blocks.exact:
         inputs = {**inputs, "strong": _strong(inputs, blocks)}
-        specs["strong"] = pl.BlockSpec((1, 1, steps), lambda b, h, c: (b * n_blocks + h, 0, 0), memory_space=pltpu.SMEM)
         scratch["factored"] = pltpu.VMEM((blocks.chunks, blocks.heads, CHUNK // common.GROUP, CHUNK), F32)
+    scratch |= tpu_copies.scratch_shapes(inputs, blocks)
     grid = (n_batch, n_blocks, steps)
     return common.call_kernel(_kernel, "ssd_forward", grid, inputs, specs, outputs, scratch, blocks, interpret)

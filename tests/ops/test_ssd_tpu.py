@@ -17,7 +17,7 @@ import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.oracle import bound, oracle, relative_rms
-from pallas_kernels.ssd import cases
+from pallas_kernels.ssd import cases, tpu_copies
 from pallas_kernels.ssd.tpu import legal_heads, ssd_tpu, supports
 from tests.ops.support import QUICK, run
 
@@ -100,6 +100,19 @@ def test_blocks_are_invisible():
         actual = run_kernel(inputs, heads_per_block=heads, chunks_per_step=chunks)
         for name in expected:
             check_close(actual[name], expected[name], dtype="float32", what=f"ssd.{name}")
+
+
+def test_slots_are_invisible(monkeypatch):
+    """Two or four blocks of each array in flight, over more steps than either, in several rows and head blocks."""
+    inputs = cases.make_inputs(case_of(name="slots", batch=2, heads=4, tokens=640, width=64, decay="typical"))
+    args = [inputs[name] for name in ("x", "dt", "A", "B", "C")]
+    more = {name: inputs[name] for name in ("D", "segment_ids", "initial_state")}
+    kernel = functools.partial(ssd_tpu, heads_per_block=2, chunks_per_step=1, interpret=True)
+    results = []
+    for limit in (0, tpu_copies.SLOT_BYTES):
+        monkeypatch.setattr(tpu_copies, "SLOT_BYTES", limit)
+        results.append(jax.jit(lambda *args: kernel(*args, **more), compiler_options=QUICK)(*args))
+    np.testing.assert_array_equal(*results)
 
 
 def test_a_group_over_several_blocks():
@@ -264,9 +277,13 @@ def compile_args(**sizes):
 
 
 @pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_compiles(generation):
-    args = compile_args(tokens=300)
-    compile_for(generation, args, ids=np.ones((1, 300), np.int32))
+@pytest.mark.parametrize("sizes", [
+    {"tokens": 300},
+    {"tokens": 1, "heads": 1, "width": 32, "state": 16},
+    {"tokens": 100, "heads": 3, "width": 32, "state": 16, "groups": 3, "dtype": jnp.float32},
+], ids=["uneven", "one_token", "less_than_a_chunk"])  # fmt: skip
+def test_compiles(generation, sizes):
+    compile_for(generation, compile_args(**sizes), ids=np.ones((1, sizes["tokens"]), np.int32))
 
 
 def test_rows_and_heads_split_over_devices():
@@ -309,6 +326,7 @@ def test_rows_and_heads_split_over_devices():
     {"heads": 24, "width": 64, "state": 256},
     {"heads": 16, "width": 128},
     {"heads": 4, "width": 32, "state": 16, "groups": 4},
+    {"heads": 127, "width": 32, "state": 16, "dtype": jnp.float32},
     {"heads": 64, "width": 32, "state": 32, "groups": 1, "batch": 2},
 ], ids=str)  # fmt: skip
 def test_compiles_at_every_width(generation, sizes):
