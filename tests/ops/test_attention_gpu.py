@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import dispatch, oracle
+from pallas_kernels import attention, dispatch, oracle
 from pallas_kernels.attention import cases, gpu_masks
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 
@@ -161,6 +161,24 @@ needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="t
 @pytest.mark.quick
 def test_kernels_interpreted():
     interpret("packed_wide", "decode_rows", "decode_layer")
+
+
+@needs_interpreter
+def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
+    P = jax.sharding.PartitionSpec
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    x = jnp.zeros((2, 100, 2, 64), jnp.bfloat16)
+
+    @jax.shard_map(mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"), check_vma=True)
+    def attend(x, ids, sinks):
+        with dispatch.assume_platform("gpu"):
+            return attention(x, x, x, gate=x, segment_ids=ids, sinks=sinks, implementation="gpu")
+
+    def loss(x, sinks):
+        return attend(x, jnp.ones((2, 100), jnp.int32), sinks).astype(jnp.float32).sum()
+
+    dx, dsinks = jax.eval_shape(jax.grad(loss, (0, 1)), x, jnp.zeros(2))
+    assert (dx.shape, dsinks.shape) == (x.shape, (2,))
 
 
 @needs_interpreter
