@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.compat import vary_alike
+
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
 VECTOR = 2  # channels of a thread
 LAYOUT = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=VECTOR)
@@ -349,15 +351,18 @@ def _backward_body(plan, *refs):
     )
 
 
-def _kernel(plan, body, out):
-    return plgpu.kernel(
+def _call(plan, body, out, *arrays):
+    """The kernel on the arrays that are not None; under vmap one call after the other."""
+    arrays = [array for array in arrays if array is not None]
+    kernel = plgpu.kernel(
         functools.partial(body, plan),
-        out_type=out,
+        out_type=[jax.ShapeDtypeStruct(*shape_and_type) for shape_and_type in out],
         grid=(plan.batch, plan.parts, plan.padded_width // CHANNELS),
         grid_names=("batch", "part", "channels"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
+    return vary_alike((arrays, jax.custom_batching.sequential_vmap(kernel)(*arrays)))[1]
 
 
 # Compiled by themselves, so that layers of one shape are traced and lowered once.
@@ -368,9 +373,8 @@ def forward(plan: Plan, x, w, seen, state):
     x [B, T, D]; w float32 [W, padded width], with a bias [W + 1, ...]; seen int32 [B, T or more] or None; state
     [B, K, D] in the type of x or None.
     """
-    [y] = _kernel(plan, _forward_body, [jax.ShapeDtypeStruct((plan.batch, plan.out_tokens, plan.width), plan.dtype)])(
-        *_given(x, w, seen, state)
-    )
+    shape = (plan.batch, plan.out_tokens, plan.width)
+    [y] = _call(plan, _forward_body, [(shape, plan.dtype)], x, w, seen, state)
     return y
 
 
@@ -378,14 +382,10 @@ def forward(plan: Plan, x, w, seen, state):
 def backward(plan: Plan, x, dy, w, seen, state):
     """(dx; dw float32 [B x parts, W (+ 1 with bias), padded width]; dstate float32 [B, K, padded width] or None)."""
     out = [
-        jax.ShapeDtypeStruct((plan.batch, plan.out_tokens, plan.width), plan.dtype),
-        jax.ShapeDtypeStruct((plan.batch * plan.parts, plan.before + 1 + plan.bias, plan.padded_width), F32),
+        ((plan.batch, plan.out_tokens, plan.width), plan.dtype),
+        ((plan.batch * plan.parts, plan.before + 1 + plan.bias, plan.padded_width), F32),
     ]
     if plan.initial:
-        out.append(jax.ShapeDtypeStruct((plan.batch, plan.before, plan.padded_width), F32))
-    found = _kernel(plan, _backward_body, out)(*_given(x, dy, w, seen, state))
-    return found if plan.initial else (*found, None)
-
-
-def _given(*arrays):
-    return [array for array in arrays if array is not None]
+        out.append(((plan.batch, plan.before, plan.padded_width), F32))
+    found = _call(plan, _backward_body, out, x, dy, w, seen, state)
+    return tuple(found) if plan.initial else (*found, None)
