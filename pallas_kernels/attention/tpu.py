@@ -20,7 +20,7 @@ from pallas_kernels.attention.tpu_common import F32, LANES, LOG2E, Settings
 
 HEAD_WIDTHS = (64, 96, 128, 192, 256)
 BLOCK = 1024  # queries and keys of a block; smaller where there are fewer
-MOST_BLOCK_ENTRIES = 1024 * 128  # rows x head width of a block
+MOST_BLOCK_BYTES = 1024 * 256 * 2  # of a head's block
 PACKED_ROWS = 256  # queries x heads of a key head up to which they share a block
 MOST_WORDS = 1 << 16  # pairs of blocks listed in scalar memory
 
@@ -34,7 +34,8 @@ def supports(q, k, v, **kwargs) -> str | None:
     for name, array in (("q_BTHP", q), ("v_BSKP", v)):
         if array.shape[3] not in HEAD_WIDTHS:
             return f"head width of {name} ({array.shape[3]}) not one of {HEAD_WIDTHS}"
-    blocks = _block_sizes(q.shape[1], k.shape[1], q.shape[2] // k.shape[2], max(q.shape[3], v.shape[3]))
+    row_bytes = max(q.shape[3], v.shape[3]) * q.dtype.itemsize
+    blocks = _block_sizes(q.shape[1], k.shape[1], q.shape[2] // k.shape[2], row_bytes)
     n_rows = q.shape[1] if blocks[2] == 1 else q.shape[1] * blocks[2]
     words = -(-n_rows // blocks[0]) * -(-k.shape[1] // blocks[1]) * q.shape[0]
     if words > MOST_WORDS:
@@ -48,9 +49,9 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _block_sizes(n_queries: int, n_keys: int, group: int, width: int) -> tuple[int, int, int]:
+def _block_sizes(n_queries: int, n_keys: int, group: int, row_bytes: int) -> tuple[int, int, int]:
     """(queries, keys of a block, heads packed into the rows of a query block)."""
-    most = min(BLOCK, max(256, MOST_BLOCK_ENTRIES // width // 256 * 256))
+    most = min(BLOCK, max(256, MOST_BLOCK_BYTES // row_bytes // 256 * 256))
     packed = group if n_queries * group <= PACKED_ROWS else 1
     q_block = min(most, _round_up(n_queries * packed, 32 if packed > 1 or n_queries <= PACKED_ROWS else 256))
     k_block = min(most, _round_up(n_keys, 256))
@@ -106,7 +107,7 @@ def _in_blocks(call: _Call, q, k, v, gate, sinks, masks):
     _, n_queries, n_heads, width = q.shape
     n_keys, n_kv_heads, v_width = *k.shape[1:3], v.shape[3]
     group = n_heads // n_kv_heads
-    q_block, k_block, packed = _block_sizes(n_queries, n_keys, group, max(width, v_width))
+    q_block, k_block, packed = _block_sizes(n_queries, n_keys, group, max(width, v_width) * q.dtype.itemsize)
     if call.blocks is not None:
         q_block, k_block, packed = *call.blocks, 1
     if packed > 1:
