@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context
+from pallas_kernels.compat import vary_alike
 from pallas_kernels.segments import document_numbers
 
 
@@ -27,6 +28,7 @@ class _Window(typing.NamedTuple):
 
 def causal_conv1d_context(convolve: Callable, args: tuple, *, context_axis: str, **options):
     """`convolve(*args, **options)`, an implementation of causal_conv1d, on tokens split over the axis."""
+    args, options = vary_alike((args, options))
     x_BTD, w_DW, _ = args
     n_before = w_DW.shape[1] - 1
     if n_before == 0:

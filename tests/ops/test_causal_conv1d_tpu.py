@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.causal_conv1d import cases
 from pallas_kernels.causal_conv1d.context import causal_conv1d_context
 from pallas_kernels.causal_conv1d.tpu import causal_conv1d_tpu, supports
+from pallas_kernels.causal_conv1d.xla import causal_conv1d_xla
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.oracle import bound, oracle, relative_rms
 from tests.ops.support import QUICK, run
@@ -119,15 +121,19 @@ def compile_for(generation: str, batch, tokens, width, taps, dtype, *, documents
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(mesh, P())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     args = [array((batch, tokens, width), dtype), array((width, taps), jnp.float32), array((width,), jnp.float32)]
     args += [array((batch, taps - 1, width), dtype)] * state
     ids = jnp.ones((batch, tokens), jnp.int32) if documents else None
 
-    def loss(x, w, b, initial=None):
+    @jax.shard_map(mesh=mesh, in_specs=(P("one"), P(), P(), P("one")), out_specs=P("one"))
+    def convolve(x, w, b, initial):
         named = {"segment_ids": ids, "initial_state": initial, "activation": "silu", "implementation": "tpu"}
-        return jnp.sum(pallas_kernels.causal_conv1d(x, w, b, **named, gaps=False).astype(jnp.float32) ** 2)
+        return pallas_kernels.causal_conv1d(x, w, b, **named, gaps=False)
+
+    def loss(x, w, b, initial=None):
+        return jnp.sum(convolve(x, w, b, initial).astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):  # the mesh tells Pallas the device it compiles for
         return jax.jit(jax.grad(loss, range(len(args)))).lower(*args).compile()
@@ -149,14 +155,16 @@ def test_compiles_at_every_size(generation, sizes):
     compile_for(generation, *sizes, documents=False, state=False)
 
 
-def test_tokens_split_over_devices():
-    """The kernel within `causal_conv1d_context`, with documents across the devices' shares."""
+@pytest.mark.parametrize("checked", [False, True])
+def test_tokens_split_over_devices(checked):
+    """`causal_conv1d_context` with documents across shares: of the kernel; in a shard_map that checks, which the
+    interpreter does not bear, of XLA."""
     case = cases.Case("split", 2, 64, 8, 4, "packed", initial=True)
     inputs = {name: jnp.asarray(array) for name, array in cases.make_inputs(case).items()}
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("context",))
     names = ("x", "w", "b", "segment_ids", "initial_state")
-    tokens, whole = jax.sharding.PartitionSpec(None, "context"), jax.sharding.PartitionSpec()
-    kernel = functools.partial(causal_conv1d_tpu, interpret=True)
+    tokens, whole = P(None, "context"), P()
+    kernel = causal_conv1d_xla if checked else functools.partial(causal_conv1d_tpu, interpret=True)
 
     def split(x, w, b, segment_ids, initial_state):
         options = {"segment_ids": segment_ids, "initial_state": initial_state, "activation": "silu"}
@@ -164,7 +172,7 @@ def test_tokens_split_over_devices():
         return causal_conv1d_context(kernel, (x, w, b), context_axis="context", **options)
 
     specs = tuple(tokens if name in ("x", "segment_ids") else whole for name in names)
-    split = jax.shard_map(split, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    split = jax.shard_map(split, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=checked)
 
     def plain(x, w, b, segment_ids, initial_state):
         options = {"segment_ids": segment_ids, "initial_state": initial_state, "activation": "silu"}
