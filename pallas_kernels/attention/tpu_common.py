@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import block_pairs
+from pallas_kernels.compat import unchecked_varying, vary_alike
 
 F32 = jnp.float32
 LANES = 128
@@ -146,7 +147,8 @@ def call_kernel(kernel, name: str, grid, words, inputs: dict, outputs: dict, scr
 
     inputs: {name: (array, spec)}; outputs: {name: (shape, spec)}; scratch: {name: memory}. words [rows, n].
     """
-    results = pl.pallas_call(
+    arrays = [array for array, _ in inputs.values()]
+    call = pl.pallas_call(
         functools.partial(kernel, names=(*inputs, *outputs, *scratch), s=s),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -162,5 +164,12 @@ def call_kernel(kernel, name: str, grid, words, inputs: dict, outputs: dict, scr
         ),
         interpret=s.interpret,
         name=name,
-    )(words, *(array for array, _ in inputs.values()))
-    return dict(zip(outputs, results))
+    )
+    return dict(zip(outputs, call_varying(call, words, *arrays)))
+
+
+def call_varying(call, *arrays):
+    """call(*arrays) of a kernel, whose results vary over a checked shard_map's axes as its arrays do."""
+    with unchecked_varying():
+        results = call(*arrays)
+    return vary_alike((results, arrays))[0]

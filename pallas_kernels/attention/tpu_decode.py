@@ -31,6 +31,7 @@ from pallas_kernels.attention.tpu_common import (
     LOWEST,
     NN,
     NT,
+    call_varying,
     dot,
     log2_scores,
     mask,
@@ -439,7 +440,7 @@ def run_kernel(arrays: dict, visits: Visits, first, s: Decode) -> dict:
         outputs["log_sum"] = output(LANES, F32)
     scratch = {"top": LANES, "total": LANES, "sum": s.v_width}
     specs = _specs(arrays, s)
-    found = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_kernel, names=(*arrays, *outputs, *scratch), s=s),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -454,8 +455,8 @@ def run_kernel(arrays: dict, visits: Visits, first, s: Decode) -> dict:
         ),
         interpret=s.interpret,
         name="attention_decode",
-    )(visits.words, visits.whole, first, *arrays.values())
-    return dict(zip(outputs, found))
+    )
+    return dict(zip(outputs, call_varying(call, visits.words, visits.whole, first, *arrays.values())))
 
 
 def _to_rows(array_BTHx, s: Decode):

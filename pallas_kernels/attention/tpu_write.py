@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention.tpu_common import F32, LANES
+from pallas_kernels.attention.tpu_common import F32, LANES, call_varying
 from pallas_kernels.compat import tpu_generation
 
 
@@ -47,7 +47,7 @@ def write_token(array, layer, slots_B, value_BKP, *, interpret=False):
     spec = pl.BlockSpec(
         (1, n_heads, width, LANES), lambda b, slots, first: (first[0] + b, 0, 0, _block(slots, b, n_slots))
     )
-    written = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_kernel, n_slots=n_slots),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -59,5 +59,6 @@ def write_token(array, layer, slots_B, value_BKP, *, interpret=False):
         input_output_aliases={2: 0},
         interpret=interpret,
         name="cache_write",
-    )(slots_B.astype(jnp.int32), first, stack, value_BKP.astype(array.dtype)[..., None])
+    )
+    written = call_varying(call, slots_B.astype(jnp.int32), first, stack, value_BKP.astype(array.dtype)[..., None])
     return written.transpose(0, 3, 1, 2).reshape(array.shape)

@@ -219,6 +219,31 @@ def test_compiles(generation):
     compile_for(generation, queries=1500)
 
 
+@pytest.mark.parametrize("queries", [1, 300])
+def test_compiles_in_a_shard_map_that_checks_what_varies(queries):
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v5e"]).devices
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
+    rows, heads = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec("data", None, "tensor")
+
+    def array(*shape, spec=heads, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    def gradients(q, k, v, offset):
+        loss = lambda *qkv: jnp.sum(pallas_kernels.attention(*qkv, gate=q, q_offset=offset).astype(jnp.float32))
+        return pallas_kernels.attention(q, k, v, gate=q, q_offset=offset), *jax.grad(loss, range(3))(q, k, v)
+
+    q, k, offset = array(2, queries, 8, 128), array(2, 512, 4, 128), array(2, spec=rows, dtype=jnp.int32)
+    split = jax.shard_map(gradients, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=(heads,) * 4)
+    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+        text = jax.jit(split).lower(q, k, k, offset).compile().as_text()
+    assert "attention_backward" in text
+    assert ("attention_decode" in text) == (queries == 1)
+    assert "all-reduce" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("options", [
