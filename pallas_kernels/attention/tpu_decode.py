@@ -239,7 +239,7 @@ def _start(refs, part, s: Decode):
     shape = refs["top"].shape
     if s.sinks:  # the sink is counted once, by the first share
         own = jnp.full(shape, part, jnp.int32) == 0
-        refs["top"][...] = jnp.where(own, refs["sinks"][...] * LOG2E, LOWEST)
+        refs["top"][...] = jnp.where(own, jnp.maximum(refs["sinks"][...] * LOG2E, LOWEST), LOWEST)
         refs["total"][...] = jnp.where(own, 1.0, 0.0)
     else:
         refs["top"][...] = jnp.full(shape, LOWEST, F32)

@@ -38,7 +38,7 @@ STRIP = 512  # queries whose scores are alive together
 def _start(refs, s: Settings):
     rows = s.blocks[0]
     if s.sinks:
-        refs["top"][...] = column(refs["sinks"][0, 0] * LOG2E)
+        refs["top"][...] = column(jnp.maximum(refs["sinks"][0, 0] * LOG2E, LOWEST))
         refs["total"][...] = jnp.ones((rows, LANES), F32)
     else:
         refs["top"][...] = jnp.full((rows, LANES), LOWEST, F32)
