@@ -67,6 +67,8 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
             choice, why = "xla", f"outside of a shard_map over mesh axes ({', '.join(axes)}) a kernel cannot be split"
         elif reason := _limit(op, here, args, kwargs):
             choice, why = "xla", f"the {here} kernel cannot serve this call: {reason}"
+        elif reason := _slower(op, here, args, kwargs):
+            choice, why = "xla", reason
         else:
             choice, why = here, "faster by the compiler's estimate" if estimated else "proven on this platform"
         _log_once(op, f"{op}: auto uses {choice} on {here} ({why})")
@@ -92,6 +94,12 @@ def _limit(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
     if name == "gpu" and (capability := gpu_capability()) not in (None, HOPPER):
         return f"compute capability of the device ({capability}) not that of Hopper ({HOPPER})"
     return importlib.import_module(module_name).supports(*args, **kwargs)
+
+
+def _slower(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
+    """Why xla is faster than the kernel `name` at this call, as far as its module says so; else None."""
+    slower = getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), "slower", None)
+    return slower and slower(*args, **kwargs)
 
 
 def _log_once(op: str, message: str) -> None:

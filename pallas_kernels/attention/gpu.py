@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.attention import gpu_backward, gpu_forward, gpu_masks
 from pallas_kernels.attention.gpu_backward import Backward
 from pallas_kernels.attention.gpu_forward import LOG2E, LOWEST, Forward
+from pallas_kernels.attention.xla import cudnn_serves
 from pallas_kernels.compat import vary_alike
 
 WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
@@ -58,6 +59,15 @@ def supports(q, k, v, **kwargs) -> str | None:
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
         if array.shape[3] > WIDTHS[-1]:
             return f"head width of {name} ({array.shape[3]}) above {WIDTHS[-1]}"
+    return None
+
+
+def slower(q, k, v, *, causal=True, q_offset=0, **kwargs) -> str | None:
+    """Why `xla`, which leaves such calls to cuDNN, is faster at this one; or None. Heeded by `auto` alone."""
+    rest = ("gate", "window", "segment_ids", "positions", "softcap", "sinks")
+    plain = all(kwargs.get(name) is None for name in rest) and isinstance(q_offset, int) and q_offset == 0
+    if plain and causal and q.shape[2] == k.shape[2] and q.shape[3] > 64 and cudnn_serves(q, k, v, causal, None):
+        return f"cuDNN's gradients are faster for as many key heads as heads ({k.shape[2]}) without gate and documents"
     return None
 
 

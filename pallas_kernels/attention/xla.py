@@ -59,7 +59,7 @@ def attention_xla(
     """See `pallas_kernels.attention`; segment_ids and positions are pairs here."""
     scale = q_BTHP.shape[-1] ** -0.5 if scale is None else scale
     plain = segment_ids is None and positions is None and softcap is None and sinks is None
-    if plain and isinstance(q_offset, int) and q_offset == 0 and _cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal, window):
+    if plain and isinstance(q_offset, int) and q_offset == 0 and cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal, window):
         local = None if window is None else (window - 1, 0)
         out_BTHP = jax.nn.dot_product_attention(
             q_BTHP, k_BSKP, v_BSKP, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
@@ -71,7 +71,8 @@ def attention_xla(
     return out_BTHP if gate is None else apply_gate(out_BTHP, gate)
 
 
-def _cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal: bool, window: int | None) -> bool:
+def cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal: bool, window: int | None) -> bool:
+    """Whether cuDNN has what these arrays and masks by index ask for, on a GPU."""
     same = q_BTHP.dtype == k_BSKP.dtype == v_BSKP.dtype and q_BTHP.dtype in (jnp.bfloat16, jnp.float16)
     width = q_BTHP.shape[-1]
     fits = v_BSKP.shape[-1] == width and width % 8 == 0 and width <= 128 and q_BTHP.shape[1] == k_BSKP.shape[1]

@@ -19,6 +19,7 @@ from pallas_kernels.attention import cases, gpu_masks
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 
 HERE = Path(__file__).parent
+needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts")
 
 
 def on_hopper() -> bool:
@@ -147,14 +148,30 @@ def test_calls_that_are_not_served_are_named():
     assert gpu.supports(narrow.astype(jnp.float32), narrow, narrow) == "dtype of q_BTHP (float32) is not bfloat16"
 
 
+@needs_interpreter
+def test_auto_leaves_to_cudnn_where_that_is_faster():
+    """Dense causal calls of as many key heads as heads, without a gate, by measured gradients."""
+    many, few, narrow = (jnp.zeros((1, 64, n, p), jnp.bfloat16) for n, p in ((4, 128), (2, 128), (4, 64)))
+    ids = jnp.ones((1, 64), jnp.int32)
+
+    def served(q, k, implementation="auto", **kwargs):
+        with dispatch.assume_platform("gpu"):
+            return dispatch.select("attention", implementation, (q, k, k), kwargs).__name__
+
+    assert served(many, many) == "attention_xla"
+    assert served(many, many, "gpu") == "attention_gpu"
+    assert served(many, few) == "attention_gpu"
+    assert served(narrow, narrow) == "attention_gpu"
+    settings = ({"gate": many}, {"window": 9}, {"segment_ids": (ids, ids)}, {"softcap": 2.0}, {"sinks": jnp.zeros(4)})
+    for kwargs in (*settings, {"causal": False}, {"q_offset": jnp.zeros(1, jnp.int32)}):
+        assert served(many, many, **kwargs) == "attention_gpu", kwargs
+
+
 def interpret(*names):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, str(HERE / "mosaic_interpreter.py"), *names]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-
-
-needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts")
 
 
 @needs_interpreter
