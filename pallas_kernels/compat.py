@@ -80,6 +80,13 @@ def unchecked_varying():
         yield
 
 
+def call_varying(call, *arrays):
+    """call(*arrays) of a kernel: under a checked shard_map its results vary over the axes that its arrays vary over."""
+    with unchecked_varying():  # within, a product varies over nothing; XLA leaves out one with 1
+        results = call(*(array * np.ones((), array.dtype) if _varying(array) else array for array in arrays))
+    return vary_alike((results, arrays))[0]
+
+
 def _varying(leaf) -> frozenset:
     return jax.typeof(leaf).manual_axis_type.varying if isinstance(leaf, jax.Array) else frozenset()
 

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import block_pairs
-from pallas_kernels.compat import unchecked_varying, vary_alike
+from pallas_kernels.compat import call_varying
 
 F32 = jnp.float32
 LANES = 128
@@ -166,10 +166,3 @@ def call_kernel(kernel, name: str, grid, words, inputs: dict, outputs: dict, scr
         name=name,
     )
     return dict(zip(outputs, call_varying(call, words, *arrays)))
-
-
-def call_varying(call, *arrays):
-    """call(*arrays) of a kernel, whose results vary over a checked shard_map's axes as its arrays do."""
-    with unchecked_varying():
-        results = call(*arrays)
-    return vary_alike((results, arrays))[0]

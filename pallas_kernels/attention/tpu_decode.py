@@ -31,12 +31,12 @@ from pallas_kernels.attention.tpu_common import (
     LOWEST,
     NN,
     NT,
-    call_varying,
     dot,
     log2_scores,
     mask,
     widen,
-)  # fmt: skip
+)
+from pallas_kernels.compat import call_varying  # fmt: skip
 
 MOST_QUERIES = 16
 MOST_ROWS = 1024  # queries x heads

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention.tpu_common import F32, LANES, call_varying
-from pallas_kernels.compat import tpu_generation
+from pallas_kernels.attention.tpu_common import F32, LANES
+from pallas_kernels.compat import call_varying, tpu_generation
 
 
 def serves(array_shape: tuple, n_tokens: int, dtype) -> bool:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import unchecked_varying, vary_alike
+from pallas_kernels.compat import call_varying
 
 F32 = jnp.float32
 LANES = 128
@@ -262,7 +262,5 @@ def backward(blocks: Blocks, x, dy, w, seen, state):
         name="causal_conv1d_backward",
     )
     arrays = [array for array, _ in given.values()]
-    with unchecked_varying():
-        out = kernel(*arrays)
-    out = vary_alike((arrays, out))[1]
+    out = call_varying(kernel, *arrays)
     return (*out, *[None] * (3 - len(out)))

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.compat import call_varying
 from pallas_kernels.ssd.gpu_walk import BF16_TRANSFORMS, COL, ROW, TILE, named_body
 
 WGMMA = plgpu.Layout.WGMMA
@@ -169,7 +170,7 @@ def decays(dt, a, ids, chunks, interpret=False):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    ab, *real = kernel(*args)
+    ab, *real = call_varying(kernel, *args)
     return ab, (real[0] if real else None)
 
 
@@ -270,6 +271,6 @@ def gradients(source, target, cross, state, dt, a, ids, has_d, interpret=False):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    d_dt, *sums = kernel(source, target, cross, state, dt, a, *([] if ids is None else [ids]))
+    d_dt, *sums = call_varying(kernel, source, target, cross, state, dt, a, *([] if ids is None else [ids]))
     sums = [v.sum((0, 1)) for v in sums]
     return d_dt, sums[0], (sums[1] if has_d else None)

@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.compat import call_varying
 from pallas_kernels.ssd.gpu_walk import BF16_TRANSFORMS, COL, ROW, TILE, named_body
 
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -551,9 +552,7 @@ def _body(cfg, *refs):
     }
 
     def one_warp(work):
-        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-        def _():
-            pl.when(lax.axis_index("warp") == 0)(work)
+        plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
 
     def by_half(work):
         for k in range(2):
@@ -614,7 +613,7 @@ def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d, scores=None):
         interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
     )
     args = [x, dy, ab, b_mat, c_mat, h, r, real if cfg.segments else None, d if cfg.has_d else None, scores]
-    return dict(zip(out, kernel(*(v for v in args if v is not None))))
+    return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))
 
 
 def _by_tile(v, real, chunks):

@@ -30,6 +30,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.compat import call_varying
+
 TILE = 64  # tokens a chunk, and head width of a tile
 BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SHARED_BYTES = 220 * 1024  # shared memory the buffers may take
@@ -494,4 +496,4 @@ def walk(cfg, x, ab, b_mat, c_mat, real, d, init):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
     )
-    return kernel(*[a for a in args if a is not None])
+    return call_varying(kernel, *[a for a in args if a is not None])

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compat import call_varying
 from pallas_kernels.segments import document_numbers
 
 F32 = jnp.float32
@@ -270,7 +271,7 @@ def call_kernel(kernel, name, grid, inputs, specs, outputs, scratch, blocks, int
     inputs: {name: array}, cut by specs[name]; outputs: {name: (spec, shape)}; scratch: {name: memory}. The kernel gets
     its references in this order, with their names.
     """
-    results = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, names=(*inputs, *outputs, *scratch), blocks=blocks),
         grid=grid,
         in_specs=[specs[key] for key in inputs],
@@ -284,5 +285,5 @@ def call_kernel(kernel, name, grid, inputs, specs, outputs, scratch, blocks, int
         ),
         interpret=interpret,
         name=name,
-    )(*inputs.values())
-    return dict(zip(outputs, results))
+    )
+    return dict(zip(outputs, call_varying(call, *inputs.values())))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch, oracle
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.oracle import compare
 from pallas_kernels.ssd import cases
@@ -156,3 +157,27 @@ def test_kernels_against_the_recurrence(case):
     errors = compare("ssd", inputs, dtype="bfloat16", implementation="gpu", return_final_state=case.final)
     bad = {name: pair for name, pair in errors.items() if not pair[0] <= pair[1]}
     assert not bad, bad
+
+
+@needs_interpreter
+@pytest.mark.quick
+@pytest.mark.parametrize("heads", [2, 64])
+def test_gradients_trace_in_a_shard_map_that_checks_what_varies(heads):
+    """64 heads have their decays and the gradients of dt by kernels, too."""
+    P = jax.sharding.PartitionSpec
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    case = cases.Case("checked", 2, 200, heads, 64, 1, 64, layout="packed", initial=True, final=True)
+    arrays, fixed = oracle.split(cases.make_inputs(case, "bfloat16"))
+    specs = {name: P() if name in ("A", "D") else P("data") for name in arrays}
+
+    @jax.shard_map(mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=True)
+    def scan(arrays, ids):
+        with dispatch.assume_platform("gpu"):
+            settings = {"return_final_state": True, "implementation": "gpu"}
+            return oracle.call("ssd", {**arrays, "segment_ids": ids}, **settings)
+
+    def loss(arrays):
+        return sum(out.astype(jnp.float32).sum() for out in scan(arrays, fixed["segment_ids"]))
+
+    grads = jax.eval_shape(jax.grad(loss), arrays)
+    assert {name: grad.shape for name, grad in grads.items()} == {name: array.shape for name, array in arrays.items()}

@@ -286,7 +286,8 @@ def test_compiles(generation, sizes):
     compile_for(generation, compile_args(**sizes), ids=np.ones((1, sizes["tokens"]), np.int32))
 
 
-def test_rows_and_heads_split_over_devices():
+@pytest.mark.parametrize("checked", [False, True])
+def test_rows_and_heads_split_over_devices(checked):
     """On a 2 x 2 slice each chip runs the kernels on its rows and heads; nothing but gradients of A and D is summed."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
@@ -304,7 +305,7 @@ def test_rows_and_heads_split_over_devices():
         return pallas_kernels.ssd(x, dt, A, B, C, D=D, initial_state=state)
 
     def loss(*arrays):
-        split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=checked)
         return jnp.sum(split(*arrays).astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
