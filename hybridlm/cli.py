@@ -114,13 +114,27 @@ def _without(words: list[str], key: str) -> list[str]:
     return kept
 
 
+def _without_late_writes(say: Callable) -> Callable:
+    """`say`, but for what the threads of a checkpoint that cannot be written say of each array, after the save itself
+    has failed in one line."""
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            say(unraisable)
+
+    return hook
+
+
 def _prepare() -> None:
     """Joins a cluster where the environment announces one; keeps compiled programs between starts; quiets libraries."""
     import jax
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Sharding info not provided", category=UserWarning)
+    warnings.filterwarnings("ignore", message="coroutine .*write_fragment.* was never awaited", category=RuntimeWarning)
+    sys.unraisablehook = _without_late_writes(sys.unraisablehook)
     if not jax.config.jax_compilation_cache_dir:
         cache = Path("~/.cache/hybridlm/xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -3,11 +3,12 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from hybridlm.cli import main, train_main
+from hybridlm.cli import _without_late_writes, main, train_main
 from hybridlm.progress import Display, clock, short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,3 +106,12 @@ def test_lines_off_a_terminal(capsys):
     display.update(11, values, log=False)
     display.stop()
     assert capsys.readouterr().out == "step 10/20  loss 1.5000  12.3k tokens/s  MFU 31.4%  skipped 2  1:30 left\n"
+
+
+def test_arrays_of_a_checkpoint_that_cannot_be_written_say_nothing_each():
+    """The save says it once; anything else that threads say is said."""
+    said = []
+    hook = _without_late_writes(said.append)
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("Event loop is slow"), ValueError("cut")):
+        hook(types.SimpleNamespace(exc_value=error))
+    assert [str(unraisable.exc_value) for unraisable in said] == ["Event loop is slow", "cut"]
