@@ -19,7 +19,16 @@ from pallas_kernels import segments
 
 
 def convolve_documents(
-    convolve: Callable, x_BTD, w_DW, b_D, *, activation, segment_ids, initial_state, return_final_state, gaps
+    convolve: Callable,
+    x_BTD,
+    w_DW,
+    b_D=None,
+    *,
+    activation=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    gaps=True,
 ):
     """`causal_conv1d` by the convolution."""
     n_before = w_DW.shape[1] - 1

@@ -22,11 +22,8 @@ STRIP_TOKENS = 32
 BLOCK_TILES = 36  # the most tiles of 128 channels a block: more does not fit VMEM in float32
 
 
-def supports(
-    x, w, b=None, *, activation=None, segment_ids=None, initial_state=None, return_final_state=False, gaps=True
-) -> str | None:
+def supports(x, w, *_, **__) -> str | None:
     """Why the TPU kernel cannot serve this call of `causal_conv1d`, or None if it can."""
-    del b, activation, segment_ids, initial_state, return_final_state, gaps
     if x.dtype not in DTYPES:
         return f"x has dtype {x.dtype}, the kernel takes bfloat16 and float32"
     if w.shape[1] not in TAPS:
@@ -34,35 +31,14 @@ def supports(
     return None
 
 
-def causal_conv1d_tpu(
-    x_BTD,
-    w_DW,
-    b_D=None,
-    *,
-    activation=None,
-    segment_ids=None,
-    initial_state=None,
-    return_final_state=False,
-    gaps=True,
-    interpret=False,
-):
+def causal_conv1d_tpu(x_BTD, w_DW, b_D=None, *, interpret=False, **settings):
     """See `pallas_kernels.causal_conv1d`. interpret: run the kernel in Pallas' interpreter, on any platform.
 
     Raises NotImplementedError, naming argument and limit, where `supports` gives a reason.
     """
     if reason := supports(x_BTD, w_DW):
         raise NotImplementedError(reason)
-    return convolve_documents(
-        functools.partial(_from_start, interpret),
-        x_BTD,
-        w_DW,
-        b_D,
-        activation=activation,
-        segment_ids=segment_ids,
-        initial_state=initial_state,
-        return_final_state=return_final_state,
-        gaps=gaps,
-    )
+    return convolve_documents(functools.partial(_from_start, interpret), x_BTD, w_DW, b_D, **settings)
 
 
 def _from_start(interpret, x_BTD, w_DW, b_D, initial_state, seen_BT, activation):

@@ -9,29 +9,9 @@ import jax.numpy as jnp
 from pallas_kernels.causal_conv1d.documents import convolve_documents
 
 
-def causal_conv1d_xla(
-    x_BTD,
-    w_DW,
-    b_D=None,
-    *,
-    activation=None,
-    segment_ids=None,
-    initial_state=None,
-    return_final_state=False,
-    gaps=True,
-):
+def causal_conv1d_xla(x_BTD, w_DW, b_D=None, **settings):
     """See `pallas_kernels.causal_conv1d`."""
-    return convolve_documents(
-        _from_start,
-        x_BTD,
-        w_DW,
-        b_D,
-        activation=activation,
-        segment_ids=segment_ids,
-        initial_state=initial_state,
-        return_final_state=return_final_state,
-        gaps=gaps,
-    )
+    return convolve_documents(_from_start, x_BTD, w_DW, b_D, **settings)
 
 
 def _from_start(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
