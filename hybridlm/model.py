@@ -5,6 +5,7 @@ Axis letters: B batch, T tokens, D model, V vocabulary, L repeats of a group.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -239,16 +240,13 @@ class HybridLM(nnx.Module):
     def _run(self, group: pattern.Group, sublayers, x_BTD, segment_ids, positions, embedded_BTD):
         """One scan over the repeats of a group."""
         shared = self._shared_states(group)
-        runs, states = {}, []
-        for symbol, sublayer in zip(group.unit, sublayers, strict=True):
-            graphdef, state = nnx.split(sublayer)
-            states.append(state)
-
-            def run(state, shared_state, *args, graphdef=graphdef, symbol=symbol):
-                return nnx.merge(graphdef, state)(*args, self._merge_shared(symbol, shared_state))
-
-            run = jax.jit(run)  # traced once for all sublayers of a symbol
-            runs.setdefault(symbol, remat.wrap(run, self.config.remat, sublayer.mixer, in_loop=group.repeats > 1))
+        calls, states = self._by_symbol(group, sublayers, Sublayer.__call__)
+        mixers = {symbol: sublayer.mixer for symbol, sublayer in zip(group.unit, sublayers, strict=True)}
+        in_loop = group.repeats > 1
+        runs = {
+            symbol: remat.wrap(call, self.config.remat, mixers[symbol], in_loop=in_loop)
+            for symbol, call in calls.items()
+        }
 
         def unit(x_BTD, states):
             stats = []
@@ -263,15 +261,7 @@ class HybridLM(nnx.Module):
     def _extend(self, group: pattern.Group, sublayers, x_BTD, caches: list[dict], length_B, real_BT, embedded_BTD):
         """One scan over the repeats; stacked caches are carried, each layer writes its own entries in place."""
         shared = self._shared_states(group)
-        extends, all_states = {}, []
-        for symbol, sublayer in zip(group.unit, sublayers, strict=True):
-            graphdef, state = nnx.split(sublayer)
-            all_states.append(state)
-
-            def extend(state, shared_state, *args, graphdef=graphdef, symbol=symbol):
-                return nnx.merge(graphdef, state).extend(*args, self._merge_shared(symbol, shared_state))
-
-            extends.setdefault(symbol, jax.jit(extend))
+        extends, all_states = self._by_symbol(group, sublayers, Sublayer.extend)
 
         def unit(carry, layer_states):
             x_BTD, caches = carry
@@ -284,6 +274,22 @@ class HybridLM(nnx.Module):
             return (x_BTD, new), None
 
         return jax.lax.scan(unit, (x_BTD, caches), (jnp.arange(group.repeats), all_states))[0]
+
+    def _by_symbol(self, group: pattern.Group, sublayers, method: Callable) -> tuple[dict[str, Callable], list]:
+        """Of each symbol the method of its sublayers, traced once for all of them; and the state of every sublayer.
+
+        The functions take a sublayer's state, that of the symbol's shared transformer or None, and the other arguments.
+        """
+        calls, states = {}, []
+        for symbol, sublayer in zip(group.unit, sublayers, strict=True):
+            graphdef, state = nnx.split(sublayer)
+            states.append(state)
+
+            def call(state, shared_state, *args, graphdef=graphdef, symbol=symbol):
+                return method(nnx.merge(graphdef, state), *args, self._merge_shared(symbol, shared_state))
+
+            calls.setdefault(symbol, jax.jit(call))
+        return calls, states
 
     def _shared_states(self, group: pattern.Group) -> dict[str, nnx.State]:
         """Parameters of the transformers that the group's Shared blocks use, by symbol."""

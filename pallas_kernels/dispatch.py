@@ -60,8 +60,8 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
         return _load(op, implementation)
     here = platform()
     if implementation == "auto":
-        estimated = here == "tpu" and (op, tpu_generation()) in ESTIMATED
-        if (op, here) not in PROVEN and not estimated:
+        grounds = why_kernel(op)
+        if grounds is None:
             choice, why = "xla", f"no {here} kernel of it is proven faster"
         elif axes := automatic_axes():
             choice, why = "xla", f"outside of a shard_map over mesh axes ({', '.join(axes)}) a kernel cannot be split"
@@ -70,7 +70,7 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
         elif reason := _slower(op, here, args, kwargs):
             choice, why = "xla", reason
         else:
-            choice, why = here, "faster by the compiler's estimate" if estimated else "proven on this platform"
+            choice, why = here, grounds
         _log_once(op, f"{op}: auto uses {choice} on {here} ({why})")
         return _load(op, choice)
     if implementation != here:
@@ -80,6 +80,15 @@ def select(op: str, implementation: str, args: tuple, kwargs: dict) -> Callable:
     if reason := _limit(op, implementation, args, kwargs):
         raise NotImplementedError(f"implementation ({implementation!r}) of {op} cannot serve this call: {reason}")
     return _load(op, implementation)
+
+
+def why_kernel(op: str) -> str | None:
+    """On what grounds `auto` takes the op's kernel on the platform at hand for calls that it serves; None: on none."""
+    here = platform()
+    if (op, here) in PROVEN:
+        return "proven on this platform"
+    estimated = here == "tpu" and (op, tpu_generation()) in ESTIMATED
+    return "faster by the compiler's estimate" if estimated else None
 
 
 def _load(op: str, name: str) -> Callable:

@@ -15,14 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention.tpu_common import F32, LANES
-from pallas_kernels.compat import call_varying, tpu_generation
+from pallas_kernels.compat import call_varying
 
 
 def serves(array_shape: tuple, n_tokens: int, dtype) -> bool:
     """Whether `write_token` is the way to write `n_tokens` a row: where `attention` by "auto" reads by a TPU kernel."""
     if n_tokens != 1 or array_shape[-1] % LANES == 0 or dtype not in (jnp.bfloat16, jnp.float32):
         return False
-    return dispatch.platform() == "tpu" and ("attention", tpu_generation()) in dispatch.ESTIMATED
+    return dispatch.platform() == "tpu" and dispatch.why_kernel("attention") is not None
 
 
 def _kernel(slots, first, old, new, out, *, n_slots: int):

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import vary_alike
+from pallas_kernels.compat import call_varying
 
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
 VECTOR = 2  # channels of a thread
@@ -362,7 +362,7 @@ def _call(plan, body, out, *arrays):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
-    return vary_alike((arrays, jax.custom_batching.sequential_vmap(kernel)(*arrays)))[1]
+    return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)
 
 
 # Compiled by themselves, so that layers of one shape are traced and lowered once.
