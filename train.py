@@ -6,7 +6,7 @@ Trains the config, or goes on with its run. What is jitted lives in hybridlm/ste
 
 import sys
 
-from hybridlm.cli import train_main
+from hybridlm.cli.main import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main())

@@ -7,7 +7,7 @@ Expected: 9,780,235,392 parameters; attention, its heads half rotated, in the la
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "9b": {

@@ -10,7 +10,7 @@ Expected: 521,411,104, 1,554,863,488, 1,554,874,768, 3,149,392,384, 7,585,654,88
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 
 def values(d: int, layers: int, ff: int, heads: int, ssm_heads: int, **other) -> dict:

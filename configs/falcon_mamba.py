@@ -7,7 +7,7 @@ Expected: 7,272,665,088 parameters; 64 Mamba-1 sublayers of inner width 8,192.
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {"7b": {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 64, "time_step_rank": 256}}
 COMMON = {

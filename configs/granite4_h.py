@@ -7,7 +7,7 @@ Expected: 3,191,396,096, 6,939,037,248 and 32,207,337,984 parameters.
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "micro": {

@@ -9,7 +9,7 @@ Expected: 51,570,323,328 and 398,555,145,696 parameters; 4 and 9 attention layer
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "52b": {

@@ -8,7 +8,7 @@ Mamba-1 sublayers and nothing else.
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "130m": {"hidden_size": 768, "num_hidden_layers": 24},

@@ -8,7 +8,7 @@ Mamba-2 sublayers and nothing else; the vocabulary of 50,277 is padded to a mult
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "130m": {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24},

@@ -10,7 +10,7 @@ Expected: 8,100,852,736, 46,791,554,816, 56,324,350,464, 8,654,517,248 and 31,57
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "8b": {

@@ -9,7 +9,7 @@ Expected: 1.3 B parameters.
 import dataclasses
 
 from hybridlm.config import MLP, Attention, Config
-from hybridlm.config_io import read_config
+from hybridlm.config.find import read_config
 
 
 def config() -> Config:

@@ -7,7 +7,7 @@ Expected: 7,232,490,496 parameters; 76 Mamba-1 layers of 2 heads.
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 SIZES = {
     "7b": {

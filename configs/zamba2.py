@@ -8,7 +8,7 @@ are behind one (1.2b) or two shared blocks.
 """
 
 from hybridlm.config import Config
-from hybridlm.hf.published import published
+from hybridlm.config.published import published
 
 
 def layers(depth: int, hybrid: list[int]) -> list[str]:

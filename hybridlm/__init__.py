@@ -6,10 +6,10 @@ import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to com
 __version__ = "0.1.0"
 _EXPORTS = {
     "ConfigError": "hybridlm.errors",
-    "HybridLM": "hybridlm.model",
+    "HybridLM": "hybridlm.model.model",
     "from_hf": "hybridlm.hf",
-    "generate": "hybridlm.generation",
-    "load_config": "hybridlm.config_io",
+    "generate": "hybridlm.model.generation",
+    "load_config": "hybridlm.config.find",
     "to_hf": "hybridlm.hf",
 }
 __all__ = sorted(_EXPORTS)

@@ -8,21 +8,15 @@ compiler cannot split by itself, run per device on their rows and heads through 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridlm.errors import ConfigError, require
-
-if TYPE_CHECKING:
-    from hybridlm.config import Config, MeshConfig, ModelConfig
-    from hybridlm.layers.params import ParamInfo
-    from hybridlm.model import HybridLM
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES = {
@@ -42,7 +36,29 @@ REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
 """Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
 
 
-def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; one of the axes may be -1: all devices that the others leave."""
+
+    data: int = -1
+    """Replicas of the parameters; rows are split over them."""
+    fsdp: int = 1
+    """Ways to shard parameters and optimizer state; rows are split over them too."""
+    tensor: int = 1
+    """Ways to shard heads, feed-forward width and vocabulary."""
+    context: int = 1
+    """Ways to split the tokens of a row; divides data.seq_len."""
+    expert: int = 1
+    """Ways to shard the experts of MoE blocks; rows are split over them too, other parameters are not."""
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context", "expert")}
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, f"mesh.{name} ({size}) must be at least 1, or -1 for all that is left")
+        require(list(sizes.values()).count(-1) <= 1, f"mesh ({sizes}): only one axis can be -1")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with the axes of MESH_AXES over `devices` (all by default).
 
     An axis of size -1 takes what the others leave. ConfigError where the product is not the number of devices.
@@ -61,47 +77,6 @@ def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def check_model(config: "ModelConfig", mesh: Mesh) -> None:
-    """ConfigError for the first size of the model that the mesh cannot split.
-
-    Key/value heads and state groups need not divide: fewer of them than tensor shards are replicated.
-    """
-    from hybridlm.config import MLP, Attention, Mamba1, Mamba2, MoE
-    from hybridlm.layers.blocks import parts
-
-    sizes = [("d_model", config.d_model, "fsdp"), ("vocab_size", config.vocab_size, "tensor")]
-    for symbol in dict.fromkeys(config.pattern):
-        for name, block in parts(config.blocks[symbol], f"blocks.{symbol}"):
-            if isinstance(block, Mamba1):
-                inner = block.inner(config.d_model) if block.n_heads == 1 else block.n_heads
-                sizes.append((f"{name}.{'inner width' if block.n_heads == 1 else 'n_heads'}", inner, "tensor"))
-            elif isinstance(block, Mamba2):
-                sizes.append((f"{name}.n_heads", block.heads(config.d_model), "tensor"))
-            elif isinstance(block, Attention):
-                sizes.append((f"{name}.n_heads", block.n_heads, "tensor"))
-            elif isinstance(block, MLP):
-                sizes.append((f"{name}.d_ff", block.d_ff, "tensor"))
-            elif isinstance(block, MoE):
-                sizes += [(f"{name}.n_experts", block.n_experts, "expert"), (f"{name}.d_ff", block.d_ff, "tensor")]
-                sizes.append((f"{name}.d_latent", block.d_latent or config.d_model, "fsdp"))
-                sizes.append((f"{name}.shared.d_ff", 0 if block.shared is None else block.shared.d_ff, "tensor"))
-    for name, size, axis in sizes:
-        n = mesh.shape.get(axis, 1)
-        require(size % n == 0, f"model.{name} ({size}) not divisible by mesh.{axis} ({n})")
-
-
-def check_config(config: "Config", mesh: Mesh) -> None:
-    """ConfigError for the first size of the model or of the batch that the mesh cannot split."""
-    check_model(config.model, mesh)
-    rows = config.data.batch_size // config.optim.accumulate
-    axes = [axis for axis in RULES["batch"] if axis != "expert" or mesh.shape.get(axis, 1) > 1]
-    shards = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    name = "data.batch_size" if config.optim.accumulate == 1 else "data.batch_size / optim.accumulate"
-    require(rows % shards == 0, f"{name} ({rows}) not divisible by mesh.{' * mesh.'.join(axes)} ({shards})")
-    tokens, shards = config.data.seq_len, mesh.shape.get("context", 1)
-    require(tokens % shards == 0, f"data.seq_len ({tokens}) not divisible by mesh.context ({shards})")
-
-
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
     """Spec of an array with these logical axes; replicable axes that do not divide are replicated, others raise."""
     entries = []
@@ -117,7 +92,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
 def param_shardings(info, mesh: Mesh):
     """Pytree of NamedSharding for `info`, the pytree of ParamInfo that `param_info(model)` gives."""
 
-    def sharding(leaf: "ParamInfo") -> NamedSharding:
+    def sharding(leaf) -> NamedSharding:
         axes = ("layers", *leaf.axes) if leaf.stacked else leaf.axes
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
 
@@ -127,35 +102,6 @@ def param_shardings(info, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of [B, T] token arrays: rows over data, fsdp and expert. Ids are few: all of a row are everywhere."""
     return NamedSharding(mesh, P(RULES["batch"], None))
-
-
-def init_sharded(config: "ModelConfig", mesh: Mesh, seed: int) -> "HybridLM":
-    """HybridLM whose parameters are born on their devices: no device ever holds a whole sharded parameter.
-
-    The values depend on the seed alone, not on the mesh. ConfigError where the mesh cannot split the model.
-    """
-    draw, abstract = compile_init(config, mesh)
-    graphdef, params = nnx.split(abstract)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), draw(jax.random.key(seed))))
-
-
-def compile_init(config: "ModelConfig", mesh: Mesh) -> tuple[jax.stages.Compiled, "HybridLM"]:
-    """The program from a random key to the leaves of the sharded parameters, and the abstract model that they fill."""
-    from hybridlm.model import HybridLM, param_info
-
-    check_model(config, mesh)
-
-    def build(key: jax.Array) -> HybridLM:
-        return HybridLM(config, rngs=nnx.Rngs(key))
-
-    key = jax.eval_shape(jax.random.key, 0)
-    abstract = nnx.eval_shape(build, key)
-    shardings = jax.tree.leaves(param_shardings(param_info(abstract), mesh))
-    on_cpu = mesh.devices.flat[0].platform == "cpu"  # where full effort triples the time to compile the random draws
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    with jax.set_mesh(mesh):
-        draw = jax.jit(lambda key: jax.tree.leaves(nnx.state(build(key))), out_shardings=shardings)
-        return draw.lower(key).compile(options), abstract
 
 
 def axis_size(name: str) -> int:

@@ -14,10 +14,10 @@ from pallas_kernels.compat import avoid_faulty_cpu_fusions
 
 avoid_faulty_cpu_fusions()
 
-from pallas_kernels.attention.api import attention  # noqa: E402
-from pallas_kernels.causal_conv1d.api import causal_conv1d  # noqa: E402
-from pallas_kernels.grouped_dot.api import grouped_dot  # noqa: E402
-from pallas_kernels.selective_scan.api import selective_scan  # noqa: E402
-from pallas_kernels.ssd.api import ssd  # noqa: E402
+from pallas_kernels.ops.attention.api import attention  # noqa: E402
+from pallas_kernels.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
+from pallas_kernels.ops.grouped_dot.api import grouped_dot  # noqa: E402
+from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
+from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
 
 __all__ = ["attention", "causal_conv1d", "grouped_dot", "selective_scan", "ssd"]

@@ -92,12 +92,19 @@ def why_kernel(op: str) -> str | None:
 
 
 def _load(op: str, name: str) -> Callable:
-    return getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), f"{op}_{name}")
+    return getattr(importlib.import_module(_module(op, name)), f"{op}_{name}")
+
+
+def _module(op: str, name: str) -> str:
+    """Name of the module of an implementation."""
+    module = f"pallas_kernels.ops.{op}.{name}"
+    spec = importlib.util.find_spec(module)
+    return f"{module}.api" if spec is not None and spec.submodule_search_locations else module
 
 
 def _limit(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
     """Why the kernel `name` cannot serve the call, or None if it can."""
-    module_name = f"pallas_kernels.{op}.{name}"
+    module_name = _module(op, name)
     if importlib.util.find_spec(module_name) is None:
         return f"{op} has no {name} kernel"
     if name == "gpu" and (capability := gpu_capability()) not in (None, HOPPER):
@@ -107,7 +114,7 @@ def _limit(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
 
 def _slower(op: str, name: str, args: tuple, kwargs: dict) -> str | None:
     """Why xla is faster than the kernel `name` at this call, as far as its module says so; else None."""
-    slower = getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), "slower", None)
+    slower = getattr(importlib.import_module(_module(op, name)), "slower", None)
     return slower and slower(*args, **kwargs)
 
 

@@ -33,7 +33,7 @@ SMALL_GRADIENT = 1e-2
 
 def cases_of(op: str):
     """The module of an op's named shapes."""
-    return importlib.import_module(f"pallas_kernels.{op}.cases")
+    return importlib.import_module(f"pallas_kernels.ops.{op}.cases")
 
 
 def call(op: str, inputs: dict, **settings) -> tuple:

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from hybridlm import ConfigError, load_config
 from hybridlm.config import Attention, Config, Llama3, Rope, YaRN
-from hybridlm.config_io import config_names, differences, from_dict, help_text, leaf_paths, override, to_dict
+from hybridlm.config.find import config_names
+from hybridlm.config.overrides import help_text, leaf_paths, override
+from hybridlm.config.stored import differences, from_dict
+from hybridlm.config.tree import to_dict
 
 NAMES = ["hybrid_125m", "hybrid_1b", "hybrid_8b", "hybrid_tiny", "mamba2_1b", "transformer_1b"]
 pytestmark = pytest.mark.quick

@@ -7,7 +7,7 @@ from flax import nnx
 
 import hybridlm
 from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
-from hybridlm.config_io import config_names
+from hybridlm.config.find import config_names
 
 PUBLISHED = {
     "hybrid_8b": 8_100_852_736,  # Nemotron-H-8B-Base: 8.1 B

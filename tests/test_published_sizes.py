@@ -9,11 +9,13 @@ import pytest
 from flax import nnx
 
 import hybridlm
-from hybridlm.config_io import config_names, from_dict, load_config, to_dict
+from hybridlm.config.find import config_names, load_config
+from hybridlm.config.stored import from_dict
+from hybridlm.config.tree import to_dict
 from hybridlm.hf.config_json import find_family, write_values
 from hybridlm.hf.load import abstract_model
 from hybridlm.hf.plan import make_plan
-from hybridlm.pattern import groups
+from hybridlm.model.pattern import groups
 
 PUBLISHED = {
     "bamba:9b": 9_780_235_392,

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from hybridlm.data.bigram import BigramCounter, bits_per_byte
-from hybridlm.data.sources import Source, open_source
+from hybridlm.data.formats import Source, open_source
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hybridlm.config import DataConfig
+    from hybridlm.data.config import DataConfig
 
 try:
     import fcntl

@@ -26,7 +26,7 @@ from hybridlm.data.packing import PairRows, empty_row, permutation_keys
 from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hybridlm.config import DataConfig
+    from hybridlm.data.config import DataConfig
 
 VALIDATION_SEED = 0
 MAX_THREADS = 4

@@ -4,22 +4,10 @@
 from dataclasses import replace
 from typing import Any
 
-from hybridlm.config import (
-    MLP,
-    Attention,
-    GatedNorm,
-    Linear,
-    Llama3,
-    Mamba1,
-    Mamba2,
-    ModelConfig,
-    Parallel,
-    Rope,
-    Shared,
-    YaRN,
-)
 from hybridlm.errors import ConfigError
 from hybridlm.hf.family import Keys
+from hybridlm.layers import MLP, Attention, GatedNorm, Linear, Llama3, Mamba1, Mamba2, Parallel, Rope, Shared, YaRN
+from hybridlm.model.config import ModelConfig
 
 GATED = {
     "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh",

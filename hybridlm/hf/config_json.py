@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hybridlm.config import Attention, Mamba1, Mamba2, ModelConfig, Router
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.family import Family, Keys
+from hybridlm.layers import Attention, Mamba1, Mamba2, Router
+from hybridlm.model.config import ModelConfig
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mamba", "falcon_mamba", "mamba2", "jamba", "bamba", "granitemoehybrid", "nemotron_h",
@@ -28,7 +29,7 @@ def family(model_type: str) -> Family:
     """The family of a model_type; ConfigError for one that is not known."""
     if model_type not in FAMILIES:
         raise ConfigError(f"model_type ({model_type!r}) is not supported: known are {', '.join(FAMILIES)}")
-    return import_module(f"hybridlm.hf.{model_type}").FAMILY
+    return import_module(f"hybridlm.hf.families.{model_type}").FAMILY
 
 
 def read_config_json(folder: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridlm.config import ModelConfig
 from hybridlm.errors import ConfigError
+from hybridlm.model.config import ModelConfig
 
 Table = Mapping[str, str | list[str]]
 """Published name -> spec (see hybridlm.hf.axes), or specs whose rows stand one after the other in the tensor.

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from hybridlm.config import ModelConfig
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.config_json import difference_of, published_dtype, read_config_json
 from hybridlm.hf.family import Family
 from hybridlm.hf.plan import OUTPUT, Plan, Tensor, make_plan
 from hybridlm.hf.tensors import DTYPES, Entry, read_entries
+from hybridlm.model.config import ModelConfig
 
 COMPUTE = {"float32": "float32", "float64": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 """Type of a published checkpoint -> type of the activations."""
@@ -69,14 +69,15 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh) -> dict:
 
 def abstract_model(config: ModelConfig):
     """The model without its values."""
-    from hybridlm.model import HybridLM
+    from hybridlm.model.model import HybridLM
 
     return nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
 
 
 def load_into(folder: Path, plan: Plan, abstract, mesh: Mesh | None, dtype: str, progress=None):
     """The abstract model with the values of the folder's tensors; see from_hf."""
-    from hybridlm.sharding import check_model, param_shardings
+    from hybridlm.model.init import check_model
+    from hybridlm.sharding import param_shardings
 
     require(dtype in ("float32", "bfloat16"), f"dtype ({dtype!r}) must be float32 or bfloat16")
     entries = _matched(folder, plan)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from hybridlm.config import ModelConfig, Shared
 from hybridlm.hf.axes import Move, Piece, parse, piece
 from hybridlm.hf.family import Family
+from hybridlm.layers import Shared
 from hybridlm.layers.params import ParamInfo, param_info
-from hybridlm.pattern import places
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.pattern import places
 
 OUTPUT = "lm_head.weight"
 """Name of the output projection in every family."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm import sharding
-from pallas_kernels.attention import tpu_write
+from pallas_kernels.ops.cache_write import tpu as tpu_write
 
 
 def read(array: jax.Array, layer: jax.Array | None) -> jax.Array:

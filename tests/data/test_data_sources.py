@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hybridlm.data.sources import embedded_folder, open_source
+from hybridlm.data.formats import embedded_folder, open_source
 from hybridlm.errors import ConfigError
 
 

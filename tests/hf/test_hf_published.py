@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import hybridlm
-from hybridlm.config_io import load_config
+from hybridlm.config.find import load_config
 from hybridlm.hf.config_json import difference_of, load_json, read_config_json
 
 FILES = load_json(Path(__file__).with_name("published.json"))

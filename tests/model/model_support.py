@@ -24,7 +24,7 @@ from hybridlm.config import (
     Router,
     Shared,
 )
-from hybridlm.model import HybridLM
+from hybridlm.model.model import HybridLM
 
 VOCAB = 29
 QUICK = {"xla_backend_optimization_level": 0}

@@ -11,9 +11,10 @@ from flax import nnx
 
 from hybridlm import sharding
 from hybridlm.config import ConfigError, InnerNorm, Mamba1, MeshConfig
-from hybridlm.flops import block_flops
 from hybridlm.layers.mamba1 import Mamba1Mixer
-from hybridlm.model import param_info
+from hybridlm.model import init
+from hybridlm.model.flops import block_flops
+from hybridlm.model.model import param_info
 from tests.model.model_support import QUICK, VARIANTS, build, log_likelihoods, named, random_tokens, small
 from tests.tolerances import check_close
 
@@ -144,7 +145,7 @@ def test_one_device_equals_eight(mesh):
 
     def step(mesh_config, n_devices):
         mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
-        graphdef, params = nnx.split(sharding.init_sharded(config, mesh, seed=3))
+        graphdef, params = nnx.split(init.init_sharded(config, mesh, seed=3))
 
         def loss(params, *batch):
             return (log_likelihoods(nnx.merge(graphdef, params), *batch) * (batch[2] != 0)).mean()
@@ -184,4 +185,4 @@ def test_widths_that_do_not_fit():
         small("X", {"X": Mamba1(n_heads=3)})
     mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
     with pytest.raises(ConfigError, match=r"model.blocks.X.inner width \(20\) not divisible by mesh.tensor \(8\)"):
-        sharding.check_model(replace(small("X", {"X": Mamba1(expand=1.25)}), vocab_size=32), mesh)
+        init.check_model(replace(small("X", {"X": Mamba1(expand=1.25)}), vocab_size=32), mesh)

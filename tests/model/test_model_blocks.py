@@ -10,11 +10,14 @@ import pytest
 from flax import nnx
 
 from hybridlm.config import MLP, Attention, Branch, Config, MeshConfig, ModelConfig, Parallel
-from hybridlm.config_io import from_dict, override, to_dict
+from hybridlm.config.overrides import override
+from hybridlm.config.stored import from_dict
+from hybridlm.config.tree import to_dict
 from hybridlm.errors import ConfigError
-from hybridlm.flops import block_flops
-from hybridlm.model import HybridLM
-from hybridlm.sharding import init_sharded, make_mesh
+from hybridlm.model.flops import block_flops
+from hybridlm.model.init import init_sharded
+from hybridlm.model.model import HybridLM
+from hybridlm.sharding import make_mesh
 from tests.model.model_support import HYBRID, QUICK, VARIANTS, build, named, random_tokens, small
 from tests.tolerances import check_close
 

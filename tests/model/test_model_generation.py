@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import hybridlm
-from hybridlm import generation
-from hybridlm.generation import generate
+from hybridlm.model import generation
+from hybridlm.model.generation import generate
 from tests.model.model_support import QUICK, VOCAB, build, random_tokens, small
 
 

@@ -13,7 +13,7 @@ from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
 from hybridlm.layers.attention import AttentionMixer
 from hybridlm.layers.mamba2 import Mamba2Mixer
 from hybridlm.layers.mlp import ACTIVATIONS, GATED, FeedForward
-from hybridlm.model import HybridLM
+from hybridlm.model.model import HybridLM
 from tests.model.model_support import QUICK, build, named, random_tokens, small
 from tests.tolerances import check_close
 

@@ -51,7 +51,7 @@ def test_causal_through_gradients(name):
 
 def run_sublayers(model, x_BTD):
     """The model behind its embedding."""
-    from hybridlm.pattern import places
+    from hybridlm.model.pattern import places
 
     embedded_BTD = x_BTD
     for symbol, place in zip(model.config.pattern, places(model.config.pattern), strict=True):

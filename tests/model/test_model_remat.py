@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm import remat
 from hybridlm.config import ConfigError
-from hybridlm.model import HybridLM
-from hybridlm.pattern import groups, places
+from hybridlm.model.model import HybridLM, remat
+from hybridlm.model.pattern import groups, places
 from tests.model.model_support import QUICK, build, log_likelihoods, named, packed_rows, small
 from tests.tolerances import check_close
 

@@ -20,7 +20,8 @@ from hybridlm.config import (
     ModelConfig,
     OptimConfig,
 )
-from hybridlm.model import HybridLM, param_info
+from hybridlm.model import init
+from hybridlm.model.model import HybridLM, param_info
 from tests.model.model_support import QUICK, log_likelihoods, named, packed_rows
 from tests.tolerances import check_close
 
@@ -54,7 +55,7 @@ SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4, [1] * 14 + [0] * 2] * 4, np.in
 
 def step(mesh_config: MeshConfig, n_devices: int):
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
-    model = sharding.init_sharded(MODEL, mesh, seed=3)
+    model = init.init_sharded(MODEL, mesh, seed=3)
     graphdef, params = nnx.split(model)
     rng = np.random.default_rng(0)
     batch = [rng.integers(0, 40, (8, 16)).astype(np.int32) for _ in range(2)] + [SEGMENTS]
@@ -98,7 +99,7 @@ def test_padding_anywhere_with_tokens_split():
 
 def test_parameters_are_born_sharded():
     mesh = sharding.make_mesh(MeshConfig(1, 2, 4))
-    model = sharding.init_sharded(MODEL, mesh, seed=0)
+    model = init.init_sharded(MODEL, mesh, seed=0)
     mixer = model.groups[0][0].mixer
     assert mixer.in_zx[...].addressable_shards[0].data.shape == (2, 8, 2, 2, 4)
     assert mixer.in_BC[...].addressable_shards[0].data.shape == (2, 8, 2, 2, 4)  # 2 groups on 4 shards: whole
@@ -113,7 +114,7 @@ def test_no_device_holds_a_whole_sharded_parameter_while_drawing():
     config = replace(MODEL, d_model=512, pattern="M-" * 2, tie_embeddings=True)
     info = param_info(nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0))))
     total = 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(info))
-    memory = sharding.compile_init(config, mesh)[0].memory_analysis()
+    memory = init.compile_init(config, mesh)[0].memory_analysis()
     assert memory.output_size_in_bytes < total / 7
     assert memory.temp_size_in_bytes < total * 3 / 8
 
@@ -172,7 +173,7 @@ def flat(info):
 )
 def test_what_does_not_divide(mesh, changes, message):
     with pytest.raises(ConfigError, match=f"^{message}$"):
-        sharding.init_sharded(replace(MODEL, **changes), sharding.make_mesh(mesh), seed=0)
+        init.init_sharded(replace(MODEL, **changes), sharding.make_mesh(mesh), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,6 @@ def test_generation_on_a_mesh_equals_one_device(one):
     tokens = np.random.default_rng(1).integers(0, 40, (2, 5))
     expected = hybridlm.generate(nnx.merge(graphdef, one[0]), tokens, max_new_tokens=6)
     mesh = sharding.make_mesh(MESHES["fsdp and tensor"])
-    model = sharding.init_sharded(MODEL, mesh, seed=3)
+    model = init.init_sharded(MODEL, mesh, seed=3)
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(hybridlm.generate(model, tokens, max_new_tokens=6), expected)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm import remat, sharding
+from hybridlm import sharding
 from hybridlm.config import MLP, Branch, ConfigError, MeshConfig, MoE, Parallel, Router
-from hybridlm.flops import block_flops
 from hybridlm.layers.mlp import ACTIVATIONS, GATED
 from hybridlm.layers.moe import MoEFeedForward, route, summarise
-from hybridlm.model import param_info
-from hybridlm.optim import muon_dims
+from hybridlm.model import init
+from hybridlm.model.flops import block_flops
+from hybridlm.model.model import param_info, remat
+from hybridlm.optim.optimizer import muon_dims
 from tests.model.model_support import QUICK, VARIANTS, build, log_likelihoods, named, random_tokens, small
 from tests.tolerances import check_close
 
@@ -113,7 +114,7 @@ def test_equals_a_dense_loop_over_experts(name):
 
 def sharded_step(config, mesh_config, n_devices, batch):
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
-    graphdef, params = nnx.split(sharding.init_sharded(config, mesh, seed=3))
+    graphdef, params = nnx.split(init.init_sharded(config, mesh, seed=3))
 
     def loss(params, tokens, targets, ids):
         model = nnx.merge(graphdef, params)
@@ -179,7 +180,7 @@ def test_rows_that_the_mesh_does_not_divide():
         replace(small("E", {"E": BLOCKS["jamba"]}), vocab_size=32),
         sharding.make_mesh(MeshConfig(2, expert=4)),
     )
-    model = sharding.init_sharded(config, mesh, seed=3)
+    model = init.init_sharded(config, mesh, seed=3)
     tokens_BT, run = random_tokens(1, 5), jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)
     with jax.set_mesh(mesh):
         sharded = np.asarray(run(model, tokens_BT))
@@ -333,4 +334,4 @@ def test_routers_that_do_not_fit(options, message):
 def test_meshes_that_do_not_fit():
     config = replace(small("E", {"E": BLOCKS["granite"]}), vocab_size=32)
     with pytest.raises(ConfigError, match=r"model.blocks.E.n_experts \(5\) not divisible by mesh.expert \(2\)"):
-        sharding.check_model(config, sharding.make_mesh(MeshConfig(4, expert=2)))
+        init.check_model(config, sharding.make_mesh(MeshConfig(4, expert=2)))

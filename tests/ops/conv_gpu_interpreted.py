@@ -10,7 +10,8 @@ import sys
 
 import pallas_kernels
 from pallas_kernels import oracle
-from pallas_kernels.causal_conv1d import cases, gpu
+from pallas_kernels.ops.causal_conv1d import cases
+from pallas_kernels.ops.causal_conv1d.gpu import api as gpu
 
 
 def make_case(name: str):

@@ -100,7 +100,7 @@ def make_case(cases, name: str):
 def compare(name: str) -> bool:
     """Prints the error of every tensor of a case; whether all are within the tolerance table."""
     from pallas_kernels import dispatch, oracle
-    from pallas_kernels.attention import cases
+    from pallas_kernels.ops.attention import cases
 
     case = make_case(cases, name)
     inputs, settings = cases.make_inputs(case, "bfloat16"), cases.make_settings(case)
@@ -151,7 +151,7 @@ def report(name: str, actual: dict, expected: dict) -> bool:
 
 def main(names: list[str]) -> int:
     install()
-    gpu = importlib.import_module("pallas_kernels.attention.gpu")
+    gpu = importlib.import_module("pallas_kernels.ops.attention.gpu.api")
     gpu.TOKEN_MULTIPLE = gpu.ROW_MULTIPLE
     gpu.gpu_forward.MULTIPROCESSORS = 3  # so that a thread block has several tiles
     gpu.DECODE_KEYS = 128

@@ -16,7 +16,9 @@ import numpy as np
 
 from pallas_kernels import oracle
 from pallas_kernels.layouts import make_segment_ids
-from pallas_kernels.ssd import cases, gpu, gpu_decay
+from pallas_kernels.ops.ssd import cases
+from pallas_kernels.ops.ssd.gpu import api as gpu
+from pallas_kernels.ops.ssd.gpu import decay as gpu_decay
 
 # Few long rows, so that they are cut into pieces.
 PIECES = cases.Case("pieces", 1, 2060, 2, 64, 1, 64, layout="packed", initial=True, final=True)

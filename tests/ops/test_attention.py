@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, dispatch
-from pallas_kernels.attention import cases, xla
 from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.ops.attention import cases, xla
 from pallas_kernels.oracle import make_weights
 from tests.ops.support import check_against_oracle, run
 from tests.tolerances import check_close

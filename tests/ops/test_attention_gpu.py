@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, dispatch, oracle
-from pallas_kernels.attention import cases, gpu_masks
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.ops.attention import cases
+from pallas_kernels.ops.attention.gpu import masks as gpu_masks
 
 HERE = Path(__file__).parent
 needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts")
@@ -138,7 +139,7 @@ def test_blocks_that_documents_and_windows_hide_are_skipped():
 
 
 def test_calls_that_are_not_served_are_named():
-    gpu = importlib.import_module("pallas_kernels.attention.gpu")
+    gpu = importlib.import_module("pallas_kernels.ops.attention.gpu.api")
     narrow, wide = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 320), jnp.bfloat16)
     if jax.__version_info__ < (0, 11):
         assert gpu.supports(narrow, narrow, narrow).startswith(f"JAX ({jax.__version__}) older than 0.11")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.attention import block_pairs, cases
-from pallas_kernels.attention.tpu import attention_tpu, supports
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.ops.attention import block_pairs, cases
+from pallas_kernels.ops.attention.tpu.api import attention_tpu, supports
 from pallas_kernels.oracle import bound, oracle, relative_rms, rms
 from tests.ops.support import QUICK, run
 
@@ -112,7 +112,7 @@ def test_equals_the_matrix_form_on_drawn_shapes(tokens, heads, width, layout, wi
 
 @pytest.mark.slow
 def test_the_queries_in_parts(monkeypatch):
-    from pallas_kernels.attention import tpu_backward
+    from pallas_kernels.ops.attention.tpu import backward as tpu_backward
 
     monkeypatch.setattr(tpu_backward, "MOST_QUERIES", 256 * 2 * 64)
     check(case_of(name="parts", layout="packed", queries=1000), **SMALL)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import attention, dispatch
-from pallas_kernels.attention import cases, tpu_decode
-from pallas_kernels.attention.tpu import attention_tpu
 from pallas_kernels.compat import enable_x64
+from pallas_kernels.ops.attention import cases
+from pallas_kernels.ops.attention.tpu import decode as tpu_decode
+from pallas_kernels.ops.attention.tpu.api import attention_tpu
 from pallas_kernels.oracle import bound, relative_rms
 from tests.ops.support import QUICK
 from tests.ops.test_attention_tpu import TOPOLOGIES

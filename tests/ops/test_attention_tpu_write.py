@@ -10,7 +10,7 @@ from flax import nnx
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import Attention, AttentionMixer
 from pallas_kernels import dispatch
-from pallas_kernels.attention import tpu_write
+from pallas_kernels.ops.cache_write import tpu as tpu_write
 from tests.ops.test_attention_tpu import TOPOLOGIES
 
 

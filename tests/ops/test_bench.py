@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bench, oracle
-from pallas_kernels.attention.cases import Case as AttentionCase
-from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.compat import enable_x64
-from pallas_kernels.ssd.cases import Case as SsdCase
+from pallas_kernels.ops.attention.cases import Case as AttentionCase
+from pallas_kernels.ops.causal_conv1d import xla
+from pallas_kernels.ops.ssd.cases import Case as SsdCase
 from tests.ops.support import QUICK
 from tests.tolerances import check_close
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import causal_conv1d
-from pallas_kernels.causal_conv1d import cases, documents, xla
 from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.ops.causal_conv1d import cases, documents, xla
 from pallas_kernels.oracle import make_weights
 from tests.ops.support import check_against_oracle, run
 from tests.tolerances import check_close

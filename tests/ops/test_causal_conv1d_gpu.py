@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.causal_conv1d import cases
-from pallas_kernels.causal_conv1d.documents import count_taps
 from pallas_kernels.layouts import make_segment_ids
+from pallas_kernels.ops.causal_conv1d import cases
+from pallas_kernels.ops.causal_conv1d.documents import count_taps
 from pallas_kernels.oracle import compare
 
-gpu = pytest.importorskip("pallas_kernels.causal_conv1d.gpu", reason="this JAX has no Pallas Mosaic GPU")
+gpu = pytest.importorskip("pallas_kernels.ops.causal_conv1d.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 
 HERE = Path(__file__).parent
 NAMES = [case.name for case in cases.TEST_CASES]

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.causal_conv1d import cases
-from pallas_kernels.causal_conv1d.context import causal_conv1d_context
-from pallas_kernels.causal_conv1d.tpu import causal_conv1d_tpu, supports
-from pallas_kernels.causal_conv1d.xla import causal_conv1d_xla
 from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.ops.causal_conv1d import cases
+from pallas_kernels.ops.causal_conv1d.context import causal_conv1d_context
+from pallas_kernels.ops.causal_conv1d.tpu.api import causal_conv1d_tpu, supports
+from pallas_kernels.ops.causal_conv1d.xla import causal_conv1d_xla
 from pallas_kernels.oracle import bound, oracle, relative_rms
 from tests.ops.support import QUICK, run
 

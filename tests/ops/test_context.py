@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import attention, causal_conv1d, context, dispatch, oracle, selective_scan, ssd
-from pallas_kernels.attention import cases as attention_cases
-from pallas_kernels.causal_conv1d import cases as conv_cases
 from pallas_kernels.compat import enable_x64
-from pallas_kernels.selective_scan import cases as scan_cases
-from pallas_kernels.ssd import cases as ssd_cases
-from pallas_kernels.ssd.tpu import ssd_tpu
+from pallas_kernels.ops.attention import cases as attention_cases
+from pallas_kernels.ops.causal_conv1d import cases as conv_cases
+from pallas_kernels.ops.selective_scan import cases as scan_cases
+from pallas_kernels.ops.ssd import cases as ssd_cases
+from pallas_kernels.ops.ssd.tpu.api import ssd_tpu
 from tests.ops.support import QUICK
 
 # Dims of arrays by name and op that have a token axis, as second.

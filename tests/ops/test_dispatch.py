@@ -21,7 +21,7 @@ X, W = jnp.ones((1, 5, 3)), jnp.ones((3, 4))
 @pytest.fixture
 def kernel(monkeypatch):
     """A gpu kernel for causal_conv1d that serves up to 4 taps."""
-    module = types.ModuleType("pallas_kernels.causal_conv1d.gpu")
+    module = types.ModuleType("pallas_kernels.ops.causal_conv1d.gpu.api")
     module.__spec__ = types.SimpleNamespace(name=module.__name__)
     module.supports = lambda x, w, b, **_: None if w.shape[1] <= 4 else f"taps of w_DW ({w.shape[1]}) above 4"
     module.causal_conv1d_gpu = lambda x, w, b, **_: jnp.full_like(x, 7.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, grouped_dot
-from pallas_kernels.grouped_dot import cases, tpu, xla
+from pallas_kernels.ops.grouped_dot import cases, tpu, xla
 from tests.ops.support import check_against_oracle, run
 
 

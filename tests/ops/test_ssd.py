@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import ssd
 from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.ops.ssd import cases, xla
 from pallas_kernels.oracle import make_weights
-from pallas_kernels.ssd import cases, xla
 from tests.ops.support import check_against_oracle, run
 from tests.tolerances import check_close
 

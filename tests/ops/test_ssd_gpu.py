@@ -16,10 +16,10 @@ import pytest
 
 from pallas_kernels import dispatch, oracle
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.ops.ssd import cases
 from pallas_kernels.oracle import compare
-from pallas_kernels.ssd import cases
 
-gpu = pytest.importorskip("pallas_kernels.ssd.gpu", reason="this JAX has no Pallas Mosaic GPU")
+gpu = pytest.importorskip("pallas_kernels.ops.ssd.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 
 TOKENS, CHUNKS = 200, 4
 HERE = Path(__file__).parent

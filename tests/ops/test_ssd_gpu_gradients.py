@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 
-gpu = pytest.importorskip("pallas_kernels.ssd.gpu", reason="this JAX has no Pallas Mosaic GPU")
-from pallas_kernels.ssd import gpu_grads  # noqa: E402
+gpu = pytest.importorskip("pallas_kernels.ops.ssd.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
+from pallas_kernels.ops.ssd.gpu import grads as gpu_grads  # noqa: E402
 
 TOKENS, CHUNKS, SPAN = 200, 4, 2 * gpu.TILE
 

@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.layouts import LAYOUTS
+from pallas_kernels.ops.ssd import cases
+from pallas_kernels.ops.ssd.tpu import copies as tpu_copies
+from pallas_kernels.ops.ssd.tpu.api import legal_heads, ssd_tpu, supports
 from pallas_kernels.oracle import bound, oracle, relative_rms
-from pallas_kernels.ssd import cases, tpu_copies
-from pallas_kernels.ssd.tpu import legal_heads, ssd_tpu, supports
 from tests.ops.support import QUICK, run
 
 BASE = cases.Case("base", 1, 200, 2, 32, 1, 16, "packed", "mixed", "H", True, True, seed=3)

@@ -19,9 +19,9 @@ from hybridlm.config import (
     OptimConfig,
     RunConfig,
 )  # fmt: skip
-from hybridlm.config_io import override
+from hybridlm.config.overrides import override
 from hybridlm.sharding import make_mesh
-from hybridlm.step import make_program
+from hybridlm.train.step import make_program
 
 CONFIG = """
 from hybridlm.config import *
@@ -67,7 +67,7 @@ def mini(tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
     """`train` uses the first device alone, as on a machine that has one."""
-    monkeypatch.setattr("hybridlm.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr("hybridlm.train.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 def small_config(*overrides: str) -> Config:

@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybridlm.checkpoint import Checkpoints, finished_steps
 from hybridlm.errors import RunError
+from hybridlm.train.checkpoint import Checkpoints, finished_steps
 
 # reads of broken files leave failed futures behind, which tensorstore reports when they are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -160,7 +160,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np, jax.numpy as jnp
-from hybridlm.checkpoint import Checkpoints
+from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.errors import RunError
 rng = np.random.default_rng(0)
 state = {"params": {"w": jnp.asarray(rng.normal(size=(300, 300)))}, "step": jnp.int32(1)}

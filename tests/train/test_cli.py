@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.cli import _without_late_writes, main, train_main
-from hybridlm.progress import Display, clock, short
+from hybridlm.cli.main import _without_late_writes, main, train_main
+from hybridlm.train.progress import Display, clock, short
 
 ROOT = Path(__file__).resolve().parents[2]
 

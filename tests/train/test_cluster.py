@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.run_folder import read_metrics
+from hybridlm.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
-from hybridlm.config_io import load_config
-from hybridlm.flops import block_flops, forward_flops, mean_visible, train_flops
-from hybridlm.metrics import mfu, peak_flops
-from hybridlm.model import HybridLM
+from hybridlm.config.find import load_config
+from hybridlm.model.flops import block_flops, forward_flops, mean_visible, train_flops
+from hybridlm.model.model import HybridLM
+from hybridlm.train.metrics import mfu, peak_flops
 
 D, T = 64, 32
 

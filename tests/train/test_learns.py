@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 
-from hybridlm.cli import train_main
-from hybridlm.run_folder import read_metrics
+from hybridlm.cli.main import train_main
+from hybridlm.train.run_folder import read_metrics
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])

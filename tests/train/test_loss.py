@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybridlm.loss import cross_entropy
+from hybridlm.train.loss import cross_entropy
 
 B, T, D = 2, 6, 8
 

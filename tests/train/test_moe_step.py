@@ -9,9 +9,9 @@ import pytest
 
 from hybridlm.config import MLP, MeshConfig, MoE, Router
 from hybridlm.layers.moe import STATISTICS
-from hybridlm.meter import Meter
 from hybridlm.sharding import make_mesh
-from hybridlm.step import make_program
+from hybridlm.train.meter import Meter
+from hybridlm.train.step import make_program
 from tests.train.conftest import make_batch, small_config
 
 EXPERTS = MoE(4, 16, "swiglu", Router(2), MLP(16), balance_weight=0.1, z_weight=0.01)

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from hybridlm import loop
-from hybridlm.checkpoint import finished_steps
-from hybridlm.cli import main, train_main
-from hybridlm.run_folder import read_metrics
+from hybridlm.cli.main import main, train_main
+from hybridlm.train import loop
+from hybridlm.train.checkpoint import finished_steps
+from hybridlm.train.run_folder import read_metrics
 
 TIMES = {"tokens_per_second", "seconds_left", "seconds", "mfu"}
 
@@ -217,6 +217,6 @@ def test_accumulation_and_mesh_may_change_on_the_way(mini, stop_at, monkeypatch)
     stop_at(10)
     assert train(mini) == 130
     stop_at(None)
-    monkeypatch.setattr("hybridlm.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
+    monkeypatch.setattr("hybridlm.train.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
     assert train(mini, "--mesh.fsdp=2", "--mesh.data=2", "--optim.accumulate=2", "--run.steps=20") == 0
     assert [r["step"] for r in records(mini.parent / "run", ["train"])] == [3, 6, 9, 12, 15, 18, 20]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.checkpoint import finished_steps
-from hybridlm.run_folder import read_metrics
-from hybridlm.stop import ECHO_SECONDS
+from hybridlm.train.checkpoint import finished_steps
+from hybridlm.train.run_folder import read_metrics
+from hybridlm.train.stop import ECHO_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,7 +72,7 @@ def test_a_signal_saves_and_says_how_to_resume(mini, start, signum, code):
 
 LONG_STEP = """
 import time
-from hybridlm.stop import StopRequest
+from hybridlm.train.stop import StopRequest
 with StopRequest() as stop:
     stop.arm()
     print("ready", flush=True)

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from hybridlm.layers.params import ParamInfo
-from hybridlm.optim import make_optimizer
-from hybridlm.step import like_params
+from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.train.step import like_params
 from tests.train.conftest import make_batch, small_config, small_program
 
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of: frozen dataclasses that check themselves.
+
+A config file is Python: `config()` returns a `Config`. Reading one by name is in `find.py`, command-line overrides in
+`overrides.py`, the JSON form stored with every run in `stored.py`.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from hybridlm.config.run import InitConfig, RunConfig
+from hybridlm.config.tree import to_dict
+from hybridlm.data.config import DataConfig
+from hybridlm.errors import ConfigError, require
+from hybridlm.layers import (
+    MLP,
+    Attention,
+    Block,
+    Branch,
+    GatedNorm,
+    InnerNorm,
+    Linear,
+    Llama3,
+    Mamba1,
+    Mamba2,
+    MoE,
+    Parallel,
+    Rope,
+    Router,
+    Shared,
+    YaRN,
+)  # fmt: skip
+from hybridlm.model.config import ModelConfig
+from hybridlm.optim.config import OptimConfig
+from hybridlm.sharding import MeshConfig
+
+__all__ = [
+    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "InitConfig", "InnerNorm",
+    "Linear", "Llama3", "Mamba1", "Mamba2", "MeshConfig", "MLP", "ModelConfig", "MoE", "OptimConfig", "Parallel",
+    "Rope", "Router", "RunConfig", "Shared", "YaRN",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = "unnamed"
+    """Name of the experiment and of its folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Its first parameters."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Its text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it learns."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices are arranged."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """How long, where, and what is written."""
+
+    def __post_init__(self):
+        require(
+            self.data.batch_size % self.optim.accumulate == 0,
+            f"data.batch_size ({self.data.batch_size}) not divisible by optim.accumulate ({self.optim.accumulate})",
+        )
+
+    @property
+    def run_dir(self) -> str:
+        """Folder of the run."""
+        return self.run.dir or f"runs/{self.name}"
+
+    def __str__(self):
+        return json.dumps(to_dict(self), indent=2)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs by name and file."""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridlm.config import Config
+from hybridlm.config.overrides import override
+from hybridlm.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def config_folders() -> list[Path]:
+    """Where configs are found by name: ./configs, the checkout's, and those inside an installed package."""
+    return [Path("configs"), PACKAGE.parent / "configs", PACKAGE / "configs"]
+
+
+def config_names() -> list[str]:
+    """Names of all configs that can be given to --config; those of a file with sizes are `file:size`."""
+    files: dict[str, Path] = {}
+    for folder in reversed(config_folders()):
+        files |= {f.stem: f for f in folder.glob("*.py") if not f.name.startswith("_")}
+    names = []
+    for stem, file in files.items():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if "def config(size" in text:
+            names += [f"{stem}:{size}" for size in _sizes(file)]
+        elif "def config(" in text:
+            names.append(stem)
+    return sorted(names)
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """The config of a name (`hybrid_tiny`, `mamba2:130m`) or a file (`path/to/file.py`), with leaves replaced.
+
+    overrides: command-line words (`["--model.d_model=512", "--optim.lr", "3e-4"]`, the dashes optional) or a mapping
+    from dotted names to values (`{"model.d_model": 512}`). Raises ConfigError, one line, for an unknown name or key, a
+    value of the wrong type, and a combination that cannot work.
+    """
+    return override(read_config(name_or_path), overrides)
+
+
+def read_config(name_or_path: str) -> Config:
+    """The config of a name or a file as it stands; a file with sizes is followed by `:` and one of them."""
+    stem, colon, size = name_or_path.partition(":")
+    path = Path(stem)
+    if path.suffix != ".py":
+        files = [f for folder in config_folders() if (f := folder / f"{stem}.py").is_file()]
+        if not files:
+            names = config_names()
+            near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ConfigError(f"no config named {name_or_path!r}: {hint}known: {', '.join(names)}")
+        path = files[0]
+    if not path.is_file():
+        raise ConfigError(f"no config file {stem}")
+    try:
+        module = _module(path)
+        sizes = getattr(module, "SIZES", None)
+        if sizes is not None and size not in sizes:
+            raise ConfigError(
+                f"size ({size or 'none'}) must be one of {', '.join(sizes)}: {path.stem}:{next(iter(sizes))}"
+            )
+        if sizes is None and colon:
+            raise ConfigError(f"size ({size}) is given, but this config has no sizes")
+        config = module.config() if sizes is None else module.config(size)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a user's file raises becomes one line that names the file
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: config() returned {type(config).__name__}, not hybridlm.config.Config")
+    return config
+
+
+def _module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"_hybridlm_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _sizes(path: Path) -> list[str]:
+    """Sizes of a config file; none where it cannot be read (asking for it says why)."""
+    try:
+        return list(_module(path).SIZES)
+    except Exception:
+        return []

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves of a config replaced by words of the command line or a mapping."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from hybridlm.config import Config
+from hybridlm.config.tree import children, variants
+from hybridlm.errors import ConfigError
+
+
+def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Config:
+    """The config with leaves replaced; see load_config."""
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides ({overrides!r}) must be a list of words or a mapping, not one string")
+    pairs = list(_mapping_words(overrides)) if isinstance(overrides, Mapping) else list(_split_words(overrides))
+    config = _with_published(config, pairs)
+    whole = []
+    for key, values in sorted(pairs, key=lambda pair: pair[0].count(".")):  # whole blocks first, outermost first
+        if len(values) == 1 and values[0][:1].isupper() and variants(_hint(config, key)):
+            config = _rebuild(config, {_resolve(config, key): _variant(config, key, values[0])()})
+            whole.append((key, values))
+    leaves = {}
+    for key, values in pairs:
+        if (key, values) not in whole:
+            path = _resolve(config, key)
+            leaves[path] = _parse(config, key, path, values)
+    return _rebuild(config, leaves)
+
+
+def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Config:
+    """The config with the model, and where it has one the tokenizer, of the checkpoint folder that init.hf names."""
+    given = [values for key, values in pairs if key == "init.hf" and values]
+    if given:
+        config = dataclasses.replace(config, init=dataclasses.replace(config.init, hf=given[-1][-1]))
+    if not config.init.hf or config.init.hf == "None":
+        return config
+    from hybridlm.hf.load import read_model
+
+    folder = Path(config.init.hf).expanduser()
+    published = read_model(folder)[1]
+    kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat")}
+    data = config.data
+    if data.tokenizer == "byte" and (folder / "tokenizer.json").is_file():
+        data = dataclasses.replace(data, tokenizer=str(folder))
+    return dataclasses.replace(config, model=dataclasses.replace(published, **kept), data=data)
+
+
+def _mapping_words(overrides: Mapping[str, Any]):
+    for key, value in overrides.items():
+        values = value if isinstance(value, tuple | list) else [value]
+        yield key, [str(v) for v in values]
+
+
+def _split_words(words: Sequence[str]):
+    """(key, values) of `--key=value`, `--key value ...`, `--flag` and `key=value`."""
+    pairs: list[tuple[str, list[str]]] = []
+    for word in words:
+        is_key = word.startswith("--") and len(word) > 2
+        if is_key or (not pairs and "=" in word) or (pairs and "=" in word and "." in word.split("=")[0]):
+            key, equals, value = word.removeprefix("--").partition("=")
+            pairs.append((key, [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(word)
+        else:
+            raise ConfigError(f"argument {word!r} is no override: write --section.key=value")
+    return pairs
+
+
+def leaf_paths(config: Config) -> list[str]:
+    """Dotted names of everything that can be overridden."""
+
+    def walk(node, prefix):
+        for name, child in children(node).items():
+            path = f"{prefix}{name}"
+            if dataclasses.is_dataclass(child) or isinstance(child, dict):
+                yield from walk(child, path + ".")
+            else:
+                yield path
+
+    return list(walk(config, ""))
+
+
+def _unknown(config: Config, key: str) -> ConfigError:
+    near = difflib.get_close_matches(key, leaf_paths(config), n=1, cutoff=0.6)
+    tail = [p for p in leaf_paths(config) if p.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    hint = f"did you mean --{(near or tail)[0]}?" if near or tail else "see --help for all keys"
+    return ConfigError(f"unknown key --{key}: {hint}")
+
+
+def _resolve(config: Config, key: str) -> tuple[str, ...]:
+    """Path of a dotted key; `-` and `_` are alike but for block symbols. A new block symbol is allowed last."""
+    node, path = config, []
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        below = children(node)
+        name = part if part in below else part.replace("-", "_")
+        if name not in below:
+            if isinstance(node, dict) and i == len(parts) - 1 and len(part) == 1:
+                return (*path, part)
+            raise _unknown(config, key)
+        path.append(name)
+        node = below[name]
+    return tuple(path)
+
+
+def _hint(config: Config, key: str):
+    """Annotation of the field that a key names."""
+    node, hint = config, Config
+    for name in _resolve(config, key):
+        hint = typing.get_args(hint)[1] if isinstance(node, dict) else typing.get_type_hints(type(node))[name]
+        node = children(node).get(name)
+    return hint
+
+
+def _variant(config: Config, key: str, name: str):
+    known = variants(_hint(config, key))
+    if name not in known:
+        path = "--" + ".".join(_resolve(config, key))
+        raise ConfigError(f"{path}: {name!r} is none of {', '.join(known)}; a field is set as {path}.FIELD=VALUE")
+    return known[name]
+
+
+def _type_name(hint) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    args = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_type_name(a) for a in args)
+    if typing.get_origin(hint) is tuple:
+        if args[-1] is Ellipsis:
+            return f"any number of {_type_name(args[0])}"
+        return f"{len(args)} values, each {_type_name(args[0])}"
+    names = {types.NoneType: "None", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
+    """The words of one leaf as its annotated type, by tyro's rules."""
+    hint = _hint(config, key)
+    if variants(hint):
+        _variant(config, key, " ".join(values))
+    if typing.get_origin(hint) is dict:
+        raise ConfigError(f"--{'.'.join(path)} holds blocks: set --{'.'.join(path)}.SYMBOL.FIELD=VALUE")
+    if hint is bool and not values:
+        values = ["True"]
+    if hint is bool:
+        values = [{"true": "True", "false": "False"}.get(v.lower(), v) for v in values]
+    if hint is int and len(values) == 1:
+        values = [values[0].replace("_", "")]
+    if not values or (values == [""] and hint is not str):
+        raise ConfigError(f"--{'.'.join(path)} needs a value: {_type_name(hint)}")
+    holder = dataclasses.make_dataclass("Leaf", [("value", hint)])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            words = ["--value", *values] if len(values) != 1 else [f"--value={values[0]}"]
+            value = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
+    except SystemExit:
+        raise ConfigError(f"--{'.'.join(path)}: {' '.join(values)!r} is not {_type_name(hint)}") from None
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"--{'.'.join(path)}: nan is not a number to compute with")
+    return value
+
+
+def _rebuild(node, leaves: dict[tuple[str, ...], Any], prefix: str = ""):
+    """The tree with the leaves replaced, each dataclass built (and checked) once, children first."""
+    if not leaves:
+        return node
+    if () in leaves:
+        return leaves[()]
+    below = children(node)
+    by_child: dict[str, dict] = {}
+    for path, value in leaves.items():
+        by_child.setdefault(path[0], {})[path[1:]] = value
+    new = {name: _rebuild(below.get(name), sub, f"{prefix}{name}.") for name, sub in by_child.items()}
+    if isinstance(node, dict):
+        return {**node, **new}
+    try:
+        return dataclasses.replace(node, **new)
+    except ConfigError as error:  # a block does not know its own symbol
+        raise ConfigError(f"{prefix}{error}" if prefix.count(".") > 1 else str(error)) from None
+
+
+def help_text(config: Config, prog: str) -> str:
+    """All overrides with their defaults, as tyro prints them."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(
+            type(config), default=config, args=["--help"], prog=prog,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), use_underscores=True,
+        )  # fmt: skip
+    lines = ["", "Chosen by name, their fields then as --KEY.FIELD:"]
+    for key in variant_paths(config):
+        node = config
+        for name in key.split("."):
+            node = children(node)[name]
+        now = "None" if node is None else type(node).__name__
+        lines.append(f"  --{key} {{{','.join(variants(_hint(config, key)))}}} (now: {now})")
+    return out.getvalue() + "\n".join(lines) + "\n"
+
+
+def variant_paths(config: Config) -> list[str]:
+    """Dotted names of fields whose value is one of several dataclasses, or none."""
+
+    def walk(node, prefix):
+        for name, child in children(node).items():
+            if len(variants(_hint(config, prefix + name))) > 1:
+                yield prefix + name
+            yield from walk(child, f"{prefix}{name}.")
+
+    return list(walk(config, ""))

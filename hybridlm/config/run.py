@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run itself, and where its first parameters come from."""
+
+from dataclasses import dataclass
+
+from hybridlm.errors import require
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself: its length, folder, and what it writes when."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of parameters and of the order of rows."""
+    dir: str = ""
+    """Folder of the run; empty: runs/NAME."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 500
+    """Steps between evaluations; 0: only after the last step; -1: never."""
+    eval_batches: int = 0
+    """Validation batches an evaluation reads; 0: all."""
+    save_every: int = 500
+    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    keep: int = 2
+    """Checkpoints kept, newest first."""
+    sample_prompt: str = ""
+    """Start of the text written at the end of the run."""
+    sample_tokens: int = 0
+    """Length of that text, tokens; 0: none."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a jax.profiler trace; None: none."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "keep"):
+            require(getattr(self, name) >= 1, f"run.{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("eval_batches", "save_every", "sample_tokens", "seed"):
+            require(getattr(self, name) >= 0, f"run.{name} ({getattr(self, name)}) must not be negative")
+        require(self.eval_every >= -1, f"run.eval_every ({self.eval_every}) must be -1, 0 or positive")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the first parameters come from."""
+
+    hf: str | None = None
+    """Folder of a published checkpoint, which gives the model, too; None: drawn from run.seed; empty: to be given."""

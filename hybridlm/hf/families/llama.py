@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama: attention with rotary positions, then a gated MLP, in every layer."""
+
+from hybridlm.hf import common
+from hybridlm.hf.family import Family, Keys
+from hybridlm.layers import MLP, Attention
+from hybridlm.model.config import ModelConfig
+
+
+def read(keys: Keys) -> ModelConfig:
+    bias = keys("attention_bias", False)
+    keys.carry("pretraining_tp")
+    attention = Attention(**common.heads(keys), rope=common.rope(keys, 2048), qkv_bias=bias, out_bias=bias)
+    activation = keys.choose("hidden_act", common.GATED, "silu")
+    mlp = MLP(keys("intermediate_size", 11008), activation, keys("mlp_bias", False))
+    return ModelConfig(
+        **common.widths(keys, "rms_norm_eps", 1e-6, 32000, False),
+        pattern="*-" * keys("num_hidden_layers", 32), blocks={"*": attention, "-": mlp},
+    )  # fmt: skip
+
+
+def write(config: ModelConfig) -> dict:
+    attention, mlp = common.block(config, Attention), common.block(config, MLP)
+    return {
+        **common.write_widths(config, "rms_norm_eps"),
+        **common.write_heads(attention),
+        "rope_parameters": common.write_rope(common.needs_rope(attention)),
+        "attention_bias": attention.qkv_bias,
+        "mlp_bias": mlp.bias,
+        "hidden_act": common.name_of(common.GATED, mlp.activation),
+        "intermediate_size": mlp.d_ff,
+        "num_hidden_layers": len(config.pattern) // 2,
+    }
+
+
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    read=read,
+    write=write,
+    per_layer=2,
+    top=common.top("model.embed_tokens", "model.norm"),
+    layers={
+        "*": {"input_layernorm.weight": "norm.weight: D", **common.at("self_attn.", common.ATTENTION)},
+        "-": {"post_attention_layernorm.weight": "norm.weight: D", **common.at("mlp.", common.GATED_MLP)},
+    },
+)

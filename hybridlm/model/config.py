@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a language model is made of: a pattern string and a table that says what each symbol is."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hybridlm.errors import ConfigError, require
+from hybridlm.layers import MLP, Attention, Block, Mamba2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: a pattern string with one symbol per pre-norm residual sublayer, and what each symbol is."""
+
+    vocab_size: int = 50_304
+    """Rows V of the embedding; at least the tokenizer's vocabulary."""
+    d_model: int = 768
+    """Model width D."""
+    pattern: str = "M-M-*-"
+    """One symbol per sublayer, first to last."""
+    blocks: dict[str, Block] = field(default_factory=lambda: {"M": Mamba2(), "*": Attention(), "-": MLP()})
+    """What each symbol of the pattern is."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in the RMS norms of the residual stream."""
+    tie_embeddings: bool = True
+    """The output projection is the embedding itself."""
+    embedding_multiplier: float = 1.0
+    """Multiplies the embedded tokens."""
+    residual_multiplier: float = 1.0
+    """Multiplies every sublayer's output before it is added."""
+    logit_multiplier: float = 1.0
+    """Multiplies the logits."""
+    logit_softcap: float | None = None
+    """Logits become logit_softcap * tanh(logits / logit_softcap)."""
+    init_std: float = 0.02
+    """Standard deviation of embeddings and matrices; a sublayer's last one is divided by sqrt(number of sublayers)."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and of matrices at use; parameters are float32."""
+    remat: str = "none"
+    """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "norm_eps", "init_std", "logit_softcap"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.{name} ({value}) must be positive")
+        require(len(self.pattern) > 0, "model.pattern ('') must have at least one symbol")
+        for symbol in self.blocks:
+            require(len(symbol) == 1, f"model.blocks key ({symbol!r}) must be one character")
+        for symbol in self.pattern:
+            require(
+                symbol in self.blocks,
+                f"model.pattern has the symbol {symbol!r}, which is no key of model.blocks ({' '.join(self.blocks)})",
+            )
+        for symbol in dict.fromkeys(self.pattern):
+            try:
+                self.blocks[symbol].check(self.d_model)
+            except ConfigError as error:
+                raise ConfigError(f"model.blocks.{symbol}.{error}") from None
+
+    def __hash__(self):
+        return hash((self.vocab_size, self.d_model, self.pattern, tuple(self.blocks.items())))

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: config.json, metrics.jsonl, checkpoints/, loss.png, sample.txt, tensorboard/, lock.
+
+A run that goes on from a published checkpoint has published/ too, with that one's config.json and tokenizer.
+
+A folder belongs to one config and one process at a time. A run found in it is gone on with, never overwritten.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+from pathlib import Path
+
+from hybridlm.config import Config
+from hybridlm.config.stored import differences, from_dict, save_config
+from hybridlm.errors import ConfigError, RunError
+
+log = logging.getLogger(__name__)
+
+_MAY_CHANGE = re.compile(
+    r"name|init\..*|mesh\..*|run\.(?!seed$).*|model\.remat|model\.blocks\..\.chunk|data\.(workers|prefetch|cache_dir)"
+    r"|optim\.(accumulate|max_skipped)"
+)
+"""What a run can be gone on with changed: nothing here alters what a step computes, beyond rounding."""
+
+
+class RunFolder:
+    """Paths and records of one run; a context manager that holds the folder's lock."""
+
+    def __init__(self, config: Config, owner: bool = True):
+        """owner: this process writes; of a cluster's, the first alone."""
+        self.config, self.owner = config, owner
+        self.path = Path(config.run_dir).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.plot = self.path / "loss.png"
+        self.sample = self.path / "sample.txt"
+        self.published = self.path / "published"
+        self.tensorboard = self.path / "tensorboard"
+        self._config_file = self.path / "config.json"
+        self._lock = None
+
+    def __enter__(self):
+        """Makes and locks the folder. ConfigError where it cannot be written or is no run; RunError where in use."""
+        if not self.owner:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_is_run()
+            self._lock = open(self.path / "lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.dir ({self.path}) cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise RunError(f"{self.path} is in use by {holder}; another run goes to --run.dir=NEW") from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): see that no second process trains there", self.path, error.strerror)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        return self
+
+    def __exit__(self, *_):
+        if self.owner:
+            self._lock.truncate(0)
+            self._lock.close()  # releases; a process that dies releases too
+
+    def _check_is_run(self) -> None:
+        if not self._config_file.exists() and any(f.name != "lock" for f in self.path.iterdir()):
+            raise ConfigError(f"run.dir ({self.path}) has files but no run (no config.json): choose --run.dir=NEW")
+
+    def check_config(self, has_checkpoint: bool) -> None:
+        """ConfigError, one line naming the keys, where the run found here cannot go on with this config."""
+        if not self._config_file.exists() or not has_checkpoint:
+            return
+        changed = differences(stored_config(self.path), self.config)
+        fatal = [key for key in changed if not _MAY_CHANGE.fullmatch(key)]
+        if fatal:
+            shown = ", ".join(
+                f"{key} ({_short(changed[key][0])} there, {_short(changed[key][1])} now)" for key in fatal[:4]
+            )
+            more = f" and {len(fatal) - 4} more" if len(fatal) > 4 else ""
+            raise ConfigError(
+                f"{self.path} holds a run with another config: {shown}{more}; "
+                "give the same values to go on with it, or --run.dir=NEW for a new run"
+            )
+
+    def write_config(self) -> None:
+        """Stores the resolved config, whole or not at all."""
+        if not self.owner:
+            return
+        part = self._config_file.with_suffix(".json.part")
+        save_config(self.config, part)
+        part.replace(self._config_file)
+
+
+def stored_config(path: Path) -> Config:
+    """The config of a run's folder. ConfigError where there is none that can be read."""
+    file = path / "config.json"
+    try:
+        return from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} holds no run (no config.json)") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard: one record a line, appended; `kind` is train, val or end."""
+
+    def __init__(self, folder: RunFolder, step: int, tensorboard: bool):
+        """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped."""
+        self._path, self._owner = folder.metrics, folder.owner
+        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
+        self._seen = {(r["kind"], r["step"]) for r in kept}
+        if not self._owner:
+            return
+        part = self._path.with_suffix(".jsonl.part")
+        part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        part.replace(self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        self._board = _open_board(folder.tensorboard, step) if tensorboard else None
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the run that is gone on with wrote a record of the kind at the step."""
+        return (kind, step) in self._seen
+
+    def write(self, kind: str, step: int, values: dict) -> None:
+        """Appends a record and hands its numbers to TensorBoard."""
+        if not self._owner:
+            return
+        record = {"kind": kind, "step": step, **values}
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}") from error
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if not self._owner:
+            return
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("%s: left out a line that is not JSON: %.60s", path, line)
+    return records
+
+
+def _open_board(folder: Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        log.warning("tensorboardX is not installed: no TensorBoard files (--run.tensorboard=False says so too)")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

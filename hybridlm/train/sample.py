@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from trained parameters: of a run that has them in memory, or of a run's folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.errors import require
+
+
+def sample_text(
+    model,
+    tokenizer,
+    prompt: str,
+    *,
+    key,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> str:
+    """The prompt and what the model writes after it, up to the end of the document."""
+    from hybridlm.model.generation import generate
+
+    tokens = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
+    require(len(tokens) > 0, "prompt ('') has no token and the tokenizer no start token: give --prompt")
+    new = generate(
+        model, jnp.asarray(tokens)[None], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, eos_id=tokenizer.eos_id, key=key,
+    )  # fmt: skip
+    ids = jax.device_get(new)[0].tolist()
+    if tokenizer.eos_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_id)]
+    return prompt + tokenizer.decode(ids)
+
+
+def load_run(path: Path, step: int | None = None) -> tuple[nnx.Module, Callable, int]:
+    """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none."""
+    from hybridlm.data import load_tokenizer
+    from hybridlm.model.model import HybridLM
+    from hybridlm.train.checkpoint import Checkpoints, finished_steps
+    from hybridlm.train.run_folder import stored_config
+
+    config = stored_config(path)
+    steps = finished_steps(path / "checkpoints")
+    require(bool(steps), f"{path} has no checkpoint yet")
+    require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")
+    tokenizer = load_tokenizer(config.data.tokenizer, bos=config.data.bos_token, eos=config.data.eos_token)
+    abstract = nnx.eval_shape(lambda: HybridLM(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(params))
+    checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
+    try:
+        found, state, _ = checkpoints.restore_latest({"params": like}, steps if step is None else [step])
+    finally:
+        checkpoints.close()
+    return nnx.merge(graphdef, state["params"]), tokenizer, found

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention with grouped keys, windows, documents and an output gate (Qiu et al. 2025, arXiv:2505.06708)."""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import context, dispatch, segments
+from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.compat import vary_alike
+from pallas_kernels.ops.attention.context import attention_context
+
+
+def attention(
+    q_BTHP: jax.Array,
+    k_BSKP: jax.Array,
+    v_BSKP: jax.Array,
+    *,
+    gate: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    positions: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
+    layer: int | jax.Array | None = None,
+    context_axis: str | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """out_t = sigmoid(gate_t) * sum over visible s of softmax_s(scale q_t . k_s) v_s; head h reads k, v h // (H / K).
+
+    Key s is visible to query t if both belong to one document, neither is padding, position t >= position s (causal)
+    and position t - position s < window. A query without visible keys gives exactly 0 and no gradients.
+
+    Args:
+      q_BTHP: queries, bfloat16, float16, float32 or float64.
+      k_BSKP, v_BSKP: keys and values, S of them; K divides H; v may have a width of its own, which the result takes.
+      gate: pre-activation of the output gate, [B, T, H, P of v] or [B, T, H], or None.
+      causal, window: masks over positions; a window of w sees its own position and the w - 1 before.
+      segment_ids: int32 [B, T] for both sides (then T == S), where a change of id between real tokens starts a
+        document, so that an id that comes back is another one; or a pair [B, T], [B, S], where equal ids are one
+        document in any order; None is one document.
+      positions: int32 like segment_ids; None counts tokens from 0, queries from q_offset.
+      scale: factor of q . k, default P ** -0.5.
+      softcap: scores become softcap * tanh(scores / softcap).
+      sinks: [H] float, one more logit a head in the softmax's denominator.
+      q_offset: position of the first query among the keys where positions is None: an int, or an int32 scalar or [B].
+      layer: the entry of k_BSKP and v_BSKP to read, which then are stacked caches [L, B, S, K, P]: the kernel for few
+        queries reads it where it lies. Not with context_axis.
+      context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order; to be called inside
+        a shard_map over it. The result is this device's share of that of the whole rows. Not with q_offset.
+      implementation: "auto", "reference", "xla", "tpu" or "gpu".
+
+    Returns:
+      out_BTHP in the dtype of q.
+
+    Scores, softmax statistics and sums are float32 at least. Gradients flow to q, k, v, gate and sinks. Raises
+    ValueError or TypeError for arguments that do not fit together, NotImplementedError where the named implementation
+    cannot serve.
+    """
+    check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
+    n_batch, n_queries, n_heads, d_head = q_BTHP.shape
+    stacked = None
+    if layer is not None:
+        stacked = _stacked(k_BSKP, v_BSKP, layer, context_axis)
+        k_BSKP, v_BSKP = (jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False) for array in stacked[:2])
+    check_shape(
+        "k_BSKP", k_BSKP, (n_batch, None, None, d_head), "batch of q_BTHP, keys, key heads, head width of q_BTHP"
+    )
+    n_keys, n_kv_heads = k_BSKP.shape[1:3]
+    check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
+    if min(n_queries, n_keys) < 1:
+        raise ValueError(f"q_BTHP has {n_queries} tokens and k_BSKP {n_keys}, at least 1 is needed")
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
+    for name, array in (("q_BTHP", q_BTHP), ("k_BSKP", k_BSKP), ("v_BSKP", v_BSKP)):
+        check_float(name, array)
+    if gate is not None:
+        full = (n_batch, n_queries, n_heads, v_BSKP.shape[3])
+        check_shape("gate", gate, full[:3] if gate.ndim == 3 else full, "batch, tokens, heads[, width of v_BSKP]")
+        check_float("gate", gate)
+    if window is not None:
+        check_positive_int("window", window)
+    if sinks is not None:
+        check_shape("sinks", sinks, (n_heads,), "heads of q_BTHP")
+        check_float("sinks", sinks)
+    sizes = (n_batch, n_queries, n_keys)
+    pair = _pair("segment_ids", segment_ids, *sizes)
+    one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
+    context_axis = _context_axis(context_axis, n_queries, n_keys, q_offset)
+    if one_side and context_axis is None:
+        pair = (segments.document_ids(pair[0]),) * 2
+    kwargs = {
+        "gate": gate,
+        "causal": bool(causal),
+        "window": window,
+        "segment_ids": pair,
+        "positions": _pair("positions", positions, *sizes),
+        "scale": d_head**-0.5 if scale is None else _finite("scale", scale),
+        "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),
+        "sinks": sinks,
+        "q_offset": _offset(q_offset, n_batch, positions),
+    }
+    args = (q_BTHP, k_BSKP, v_BSKP)
+
+    def attend(*args, **kwargs):
+        if stacked is None:
+            return dispatch.run("attention", implementation, args, kwargs)
+        args, kwargs, source = vary_alike((args, kwargs, stacked))
+        function = dispatch.select("attention", implementation, args, kwargs)
+        return function(*args, **kwargs, **({"stacked": source} if hasattr(function, "reads_stacked") else {}))
+
+    if context_axis is None:
+        return attend(*args, **kwargs)
+    return attention_context(attend, args, context_axis=context_axis, one_side=one_side, **kwargs)
+
+
+def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:
+    """(k, v, layer as an int32 scalar), checked."""
+    for name, array in (("k_BSKP", k_LBSKP), ("v_BSKP", v_LBSKP)):
+        check_shape(name, array, (*k_LBSKP.shape[:1], *[None] * 4), "layers, as layer is given, batch, keys, ...")
+    if context_axis is not None:
+        raise ValueError(f"context_axis ({context_axis!r}) and layer ({layer!r}) cannot be given together")
+    n_layers = k_LBSKP.shape[0]
+    if isinstance(layer, numbers.Integral) and not 0 <= layer < n_layers:
+        raise ValueError(f"layer ({layer}) outside of the layers of k_BSKP ({n_layers})")
+    index = jnp.asarray(layer)
+    if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"layer ({layer!r}) is neither an int nor an integer scalar")
+    return k_LBSKP, v_LBSKP, jnp.clip(index.astype(jnp.int32), 0, n_layers - 1)
+
+
+def _context_axis(context_axis: str | None, n_queries: int, n_keys: int, q_offset) -> str | None:
+    """The axis, checked; None where it does not split anything."""
+    if context_axis is None:
+        return None
+    n_devices = context.axis_size(context_axis)
+    if n_queries != n_keys:
+        raise ValueError(f"context_axis ({context_axis!r}) with {n_queries} queries and {n_keys} keys: must be equal")
+    if not isinstance(q_offset, int) or q_offset != 0:
+        raise ValueError(f"context_axis ({context_axis!r}) and q_offset ({q_offset!r}) cannot be given together")
+    return context_axis if n_devices > 1 else None
+
+
+def _pair(name: str, arrays, n_batch: int, n_queries: int, n_keys: int):
+    """None, or the query and the key side as int32."""
+    if arrays is None:
+        return None
+    if not isinstance(arrays, (tuple, list)):
+        if n_queries != n_keys:
+            raise ValueError(f"{name} is one array but q_BTHP has {n_queries} tokens and k_BSKP {n_keys}: give a pair")
+        both = check_segment_ids(name, arrays, (n_batch, n_queries), "batch, tokens of q_BTHP")
+        return both, both
+    if len(arrays) != 2:
+        raise ValueError(f"{name} has {len(arrays)} arrays, expected a pair for queries and keys")
+    return (
+        check_segment_ids(f"{name}[0]", arrays[0], (n_batch, n_queries), "batch, tokens of q_BTHP"),
+        check_segment_ids(f"{name}[1]", arrays[1], (n_batch, n_keys), "batch, tokens of k_BSKP"),
+    )
+
+
+def _finite(name: str, value, positive: bool = False) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} ({value!r}) is not a Python number")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} ({value}) not {'positive and ' if positive else ''}finite")
+    return float(value)
+
+
+def _offset(q_offset, n_batch: int, positions):
+    if isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool):
+        if positions is not None and q_offset != 0:
+            raise ValueError(f"q_offset ({q_offset}) given beside positions, which replace it")
+        return int(q_offset)
+    if not hasattr(q_offset, "dtype") or not jnp.issubdtype(q_offset.dtype, jnp.integer):
+        raise TypeError(f"q_offset ({q_offset!r}) is neither an int nor an integer array")
+    if positions is not None:
+        raise ValueError("q_offset (an array) given beside positions, which replace it")
+    if q_offset.ndim:
+        check_shape("q_offset", q_offset, (n_batch,), "batch of q_BTHP; or a scalar")
+    return q_offset.astype(jnp.int32)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`attention` on Hopper GPUs through Pallas Mosaic GPU, forward and hand-written backward; bfloat16.
+
+The output gate is applied in the forward kernel's registers. Its gradient needs no pass over the scores: with
+s = sigmoid(gate) and out = s o,
+
+    do = s dout        delta = sum_P do o        dgate = dout o s (1 - s)
+
+o is stored beside out for the backward: recovered from the rounded out it would cost queries with few keys, whose score
+gradients cancel, their accuracy.
+
+Few queries against many keys (decoding) go through the forward kernel too: the query heads of a key head become rows of
+one tile, the key blocks are dealt out to parts in turn, so that all have as many visible ones however full a cache is,
+and the parts' results are put together by their log-sum-exp.
+
+Kernels: `gpu_forward`, `gpu_backward`; masks: `gpu_masks`.
+"""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.compat import vary_alike
+from pallas_kernels.ops.attention.gpu import backward as gpu_backward
+from pallas_kernels.ops.attention.gpu import forward as gpu_forward
+from pallas_kernels.ops.attention.gpu import masks as gpu_masks
+from pallas_kernels.ops.attention.gpu.backward import Backward
+from pallas_kernels.ops.attention.gpu.forward import LOG2E, LOWEST, Forward
+from pallas_kernels.ops.attention.xla import cudnn_serves
+
+WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
+ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every kernel
+KEY_MULTIPLE = 128
+SHORT = 8192  # queries: the schedules that were faster at 4,096 serve up to here, those faster at 16,384 beyond
+DECODE_TILES = 1056  # tiles to cut the keys for: 8 a multiprocessor
+DECODE_KEYS = 512  # of a part, at least
+TOKEN_MULTIPLE = 8  # of q, k, v and gate: what the copy engine's tiles ask for; it hides what lies behind
+
+
+class _Masks(typing.NamedTuple):
+    """Arrays of `gpu_masks`, see there."""
+
+    bounds: jax.Array | np.ndarray
+    keys: jax.Array | np.ndarray | None
+    key_ranges: jax.Array | np.ndarray
+    query_ranges: jax.Array | np.ndarray
+    stacked: tuple | None = None  # of decoding: k and v [L B, S, K, P] and the first row to read, [1]
+
+
+def supports(q, k, v, **kwargs) -> str | None:
+    """Why the GPU kernels cannot serve this call of `attention`, or None if they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
+    for name, array in (("q_BTHP", q), ("k_BSKP", k), ("v_BSKP", v)):
+        if array.dtype != jnp.bfloat16:
+            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+        if array.shape[3] > WIDTHS[-1]:
+            return f"head width of {name} ({array.shape[3]}) above {WIDTHS[-1]}"
+    return None
+
+
+def slower(q, k, v, *, causal=True, q_offset=0, **kwargs) -> str | None:
+    """Why `xla`, which leaves such calls to cuDNN, is faster at this one; or None. Heeded by `auto` alone."""
+    rest = ("gate", "window", "segment_ids", "positions", "softcap", "sinks")
+    plain = all(kwargs.get(name) is None for name in rest) and isinstance(q_offset, int) and q_offset == 0
+    if plain and causal and q.shape[2] == k.shape[2] and q.shape[3] > 64 and cudnn_serves(q, k, v, causal, None):
+        return f"cuDNN's gradients are faster for as many key heads as heads ({k.shape[2]}) without gate and documents"
+    return None
+
+
+def _pad(array, axis: int, missing: int):
+    if array is None or not missing:
+        return array
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)])
+
+
+def attention_gpu(
+    q_BTHP,
+    k_BSKP,
+    v_BSKP,
+    *,
+    gate=None,
+    causal=True,
+    window=None,
+    segment_ids=None,
+    positions=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    q_offset=0,
+    stacked=None,
+):
+    """See `pallas_kernels.attention`; segment_ids and positions are pairs here.
+
+    stacked: (k, v, layer), where k and v are the entries `layer` of [L, B, S, K, P]: few queries read them there.
+    """
+    n_batch, n_queries, n_heads, d_head = q_BTHP.shape
+    n_keys, n_kv_heads, d_value = v_BSKP.shape[1:]
+    scale = d_head**-0.5 if scale is None else scale
+    width = next(w for w in WIDTHS if w >= max(d_head, d_value))
+    elementwise = gate is not None and gate.ndim == 4
+    q, k = (_pad(_pad(a, 3, width - d_head), 1, -a.shape[1] % TOKEN_MULTIPLE) for a in (q_BTHP, k_BSKP))
+    v = _pad(_pad(v_BSKP, 3, width - d_value), 1, -n_keys % TOKEN_MULTIPLE)
+    gate = _pad(gate, 1, -n_queries % TOKEN_MULTIPLE)
+    if elementwise:
+        gate = _pad(gate, 3, width - d_value)
+
+    places = gpu_masks.make_places(n_queries, n_keys, causal, window, segment_ids, positions, q_offset)
+    forward = Forward(
+        n_batch,
+        n_heads,
+        n_kv_heads,
+        width,
+        n_queries,
+        n_keys,
+        float(scale),
+        softcap,
+        gate=None if gate is None else "elementwise" if elementwise else "head",
+        sinks=sinks is not None,
+        ids=places.q_ids_MT is not None,
+        positions=places.k_position_MS is not None,
+        masks_batch=places.start_MT.shape[0] > 1,
+        persistent=n_queries <= SHORT,
+    )
+    decode = _decode_masks(forward, places, n_keys)
+    if decode is not None and stacked is not None and k.shape == k_BSKP.shape and v.shape == v_BSKP.shape:
+        rows = tuple(array.reshape(-1, *array.shape[2:]) for array in stacked[:2])
+        decode = decode._replace(stacked=(*rows, jnp.reshape(stacked[2] * n_batch, 1)))
+    same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
+    backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
+    key_ranges = gpu_masks.key_ranges(places, n_keys, forward.block_q, forward.block_k)
+    query_ranges = gpu_masks.query_ranges(places, n_keys, backward.block_q, backward.block_k)
+    if isinstance(key_ranges, np.ndarray):  # fewer loops where it is known that they are empty
+        lo, a, b, hi = np.moveaxis(key_ranges, 2, 0)
+        forward = forward.replace(first_masked=bool((a > lo + 1).any()), last_masked=bool((b < hi).any()))
+        lo, a, b, hi = np.moveaxis(query_ranges, 2, 0)
+        backward = backward.replace(first_masked=bool((lo < a).any()), last_masked=bool((b < hi).any()))
+    masks = _Masks(
+        gpu_masks.query_rows(places, n_queries + -n_queries % ROW_MULTIPLE),
+        gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE),
+        key_ranges,
+        query_ranges,
+    )
+    masks, decode = jax.tree.map(jnp.asarray, (masks, decode))
+    out = _attend(forward, backward, q, k, v, gate, sinks, masks, decode)
+    return out[:, :n_queries, :, :d_value]
+
+
+attention_gpu.reads_stacked = True
+
+
+def _decode_forward(forward: Forward) -> Forward:
+    """The kernel for few queries: those of all heads of a group are rows of one tile, its keys are cut into parts."""
+    tiles = forward.batch * forward.kv_heads
+    return forward.replace(
+        heads=forward.kv_heads,
+        queries=forward.queries * (forward.heads // forward.kv_heads),
+        gate=None,
+        sinks=False,
+        first_masked=True,
+        last_masked=True,
+        save=True,
+        alternate=False,
+        few=True,
+        parts=max(1, min(DECODE_TILES // tiles, forward.keys // DECODE_KEYS)),
+    )
+
+
+def _decode_masks(forward: Forward, places: gpu_masks.Places, n_keys: int) -> _Masks | None:
+    """Masks of the decoding kernel; None for calls with many queries or few keys."""
+    kernel = _decode_forward(forward)
+    if kernel.queries > gpu_forward.ROWS or n_keys < DECODE_KEYS:
+        return None
+    group = forward.heads // forward.kv_heads
+    start, end, q_ids = (a if a is None else a.repeat(group, axis=1) for a in places[:3])
+    packed = places._replace(start_MT=start, end_MT=end, q_ids_MT=q_ids)
+    ranges = gpu_masks.key_ranges(packed, n_keys, kernel.block_q, kernel.block_k)
+    keys = gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE)
+    return _Masks(gpu_masks.query_rows(packed, kernel.block_q), keys, ranges, ranges)
+
+
+def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
+    """out of the parts of the keys, put together in float32."""
+    n_batch, n_queries, group = forward.batch, forward.queries, forward.heads // forward.kv_heads
+    kernel = _decode_forward(forward)
+    q_BTKRP = q[:, :n_queries].reshape(n_batch, n_queries, forward.kv_heads, group, -1)
+    rows = jnp.swapaxes(q_BTKRP, 2, 3).reshape(n_batch, kernel.queries, forward.kv_heads, -1)
+    rows = _pad(rows, 1, -kernel.queries % TOKEN_MULTIPLE)
+    first = None
+    if masks.stacked is not None:
+        kernel, (k, v, first) = kernel.replace(stacked=True), masks.stacked
+    out, lse = _forward_kernel(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None, first)
+
+    def unpack(array, *rest):
+        """[B parts, rows, K, ...] -> [B, parts, T, H, ...]"""
+        array = array[:, : kernel.queries].reshape(n_batch, kernel.parts, n_queries, group, forward.kv_heads, *rest)
+        return jnp.swapaxes(array, 3, 4).reshape(n_batch, kernel.parts, n_queries, forward.heads, *rest)
+
+    out, lse = unpack(out, out.shape[3]).astype(jnp.float32), unpack(jnp.swapaxes(lse, 1, 2))
+    lse = jnp.where(lse == jnp.inf, LOWEST, lse)
+    top = lse.max(1, keepdims=True)
+    if sinks is not None:
+        top = jnp.maximum(top, _sinks_log2(sinks))
+    weights = jnp.where(lse == LOWEST, 0.0, jnp.exp2(lse - top))
+    total = weights.sum(1) + (0.0 if sinks is None else jnp.exp2(_sinks_log2(sinks) - top[:, 0]))
+    out = (out * weights[..., None]).sum(1) / jnp.where(total == 0.0, 1.0, total)[..., None]
+    if gate is not None:
+        out *= jax.nn.sigmoid(gate[:, :n_queries].astype(jnp.float32)).reshape(*out.shape[:3], -1)
+    return out.astype(q.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward_kernel(cfg: Forward, *arrays):
+    """`gpu_forward.forward`: one call after the other under vmap; lowered once for all calls of a program alike."""
+    results = jax.custom_batching.sequential_vmap(functools.partial(gpu_forward.forward, cfg))(*arrays)
+    return vary_alike((arrays, results))[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward_kernel(cfg: Backward, *arrays):
+    results = jax.custom_batching.sequential_vmap(functools.partial(gpu_backward.backward, cfg))(*arrays)
+    return vary_alike((arrays, results))[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, masks: _Masks, decode: _Masks | None):
+    """out for widths the kernels take; T and S multiples of 8. decode: masks of the cut keys, where that pays."""
+    if decode is not None:
+        return _decode(forward, q, k, v, gate, sinks, decode)
+    return _run_forward(forward, q, k, v, gate, sinks, masks)[0]
+
+
+def _sinks_log2(sinks):
+    return None if sinks is None else jnp.maximum(sinks.astype(jnp.float32) * LOG2E, LOWEST)
+
+
+def _run_forward(forward, q, k, v, gate, sinks, masks):
+    if forward.gate == "head":
+        gate = jnp.swapaxes(gate[:, : forward.queries].astype(jnp.float32), 1, 2)
+        gate = _pad(gate, 2, forward.blocks * forward.block_q - forward.queries)
+    elif gate is not None:
+        gate = gate.astype(q.dtype)
+    bounds, keys, ranges = masks[:3]
+    return _forward_kernel(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
+
+
+def _attend_forward(forward, backward, q, k, v, gate, sinks, masks, decode):
+    del decode
+    out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, masks)
+    kept = checkpoint_name((*(ungated or [out]), lse), "attention_kept")
+    return out, (q, k, v, gate, sinks, masks, *kept)
+
+
+def _attend_backward(forward, backward, residuals, dout):
+    q, k, v, gate, sinks, masks, out, lse = residuals
+    wide_dout, out = dout.astype(jnp.float32), out.astype(jnp.float32)
+    do, dgate = dout, None
+    if gate is not None:
+        open_ = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(*gate.shape[:3], -1)
+        do = lax.reduce_precision(wide_dout * open_, 8, 7)  # XLA may leave out a conversion to bfloat16 and back
+        dgate = wide_dout * out * (open_ * (1 - open_))
+        dgate = (dgate if forward.gate == "elementwise" else dgate.sum(3)).astype(gate.dtype)
+    delta_BTH = (do.astype(jnp.float32) * out).sum(3)
+    do = do.astype(q.dtype)
+    delta_BHT = jnp.swapaxes(delta_BTH, 1, 2)
+    bounds, keys, _, ranges = masks[:4]
+    width = q.shape[3]
+    q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
+    grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, bounds, ranges, keys)
+    dq, dk, dv = (grad[..., :width] for grad in grads)
+    dq = (dq * backward.scale).astype(q.dtype)
+    dsinks = None
+    if sinks is not None:
+        weights = jnp.exp2(_sinks_log2(sinks)[:, None] - lse[:, :, : forward.queries])
+        dsinks = -(weights * delta_BHT[:, :, : forward.queries]).sum((0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, dgate, dsinks, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pallas TPU (Mosaic): a token written into each row of a cache [(L,) B, S, K, P] that lies with S along lanes.
+
+XLA keeps a cache so where P is not a multiple of 128, and tpu_decode.py reads it so; but its own scatter does not write
+there: it copies the whole array before and after. This kernel changes one lane of one block a row, in place.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.compat import call_varying
+from pallas_kernels.ops.attention.tpu.common import F32, LANES
+
+
+def serves(array_shape: tuple, n_tokens: int, dtype) -> bool:
+    """Whether `write_token` is the way to write `n_tokens` a row: where `attention` by "auto" reads by a TPU kernel."""
+    if n_tokens != 1 or array_shape[-1] % LANES == 0 or dtype not in (jnp.bfloat16, jnp.float32):
+        return False
+    return dispatch.platform() == "tpu" and dispatch.why_kernel("attention") is not None
+
+
+def _kernel(slots, first, old, new, out, *, n_slots: int):
+    del first  # for index maps alone
+    row = pl.program_id(0)
+    start = _block(slots, row, n_slots) * LANES
+    lane = lax.broadcasted_iota(jnp.int32, (1, 1, LANES), 2) + start
+    chosen = lane == slots[row]
+    out[0] = jnp.where(chosen, new[0].astype(F32), old[0].astype(F32)).astype(out.dtype)
+
+
+def _block(slots, row, n_slots: int):
+    return jnp.clip(slots[row], 0, n_slots - 1) // LANES
+
+
+def write_token(array, layer, slots_B, value_BKP, *, interpret=False):
+    """`array` [(L,) B, S, K, P] with value[b] at [(layer,) b, slots[b]]; slots outside of it are not written."""
+    stack = array if layer is None else array.reshape(-1, *array.shape[2:])
+    n_batch, (n_slots, n_heads, width) = slots_B.shape[0], stack.shape[1:]
+    first = jnp.zeros(1, jnp.int32) if layer is None else jnp.reshape(layer, (1,)).astype(jnp.int32) * n_batch
+    stack = stack.transpose(0, 2, 3, 1)
+    spec = pl.BlockSpec(
+        (1, n_heads, width, LANES), lambda b, slots, first: (first[0] + b, 0, 0, _block(slots, b, n_slots))
+    )
+    call = pl.pallas_call(
+        functools.partial(_kernel, n_slots=n_slots),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(n_batch,),
+            in_specs=[spec, pl.BlockSpec((1, n_heads, width, 1), lambda b, *_: (b, 0, 0, 0))],
+            out_specs=spec,
+        ),
+        out_shape=jax.ShapeDtypeStruct(stack.shape, stack.dtype),
+        input_output_aliases={2: 0},
+        interpret=interpret,
+        name="cache_write",
+    )
+    written = call_varying(call, slots_B.astype(jnp.int32), first, stack, value_BKP.astype(array.dtype)[..., None])
+    return written.transpose(0, 3, 1, 2).reshape(array.shape)

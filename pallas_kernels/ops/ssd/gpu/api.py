@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mamba-2 chunked scan (SSD) on Hopper GPUs through Pallas Mosaic GPU, forward and hand-written backward.
+
+The forward is one fused walk over the chunks (``gpu_walk``); few long rows are cut into pieces whose start states come
+from a first, state-only walk. The backward walks the state's gradient in reverse, then visits all chunks in
+parallel (``gpu_grads``). Only per-token vectors (``dt``, cumulative decays, document masks) are prepared by XLA.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.ops.ssd.gpu import decay as gpu_decay
+from pallas_kernels.ops.ssd.gpu import grads as gpu_grads
+from pallas_kernels.ops.ssd.gpu import walk as gpu_walk
+from pallas_kernels.ops.ssd.gpu.grads import Grads
+from pallas_kernels.ops.ssd.gpu.walk import TILE, Walk
+
+LOG2E = math.log2(math.e)
+SMS = 132
+MAX_STATE = 256
+
+
+def _round_up(n, m):
+    return -(-n // m) * m
+
+
+def decay_vectors(dt, a_log2, chunks, begun=None):
+    """Cumulative log2 decay ``a`` and ``a - log2(dt)`` within chunks: ``[B, chunks, H, 2, 64]`` (dt ``[B, T, H]``).
+
+    ``begun [B, chunks, 64]``: documents that begin in the chunk up to each token; each takes all weight away.
+    """
+    dt = _chunked(dt, chunks)
+    lower = jnp.tril(jnp.ones((TILE, TILE), jnp.float32))
+    a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None], lower, precision=lax.Precision.HIGHEST)
+    if begun is not None:
+        a -= gpu_decay.BETWEEN_DOCUMENTS * begun[:, :, None]
+    return jnp.stack([a, a - jnp.log2(dt)], axis=3)
+
+
+def document_vectors(segment_ids, chunks):
+    """What the kernels know of documents, float32 ``[B, chunks, 64]`` each: padding, and documents begun.
+
+    The first is 1 on real tokens, 0 on padding (which takes part in the document before it), and 2 all over a chunk
+    without padding. The second counts the documents that begin in the chunk, up to each token; the row's first one does
+    not count, as it sees the initial state.
+    """
+    batch, tokens = segment_ids.shape
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, chunks * TILE - tokens)))
+    real = segment_ids != 0
+    index = jnp.arange(chunks * TILE, dtype=jnp.int32)
+    before = lax.cummax(jnp.where(real, index, -1), axis=1)
+    before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    before_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    first = (real & (before >= 0) & (before_id != segment_ids)).reshape(batch, chunks, TILE)
+    real = real.reshape(batch, chunks, TILE)
+    real = jnp.where(real.all(-1, keepdims=True), 2.0, real.astype(jnp.float32))
+    return real, jnp.cumsum(first.astype(jnp.float32), axis=-1)
+
+
+def supports(
+    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None, states=None
+):
+    """None if the kernels can serve the call, else the reason."""
+    del dt, A, D, segment_ids, initial_state, return_final_state, chunk
+    if states == "float32":
+        return "states ('float32'): they are kept in bfloat16 or recomputed"
+    for name, array in (("x_BTHP", x), ("B_BTGN", B), ("C_BTGN", C)):
+        if array.dtype != jnp.bfloat16:
+            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+    if B.shape[-1] > MAX_STATE:
+        return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
+    if jax.__version_info__ < (0, 11):
+        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
+    return None
+
+
+def choose_pieces(blocks, chunks):
+    """Parts of the sequence walked in parallel, so that ``blocks`` thread blocks each fill the device."""
+    if blocks >= 0.6 * SMS:
+        return 1
+    return max(1, min(SMS // blocks, chunks // 8))
+
+
+def piece_starts(local, ab, init, reverse=False):
+    """Start states of the pieces ``[B, pieces, H, 64, N]`` from their local end states and total decays."""
+    batch, pieces, heads = local.shape[:3]
+    chunks = ab.shape[1]
+    size = _round_up(-(-chunks // pieces), 2)
+    log_decay = jnp.pad(ab[:, :, :, 0, -1], ((0, 0), (0, pieces * size - chunks), (0, 0)))
+    decay = jnp.exp2(log_decay.reshape(batch, pieces, size, heads).sum(2))
+    order = range(pieces - 1, -1, -1) if reverse else range(pieces)
+    states, state = {}, jnp.zeros_like(local[:, 0]) if init is None else init
+    for p in order:
+        states[p] = state
+        state = decay[:, p, :, None, None] * state + local[:, p]
+    return jnp.stack([states[p] for p in range(pieces)], axis=1)
+
+
+def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
+    """Walk with start state ``init [B, H, 64, N]`` (None: zero), cut into pieces where one row cannot fill the device.
+
+    Returns (y or None, final state or None, states or None), as ``cfg`` asks.
+    """
+    blocks = cfg.batch * cfg.heads // cfg.block_heads
+    pieces = choose_pieces(blocks, cfg.chunks)
+    replace = functools.partial(dataclasses.replace, cfg)
+    starts = None if init is None else init[:, None]
+    if pieces > 1:
+        first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_init=False, has_d=False)
+        [local] = gpu_walk.walk(first, x, ab, b_mat, None, real, None, None)
+        starts = piece_starts(local, ab, init, cfg.reverse)
+    main = replace(pieces=pieces, has_init=starts is not None)
+    outs = iter(gpu_walk.walk(main, x, ab, b_mat, c_mat, real, d, starts))
+    y = next(outs) if cfg.emit_y else None
+    final = next(outs)[:, 0 if cfg.reverse else -1] if cfg.emit_final else None
+    return y, final, (next(outs) if cfg.emit_states else None)
+
+
+def _config(x, b_mat, d, ids, interpret):
+    batch, tokens, heads, _ = x.shape
+    chunks = 2 * -(-tokens // (2 * TILE))
+    return Walk(
+        batch,
+        tokens,
+        heads,
+        *b_mat.shape[2:],
+        chunks,
+        1,
+        segments=ids is not None,
+        has_d=d is not None,
+        interpret=interpret,
+    )
+
+
+def _skip_rows(d):
+    return None if d is None else jnp.broadcast_to(d.astype(jnp.float32).reshape(d.shape[0], -1), (d.shape[0], TILE))
+
+
+def _chunked(v, chunks):
+    """[B, T, H] -> [B, chunks, H, 64], zeros behind T."""
+    batch, tokens, heads = v.shape
+    v = jnp.pad(v, ((0, 0), (0, chunks * TILE - tokens), (0, 0)))
+    return v.reshape(batch, chunks, TILE, heads).transpose(0, 1, 3, 2)
+
+
+def _real_dt(dt, ids):
+    return dt if ids is None else jnp.where((ids != 0)[..., None], dt, 0.0)
+
+
+def _cleared(v, ids):
+    """``v [B, T, G, N]`` (or its first tokens) with zeros on padding."""
+    return v if ids is None else jnp.where((ids[:, : v.shape[1]] != 0)[..., None, None], v, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
+    """y and final state (None unless ``with_final``) for widths the kernels take.
+
+    P = 64, N a multiple of 64, T of 8; d [H], [H, 64] or None; init may be None.
+    """
+    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, False)[:2]
+
+
+def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_states):
+    cfg = _config(x, b_mat, d, ids, interpret)
+    cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
+    if cfg.heads % gpu_decay.HEADS == 0 and not interpret:
+        ab, real = gpu_decay.decays(dt, a, ids, cfg.chunks)
+    else:
+        real, begun = (None, None) if ids is None else document_vectors(ids, cfg.chunks)
+        ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks, begun)
+    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, real, None if d is None else d.astype(jnp.float32), init)
+    return y, final, states, ab, real
+
+
+def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
+    y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
+    states = checkpoint_name(states, "ssd_states")
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real)
+
+
+def choose_splits(blocks, heads):
+    """Parts of a group's heads for the gradient kernel, so that ``blocks`` thread blocks each fill the device."""
+    splits = 1
+    while blocks * splits < SMS and heads % (2 * splits) == 0 and heads // splits >= 4:
+        splits *= 2
+    return splits
+
+
+def _spans(v):
+    """[B, chunks, ...] -> [B, spans, 2, ...]"""
+    return v.reshape(v.shape[0], -1, 2, *v.shape[2:])
+
+
+def _decay_grads(net, end):
+    """d loss / d log decay ``[B, chunks, 64, H]`` of each token.
+
+    The log decay of token t acts on all pairs j < t <= i: the sum of ``net = dy . y - x . v`` over tokens i >= t of the
+    span, plus what reaches the span's end. Documents that begin behind t cancel in it. net ``[B, spans, 2, H, 64]``,
+    end ``[B, spans, H]``.
+    """
+    same = jnp.triu(jnp.ones((TILE, TILE), jnp.float32))
+    grads = jnp.einsum("bkshi,ti->bksth", net, same, precision=lax.Precision.HIGHEST)
+    later = jnp.stack([net[:, :, 1].sum(-1) + end, end], axis=2)[:, :, :, None]
+    return (grads + later).reshape(net.shape[0], -1, TILE, net.shape[3])
+
+
+def _rounded_start(init, dy, c_mat, ab, ids, r_states):
+    """What the rounding of the caller's float32 state to bfloat16 takes from ``dy . y`` ``[B, 2, H, 64]`` and <R, h>.
+
+    Where decays are weak the gradient of A is a small difference of large sums over this state.
+    """
+    batch, heads = init.shape[:2]
+    rest = (init - lax.reduce_precision(init, 8, 7)).astype(jnp.bfloat16)
+    ends = jnp.exp2(ab[:, :2, :, 0, -1])
+    decay = jnp.exp2(ab[:, :2, :, 0])
+    decay = jnp.stack([decay[:, 0], decay[:, 1] * ends[:, 0, :, None]], axis=1)
+
+    def first(v):
+        v = v[:, : 2 * TILE]
+        return jnp.pad(v, ((0, 0), (0, 2 * TILE - v.shape[1]), (0, 0), (0, 0)))
+
+    c_mat, dy = first(_cleared(c_mat[:, : 2 * TILE], ids)), first(_cleared(dy[:, : 2 * TILE], ids))
+    rest_g = rest.reshape(batch, c_mat.shape[2], -1, TILE, rest.shape[-1])
+    y = jnp.einsum("bign,bgrpn->bigrp", c_mat, rest_g, preferred_element_type=jnp.float32)
+    rows = (y.reshape(dy.shape) * dy.astype(jnp.float32)).sum(-1).reshape(batch, 2, TILE, heads).swapaxes(2, 3)
+    state = (r_states[:, 0].astype(jnp.float32) * rest.astype(jnp.float32)).sum((-2, -1))
+    return rows * decay, state * ends[:, 0] * ends[:, 1]
+
+
+def _joined(parts, tokens, odd=None):
+    """Sum of parts of dB or dC ``[B, splits, chunks, 64, G, N]`` as ``[B, T, G, N]``; ``odd`` goes to odd chunks."""
+    total = parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
+    if odd is not None:
+        total += jnp.pad(odd.sum(1)[:, :, None], ((0, 0), (0, 0), (1, 0)) + 3 * ((0, 0),)).reshape(total.shape)
+    return total.reshape(total.shape[0], -1, *total.shape[3:])[:, :tokens]
+
+
+def _dt_grads(out, dt, a, ids):
+    """``gpu_decay.gradients`` by XLA, for any number of heads."""
+    batch, tokens, heads = dt.shape
+    source = out["source"]
+    x_v, x_v_state = source[:, :, :, 0], source[:, :, :, 1]
+    net = _spans(out["target"] - x_v)
+    net += jnp.pad(out["cross"][:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
+    end = _spans(x_v_state).sum((2, 4)) + out["state"].sum(-1)
+
+    def by_token(v):
+        return v.reshape(batch, -1, heads)[:, :tokens]
+
+    log_decay = by_token(_decay_grads(net, end))
+    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, gpu_decay.SMALLEST_DT) + a * log_decay
+    if ids is not None:
+        d_dt = jnp.where((ids != 0)[..., None], d_dt, 0.0)
+    d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))
+    return d_dt, d_a, (source[:, :, :, 2].sum((0, 1, 3)) if source.shape[3] == 3 else None)
+
+
+def _core_bwd(with_final, interpret, residuals, cotangents):
+    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real = residuals
+    dy, d_final = cotangents
+    cfg = _config(x, b_mat, d, ids, interpret)
+    batch, heads = cfg.batch, cfg.heads
+    back = dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
+    _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, real, None, d_final)
+    splits = choose_splits(batch * cfg.groups * cfg.chunks, heads // cfg.groups)
+    grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
+    out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, real, _skip_rows(d))
+
+    if init is not None:
+        rows, state = _rounded_start(init, dy, c_mat, ab, ids, r_states)
+        out["target"], out["state"] = out["target"].at[:, :2].add(rows), out["state"].at[:, 0, :, 0].add(state)
+    if heads % gpu_decay.HEADS == 0 and not interpret:
+        sums = (out["source"], out["target"], out["cross"], out["state"])
+        d_dt, d_a, d_d = gpu_decay.gradients(*sums, dt, a, ids, cfg.has_d)
+    else:
+        d_dt, d_a, d_d = _dt_grads(out, dt, a, ids)
+    if d is not None:
+        if d.ndim == 2:
+            d_d = _cleared(dy.astype(jnp.float32) * x.astype(jnp.float32), ids).sum((0, 1))
+        d_d = d_d.astype(d.dtype)
+    d_b = _joined(out["d_b"], cfg.tokens).astype(b_mat.dtype)
+    d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(c_mat.dtype)
+    return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
+
+
+_core.defvjp(_core_fwd, _core_bwd)
+
+
+def ssd_gpu(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
+    states=None,
+    interpret=False,
+):
+    """The scan of ``pallas_kernels.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
+
+    Padding may hold anything. Any head width is cut or padded into heads of 64, any state size padded to a multiple
+    of 64.
+    """
+    del chunk
+    batch, tokens, heads, width = x.shape
+    state = B.shape[-1]
+    cuts = -(-width // TILE)
+    pad_p, pad_n, pad_t = cuts * TILE - width, _round_up(state, TILE) - state, -tokens % 8
+    if state > 2 * TILE:
+        pad_n = 4 * TILE - state
+
+    def pad(v, *ends):
+        return jnp.pad(v, [(0, end) for end in ends]) if any(ends) else v
+
+    def split(v, axis):
+        return jnp.repeat(v, cuts, axis=axis) if cuts > 1 else v
+
+    x = pad(x, 0, pad_t, 0, pad_p).reshape(batch, tokens + pad_t, heads * cuts, TILE)
+    b_mat, c_mat = pad(B, 0, pad_t, 0, pad_n), pad(C, 0, pad_t, 0, pad_n)
+    init = None
+    if initial_state is not None:
+        init = pad(initial_state.astype(jnp.float32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
+    if D is not None:
+        D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
+    ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
+    dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)
+    core = jax.checkpoint(_core, static_argnums=(8, 9)) if states == "recompute" else _core
+    y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state, interpret)
+    y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
+    if not return_final_state:
+        return y
+    return y, final.reshape(batch, heads, cuts * TILE, -1)[:, :, :width, :state]
