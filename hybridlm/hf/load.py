@@ -69,9 +69,9 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh) -> dict:
 
 def abstract_model(config: ModelConfig):
     """The model without its values."""
-    from hybridlm.model.model import HybridLM
+    from hybridlm.model.init import abstract
 
-    return nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
+    return abstract(config).model()
 
 
 def load_into(folder: Path, plan: Plan, abstract, mesh: Mesh | None, dtype: str, progress=None):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One mixer or sublayer a file: its frozen sub-config, its module, its one-token form."""
+"""One mixer or sublayer a file: its frozen sub-config, its module, its one-token form. See `block` for the contract."""
+
+from typing import Union
 
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.mamba1 import InnerNorm, Mamba1
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
+from hybridlm.layers.mixers import MIXERS
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.moe import MoE, Router
 from hybridlm.layers.parallel import Branch, Parallel
@@ -11,9 +14,16 @@ from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
 from hybridlm.layers.shared import Shared
 
 __all__ = [
-    "MLP", "Attention", "Block", "Branch", "GatedNorm", "InnerNorm", "Linear", "Llama3", "Mamba1", "Mamba2", "MoE",
-    "Parallel", "Rope", "Router", "Shared", "YaRN",
+    "BLOCKS", "MLP", "Attention", "Block", "Branch", "GatedNorm", "InnerNorm", "Linear", "Llama3", "Mamba1", "Mamba2",
+    "MoE", "Parallel", "Rope", "Router", "Shared", "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
-Block = Mamba1 | Mamba2 | Attention | MLP | MoE | Parallel | Shared
-"""What a pattern symbol can stand for."""
+BLOCKS = (*MIXERS, Parallel, Shared)
+"""What a pattern symbol can stand for on the command line and in stored configs."""
+Block = Union[BLOCKS]  # noqa: UP007 (a tuple cannot be written with |)
+"""Their union, for annotations."""
+
+
+def blocks_by_name() -> dict[str, type]:
+    """The classes of BLOCKS by name."""
+    return {block.__name__: block for block in BLOCKS}

@@ -4,8 +4,8 @@
 Axis letters: B batch, T tokens, S keys, D model, H query heads, K key/value heads, P head width.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
-from hybridlm.layers import params
+from hybridlm.layers import ops, params
+from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
 from hybridlm.layers.segments import positions_within
-from pallas_kernels import attention
+from pallas_kernels.segments import document_ids
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ class Attention:
     key_multiplier: float = 1.0
     """Multiplies the keys before the rotation."""
 
+    FREE = frozenset()
+    KEPT: ClassVar = {
+        "attention_q": Kept("attention: queries, normed and rotated", kernels=True),
+        "attention_k": Kept("attention: keys, normed and rotated", kernels=True),
+        "attention_v": Kept("attention: values", kernels=True),
+        "attention_gate": Kept("attention: pre-activation of the output gate", kernels=True),
+        "attention_out": Kept("attention: input of the output projection", kernels=True),
+        "attention_kept": Kept(
+            "attention: output before the gate, and log-sum-exp, from which its backward starts", kernels=True
+        ),
+    }
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
     def __post_init__(self):
         for name in ("n_heads", "d_head", "n_kv_heads", "window", "softcap", "scale"):
             value = getattr(self, name)
@@ -73,6 +88,33 @@ class Attention:
     def check(self, d_model: int) -> None:
         """Attention fits any model width."""
         require(d_model > 0, f"d_model ({d_model}) must be positive")
+
+    def build(self, d_model: int, make: Make) -> "AttentionMixer":
+        """The mixer of one sublayer."""
+        return make.mixer(AttentionMixer, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Query heads; key/value heads need not divide."""
+        return [("n_heads", self.n_heads, "heads")]
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Projections, and the scores and sums of the visible keys."""
+        d_queries, d_keys = self.n_heads * self.d_head, self.kv_heads * self.d_head
+        gate = {"elementwise": d_queries, "head": self.n_heads, None: 0}[self.gate]
+        projections = 2.0 * d_model * (2 * d_queries + 2 * d_keys + gate)
+        return projections + 4.0 * d_queries * mean_visible(seq_len, self.window)
+
+    def resolved(self, d_model: int) -> "Attention":
+        """With the number of key/value heads and the scale; qk_norm_eps is 1 where it is not used."""
+        scale = self.d_head**-0.5 if self.scale is None else self.scale
+        eps = self.qk_norm_eps if self.qk_norm else 1.0
+        return replace(self, n_kv_heads=self.kv_heads, scale=scale, qk_norm_eps=eps)
+
+
+def mean_visible(seq_len: int, window: int | None) -> float:
+    """Keys that a query sees, itself included, averaged over a row of seq_len tokens."""
+    window = min(seq_len, seq_len if window is None else window)
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
 class AttentionMixer(nnx.Module):
@@ -114,49 +156,48 @@ class AttentionMixer(nnx.Module):
         self.b_o = params.zeros((d_out,), ("d_model",), "bias") if config.out_bias else None
 
     @property
-    def keeps_all(self) -> bool:
+    def cache_grows(self) -> bool:
         """The cache grows with the number of tokens."""
-        return self.config.window is None
+        return cache_grows(self.config)
 
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        added: list[jax.Array] | None = None,
-    ) -> jax.Array:
+    __call__ = on_arrays
+
+    def mix(self, x_BTD: jax.Array, tokens: Tokens, added: list[jax.Array] | None = None) -> Output:
         """[B, T, D] -> [B, T, D] in `dtype`.
 
-        segment_ids: int32 [B, T], 0 is padding, a number of its own for each document of a row. positions: int32
-        [B, T], for the rotation; None: the index within the document. added: [B, T, H or K, P] each, added to the
-        projections of queries, keys and values. The causal mask and the window go by the tokens'
-        order in the row: padding inside a document counts (HybridLM moves such padding away).
+        added: [B, T, H or K, P] each, added to the projections of queries, keys and values.
         """
+        ids, positions, places = tokens.segment_ids, tokens.positions, (None, None)
         if positions is None:
-            positions = positions_within(segment_ids, x_BTD.shape[:2])
+            positions = positions_within(ids, x_BTD.shape[:2])
+        if tokens.gaps and ids is not None:
+            if self.config.window is not None:  # counts tokens of the document, not padding between them
+                places = (positions_within(ids, ids.shape),) * 2
+            ids = document_ids(ids)
         q, k, v, gate = self._project(x_BTD, positions, added)
-        ids = (segment_ids, segment_ids)
-        return self._output(self._attend(q, k, v, gate, segment_ids=ids, split_tokens=True))
+        y_BTHP = self._attend(q, k, v, gate, segment_ids=(ids, ids), positions=places, split_tokens=True)
+        return Output(self._output(y_BTHP))
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
-        """Keys and values [B, S, K, P]: S is max_len, or the window where that is smaller (a ring)."""
-        slots = max_len if self.config.window is None else min(max_len, self.config.window)
-        shape = (batch, slots, self.config.kv_heads, self.config.d_head)
-        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+        """Keys and values, see `init_cache` below."""
+        return init_cache(self.config, batch, max_len, self.dtype)
 
     def extend(
-        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, added: list[jax.Array] | None = None
-    ) -> tuple[jax.Array, dict]:
-        """Outputs of the next T tokens and the cache after them.
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, added: list[jax.Array] | None = None,
+        *, gaps: bool = True,
+    ) -> tuple[jax.Array, dict]:  # fmt: skip
+        """Outputs of the next T tokens and the cache after them; see `block.Mixer`.
 
-        length_B: tokens already in the cache. real_BT: bool, False for padding, on the right, which is not stored;
-        None: all real. layer: index of the entries in stacked caches. Position p is stored in slot p mod S. added: as
-        in `__call__`.
+        Position p is stored in slot p mod S. added: as in `mix`.
         """
         batch, tokens, _ = x_BTD.shape
         slots = cache["k"].shape[-3]
+        gaps = gaps and real_BT is not None and tokens > 1
         real_BT = jnp.ones((batch, tokens), bool) if real_BT is None else real_BT
-        position_BT = length_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        index_BT = (
+            jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT if gaps else jnp.arange(tokens, dtype=jnp.int32)
+        )
+        position_BT = length_B[:, None] + index_BT
         end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
         q, k, v, gate = self._project(x_BTD, position_BT, added)
         ring = self.config.window is not None
@@ -166,6 +207,9 @@ class AttentionMixer(nnx.Module):
         if not ring:
             real_BS = jnp.arange(slots) < end_B[:, None]
             places = {"q_offset": length_B, "layer": layer}
+            if gaps:
+                slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
+                places = {"positions": (position_BT, slot_BS), "layer": layer}
             k, v = new["k"], new["v"]
         elif tokens == 1:
             position_BS, real_BS = _ring_positions(end_B, slots)
@@ -179,6 +223,7 @@ class AttentionMixer(nnx.Module):
         ids = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
         return self._output(self._attend(q, k, v, gate, segment_ids=ids, **places)), new
 
+    @jax.named_scope("project")
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
         x_BTD = x_BTD.astype(self.dtype)
@@ -199,43 +244,30 @@ class AttentionMixer(nnx.Module):
         q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
         return q, k, v, gate
 
-    def _attend(
-        self, q, k, v, gate, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, layer=None,
-        split_tokens=False,
-    ) -> jax.Array:  # fmt: skip
-        """The attention op, each device on its rows and heads. segment_ids, positions: of queries and of keys.
+    @jax.named_scope("attend")
+    def _attend(self, q, k, v, gate, **places) -> jax.Array:
+        """The attention op; places: where queries and keys stand, as `ops.attention` takes it."""
+        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
+        options = {"window": c.window, "scale": c.scale, "softcap": c.softcap}
+        return checkpoint_name(ops.attention(q, k, v, gate, sinks, **places, **options), "attention_out")
 
-        layer: of stacked caches k and v, which the op reads.
-        """
-        c = self.config
-        if layer is not None and c.kv_heads % sharding.axis_size("tensor"):
-            k, v, layer = caches.read(k, layer), caches.read(v, layer), None
-        if layer is None:
-            k, v = (sharding.repeat_for_heads(a, 2, c.n_heads) for a in (k, v))
-
-        def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, layer, context_axis=None):
-            return attention(
-                q, k, v, gate=gate, causal=True, window=c.window, scale=c.scale, softcap=c.softcap, sinks=sinks,
-                segment_ids=None if q_ids is None else (q_ids, k_ids),
-                positions=None if q_positions is None else (q_positions, k_positions),
-                q_offset=0 if q_offset is None else q_offset,
-                layer=layer,
-                context_axis=context_axis,
-            )  # fmt: skip
-
-        rows = ("batch", "tokens")
-        heads, kv_heads = (*rows, "heads", None), (*rows, "kv_heads", None)
-        sinks = None if self.sinks is None else self.sinks[...]
-        kv_heads = kv_heads if layer is None else (None, *kv_heads)
-        arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset, layer)
-        names = (heads, kv_heads, kv_heads, heads, ("heads",), rows, rows, rows, rows, ("batch",), ())
-        out_BTHP = sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
-        return checkpoint_name(out_BTHP, "attention_out")
-
+    @jax.named_scope("output")
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
         out_BTD = jnp.tensordot(y_BTHP, params.use(self.w_o, y_BTHP.dtype), 2)
         return out_BTD if self.b_o is None else out_BTD + params.use(self.b_o, out_BTD.dtype)
+
+
+def cache_grows(config: Attention) -> bool:
+    """Whether the cache grows with the number of tokens."""
+    return config.window is None
+
+
+def init_cache(config: Attention, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
+    """Keys and values [B, S, K, P]: S is max_len, or the window where that is smaller (a ring)."""
+    slots = max_len if config.window is None else min(max_len, config.window)
+    shape = (batch, slots, config.kv_heads, config.d_head)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
 def _ring_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:

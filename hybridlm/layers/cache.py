@@ -23,6 +23,25 @@ def write(array: jax.Array, layer: jax.Array | None, value: jax.Array) -> jax.Ar
     return value if layer is None else jax.lax.dynamic_update_index_in_dim(array, value, layer, 0)
 
 
+def read_all(cache: dict[str, jax.Array], layer: jax.Array | None) -> dict[str, jax.Array]:
+    """`read` of every array."""
+    return {name: read(array, layer) for name, array in cache.items()}
+
+
+def write_all(cache: dict[str, jax.Array], layer: jax.Array | None, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`write` of every array."""
+    return {name: write(cache[name], layer, new[name]) for name in cache}
+
+
+def unless_padding(
+    real_BT: jax.Array | None, new: dict[str, jax.Array], old: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The new arrays [B, ...] of rows whose one token is real, of others the old ones. real_BT: None: all real."""
+    if real_BT is None:
+        return new
+    return {name: jnp.where(real_BT.reshape(-1, *(1,) * (a.ndim - 1)), a, old[name]) for name, a in new.items()}
+
+
 def write_slots(array: jax.Array, layer: jax.Array | None, slots_BT: jax.Array, value_BT: jax.Array) -> jax.Array:
     """`array` [(L,) B, S, K, P] with value[b, t] at [b, slots[b, t]] of the layer; slots outside it are not written."""
     value_BT = value_BT.astype(array.dtype)

@@ -14,7 +14,44 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from hybridlm import sharding
 from pallas_kernels import grouped_dot
+
+
+def routed_per_device(
+    x_BTD,
+    experts_BTk,
+    weights_BTk,
+    w_in,
+    w_out,
+    activation: Callable,
+    *,
+    n_experts: int,
+    d_ff: int,
+    capacity: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`routed_experts` by every device, with the experts that it has: [B, T, D] in the type of x, and bool [B, T, k]:
+    which assignments it holds.
+
+    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_experts_over`.
+    """
+
+    def run(x_BTD, experts_BTk, weights_BTk, w_in, w_out, context_axis=None):
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, weights_BTk)]
+        apply = feed_forward(w_in, w_out, activation)
+        if apply.n_experts == n_experts:
+            y_MD, kept_Mk = routed_experts(*flat, apply), flat[1] < n_experts
+        else:
+            y_MD, kept_Mk = routed_experts_over("expert", *flat, apply, n_experts=n_experts, capacity=capacity)
+        y_BTD = y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        y_BTD = y_BTD if w_out.shape[1] == d_ff else jax.lax.psum(y_BTD, "tensor")
+        return y_BTD, kept_Mk.reshape(experts_BTk.shape)
+
+    tokens = ("batch", "tokens", None)
+    sides = (None,) * (w_in.ndim - 3)
+    names = (tokens, tokens, tokens, ("experts", None, *sides, "d_ff"), ("experts", "d_ff", None))
+    arrays = (x_BTD, experts_BTk, weights_BTk, w_in, w_out)
+    return sharding.per_device(run, arrays, names, [tokens, tokens], split_tokens=True)
 
 
 def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:

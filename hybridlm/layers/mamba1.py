@@ -6,8 +6,8 @@ window, R rank of dt.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
-from hybridlm.layers import params
+from hybridlm.layers import ops, params, short_conv
+from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
-from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.norm import RMSNorm, rms_normalise
-from pallas_kernels import causal_conv1d, selective_scan
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,17 @@ class Mamba1:
     chunk: int | None = None
     """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
 
+    FREE = frozenset({"chunk"})
+    KEPT: ClassVar = {
+        "mamba1_xz": Kept("Mamba-1: inner input and gate, before the convolution", kernels=True),
+        "mamba1_conv": Kept("Mamba-1: inner input after convolution and activation"),
+        "mamba1_low": Kept("Mamba-1: low-rank dt, B and C, before norms", kernels=True),
+        "mamba1_scan": Kept("Mamba-1: output of the selective scan", kernels=True),
+        "mamba1_gated": Kept("Mamba-1: input of the output projection"),
+    }
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
     def __post_init__(self):
         for name in ("d_state", "expand", "n_heads", "dt_rank", "d_conv", "dt_scale", "chunk"):
             value = getattr(self, name)
@@ -98,6 +108,26 @@ class Mamba1:
         """Raises ConfigError where this mixer cannot be built at the model width."""
         self.inner(d_model)
 
+    def build(self, d_model: int, make: Make) -> "Mamba1Mixer":
+        """The mixer of one sublayer."""
+        return make.mixer(Mamba1Mixer, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Channels; where there are several heads, whole heads."""
+        if self.n_heads == 1:
+            return [("inner width", self.inner(d_model), "d_inner")]
+        return [("n_heads", self.n_heads, "heads")]
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Projections and convolution; the selective scan has no matrix products and counts nothing."""
+        d_inner, rank = self.inner(d_model), self.rank(d_model)
+        low = rank + 2 * self.d_state  # of each head, from its own channels: as many products as from all at once
+        return 2.0 * d_inner * (3 * d_model + self.d_conv + low + rank)
+
+    def resolved(self, d_model: int) -> "Mamba1":
+        """With the rank, and the expansion that the inner width is."""
+        return replace(self, dt_rank=self.rank(d_model), expand=self.inner(d_model) / d_model)
+
 
 class Mamba1Mixer(nnx.Module):
     """Mamba-1: x, z = projection; convolution and activation of x; dt, B, C from x; selective_scan; gate silu(z).
@@ -105,8 +135,8 @@ class Mamba1Mixer(nnx.Module):
     Tensor parallelism splits the channels; where there are several heads, by whole heads.
     """
 
-    keeps_all = False
-    """The cache does not grow with the number of tokens."""
+    cache_grows = False
+    __call__ = on_arrays
 
     def __init__(
         self,
@@ -127,9 +157,7 @@ class Mamba1Mixer(nnx.Module):
         self.in_xz_bias = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
         self.x_proj = params.matrix(rngs, (P, H, R + 2 * N), (*channels[::-1], None), init_std, fused_axes=(1,))
         draw_conv, draw_dt, draw_bias = params.uniforms(rngs, (H, P, W + 1), (R, H, P), (H, P))
-        draw_conv = (2 * draw_conv - 1) / math.sqrt(W)  # +-1 / sqrt(fan-in), as published
-        self.conv = params.make(draw_conv[..., :W], (*channels, "conv"), "conv")
-        self.conv_bias = params.make(draw_conv[..., W], channels, "bias") if config.conv_bias else None
+        self.conv, self.conv_bias = short_conv.make(draw_conv, channels, config.conv_bias)
         draw_dt = 2 * draw_dt - 1 if config.dt_init == "random" else jnp.ones((R, H, P))
         dt_proj = draw_dt * config.dt_scale / math.sqrt(R)
         self.dt_proj = params.make(dt_proj, (None, *channels), "matrix", n_in=1, fused_axes=(1,))
@@ -151,85 +179,71 @@ class Mamba1Mixer(nnx.Module):
         """Logical names of the axes H and P."""
         return (None, "d_inner") if self.config.n_heads == 1 else ("heads", "d_head")
 
-    def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter."""
-        return self._mix(x_BTD, segment_ids, None)[0]
+    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """[B, T, D] -> [B, T, D] in `dtype`; positions do not matter."""
+        return Output(self._run(x_BTD, tokens, None)[0])
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
-        """Zero state (float32), and zeros for the W - 1 inputs that the convolution reads before the next token."""
-        c, (H, P, _) = self.config, self.out.shape[-3:]
-        return {
-            "state": jnp.zeros((batch, H, P, c.d_state), jnp.float32),
-            "conv": jnp.zeros((batch, c.d_conv - 1, H, P), self.dtype),
-        }
+        """Zero state (float32), and the window of the convolution."""
+        state = (batch, *self.out.shape[-3:-1], self.config.d_state)
+        return {"state": jnp.zeros(state, jnp.float32), "conv": short_conv.init_window(self.conv, batch, self.dtype)}
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
-        """Outputs of the next T tokens and the cache after them.
-
-        real_BT: bool, False for padding, which leaves the cache as it is; None: all real. layer: index of the
-        entries in stacked caches.
-        """
-        old = {name: caches.read(array, layer) for name, array in cache.items()}
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+    ) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
+        old = caches.read_all(cache, layer)
         if x_BTD.shape[1] == 1:
             y_BTD, new = self._step(x_BTD, real_BT, old)
         else:
-            y_BTD, new = self._mix(x_BTD, None if real_BT is None else real_BT.astype(jnp.int32), old)
-        return y_BTD, {name: caches.write(cache[name], layer, new[name]) for name in cache}
+            ids = None if real_BT is None else real_BT.astype(jnp.int32)
+            y_BTD, new = self._run(x_BTD, Tokens(ids, gaps=gaps), old)
+        return y_BTD, caches.write_all(cache, layer, new)
 
-    def _mix(self, x_BTD, segment_ids, old: dict | None) -> tuple[jax.Array, dict]:
-        """The tokens in parallel, from the state `old` (None: from nothing, and no new state is made)."""
+    def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
+        """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
+        ids, window, state = tokens.segment_ids, None, None
+        if old is not None:
+            window, state = old["conv"], old["state"]
         x_BTHP, z_BTHP = self._project(x_BTD)
-        x_BTHP, window = self._convolve(x_BTHP, segment_ids, old)
-        y_BTHP, state = self._scan(x_BTHP, *self._select(x_BTHP), segment_ids, old)
+        with jax.named_scope("convolve"):
+            x_BTHP, window = short_conv.convolve(
+                x_BTHP, self.conv, self.conv_bias, self.config.activation, segment_ids=ids, gaps=tokens.gaps,
+                window=window,
+            )  # fmt: skip
+            x_BTHP = checkpoint_name(x_BTHP, "mamba1_conv")
+        dt_BTHP, B_BTHN, C_BTHN = self._select(x_BTHP)
+        with jax.named_scope("scan"):
+            y_BTHP, state = ops.selective_scan(
+                x_BTHP, dt_BTHP, -jnp.exp(self.A_log[...]), B_BTHN, C_BTHN, self.D[...], channels=self._channels,
+                segment_ids=ids, initial_state=state, chunk=self.config.chunk,
+            )  # fmt: skip
+            y_BTHP = checkpoint_name(y_BTHP, "mamba1_scan")
         return self._output(y_BTHP, z_BTHP), {} if old is None else {"state": state, "conv": window}
 
     def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written (the paper's equation 2)."""
         x_BTHP, z_BTHP = self._project(x_BTD)
-        window = jnp.concatenate([old["conv"], x_BTHP.astype(old["conv"].dtype)], axis=1)
-        x_BHP = (window.astype(jnp.float32) * jnp.moveaxis(self.conv[...], -1, 0)).sum(1)
-        x_BHP = x_BHP if self.conv_bias is None else x_BHP + self.conv_bias[...]
-        x_BHP = ACTIVATIONS[self.config.activation](x_BHP).astype(self.dtype)
+        with jax.named_scope("convolve"):
+            x_BHP, window = short_conv.step(x_BTHP, self.conv, self.conv_bias, self.config.activation, old["conv"])
         dt_BTHP, B_BTHN, C_BTHN = self._select(x_BHP[:, None])
-        x_BHP, dt_BHP1 = x_BHP.astype(jnp.float32), dt_BTHP[:, 0, :, :, None]
-        B_BHN, C_BHN = (a[:, 0].astype(jnp.float32) for a in (B_BTHN, C_BTHN))
-        decay_BHPN = jnp.exp(-dt_BHP1 * jnp.exp(self.A_log[...]))
-        state = decay_BHPN * old["state"] + dt_BHP1 * x_BHP[..., None] * B_BHN[:, :, None]
-        y_BHP = (state * C_BHN[:, :, None]).sum(-1) + self.D[...] * x_BHP
-        new = {"state": state, "conv": window[:, 1:]}
-        if real_BT is not None:
-            new = {name: jnp.where(real_BT.reshape(-1, *(1,) * (a.ndim - 1)), a, old[name]) for name, a in new.items()}
+        with jax.named_scope("scan"):
+            x_BHP, dt_BHP1 = x_BHP.astype(jnp.float32), dt_BTHP[:, 0, :, :, None]
+            B_BHN, C_BHN = (a[:, 0].astype(jnp.float32) for a in (B_BTHN, C_BTHN))
+            decay_BHPN = jnp.exp(-dt_BHP1 * jnp.exp(self.A_log[...]))
+            state = decay_BHPN * old["state"] + dt_BHP1 * x_BHP[..., None] * B_BHN[:, :, None]
+            y_BHP = (state * C_BHN[:, :, None]).sum(-1) + self.D[...] * x_BHP
+        new = caches.unless_padding(real_BT, {"state": state, "conv": window}, old)
         return self._output(y_BHP[:, None], z_BTHP), new
 
+    @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array]:
         """x and z, [B, T, H, P]."""
         xz = params.project(x_BTD.astype(self.dtype), self.in_xz, self.in_xz_bias)
         xz = checkpoint_name(sharding.constrain(xz, "batch", "tokens", None, *self._channels), "mamba1_xz")
         return xz[:, :, 0], xz[:, :, 1]
 
-    def _convolve(self, x_BTHP, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array | None]:
-        """Causal convolution and activation of x; with `old`, the new convolution state too."""
-        activation, keep = self.config.activation, old is not None
-        fused = activation if activation == "silu" else None
-
-        def run(x, weight, bias, window, segment_ids, context_axis=None):
-            flat = lambda a, lead: None if a is None else a.reshape(*a.shape[:lead], -1)
-            out = causal_conv1d(
-                flat(x, 2), weight.reshape(-1, weight.shape[-1]), flat(bias, 0), activation=fused,
-                segment_ids=segment_ids, initial_state=flat(window, 2), return_final_state=keep,
-                context_axis=context_axis,
-            )  # fmt: skip
-            return (out[0].reshape(x.shape), out[1].reshape(window.shape)) if keep else out.reshape(x.shape)
-
-        tokens, window = ("batch", "tokens", *self._channels), ("batch", None, *self._channels)
-        arrays = (x_BTHP, self.conv[...], None if self.conv_bias is None else self.conv_bias[...],
-                  old["conv"] if keep else None, segment_ids)  # fmt: skip
-        names = (tokens, (*self._channels, None), self._channels, window, tokens[:2])
-        out = sharding.per_device(run, arrays, names, [tokens, window] if keep else tokens, split_tokens=not keep)
-        y_BTHP, state = out if keep else (out, None)
-        y_BTHP = y_BTHP if fused else ACTIVATIONS[activation](y_BTHP)
-        return checkpoint_name(y_BTHP, "mamba1_conv"), state
-
+    @jax.named_scope("select")
     def _select(self, x_BTHP) -> tuple[jax.Array, jax.Array, jax.Array]:
         """dt [B, T, H, P] (float32, after softplus), B and C [B, T, H, N]: what the input selects."""
         rank, n_state, norm = self.dt_proj.shape[-3], self.config.d_state, self.config.inner_norm
@@ -246,32 +260,12 @@ class Mamba1Mixer(nnx.Module):
         dt_BTHP = sharding.constrain(dt_BTHP, "batch", "tokens", *self._channels)
         return jax.nn.softplus(dt_BTHP + self.dt_bias[...]), B_BTHN, C_BTHN
 
-    def _scan(self, x_BTHP, dt_BTHP, B_BTHN, C_BTHN, segment_ids, old: dict | None) -> tuple:
-        """The selective scan, each device on its rows and channels: outputs, and the new state or None."""
-        keep = old is not None
-
-        def run(x, dt, A, B, C, D, segment_ids, state, context_axis=None):
-            shape = (*x.shape[:2], -1)
-            out = selective_scan(
-                x.reshape(shape), dt.reshape(shape), A.reshape(-1, A.shape[-1]), B, C, D=D.reshape(-1),
-                segment_ids=segment_ids, return_final_state=keep, chunk=self.config.chunk, context_axis=context_axis,
-                initial_state=None if state is None else state.reshape(state.shape[0], -1, state.shape[-1]),
-            )  # fmt: skip
-            return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
-
-        rows, channels = ("batch", "tokens"), self._channels
-        tokens, maps, state = (*rows, *channels), (*rows, channels[0], None), ("batch", *channels, None)
-        A_HPN = -jnp.exp(self.A_log[...])
-        arrays = (x_BTHP, dt_BTHP, A_HPN, B_BTHN, C_BTHN, self.D[...], segment_ids, old["state"] if keep else None)
-        names = (tokens, tokens, (*channels, None), maps, maps, channels, rows, state)
-        out = sharding.per_device(run, arrays, names, [tokens, state] if keep else tokens, split_tokens=not keep)
-        y_BTHP, new = out if keep else (out, None)
-        return checkpoint_name(y_BTHP, "mamba1_scan"), new
-
     def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
         """Gate in float32, output projection."""
-        y_BTHP = y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))
-        y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", *self._channels)
-        y_BTHP = checkpoint_name(y_BTHP, "mamba1_gated")
-        out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
-        return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
+        with jax.named_scope("gate"):
+            y_BTHP = y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))
+            y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", *self._channels)
+            y_BTHP = checkpoint_name(y_BTHP, "mamba1_gated")
+        with jax.named_scope("output"):
+            out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
+            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)

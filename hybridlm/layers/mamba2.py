@@ -5,8 +5,8 @@ Axis letters: B batch, T tokens, D model, H heads, P head width, G state groups,
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
-from hybridlm.layers import params
-from hybridlm.layers.mlp import ACTIVATIONS
+from hybridlm.layers import ops, params, short_conv
+from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
-from pallas_kernels import causal_conv1d, ssd
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,24 @@ class Mamba2:
     chunk: int | None = None
     """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
 
+    FREE = frozenset({"chunk"})
+    KEPT: ClassVar = {
+        "mamba_zx": Kept("Mamba-2: gate and inner input, before the convolution", kernels=True),
+        "mamba_BC": Kept("Mamba-2: B and C, before the convolution", kernels=True),
+        "mamba_dt": Kept("Mamba-2: step sizes, before bias and softplus", kernels=True),
+        "mamba_conv": Kept("Mamba-2: x, B and C after convolution and SiLU"),
+        "mamba_ssd": Kept("Mamba-2: output of the state space model", kernels=True),
+        "ssd_states": Kept(
+            "Mamba-2: states within the row from which the backward of the state space model starts", kernels=True
+        ),
+        "mamba_root": Kept(
+            "Mamba-2: inverse root mean squares of the gated norm, one number a token and group", kernels=True
+        ),
+        "mamba_norm": Kept("Mamba-2: gated and normed input of the output projection"),
+    }
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
     def __post_init__(self):
         for name in ("d_state", "d_head", "n_groups", "d_conv"):
             require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
@@ -115,6 +132,49 @@ class Mamba2:
         """Raises ConfigError where this mixer cannot be built at the model width."""
         self.heads(d_model)
 
+    def build(self, d_model: int, make: Make) -> "Mamba2Mixer":
+        """The mixer of one sublayer."""
+        return make.mixer(Mamba2Mixer, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Heads; state groups need not divide."""
+        return [("n_heads", self.heads(d_model), "heads")]
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Projections, convolution and scan."""
+        n_heads = self.heads(d_model)
+        d_inner, d_bc = n_heads * self.d_head, 2 * self.n_groups * self.d_state
+        projections = 2.0 * d_model * (2 * d_inner + d_bc + n_heads) + 2.0 * d_inner * d_model
+        conv = 2.0 * self.d_conv * (d_inner + d_bc)
+        return projections + conv + ssd_flops(n_heads, self.d_head, self.n_groups, self.d_state, seq_len)
+
+    def resolved(self, d_model: int) -> "Mamba2":
+        """With the number of heads, of the norm's groups, and the output's bias; expand is 1, as it is not used."""
+        norm = self.gated_norm
+        if norm is not None and norm.n_groups is None:
+            norm = replace(norm, n_groups=self.n_groups)
+        out_bias = self.proj_bias if self.out_bias is None else self.out_bias
+        return replace(self, n_heads=self.heads(d_model), expand=1.0, gated_norm=norm, out_bias=out_bias)
+
+
+SSD_CHUNK = 128
+"""Chunk length Q at which the scan's FLOPs are counted, whatever chunk and implementation run."""
+
+
+def ssd_flops(n_heads: int, d_head: int, n_groups: int, d_state: int, seq_len: int) -> float:
+    """Forward FLOPs per token of the chunked scan (Dao & Gu 2024, section 6).
+
+    | product, per token | FLOPs |
+    | --- | --- |
+    | C B^T within the chunk, causal half | G N (Q + 1) |
+    | (C B^T * decay) x within the chunk, causal half | H P (Q + 1) |
+    | state of the chunk, B^T x | 2 H P N |
+    | output of the incoming state, C S | 2 H P N |
+    """
+    chunk = min(SSD_CHUNK, seq_len)
+    within = (chunk + 1) * (n_groups * d_state + n_heads * d_head)
+    return within + 4.0 * n_heads * d_head * d_state
+
 
 class Mamba2Mixer(nnx.Module):
     """Mamba-2: z, x, B, C, dt = projections; convolution and SiLU over x, B, C; ssd; norm with the gate z; projection.
@@ -146,14 +206,9 @@ class Mamba2Mixer(nnx.Module):
         self.in_zx_bias = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
         self.in_BC_bias = params.zeros((2, G, N), BC, "bias") if bias else None
         self.in_dt_bias = params.zeros((H,), heads, "bias") if bias else None
-        draw_x, draw_BC = params.uniforms(
-            rngs, (H, P, W + 1), (2, G, N, W + 1)
-        )  # conv: +-1 / sqrt(fan-in), as published
-        draw_x, draw_BC = ((2 * draw - 1) / math.sqrt(W) for draw in (draw_x, draw_BC))
-        self.conv_x = params.make(draw_x[..., :W], (*channels, "conv"), "conv")
-        self.conv_BC = params.make(draw_BC[..., :W], (*BC, "conv"), "conv")
-        self.conv_x_bias = params.make(draw_x[..., W], channels, "bias") if config.conv_bias else None
-        self.conv_BC_bias = params.make(draw_BC[..., W], BC, "bias") if config.conv_bias else None
+        draw_x, draw_BC = params.uniforms(rngs, (H, P, W + 1), (2, G, N, W + 1))
+        self.conv_x, self.conv_x_bias = short_conv.make(draw_x, channels, config.conv_bias)
+        self.conv_BC, self.conv_BC_bias = short_conv.make(draw_BC, BC, config.conv_bias)
         draw_dt, draw_A = params.uniforms(rngs, (H,), (H,))
         self.dt_bias = params.make(init_dt_bias(draw_dt, config), heads, "recurrence")
         self.A_log = params.make(
@@ -166,65 +221,79 @@ class Mamba2Mixer(nnx.Module):
         out_bias = config.proj_bias if config.out_bias is None else config.out_bias
         self.out_bias = params.zeros((D,), ("d_model",), "bias") if out_bias else None
 
-    keeps_all = False
-    """The cache does not grow with the number of tokens."""
+    cache_grows = False
+    __call__ = on_arrays
 
-    def __call__(self, x_BTD: jax.Array, segment_ids: jax.Array | None = None, positions=None) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in `dtype`. segment_ids: int32 [B, T], the ops' contract; positions do not matter.
-
-        Padding must not stand inside a document (HybridLM moves such padding away).
-        """
-        return self._mix(x_BTD, segment_ids, None)[0]
+    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """[B, T, D] -> [B, T, D] in `dtype`; positions do not matter."""
+        return Output(self._run(x_BTD, tokens, None)[0])
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
-        """Zero state (float32), and zeros for the W - 1 inputs that the convolution reads before the next token."""
-        c, (H, P, _) = self.config, self.out.shape[-3:]
+        """Zero state (float32), and the windows of the convolutions."""
+        state = (batch, *self.out.shape[-3:-1], self.config.d_state)
         return {
-            "state": jnp.zeros((batch, H, P, c.d_state), jnp.float32),
-            "conv_x": jnp.zeros((batch, c.d_conv - 1, H, P), self.dtype),
-            "conv_BC": jnp.zeros((batch, c.d_conv - 1, 2, c.n_groups, c.d_state), self.dtype),
+            "state": jnp.zeros(state, jnp.float32),
+            "conv_x": short_conv.init_window(self.conv_x, batch, self.dtype),
+            "conv_BC": short_conv.init_window(self.conv_BC, batch, self.dtype),
         }
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
-        """Outputs of the next T tokens and the cache after them.
-
-        real_BT: bool, False for padding, which leaves the cache as it is; None: all real. layer: index of the
-        entries in stacked caches.
-        """
-        old = {name: caches.read(array, layer) for name, array in cache.items()}
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+    ) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
+        old = caches.read_all(cache, layer)
         if x_BTD.shape[1] == 1:
             y_BTD, new = self._step(x_BTD, real_BT, old)
         else:
-            y_BTD, new = self._mix(x_BTD, None if real_BT is None else real_BT.astype(jnp.int32), old)
-        return y_BTD, {name: caches.write(cache[name], layer, new[name]) for name in cache}
+            ids = None if real_BT is None else real_BT.astype(jnp.int32)
+            y_BTD, new = self._run(x_BTD, Tokens(ids, gaps=gaps), old)
+        return y_BTD, caches.write_all(cache, layer, new)
 
-    def _mix(self, x_BTD, segment_ids, old: dict | None) -> tuple[jax.Array, dict]:
-        """The tokens in parallel, from the state `old` (None: from nothing, and no new state is made)."""
+    @property
+    def _convolutions(self) -> dict[str, tuple]:
+        """Weight and bias of the convolution over x and of that over B and C, by the name of their window."""
+        return {"conv_x": (self.conv_x, self.conv_x_bias), "conv_BC": (self.conv_BC, self.conv_BC_bias)}
+
+    def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
+        """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
-        x_BTHP, BC_BTcGN, new = self._convolve(x_BTHP, BC_BTcGN, segment_ids, old)
-        y_BTHP, state = self._scan(x_BTHP, BC_BTcGN, dt_BTH, segment_ids, old)
-        if state is not None:
-            new["state"] = state
+        before, new, convolved = old or {}, {}, []
+        with jax.named_scope("convolve"):
+            for a, (name, weights) in zip((x_BTHP, BC_BTcGN), self._convolutions.items(), strict=True):
+                y, new[name] = short_conv.convolve(
+                    a, *weights, self.config.activation, segment_ids=tokens.segment_ids, gaps=tokens.gaps,
+                    window=before.get(name),
+                )  # fmt: skip
+                convolved.append(y)
+            x_BTHP, BC_BTcGN = (checkpoint_name(y, "mamba_conv") for y in convolved)
+        with jax.named_scope("scan"):
+            y_BTHP, new["state"] = ops.ssd(
+                x_BTHP, dt_BTH, -jnp.exp(self.A_log[...]), BC_BTcGN, self.D[...], segment_ids=tokens.segment_ids,
+                initial_state=before.get("state"), chunk=self.config.chunk,
+            )  # fmt: skip
+            y_BTHP = checkpoint_name(y_BTHP, "mamba_ssd")
         return self._output(y_BTHP, z_BTHP), new
 
     def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written (the paper's equation 2, discretised with dt as in section 7)."""
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
-        activation = ACTIVATIONS[self.config.activation]
-        x_BHP, conv_x = _conv_step(x_BTHP, self.conv_x, self.conv_x_bias, old["conv_x"], activation)
-        BC_BcGN, conv_BC = _conv_step(BC_BTcGN, self.conv_BC, self.conv_BC_bias, old["conv_BC"], activation)
-        per_group = x_BHP.shape[1] // self.config.n_groups
-        BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), per_group, axis=2)
-        x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
-        decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[:, None])
-        state = decay_BH1[..., None] * old["state"] + (dt_BH1 * x_BHP)[..., None] * BC_BcHN[:, 0, :, None]
-        D_HP = self.D[...] if self.config.per_channel_D else self.D[...][:, None]
-        y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP * x_BHP
-        new = {"state": state, "conv_x": conv_x, "conv_BC": conv_BC}
-        if real_BT is not None:
-            new = {name: jnp.where(real_BT.reshape(-1, *(1,) * (a.ndim - 1)), a, old[name]) for name, a in new.items()}
+        new, convolved = {}, []
+        with jax.named_scope("convolve"):
+            for a, (name, weights) in zip((x_BTHP, BC_BTcGN), self._convolutions.items(), strict=True):
+                y, new[name] = short_conv.step(a, *weights, self.config.activation, old[name])
+                convolved.append(y)
+        x_BHP, BC_BcGN = convolved
+        with jax.named_scope("scan"):
+            BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), x_BHP.shape[1] // self.config.n_groups, axis=2)
+            x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
+            decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[:, None])
+            state = decay_BH1[..., None] * old["state"] + (dt_BH1 * x_BHP)[..., None] * BC_BcHN[:, 0, :, None]
+            D_HP = self.D[...] if self.config.per_channel_D else self.D[...][:, None]
+            y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP * x_BHP
+        new = caches.unless_padding(real_BT, new | {"state": state}, old)
         return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new
 
+    @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
         x_BTD, c = x_BTD.astype(self.dtype), self.config
@@ -247,49 +316,20 @@ class Mamba2Mixer(nnx.Module):
             dt = jnp.clip(dt, *c.dt_limit)
         return z, x, BC, dt
 
-    def _convolve(self, x_BTHP, BC_BTcGN, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array, dict]:
-        """Causal convolution and SiLU of x, B and C; with `old`, the new convolution states too."""
-        old = {"conv_x": None, "conv_BC": None} if old is None else old
-        activation, x_bias, BC_bias = self.config.activation, None, None
-        if self.config.conv_bias:
-            x_bias, BC_bias = self.conv_x_bias[...], self.conv_BC_bias[...]
-        x, new_x = _conv(x_BTHP, self.conv_x[...], x_bias, old["conv_x"], segment_ids, ("heads", None), activation)
-        names = (None, "groups", None)
-        BC, new_BC = _conv(BC_BTcGN, self.conv_BC[...], BC_bias, old["conv_BC"], segment_ids, names, activation)
-        x, BC = checkpoint_name(x, "mamba_conv"), checkpoint_name(BC, "mamba_conv")
-        return x, BC, {} if new_x is None else {"conv_x": new_x, "conv_BC": new_BC}
-
-    def _scan(self, x_BTHP, BC_BTcGN, dt_BTH, segment_ids, old: dict | None) -> tuple[jax.Array, jax.Array | None]:
-        """The state space model, each device on its rows and heads."""
-        n_heads, keep = x_BTHP.shape[2], old is not None
-        BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, n_heads)
-
-        def run(x, dt, A, BC, D, segment_ids, initial_state, context_axis=None):
-            return ssd(
-                x, dt, A, BC[:, :, 0], BC[:, :, 1], D=D, segment_ids=segment_ids, initial_state=initial_state,
-                return_final_state=keep, chunk=self.config.chunk, context_axis=context_axis,
-            )  # fmt: skip
-
-        rows, heads, state = ("batch", "tokens"), ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
-        A_H, initial_BHPN = -jnp.exp(self.A_log[...]), old["state"] if keep else None
-        arrays = (x_BTHP, dt_BTH, A_H, BC_BTcGN, self.D[...], segment_ids, initial_BHPN)
-        names = (heads, heads[:3], ("heads",), (*rows, None, "groups", None), ("heads", None), rows, state)
-        out = sharding.per_device(run, arrays, names, [heads, state] if keep else heads, split_tokens=not keep)
-        y_BTHP, state_BHPN = out if keep else (out, None)
-        return checkpoint_name(y_BTHP, "mamba_ssd"), state_BHPN
-
     def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
         """Gate, norm in float32, output projection."""
         norm = self.config.gated_norm
-        if norm is None:
-            y = (y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))).astype(self.dtype)
-        else:
-            n_groups = self.config.n_groups if norm.n_groups is None else norm.n_groups
-            y = gated_rms_norm(y_BTHP, z_BTHP, self.norm[...], norm.eps, n_groups, norm.before_gate, self.dtype)
-        y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
-        y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
-        out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
-        return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
+        with jax.named_scope("gate_norm"):
+            if norm is None:
+                y = (y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))).astype(self.dtype)
+            else:
+                n_groups = self.config.n_groups if norm.n_groups is None else norm.n_groups
+                y = gated_rms_norm(y_BTHP, z_BTHP, self.norm[...], norm.eps, n_groups, norm.before_gate, self.dtype)
+            y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
+            y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
+        with jax.named_scope("output"):
+            out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
+            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
 
 
 def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
@@ -297,39 +337,3 @@ def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
     low, high = math.log(config.dt_min), math.log(config.dt_max)
     dt_H = jnp.maximum(jnp.exp(low + uniform_H * (high - low)), config.dt_init_floor)
     return dt_H + jnp.log(-jnp.expm1(-dt_H))
-
-
-def _conv(x, weight, bias, old, segment_ids, names: tuple, activation: str) -> tuple[jax.Array, jax.Array | None]:
-    """causal_conv1d and activation over x [B, T, *channels], weight [*channels, W]; names: the channels' logical axes.
-
-    The op knows silu; another activation comes behind it."""
-    in_op = activation if activation == "silu" else None
-
-    def run(x, weight, bias, old, segment_ids, context_axis=None):
-        out = causal_conv1d(
-            x.reshape(*x.shape[:2], -1),
-            weight.reshape(-1, weight.shape[-1]),
-            None if bias is None else bias.reshape(-1),
-            activation=in_op,
-            segment_ids=segment_ids,
-            initial_state=None if old is None else old.reshape(*old.shape[:2], -1),
-            return_final_state=old is not None,
-            gaps=False,
-            context_axis=context_axis,
-        )
-        return out.reshape(x.shape) if old is None else (out[0].reshape(x.shape), out[1].reshape(old.shape))
-
-    tokens, window = ("batch", "tokens", *names), ("batch", None, *names)
-    arrays, axes = (x, weight, bias, old, segment_ids), (tokens, (*names, None), names, window, tokens[:2])
-    out_axes = tokens if old is None else [tokens, window]
-    out = sharding.per_device(run, arrays, axes, out_axes, split_tokens=old is None)
-    y, new = (out, None) if old is None else out
-    return (y if in_op else ACTIVATIONS[activation](y)), new
-
-
-def _conv_step(x_BT, weight: nnx.Param, bias: nnx.Param | None, old, activation) -> tuple[jax.Array, jax.Array]:
-    """One token of the convolution with its activation, [B, *channels], and the new window."""
-    window = jnp.concatenate([old, x_BT.astype(old.dtype)], axis=1)
-    y = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)).sum(1)
-    y = y if bias is None else y + bias[...]
-    return activation(y).astype(x_BT.dtype), window[:, 1:]

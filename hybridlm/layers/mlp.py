@@ -2,7 +2,7 @@
 """Feed-forward sublayers: SwiGLU (Shazeer 2020), GELU, squared ReLU (So et al. 2021)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import params
+from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,36 @@ class MLP:
     out_multiplier: float = 1.0
     """Multiplies the output."""
 
+    FREE = frozenset()
+    KEPT: ClassVar = {
+        "mlp_in": Kept("MLP: result of the first product", kernels=True),
+        "mlp_hidden": Kept("MLP: input of the last product"),
+    }
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = False
+
     def __post_init__(self):
         require(self.d_ff > 0, f"d_ff ({self.d_ff}) must be positive")
 
     def check(self, d_model: int) -> None:
         """An MLP fits any model width."""
         require(d_model > 0, f"d_model ({d_model}) must be positive")
+
+    def build(self, d_model: int, make: Make) -> "FeedForward":
+        """The mixer of one sublayer."""
+        return make.mixer(FeedForward, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """The feed-forward width."""
+        return [("d_ff", self.d_ff, "d_ff")]
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Two or three matrices."""
+        return 2.0 * (3 if self.gated else 2) * d_model * self.d_ff
+
+    def resolved(self, d_model: int) -> "MLP":
+        """Nothing is derived."""
+        return self
 
     @property
     def gated(self) -> bool:
@@ -81,33 +106,38 @@ class FeedForward(nnx.Module):
         self.w_out = params.matrix(rngs, (d_ff, d_model), ("d_ff", "d_model"), out_std)
         self.b_out = params.zeros((d_model,), ("d_model",), "bias") if bias else None
 
-    keeps_all = False
-    """The cache does not grow with the number of tokens."""
+    cache_grows = False
+    __call__ = on_arrays
 
-    def __call__(self, x_BTD: jax.Array, segment_ids=None, positions=None, added: jax.Array | None = None) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in `dtype`. Every token for itself: segment_ids and positions do not matter.
+    def mix(self, x_BTD: jax.Array, tokens: Tokens, added: jax.Array | None = None) -> Output:
+        """[B, T, D] -> [B, T, D] in `dtype`. Every token for itself: segment ids and positions do not matter.
 
         added: [B, T, F], or [B, T, 2, F] where gated, added to the first product.
         """
         x_BTD = x_BTD.astype(self.dtype)
-        h = jnp.tensordot(x_BTD, params.use(self.w_in, x_BTD.dtype), 1)
-        if self.b_in is not None:
-            h += params.use(self.b_in, h.dtype)
-        h = h if added is None else h + added
-        h = checkpoint_name(sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff"), "mlp_in")
-        activation = ACTIVATIONS[GATED.get(self.config.activation, self.config.activation)]
-        before = h[:, :, 0] if self.config.gated else h
-        before = before if self.config.gate_multiplier == 1 else before * self.config.gate_multiplier
-        h_BTF = activation(before) * h[:, :, 1] if self.config.gated else activation(before)
-        h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
-        y_BTD = h_BTF @ params.use(self.w_out, h.dtype)
-        y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, h.dtype)
-        return y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier
+        with jax.named_scope("mlp_in"):
+            h = jnp.tensordot(x_BTD, params.use(self.w_in, x_BTD.dtype), 1)
+            if self.b_in is not None:
+                h += params.use(self.b_in, h.dtype)
+            h = h if added is None else h + added
+            h = checkpoint_name(sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff"), "mlp_in")
+        with jax.named_scope("mlp_hidden"):
+            activation = ACTIVATIONS[GATED.get(self.config.activation, self.config.activation)]
+            before = h[:, :, 0] if self.config.gated else h
+            before = before if self.config.gate_multiplier == 1 else before * self.config.gate_multiplier
+            h_BTF = activation(before) * h[:, :, 1] if self.config.gated else activation(before)
+            h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
+        with jax.named_scope("mlp_out"):
+            y_BTD = h_BTF @ params.use(self.w_out, h.dtype)
+            y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, h.dtype)
+            return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""
         return {}
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
-        """`__call__`: the past does not matter."""
-        return self(x_BTD), cache
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+    ) -> tuple[jax.Array, dict]:
+        """`mix`: the past does not matter."""
+        return self.mix(x_BTD, Tokens()).y_BTD, cache

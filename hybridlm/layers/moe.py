@@ -4,8 +4,8 @@
 Axis letters: B batch, T tokens, D model, E experts, k experts of a token, F feed-forward, R latent width.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import require, within
 from hybridlm.layers import params
-from hybridlm.layers.experts import feed_forward, routed_experts, routed_experts_over
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays, split_of_parts
+from hybridlm.layers.experts import routed_per_device
 from hybridlm.layers.mlp import ACTIVATIONS, GATED, MLP, FeedForward
-
-STATISTICS = ("loss", "balance", "z", "entropy", "max_load", "dropped")
-"""What a router reports of a batch; see `MoEFeedForward`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,21 @@ class MoE:
     """Over a mesh axis `expert`: room for that many times the rows of an even load in what a device sends to another,
     the rest is dropped; None: nothing is dropped, with room for all rows."""
 
+    FREE = frozenset()
+    KEPT: ClassVar = {
+        "moe_logits": Kept("MoE: router logits", kernels=True),
+        "moe_routed": Kept("MoE: output of the routed experts, weighed and added up", kernels=True),
+    }
+    STATISTICS: ClassVar = {
+        "loss": Statistic("router_loss", layers="sum", loss=True),
+        "balance": Statistic("router_balance"),
+        "z": Statistic("router_z"),
+        "entropy": Statistic("router_entropy"),
+        "max_load": Statistic("router_max_load", layers="max"),
+        "dropped": Statistic("router_dropped", layers="sum", batches="sum"),
+    }
+    MIXES_TOKENS = False
+
     def __post_init__(self):
         for name in ("n_experts", "d_ff", "d_latent", "capacity"):
             value = getattr(self, name)
@@ -102,11 +115,38 @@ class MoE:
 
     def check(self, d_model: int) -> None:
         """Raises ConfigError where this block cannot be built at the model width."""
-        if self.shared is not None:
-            try:
-                self.shared.check(d_model)
-            except ConfigError as error:
-                raise ConfigError(f"shared.{error}") from None
+        for name, part in self.parts().items():
+            with within(f"{name}."):
+                part.check(d_model)
+
+    def parts(self) -> dict[str, MLP]:
+        """The shared experts."""
+        return {} if self.shared is None else {"shared": self.shared}
+
+    def build(self, d_model: int, make: Make) -> "MoEFeedForward":
+        """The mixer of one sublayer."""
+        return make.mixer(MoEFeedForward, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Experts, their widths, and the shared ones'."""
+        own = [("n_experts", self.n_experts, "experts"), ("d_ff", self.d_ff, "d_ff")]
+        own.append(("d_latent", self.d_latent or d_model, "d_model"))
+        return own + split_of_parts(self, d_model)
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Router, projections, a token's experts and the shared ones."""
+        shared = sum(part.flops(d_model, seq_len) for part in self.parts().values())
+        projections = 2.0 * d_model * (self.n_experts + self.shared_gate + 2 * (self.d_latent or 0))
+        width = self.router.top_k * (self.d_latent or d_model)
+        return projections + shared + 2.0 * (3 if self.gated else 2) * width * self.d_ff
+
+    def resolved(self, d_model: int) -> "MoE":
+        """Options of the router that are not used have their defaults, renormalise_eps 1."""
+        r = self.router
+        eps = r.renormalise_eps if r.renormalise else 1.0
+        grouped = {} if r.n_groups > 1 else {"top_groups": 1, "group_top": 2}
+        shared = None if self.shared is None else self.shared.resolved(d_model)
+        return replace(self, router=replace(r, renormalise_eps=eps, **grouped), shared=shared)
 
     @property
     def gated(self) -> bool:
@@ -123,8 +163,8 @@ class MoEFeedForward(nnx.Module):
     (assignments left out).
     """
 
-    keeps_all = False
-    """The cache does not grow with the number of tokens."""
+    cache_grows = False
+    __call__ = on_arrays
 
     def __init__(
         self,
@@ -155,61 +195,54 @@ class MoEFeedForward(nnx.Module):
         self.shared = None if config.shared is None else FeedForward(config.shared, D, **options)
         self.shared_gate = params.matrix(rngs, (D, 1), ("d_model", None), init_std) if config.shared_gate else None
 
-    def __call__(self, x_BTD: jax.Array, segment_ids=None, positions=None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, T, D] -> [B, T, D] in `dtype`, and the statistics. Padding (segment id 0) reaches no routed expert."""
-        x_BTD = x_BTD.astype(self.dtype)
-        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segment_ids is None else segment_ids != 0
-        w_DE = params.use(self.router, jnp.float32)
-        logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
-        logits_BTE = checkpoint_name(sharding.constrain(logits_BTE, "batch", "tokens", None), "moe_logits")
-        bias_E = None if self.selection_bias is None else self.selection_bias[...]
-        experts_BTk, weights_BTk, scores_BTE = route(self.config.router, logits_BTE, bias_E)
-        u_BTR = x_BTD
-        if self.latent_in is not None:
-            u_BTR = _linear(x_BTD, self.latent_in, self.latent_in_bias)
-        y_BTR, kept_BTk = self._routed(
-            u_BTR, jnp.where(real_BT[..., None], experts_BTk, self.config.n_experts), weights_BTk
-        )
-        y_BTD = checkpoint_name(y_BTR, "moe_routed")
-        if self.latent_out is not None:
-            y_BTD = _linear(y_BTD, self.latent_out, self.latent_out_bias)
-        y_BTD = y_BTD + self._shared(x_BTD)
-        return y_BTD, self._statistics(logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk)
+    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """[B, T, D] in `dtype`, and the statistics. Padding (segment id 0) reaches no routed expert."""
+        c, x_BTD = self.config, x_BTD.astype(self.dtype)
+        ids = tokens.segment_ids
+        real_BT = jnp.ones(x_BTD.shape[:2], bool) if ids is None else ids != 0
+        with jax.named_scope("router"):
+            w_DE = params.use(self.router, jnp.float32)
+            logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
+            logits_BTE = checkpoint_name(sharding.constrain(logits_BTE, "batch", "tokens", None), "moe_logits")
+            bias_E = None if self.selection_bias is None else self.selection_bias[...]
+            experts_BTk, weights_BTk, scores_BTE = route(c.router, logits_BTE, bias_E)
+        with jax.named_scope("experts"):
+            sent_BTk = jnp.where(real_BT[..., None], experts_BTk, c.n_experts)
+            y_BTD, kept_BTk = self._routed(x_BTD, sent_BTk, weights_BTk)
+        with jax.named_scope("shared"):
+            y_BTD = y_BTD + self._shared(x_BTD)
+        with jax.named_scope("statistics"):
+            return Output(y_BTD, self._statistics(logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk))
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""
         return {}
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
-        """`__call__`: the past does not matter."""
-        return self(x_BTD, None if real_BT is None else real_BT.astype(jnp.int32))[0], cache
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+    ) -> tuple[jax.Array, dict]:
+        """`mix`: the past does not matter."""
+        ids = None if real_BT is None else real_BT.astype(jnp.int32)
+        return self.mix(x_BTD, Tokens(ids)).y_BTD, cache
 
-    def _routed(self, x_BTR, experts_BTk, weights_BTk) -> tuple[jax.Array, jax.Array]:
-        """The routed experts' output [B, T, R], and bool [B, T, k]: which assignments it has; by device."""
-        c = self.config
+    def _routed(self, x_BTD, experts_BTk, weights_BTk) -> tuple[jax.Array, jax.Array]:
+        """The routed experts' output [B, T, D], and bool [B, T, k]: which assignments it has."""
+        c, u_BTR = self.config, x_BTD
+        if self.latent_in is not None:
+            u_BTR = _linear(x_BTD, self.latent_in, self.latent_in_bias)
+        w_in, w_out = (params.use(w, u_BTR.dtype) for w in (self.w_in, self.w_out))
         activation = ACTIVATIONS[GATED.get(c.activation, c.activation)]
-
-        def run(x_BTR, experts_BTk, weights_BTk, w_in, w_out, context_axis=None):
-            flat = [a.reshape(-1, a.shape[-1]) for a in (x_BTR, experts_BTk, weights_BTk)]
-            apply = feed_forward(w_in, w_out, activation)
-            if apply.n_experts == c.n_experts:
-                y_MR, kept_Mk = routed_experts(*flat, apply), flat[1] < c.n_experts
-            else:
-                y_MR, kept_Mk = routed_experts_over("expert", *flat, apply, n_experts=c.n_experts, capacity=c.capacity)
-            y_BTR = y_MR.astype(x_BTR.dtype).reshape(x_BTR.shape)
-            y_BTR = y_BTR if w_out.shape[1] == c.d_ff else jax.lax.psum(y_BTR, "tensor")
-            return y_BTR, kept_Mk.reshape(experts_BTk.shape)
-
-        tokens, sides = ("batch", "tokens", None), (None,) if c.gated else ()
-        weights = [params.use(w, x_BTR.dtype) for w in (self.w_in, self.w_out)]
-        names = (tokens, tokens, tokens, ("experts", None, *sides, "d_ff"), ("experts", "d_ff", None))
-        arrays = (x_BTR, experts_BTk, weights_BTk, *weights)
-        return sharding.per_device(run, arrays, names, [tokens, tokens], split_tokens=True)
+        sizes = {"n_experts": c.n_experts, "d_ff": c.d_ff, "capacity": c.capacity}
+        y_BTR, kept_BTk = routed_per_device(u_BTR, experts_BTk, weights_BTk, w_in, w_out, activation, **sizes)
+        y_BTD = checkpoint_name(y_BTR, "moe_routed")
+        if self.latent_out is not None:
+            y_BTD = _linear(y_BTD, self.latent_out, self.latent_out_bias)
+        return y_BTD, kept_BTk
 
     def _shared(self, x_BTD) -> jax.Array | float:
         if self.shared is None:
             return 0.0
-        y_BTD = self.shared(x_BTD)
+        y_BTD = self.shared.mix(x_BTD, Tokens()).y_BTD
         if self.shared_gate is None:
             return y_BTD
         return y_BTD * jax.nn.sigmoid(x_BTD @ params.use(self.shared_gate, x_BTD.dtype))
@@ -228,7 +261,7 @@ class MoEFeedForward(nnx.Module):
         dropped = jnp.sum((~kept_BTk).astype(jnp.float32) * real_BT1)
         loss = c.balance_weight * balance + c.z_weight * z
         max_load = share_E.max() * c.n_experts
-        return dict(zip(STATISTICS, (loss, balance, z, entropy, max_load, dropped), strict=True))
+        return dict(zip(c.STATISTICS, (loss, balance, z, entropy, max_load, dropped), strict=True))
 
 
 def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple:
@@ -264,16 +297,3 @@ def _in_best_groups(router: Router, choice_BTE):
 def _linear(x, weight: nnx.Param, bias: nnx.Param | None):
     y = x @ params.use(weight, x.dtype)
     return y if bias is None else y + params.use(bias, x.dtype)
-
-
-def summarise(stats) -> dict[str, jax.Array]:
-    """One number a statistic for a model, from what `hidden_with_stats` gives; {} where it has no experts.
-
-    Losses and drops are added up over layers, balance, z and entropy averaged, of the loads the largest is taken.
-    """
-    flat = [
-        (path[-1].key.rsplit(".", 1)[-1], leaf.reshape(-1)) for path, leaf in jax.tree_util.tree_leaves_with_path(stats)
-    ]
-    joined = {name: jnp.concatenate([leaf for key, leaf in flat if key == name]) for name in dict(flat)}
-    how = {"loss": jnp.sum, "dropped": jnp.sum, "max_load": jnp.max}
-    return {name: how.get(name, jnp.mean)(values) for name, values in joined.items()}

@@ -4,22 +4,24 @@
 Axis letters: B batch, T tokens, D model.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import jax
 from flax import nnx
 
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import require, within
 from hybridlm.layers.attention import Attention
-from hybridlm.layers.blocks import Simple, make_mixer
+from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
+from hybridlm.layers.mixers import AnyMixer
 
 
 @dataclass(frozen=True)
 class Branch:
     """One of the mixers of a Parallel block."""
 
-    mixer: Simple = Mamba2()  # noqa: RUF009 (frozen)
+    mixer: AnyMixer = Mamba2()  # noqa: RUF009 (frozen)
     """What the branch computes."""
     in_multiplier: float = 1.0
     """Multiplies the branch's input."""
@@ -36,6 +38,11 @@ class Parallel:
     )
     """The branches by name."""
 
+    FREE = frozenset()
+    KEPT: ClassVar = {}
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
     def __post_init__(self):
         require(len(self.branches) > 0, "branches must have at least one entry")
         for name in self.branches:
@@ -44,53 +51,73 @@ class Parallel:
     def __hash__(self):
         return hash(tuple(self.branches.items()))
 
-    def parts(self) -> dict[str, Simple]:
+    def parts(self) -> dict[str, Block]:
         """The mixers by field name."""
         return {f"branches.{name}.mixer": branch.mixer for name, branch in self.branches.items()}
 
     def check(self, d_model: int) -> None:
         """Raises ConfigError where a branch cannot be built at the model width."""
         for name, mixer in self.parts().items():
-            try:
+            require(not shares(mixer), f"{name} ({type(mixer).__name__}) shares weights over depths: no branch can")
+            with within(f"{name}."):
                 mixer.check(d_model)
-            except ConfigError as error:
-                raise ConfigError(f"{name}.{error}") from None
+
+    def build(self, d_model: int, make: Make) -> "ParallelMixer":
+        """The mixer of one sublayer."""
+        return make.mixer(ParallelMixer, self, d_model, norm_eps=make.norm_eps)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Those of the branches."""
+        return split_of_parts(self, d_model)
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Those of the branches."""
+        return sum(mixer.flops(d_model, seq_len) for mixer in self.parts().values())
+
+    def resolved(self, d_model: int) -> "Parallel":
+        """The branches resolved."""
+        branches = self.branches.items()
+        return Parallel({name: replace(b, mixer=b.mixer.resolved(d_model)) for name, b in branches})
 
 
 class ParallelMixer(nnx.Module):
     """sum over branches of out_multiplier * mixer(in_multiplier * x)."""
 
     def __init__(self, config: Parallel, d_model: int, **options):
-        """options: those of every mixer: rngs, init_std, out_std, dtype."""
-        self.config = config
-        self.branches = nnx.Dict(
-            {name: make_mixer(branch.mixer, d_model, **options) for name, branch in config.branches.items()}
-        )
+        """options: those of `Make`, which every mixer is made with."""
+        self.config, make = config, Make(**options)
+        mixers = {name: branch.mixer.build(d_model, make) for name, branch in config.branches.items()}
+        self.branches = nnx.Dict(mixers)
 
     @property
-    def keeps_all(self) -> bool:
+    def cache_grows(self) -> bool:
         """Some branch's cache grows with the number of tokens."""
-        return any(mixer.keeps_all for mixer in self.branches.values())
+        return any(mixer.cache_grows for mixer in self.branches.values())
 
-    def __call__(self, x_BTD: jax.Array, segment_ids=None, positions=None):
-        """[B, T, D] -> [B, T, D], or that and the statistics of the branches that have some."""
+    __call__ = on_arrays
+
+    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """[B, T, D], and the statistics of the branches, behind their names."""
         outputs, stats = {}, {}
         for name, mixer in self.branches.items():
-            y = mixer(self._input(name, x_BTD), segment_ids, positions)
-            outputs[name], of_branch = y if isinstance(y, tuple) else (y, {})
+            with jax.named_scope(name):
+                outputs[name], of_branch = mixer.mix(self._input(name, x_BTD), tokens)
             stats |= {f"{name}.{key}": value for key, value in of_branch.items()}
-        y_BTD = self._merge(outputs)
-        return (y_BTD, stats) if stats else y_BTD
+        return Output(self._merge(outputs), stats)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, dict]:
         """The branches' caches by name."""
         return {name: mixer.init_cache(batch, max_len) for name, mixer in self.branches.items()}
 
-    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None) -> tuple[jax.Array, dict]:
-        """Outputs of the next T tokens and the caches after them; arguments as of every mixer."""
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+    ) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the caches after them; see `block.Mixer`."""
         outputs, new = {}, {}
         for name, mixer in self.branches.items():
-            outputs[name], new[name] = mixer.extend(self._input(name, x_BTD), cache[name], length_B, real_BT, layer)
+            with jax.named_scope(name):
+                u_BTD = self._input(name, x_BTD)
+                outputs[name], new[name] = mixer.extend(u_BTD, cache[name], length_B, real_BT, layer, gaps=gaps)
         return self._merge(outputs), new
 
     def _input(self, name: str, x_BTD: jax.Array) -> jax.Array:

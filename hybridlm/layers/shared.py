@@ -9,17 +9,19 @@ Axis letters: B batch, T tokens, D model, H heads, K key/value heads, P head wid
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import require, within
 from hybridlm.layers import params
-from hybridlm.layers.attention import Attention, AttentionMixer
-from hybridlm.layers.blocks import Simple
+from hybridlm.layers.attention import Attention, AttentionMixer, cache_grows, init_cache
+from hybridlm.layers.block import Block, Make, Mixer, Tokens, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
+from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.mlp import MLP, FeedForward
 from hybridlm.layers.norm import RMSNorm
 
@@ -28,7 +30,7 @@ from hybridlm.layers.norm import RMSNorm
 class Shared:
     """A mixer of its own at each depth, behind a transformer whose weights all depths of the symbol share."""
 
-    mixer: Simple = Mamba2()  # noqa: RUF009 (frozen)
+    mixer: AnyMixer = Mamba2()  # noqa: RUF009 (frozen)
     """Each depth's own mixer; the residual stream gets its output alone."""
     attention: Attention = Attention()  # noqa: RUF009 (frozen)
     """Shared; reads concat(x, embeddings), of width 2 D."""
@@ -39,21 +41,54 @@ class Shared:
     attention_adapter: int | None = None
     """Rank of each depth's additions to the query, key and value matrices; None: no additions."""
 
+    FREE = frozenset()
+    KEPT: ClassVar = {}
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
     def __post_init__(self):
         for name in ("mlp_adapter", "attention_adapter"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")
 
-    def parts(self) -> dict[str, Simple]:
+    def parts(self) -> dict[str, Block]:
         """The blocks inside, by field name."""
         return {"mixer": self.mixer, "attention": self.attention, "mlp": self.mlp}
 
     def check(self, d_model: int) -> None:
         """Raises ConfigError where the mixer cannot be built at the model width."""
-        try:
+        require(not shares(self.mixer), f"mixer ({type(self.mixer).__name__}) shares weights over depths itself")
+        with within("mixer."):
             self.mixer.check(d_model)
-        except ConfigError as error:
-            raise ConfigError(f"mixer.{error}") from None
+
+    def build(self, d_model: int, make: Make) -> Mixer:
+        """Each depth's own mixer."""
+        return self.mixer.build(d_model, make)
+
+    def build_link(self, d_model: int, make: Make) -> "SharedLink":
+        """Each depth's adapters and its way from the shared transformer to the mixer."""
+        return make.mixer(SharedLink, self, d_model)
+
+    def build_shared(self, d_model: int, make: Make) -> "SharedTransformer":
+        """What all depths of the symbol share."""
+        return make.mixer(SharedTransformer, self, d_model, norm_eps=make.norm_eps)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Those of the parts."""
+        return split_of_parts(self, d_model)
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """The parts; the attention's input is twice as wide; the link; adapters."""
+        total = sum(part.flops(d_model, seq_len) for part in self.parts().values())
+        d_qkv = (self.attention.n_heads + 2 * self.attention.kv_heads) * self.attention.d_head
+        d_mlp = (2 if self.mlp.gated else 1) * self.mlp.d_ff
+        total += 2.0 * d_model * d_qkv + 2.0 * d_model * d_model
+        total += 2.0 * (self.attention_adapter or 0) * (6 * d_model + d_qkv)
+        return total + 2.0 * (self.mlp_adapter or 0) * (d_model + d_mlp)
+
+    def resolved(self, d_model: int) -> "Shared":
+        """The parts resolved."""
+        return replace(self, **{name: part.resolved(d_model) for name, part in self.parts().items()})
 
 
 class SharedTransformer(nnx.Module):
@@ -72,7 +107,7 @@ class SharedLink(nnx.Module):
 
     def __init__(self, config: Shared, d_model: int, *, rngs: nnx.Rngs, init_std: float, dtype: str, **_):
         """init_std: standard deviation of the linear map; adapters start at zero (their second matrix does)."""
-        self.dtype, self.window = dtype, config.attention.window
+        self.dtype, self.attention = dtype, config.attention
         D, c = d_model, config.attention
         heads, kv_heads = ("heads", "d_head"), ("kv_heads", "d_head")
         outputs = {"q": ((c.n_heads, c.d_head), heads)}
@@ -87,20 +122,27 @@ class SharedLink(nnx.Module):
         self.linear = params.matrix(rngs, (D, D), ("d_model", None), init_std)
 
     @property
-    def keeps_all(self) -> bool:
-        """The cache grows with the number of tokens."""
-        return self.window is None
+    def cache_grows(self) -> bool:
+        """Whether the shared attention's cache grows with the number of tokens."""
+        return cache_grows(self.attention)
 
-    def __call__(self, shared: SharedTransformer, x_BTD, embedded_BTD, segment_ids, positions) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
         """What is added to the mixer's input, [B, T, D]."""
-        u_BTE = shared.norm(jnp.concatenate([x_BTD, embedded_BTD], axis=-1))
-        y_BTD = shared.attention(u_BTE, segment_ids, positions, self._qkv(u_BTE))
+        shared = tokens.shared
+        u_BTE = shared.norm(jnp.concatenate([x_BTD, tokens.embedded_BTD], axis=-1))
+        y_BTD = shared.attention.mix(u_BTE, tokens, self._qkv(u_BTE)).y_BTD
         return self._rest(shared, y_BTD)
 
-    def extend(self, shared: SharedTransformer, x_BTD, embedded_BTD, cache, length_B, real_BT, layer):
+    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+        """That of the shared attention, at this depth."""
+        return init_cache(self.attention, batch, max_len, self.dtype)
+
+    def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT, layer, tokens: Tokens) -> tuple[jax.Array, dict]:
         """The same for the next T tokens, and the attention's cache after them."""
-        u_BTE = shared.norm(jnp.concatenate([x_BTD, embedded_BTD], axis=-1))
-        y_BTD, cache = shared.attention.extend(u_BTE, cache, length_B, real_BT, layer, self._qkv(u_BTE))
+        shared = tokens.shared
+        u_BTE = shared.norm(jnp.concatenate([x_BTD, tokens.embedded_BTD], axis=-1))
+        added = self._qkv(u_BTE)
+        y_BTD, cache = shared.attention.extend(u_BTE, cache, length_B, real_BT, layer, added, gaps=tokens.gaps)
         return self._rest(shared, y_BTD), cache
 
     def _qkv(self, u_BTE) -> list[jax.Array] | None:
@@ -109,7 +151,8 @@ class SharedLink(nnx.Module):
     def _rest(self, shared: SharedTransformer, y_BTD) -> jax.Array:
         y_BTD = shared.mlp_norm(y_BTD)
         added = self.adapters["mlp"](y_BTD) if "mlp" in self.adapters else None
-        return shared.mlp(y_BTD, added=added) @ params.use(self.linear, self.dtype)
+        y_BTD = shared.mlp.mix(y_BTD, Tokens(), added).y_BTD
+        return y_BTD @ params.use(self.linear, self.dtype)
 
 
 class Adapter(nnx.Module):

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import require, within
 from hybridlm.layers import MLP, Attention, Block, Mamba2
 
 
@@ -52,10 +52,8 @@ class ModelConfig:
                 f"model.pattern has the symbol {symbol!r}, which is no key of model.blocks ({' '.join(self.blocks)})",
             )
         for symbol in dict.fromkeys(self.pattern):
-            try:
+            with within(f"model.blocks.{symbol}."):
                 self.blocks[symbol].check(self.d_model)
-            except ConfigError as error:
-                raise ConfigError(f"model.blocks.{symbol}.{error}") from None
 
     def __hash__(self):
         return hash((self.vocab_size, self.d_model, self.pattern, tuple(self.blocks.items())))

@@ -1,17 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose parameters are born sharded on a mesh."""
+"""A model without its values, and one whose parameters are born sharded on a mesh."""
+
+import functools
+import math
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from hybridlm.errors import require
-from hybridlm.layers import MLP, Attention, Mamba1, Mamba2, MoE
-from hybridlm.layers.blocks import parts
 from hybridlm.layers.params import param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM
-from hybridlm.sharding import param_shardings
+from hybridlm.sharding import RULES, param_shardings
+
+
+class Abstract(NamedTuple):
+    """A model without its values; shapes and info are nested dicts, as `nnx.to_pure_dict` makes them of parameters."""
+
+    graphdef: nnx.GraphDef
+    """`nnx.merge(graphdef, params)` is the model with these parameters, a nested dict or a State."""
+    shapes: dict
+    """jax.ShapeDtypeStruct of each parameter."""
+    info: dict
+    """ParamInfo of each parameter."""
+
+    def model(self) -> HybridLM:
+        """A model of its own with shapes in place of values."""
+        return nnx.merge(self.graphdef, self.shapes)
+
+
+@functools.cache
+def abstract(config: ModelConfig) -> Abstract:
+    """The model of a config without its values, made once for each config."""
+    model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    shapes = nnx.to_pure_dict(params)
+    info = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(param_info(params)))
+    return Abstract(graphdef, shapes, info)
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:
@@ -19,25 +46,14 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
 
     Key/value heads and state groups need not divide: fewer of them than tensor shards are replicated.
     """
-    sizes = [("d_model", config.d_model, "fsdp"), ("vocab_size", config.vocab_size, "tensor")]
+    sizes = [("d_model", config.d_model, "d_model"), ("vocab_size", config.vocab_size, "vocab")]
     for symbol in dict.fromkeys(config.pattern):
-        for name, block in parts(config.blocks[symbol], f"blocks.{symbol}"):
-            if isinstance(block, Mamba1):
-                inner = block.inner(config.d_model) if block.n_heads == 1 else block.n_heads
-                sizes.append((f"{name}.{'inner width' if block.n_heads == 1 else 'n_heads'}", inner, "tensor"))
-            elif isinstance(block, Mamba2):
-                sizes.append((f"{name}.n_heads", block.heads(config.d_model), "tensor"))
-            elif isinstance(block, Attention):
-                sizes.append((f"{name}.n_heads", block.n_heads, "tensor"))
-            elif isinstance(block, MLP):
-                sizes.append((f"{name}.d_ff", block.d_ff, "tensor"))
-            elif isinstance(block, MoE):
-                sizes += [(f"{name}.n_experts", block.n_experts, "expert"), (f"{name}.d_ff", block.d_ff, "tensor")]
-                sizes.append((f"{name}.d_latent", block.d_latent or config.d_model, "fsdp"))
-                sizes.append((f"{name}.shared.d_ff", 0 if block.shared is None else block.shared.d_ff, "tensor"))
+        of_block = config.blocks[symbol].split(config.d_model)
+        sizes += [(f"blocks.{symbol}.{name}", size, axis) for name, size, axis in of_block]
     for name, size, axis in sizes:
-        n = mesh.shape.get(axis, 1)
-        require(size % n == 0, f"model.{name} ({size}) not divisible by mesh.{axis} ({n})")
+        mesh_axes = RULES[axis]
+        n = math.prod(mesh.shape.get(mesh_axis, 1) for mesh_axis in mesh_axes)
+        require(size % n == 0, f"model.{name} ({size}) not divisible by mesh.{' * mesh.'.join(mesh_axes)} ({n})")
 
 
 def init_sharded(config: ModelConfig, mesh: Mesh, seed: int) -> HybridLM:
@@ -45,23 +61,21 @@ def init_sharded(config: ModelConfig, mesh: Mesh, seed: int) -> HybridLM:
 
     The values depend on the seed alone, not on the mesh. ConfigError where the mesh cannot split the model.
     """
-    draw, abstract = compile_init(config, mesh)
-    graphdef, params = nnx.split(abstract)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), draw(jax.random.key(seed))))
+    draw = compile_init(config, mesh)
+    graphdef, shapes, _ = abstract(config)
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(shapes), draw(jax.random.key(seed))))
 
 
-def compile_init(config: ModelConfig, mesh: Mesh) -> tuple[jax.stages.Compiled, HybridLM]:
-    """The program from a random key to the leaves of the sharded parameters, and the abstract model that they fill."""
+def compile_init(config: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The program from a random key to the leaves of the sharded parameters, in the order of `abstract(config)`."""
     check_model(config, mesh)
 
-    def build(key: jax.Array) -> HybridLM:
-        return HybridLM(config, rngs=nnx.Rngs(key))
+    def build(key: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(nnx.state(HybridLM(config, rngs=nnx.Rngs(key))))
 
-    key = jax.eval_shape(jax.random.key, 0)
-    abstract = nnx.eval_shape(build, key)
-    shardings = jax.tree.leaves(param_shardings(param_info(abstract), mesh))
+    shardings = jax.tree.leaves(param_shardings(abstract(config).info, mesh))
     on_cpu = mesh.devices.flat[0].platform == "cpu"  # where full effort triples the time to compile the random draws
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     with jax.set_mesh(mesh):
-        draw = jax.jit(lambda key: jax.tree.leaves(nnx.state(build(key))), out_shardings=shardings)
-        return draw.lower(key).compile(options), abstract
+        draw = jax.jit(build, out_shardings=shardings)
+        return draw.lower(jax.eval_shape(jax.random.key, 0)).compile(options)

@@ -4,26 +4,23 @@
 Axis letters: B batch, T tokens, D model, V vocabulary, L repeats of a group.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
-from hybridlm.layers import Parallel, Shared, params
-from hybridlm.layers.blocks import make_mixer
+from hybridlm.layers import params
+from hybridlm.layers.block import Tokens, shares
 from hybridlm.layers.norm import RMSNorm
-from hybridlm.layers.parallel import ParallelMixer, scaled
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within
-from hybridlm.layers.shared import SharedLink, SharedTransformer
 from hybridlm.model import pattern, remat
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.sublayer import Sublayer, make_options
 from pallas_kernels.segments import document_ids
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
@@ -36,74 +33,23 @@ class Cache:
 
     length_B: jax.Array
     """int32 [B]: tokens read of each row."""
-    groups: list[list[dict]]
-    """Of each group, of each sublayer of its unit: arrays [L, B, ...], in a Parallel or Shared block by part."""
+    groups: list[list]
+    """Of each group, of each sublayer of its unit: what its mixer remembers, arrays [L, B, ...]."""
     limit: int | None = field(default=None, metadata={"static": True})
-    """Tokens that a row can have; None: any number, as no sublayer keeps them all."""
-
-
-class Sublayer(nnx.Module):
-    """x + residual_multiplier * mixer(norm(x)); a symbol of the pattern.
-
-    Of a Shared block the mixer reads norm(x + link(shared, x, embedded)), with the symbol's one `shared` transformer.
-    """
-
-    def __init__(self, block, config: ModelConfig, *, rngs: nnx.Rngs):
-        options = _options(config, rngs)
-        self.residual_multiplier = config.residual_multiplier
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        if isinstance(block, Parallel):
-            self.mixer = ParallelMixer(block, config.d_model, **options)
-        else:
-            self.mixer = make_mixer(block.mixer if isinstance(block, Shared) else block, config.d_model, **options)
-        self.link = SharedLink(block, config.d_model, **options) if isinstance(block, Shared) else None
-
-    @property
-    def keeps_all(self) -> bool:
-        """The cache grows with the number of tokens."""
-        return self.mixer.keeps_all or (self.link is not None and self.link.keeps_all)
-
-    def __call__(self, x_BTD: jax.Array, segment_ids, positions, embedded_BTD=None, shared=None):
-        """[B, T, D], and the statistics of a mixer that has some ({} elsewhere)."""
-        u_BTD = x_BTD
-        if self.link is not None:
-            u_BTD = x_BTD + self.link(shared, x_BTD, embedded_BTD, segment_ids, positions)
-        y = self.mixer(self._normed(u_BTD), segment_ids, positions)
-        y_BTD, stats = y if isinstance(y, tuple) else (y, {})
-        return self._add(x_BTD, y_BTD), stats
-
-    def init_cache(self, batch: int, max_len: int, shared=None) -> dict:
-        """The mixer's cache; of a Shared block that and the shared attention's, by name."""
-        cache = self.mixer.init_cache(batch, max_len)
-        return cache if self.link is None else {"mixer": cache, "shared": shared.attention.init_cache(batch, max_len)}
-
-    def extend(self, x_BTD, cache: dict, length_B, real_BT, layer, embedded_BTD=None, shared=None):
-        """The next T tokens from the cache, and the cache after them."""
-        if self.link is None:
-            y_BTD, cache = self.mixer.extend(self._normed(x_BTD), cache, length_B, real_BT, layer)
-            return self._add(x_BTD, y_BTD), cache
-        more_BTD, of_shared = self.link.extend(shared, x_BTD, embedded_BTD, cache["shared"], length_B, real_BT, layer)
-        y_BTD, new = self.mixer.extend(self._normed(x_BTD + more_BTD), cache["mixer"], length_B, real_BT, layer)
-        return self._add(x_BTD, y_BTD), {"mixer": new, "shared": of_shared}
-
-    def _normed(self, x_BTD):
-        return checkpoint_name(self.norm(x_BTD), "sublayer_norm")
-
-    def _add(self, x_BTD, y_BTD):
-        return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), "batch", "tokens", None)
+    """Tokens that a row can have; None: any number, as no sublayer's cache grows."""
 
 
 class HybridLM(nnx.Module):
     """A language model from a pattern string: `HybridLM(config, rngs=nnx.Rngs(0))(tokens_BT) -> logits_BTV`.
 
     Sublayers live in `groups[g][position]`, a Sublayer whose parameters have a leading axis over the repeats of group
-    g; `pattern.places(config.pattern)` says where each symbol of the pattern is. What the depths of a Shared
-    block's symbol share lives in `shared[symbol]`.
+    g; `pattern.places(config.pattern)` says where each symbol of the pattern is. What the depths of a
+    symbol share lives in `shared[symbol]`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """ConfigError for an unknown remat policy."""
-        remat.check(config.remat)
+        remat.check(config.remat, config.blocks.values())
         self.config, self.source = config, None
         V, D, std = config.vocab_size, config.d_model, config.init_std
         key = rngs.params
@@ -111,9 +57,9 @@ class HybridLM(nnx.Module):
         self.groups = _build_groups(config, key())
         self.shared = nnx.Dict(
             {
-                symbol: SharedTransformer(block, D, norm_eps=config.norm_eps, **_options(config, nnx.Rngs(key())))
+                symbol: block.build_shared(D, make_options(config, nnx.Rngs(key())))
                 for symbol, block in config.blocks.items()
-                if isinstance(block, Shared) and symbol in config.pattern
+                if shares(block) and symbol in config.pattern
             }
         )
         self.norm = RMSNorm(D, config.norm_eps)
@@ -158,17 +104,19 @@ class HybridLM(nnx.Module):
             segment_ids, within = sharding.per_device(_documents, [segment_ids], [rows], [rows, rows])
             positions = within if positions is None else sharding.constrain(positions, *rows)
         x_BTD, stats = self._embed(tokens_BT), []
-        embedded_BTD = x_BTD
+        tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False)
         for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
-            x_BTD, of_group = self._run(group, sublayers, x_BTD, segment_ids, positions, embedded_BTD)
+            x_BTD, of_group = self._run(group, sublayers, x_BTD, tokens)
             stats.append(of_group)
-        x_BTD = sharding.constrain(self.norm(x_BTD), "batch", "tokens", None)
+        with jax.named_scope("norm"):
+            x_BTD = sharding.constrain(self.norm(x_BTD), "batch", "tokens", None)
         return x_BTD if restore is None else sharding.constrain(restore(x_BTD), "batch", "tokens", None), stats
 
     def unembedding(self) -> jax.Array:
         """w_VD, float32: the embedding itself where tied."""
         return self.embedding[...] if self.output is None else self.output[...]
 
+    @jax.named_scope("unembedding")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden vectors [..., D]: logit_multiplier and logit_softcap applied."""
         w_VD = params.use(self.embedding if self.output is None else self.output, x_BTD.dtype)
@@ -185,12 +133,9 @@ class HybridLM(nnx.Module):
                 raise ValueError(f"{name} ({value}) must be positive")
         stacked, limit = [], None
         for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
-            caches = [
-                sub.init_cache(batch, max_len, self.shared.get(symbol))
-                for symbol, sub in zip(group.unit, sublayers, strict=True)
-            ]
+            caches = [sublayer.init_cache(batch, max_len) for sublayer in sublayers]
             stacked.append(jax.tree.map(lambda a, n=group.repeats: jnp.zeros((n, *a.shape), a.dtype), caches))
-            limit = max_len if any(sub.keeps_all for sub in sublayers) else limit
+            limit = max_len if any(sublayer.cache_grows for sublayer in sublayers) else limit
         return Cache(jnp.zeros((batch,), jnp.int32), stacked, limit)
 
     def extend(
@@ -220,17 +165,19 @@ class HybridLM(nnx.Module):
         length_B = cache.length_B + added_B
         fits_B = _check_length(cache.limit, length_B)
         x_BTD, new_groups = self._embed(tokens_BT), []
-        embedded_BTD = x_BTD
+        tokens = Tokens(embedded_BTD=x_BTD, gaps=False)
         groups = pattern.groups(self.config.pattern)
         for group, sublayers, caches in zip(groups, self.groups, cache.groups, strict=True):
-            x_BTD, new = self._extend(group, sublayers, x_BTD, caches, cache.length_B, real_BT, embedded_BTD)
+            x_BTD, new = self._extend(group, sublayers, x_BTD, caches, cache.length_B, real_BT, tokens)
             new_groups.append(new)
-        x_BTD = self.norm(x_BTD)
+        with jax.named_scope("norm"):
+            x_BTD = self.norm(x_BTD)
         if fits_B is not None:
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
         x_BTD = x_BTD if restore is None else restore(x_BTD)
         return x_BTD, Cache(length_B, new_groups, cache.limit)
 
+    @jax.named_scope("embedding")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         w_VD = params.use(self.embedding, jnp.float32)  # the gradient of the look-up is summed in float32,
         x_BTD = sharding.constrain(w_VD, "vocab", None)[tokens_BT]  # by each device over its own rows
@@ -238,28 +185,23 @@ class HybridLM(nnx.Module):
             x_BTD = x_BTD * self.config.embedding_multiplier
         return sharding.constrain(x_BTD.astype(self.config.compute_dtype), "batch", "tokens", None)
 
-    def _run(self, group: pattern.Group, sublayers, x_BTD, segment_ids, positions, embedded_BTD):
+    def _run(self, group: pattern.Group, sublayers, x_BTD, tokens: Tokens):
         """One scan over the repeats of a group."""
         shared = self._shared_states(group)
         calls, states = self._by_symbol(group, sublayers, Sublayer.__call__)
-        mixers = {symbol: sublayer.mixer for symbol, sublayer in zip(group.unit, sublayers, strict=True)}
-        in_loop = group.repeats > 1
-        runs = {
-            symbol: remat.wrap(call, self.config.remat, mixers[symbol], in_loop=in_loop)
-            for symbol, call in calls.items()
-        }
+        blocks, policy, in_loop = self.config.blocks, self.config.remat, group.repeats > 1
+        runs = {s: remat.wrap(call, policy, blocks[s], in_loop=in_loop) for s, call in calls.items()}
 
         def unit(x_BTD, states):
             stats = []
             for symbol, state in zip(group.unit, states, strict=True):
-                args = (x_BTD, segment_ids, positions, embedded_BTD)
-                x_BTD, of_sublayer = runs[symbol](state, shared.get(symbol), *args)
+                x_BTD, of_sublayer = runs[symbol](state, shared.get(symbol), x_BTD, tokens)
                 stats.append(of_sublayer)
             return x_BTD, stats
 
         return jax.lax.scan(unit, x_BTD, states)
 
-    def _extend(self, group: pattern.Group, sublayers, x_BTD, caches: list[dict], length_B, real_BT, embedded_BTD):
+    def _extend(self, group: pattern.Group, sublayers, x_BTD, caches: list, length_B, real_BT, tokens: Tokens):
         """One scan over the repeats; stacked caches are carried, each layer writes its own entries in place."""
         shared = self._shared_states(group)
         extends, all_states = self._by_symbol(group, sublayers, Sublayer.extend)
@@ -269,7 +211,7 @@ class HybridLM(nnx.Module):
             layer, states = layer_states
             new = []
             for symbol, state, cache in zip(group.unit, states, caches, strict=True):
-                args = (x_BTD, cache, length_B, real_BT, layer, embedded_BTD)
+                args = (x_BTD, cache, length_B, real_BT, layer, tokens)
                 x_BTD, cache = extends[symbol](state, shared.get(symbol), *args)
                 new.append(cache)
             return (x_BTD, new), None
@@ -279,31 +221,30 @@ class HybridLM(nnx.Module):
     def _by_symbol(self, group: pattern.Group, sublayers, method: Callable) -> tuple[dict[str, Callable], list]:
         """Of each symbol the method of its sublayers, traced once for all of them; and the state of every sublayer.
 
-        The functions take a sublayer's state, that of the symbol's shared transformer or None, and the other arguments.
+        The functions take a sublayer's state, that of what the symbol's depths share or None, and the method's
+        arguments, of which the last are the Tokens.
         """
         calls, states = {}, []
         for symbol, sublayer in zip(group.unit, sublayers, strict=True):
             graphdef, state = nnx.split(sublayer)
             states.append(state)
+            scope = f"{symbol}.{type(self.config.blocks[symbol]).__name__}"  # what a profile calls the sublayer
 
-            def call(state, shared_state, *args, graphdef=graphdef, symbol=symbol):
-                return method(nnx.merge(graphdef, state), *args, self._merge_shared(symbol, shared_state))
+            def call(state, shared_state, *args, graphdef=graphdef, symbol=symbol, scope=scope):
+                *args, tokens = args
+                tokens = replace(tokens, shared=self._merge_shared(symbol, shared_state))
+                with jax.named_scope(scope):
+                    return method(nnx.merge(graphdef, state), *args, tokens)
 
             calls.setdefault(symbol, jax.jit(call))
         return calls, states
 
     def _shared_states(self, group: pattern.Group) -> dict[str, nnx.State]:
-        """Parameters of the transformers that the group's Shared blocks use, by symbol."""
+        """Parameters of what the depths of the group's symbols share, by symbol."""
         return {symbol: nnx.state(self.shared[symbol]) for symbol in group.unit if symbol in self.shared}
 
-    def _merge_shared(self, symbol: str, state: nnx.State | None) -> SharedTransformer | None:
+    def _merge_shared(self, symbol: str, state: nnx.State | None) -> nnx.Module | None:
         return None if state is None else nnx.merge(nnx.graphdef(self.shared[symbol]), state)
-
-
-def _options(config: ModelConfig, rngs: nnx.Rngs) -> dict:
-    """What every mixer is made with."""
-    out_std = config.init_std / math.sqrt(len(config.pattern))
-    return {"rngs": rngs, "init_std": config.init_std, "out_std": out_std, "dtype": config.compute_dtype}
 
 
 def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:

@@ -29,7 +29,7 @@ class LossSums(NamedTuple):
     tokens: jax.Array
     """How many."""
     router: dict[str, jax.Array] | None = None
-    """Of a model with experts: the statistics of `layers.moe.summarise` times `tokens`; dropped: a plain count."""
+    """Of a model with experts: the values of `model.statistics.summarise`, of means over batches times `tokens`."""
 
 
 def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk=CHUNK, shards=None) -> LossSums:

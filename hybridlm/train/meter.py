@@ -6,9 +6,8 @@ import time
 import jax
 
 from hybridlm.config import Config
-from hybridlm.layers.blocks import parts
-from hybridlm.layers.moe import STATISTICS, MoE
 from hybridlm.model.flops import train_flops
+from hybridlm.model.statistics import statistics
 from hybridlm.train.evaluate import bits_per_byte
 from hybridlm.train.metrics import mfu
 
@@ -25,9 +24,8 @@ class Meter:
         self._n_devices = mesh.size
         self._device_kind = jax.devices()[0].device_kind if config.model.compute_dtype == "bfloat16" else "float32"
         self._sums = {"nats": 0.0, "z": 0.0, "tokens": 0.0}
-        blocks = (block for symbol in config.model.pattern for _, block in parts(config.model.blocks[symbol]))
-        if any(isinstance(block, MoE) for block in blocks):
-            self._sums |= {f"router_{name}": 0.0 for name in STATISTICS}
+        self._statistics = statistics(config.model)
+        self._sums |= dict.fromkeys(self._statistics, 0.0)
         self._last: dict = {}
         self._seconds, self._timed_steps = 0.0, 0
         self._seen = time.monotonic()
@@ -55,13 +53,16 @@ class Meter:
         tokens = self._sums["tokens"]
         loss = self._sums["nats"] / tokens if tokens else float("nan")
         speed = self._tokens_per_step * self._timed_steps / self._seconds if self._seconds else None
-        router = {k: v / (1 if k == "router_dropped" else tokens or 1) for k, v in self._sums.items() if "router" in k}
+        of_blocks = {
+            name: self._sums[name] / (1 if kind.batches == "sum" else tokens or 1)
+            for name, kind in self._statistics.items()
+        }
         used = mfu(speed, self._flops_per_token, self._device_kind, self._n_devices) if speed else None
         return {
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, self._bytes_per_token),
             "z": self._sums["z"] / tokens if tokens else float("nan"),
-            **router,
+            **of_blocks,
             "grad_norm": float(self._last["grad_norm"]),
             "lr": float(self._last["lr"]),
             "skipped": int(self._last["skipped"]),

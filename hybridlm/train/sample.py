@@ -40,7 +40,7 @@ def sample_text(
 def load_run(path: Path, step: int | None = None) -> tuple[nnx.Module, Callable, int]:
     """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none."""
     from hybridlm.data import load_tokenizer
-    from hybridlm.model.model import HybridLM
+    from hybridlm.model.init import abstract
     from hybridlm.train.checkpoint import Checkpoints, finished_steps
     from hybridlm.train.run_folder import stored_config
 
@@ -49,10 +49,9 @@ def load_run(path: Path, step: int | None = None) -> tuple[nnx.Module, Callable,
     require(bool(steps), f"{path} has no checkpoint yet")
     require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")
     tokenizer = load_tokenizer(config.data.tokenizer, bos=config.data.bos_token, eos=config.data.eos_token)
-    abstract = nnx.eval_shape(lambda: HybridLM(config.model, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
+    graphdef, shapes, _ = abstract(config.model)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(params))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
     try:
         found, state, _ = checkpoints.restore_latest({"params": like}, steps if step is None else [step])

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config
-from hybridlm.layers.moe import summarise
+from hybridlm.model.statistics import statistics, summarise
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.train.loss import LossSums, cross_entropy
 
@@ -42,15 +42,14 @@ class Program(NamedTuple):
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
-    from hybridlm.model.model import HybridLM, param_info
+    from hybridlm.model.init import abstract
+    from hybridlm.model.model import HybridLM
     from hybridlm.sharding import batch_sharding, param_shardings
 
     def build(key):
         return HybridLM(config.model, rngs=nnx.Rngs(key))
 
-    abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
-    graphdef, variables = nnx.split(abstract, nnx.Param)
-    info = jax.tree.unflatten(jax.tree.structure(nnx.to_pure_dict(variables)), jax.tree.leaves(param_info(abstract)))
+    graphdef, _, info = abstract(config.model)
     optimizer, schedule = make_optimizer(config.optim, config.run.steps, info)
 
     def keys():
@@ -108,6 +107,7 @@ def like_params(opt_state, params, values, default):
 
 def make_loss(config: Config, graphdef: nnx.GraphDef) -> Callable:
     """(params, batch) -> LossSums."""
+    kinds = statistics(config.model)
 
     def loss_sums(params, batch) -> LossSums:
         model = nnx.merge(graphdef, params)
@@ -116,7 +116,8 @@ def make_loss(config: Config, graphdef: nnx.GraphDef) -> Callable:
             x_BTD, model.unembedding(), batch["targets"], multiplier=model.logit_scale,
             softcap=config.model.logit_softcap,
         )  # fmt: skip
-        router = {k: v if k == "dropped" else v * sums.tokens for k, v in summarise(stats).items()}
+        merged = summarise(config.model, stats)
+        router = {name: v if kinds[name].batches == "sum" else v * sums.tokens for name, v in merged.items()}
         return sums._replace(router=router or None)
 
     return loss_sums
@@ -138,7 +139,7 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
 
         def mean_loss(params, micro):
             sums = loss_sums(params, micro)
-            router_loss = 0.0 if sums.router is None else sums.router["loss"]
+            router_loss = 0.0 if sums.router is None else sums.router["router_loss"]
             return (sums.nats + config.optim.z_loss * sums.z + router_loss) / n_tokens, sums
 
         gradient = jax.grad(mean_loss, has_aux=True)
@@ -176,7 +177,7 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
             "lr": jnp.float32(schedule(state["step"] - state["skipped"])),
             "skipped": new_state["skipped"], "skipped_in_row": new_state["skipped_in_row"],
         }  # fmt: skip
-        return new_state, metrics | {f"router_{name}": value for name, value in (sums.router or {}).items()}
+        return new_state, metrics | (sums.router or {})
 
     return train_step
 

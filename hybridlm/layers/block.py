@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a block, all that the rest of the project asks of what a pattern symbol stands for.
+
+A block is a frozen dataclass; `build` makes its mixer, an `nnx.Module`. Write both in a file of `hybridlm/layers`, name
+the block in `layers.mixers.MIXERS`, and it trains, resumes, shards, counts its FLOPs, decodes through its cache and
+takes part in the property suite. Without that last step it does so too in a config file of one's own; only the command
+line and stored configs know blocks by name. `tests/model/test_a_new_block.py` is a complete example.
+
+Axis letters: B batch, T tokens, D model.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+from flax import nnx
+
+
+class Kept(NamedTuple):
+    """An intermediate that a remat policy can keep: a `checkpoint_name` of the mixer."""
+
+    what: str
+    """What it is, in a few words."""
+    kernels: bool = False
+    """Kept by the policy `kernels`: slow to make again."""
+
+
+class Statistic(NamedTuple):
+    """A number that a mixer reports of each batch, a float32 scalar."""
+
+    name: str
+    """Its name in the records of metrics."""
+    layers: Literal["sum", "mean", "max"] = "mean"
+    """How the layers of a model merge."""
+    batches: Literal["sum", "mean"] = "mean"
+    """How batches merge; means are weighed by tokens."""
+    loss: bool = False
+    """Added to the training loss."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tokens:
+    """What a mixer knows of the tokens beside their vectors; a pytree."""
+
+    segment_ids: jax.Array | None = None
+    """int32 [B, T]: a change of id between real tokens starts a document, 0 is padding; None: one document a row."""
+    positions: jax.Array | None = None
+    """int32 [B, T], for rotations; None: the index within the document."""
+    embedded_BTD: jax.Array | None = None
+    """The model's embedded tokens; None outside a model."""
+    shared: nnx.Module | None = None
+    """What the depths of the block's symbol share, as `build_shared` made it; None for other blocks."""
+    gaps: bool = field(default=True, metadata={"static": True})
+    """False promises that padding stands behind all tokens of a row and that no id comes back: nothing has to be
+    decided at run time, and the distance of two tokens in the row is that in their document."""
+
+
+class Output(NamedTuple):
+    """What a mixer gives."""
+
+    y_BTD: jax.Array
+    """[B, T, D] in the mixer's type."""
+    stats: Mapping[str, jax.Array] = {}
+    """By the keys of the block's STATISTICS; of a part of the block, behind its name and a dot."""
+
+
+@dataclass(frozen=True)
+class Make:
+    """What every mixer is made with."""
+
+    rngs: nnx.Rngs
+    """Where its random numbers come from."""
+    init_std: float = 0.02
+    """Standard deviation of its matrices."""
+    out_std: float | None = None
+    """That of the last ones, whose results are added to the residual stream; None: init_std."""
+    dtype: str = "bfloat16"
+    """Type of activations and of matrices at use; parameters are float32."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in norms of the residual stream."""
+
+    def mixer(self, kind: type, block: Any, d_model: int, **more: Any) -> Any:
+        """`kind(block, d_model, ...)` with these options as the keywords that constructors of mixers have."""
+        return kind(
+            block, d_model, rngs=self.rngs, init_std=self.init_std, out_std=self.out_std, dtype=self.dtype, **more
+        )
+
+
+class Mixer(Protocol):
+    """The module that a block configures. `__call__ = on_arrays` makes it callable on plain arrays."""
+
+    cache_grows: bool
+    """Whether the cache grows with the number of tokens; a property where it depends on the config."""
+
+    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """The mixer of the normed residual stream, in parallel over tokens. Padding changes nothing for real tokens,
+        wherever it stands; what comes out at padding does not matter, but is finite."""
+
+    def init_cache(self, batch: int, max_len: int) -> Any:
+        """The memory before the first token: a pytree of arrays [B, ...], states in float32."""
+
+    def extend(
+        self, x_BTD: jax.Array, cache: Any, length_B: jax.Array, real_BT: jax.Array | None = None, layer=None, *,
+        gaps: bool = True,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """[B, T, D] for the next T tokens, as `mix` gives them where they stand behind those in the cache, and the
+        cache after them.
+
+        length_B: int32, tokens already in the cache. real_BT: bool, False for padding, which leaves the cache as it is;
+        None: all real. layer: index of the entries in stacked caches [L, B, ...], see `layers.cache`; None: not
+        stacked. gaps: False promises that padding stands on the right.
+        """
+
+
+class Block(Protocol):
+    """A frozen dataclass: what a mixer is. Its sizes are checked when it is made, its fit to a model by `check`.
+
+    A block that holds others has `parts()`, which gives them by their dotted field names. One whose depths share
+    weights has `build_shared(d_model, make)`, the module that they share, and `build_link(d_model, make)`, a `Link` of
+    each depth.
+    """
+
+    FREE: frozenset[str]
+    """Fields that change no result beyond rounding: a run may be resumed with others."""
+    KEPT: Mapping[str, Kept]
+    """The mixer's intermediates with a `checkpoint_name`, by that name."""
+    STATISTICS: Mapping[str, Statistic]
+    """What the mixer reports, by its key in `Output.stats`."""
+    MIXES_TOKENS: bool
+    """False where every token is by itself, as in an MLP; the remat policy `mixer` recomputes the others alone."""
+
+    def check(self, d_model: int) -> None:
+        """ConfigError, naming the field, its value and the limit, where the mixer cannot be built at this width."""
+
+    def build(self, d_model: int, make: Make) -> Mixer:
+        """The mixer of one sublayer."""
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """(dotted field name, size, logical axis) of what a mesh has to divide; see `sharding.RULES`."""
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Forward FLOPs per token of a row of seq_len: two for each multiply-add of matrix products and convolutions,
+        nothing else."""
+
+    def resolved(self, d_model: int) -> "Block":
+        """The same block with derived sizes filled in and unused fields at one value: two ways to say it are equal."""
+
+
+class Link(Protocol):
+    """What a depth adds to its mixer's input, before the norm, from what the depths of its symbol share."""
+
+    cache_grows: bool
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
+        """[B, T, D], of the residual stream, `tokens.shared` and `tokens.embedded_BTD`."""
+
+    def init_cache(self, batch: int, max_len: int) -> Any:
+        """As of a mixer."""
+
+    def extend(
+        self, x_BTD: jax.Array, cache: Any, length_B: jax.Array, real_BT: jax.Array | None, layer, tokens: Tokens
+    ) -> tuple[jax.Array, Any]:
+        """As of a mixer; tokens: as in `__call__`."""
+
+
+def on_arrays(mixer: Mixer, x_BTD: jax.Array, segment_ids=None, positions=None, added=None):
+    """[B, T, D] -> [B, T, D] in `dtype`, or (that, statistics) of a mixer that has some: `__call__` of every mixer.
+
+    segment_ids: int32 [B, T]; a change of id between real tokens starts a document, 0 is padding, anywhere; None: one
+    document a row. positions: int32 [B, T], for rotations; None: the index within the document. added: see the mixers
+    whose `mix` takes it.
+    """
+    more = {} if added is None else {"added": added}
+    y_BTD, stats = mixer.mix(x_BTD, Tokens(segment_ids, positions), **more)
+    return (y_BTD, stats) if stats else y_BTD
+
+
+def parts(block: Block) -> dict[str, Block]:
+    """The blocks inside, by dotted field name; {} for a block that holds none."""
+    return block.parts() if hasattr(block, "parts") else {}
+
+
+def shares(block: Block) -> bool:
+    """Whether the depths of the block's symbol share weights."""
+    return hasattr(block, "build_shared")
+
+
+def walk(block: Block, name: str = "") -> Iterator[tuple[str, Block]]:
+    """The block and those inside, each with its dotted name: `name` for the first."""
+    yield name, block
+    for part, inside in parts(block).items():
+        yield from walk(inside, f"{name}.{part}" if name else part)
+
+
+def free_fields(block: Block) -> set[str]:
+    """Dotted names of all FREE fields, of the blocks inside too: {"branches.mamba.mixer.chunk"}."""
+    return {f"{name}.{free}" if name else free for name, inside in walk(block) for free in inside.FREE}
+
+
+def split_of_parts(block: Block, d_model: int) -> list[tuple[str, int, str]]:
+    """`split` of the blocks inside."""
+    inside = parts(block).items()
+    return [(f"{name}.{size}", n, axis) for name, part in inside for size, n, axis in part.split(d_model)]

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixers: blocks that hold no other sequence mixer. A new one is its file and its name here."""
+
+from typing import Union
+
+from hybridlm.layers.attention import Attention
+from hybridlm.layers.mamba1 import Mamba1
+from hybridlm.layers.mamba2 import Mamba2
+from hybridlm.layers.mlp import MLP
+from hybridlm.layers.moe import MoE
+
+MIXERS = (Mamba1, Mamba2, Attention, MLP, MoE)
+"""What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
+AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)
+"""Their union, for annotations."""

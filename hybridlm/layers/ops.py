@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sequence ops as layers call them: each device runs them on its rows, heads and, without a cache, its tokens.
+
+Ops that start from a state (`initial_state`, None: from nothing) also give the state behind the last token, else None.
+
+Axis letters: B batch, T tokens, S keys, L layers, H heads, K key/value heads, P head width, G state groups, N state
+size, W convolution window.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+import pallas_kernels
+from hybridlm import sharding
+from hybridlm.layers import cache as caches
+
+ROWS = ("batch", "tokens")
+
+
+def ssd(
+    x_BTHP, dt_BTH, A_H, BC_BTcGN, D, *, segment_ids, initial_state, chunk: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.ssd`: (y [B, T, H, P], state [B, H, P, N]). BC: B and C, [B, T, 2, G, N]."""
+    keep = initial_state is not None
+    BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, x_BTHP.shape[2])
+
+    def run(x, dt, A, BC, D, segment_ids, initial_state, context_axis=None):
+        return pallas_kernels.ssd(
+            x, dt, A, BC[:, :, 0], BC[:, :, 1], D=D, segment_ids=segment_ids, initial_state=initial_state,
+            return_final_state=keep, chunk=chunk, context_axis=context_axis,
+        )  # fmt: skip
+
+    heads, state = (*ROWS, "heads", None), ("batch", "heads", None, None)
+    arrays = (x_BTHP, dt_BTH, A_H, BC_BTcGN, D, segment_ids, initial_state)
+    names = (heads, heads[:3], ("heads",), (*ROWS, None, "groups", None), ("heads", None), ROWS, state)
+    return _with_state(run, arrays, names, heads, state, keep)
+
+
+def selective_scan(
+    x_BTHP, dt_BTHP, A_HPN, B_BTHN, C_BTHN, D_HP, *, channels: tuple, segment_ids, initial_state, chunk: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.selective_scan`: (y [B, T, H, P], state [B, H, P, N]). channels: logical axes of H and P."""
+    keep = initial_state is not None
+
+    def run(x, dt, A, B, C, D, segment_ids, state, context_axis=None):
+        shape = (*x.shape[:2], -1)
+        out = pallas_kernels.selective_scan(
+            x.reshape(shape), dt.reshape(shape), A.reshape(-1, A.shape[-1]), B, C, D=D.reshape(-1),
+            segment_ids=segment_ids, return_final_state=keep, chunk=chunk, context_axis=context_axis,
+            initial_state=None if state is None else state.reshape(state.shape[0], -1, state.shape[-1]),
+        )  # fmt: skip
+        return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
+
+    tokens, maps, state = (*ROWS, *channels), (*ROWS, channels[0], None), ("batch", *channels, None)
+    arrays = (x_BTHP, dt_BTHP, A_HPN, B_BTHN, C_BTHN, D_HP, segment_ids, initial_state)
+    names = (tokens, tokens, (*channels, None), maps, maps, channels, ROWS, state)
+    return _with_state(run, arrays, names, tokens, state, keep)
+
+
+def causal_conv1d(
+    x, weight, bias, *, channels: tuple, activation: str | None, segment_ids, initial_state, gaps: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.causal_conv1d`: (y like x [B, T, *channels], its last inputs [B, W - 1, *channels]).
+
+    weight: [*channels, W]. channels: their logical axes. gaps: whether padding may stand between a document's tokens.
+    """
+    keep = initial_state is not None
+
+    def run(x, weight, bias, state, segment_ids, context_axis=None):
+        out = pallas_kernels.causal_conv1d(
+            x.reshape(*x.shape[:2], -1),
+            weight.reshape(-1, weight.shape[-1]),
+            None if bias is None else bias.reshape(-1),
+            activation=activation,
+            segment_ids=segment_ids,
+            initial_state=None if state is None else state.reshape(*state.shape[:2], -1),
+            return_final_state=keep,
+            gaps=gaps,
+            context_axis=context_axis,
+        )
+        return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
+
+    tokens, state = (*ROWS, *channels), ("batch", None, *channels)
+    arrays = (x, weight, bias, initial_state, segment_ids)
+    names = (tokens, (*channels, None), channels, state, ROWS)
+    return _with_state(run, arrays, names, tokens, state, keep)
+
+
+def attention(
+    q, k, v, gate, sinks, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, layer=None,
+    split_tokens: bool = False, **options,
+) -> jax.Array:  # fmt: skip
+    """Causal `pallas_kernels.attention`: [B, T, H, P].
+
+    segment_ids, positions: of queries and of keys. layer: of stacked caches k and v [L, B, S, K, P]; None: k and v are
+    [B, S, K, P]. options: window, scale and softcap.
+    """
+    n_heads, n_kv_heads = q.shape[2], k.shape[-2]
+    if layer is not None and n_kv_heads % sharding.axis_size("tensor"):
+        k, v, layer = caches.read(k, layer), caches.read(v, layer), None
+    if layer is None:
+        k, v = (sharding.repeat_for_heads(a, 2, n_heads) for a in (k, v))
+
+    def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, layer, context_axis=None):
+        return pallas_kernels.attention(
+            q, k, v, gate=gate, causal=True, sinks=sinks,
+            segment_ids=None if q_ids is None else (q_ids, k_ids),
+            positions=None if q_positions is None else (q_positions, k_positions),
+            q_offset=0 if q_offset is None else q_offset,
+            layer=layer,
+            context_axis=context_axis,
+            **options,
+        )  # fmt: skip
+
+    heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
+    kv_heads = kv_heads if layer is None else (None, *kv_heads)
+    arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset, layer)
+    names = (heads, kv_heads, kv_heads, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
+    return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
+
+
+def _with_state(run: Callable, arrays: tuple, names: tuple, out: tuple, state: tuple, keep: bool) -> tuple:
+    """(result, new state or None) of an op; out, state: their logical axes. A row with a state is not split."""
+    result = sharding.per_device(run, arrays, names, [out, state] if keep else out, split_tokens=not keep)
+    return result if keep else (result, None)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short causal convolution in front of a recurrence: parameters, all tokens at once, one token, its cache.
+
+Channels may have several axes; a weight is [*channels, W], oldest tap first. The cache, a window, is [B, W - 1,
+*channels]: the inputs that the convolution reads before the next token.
+
+Axis letters: B batch, T tokens, W convolution window.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.layers import ops, params
+from hybridlm.layers.mlp import ACTIVATIONS
+
+
+def make(uniform: jax.Array, axes: tuple[str | None, ...], bias: bool) -> tuple[nnx.Param, nnx.Param | None]:
+    """Weight and bias (None without `bias`), uniform up to +-1 / sqrt(W), the fan-in, as published.
+
+    uniform: drawn from [0, 1), [*channels, W + 1]. axes: the channels' logical names.
+    """
+    width = uniform.shape[-1] - 1
+    uniform = (2 * uniform - 1) / math.sqrt(width)
+    weight = params.make(uniform[..., :width], (*axes, "conv"), "conv")
+    return weight, params.make(uniform[..., width], axes, "bias") if bias else None
+
+
+def init_window(weight: nnx.Param, batch: int, dtype) -> jax.Array:
+    """Zeros: nothing stands before the first token."""
+    *channels, width = weight.shape[-len(weight.get_metadata()["axes"]) :]
+    return jnp.zeros((batch, width - 1, *channels), dtype)
+
+
+def convolve(
+    x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str, *, segment_ids, gaps: bool, window=None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Convolution and activation of x [B, T, *channels], and from `window` (None: from nothing) the new window.
+
+    gaps: whether padding may stand between a document's tokens. The op knows silu; another activation comes behind it.
+    """
+    fused = activation if activation == "silu" else None
+    y_BT, window = ops.causal_conv1d(
+        x_BT, weight[...], None if bias is None else bias[...], channels=weight.get_metadata()["axes"][:-1],
+        activation=fused, segment_ids=segment_ids, initial_state=window, gaps=gaps,
+    )  # fmt: skip
+    return (y_BT if fused else ACTIVATIONS[activation](y_BT)), window
+
+
+def step(
+    x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same for one token, x [B, 1, *channels]: the result [B, *channels], and the new window."""
+    window = jnp.concatenate([window, x_BT.astype(window.dtype)], axis=1)
+    y_B = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)).sum(1)
+    y_B = y_B if bias is None else y_B + bias[...]
+    return ACTIVATIONS[activation](y_B).astype(x_BT.dtype), window[:, 1:]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One symbol of the pattern: norm, mixer, residual stream. Axis letters: B batch, T tokens, D model."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
+from hybridlm.layers.block import Block, Make, Output, Tokens, shares
+from hybridlm.layers.norm import RMSNorm
+from hybridlm.layers.parallel import scaled
+from hybridlm.model.config import ModelConfig
+
+
+def make_options(config: ModelConfig, rngs: nnx.Rngs) -> Make:
+    """What every mixer of the model is made with."""
+    out_std = config.init_std / math.sqrt(len(config.pattern))
+    return Make(rngs, config.init_std, out_std, config.compute_dtype, config.norm_eps)
+
+
+class Sublayer(nnx.Module):
+    """x + residual_multiplier * mixer(norm(x)).
+
+    Where the block's depths share weights, the mixer reads norm(x + link(x, tokens)).
+    """
+
+    def __init__(self, block: Block, config: ModelConfig, *, rngs: nnx.Rngs):
+        """rngs: parameters follow from it, in this order: mixer, link."""
+        make = make_options(config, rngs)
+        self.residual_multiplier = config.residual_multiplier
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = block.build(config.d_model, make)
+        self.link = block.build_link(config.d_model, make) if shares(block) else None
+
+    @property
+    def cache_grows(self) -> bool:
+        """The cache grows with the number of tokens."""
+        return self.mixer.cache_grows or (self.link is not None and self.link.cache_grows)
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """The residual stream behind the sublayer, and the mixer's statistics."""
+        u_BTD = x_BTD
+        if self.link is not None:
+            with jax.named_scope("link"):
+                u_BTD = x_BTD + self.link(x_BTD, tokens)
+        y_BTD, stats = self.mixer.mix(self._normed(u_BTD), tokens)
+        return Output(self._add(x_BTD, y_BTD), stats)
+
+    def init_cache(self, batch: int, max_len: int) -> Any:
+        """The mixer's cache; with a link that and the link's, by name."""
+        cache = self.mixer.init_cache(batch, max_len)
+        return cache if self.link is None else {"mixer": cache, "shared": self.link.init_cache(batch, max_len)}
+
+    def extend(self, x_BTD: jax.Array, cache: Any, length_B, real_BT, layer, tokens: Tokens) -> tuple[jax.Array, Any]:
+        """The next T tokens from the cache, and the cache after them."""
+        if self.link is None:
+            y_BTD, new = self._extend_mixer(x_BTD, cache, length_B, real_BT, layer, tokens)
+            return self._add(x_BTD, y_BTD), new
+        with jax.named_scope("link"):
+            more_BTD, of_shared = self.link.extend(x_BTD, cache["shared"], length_B, real_BT, layer, tokens)
+        y_BTD, new = self._extend_mixer(x_BTD + more_BTD, cache["mixer"], length_B, real_BT, layer, tokens)
+        return self._add(x_BTD, y_BTD), {"mixer": new, "shared": of_shared}
+
+    def _extend_mixer(self, u_BTD, cache, length_B, real_BT, layer, tokens: Tokens):
+        return self.mixer.extend(self._normed(u_BTD), cache, length_B, real_BT, layer, gaps=tokens.gaps)
+
+    @jax.named_scope("norm")
+    def _normed(self, x_BTD):
+        return checkpoint_name(self.norm(x_BTD), "sublayer_norm")
+
+    @jax.named_scope("add")
+    def _add(self, x_BTD, y_BTD):
+        return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), "batch", "tokens", None)
