@@ -58,11 +58,11 @@ VARIANTS = {
     ),
     "moe": MoE(
         n_experts=6,
-        d_ff=5,
+        d_ff=6,
         activation="relu2",
         d_latent=8,
         latent_bias=True,
-        shared=MLP(7, "relu2"),
+        shared=MLP(8, "relu2"),
         router=Router(3, "sigmoid", renormalise=True, scaling=1.5, selection_bias=True, n_groups=3, top_groups=2),
     ),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),

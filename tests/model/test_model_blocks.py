@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parallel and Shared blocks: what they compute, one set of weights, caches, remat, devices, config."""
+"""Parallel and Shared blocks: what they compute, one set of weights, their caches together, config."""
 
 from dataclasses import replace
 
@@ -9,33 +9,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.config import MLP, Attention, Branch, Config, MeshConfig, ModelConfig, Parallel
+from hybridlm.config import Branch, Config, Parallel, Shared
 from hybridlm.config.overrides import override
-from hybridlm.config.stored import from_dict
-from hybridlm.config.tree import to_dict
 from hybridlm.errors import ConfigError
-from hybridlm.model.flops import block_flops
-from hybridlm.model.init import init_sharded
+from hybridlm.layers.block import Tokens
 from hybridlm.model.model import HybridLM
-from hybridlm.sharding import make_mesh
+from tests.model import properties
 from tests.model.model_support import HYBRID, QUICK, VARIANTS, build, named, random_tokens, small
 from tests.tolerances import check_close
 
 BLOCKS = HYBRID | {"P": VARIANTS["parallel"], "S": VARIANTS["shared"], "T": VARIANTS["shared"]}
 T = 9
-forward = jax.jit(lambda model, tokens, ids=None: model(tokens, ids), compiler_options=QUICK)
-extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache), compiler_options=QUICK)
+
+
+TURNS = small("MSP-MTP-" * 2, BLOCKS)
+"""Two shared transformers that take turns, each at two depths, beside parallel branches."""
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Two shared transformers that take turns, each at two depths, beside parallel branches."""
-    return build(small("MSP-MTP-" * 2, BLOCKS))
+    return build(TURNS)
 
 
-@pytest.fixture(scope="module")
-def expected(model):
-    return np.asarray(forward(model, random_tokens(2, T)))
+def test_pieces_equal_the_full_forward():
+    properties.check_cache(TURNS)
 
 
 def test_parallel_adds_its_branches():
@@ -46,7 +43,7 @@ def test_parallel_adds_its_branches():
     x = np.random.default_rng(0).normal(size=(2, T, 16)).astype(np.float32)
     u, mixers = sublayer.norm(x), sublayer.mixer.branches
     by_hand = x + 0.7 * mixers["mamba"](1.2 * u) + 1.1 * mixers["attention"](0.9 * u)
-    check_close(sublayer(x, None, None)[0], by_hand, dtype="float32", what="output")
+    check_close(sublayer(x, Tokens()).y_BTD, by_hand, dtype="float32", what="output")
 
 
 def test_shared_by_hand():
@@ -55,7 +52,7 @@ def test_shared_by_hand():
     graphdef, state = nnx.split(model.groups[0][0])
     sublayer, shared = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state)), model.shared["S"]
     x, e = np.random.default_rng(0).normal(size=(2, 2, T, 16)).astype(np.float32)
-    actual = sublayer(x, None, None, e, shared)[0]
+    actual = sublayer(x, Tokens(embedded_BTD=e, shared=shared)).y_BTD
     merged = nnx.merge(*nnx.split(shared))
     for adapter in ("q", "k", "v"):
         a, b = (sublayer.link.adapters[adapter].a[...], sublayer.link.adapters[adapter].b[...])
@@ -99,55 +96,16 @@ def test_adapters_start_at_zero():
     assert sum("adapters" in path for path in named_shapes(bare)) == 0
 
 
-@pytest.mark.parametrize("sizes", [[T], [1] * T, [4, 1, 4]], ids=str)
-def test_any_split_equals_the_full_forward(model, expected, sizes):
-    tokens_BT, cache, start, logits = random_tokens(2, T), model.init_cache(2, T), 0, []
-    for size in sizes:
-        chunk, cache = extend(model, tokens_BT[:, start : start + size], cache)
-        logits.append(chunk)
-        start += size
-    check_close(jnp.concatenate(logits, axis=1), expected, dtype="float32", what="logits")
-
-
 def test_the_cache_has_a_limit(model):
     with pytest.raises(ValueError, match=r"\(9\) exceed max_len \(8\)"):
         model.extend(random_tokens(2, T), model.init_cache(2, 8))
 
 
-@pytest.mark.parametrize("policy", ["full", *(pytest.param(p, marks=pytest.mark.slow) for p in ("mixer", "dots"))])
-def test_remat_changes_nothing(policy):
-    tokens = random_tokens(2, T)
-
-    def gradients(policy):
-        graphdef, params = nnx.split(build(small("SP" * 2, BLOCKS, remat=policy)))
-        loss = lambda params: nnx.merge(graphdef, params)(tokens).std()
-        return named(jax.jit(jax.grad(loss), compiler_options=QUICK)(params))
-
-    plain = gradients("none")
-    for path, grad in gradients(policy).items():
-        check_close(grad, plain[path], dtype="float32", what=f"gradient of {path}")
-
-
-@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 1, 2), marks=pytest.mark.slow)], ids=str)
-def test_eight_devices_equal_one(sizes):
-    """Logits and parameters, drawn and used on a mesh."""
-    config = replace(small("MSP-" * 2, BLOCKS), vocab_size=32)
-    data, fsdp, tensor = sizes
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
-    tokens = random_tokens(8, T)
-    with jax.set_mesh(mesh):
-        sharded = init_sharded(config, mesh, 0)
-        logits = forward(sharded, tokens)
-    one = init_sharded(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), 0)
-    check_close(logits, forward(one, tokens), dtype="float32", what="logits")
-
-
 # Config -------------------------------------------------------------------------------------------------------------
 
 
-def test_json_and_command_line():
+def test_command_line():
     config = Config(model=small("PST", BLOCKS))
-    assert from_dict(to_dict(config)) == config
     changed = override(config, {
         "model.blocks.P.branches.attention.out_multiplier": 0.25,
         "model.blocks.P.branches.mamba.mixer.d_state": 8,
@@ -174,22 +132,16 @@ def test_errors_name_the_part(key, value, message):
         override(Config(model=small("PS", BLOCKS)), {key: value})
 
 
+def test_weights_are_shared_over_depths_alone():
+    inner = VARIANTS["shared"]
+    with pytest.raises(ConfigError, match=r"blocks.P.branches.a.mixer \(Shared\) shares weights over depths"):
+        small("P", {"P": Parallel({"a": Branch(inner)})})
+    with pytest.raises(ConfigError, match=r"blocks.S.mixer \(Shared\) shares weights over depths"):
+        small("S", {"S": Shared(inner)})
+
+
 def test_a_parallel_block_has_branches():
     with pytest.raises(ConfigError, match="branches must have at least one entry"):
         Parallel({})
     with pytest.raises(ConfigError, match="branches key"):
         Parallel({"a b": Branch()})
-
-
-def test_flops_are_those_of_the_parts():
-    """Matrix products counted from the parameters: two for each entry of each matrix."""
-    parallel = Parallel({"a": Branch(Attention(2, d_head=4)), "b": Branch(MLP(12))})
-    parts = sum(block_flops(branch.mixer, 16, 8) for branch in parallel.branches.values())
-    assert block_flops(parallel, 16, 8) == parts
-    shared = replace(BLOCKS["S"], mixer=MLP(12))
-    config = ModelConfig(8, 16, "S", {"S": shared})
-    matrices = sum(
-        np.prod(leaf.shape) for path, leaf in named_shapes(config).items() if leaf.get_metadata()["kind"] == "matrix"
-    )
-    scores = 4.0 * shared.attention.n_heads * shared.attention.d_head * (8 + 1) / 2
-    assert block_flops(shared, 16, 8) == 2 * matrices + scores

@@ -8,34 +8,11 @@ from flax import nnx
 
 from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
 from hybridlm.config.find import load_config
-from hybridlm.model.flops import block_flops, forward_flops, mean_visible, train_flops
+from hybridlm.model.flops import forward_flops, train_flops
 from hybridlm.model.model import HybridLM
 from hybridlm.train.metrics import mfu, peak_flops
 
 D, T = 64, 32
-
-
-def test_mlp_by_hand():
-    assert block_flops(MLP(d_ff=100), D, T) == 2 * 3 * 64 * 100
-    assert block_flops(MLP(d_ff=100, activation="relu2"), D, T) == 2 * 2 * 64 * 100
-
-
-def test_attention_by_hand():
-    block = Attention(n_heads=4, n_kv_heads=2, d_head=8, gate="elementwise")
-    projections = 2 * 64 * (32 + 16 + 16 + 32) + 2 * 32 * 64
-    scores = 2 * 2 * 4 * 8 * (T + 1) / 2
-    assert block_flops(block, D, T) == projections + scores
-    assert mean_visible(4, None) == (1 + 2 + 3 + 4) / 4 and mean_visible(4, 2) == (1 + 2 + 2 + 2) / 4
-    assert mean_visible(4, 100) == mean_visible(4, None)
-
-
-def test_mamba2_by_hand():
-    block = Mamba2(d_state=16, d_head=8, n_heads=4, n_groups=2, d_conv=4)
-    projections = 2 * 64 * (32 + 32 + 2 * 32 + 4) + 2 * 32 * 64
-    conv = 2 * 4 * (32 + 2 * 32)
-    seen = (T + 1) / 2  # one chunk of T tokens, its causal half
-    scan = 2 * seen * 2 * 16 + 2 * seen * 4 * 8 + 2 * 2 * 4 * 8 * 16
-    assert block_flops(block, D, T) == projections + conv + scan
 
 
 def test_model_adds_sublayers_and_logits():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from hybridlm.config import MLP, MeshConfig, MoE, Router
-from hybridlm.layers.moe import STATISTICS
 from hybridlm.sharding import make_mesh
 from hybridlm.train.meter import Meter
 from hybridlm.train.step import make_program
@@ -77,7 +76,7 @@ def test_record_of_the_interval(one):
         meter.add(metrics)
     record = meter.values(2)
     tokens = sum(metrics["tokens"] for metrics in one[1])
-    for name in STATISTICS:
+    for name in MoE.STATISTICS:
         total = sum(metrics[f"router_{name}"] for metrics in one[1])
         assert record[f"router_{name}"] == pytest.approx(total / (1 if name == "dropped" else tokens), rel=1e-5)
     assert 1 <= record["router_max_load"] <= 4

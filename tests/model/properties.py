@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every block has to satisfy, as functions of an example of it.
+
+`test_mixers.py` calls them for all of BLOCKS, a new block's own test for the new one. Sizes of an example should divide
+by 2, where a mesh has to divide them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybridlm import sharding
+from hybridlm.config import Config, ConfigError, MeshConfig, ModelConfig
+from hybridlm.layers.block import Block, Make, Tokens, free_fields
+from hybridlm.model.init import abstract, check_model, init_sharded
+from hybridlm.model.model import HybridLM
+from hybridlm.model.pattern import places
+from hybridlm.model.statistics import statistics, summarise
+from tests.model.model_support import QUICK, build, log_likelihoods, named, packed_rows, random_tokens, small
+from tests.tolerances import check_close
+
+D = 16
+FREE_VALUES = {"chunk": (1, 5, 64, None)}
+"""Field of FREE -> values under which results have to be the same."""
+
+
+def model_of(block: Block, pattern: str = "XX", **changes) -> ModelConfig:
+    """A float32 config of width 16 with the block alone."""
+    return small(pattern, {"X": block}, **changes)
+
+
+def mixer_of(block: Block, seed: int = 0):
+    """(graphdef, parameters) of the block's mixer by itself, none of them 0 or 1."""
+
+    def draw(key):
+        return nnx.state(block.build(D, Make(nnx.Rngs(key), init_std=0.3, dtype="float32")))
+
+    rng, state = np.random.default_rng(seed), jax.jit(draw, compiler_options=QUICK)(jax.random.key(seed))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: block.build(D, Make(nnx.Rngs(0), dtype="float32"))))
+    return graphdef, jax.tree.map(lambda a: a + 0.2 * rng.normal(size=a.shape).astype(np.float32), state)
+
+
+def run_sublayers(model: HybridLM, x_BTD: jax.Array) -> jax.Array:
+    """The model behind its embedding."""
+    embedded_BTD = x_BTD
+    for symbol, place in zip(model.config.pattern, places(model.config.pattern), strict=True):
+        graphdef, state = nnx.split(model.groups[place.group][place.position])
+        sublayer = nnx.merge(graphdef, jax.tree.map(lambda a, place=place: a[place.repeat], state))
+        tokens = Tokens(embedded_BTD=embedded_BTD, shared=model.shared.get(symbol), gaps=False)
+        x_BTD = sublayer(x_BTD, tokens).y_BTD
+    return x_BTD
+
+
+def check_causal(config: ModelConfig, seen_TS: np.ndarray) -> None:
+    """The gradient of each token's output reaches the tokens of seen_TS and no others, in its row alone."""
+    model, n_tokens = build(config), len(seen_TS)
+    graphdef, params = nnx.split(model)
+    x_BTD = model.embedding[...][random_tokens(2, n_tokens)]
+
+    def jacobian(x_BTD):  # row by row: jax.lax.ragged_dot has no vmap over the rows of its results
+        pull = jax.vjp(lambda x: run_sublayers(nnx.merge(graphdef, params), x)[0].sum(-1), x_BTD)[1]
+        return jax.lax.map(lambda weight_T: pull(weight_T)[0], jnp.eye(n_tokens))
+
+    reach_TBS = np.abs(np.asarray(jax.jit(jacobian, compiler_options=QUICK)(x_BTD))).max(-1)
+    assert not reach_TBS[:, 1].any()
+    np.testing.assert_array_equal(reach_TBS[:, 0] > 0, seen_TS)
+
+
+def check_packed(config: ModelConfig) -> None:
+    """A packed row gives its documents' logits, loss and gradients of all parameters, padding wherever it stands."""
+    graphdef, params = nnx.split(build(config))
+    packed = packed_rows()
+    real = np.concatenate(packed.places)
+
+    def together(params):
+        scores = log_likelihoods(nnx.merge(graphdef, params), packed.tokens, packed.targets, packed.segment_ids)
+        return scores.reshape(-1)[real].mean(), scores
+
+    tokens, targets, mask = packed.alone()
+
+    def apart(params):
+        scores = log_likelihoods(nnx.merge(graphdef, params), tokens, targets)
+        return jnp.where(mask, scores, 0).sum() / mask.sum(), scores
+
+    (loss, scores), grads = jax.jit(jax.value_and_grad(together, has_aux=True), compiler_options=QUICK)(params)
+    (expected, alone), expected_grads = jax.jit(jax.value_and_grad(apart, has_aux=True), compiler_options=QUICK)(params)
+    for row, place in enumerate(packed.places):
+        actual = scores.reshape(-1)[place]
+        check_close(actual, alone[row, : len(place)], dtype="float32", what=f"scores of document {row}")
+    check_close(loss, expected, dtype="float32", what="loss")
+    check_trees(grads, expected_grads)
+
+
+def check_padding(block: Block) -> None:
+    """The mixer by itself, called on arrays: documents in rows with padding anywhere, and with ids that come back, give
+    what they give alone; values, and gradients of the input and of all parameters."""
+    graphdef, params = mixer_of(block)
+    packed, rng = packed_rows(), np.random.default_rng(0)
+    shape = (len(packed.places), packed.tokens.shape[1], D)
+    alone, weight = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    mask = np.zeros(shape[:2], bool)
+    for row, place in enumerate(packed.places):
+        mask[row, : len(place)] = True
+    index = np.concatenate(packed.places)
+
+    def in_rows(array):
+        """Documents' tokens at their places in the rows, noise at padding."""
+        noise = 3.0 * rng.normal(size=(packed.tokens.size, D)).astype(np.float32)
+        return jnp.asarray(noise).at[index].set(array[mask]).reshape(*packed.tokens.shape, D)
+
+    def outputs(params, x, ids):
+        y = nnx.merge(graphdef, params)(x, ids)
+        return y[0] if isinstance(y, tuple) else y
+
+    def together(params, alone):
+        y = outputs(params, in_rows(alone), packed.segment_ids).reshape(-1, D)[index]
+        return jnp.sum(y * weight[mask]), y
+
+    def apart(params, alone):
+        y = outputs(params, alone, None)[mask]
+        return jnp.sum(y * weight[mask]), y
+
+    results = [
+        jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True), compiler_options=QUICK)(params, alone)
+        for run in (together, apart)
+    ]
+    ((_, y), (grads, dx)), ((_, expected), (expected_grads, expected_dx)) = results
+    check_close(y, expected, dtype="float32", what="output")
+    check_close(dx, expected_dx, dtype="float32", what="gradient of x")
+    check_trees(grads, expected_grads)
+
+
+def check_cache(config: ModelConfig, sizes: tuple[int, ...] = (4, 1, 3, 1)) -> None:
+    """Tokens read in pieces give the logits of one forward pass; rows of different lengths too; padding is not read."""
+    model, n_tokens = build(config), sum(sizes)
+    tokens_BT, tokens_to_come = random_tokens(2, n_tokens), random_tokens(2, 1, seed=5)
+    forward = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)
+    extend = jax.jit(lambda model, tokens, cache, ids: model.extend(tokens, cache, ids), compiler_options=QUICK)
+    expected = np.asarray(forward(model, np.concatenate([tokens_BT, tokens_to_come], axis=1)))
+    cache, start = model.init_cache(2, n_tokens + 2), 0
+    for size in sizes:
+        piece = tokens_BT[:, start : start + size]
+        # the first row gets a token of padding in front of the piece, the second one inside or behind it
+        padded, ids = np.full((2, size + 1), 3, np.int32), np.ones((2, size + 1), np.int32)
+        ids[0, 0] = ids[1, 1] = 0
+        padded[ids == 1] = piece.reshape(-1)
+        logits, cache = extend(model, padded, cache, ids)
+        got = np.asarray(logits)[ids == 1].reshape(2, size, -1)
+        check_close(got, expected[:, start : start + size], dtype="float32", what=f"logits from {start}")
+        start += size
+    before = cache
+    logits, cache = extend(model, tokens_to_come, cache, np.array([[1], [0]], np.int32))
+    check_close(logits[0], expected[0, -1:], dtype="float32", what="logits of the last token")
+    for old, new in zip(jax.tree.leaves(before.groups), jax.tree.leaves(cache.groups), strict=True):
+        np.testing.assert_array_equal(new[:, 1], old[:, 1])
+    np.testing.assert_array_equal(cache.length_B, [n_tokens + 1, n_tokens])
+
+
+def check_cache_alone(block: Block) -> None:
+    """The mixer by itself: `extend` over pieces with padding anywhere gives what one call gives."""
+    graphdef, params = mixer_of(block)
+    x_BTD = np.random.default_rng(1).normal(size=(2, 7, D)).astype(np.float32)
+
+    @jax.jit
+    def both(params):
+        mixer = nnx.merge(graphdef, params)
+        cache, length_B, got = mixer.init_cache(2, 8), jnp.zeros(2, jnp.int32), []
+        for start, size in ((0, 4), (4, 1), (5, 2)):
+            real = np.ones((2, size + 1), bool)
+            real[0, 0] = real[1, size // 2] = False
+            piece = jnp.full((2, size + 1, D), 5.0).at[real].set(x_BTD[:, start : start + size].reshape(-1, D))
+            y, cache = mixer.extend(piece, cache, length_B, real)
+            length_B += size
+            got.append(y[real].reshape(2, size, D))
+        return jnp.concatenate(got, axis=1), mixer.mix(x_BTD, Tokens()).y_BTD
+
+    got, expected = both(params)
+    check_close(got, expected, dtype="float32", what="output")
+
+
+def check_free(block: Block) -> None:
+    """Results do not depend on the fields of FREE."""
+    tokens_BT = random_tokens(2, 21)
+
+    def logits(block):
+        return jax.jit(lambda model: model(tokens_BT), compiler_options=QUICK)(build(model_of(block, "X")))
+
+    expected = logits(block) if free_fields(block) else None
+    for path in sorted(free_fields(block)):
+        for value in FREE_VALUES[path.rsplit(".", 1)[-1]]:
+            check_close(logits(with_field(block, path, value)), expected, dtype="float32", what=f"{path} {value}")
+
+
+def check_remat(block: Block, policy: str) -> None:
+    """Gradients under a remat policy are those without."""
+    tokens_BT = random_tokens(2, 9)
+
+    def gradients(policy):
+        graphdef, params = nnx.split(build(model_of(block, remat=policy)))
+        loss = lambda params: nnx.merge(graphdef, params)(tokens_BT).std()
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+
+    check_trees(gradients(policy), gradients("none"))
+
+
+def check_devices(block: Block, mesh: MeshConfig) -> None:
+    """Parameters, loss, statistics and gradients on eight devices are those on one."""
+    config = replace(model_of(block), vocab_size=32, init_std=0.3)
+    ids = np.array([[1] * 5 + [2] * 7, [1] * 10 + [0] * 2] * 4, np.int32)
+    batch = [random_tokens(8, 12), random_tokens(8, 12, seed=1), ids]
+    kinds = statistics(config)
+
+    def step(mesh_config, n_devices):
+        mesh = sharding.make_mesh(mesh_config, jax.devices()[:n_devices])
+        graphdef, params = nnx.split(init_sharded(config, mesh, seed=3))
+
+        def loss(params, tokens, targets, ids):
+            model = nnx.merge(graphdef, params)
+            x_BTD, stats = model.hidden_with_stats(tokens, ids)
+            log_p = jax.nn.log_softmax(model.logits(x_BTD), axis=-1)
+            scores = jnp.take_along_axis(log_p, targets[:, :, None], axis=-1)[:, :, 0]
+            stats = summarise(config, stats)
+            return (scores * (ids != 0)).mean() + sum(stats[name] for name in kinds if kinds[name].loss), stats
+
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+            (value, stats), grads = step(params, *placed)
+        return params, value, stats, grads
+
+    (params, loss, stats, grads), (one, expected, one_stats, one_grads) = step(mesh, 8), step(MeshConfig(1), 1)
+    for path, value in named(one).items():
+        np.testing.assert_array_equal(named(params)[path], value, err_msg=path)
+    check_close(loss, expected, dtype="float32", what="loss")
+    for name, value in one_stats.items():
+        check_close(stats[name], value, dtype="float32", what=name)
+    check_trees(grads, one_grads)
+
+
+def check_split(block: Block) -> None:
+    """`split` names what a mesh has to divide: where it finds nothing, parameters can be laid out, and only there."""
+    config = replace(model_of(block, "X"), vocab_size=120)
+    for axis in ("fsdp", "tensor", "expert"):
+        for size in (2, 3, 4, 5, 8):
+            mesh = sharding.make_mesh(replace(MeshConfig(1), **{axis: size}), jax.devices()[:size])
+            refused = []
+            for check in (check_model, lambda config, mesh: sharding.param_shardings(abstract(config).info, mesh)):
+                try:
+                    check(config, mesh)
+                except ConfigError as error:
+                    refused.append(str(error))
+            assert len(refused) in (0, 2), f"mesh.{axis} {size}: {refused}"
+
+
+def check_bfloat16(block: Block) -> None:
+    """Logits in bfloat16 are near those in float32, parameters float32 in both."""
+    tokens_BT = random_tokens(2, 9)
+    run = lambda model: jax.jit(lambda: model(tokens_BT), compiler_options=QUICK)()
+    model = build(model_of(block, compute_dtype="bfloat16"))
+    logits, exact = run(model), run(build(model_of(block)))
+    assert logits.dtype == jnp.float32
+    assert np.sqrt(np.mean((logits - exact) ** 2)) < 0.05 * np.std(exact)
+    assert all(leaf.dtype == np.float32 for leaf in named(nnx.state(model)).values())
+
+
+def check_config(block: Block) -> None:
+    """Checks itself at any width, is equal to itself resolved and says so once; parameters follow from the resolved."""
+    block.check(D)
+    resolved = block.resolved(D)
+    assert resolved.resolved(D) == resolved
+    assert hash(model_of(block)) == hash(replace(model_of(block)))
+    assert jax.tree.leaves(abstract(model_of(block)).info) == jax.tree.leaves(abstract(model_of(resolved)).info)
+    assert block.flops(D, 8) == resolved.flops(D, 8) > 0
+    assert isinstance(block.MIXES_TOKENS, bool)
+
+
+def check_json(block: Block) -> None:
+    """The config of a model with the block, stored and read again. For blocks of BLOCKS."""
+    from hybridlm.config.stored import from_dict
+    from hybridlm.config.tree import to_dict
+
+    config = Config(model=model_of(block))
+    assert from_dict(to_dict(config)) == config
+
+
+def flops_by_hand(block: Block, of_op: float, share: Mapping[str, float] = {}) -> float:
+    """Two for each entry of each matrix and convolution, and `of_op`.
+
+    share: of parameters that a token does not use whole, by a part of their path.
+    """
+    total = of_op
+    for path, info in nnx.to_flat_state(nnx.State(abstract(model_of(block, "X")).info)):
+        name = ".".join(map(str, path))
+        if info.kind in ("matrix", "conv") and not name.startswith("embedding"):
+            used = [part for key, part in share.items() if key in name]
+            total += 2 * np.prod(info.shape) * (used[0] if used else 1)
+    return float(total)
+
+
+def check_trees(actual, expected) -> None:
+    """Gradients of all parameters."""
+    actual = named(actual)
+    for path, grad in named(expected).items():
+        check_close(actual[path], grad, dtype="float32", what=f"gradient of {path}")
+
+
+def with_field(node, path: str, value):
+    """A dataclass or dict with the field of a dotted path replaced."""
+    name, _, rest = path.partition(".")
+    if isinstance(node, dict):
+        return node | {name: with_field(node[name], rest, value) if rest else value}
+    assert is_dataclass(node)
+    return replace(node, **{name: with_field(getattr(node, name), rest, value) if rest else value})

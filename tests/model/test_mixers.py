@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block of BLOCKS, held to the same properties; a block without an example in VARIANTS fails."""
+
+import jax
+import numpy as np
+import pytest
+
+from hybridlm.config import Attention, Mamba1, Mamba2, MeshConfig, MoE, Shared
+from hybridlm.layers import BLOCKS
+from hybridlm.layers.attention import mean_visible
+from hybridlm.layers.block import free_fields, walk
+from hybridlm.layers.mamba2 import ssd_flops
+from tests.model import properties
+from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
+from tests.tolerances import check_close
+
+FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "shared")
+"""One example of each class: what is compiled by the minute runs for these alone, for the others in the slow tests."""
+EXPENSIVE = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+HYBRID = small("Mm*-aw")
+T = 11
+
+
+def test_every_block_has_examples():
+    assert {type(block) for block in VARIANTS.values()} == set(BLOCKS)
+    assert {type(VARIANTS[name]) for name in FIRST} == set(BLOCKS)
+
+
+def seen(name: str) -> np.ndarray:
+    """Which tokens a token's output depends on behind two sublayers."""
+    everything_before = np.tril(np.ones((T, T), bool))
+    if not VARIANTS[name].MIXES_TOKENS:
+        return np.eye(T, dtype=bool)
+    if name == "window":  # two layers of self and two before
+        return everything_before & ~np.tril(np.ones((T, T), bool), -5)
+    return everything_before
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_causal_through_gradients(name):
+    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name))
+
+
+def test_hybrid_is_causal_through_gradients():
+    properties.check_causal(HYBRID, np.tril(np.ones((T, T), bool)))
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_packed_equals_separate(name):
+    properties.check_packed(properties.model_of(VARIANTS[name]))
+
+
+def test_packed_hybrid_equals_separate():
+    properties.check_packed(HYBRID)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_anywhere_in_a_mixer_alone(name):
+    properties.check_padding(VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_pieces_equal_the_full_forward(name):
+    properties.check_cache(properties.model_of(VARIANTS[name]))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pieces_with_padding_in_a_mixer_alone(name):
+    properties.check_cache_alone(VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", [name for name, block in VARIANTS.items() if free_fields(block)])
+def test_free_fields_change_nothing(name):
+    properties.check_free(VARIANTS[name])
+
+
+@pytest.mark.parametrize("policy", ["kernels", *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "mixer"))])
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_remat_changes_nothing(name, policy):
+    properties.check_remat(VARIANTS[name], policy)
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_one_device_equals_eight(name):
+    """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
+    experts = any(isinstance(block, MoE) for _, block in walk(VARIANTS[name]))
+    mesh = MeshConfig(1, fsdp=2, tensor=2, expert=2) if experts else MeshConfig(1, fsdp=2, tensor=2, context=2)
+    properties.check_devices(VARIANTS[name], mesh)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_mesh_divides_what_split_names(name):
+    properties.check_split(VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_bfloat16_is_near(name):
+    properties.check_bfloat16(VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config(name):
+    properties.check_config(VARIANTS[name])
+    properties.check_json(VARIANTS[name])
+
+
+def of_ops(block, seq_len: int) -> float:
+    """FLOPs of a block's ops, counted apart from its parameters."""
+    if isinstance(block, Attention):
+        return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
+    if isinstance(block, Mamba2):
+        return ssd_flops(block.heads(properties.D), block.d_head, block.n_groups, block.d_state, seq_len)
+    return 0.0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_are_those_of_the_parameters_and_ops(name):
+    block = VARIANTS[name]
+    ops = sum(of_ops(part, 8) for _, part in walk(block))
+    share = {}
+    if isinstance(block, MoE):
+        share = dict.fromkeys(("mixer.w_in", "mixer.w_out"), block.router.top_k / block.n_experts)
+    assert block.flops(properties.D, 8) == pytest.approx(properties.flops_by_hand(block, ops, share), rel=1e-12)
+
+
+def test_ops_by_hand():
+    assert mean_visible(4, None) == (1 + 2 + 3 + 4) / 4
+    assert mean_visible(4, 2) == (1 + 2 + 2 + 2) / 4
+    assert mean_visible(4, 100) == mean_visible(4, None)
+    mean_seen = (32 + 1) / 2  # one chunk of 32 tokens, its causal half
+    assert ssd_flops(4, 8, 2, 16, 32) == 2 * mean_seen * (2 * 16 + 4 * 8) + 2 * 2 * 4 * 8 * 16
+
+
+def test_two_ways_to_say_the_same_are_equal_resolved():
+    assert Mamba2(d_head=8).resolved(16) == Mamba2(d_head=8, n_heads=4, expand=9.0, out_bias=False).resolved(16)
+    assert Mamba1().resolved(32) == Mamba1(dt_rank=2).resolved(32) != Mamba1(dt_rank=3).resolved(32)
+    assert Attention(4).resolved(32) == Attention(4, 4, scale=64**-0.5, qk_norm_eps=1.0).resolved(32)
+    assert Shared(Mamba2(d_head=8)).resolved(16) == Shared(Mamba2(d_head=8, n_heads=4)).resolved(16)
+
+
+def test_no_segment_ids_are_all_ones():
+    model, tokens_BT = build(HYBRID), random_tokens(2, 13)
+    run = jax.jit(lambda model, tokens, ids: model(tokens, ids), compiler_options=QUICK)
+    check_close(
+        run(model, tokens_BT, np.ones((2, 13), np.int32)), run(model, tokens_BT, None), dtype="float32", what="logits"
+    )
+
+
+def test_positions_given_are_those_that_rotate():
+    """Rotary attention sees differences of positions only: shifted positions change nothing, spread ones do."""
+    model, tokens_BT = build(properties.model_of(VARIANTS["attention"])), random_tokens(2, 9)
+    run = jax.jit(lambda positions: model(tokens_BT, None, positions), compiler_options=QUICK)
+    index_BT = np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    expected = run(index_BT)
+    check_close(run(index_BT + 40), expected, dtype="float32", what="logits")
+    assert np.abs(run(3 * index_BT) - expected).max() > 1e-3
