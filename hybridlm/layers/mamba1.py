@@ -16,9 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import cache as caches
-from hybridlm.layers import ops, params, short_conv
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import RMSNorm, rms_normalise
 
@@ -137,6 +136,7 @@ class Mamba1Mixer(nnx.Module):
 
     cache_grows = False
     __call__ = on_arrays
+    mix, extend = recurrent.mix, recurrent.extend
 
     def __init__(
         self,
@@ -179,26 +179,10 @@ class Mamba1Mixer(nnx.Module):
         """Logical names of the axes H and P."""
         return (None, "d_inner") if self.config.n_heads == 1 else ("heads", "d_head")
 
-    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
-        """[B, T, D] -> [B, T, D] in `dtype`; positions do not matter."""
-        return Output(self._run(x_BTD, tokens, None)[0])
-
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""
         state = (batch, *self.out.shape[-3:-1], self.config.d_state)
         return {"state": jnp.zeros(state, jnp.float32), "conv": short_conv.init_window(self.conv, batch, self.dtype)}
-
-    def extend(
-        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
-    ) -> tuple[jax.Array, dict]:
-        """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
-        old = caches.read_all(cache, layer)
-        if x_BTD.shape[1] == 1:
-            y_BTD, new = self._step(x_BTD, real_BT, old)
-        else:
-            ids = None if real_BT is None else real_BT.astype(jnp.int32)
-            y_BTD, new = self._run(x_BTD, Tokens(ids, gaps=gaps), old)
-        return y_BTD, caches.write_all(cache, layer, new)
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
@@ -221,7 +205,7 @@ class Mamba1Mixer(nnx.Module):
             y_BTHP = checkpoint_name(y_BTHP, "mamba1_scan")
         return self._output(y_BTHP, z_BTHP), {} if old is None else {"state": state, "conv": window}
 
-    def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
+    def _step(self, x_BTD, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written (the paper's equation 2)."""
         x_BTHP, z_BTHP = self._project(x_BTD)
         with jax.named_scope("convolve"):
@@ -233,8 +217,7 @@ class Mamba1Mixer(nnx.Module):
             decay_BHPN = jnp.exp(-dt_BHP1 * jnp.exp(self.A_log[...]))
             state = decay_BHPN * old["state"] + dt_BHP1 * x_BHP[..., None] * B_BHN[:, :, None]
             y_BHP = (state * C_BHN[:, :, None]).sum(-1) + self.D[...] * x_BHP
-        new = caches.unless_padding(real_BT, {"state": state, "conv": window}, old)
-        return self._output(y_BHP[:, None], z_BTHP), new
+        return self._output(y_BHP[:, None], z_BTHP), {"state": state, "conv": window}
 
     @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array]:

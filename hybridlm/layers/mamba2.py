@@ -15,9 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import cache as caches
-from hybridlm.layers import ops, params, short_conv
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
 
 
@@ -223,10 +222,7 @@ class Mamba2Mixer(nnx.Module):
 
     cache_grows = False
     __call__ = on_arrays
-
-    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
-        """[B, T, D] -> [B, T, D] in `dtype`; positions do not matter."""
-        return Output(self._run(x_BTD, tokens, None)[0])
+    mix, extend = recurrent.mix, recurrent.extend
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""
@@ -236,18 +232,6 @@ class Mamba2Mixer(nnx.Module):
             "conv_x": short_conv.init_window(self.conv_x, batch, self.dtype),
             "conv_BC": short_conv.init_window(self.conv_BC, batch, self.dtype),
         }
-
-    def extend(
-        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
-    ) -> tuple[jax.Array, dict]:
-        """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
-        old = caches.read_all(cache, layer)
-        if x_BTD.shape[1] == 1:
-            y_BTD, new = self._step(x_BTD, real_BT, old)
-        else:
-            ids = None if real_BT is None else real_BT.astype(jnp.int32)
-            y_BTD, new = self._run(x_BTD, Tokens(ids, gaps=gaps), old)
-        return y_BTD, caches.write_all(cache, layer, new)
 
     @property
     def _convolutions(self) -> dict[str, tuple]:
@@ -274,7 +258,7 @@ class Mamba2Mixer(nnx.Module):
             y_BTHP = checkpoint_name(y_BTHP, "mamba_ssd")
         return self._output(y_BTHP, z_BTHP), new
 
-    def _step(self, x_BTD, real_BT, old: dict) -> tuple[jax.Array, dict]:
+    def _step(self, x_BTD, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written (the paper's equation 2, discretised with dt as in section 7)."""
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
         new, convolved = {}, []
@@ -290,8 +274,7 @@ class Mamba2Mixer(nnx.Module):
             state = decay_BH1[..., None] * old["state"] + (dt_BH1 * x_BHP)[..., None] * BC_BcHN[:, 0, :, None]
             D_HP = self.D[...] if self.config.per_channel_D else self.D[...][:, None]
             y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP * x_BHP
-        new = caches.unless_padding(real_BT, new | {"state": state}, old)
-        return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new
+        return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new | {"state": state}
 
     @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -131,7 +131,7 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
     Where the loss or the gradient is not finite, parameters and optimizer stay as they were and the step counts as
     skipped.
     """
-    n_micro = config.optim.accumulate
+    n_micro, kinds = config.optim.accumulate, statistics(config.model)
 
     def gradients(params, batch):
         """LossSums of the batch, and the gradient of its mean loss."""
@@ -139,8 +139,8 @@ def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=No
 
         def mean_loss(params, micro):
             sums = loss_sums(params, micro)
-            router_loss = 0.0 if sums.router is None else sums.router["router_loss"]
-            return (sums.nats + config.optim.z_loss * sums.z + router_loss) / n_tokens, sums
+            of_blocks = sum(value for name, value in (sums.router or {}).items() if kinds[name].loss)
+            return (sums.nats + config.optim.z_loss * sums.z + of_blocks) / n_tokens, sums
 
         gradient = jax.grad(mean_loss, has_aux=True)
         if n_micro == 1:

@@ -5,12 +5,15 @@ import jax
 import numpy as np
 import pytest
 
+import pallas_kernels
 from hybridlm.config import Attention, Mamba1, Mamba2, MeshConfig, MoE, Shared
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import free_fields, walk
 from hybridlm.layers.mamba2 import ssd_flops
+from hybridlm.model.init import abstract
 from tests.model import properties
+from tests.model.model_support import HYBRID as HYBRID_BLOCKS
 from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
@@ -136,6 +139,23 @@ def test_two_ways_to_say_the_same_are_equal_resolved():
     assert Mamba1().resolved(32) == Mamba1(dt_rank=2).resolved(32) != Mamba1(dt_rank=3).resolved(32)
     assert Attention(4).resolved(32) == Attention(4, 4, scale=64**-0.5, qk_norm_eps=1.0).resolved(32)
     assert Shared(Mamba2(d_head=8)).resolved(16) == Shared(Mamba2(d_head=8, n_heads=4)).resolved(16)
+
+
+def test_convolutions_decide_nothing_at_run_time_inside_a_model(monkeypatch):
+    """The model has moved padding away, in the forward as with a cache: a device need not wait to be told so."""
+    gaps, convolve = [], pallas_kernels.causal_conv1d
+
+    def record(*args, **options):
+        gaps.append(options["gaps"])
+        return convolve(*args, **options)
+
+    monkeypatch.setattr(pallas_kernels, "causal_conv1d", record)
+    model = abstract(small("Mm1P", HYBRID_BLOCKS | {"P": VARIANTS["parallel"]})).model()
+    tokens_BT, ids_BT = np.zeros((2, 8), np.int32), np.array([[1, 1, 0, 1, 1, 2, 0, 2]] * 2, np.int32)
+    jax.eval_shape(lambda model: model(tokens_BT, ids_BT), model)
+    jax.eval_shape(lambda model: model.extend(tokens_BT, model.init_cache(2, 8), ids_BT), model)
+    assert len(gaps) == 2 * (2 + 2 + 1 + 2)
+    assert not any(gaps)
 
 
 def test_no_segment_ids_are_all_ones():

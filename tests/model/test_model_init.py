@@ -13,7 +13,8 @@ from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
 from hybridlm.layers.attention import AttentionMixer
 from hybridlm.layers.mamba2 import Mamba2Mixer
 from hybridlm.layers.mlp import ACTIVATIONS, GATED, FeedForward
-from hybridlm.model.model import HybridLM
+from hybridlm.model import HybridLM, param_info
+from hybridlm.model.init import abstract
 from tests.model.model_support import QUICK, build, named, random_tokens, small
 from tests.tolerances import check_close
 
@@ -194,6 +195,19 @@ def test_arguments_that_do_not_fit(arguments, error, message):
     model = nnx.eval_shape(lambda: HybridLM(small("-"), rngs=nnx.Rngs(0)))
     with pytest.raises(error, match=message):
         model(*arguments)
+
+
+def test_one_abstract_model():
+    """Made once for equal configs, with the parameters that a real one has; each model of it is its own."""
+    found = abstract(small("M*-"))
+    assert abstract(small("M*-")) is found
+    model = nnx.eval_shape(lambda: HybridLM(small("M*-"), rngs=nnx.Rngs(0)))
+    shapes = lambda params: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)]
+    assert shapes(found.shapes) == shapes(nnx.state(model))
+    assert (
+        jax.tree.leaves(found.info) == jax.tree.leaves(param_info(model)) == jax.tree.leaves(param_info(found.model()))
+    )
+    assert found.model() is not found.model()
 
 
 def test_config_is_hashable_and_replaceable():

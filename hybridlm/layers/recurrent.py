@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mixers with a state of fixed size have in common: `mix = recurrent.mix; extend = recurrent.extend`.
+
+Such a mixer has two methods. `_run(x_BTD, tokens, old)` computes all tokens in parallel from the cache `old`, and gives
+(y_BTD, the new cache); old is None for documents from their start, and then the new cache does not matter.
+`_step(x_B1D, old)` computes one token.
+
+Axis letters: B batch, T tokens, D model.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hybridlm.layers import cache as caches
+from hybridlm.layers.block import Output, Tokens
+
+
+def mix(mixer, x_BTD: jax.Array, tokens: Tokens) -> Output:
+    """[B, T, D] -> [B, T, D] in `dtype`; positions do not matter."""
+    return Output(mixer._run(x_BTD, tokens, None)[0])
+
+
+def extend(
+    mixer, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+) -> tuple[jax.Array, dict]:
+    """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
+    old = caches.read_all(cache, layer)
+    if x_BTD.shape[1] == 1:
+        y_BTD, new = mixer._step(x_BTD, old)
+        new = caches.unless_padding(real_BT, new, old)
+    else:
+        ids = None if real_BT is None else real_BT.astype(jnp.int32)
+        y_BTD, new = mixer._run(x_BTD, Tokens(ids, gaps=gaps), old)
+    return y_BTD, caches.write_all(cache, layer, new)
