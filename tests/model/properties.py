@@ -134,51 +134,44 @@ def check_padding(block: Block) -> None:
     check_trees(grads, expected_grads)
 
 
-def check_cache(config: ModelConfig, sizes: tuple[int, ...] = (4, 1, 3, 1)) -> None:
-    """Tokens read in pieces give the logits of one forward pass; rows of different lengths too; padding is not read."""
-    model, n_tokens = build(config), sum(sizes)
-    tokens_BT, tokens_to_come = random_tokens(2, n_tokens), random_tokens(2, 1, seed=5)
+def check_cache(config: ModelConfig) -> None:
+    """Tokens read in padded pieces and one by one give the logits of one forward pass; padding is not read."""
+    model, size, n_tokens = build(config), 3, 8
+    tokens_BT = random_tokens(2, n_tokens)
     forward = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)
     extend = jax.jit(lambda model, tokens, cache, ids: model.extend(tokens, cache, ids), compiler_options=QUICK)
-    expected = np.asarray(forward(model, np.concatenate([tokens_BT, tokens_to_come], axis=1)))
-    cache, start = model.init_cache(2, n_tokens + 2), 0
-    for size in sizes:
-        piece = tokens_BT[:, start : start + size]
-        # the first row gets a token of padding in front of the piece, the second one inside or behind it
-        padded, ids = np.full((2, size + 1), 3, np.int32), np.ones((2, size + 1), np.int32)
-        ids[0, 0] = ids[1, 1] = 0
-        padded[ids == 1] = piece.reshape(-1)
+    expected, cache = np.asarray(forward(model, tokens_BT)), model.init_cache(2, n_tokens)
+    ids = np.array([[0, 1, 1, 1], [1, 0, 1, 1]], np.int32)  # padding in front and inside
+    for start in (0, size):
+        padded = np.full((2, size + 1), 3, np.int32)
+        padded[ids == 1] = tokens_BT[:, start : start + size].reshape(-1)
         logits, cache = extend(model, padded, cache, ids)
         got = np.asarray(logits)[ids == 1].reshape(2, size, -1)
         check_close(got, expected[:, start : start + size], dtype="float32", what=f"logits from {start}")
-        start += size
     before = cache
-    logits, cache = extend(model, tokens_to_come, cache, np.array([[1], [0]], np.int32))
-    check_close(logits[0], expected[0, -1:], dtype="float32", what="logits of the last token")
+    for t in range(2 * size, n_tokens):  # the second row waits
+        logits, cache = extend(model, tokens_BT[:, t : t + 1], cache, np.array([[1], [0]], np.int32))
+        check_close(logits[0], expected[0, t : t + 1], dtype="float32", what=f"logits of token {t}")
     for old, new in zip(jax.tree.leaves(before.groups), jax.tree.leaves(cache.groups), strict=True):
         np.testing.assert_array_equal(new[:, 1], old[:, 1])
-    np.testing.assert_array_equal(cache.length_B, [n_tokens + 1, n_tokens])
+    np.testing.assert_array_equal(cache.length_B, [n_tokens, 2 * size])
 
 
 def check_cache_alone(block: Block) -> None:
-    """The mixer by itself: `extend` over pieces with padding anywhere gives what one call gives."""
+    """The mixer by itself: `extend` over a piece with padding anywhere, then a token, gives what one call gives."""
     graphdef, params = mixer_of(block)
-    x_BTD = np.random.default_rng(1).normal(size=(2, 7, D)).astype(np.float32)
+    x_BTD = np.random.default_rng(1).normal(size=(2, 5, D)).astype(np.float32)
+    real = np.array([[0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 0, 1]], bool)
+    piece_BTD = np.full((2, 6, D), 5.0, np.float32)
+    piece_BTD[real] = x_BTD[:, :4].reshape(-1, D)
 
-    @jax.jit
     def both(params):
         mixer = nnx.merge(graphdef, params)
-        cache, length_B, got = mixer.init_cache(2, 8), jnp.zeros(2, jnp.int32), []
-        for start, size in ((0, 4), (4, 1), (5, 2)):
-            real = np.ones((2, size + 1), bool)
-            real[0, 0] = real[1, size // 2] = False
-            piece = jnp.full((2, size + 1, D), 5.0).at[real].set(x_BTD[:, start : start + size].reshape(-1, D))
-            y, cache = mixer.extend(piece, cache, length_B, real)
-            length_B += size
-            got.append(y[real].reshape(2, size, D))
-        return jnp.concatenate(got, axis=1), mixer.mix(x_BTD, Tokens()).y_BTD
+        y, cache = mixer.extend(piece_BTD, mixer.init_cache(2, 8), jnp.zeros(2, jnp.int32), real)
+        last, _ = mixer.extend(x_BTD[:, 4:], cache, jnp.full(2, 4, jnp.int32))
+        return jnp.concatenate([y[real].reshape(2, 4, D), last], axis=1), mixer.mix(x_BTD, Tokens()).y_BTD
 
-    got, expected = both(params)
+    got, expected = jax.jit(both, compiler_options=QUICK)(params)
     check_close(got, expected, dtype="float32", what="output")
 
 

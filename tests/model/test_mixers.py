@@ -20,6 +20,11 @@ from tests.tolerances import check_close
 FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "shared")
 """One example of each class: what is compiled by the minute runs for these alone, for the others in the slow tests."""
 EXPENSIVE = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+REST = [
+    name if name in ("mamba1", "moe", "parallel", "shared") else pytest.param(name, marks=pytest.mark.slow)
+    for name in VARIANTS
+]
+"""One example of each class that other tests of this folder have in no model: of what they do for those they have."""
 HYBRID = small("Mm*-aw")
 T = 11
 
@@ -78,7 +83,7 @@ def test_free_fields_change_nothing(name):
 
 
 @pytest.mark.parametrize("policy", ["kernels", *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "mixer"))])
-@pytest.mark.parametrize("name", EXPENSIVE)
+@pytest.mark.parametrize("name", REST)
 def test_remat_changes_nothing(name, policy):
     properties.check_remat(VARIANTS[name], policy)
 
@@ -96,7 +101,7 @@ def test_a_mesh_divides_what_split_names(name):
     properties.check_split(VARIANTS[name])
 
 
-@pytest.mark.parametrize("name", EXPENSIVE)
+@pytest.mark.parametrize("name", REST)
 def test_bfloat16_is_near(name):
     properties.check_bfloat16(VARIANTS[name])
 
