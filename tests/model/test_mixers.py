@@ -77,6 +77,13 @@ def test_pieces_with_padding_in_a_mixer_alone(name):
     properties.check_cache_alone(VARIANTS[name])
 
 
+def test_free_fields_are_named_by_their_way():
+    assert free_fields(VARIANTS["mamba1"]) == {"chunk"}
+    assert free_fields(VARIANTS["parallel"]) == {"branches.mamba.mixer.chunk"}
+    assert free_fields(VARIANTS["shared"]) == {"mixer.chunk"}
+    assert free_fields(VARIANTS["moe"]) == set()
+
+
 @pytest.mark.parametrize("name", [name for name, block in VARIANTS.items() if free_fields(block)])
 def test_free_fields_change_nothing(name):
     properties.check_free(VARIANTS[name])
