@@ -207,8 +207,7 @@ class MoEFeedForward(nnx.Module):
             bias_E = None if self.selection_bias is None else self.selection_bias[...]
             experts_BTk, weights_BTk, scores_BTE = route(c.router, logits_BTE, bias_E)
         with jax.named_scope("experts"):
-            sent_BTk = jnp.where(real_BT[..., None], experts_BTk, c.n_experts)
-            y_BTD, kept_BTk = self._routed(x_BTD, sent_BTk, weights_BTk)
+            y_BTD, kept_BTk = self._routed(x_BTD, experts_BTk, weights_BTk, real_BT)
         with jax.named_scope("shared"):
             y_BTD = y_BTD + self._shared(x_BTD)
         with jax.named_scope("statistics"):
@@ -225,11 +224,12 @@ class MoEFeedForward(nnx.Module):
         ids = None if real_BT is None else real_BT.astype(jnp.int32)
         return self.mix(x_BTD, Tokens(ids)).y_BTD, cache
 
-    def _routed(self, x_BTD, experts_BTk, weights_BTk) -> tuple[jax.Array, jax.Array]:
-        """The routed experts' output [B, T, D], and bool [B, T, k]: which assignments it has."""
+    def _routed(self, x_BTD, experts_BTk, weights_BTk, real_BT) -> tuple[jax.Array, jax.Array]:
+        """The routed experts' output [B, T, D], and bool [B, T, k]: which assignments it has. Padding has none."""
         c, u_BTR = self.config, x_BTD
         if self.latent_in is not None:
             u_BTR = _linear(x_BTD, self.latent_in, self.latent_in_bias)
+        experts_BTk = jnp.where(real_BT[..., None], experts_BTk, c.n_experts)
         w_in, w_out = (params.use(w, u_BTR.dtype) for w in (self.w_in, self.w_out))
         activation = ACTIVATIONS[GATED.get(c.activation, c.activation)]
         sizes = {"n_experts": c.n_experts, "d_ff": c.d_ff, "capacity": c.capacity}
