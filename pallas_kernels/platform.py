@@ -10,6 +10,7 @@ import jax
 PLATFORMS = ("cpu", "gpu", "tpu")
 GENERATIONS = ("v2", "v3", "v4", "v4i", "v5e", "v5p", "v6e", "7x")  # of TPUs, as JAX names them
 
+HOW_TO_NAME_IT = "name it by assume_platform('tpu', generation='v5e') or set a mesh of its devices (jax.set_mesh)"
 H100_MULTIPROCESSORS = 132  # of the SXM part, for which kernels are compiled where no GPU is at hand
 
 
@@ -90,7 +91,7 @@ def assume_platform(
     if name not in PLATFORMS:
         raise ValueError(f"name ({name!r}) not one of {', '.join(PLATFORMS)}")
     if generation is not None and (name != "tpu" or generation not in GENERATIONS):
-        raise ValueError(f"generation ({generation!r}) of a {name!r}: expected one of {', '.join(GENERATIONS)}, of a tpu")
+        raise ValueError(f"generation ({generation!r}) of a {name!r}, expected of a tpu: {', '.join(GENERATIONS)}")
     for what, value in (("capability", capability), ("multiprocessors", multiprocessors)):
         if value is not None and name != "gpu":
             raise ValueError(f"{what} ({value!r}) of a {name!r}: expected of a gpu alone")
@@ -132,7 +133,7 @@ def peaks(kind: str | None = None) -> Peaks | None:
 
 
 def tpu_generation() -> str | None:
-    """ "v5e", "v5p", "v6e", ...: what is assumed, else of the mesh's devices, else of the default one; None is unknown."""
+    """ "v5e", "v5p", "v6e", ...: what is assumed, else that of the mesh's devices or the default one; None: unknown."""
     if _assumed and _assumed[-1].generation:
         return _assumed[-1].generation
     from jax.experimental.pallas import tpu as pltpu
@@ -153,10 +154,7 @@ def tpu_chip() -> TpuChip | None:
     elif pltpu.is_tpu_device():
         info = pltpu.get_tpu_info()
     elif platform() == "tpu":
-        raise ValueError(
-            "generation of the TPU unknown: name it by assume_platform('tpu', generation='v5e') or set a mesh of its"
-            " devices (jax.set_mesh)"
-        )
+        raise ValueError(f"generation of the TPU unknown: {HOW_TO_NAME_IT}")
     else:
         return None
     return TpuChip(str(info.chip_version), info.num_cores, info.mxu_column_size)

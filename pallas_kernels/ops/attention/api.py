@@ -7,10 +7,10 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, dispatch, segments
+from pallas_kernels import context, segments
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
-from pallas_kernels.compat import vary_alike
-from pallas_kernels.ops.attention.context import attention_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.attention import OP
 
 
 def attention(
@@ -105,18 +105,15 @@ def attention(
         "sinks": sinks,
         "q_offset": _offset(q_offset, n_batch, positions),
     }
-    args = (q_BTHP, k_BSKP, v_BSKP)
-
-    def attend(*args, **kwargs):
-        if stacked is None:
-            return dispatch.run("attention", implementation, args, kwargs)
-        args, kwargs, source = vary_alike((args, kwargs, stacked))
-        function = dispatch.select("attention", implementation, args, kwargs)
-        return function(*args, **kwargs, **({"stacked": source} if hasattr(function, "reads_stacked") else {}))
-
-    if context_axis is None:
-        return attend(*args, **kwargs)
-    return attention_context(attend, args, context_axis=context_axis, one_side=one_side, **kwargs)
+    return call(
+        OP,
+        implementation,
+        (q_BTHP, k_BSKP, v_BSKP),
+        kwargs,
+        offered={} if stacked is None else {"stacked": stacked},
+        context_axis=context_axis,
+        context_options={"one_side": one_side},
+    )
 
 
 def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:

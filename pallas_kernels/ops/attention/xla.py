@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import dispatch
+from pallas_kernels import platform
 
 _BLOCK = 512
 _HIDDEN = -1e30  # running maximum of a row that has seen no key
@@ -76,7 +76,7 @@ def cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal: bool, window: int | None) -> bo
     same = q_BTHP.dtype == k_BSKP.dtype == v_BSKP.dtype and q_BTHP.dtype in (jnp.bfloat16, jnp.float16)
     width = q_BTHP.shape[-1]
     fits = v_BSKP.shape[-1] == width and width % 8 == 0 and width <= 128 and q_BTHP.shape[1] == k_BSKP.shape[1]
-    return same and fits and q_BTHP.shape[1] > 1 and (causal or window is None) and dispatch.platform() == "gpu"
+    return same and fits and q_BTHP.shape[1] > 1 and (causal or window is None) and platform.platform() == "gpu"
 
 
 def apply_gate(out_BTHP, gate):

@@ -3,9 +3,9 @@
 
 import jax
 
-from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_segment_ids, check_shape
-from pallas_kernels.ops.causal_conv1d.context import causal_conv1d_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.causal_conv1d import OP
 
 ACTIVATIONS = (None, "silu")
 
@@ -77,10 +77,4 @@ def causal_conv1d(
         "return_final_state": return_final_state,
         "gaps": gaps,
     }
-
-    def convolve(*args, **kwargs):
-        return dispatch.run("causal_conv1d", implementation, args, kwargs)
-
-    if context_axis is None or context.axis_size(context_axis) == 1:
-        return convolve(*args, **kwargs)
-    return causal_conv1d_context(convolve, args, context_axis=context_axis, **kwargs)
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)

@@ -73,3 +73,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of causal_conv1d."""
     return {"activation": case.activation, "return_final_state": case.final}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass."""
+    return 2 * case.batch * case.tokens * case.width * case.taps

@@ -4,8 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
 from pallas_kernels.checks import check_float, check_shape
+from pallas_kernels.op import call
+from pallas_kernels.ops.grouped_dot import OP
 
 
 def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implementation: str = "auto") -> jax.Array:
@@ -32,4 +33,4 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
     if not jnp.issubdtype(sizes_G.dtype, jnp.integer):
         raise TypeError(f"sizes_G has dtype {sizes_G.dtype}, expected int32")
     args = (jnp.asarray(x_MK), jnp.asarray(w_GKN), jnp.asarray(sizes_G).astype(jnp.int32))
-    return dispatch.select("grouped_dot", implementation, args, {})(*args)
+    return call(OP, implementation, args, {})

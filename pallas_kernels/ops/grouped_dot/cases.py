@@ -58,3 +58,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray]:
 def make_settings(case: Case) -> dict:
     """The other arguments of grouped_dot: none."""
     return {}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass."""
+    return 2 * case.rows * case.width * case.outputs

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import platform
 
 _LARGEST = 512  # rows of a block
 _BLOCKS = 4  # blocks of a group of mean size: more of them waste less and read the matrices more often
@@ -20,7 +20,7 @@ _BLOCKS = 4  # blocks of a group of mean size: more of them waste less and read 
 
 def grouped_dot_xla(x_MK, w_GKN, sizes_G):
     """See `pallas_kernels.grouped_dot`."""
-    if dispatch.platform() != "tpu":
+    if platform.platform() != "tpu":
         return _blocked(x_MK, w_GKN, sizes_G)
     x_MK, real_M1 = in_groups(x_MK, sizes_G)
     y_MN = jax.lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=_accumulator(x_MK))

@@ -4,9 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
-from pallas_kernels.ops.selective_scan.context import selective_scan_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.selective_scan import OP
 
 
 def selective_scan(
@@ -89,10 +89,4 @@ def selective_scan(
         "return_final_state": return_final_state,
         "chunk": chunk,
     }
-
-    def scan(*args, **kwargs):
-        return dispatch.select("selective_scan", implementation, args, kwargs)(*args, **kwargs)
-
-    if context_axis is None or context.axis_size(context_axis) == 1:
-        return scan(*args, **kwargs)
-    return selective_scan_context(scan, args, context_axis=context_axis, **kwargs)
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)

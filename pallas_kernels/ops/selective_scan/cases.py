@@ -99,3 +99,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of selective_scan."""
     return {"return_final_state": case.final}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass: decay times state, plus dt x times B, times C."""
+    return 6 * case.batch * case.tokens * case.width * case.state

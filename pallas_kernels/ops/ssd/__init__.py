@@ -1,1 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`pallas_kernels.ssd`."""
+
+from pallas_kernels.op import HOPPER, Implementation, Op
+
+OP = Op(
+    name="ssd",
+    api="pallas_kernels.ops.ssd.api:ssd",
+    cases="pallas_kernels.ops.ssd.cases",
+    context="pallas_kernels.ops.ssd.context:ssd_context",
+    positional=("x", "dt", "A", "B", "C"),
+    integers=("segment_ids",),
+    implementations={
+        "reference": Implementation("pallas_kernels.ops.ssd.reference:ssd_reference", forward_mode=True),
+        "xla": Implementation("pallas_kernels.ops.ssd.xla:ssd_xla"),
+        "tpu": Implementation("pallas_kernels.ops.ssd.tpu.api:ssd_tpu", "pallas_kernels.ops.ssd.tpu.api:supports"),
+        "gpu": Implementation(
+            "pallas_kernels.ops.ssd.gpu.api:ssd_gpu", "pallas_kernels.ops.ssd.gpu.api:supports", capability=HOPPER
+        ),
+    },
+    proven=("gpu",),
+    estimated=("v5e", "v5p", "v6e"),
+)

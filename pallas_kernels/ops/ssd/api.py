@@ -4,9 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
-from pallas_kernels.ops.ssd.context import ssd_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.ssd import OP
 
 STATES = (None, "recompute", "bfloat16", "float32")
 
@@ -95,10 +95,4 @@ def ssd(
         "chunk": chunk,
         "states": states,
     }
-
-    def scan(*args, **kwargs):
-        return dispatch.run("ssd", implementation, args, kwargs)
-
-    if context_axis is None or context.axis_size(context_axis) == 1:
-        return scan(*args, **kwargs)
-    return ssd_context(scan, args, context_axis=context_axis, **kwargs)
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)

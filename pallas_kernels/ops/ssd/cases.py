@@ -117,3 +117,10 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of ssd."""
     return {"return_final_state": case.final}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass in chunks of 128 tokens."""
+    chunk = min(128, case.tokens)
+    a_token = case.heads * (chunk * case.width + 4 * case.width * case.state) + case.groups * chunk * case.state
+    return case.batch * case.tokens * a_token

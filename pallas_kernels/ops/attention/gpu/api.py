@@ -25,13 +25,13 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.compat import vary_alike
 from pallas_kernels.ops.attention.gpu import backward as gpu_backward
 from pallas_kernels.ops.attention.gpu import forward as gpu_forward
 from pallas_kernels.ops.attention.gpu import masks as gpu_masks
 from pallas_kernels.ops.attention.gpu.backward import Backward
 from pallas_kernels.ops.attention.gpu.forward import LOG2E, LOWEST, Forward
 from pallas_kernels.ops.attention.xla import cudnn_serves
+from pallas_kernels.varying import vary_alike
 
 WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
 ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every kernel
@@ -149,9 +149,6 @@ def attention_gpu(
     masks, decode = jax.tree.map(jnp.asarray, (masks, decode))
     out = _attend(forward, backward, q, k, v, gate, sinks, masks, decode)
     return out[:, :n_queries, :, :d_value]
-
-
-attention_gpu.reads_stacked = True
 
 
 def _decode_forward(forward: Forward) -> Forward:

@@ -25,7 +25,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import unchecked_varying
 from pallas_kernels.ops.attention.gpu.forward import (
     BF16_TRANSFORMS,
     COL,
@@ -38,6 +37,7 @@ from pallas_kernels.ops.attention.gpu.forward import (
     drain,
     visible,
 )
+from pallas_kernels.varying import unchecked_varying
 
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 

@@ -90,9 +90,6 @@ def attention_tpu(
     return _in_blocks(call, q, k, v, gate, sinks, masks)
 
 
-attention_tpu.reads_stacked = True
-
-
 class _Call(typing.NamedTuple):
     """The arguments of attention that are no arrays."""
 

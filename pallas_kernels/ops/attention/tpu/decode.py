@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying  # fmt: skip
+from pallas_kernels import platform
 from pallas_kernels.ops.attention.tpu.common import (
     F32,
     HIDDEN,
@@ -37,6 +37,7 @@ from pallas_kernels.ops.attention.tpu.common import (
     mask,
     widen,
 )
+from pallas_kernels.varying import call_varying  # fmt: skip
 
 MOST_QUERIES = 16
 MOST_ROWS = 1024  # queries x heads
@@ -531,7 +532,8 @@ def _combine(found: dict, gate, s: Decode):
 
 def cores() -> int:
     """Cores of the chip that share a grid."""
-    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+    chip = platform.tpu_chip()
+    return 1 if chip is None else chip.cores
 
 
 def decode(s: Decode, q, k, v, gate, sinks, masks: Masks, layer=None):

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.varying import call_varying
 
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
 VECTOR = 2  # channels of a thread

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.varying import call_varying
 
 F32 = jnp.float32
 LANES = 128

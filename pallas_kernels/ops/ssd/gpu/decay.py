@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import call_varying
 from pallas_kernels.ops.ssd.gpu.walk import BF16_TRANSFORMS, COL, ROW, TILE, named_body
+from pallas_kernels.varying import call_varying
 
 WGMMA = plgpu.Layout.WGMMA
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))

@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import platform
 from pallas_kernels.ops.ssd.tpu import backward as tpu_backward
 from pallas_kernels.ops.ssd.tpu import forward as tpu_forward
 from pallas_kernels.ops.ssd.tpu.common import CHUNK, F32, Blocks, document_rows
@@ -130,10 +130,10 @@ def _device() -> tuple[int, int]:
 
     On a matrix unit of 128 x 128 fewer heads spill less and wait as little; one of 256 x 256 needs more in flight.
     """
-    if not pltpu.is_tpu_device():
+    chip = platform.tpu_chip()
+    if chip is None:
         return 1, 8
-    info = pltpu.get_tpu_info()
-    return info.num_cores, 8 if info.mxu_column_size > 128 else 4
+    return chip.cores, 8 if chip.matrix_unit > 128 else 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying
 from pallas_kernels.segments import document_numbers
+from pallas_kernels.varying import call_varying
 
 F32 = jnp.float32
 CHUNK = 128  # tokens a chunk: one lane row
