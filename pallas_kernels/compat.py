@@ -24,6 +24,13 @@ def enable_x64(enabled: bool = True):
             yield
 
 
+def why_too_old(oldest: tuple[int, int]) -> str | None:
+    """Why this JAX is too old for what needs at least `oldest`; None where it is not."""
+    if jax.__version_info__ >= oldest:
+        return None
+    return f"JAX ({jax.__version__}) older than {'.'.join(map(str, oldest))}, which the kernels are written for"
+
+
 def avoid_faulty_cpu_fusions() -> None:
     """Turns off XLA's YNNPACK fusions on CPU where they are faulty; runs when the package is imported.
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import jax
 
-from pallas_kernels import context, platform
+from pallas_kernels import compat, context, platform
 from pallas_kernels.varying import vary_alike
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu")
@@ -32,6 +32,7 @@ class Implementation:
     supports: str | None = None  # of a kernel: why it cannot serve a call
     slower: str | None = None  # of a kernel: why xla is faster at a call
     capability: str | None = None  # compute capability that a gpu kernel is written for
+    oldest_jax: tuple[int, int] | None = None  # whose Pallas a kernel is written for
     takes: tuple[str, ...] = ()  # of the arguments that the op offers beyond its own, those that this one can use
     gradients: bool = True
     forward_mode: bool = False  # whether jax.jvp goes through it
@@ -44,8 +45,9 @@ class Implementation:
 class Op:
     """An op: its implementations, on what grounds `auto` takes a kernel, and what bench, oracle and tests ask of it.
 
-    The module `cases` has CASES (by name), TEST_CASES, BENCH_CASES, `make_inputs(case, dtype)` (arrays by name),
-    `make_settings(case)` (the other arguments) and `count_flops(case)` (of the forward pass, as the maths needs them).
+    The module `cases` has CASES (by name), TEST_CASES, BENCH_CASES, CONTRACT (the smallest case of each implementation
+    that shows all of its contract), `make_inputs(case, dtype)` (arrays by name), `make_settings(case)` (the other
+    arguments) and `count_flops(case)` (of the forward pass, as the maths needs them).
     """
 
     name: str
@@ -60,9 +62,11 @@ class Op:
     context: str | None = None  # what splits its tokens over a mesh axis
     integers: tuple[str, ...] = ()  # inputs that have no gradients
     gradient_factor: float = 3.0  # multiplications of forward and backward over those of the forward pass
-    has_tokens: bool = True  # inputs are [batch, tokens, ...], as are their results; token t sees none behind t
-    has_segments: bool = True  # takes segment_ids
-    has_states: bool = True  # takes initial_state, can return the final one
+    rows: tuple[str, ...] = ()  # inputs whose first axis is a batch of rows that know nothing of each other
+    tokens: tuple[str, ...] = ()  # inputs [batch, tokens, ...], as is the first result: token t sees none behind t
+    has_segments: bool = False  # takes segment_ids
+    has_states: bool = False  # takes initial_state and return_final_state
+    hints: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # settings that change no result: some values
 
     def function(self) -> Callable:
         """The public function."""
@@ -103,10 +107,13 @@ def select(op: Op, implementation: str, args: tuple, kwargs: dict) -> Implementa
     """What serves the op on these arguments.
 
     Raises ValueError for an unknown implementation and NotImplementedError, with argument and limit, where a named one
-    cannot serve this call. `auto` falls back to xla instead and logs its choice once.
+    cannot serve this call. `auto` falls back to xla instead and logs its choice once. A call on empty arrays, as of a
+    batch of no rows, is served by the reference whatever is named.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation ({implementation!r}) not one of {', '.join(IMPLEMENTATIONS)}")
+    if args and not args[0].size:  # nothing to compute, which the reference does without dividing by any size
+        return op.implementations["reference"]
     if implementation not in ("auto", *KERNELS):
         return op.implementations[implementation]
     here = platform.platform()
@@ -157,10 +164,10 @@ def _limit(op: Op, name: str, args: tuple, kwargs: dict) -> str | None:
     kernel = op.implementations.get(name)
     if kernel is None:
         return f"{op.name} has no {name} kernel"
+    if reason := kernel.oldest_jax and compat.why_too_old(kernel.oldest_jax):
+        return reason
     if kernel.capability and (capability := platform.gpu_capability()) not in (None, kernel.capability):
         return f"compute capability of the device ({capability}) not that of Hopper ({kernel.capability})"
-    if args and not args[0].size:
-        return f"{op.positional[0]} is empty, of shape {list(args[0].shape)}"
     return kernel.supports and _load(kernel.supports)(*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels import oracle
 from pallas_kernels.layouts import make_segment_ids
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.ssd import cases
 from pallas_kernels.ops.ssd.gpu import api as gpu
 from pallas_kernels.ops.ssd.gpu import decay as gpu_decay
@@ -26,11 +27,11 @@ PIECES = cases.Case("pieces", 1, 2060, 2, 64, 1, 64, layout="packed", initial=Tr
 
 def evaluate(inputs: dict, settings: dict, padding=None) -> dict:
     """Outputs and gradients of `sum(output * weight)` by name; the gradient of y is NaN where ``padding [B, T]``."""
-    arrays, fixed = oracle.split(inputs)
+    arrays, fixed = oracle.split("ssd", inputs)
 
     def call(arrays):
         given = {**arrays, **fixed}
-        positional = [given.pop(name) for name in oracle.POSITIONAL["ssd"]]
+        positional = [given.pop(name) for name in OPS["ssd"].positional]
         out = gpu.ssd_gpu(*positional, **given, **settings, interpret=True)
         return out if isinstance(out, tuple) else (out,)
 

@@ -1,9 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.oracle` as the tests use it: compiled without machine-code optimisation, which halves their time."""
 
+import contextlib
+
+import pytest
+
+from pallas_kernels import op as door
 from pallas_kernels import oracle as oracles
 
 QUICK = {"xla_backend_optimization_level": 0}
+
+
+@contextlib.contextmanager
+def served_by(function, takes: tuple[str, ...] = ()):
+    """Within, calls of ops are served by `function` (an interpreted kernel, say), but those of the reference."""
+    select = door.select
+
+    def choose(op, implementation, args, kwargs):
+        if implementation == "reference":
+            return select(op, implementation, args, kwargs)
+        return door.Implementation(function, takes=takes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "select", choose)
+        yield
 
 
 def run(op: str, inputs: dict, **settings):

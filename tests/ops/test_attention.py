@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import attention, dispatch
+from pallas_kernels import assume_platform, attention
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.attention import cases, xla
 from pallas_kernels.oracle import make_weights
@@ -223,7 +223,7 @@ def test_which_calls_go_to_cudnn(monkeypatch):
         return jnp.zeros_like(q)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
-    with dispatch.assume_platform("gpu"):
+    with assume_platform("gpu"):
         attention(q, k, k, window=5, gate=q)
         assert calls == [{"scale": 0.125, "is_causal": True, "local_window_size": (4, 0), "implementation": "cudnn"}]
         ids = jnp.ones((1, 16), jnp.int32)

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import attention, dispatch, oracle
+from pallas_kernels import assume_platform, attention, oracle
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.op import select
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention import cases
 from pallas_kernels.ops.attention.gpu import masks as gpu_masks
 
@@ -142,8 +144,8 @@ def test_calls_that_are_not_served_are_named():
     gpu = importlib.import_module("pallas_kernels.ops.attention.gpu.api")
     narrow, wide = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 320), jnp.bfloat16)
     if jax.__version_info__ < (0, 11):
-        assert gpu.supports(narrow, narrow, narrow).startswith(f"JAX ({jax.__version__}) older than 0.11")
-        return
+        with assume_platform("gpu"), pytest.raises(NotImplementedError, match=r"JAX \(.*\) older than 0.11"):
+            attention(narrow, narrow, narrow, implementation="gpu")
     assert gpu.supports(narrow, narrow, narrow) is None
     assert gpu.supports(narrow, narrow, wide) == "head width of v_BSKP (320) above 256"
     assert gpu.supports(narrow.astype(jnp.float32), narrow, narrow) == "dtype of q_BTHP (float32) is not bfloat16"
@@ -156,8 +158,8 @@ def test_auto_leaves_to_cudnn_where_that_is_faster():
     ids = jnp.ones((1, 64), jnp.int32)
 
     def served(q, k, implementation="auto", **kwargs):
-        with dispatch.assume_platform("gpu"):
-            return dispatch.select("attention", implementation, (q, k, k), kwargs).__name__
+        with assume_platform("gpu"):
+            return select(OPS["attention"], implementation, (q, k, k), kwargs).load().__name__
 
     assert served(many, many) == "attention_xla"
     assert served(many, many, "gpu") == "attention_gpu"
@@ -189,7 +191,7 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
 
     @jax.shard_map(mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"), check_vma=True)
     def attend(x, ids, sinks):
-        with dispatch.assume_platform("gpu"):
+        with assume_platform("gpu"):
             return attention(x, x, x, gate=x, segment_ids=ids, sinks=sinks, implementation="gpu")
 
     def loss(x, sinks):
@@ -209,7 +211,7 @@ def test_more_kernels_interpreted():
 @pytest.mark.parametrize("case", [*cases.TEST_CASES, *cases.WIDTH_CASES], ids=lambda case: case.name)
 def test_equals_the_full_matrix(case):
     inputs = cases.make_inputs(case, "bfloat16")
-    with dispatch.assume_platform("gpu"):
+    with assume_platform("gpu"):
         found = oracle.compare("attention", inputs, dtype="bfloat16", implementation="gpu", **cases.make_settings(case))
     for name, (error, limit) in found.items():
         assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import assume_platform
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.attention import block_pairs, cases
 from pallas_kernels.ops.attention.tpu.api import attention_tpu, supports
 from pallas_kernels.oracle import bound, oracle, relative_rms, rms
-from tests.ops.support import QUICK, run
+from tests.ops.support import QUICK, run, served_by
 
 BASE = cases.Case("base", 1, 600, 600, 4, 2, 64)
 
@@ -32,8 +32,7 @@ def check(case: cases.Case, dtype="float32", **sizes):
     inputs, options = cases.make_inputs(case, dtype), cases.make_settings(case)
     expected = oracle("attention", inputs, compiler_options=QUICK, **options)
     kernel = functools.partial(attention_tpu, **{"interpret": True, **sizes})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "select", lambda *_: kernel)
+    with served_by(kernel, takes=("stacked",)):
         actual = run("attention", inputs, **options)
     assert actual.keys() == expected.keys()
     largest = max(rms(value) for name, value in expected.items() if name.startswith("d"))
@@ -237,7 +236,7 @@ def test_compiles_in_a_shard_map_that_checks_what_varies(queries):
 
     q, k, offset = array(2, queries, 8, 128), array(2, 512, 4, 128), array(2, spec=rows, dtype=jnp.int32)
     split = jax.shard_map(gradients, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=(heads,) * 4)
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+    with jax.set_mesh(mesh), assume_platform("tpu"):
         text = jax.jit(split).lower(q, k, k, offset).compile().as_text()
     assert "attention_backward" in text
     assert ("attention_decode" in text) == (queries == 1)

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention, dispatch
+from pallas_kernels import assume_platform, attention
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops.attention import cases
 from pallas_kernels.ops.attention.tpu import decode as tpu_decode
 from pallas_kernels.ops.attention.tpu.api import attention_tpu
 from pallas_kernels.oracle import bound, relative_rms
-from tests.ops.support import QUICK
+from tests.ops.support import QUICK, served_by
 from tests.ops.test_attention_tpu import TOPOLOGIES
 
 BASE = cases.Case("base", 2, 1, 600, 8, 2, 128, q_offset=599)
@@ -39,8 +39,7 @@ def small_blocks(monkeypatch):
 def decoded(inputs: dict, options: dict):
     """attention of few queries by the interpreted kernel."""
     arrays = {name: array for name, array in inputs.items() if array is not None}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "select", lambda *_: functools.partial(attention_tpu, interpret=True))
+    with served_by(functools.partial(attention_tpu, interpret=True), takes=("stacked",)):
         run = jax.jit(lambda a: attention(a.pop("q"), a.pop("k"), a.pop("v"), **a, **options), compiler_options=QUICK)
         return np.asarray(run(dict(arrays)), np.float64)
 
@@ -366,7 +365,7 @@ def test_a_loop_over_layers_moves_no_cache(width):
 
     cache, new = array(4, n_batch, n_keys, kv_heads, width), array(n_batch, 1, kv_heads, width)
     args = cache, cache, array(n_batch, dtype=jnp.int32), array(n_batch, 1, 32, width), new
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+    with jax.set_mesh(mesh), assume_platform("tpu"):
         compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(*args).compile()
     assert "attention_decode" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < cache.size * 2 / 4 / 4

@@ -9,7 +9,9 @@ import pytest
 
 from pallas_kernels import bench, oracle
 from pallas_kernels.compat import enable_x64
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention.cases import Case as AttentionCase
+from pallas_kernels.ops.attention.cases import count_flops, visible_pairs
 from pallas_kernels.ops.causal_conv1d import xla
 from pallas_kernels.ops.ssd.cases import Case as SsdCase
 from tests.ops.support import QUICK
@@ -48,21 +50,21 @@ def test_unknown_names_end_in_one_line(arguments, capsys):
 
 def test_counts():
     dense = AttentionCase("dense", 2, 8, 8, 4, 2, 16)
-    assert bench.visible_pairs(dense) == 2 * 36
-    assert bench.count_flops("attention", dense) == 2 * 4 * 32 * 2 * 36
-    assert bench.visible_pairs(AttentionCase("window", 1, 8, 8, 1, 1, 4, window=2)) == 15
-    assert bench.visible_pairs(AttentionCase("cache", 1, 2, 8, 1, 1, 4, q_offset=5)) == 6 + 7
-    assert bench.visible_pairs(AttentionCase("edges", 1, 32, 32, 1, 1, 4, layout="edges")) == 2 * 16 * 17 // 2
+    assert visible_pairs(dense) == 2 * 36
+    assert count_flops(dense) == 2 * 4 * 32 * 2 * 36
+    assert visible_pairs(AttentionCase("window", 1, 8, 8, 1, 1, 4, window=2)) == 15
+    assert visible_pairs(AttentionCase("cache", 1, 2, 8, 1, 1, 4, q_offset=5)) == 6 + 7
+    assert visible_pairs(AttentionCase("edges", 1, 32, 32, 1, 1, 4, layout="edges")) == 2 * 16 * 17 // 2
     published = SsdCase("b8_t2048", 8, 2048, 64, 64, 1, 128)
-    assert 40e9 < bench.count_flops("ssd", published) < 50e9
+    assert 40e9 < OPS["ssd"].cases_module().count_flops(published) < 50e9
     forward, _ = bench.count_bytes("ssd", published, "bfloat16")
     assert 0.27e9 < forward < 0.30e9
 
 
-@pytest.mark.parametrize("op", oracle.POSITIONAL)
+@pytest.mark.parametrize("op", OPS)
 def test_float64_is_float64(op):
     """The chunked implementations run in float64 too, where they meet the reference to 1e-10."""
-    module = oracle.cases_of(op)
+    module = OPS[op].cases_module()
     case = module.CASES.get("packed", module.TEST_CASES[-1])
     settings = module.make_settings(case)
     inputs = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, grouped_dot
+from pallas_kernels import assume_platform, grouped_dot
 from pallas_kernels.ops.grouped_dot import cases, tpu, xla
 from tests.ops.support import check_against_oracle, run
 
@@ -22,7 +22,7 @@ def test_equals_one_product_a_group(case):
 @pytest.mark.parametrize("name", ["skewed", "part"])
 def test_ragged_dot_equals_one_product_a_group(name):
     """What "xla" is on a TPU; here JAX multiplies with all groups and masks."""
-    with dispatch.assume_platform("tpu"):
+    with assume_platform("tpu"):
         check_against_oracle("grouped_dot", cases.make_inputs(cases.CASES[name]), implementation="xla")
 
 
@@ -59,7 +59,7 @@ def test_bfloat16():
 def test_megablox(load, monkeypatch):
     monkeypatch.setattr(tpu, "grouped_dot_tpu", functools.partial(tpu.grouped_dot_tpu, interpret=True))
     case = cases.Case("kernel", 300, 128, 128, 3, load)
-    with dispatch.assume_platform("tpu"):
+    with assume_platform("tpu"):
         check_against_oracle("grouped_dot", cases.make_inputs(case), implementation="tpu")
 
 
@@ -91,5 +91,5 @@ def test_errors_name_argument_value_and_limit(change, error, message):
 
 def test_widths_that_the_kernel_does_not_serve():
     inputs = cases.make_inputs(cases.CASES["skewed"])
-    with dispatch.assume_platform("tpu"), pytest.raises(NotImplementedError, match=r"inputs \(8\) and outputs \(6\)"):
+    with assume_platform("tpu"), pytest.raises(NotImplementedError, match=r"inputs \(8\) and outputs \(6\)"):
         jax.eval_shape(functools.partial(grouped_dot, implementation="tpu"), *inputs.values())

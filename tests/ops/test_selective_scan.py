@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import selective_scan
+from pallas_kernels import assume_platform, selective_scan
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.selective_scan import cases, xla
 from pallas_kernels.oracle import make_weights
@@ -45,9 +45,9 @@ def test_blocks_equal_the_recurrence(name, blocked):
 
 
 @pytest.mark.parametrize(("n_tokens", "chunk"), [(1, None), (7, None), (300, None), (4096, 512), (10, 3)])
-def test_sizes_off_the_cpu(n_tokens, chunk, monkeypatch):
-    monkeypatch.setattr(xla.dispatch, "platform", lambda: "gpu")
-    tokens, blocks = xla._sizes(chunk, n_tokens)
+def test_sizes_off_the_cpu(n_tokens, chunk):
+    with assume_platform("gpu"):
+        tokens, blocks = xla._sizes(chunk, n_tokens)
     assert tokens % blocks == 0
     assert min(chunk or 256, n_tokens) <= tokens <= 1.5 * min(chunk or 256, n_tokens)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, oracle
+from pallas_kernels import assume_platform, oracle
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.ssd import cases
 from pallas_kernels.oracle import compare
@@ -167,12 +167,12 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies(heads):
     P = jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     case = cases.Case("checked", 2, 200, heads, 64, 1, 64, layout="packed", initial=True, final=True)
-    arrays, fixed = oracle.split(cases.make_inputs(case, "bfloat16"))
+    arrays, fixed = oracle.split("ssd", cases.make_inputs(case, "bfloat16"))
     specs = {name: P() if name in ("A", "D") else P("data") for name in arrays}
 
     @jax.shard_map(mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=True)
     def scan(arrays, ids):
-        with dispatch.assume_platform("gpu"):
+        with assume_platform("gpu"):
             settings = {"return_final_state": True, "implementation": "gpu"}
             return oracle.call("ssd", {**arrays, "segment_ids": ids}, **settings)
 

@@ -10,6 +10,9 @@ OP = Op(
     context="pallas_kernels.ops.attention.context:attention_context",
     positional=("q", "k", "v"),
     integers=("segment_ids", "positions"),
+    rows=("q", "k", "v", "gate"),
+    tokens=("q", "k", "v", "gate"),
+    has_segments=True,
     implementations={
         "reference": Implementation("pallas_kernels.ops.attention.reference:attention_reference", forward_mode=True),
         "xla": Implementation("pallas_kernels.ops.attention.xla:attention_xla"),
@@ -23,11 +26,11 @@ OP = Op(
             "pallas_kernels.ops.attention.gpu.api:supports",
             "pallas_kernels.ops.attention.gpu.api:slower",
             capability=HOPPER,
+            oldest_jax=(0, 11),
             takes=("stacked",),
         ),
     },
     proven=("gpu",),
     estimated=("v5e", "v5p", "v6e"),
     gradient_factor=3.5,
-    has_states=False,
 )

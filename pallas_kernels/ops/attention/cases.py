@@ -82,6 +82,14 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 24, 24, 4, 2, 8, sinks=True)
+CONTRACT = {
+    "reference": _SMALL,
+    "xla": _SMALL,
+    "tpu": Case("tpu", 2, 140, 140, 2, 1, 64, sinks=True),
+    "gpu": Case("gpu", 2, 140, 140, 2, 1, 64, sinks=True),
+}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Array arguments of attention by name (q, k, v, gate, sinks, segment_ids, positions); activations have `dtype`."""

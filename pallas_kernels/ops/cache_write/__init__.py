@@ -9,6 +9,7 @@ OP = Op(
     cases="pallas_kernels.ops.cache_write.cases",
     positional=("array", "slots", "value"),
     integers=("slots",),
+    rows=("array", "slots", "value"),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.cache_write.reference:cache_write_reference", forward_mode=True
@@ -21,7 +22,4 @@ OP = Op(
         ),
     },
     estimated=("v5e", "v5p", "v6e"),
-    has_tokens=False,
-    has_segments=False,
-    has_states=False,
 )

@@ -39,6 +39,9 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 9, 3, 2, 8)
+CONTRACT = {"reference": _SMALL, "xla": _SMALL, "tpu": Case("tpu", 2, 140, 1, 2, 64)}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray]:
     """Arguments of cache_write by name (array, slots, value)."""

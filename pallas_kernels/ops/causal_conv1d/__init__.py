@@ -10,6 +10,10 @@ OP = Op(
     context="pallas_kernels.ops.causal_conv1d.context:causal_conv1d_context",
     positional=("x", "w", "b"),
     integers=("segment_ids",),
+    rows=("x", "initial_state"),
+    tokens=("x",),
+    has_segments=True,
+    has_states=True,
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.causal_conv1d.reference:causal_conv1d_reference", forward_mode=True

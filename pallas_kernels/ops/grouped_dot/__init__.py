@@ -9,6 +9,7 @@ OP = Op(
     cases="pallas_kernels.ops.grouped_dot.cases",
     positional=("x", "w", "sizes"),
     integers=("sizes",),
+    rows=("x",),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.grouped_dot.reference:grouped_dot_reference", forward_mode=True
@@ -18,7 +19,4 @@ OP = Op(
             "pallas_kernels.ops.grouped_dot.tpu:grouped_dot_tpu", "pallas_kernels.ops.grouped_dot.tpu:supports"
         ),
     },
-    has_tokens=False,
-    has_segments=False,
-    has_states=False,
 )

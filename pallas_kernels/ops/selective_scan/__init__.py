@@ -10,6 +10,11 @@ OP = Op(
     context="pallas_kernels.ops.selective_scan.context:selective_scan_context",
     positional=("x", "dt", "A", "B", "C"),
     integers=("segment_ids",),
+    rows=("x", "dt", "B", "C", "initial_state"),
+    tokens=("x", "dt", "B", "C"),
+    has_segments=True,
+    has_states=True,
+    hints={"chunk": (1, 7, 1000)},
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.selective_scan.reference:selective_scan_reference", forward_mode=True

@@ -73,6 +73,14 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 24, 4, 8, 2, 8, skip="HP", initial=True, final=True)
+CONTRACT = {
+    "reference": _SMALL,
+    "xla": _SMALL,
+    "tpu": Case("tpu", 2, 140, 2, 32, 1, 16, initial=True, final=True),
+    "gpu": Case("gpu", 2, 140, 2, 64, 1, 64, initial=True, final=True),
+}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Arguments of ssd by name (x, dt, A, B, C, D, segment_ids, initial_state); x, B, C have `dtype`, the rest float32.

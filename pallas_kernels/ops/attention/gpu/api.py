@@ -54,8 +54,6 @@ class _Masks(typing.NamedTuple):
 
 def supports(q, k, v, **kwargs) -> str | None:
     """Why the GPU kernels cannot serve this call of `attention`, or None if they can."""
-    if jax.__version_info__ < (0, 11):
-        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
     for name, array in (("q_BTHP", q), ("k_BSKP", k), ("v_BSKP", v)):
         if array.dtype != jnp.bfloat16:
             return f"dtype of {name} ({array.dtype}) is not bfloat16"

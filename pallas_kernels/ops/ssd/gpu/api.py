@@ -75,8 +75,6 @@ def supports(
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
     if B.shape[-1] > MAX_STATE:
         return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
-    if jax.__version_info__ < (0, 11):
-        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
     return None
 
 
