@@ -8,9 +8,9 @@ states, from its root, with the same interpreter, and compare:
     python -m tests.ops.lowered /tmp/after         # in the other one
     diff -rq /tmp/before /tmp/after
 
-One file a call holds the StableHLO of the outputs alone and that of outputs and gradients, and the Mosaic modules within
-them, decoded; both without source locations. Kernel names, grids, sizes and compiler parameters stay in. `hashes.txt`
-has a line a file. A call that the kernel refuses is a file with the reason.
+One file a call holds the StableHLO of the outputs alone and that of outputs and gradients, and the Mosaic modules
+within them, decoded; both without source locations. Kernel names, grids, sizes and compiler parameters stay in.
+`hashes.txt` has a line a file. A call that the kernel refuses is a file with the reason.
 
 Nothing is compiled and no accelerator is asked for. TPU programs need libtpu and are lowered for a described v5e, v5p
 and v6e, the small shapes for v5p alone; GPU programs (JAX 0.11) for Hopper, of 132 multiprocessors.
@@ -48,16 +48,12 @@ LOWERING_PLATFORM = {"gpu": "cuda", "tpu": "tpu"}
 FEW_QUERIES = 16  # up to which attention is lowered with a stacked cache, too
 
 
-def assume_platform(platform: str, generation: str | None):
-    """The context in which calls are traced for a device that is not there, wherever this tree keeps it."""
-    for module in ("pallas_kernels.platform", "pallas_kernels.dispatch"):
+def assume_platform(platform: str):
+    """The context in which calls are traced for a platform that is not there, wherever this tree keeps it."""
+    for name in ("pallas_kernels.dispatch", "pallas_kernels.platform"):
         with contextlib.suppress(ModuleNotFoundError):
-            found = getattr(importlib.import_module(module), "assume_platform", None)
-            if found is not None and "generation" in found.__code__.co_varnames and generation:
-                return found(platform, generation=generation)
-            if found is not None:
-                return found(platform)
-    raise ModuleNotFoundError("assume_platform is neither in pallas_kernels.platform nor in pallas_kernels.dispatch")
+            return importlib.import_module(name).assume_platform(platform)
+    raise ModuleNotFoundError("assume_platform is neither in pallas_kernels.dispatch nor in pallas_kernels.platform")
 
 
 @functools.cache
@@ -110,7 +106,7 @@ def lower(call, arrays: dict, fixed: dict, platform: str, generation: str | None
 
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (arrays, fixed))
     texts = []
-    with mesh, assume_platform(platform, generation):
+    with mesh, assume_platform(platform):
         for function in (outputs, jax.grad(loss, has_aux=True)):
             traced = jax.jit(function).trace(*placed)
             lowered = traced.lower(lowering_platforms=(LOWERING_PLATFORM[platform],))

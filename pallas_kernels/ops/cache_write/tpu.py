@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ops.attention.tpu.common import F32, LANES
+from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.varying import call_varying
 
 

@@ -10,14 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platform
+from pallas_kernels.mosaic_gpu import F32
 from pallas_kernels.ops.causal_conv1d.documents import convolve_documents
 from pallas_kernels.ops.causal_conv1d.gpu import kernels as gpu_kernels
-from pallas_kernels.ops.causal_conv1d.gpu.kernels import CHANNELS, F32, SEEN, Plan
+from pallas_kernels.ops.causal_conv1d.gpu.kernels import CHANNELS, SEEN, Plan
 
 MOST_TAPS = 8
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 COPY_BYTES = 16  # rows of x must start at multiples of it
-MULTIPROCESSORS = 132
 FEWEST_TOKENS = 64  # of a part of a row
 # (tokens a stage, stages, thread blocks that a multiprocessor holds) by W - 1 up to 4 and above.
 FORWARD = ((16, 4, 4), (16, 4, 4))
@@ -108,11 +109,12 @@ def make_plan(sizes, static, x_BTD, w_DW, b_D, initial_state, seen_BT) -> Plan:
         interpret=interpret,
         margin=SEEN + block if interpret else 0,
     )
+    places = platform.multiprocessors() * resident  # of thread blocks
     columns = n_batch * plan.padded_width // CHANNELS
     n_blocks = -(-n_tokens // block)
 
     def cost(part_blocks):  # tokens that a multiprocessor's place walks one after the other
-        rounds = -(-columns * -(-n_blocks // part_blocks) // (MULTIPROCESSORS * resident))
+        rounds = -(-columns * -(-n_blocks // part_blocks) // places)
         return rounds * (part_blocks * block + 2 * n_before + block)
 
     choices = range(min(n_blocks, FEWEST_TOKENS // block), n_blocks + 1)

@@ -22,14 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS
 from pallas_kernels.varying import call_varying
 
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
 VECTOR = 2  # channels of a thread
 LAYOUT = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=VECTOR)
 SEEN = 32  # entries of `seen` that are copied at once: 128 bytes, the least
-F32 = jnp.float32
-LOG2E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +358,7 @@ def _call(plan, body, out, *arrays):
         out_type=[jax.ShapeDtypeStruct(*shape_and_type) for shape_and_type in out],
         grid=(plan.batch, plan.parts, plan.padded_width // CHANNELS),
         grid_names=("batch", "part", "channels"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=PARAMS,
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
     return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
+from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.ops.causal_conv1d import xla
 from pallas_kernels.ops.causal_conv1d.documents import convolve_documents
 from pallas_kernels.ops.causal_conv1d.tpu import backward as tpu_backward
-from pallas_kernels.ops.causal_conv1d.tpu.backward import EDGE, F32, LANES, Blocks
+from pallas_kernels.ops.causal_conv1d.tpu.backward import EDGE, Blocks
 
 TAPS = range(2, EDGE + 1)
 DTYPES = (jnp.bfloat16, jnp.float32)
