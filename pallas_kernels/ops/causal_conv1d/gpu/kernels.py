@@ -47,8 +47,7 @@ class Plan:
     segments: bool
     initial: bool
     dtype: jnp.dtype
-    interpret: bool = False
-    margin: int = 0  # zeros in front of and behind the tokens: only the interpreter needs them
+    margin: int = 0  # zeros in front of and behind the tokens
 
     @property
     def parts(self) -> int:
@@ -359,7 +358,6 @@ def _call(plan, body, out, *arrays):
         grid=(plan.batch, plan.parts, plan.padded_width // CHANNELS),
         grid_names=("batch", "part", "channels"),
         compiler_params=PARAMS,
-        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
     return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)
 
