@@ -8,16 +8,16 @@ Whatever goes through an op's one door goes through here: jit, gradients, vmap, 
 was traced within stays interpreted, so trace anew outside.
 
 Mosaic's interpreter of GPU kernels (JAX 0.11) runs a thread block's warpgroups on threads of XLA's that wait for each
-other: it needs more of them than the machine may have, see `enough_threads`. It lacks matrix-unit accumulators as a
-kernel uses them, adding copies and tiles that reach outside an array. So products are plain ones here, adding copies
-read and write, and arrays are padded to whole blocks; barriers, slots, ranges, masks and layouts are the kernels' own.
+other: it needs more of them than the machine may have (tests/conftest.py asks for them). It lacks matrix-unit
+accumulators as a kernel uses them, adding copies and tiles that reach outside an array. So products are plain ones
+here, adding copies read and write, and arrays are padded to whole blocks; barriers, slots, ranges, masks and layouts
+are the kernels' own.
 """
 
 import contextlib
 import dataclasses
 import functools
 import importlib
-import os
 from unittest import mock
 
 import jax
@@ -28,18 +28,12 @@ from jax import lax
 from pallas_kernels.ops import OPS
 from pallas_kernels.platform import assume_platform
 
-THREADS = "16"
 GENERATION = "v5p"  # of the TPU that is played: its two cores share a grid
 MULTIPROCESSORS = 3  # of the GPU that is played: few, so that thread blocks of small arrays have several tiles each
 
 needs_gpu_interpreter = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts"
 )
-
-
-def enough_threads() -> None:
-    """Gives XLA the threads that interpreted GPU kernels need; before JAX computes anything in the process."""
-    os.environ.setdefault("NPROC", THREADS)
 
 
 def interpreted(op: str, platform: str, *, multiprocessors: int = MULTIPROCESSORS):

@@ -87,7 +87,7 @@ def test_scores_of_wide_states_are_causal_and_zero_on_padding(layout):
     ids = marks(layout)
     real = gpu.document_vectors(jnp.asarray(ids), CHUNKS)[0]
     b_mat, c_mat = (jnp.asarray(rng.standard_normal((2, TOKENS, 2, 8)), jnp.bfloat16) for _ in range(2))
-    cfg = gpu_grads.Grads(2, 2, 2, 256, CHUNKS)
+    cfg = gpu_grads.Grads(2, 2, 2, 256, CHUNKS, multiprocessors=132)
     found = np.asarray(gpu_grads._score_tiles(cfg, *(gpu_grads._by_tile(v, real, CHUNKS) for v in (b_mat, c_mat))))
     found = found.astype(np.float64)
     full = [np.pad(np.asarray(v, np.float64), ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS), (0, 0), (0, 0)))

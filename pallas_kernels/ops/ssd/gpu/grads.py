@@ -422,7 +422,7 @@ def _schedule(cfg, block):
     those of the last round of blocks come before its second ones.
     """
     blocks = cfg.batch * cfg.groups * cfg.splits * cfg.chunks
-    paired = (blocks - 1) // cfg.multiprocessors * cfg.multiprocessors
+    paired = (blocks - 1) // cfg.multiprocessors * cfg.multiprocessors // 2 * 2
     alone = (blocks - paired) // 2
     rest = jnp.maximum(block - paired, 0)
     side_by_side = block < paired
