@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pallas_kernels import assume_platform, attention
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.attention import cases, xla
+from pallas_kernels.ops.attention.mask import Mask
 from pallas_kernels.oracle import make_weights
 from tests.ops.support import check_against_oracle, run
 from tests.tolerances import check_close
@@ -170,8 +171,7 @@ def test_causal(small_blocks):
 
 def test_hidden_blocks_are_not_visited():
     def count(queries, **changes):
-        plan = xla._Settings(True, None, 1.0, None, 0, 4096, (512, 512))._replace(**changes)
-        return len(xla._pairs(queries // 512, 8, plan))
+        return len(xla._pairs(queries // 512, 8, Mask(**changes), xla._Settings(1.0, None, 4096, (512, 512))))
 
     assert count(4096) == 36
     assert count(4096, causal=False) == 64

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What XLA does around the gradient kernel of ssd on Hopper: sums of decay gradients, a start state, scores."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +102,11 @@ def test_scores_of_wide_states_are_causal_and_zero_on_padding(layout):
             for pair in range(2 - chunk % 2):  # a first tile with itself and the second one, a second with itself
                 j, i = (slice(c * gpu.TILE, (c + 1) * gpu.TILE) for c in (chunk, chunk + pair))
                 np.testing.assert_allclose(found[row, chunk, :, pair], expected[:, j, i], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78, 15])  # H100 SXM, H100 PCIe, H20; an odd number
+def test_every_tile_has_one_thread_block(multiprocessors):
+    cfg = gpu_grads.Grads(3, 4, 2, 64, 50, multiprocessors)
+    blocks = 3 * 2 * 50
+    half, span = jax.vmap(lambda block: gpu_grads._schedule(cfg, block))(jnp.arange(blocks))
+    assert sorted(zip(span.tolist(), half.tolist(), strict=True)) == [(i // 2, i % 2) for i in range(blocks)]

@@ -43,6 +43,8 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.ops.attention.gpu.common import capped, visible
 from pallas_kernels.varying import unchecked_varying
 
+REGISTERS = (240, 24)  # of a thread of the compute warpgroups and of the producer
+
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
@@ -376,12 +378,12 @@ def _body(cfg, *flat):
     def scoped(smem, *bars):
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
             _compute(cfg, idx, refs, smem, bars, wg)
 
         @pl.when(wg == 2)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
             _produce(cfg, idx, refs, smem, bars)
 
     pl.run_scoped(

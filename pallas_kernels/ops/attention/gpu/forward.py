@@ -38,6 +38,9 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.ops.attention.gpu.common import capped, visible
 from pallas_kernels.ops.attention.mask import LOWEST
 
+# Of a thread of the compute warpgroups and of the producer, by the number of the former.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
@@ -438,13 +441,13 @@ def _body(cfg, *flat):
         @pl.when(wg < wgs)
         def _():
             if not cfg.few:
-                plgpu.set_max_registers(240 if wgs == 2 else 160, action="increase")
+                plgpu.set_max_registers(REGISTERS[wgs][0], action="increase")
             _compute(cfg, refs, smem, bars, wg)
 
         @pl.when(wg == wgs)
         def _():
             if not cfg.few:
-                plgpu.set_max_registers(24 if wgs == 2 else 32, action="decrease")
+                plgpu.set_max_registers(REGISTERS[wgs][1], action="decrease")
             _produce(cfg, refs, smem, bars)
 
     pl.run_scoped(

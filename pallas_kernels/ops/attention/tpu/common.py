@@ -13,6 +13,7 @@ from pallas_kernels.mosaic_tpu import LOG2E
 from pallas_kernels.ops.attention import block_pairs
 from pallas_kernels.varying import call_varying
 
+VMEM_BYTES = 96 * 2**20  # that a kernel may take
 HIDDEN = -3e38  # score of what is not visible: exp2(HIDDEN - LOWEST) is 0
 
 
@@ -123,7 +124,7 @@ def call_kernel(kernel, name: str, grid, words, inputs: dict, outputs: dict, scr
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(grid) - 2),
-            vmem_limit_bytes=96 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=s.interpret,
         name=name,

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import platform
 from pallas_kernels.mosaic_tpu import F32, LANES, LOG2E, NN, NT, SUBLANES, dot, round_up, widen
 from pallas_kernels.ops.attention.mask import LOWEST, Mask, visible_pairs
-from pallas_kernels.ops.attention.tpu.common import HIDDEN, log2_scores
+from pallas_kernels.ops.attention.tpu.common import HIDDEN, VMEM_BYTES, log2_scores
 from pallas_kernels.varying import call_varying
 
 MOST_QUERIES = 16
@@ -433,7 +433,7 @@ def run_kernel(arrays: dict, visits: Visits, first, s: Decode) -> dict:
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=96 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=s.interpret,
         name="attention_decode",

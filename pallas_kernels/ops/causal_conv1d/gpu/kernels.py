@@ -259,6 +259,24 @@ def _backward_token(plan, weights, carry, x, dy, seen, counted=None):
     return shares[0]
 
 
+def _backward_scratch(plan):
+    """Rings of x, dy and `seen`, dx on its way out; the K inputs before the part, its first K x, dy and `seen`."""
+    ring = plgpu.SMEM((plan.stages, plan.block, CHANNELS), plan.dtype)
+    first = plgpu.SMEM((plan.before, CHANNELS), plan.dtype) if plan.before else None
+    return (
+        ring,
+        ring,
+        plgpu.SMEM((plan.stages, SEEN), jnp.int32) if plan.segments else None,
+        plgpu.SMEM((2, plan.block, CHANNELS), plan.dtype),
+        first,
+        first,
+        first,
+        plgpu.SMEM((SEEN,), jnp.int32) if plan.segments and plan.before else None,
+        plgpu.Barrier(num_arrivals=2 + plan.segments, num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=3 + plan.segments),
+    )
+
+
 def _backward_body(plan, *refs):
     it = iter(refs)
     x_g, dy_g, w_g = next(it), next(it), next(it)
@@ -333,20 +351,7 @@ def _backward_body(plan, *refs):
             dw_g[row, j, channels] = total
         plgpu.wait_smem_to_gmem(0)
 
-    first = plgpu.SMEM((k, CHANNELS), plan.dtype) if k else None
-    pl.run_scoped(
-        scoped,
-        plgpu.SMEM((stages, block, CHANNELS), plan.dtype),
-        plgpu.SMEM((stages, block, CHANNELS), plan.dtype),
-        plgpu.SMEM((stages, SEEN), jnp.int32) if plan.segments else None,
-        plgpu.SMEM((2, block, CHANNELS), plan.dtype),
-        first,
-        first,
-        first,
-        plgpu.SMEM((SEEN,), jnp.int32) if plan.segments and k else None,
-        plgpu.Barrier(num_arrivals=2 + plan.segments, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=3 + plan.segments),
-    )
+    pl.run_scoped(scoped, *_backward_scratch(plan))
 
 
 def _call(plan, body, out, *arrays):

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.mosaic_tpu import F32, LANES, SUBLANES, column
 from pallas_kernels.varying import call_varying
 
+VMEM_BYTES = 64 * 2**20  # that the kernel may take
 EDGE = 8  # tokens kept beside a block, at least W - 1
 HALO = 16  # tokens read before a block: a whole tile of bfloat16
 
@@ -255,7 +256,7 @@ def backward(blocks: Blocks, x, dy, w, seen, state):
         out_shape=[shape for shape, _ in made.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=blocks.interpret,
         name="causal_conv1d_backward",

@@ -80,6 +80,10 @@ class Grads:
         return self.heads // (self.groups * self.splits)
 
     @property
+    def given_scores(self) -> bool:
+        return self.pairs and not self.whole
+
+    @property
     def db_dtype(self):
         """One part is the gradient itself."""
         return self.dtype if self.splits == 1 and self.whole else F32
@@ -452,21 +456,11 @@ def _outputs(cfg):
     return named
 
 
-def _body(cfg, *refs):
-    names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["real"] * cfg.segments + ["d"] * cfg.has_d
-    given = cfg.pairs and not cfg.whole
-    names += ["scores"] * given
-    ins, outs = dict(zip(names, refs)), dict(zip([*_outputs(cfg), "dx"], refs[len(names) :]))
-    wg, block = lax.axis_index("wg"), lax.axis_index("block")
-    half, tile_index = _schedule(cfg, block)
-    rest, span = lax.div(tile_index, cfg.chunks // 2), lax.rem(tile_index, cfg.chunks // 2)
-    b, rest = lax.div(rest, cfg.groups * cfg.splits), lax.rem(rest, cfg.groups * cfg.splits)
-    idx = (b, span, lax.div(rest, cfg.splits), lax.rem(rest, cfg.splits), rest * cfg.block_heads)
-    group = idx[2]
-
+def _scratch(cfg):
+    """Shared memory of a thread block by name."""
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     s, n = cfg.stages, cfg.state
-    scratch = {
+    return {
         "x": tile((s, TILE, TILE)),
         "dy": tile((s, 2, TILE, TILE)),
         "h": tile((s, TILE, n)),
@@ -485,15 +479,30 @@ def _body(cfg, *refs):
         "target": plgpu.SMEM((2, TILE), F32),
         "db": plgpu.SMEM((TILE,), F32),
     }
-    barriers = {
-        "full": plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=s),
-        "empty": plgpu.Barrier(num_arrivals=3, num_barriers=s),
-        "start": plgpu.Barrier(num_arrivals=3 + cfg.segments + given, num_barriers=1),
-        "clean": plgpu.Barrier(num_arrivals=1, num_barriers=s),
+
+
+def _barriers(cfg):
+    return {
+        "full": plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=cfg.stages),
+        "empty": plgpu.Barrier(num_arrivals=3, num_barriers=cfg.stages),
+        "start": plgpu.Barrier(num_arrivals=3 + cfg.segments + cfg.given_scores, num_barriers=1),
+        "clean": plgpu.Barrier(num_arrivals=1, num_barriers=cfg.stages),
         "m_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
         "m_empty": plgpu.Barrier(num_arrivals=1, num_barriers=1),
         "ds_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
     }
+
+
+def _body(cfg, *refs):
+    names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["real"] * cfg.segments + ["d"] * cfg.has_d
+    names += ["scores"] * cfg.given_scores
+    ins, outs = dict(zip(names, refs)), dict(zip([*_outputs(cfg), "dx"], refs[len(names) :]))
+    wg, block = lax.axis_index("wg"), lax.axis_index("block")
+    half, tile_index = _schedule(cfg, block)
+    rest, span = lax.div(tile_index, cfg.chunks // 2), lax.rem(tile_index, cfg.chunks // 2)
+    b, rest = lax.div(rest, cfg.groups * cfg.splits), lax.rem(rest, cfg.groups * cfg.splits)
+    idx = (b, span, lax.div(rest, cfg.splits), lax.rem(rest, cfg.splits), rest * cfg.block_heads)
+    group = idx[2]
 
     def by_half(work):
         for k in range(2):
@@ -508,9 +517,9 @@ def _body(cfg, *refs):
             tiles = (("b", "b", half), ("c", "c", half), ("c1", "c", 1))
             for target, name, tile_half in tiles:
                 rows = pl.ds((span * 2 + tile_half) * TILE, TILE)
-                source = ins[name].at[b, rows, group, pl.ds(cfg.column, n)]
+                source = ins[name].at[b, rows, group, pl.ds(cfg.column, cfg.state)]
                 plgpu.copy_gmem_to_smem(source, smem[target], bar)
-            if given:
+            if cfg.given_scores:
                 plgpu.copy_gmem_to_smem(ins["scores"].at[b, span * 2 + half, group], smem["scores"], bar)
             if cfg.segments:
                 plgpu.copy_gmem_to_smem(ins["real"].at[b, pl.ds(span * 2, 2)], smem["real"], bar)
@@ -530,7 +539,7 @@ def _body(cfg, *refs):
                 plgpu.barrier_wait(bars["start"].at[0])
                 by_half(lambda cfg, k: work(cfg, k, idx, outs, smem, bars))
 
-    pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
+    pl.run_scoped(scoped, _scratch(cfg), _barriers(cfg), collective_axes="wg")
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once

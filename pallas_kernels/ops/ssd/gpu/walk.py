@@ -53,6 +53,8 @@ from pallas_kernels.varying import call_varying
 # A chunk is TILE tokens, a head TILE channels wide.
 SHARED_BYTES = 220 * 1024  # shared memory the buffers may take
 MOST_STAGES = 6
+LARGEST = 100.0  # log2 of the largest weight of a pair; a larger one belongs to a score that is zero
+PRODUCER_REGISTERS = 24  # of a thread
 TILE_BYTES = 2 * TILE * TILE
 
 
@@ -139,8 +141,8 @@ def _clear_padding(cfg, smem, slot, *tiles):
 
 
 def _decayed(cfg, scores, a_col, b_row):
-    """scores_ji exp2(a_i - b_j); the bound matters only where scores are zero, so that no infinity meets them."""
-    gate = jnp.exp2(jnp.minimum(cols_of(a_col, TILE) - rows_of(b_row, TILE), 100.0))
+    """scores_ji exp2(a_i - b_j), bounded so that no infinity meets a score of zero."""
+    gate = jnp.exp2(jnp.minimum(cols_of(a_col, TILE) - rows_of(b_row, TILE), LARGEST))
     return (scores * gate).astype(cfg.dtype)
 
 
@@ -404,14 +406,14 @@ def _body(cfg, *refs):
 
         @pl.when(wg == cfg.warpgroups)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             _produce(cfg, idx, (x_g, ab_g, real_g, b_g, c_g), smem, bars["full"], bars["empty"])
 
     pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
 
 def _registers(cfg):
-    """Registers a thread of the (state, scores) warpgroups; the producer keeps 24 of its share."""
+    """Registers a thread of the (state, scores) warpgroups; the producer gives its share."""
     if not cfg.emit_y:
         return 240, 0
     if cfg.block_heads == 1:

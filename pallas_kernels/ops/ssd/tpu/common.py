@@ -28,6 +28,7 @@ from pallas_kernels.segments import document_numbers
 from pallas_kernels.varying import call_varying
 
 CHUNK = LANES  # tokens a chunk: one lane row
+VMEM_BYTES = 64 * 2**20  # that a kernel may take
 GROUP = 8  # tokens that share a decay reference in the factored form
 LOG_DECAY_FLOOR = -120.0  # exp of it is zero in float32, so the limit changes nothing
 PAIR_FLOOR = -16.0  # the least log decay of a token in the factored form
@@ -270,7 +271,7 @@ def call_kernel(kernel, name, grid, inputs, specs, outputs, scratch, blocks, int
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=64 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,  # of the copies, whose addresses follow from shapes: 5% of the forward's time
         ),
         interpret=interpret,
