@@ -48,6 +48,7 @@ from pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from pallas_kernels.ops.ssd.gpu.decay import SMALLEST_DT_EXPONENT
+from pallas_kernels.ops.ssd.gpu.walk import clear_rows
 from pallas_kernels.varying import call_varying
 
 LARGEST = 126.0  # log2 of the largest weight of a pair that is masked afterwards
@@ -145,9 +146,7 @@ def _clear_padding(cfg, smem, *tiles):
     """Zeros on the padding of tiles ``([64 tokens, n], half)``, which may hold anything."""
     for tile, half in tiles:
         real = rows_of(plgpu.load(smem["real"].at[half], layout=ROW, optimized=False)) > 0.0
-        for n in range(0, tile.shape[-1], TILE):
-            part = tile.at[:, pl.ds(n, TILE)]
-            part[...] = jnp.where(real, load_tile(part), 0.0).astype(cfg.dtype)
+        clear_rows(tile, real, cfg.dtype)
     plgpu.commit_smem()
 
 

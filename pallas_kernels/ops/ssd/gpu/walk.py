@@ -121,6 +121,13 @@ class Walk:
         return -(-self.chunks // (2 * self.pieces)) * 2
 
 
+def clear_rows(tile, real, dtype):
+    """Zeros in the rows of a tile ``[64, n]`` of shared memory where ``real [64, 64]`` does not hold."""
+    for n in range(0, tile.shape[-1], TILE):
+        part = tile.at[:, pl.ds(n, TILE)]
+        part[...] = jnp.where(real, load_tile(part), 0.0).astype(dtype)
+
+
 def _clear_padding(cfg, smem, slot, *tiles):
     """Zeros on the padding of tiles ``[64 tokens, n]`` of a chunk, which may hold anything; rare, and costs a branch.
 
@@ -133,10 +140,7 @@ def _clear_padding(cfg, smem, slot, *tiles):
     def _():
         real = rows_of(plgpu.load(smem["real"].at[slot], layout=ROW), TILE) > 0.0
         for tile in tiles:
-            for n in range(0, tile.shape[-1], TILE):
-                part = tile.at[:, pl.ds(n, TILE)]
-                value = load_tile(part)
-                part[...] = jnp.where(real, value, 0.0).astype(cfg.dtype)
+            clear_rows(tile, real, cfg.dtype)
         plgpu.commit_smem()
 
 
