@@ -18,6 +18,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import os
+import threading
 from unittest import mock
 
 import jax
@@ -27,6 +29,7 @@ from jax import lax
 
 from pallas_kernels.ops import OPS
 from pallas_kernels.platform import assume_platform
+from tests.ops.support import QUICK
 
 GENERATION = "v5p"  # of the TPU that is played: its two cores share a grid
 MULTIPROCESSORS = 3  # of the GPU that is played: few, so that thread blocks of small arrays have several tiles each
@@ -56,7 +59,7 @@ def _on_gpu(op: str, multiprocessors: int):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     with contextlib.ExitStack() as stack:
-        for target, changes in (*_words(), *_sizes(op)):
+        for target, changes in (*_words(), *_sizes(op), *(_programs() if not os.environ.get("SLOWLY") else [])):
             stack.enter_context(mock.patch.multiple(target, **changes))
         stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
         stack.enter_context(plgpu.force_gpu_interpret_mode())
@@ -75,6 +78,27 @@ def _sizes(op: str) -> list:
     if op == "ssd":
         return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
     return []
+
+
+def _programs() -> list:
+    """(module, its function that runs a thread's program): compiled once for all threads, and quickly.
+
+    Left alone, each thread of the first thread block compiles it, optimised.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map  # no public name
+
+    lock, programs = threading.Lock(), {}
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            _, program = programs.get(id(jaxpr), (None, None))
+            if program is None:
+                traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
+                program = traced.lower().compile(compiler_options=QUICK)
+                programs[id(jaxpr)] = jaxpr, program  # kept, so that the id stays its own
+        program(consts, *args)
+
+    return [(thread_map, {"_run_jaxpr": run})]
 
 
 class _Accumulator:
