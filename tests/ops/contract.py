@@ -164,6 +164,16 @@ def _compiled(subject: Subject, settings: tuple):
 
 
 @contextlib.contextmanager
+def compiling_anew():
+    """Within, nothing compiled before is used: for tests that change how an implementation goes about its work."""
+    _compiled.cache_clear()
+    try:
+        yield
+    finally:
+        _compiled.cache_clear()
+
+
+@contextlib.contextmanager
 def _hopper_interpreter():
     """For kernels that cannot be told to run interpreted; for the rest of this process."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
