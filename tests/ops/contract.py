@@ -3,16 +3,11 @@
 
 Each subject is run on the smallest case that shows all of its contract (CONTRACT of the op's cases). Interpreted
 kernels take seconds to compile, so properties share what is compiled: rows of all tokens, and rows of half of them.
-
-`python -m tests.ops.contract OP IMPLEMENTATION PROPERTY...` checks one in a process of its own, which the interpreter
-of Hopper kernels needs: one thread of a kernel waits for another, so XLA must have enough (NPROC in the environment).
 """
 
 import contextlib
 import dataclasses
 import functools
-import inspect
-import sys
 from collections.abc import Callable
 
 import jax
@@ -25,6 +20,7 @@ from pallas_kernels.compat import enable_x64
 from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.op import KERNELS, Implementation, Op, select
 from pallas_kernels.ops import OPS
+from tests.ops.interpreter import interpreted
 from tests.ops.support import QUICK, served_by
 
 ABSENT = {"tpu": {"generation": "v5e"}, "gpu": {"capability": "9.0"}}  # the devices that kernels are traced for
@@ -95,27 +91,19 @@ class Subject:
 
     def call(self, arrays: dict, **settings) -> tuple:
         """The results on arrays by name, by the implementation as it is named."""
-        return oracle.call(self.name, arrays, implementation=self.implementation, **settings)
+        implementation = "auto" if self.change else self.implementation
+        return oracle.call(self.name, arrays, implementation=implementation, **settings)
 
     @contextlib.contextmanager
     def serving(self):
         """Within, `call` runs here: kernels are interpreted, a change is made."""
-        function = self.way.load()
         with contextlib.ExitStack() as stack:
             if self.is_kernel:
-                if "interpret" in inspect.signature(function).parameters:
-                    function = functools.partial(function, interpret=True)
-                else:
-                    stack.enter_context(_hopper_interpreter())
+                stack.enter_context(interpreted(self.name, self.implementation))
             if self.change:
-                function = functools.partial(lambda inner, *args, **more: self.change(inner(*args, **more)), function)
-            stack.enter_context(served_by(function, self.way.takes))
+                function = self.way.load()
+                stack.enter_context(served_by(lambda *args, **more: self.change(function(*args, **more))))
             yield
-
-    def served(self, arrays: dict, **settings) -> tuple:
-        """`call` of an implementation that `serving` puts into place."""
-        return oracle.call(self.name, arrays, implementation="auto" if self.is_kernel or self.change else
-                           self.implementation, **settings)  # fmt: skip
 
     def run(self, inputs: dict, weights=None, **settings) -> dict[str, np.ndarray]:
         """Outputs and gradients of sum(output * weight) by name, as `oracle.evaluate` gives them."""
@@ -123,7 +111,7 @@ class Subject:
         arrays, fixed = oracle.split(self.name, inputs)
         with self.serving():
             if weights is None:
-                shapes = jax.eval_shape(lambda given: self.served(given, **settings), {**arrays, **fixed})
+                shapes = jax.eval_shape(lambda given: self.call(given, **settings), {**arrays, **fixed})
                 weights = oracle.make_weights([out.shape for out in shapes])
             function = _compiled(self, tuple(sorted(settings.items())))
             out, grads = function(arrays, fixed, [jnp.asarray(weight) for weight in weights])
@@ -133,7 +121,7 @@ class Subject:
     def weights(self, inputs: dict) -> list[np.ndarray]:
         """Loss weights of the outputs."""
         with self.serving():
-            shapes = jax.eval_shape(functools.partial(self.served, **self.settings), inputs)
+            shapes = jax.eval_shape(functools.partial(self.call, **self.settings), inputs)
         return oracle.make_weights([out.shape for out in shapes])
 
     def check(self, actual: dict, expected: dict, dtype: str | None = None, what: str = "") -> None:
@@ -153,7 +141,7 @@ def _compiled(subject: Subject, settings: tuple):
 
     def both(arrays, fixed, weights):
         def outputs(arrays):
-            return subject.served({**arrays, **fixed}, **dict(settings))
+            return subject.call({**arrays, **fixed}, **dict(settings))
 
         if not subject.way.gradients:
             return outputs(arrays), {}
@@ -171,18 +159,6 @@ def compiling_anew():
         yield
     finally:
         _compiled.cache_clear()
-
-
-@contextlib.contextmanager
-def _hopper_interpreter():
-    """For kernels that cannot be told to run interpreted; for the rest of this process."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from tests.ops import mosaic_interpreter
-
-    mosaic_interpreter.install_once()
-    with plgpu.force_gpu_interpret_mode(), assume_platform("gpu"):
-        yield
 
 
 def _oracle(subject: Subject, inputs: dict, weights=None) -> dict:
@@ -368,7 +344,7 @@ def check_eager(subject: Subject) -> None:
     """Not compiled as a whole, the same."""
     inputs = {**subject.inputs(), **_layout(subject, "packed")}
     with subject.serving():
-        out = subject.served({name: jnp.asarray(array) for name, array in inputs.items()}, **subject.settings)
+        out = subject.call({name: jnp.asarray(array) for name, array in inputs.items()}, **subject.settings)
     expected = subject.run(inputs)
     actual = {f"out{i}": np.asarray(o, np.float64) for i, o in enumerate(out)}
     subject.check(actual, {name: expected[name] for name in actual})
@@ -383,7 +359,7 @@ def check_checkpoint(subject: Subject) -> None:
     weights = subject.weights(inputs)
 
     def loss(arrays):
-        out = subject.served({**arrays, **fixed}, **subject.settings)
+        out = subject.call({**arrays, **fixed}, **subject.settings)
         return sum(jnp.vdot(o.astype(jnp.float32), weight) for o, weight in zip(out, weights))
 
     with subject.serving():
@@ -397,7 +373,7 @@ def _mapped(subject: Subject, how: str):
     """call(rows, shared, fixed) on two sets of rows at once, stacked on a new first axis."""
 
     def one(rows, shared, fixed):
-        return subject.served({**rows, **shared, **fixed}, **subject.settings)
+        return subject.call({**rows, **shared, **fixed}, **subject.settings)
 
     if how == "vmap":
         return jax.vmap(one, (0, None, 0))
@@ -535,7 +511,7 @@ def check_forward_mode(subject: Subject) -> None:
     with enable_x64(), subject.serving():
         wide = {n: a if n in subject.op.integers else np.asarray(a, np.float64) for n, a in inputs.items()}
         arrays, fixed = oracle.split(subject.name, wide)
-        function = lambda arrays: subject.served({**arrays, **fixed}, **subject.settings)
+        function = lambda arrays: subject.call({**arrays, **fixed}, **subject.settings)
         rng = np.random.default_rng(5)
         along = {name: jnp.asarray(rng.standard_normal(array.shape)) for name, array in arrays.items()}
         if not subject.way.forward_mode:
@@ -560,7 +536,7 @@ def check_forward_over_reverse(subject: Subject) -> None:
             arrays, fixed = oracle.split(subject.name, wide)
 
             def loss(arrays):
-                return sum(jnp.sum(o**2) for o in subject.served({**arrays, **fixed}, **subject.settings))
+                return sum(jnp.sum(o**2) for o in subject.call({**arrays, **fixed}, **subject.settings))
 
             along = jax.tree.map(jnp.ones_like, arrays)
             return jax.jit(lambda a, t: jax.jvp(jax.grad(loss), (a,), (t,))[1], compiler_options=QUICK)(arrays, along)
@@ -598,20 +574,3 @@ REST = (
 )
 # Of implementations in plain JAX alone.
 PLAIN = (check_forward_mode, check_forward_over_reverse)
-
-
-def main(name: str, implementation: str, *properties: str) -> int:
-    """Checks the named properties; prints which hold. The exit code is how many do not."""
-    subject, failed = Subject(name, implementation), 0
-    for check in (check for check in (*ESSENTIAL, *REST, *PLAIN) if check.__name__ in properties):
-        try:
-            check(subject)
-            print(f"{subject} {check.__name__}: holds", flush=True)
-        except AssertionError as error:
-            failed += 1
-            print(f"{subject} {check.__name__}: {error}", flush=True)
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
