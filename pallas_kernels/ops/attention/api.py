@@ -60,7 +60,7 @@ def attention(
 
     Scores, softmax statistics and sums are float32 at least. Gradients flow to q, k, v, gate and sinks. Raises
     ValueError or TypeError for arguments that do not fit together, NotImplementedError where the named implementation
-    cannot serve.
+    cannot serve. Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape

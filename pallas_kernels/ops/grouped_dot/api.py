@@ -23,6 +23,7 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
     Returns:
       y_MN in the dtype of x; sums are float32 at least. Gradients flow to x and w. Raises ValueError or TypeError for
       arguments that do not fit together, NotImplementedError where the named implementation cannot serve the call.
+      Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
     """
     check_shape("x_MK", x_MK, (None, None), "rows, inputs")
     check_shape("w_GKN", w_GKN, (None, x_MK.shape[1], None), "groups, inputs of x_MK, outputs")
