@@ -51,7 +51,6 @@ class Op:
     """
 
     name: str
-    api: str  # the public function
     cases: str
     positional: tuple[str, ...]  # names of its positional arrays in inputs of `cases`
     implementations: Mapping[str, Implementation]
@@ -67,10 +66,6 @@ class Op:
     has_segments: bool = False  # takes segment_ids
     has_states: bool = False  # takes initial_state and return_final_state
     hints: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # settings that change no result: some values
-
-    def function(self) -> Callable:
-        """The public function."""
-        return _load(self.api)
 
     def cases_module(self) -> ModuleType:
         """The module of named shapes."""

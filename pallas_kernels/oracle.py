@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import ops
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops import OPS
 
@@ -26,7 +27,7 @@ def call(op: str, inputs: dict, *, function: Callable | None = None, **settings)
     """The op, or `function` in its place, on inputs by name; always a tuple of outputs."""
     inputs = {name: array for name, array in inputs.items() if array is not None}
     args = [inputs.pop(name, None) for name in OPS[op].positional]
-    out = (function or OPS[op].function())(*args, **inputs, **settings)
+    out = (function or ops.function(op))(*args, **inputs, **settings)
     return out if isinstance(out, tuple) else (out,)
 
 

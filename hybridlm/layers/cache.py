@@ -6,6 +6,7 @@ that a write touches the layer's own entries only and the stacked array is updat
 """
 
 import jax
+import jax.numpy as jnp
 
 from hybridlm import sharding
 from pallas_kernels import cache_write

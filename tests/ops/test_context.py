@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention, causal_conv1d, context, oracle, ssd
+from pallas_kernels import attention, causal_conv1d, context, ops, oracle, ssd
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention import cases as attention_cases
@@ -48,7 +48,7 @@ def split_over(op: str, n: int):
         def local(given):
             named = {**options, **given}
             args = [named.pop(name, None) for name in names]
-            return OPS[op].function()(*args, **named, context_axis="context")
+            return ops.function(op)(*args, **named, context_axis="context")
 
         specs = {k: P(None, "context") if k in TOKENS[op] else P() for k in given}
         out = P(None, "context")
@@ -176,7 +176,7 @@ SMALL = {
 def compiled(op: str, n: int):
     """Outputs and gradients, split over n devices or (n = 0) the reference, of arrays and ids given at run time."""
     options = {} if op == "attention" else {"return_final_state": True}
-    run = split_over(op, n) if n else OPS[op].function()
+    run = split_over(op, n) if n else ops.function(op)
 
     def loss(arrays, ids):
         named = {**arrays, "segment_ids": ids}

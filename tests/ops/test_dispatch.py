@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import assume_platform, causal_conv1d, layouts, op, platform, segments, ssd
+from pallas_kernels import assume_platform, causal_conv1d, layouts, op, ops, platform, segments, ssd
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops import NAMES, OPS
 
@@ -152,7 +152,7 @@ def test_modules_and_functions_of_ops_hide_nothing(name):
     package = importlib.import_module(f"pallas_kernels.ops.{name}")
     assert importlib.import_module(f"pallas_kernels.ops.{name}.api").OP is package.OP is OPS[name]
     assert isinstance(getattr(pallas_kernels.ops, name), types.ModuleType)
-    assert getattr(pallas_kernels, name) is OPS[name].function()
+    assert getattr(pallas_kernels, name) is ops.function(name)
     assert OPS[name].name == name and {"reference", "xla"} <= set(OPS[name].implementations) <= set(op.IMPLEMENTATIONS)
 
 

@@ -5,7 +5,6 @@ from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="attention",
-    api="pallas_kernels.ops.attention.api:attention",
     cases="pallas_kernels.ops.attention.cases",
     context="pallas_kernels.ops.attention.context:attention_context",
     positional=("q", "k", "v"),

@@ -5,7 +5,6 @@ from pallas_kernels.op import Implementation, Op
 
 OP = Op(
     name="cache_write",
-    api="pallas_kernels.ops.cache_write.api:cache_write",
     cases="pallas_kernels.ops.cache_write.cases",
     positional=("array", "slots", "value"),
     integers=("slots",),

@@ -5,7 +5,6 @@ from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="causal_conv1d",
-    api="pallas_kernels.ops.causal_conv1d.api:causal_conv1d",
     cases="pallas_kernels.ops.causal_conv1d.cases",
     context="pallas_kernels.ops.causal_conv1d.context:causal_conv1d_context",
     positional=("x", "w", "b"),

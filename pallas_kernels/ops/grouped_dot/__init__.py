@@ -5,7 +5,6 @@ from pallas_kernels.op import Implementation, Op
 
 OP = Op(
     name="grouped_dot",
-    api="pallas_kernels.ops.grouped_dot.api:grouped_dot",
     cases="pallas_kernels.ops.grouped_dot.cases",
     positional=("x", "w", "sizes"),
     integers=("sizes",),

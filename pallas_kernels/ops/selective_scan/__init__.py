@@ -5,7 +5,6 @@ from pallas_kernels.op import Implementation, Op
 
 OP = Op(
     name="selective_scan",
-    api="pallas_kernels.ops.selective_scan.api:selective_scan",
     cases="pallas_kernels.ops.selective_scan.cases",
     context="pallas_kernels.ops.selective_scan.context:selective_scan_context",
     positional=("x", "dt", "A", "B", "C"),

@@ -5,7 +5,6 @@ from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="ssd",
-    api="pallas_kernels.ops.ssd.api:ssd",
     cases="pallas_kernels.ops.ssd.cases",
     context="pallas_kernels.ops.ssd.context:ssd_context",
     positional=("x", "dt", "A", "B", "C"),
