@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.case and options.case not in module.CASES:
         parser.error(f"--case {options.case!r} not one of {', '.join(module.CASES)}")
 
-    kind, here = platform.device_kind(), platform.platform()
+    kind, here = platform.device_name(), platform.platform()
     print(f"{options.op} {options.dtype} on {kind} ({here}), jax {jax.__version__}")
     if options.check:
         selected = (

@@ -115,7 +115,7 @@ def default_device_platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def device_kind() -> str:
+def device_name() -> str:
     """The default device's kind, as JAX names it."""
     return _device().device_kind
 
@@ -127,7 +127,7 @@ def memory() -> int | None:
 
 def peaks(kind: str | None = None) -> Peaks | None:
     """Of a device kind (None: the default device's); None where it is not in the table. The longest name that fits."""
-    words = f" {(device_kind() if kind is None else kind).replace('-', ' ')} "
+    words = f" {(device_name() if kind is None else kind).replace('-', ' ')} "
     fitting = [name for name in PEAKS if f" {name} " in words]
     return PEAKS[max(fitting, key=len)] if fitting else None
 

@@ -55,6 +55,29 @@ def ssd(
     named implementation cannot serve the call. Forward mode (jax.jvp) goes through reference alone; of xla its gradient
     can be differentiated so.
     """
+    _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state)
+    if segment_ids is not None:
+        segment_ids = check_segment_ids("segment_ids", segment_ids, x_BTHP.shape[:2], "batch, tokens of x_BTHP")
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
+    if chunk is not None:
+        check_positive_int("chunk", chunk)
+    if states not in STATES:
+        raise ValueError(f"states ({states!r}) not one of {', '.join(map(repr, STATES))}")
+    args = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN)
+    kwargs = {
+        "D": D,
+        "segment_ids": segment_ids,
+        "initial_state": initial_state,
+        "return_final_state": return_final_state,
+        "chunk": chunk,
+        "states": states,
+    }
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)
+
+
+def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state) -> None:
+    """Raises ValueError or TypeError unless they fit together."""
     check_shape("x_BTHP", x_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
     if n_tokens < 1:
@@ -75,25 +98,8 @@ def ssd(
             check_shape("D", D, (n_heads, d_head), "heads, head width of x_BTHP; or [heads]")
         check_shape("D", D, (n_heads, d_head)[: D.ndim], "heads of x_BTHP; or [heads, head width]")
         check_float("D", D)
-    if segment_ids is not None:
-        segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of x_BTHP")
     if initial_state is not None:
         check_shape(
             "initial_state", initial_state, (n_batch, n_heads, d_head, d_state), "batch, heads, head width, state size"
         )
         check_float("initial_state", initial_state)
-        initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
-    if chunk is not None:
-        check_positive_int("chunk", chunk)
-    if states not in STATES:
-        raise ValueError(f"states ({states!r}) not one of {', '.join(map(repr, STATES))}")
-    args = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN)
-    kwargs = {
-        "D": D,
-        "segment_ids": segment_ids,
-        "initial_state": initial_state,
-        "return_final_state": return_final_state,
-        "chunk": chunk,
-        "states": states,
-    }
-    return call(OP, implementation, args, kwargs, context_axis=context_axis)
