@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from pallas_kernels.compat import why_too_old
 from pallas_kernels.ops import OPS
 from pallas_kernels.platform import assume_platform
 from tests.ops.support import QUICK
@@ -35,7 +36,7 @@ GENERATION = "v5p"  # of the TPU that is played: its two cores share a grid
 MULTIPROCESSORS = 3  # of the GPU that is played: few, so that thread blocks of small arrays have several tiles each
 
 needs_gpu_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts"
+    why_too_old((0, 11)) is not None, reason="the interpreter of this JAX lacks parts"
 )
 
 
@@ -80,6 +81,9 @@ def _sizes(op: str) -> list:
     return []
 
 
+_LOCK, _PROGRAMS = threading.Lock(), {}
+
+
 def _programs() -> list:
     """(module, its function that runs a thread's program): compiled once for all threads, and quickly.
 
@@ -87,15 +91,13 @@ def _programs() -> list:
     """
     from jax._src.pallas.mosaic.interpret import thread_map  # no public name
 
-    lock, programs = threading.Lock(), {}
-
     def run(jaxpr, consts, *args):
-        with lock:
-            _, program = programs.get(id(jaxpr), (None, None))
+        with _LOCK:
+            _, program = _PROGRAMS.get(id(jaxpr), (None, None))
             if program is None:
                 traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
                 program = traced.lower().compile(compiler_options=QUICK)
-                programs[id(jaxpr)] = jaxpr, program  # kept, so that the id stays its own
+                _PROGRAMS[id(jaxpr)] = jaxpr, program  # the former is kept, so that its id stays its own
         program(consts, *args)
 
     return [(thread_map, {"_run_jaxpr": run})]
