@@ -163,7 +163,9 @@ def _limit(op: Op, name: str, args: tuple, kwargs: dict) -> str | None:
         return reason
     if kernel.capability and (capability := platform.gpu_capability()) not in (None, kernel.capability):
         return f"compute capability of the device ({capability}) not that of Hopper ({kernel.capability})"
-    return kernel.supports and _load(kernel.supports)(*args, **kwargs)
+    if reason := kernel.supports and _load(kernel.supports)(*args, **kwargs):
+        return reason
+    return "64-bit types are on (jax_enable_x64), kernels count in 32 bits" if jax.config.jax_enable_x64 else None
 
 
 def _automatic_axes() -> tuple[str, ...]:

@@ -488,8 +488,15 @@ def check_float64(subject: Subject) -> None:
 
 
 def check_x64_flag(subject: Subject) -> None:
-    """With 64-bit types allowed, what is given in fewer bits is computed as without, and nothing in float64."""
+    """With 64-bit types on, what is given in fewer bits is computed as without, and nothing in float64.
+
+    Kernels, which count in 32 bits, say so in one line; `auto` takes xla.
+    """
     inputs = {**subject.inputs(), **_layout(subject, "packed")}
+    if subject.is_kernel:
+        with enable_x64(), pytest.raises(NotImplementedError, match=r"^[^\n]*jax_enable_x64[^\n]*$"):
+            subject.trace(inputs)
+        return
     expected = subject.run(inputs)
     arrays, fixed = oracle.split(subject.name, inputs)
     weights = [jnp.asarray(weight) for weight in subject.weights(inputs)]
@@ -514,7 +521,7 @@ def check_forward_mode(subject: Subject) -> None:
         along = {name: jnp.asarray(rng.standard_normal(array.shape)) for name, array in arrays.items()}
         if not subject.way.forward_mode:
             with pytest.raises(TypeError, match="custom_vjp"):
-                jax.eval_shape(lambda: jax.jvp(function, (arrays,), (along,)))
+                jax.jit(lambda *given: jax.jvp(function, *given))((arrays,), (along,))
             return
         out, tangents = jax.jit(lambda *given: jax.jvp(function, *given))((arrays,), (along,))
         weights = [jnp.asarray(w, jnp.float64) for w in oracle.make_weights([o.shape for o in out])]
@@ -555,6 +562,7 @@ ESSENTIAL = (
     check_causal,
     check_no_rows,
     check_float64,
+    check_x64_flag,
     check_traces_in_a_checked_shard_map,
 )
 REST = (
@@ -568,7 +576,6 @@ REST = (
     check_shard_map,
     check_checked_shard_map,
     check_dtypes,
-    check_x64_flag,
 )
 # Of implementations in plain JAX alone.
 PLAIN = (check_forward_mode, check_forward_over_reverse)
