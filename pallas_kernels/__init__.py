@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on plain arrays: `ssd`, `selective_scan`, `attention`, `causal_conv1d`; `grouped_dot` for experts.
+"""Operators on plain arrays: `ssd`, `selective_scan`, `attention`, `causal_conv1d`; `grouped_dot` for experts;
+`cache_write` for decoding. `assume_platform` traces them for another platform than the one at hand.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm.
 
@@ -15,9 +16,11 @@ from pallas_kernels.compat import avoid_faulty_cpu_fusions
 avoid_faulty_cpu_fusions()
 
 from pallas_kernels.ops.attention.api import attention  # noqa: E402
+from pallas_kernels.ops.cache_write.api import cache_write  # noqa: E402
 from pallas_kernels.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
 from pallas_kernels.ops.grouped_dot.api import grouped_dot  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
 from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
+from pallas_kernels.platform import assume_platform  # noqa: E402
 
-__all__ = ["attention", "causal_conv1d", "grouped_dot", "selective_scan", "ssd"]
+__all__ = ["assume_platform", "attention", "cache_write", "causal_conv1d", "grouped_dot", "selective_scan", "ssd"]

@@ -18,27 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch, oracle
+from pallas_kernels import oracle, platform
+from pallas_kernels.op import IMPLEMENTATIONS
+from pallas_kernels.ops import OPS
 
-# (TFLOP/s in bfloat16, GB/s) by a piece of the device's name.
-PEAKS = {
-    "H100": (989.0, 3350.0),
-    "H200": (989.0, 4800.0),
-    "A100": (312.0, 2039.0),
-    "v5 lite": (197.0, 819.0),
-    "v5p": (459.0, 2765.0),
-    "v6 lite": (918.0, 1640.0),
-}
-OPS = tuple(oracle.POSITIONAL)
 PASSES = ("fwd", "fwd+bwd")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("op", choices=OPS)
+    parser.add_argument("op", choices=tuple(OPS))
     parser.add_argument("--impl", default="xla", help="implementations, separated by commas (default: xla)")
-    parser.add_argument("--case", help="name of one case; see pallas_kernels/OP/cases.py")
+    parser.add_argument("--case", help="name of one case; see pallas_kernels/ops/OP/cases.py")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--check", action="store_true", help="compare with the float64 reference instead of timing")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
@@ -47,14 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     implementations = options.impl.split(",")
     for name in implementations:
-        if name not in dispatch.IMPLEMENTATIONS:
-            parser.error(f"--impl {name!r} not one of {', '.join(dispatch.IMPLEMENTATIONS)}")
-    module = oracle.cases_of(options.op)
+        if name not in IMPLEMENTATIONS:
+            parser.error(f"--impl {name!r} not one of {', '.join(IMPLEMENTATIONS)}")
+    module = OPS[options.op].cases_module()
     if options.case and options.case not in module.CASES:
         parser.error(f"--case {options.case!r} not one of {', '.join(module.CASES)}")
 
-    device = jax.devices()[0]
-    print(f"{options.op} {options.dtype} on {device.device_kind} ({device.platform}), jax {jax.__version__}")
+    kind, here = platform.device_name(), platform.platform()
+    print(f"{options.op} {options.dtype} on {kind} ({here}), jax {jax.__version__}")
     if options.check:
         selected = (
             [module.CASES[options.case]] if options.case else [*module.TEST_CASES, *getattr(module, "WIDTH_CASES", ())]
@@ -62,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [check(options.op, case, name, options.dtype) for case in selected for name in implementations]
     else:
         selected = [module.CASES[options.case]] if options.case else module.BENCH_CASES
-        if not options.case and device.platform == "cpu":
+        if not options.case and here == "cpu":
             selected = [case for case in module.BENCH_CASES if case.name == "tiny"]
             print("a CPU: only the case 'tiny' is timed, others by --case")
         rows = []
@@ -70,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += time_case(options.op, case, implementations, options.dtype, options.seconds)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"op": options.op, "dtype": options.dtype, "device": device.device_kind, "jax": jax.__version__,
+            json.dump({"op": options.op, "dtype": options.dtype, "device": kind, "jax": jax.__version__,
                        "rows": rows}, file, indent=1)  # fmt: skip
     if options.plot and not options.check:
         plot(rows, options.op, options.plot)
@@ -79,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(op: str, case, implementation: str, dtype: str) -> dict:
     """Compares one case with the oracle; prints and returns its row."""
-    module = oracle.cases_of(op)
+    module = OPS[op].cases_module()
     row = {"case": case.name, "impl": implementation, "dtype": dtype}
     try:
         with jax.default_matmul_precision("highest"):
@@ -98,7 +90,7 @@ def check(op: str, case, implementation: str, dtype: str) -> dict:
 def time_case(op: str, case, implementations: list[str], dtype: str, seconds: float) -> list[dict]:
     """Times one case; prints and returns a row for each implementation and pass. xla is timed for its ratio anyway."""
     implementations = ["xla", *(name for name in implementations if name != "xla")]
-    flops, (forward_bytes, gradient_bytes) = count_flops(op, case), count_bytes(op, case, dtype)
+    flops, (forward_bytes, gradient_bytes) = OPS[op].cases_module().count_flops(case), count_bytes(op, case, dtype)
     rows, reference = [], {}
     for implementation in implementations:
         for which in PASSES:
@@ -110,7 +102,7 @@ def time_case(op: str, case, implementations: list[str], dtype: str, seconds: fl
                 rows.append(row | {"served": False})
                 continue
             reference.setdefault(which, milliseconds if implementation == "xla" else None)
-            factor = 1 if which == "fwd" else {"attention": 3.5}.get(op, 3.0)
+            factor = 1 if which == "fwd" else OPS[op].gradient_factor
             row |= rates(milliseconds, factor * flops, forward_bytes if which == "fwd" else gradient_bytes)
             row["ratio_to_xla"] = milliseconds / reference[which] if reference[which] else None
             rows.append(row)
@@ -121,10 +113,8 @@ def time_case(op: str, case, implementations: list[str], dtype: str, seconds: fl
 def rates(milliseconds: float, flops: float, n_bytes: float) -> dict:
     """Milliseconds with what they amount to, and the share of the roofline on a known device."""
     found = {"ms": milliseconds, "tflops": flops / milliseconds / 1e9, "gbs": n_bytes / milliseconds / 1e6}
-    kind = jax.devices()[0].device_kind
-    for name, (peak_tflops, peak_gbs) in PEAKS.items():
-        if name.lower() in kind.lower():
-            found["roofline"] = max(found["tflops"] / peak_tflops, found["gbs"] / peak_gbs)
+    if peaks := platform.peaks():
+        found["roofline"] = max(found["tflops"] / peaks.tflops, found["gbs"] / peaks.gbs)
     return found
 
 
@@ -137,8 +127,8 @@ def print_row(row: dict) -> None:
 
 def make_call(op: str, case, implementation: str, dtype: str, which: str):
     """(jitted function, its arguments)."""
-    module = oracle.cases_of(op)
-    arrays, fixed = oracle.split(module.make_inputs(case, dtype))
+    module = OPS[op].cases_module()
+    arrays, fixed = oracle.split(op, module.make_inputs(case, dtype))
     settings = {**module.make_settings(case), "implementation": implementation}
 
     def forward(arrays, fixed):
@@ -174,43 +164,10 @@ def measure(function, args: tuple, seconds: float) -> float:
     return 1e3 * statistics.median(run(n_calls) for _ in range(n_repetitions if once < seconds else 3))
 
 
-def count_flops(op: str, case) -> float:
-    """Multiplications and additions of the forward pass that the maths asks for."""
-    if op == "ssd":
-        chunk = min(128, case.tokens)
-        a_token = case.heads * (chunk * case.width + 4 * case.width * case.state) + case.groups * chunk * case.state
-        return case.batch * case.tokens * a_token
-    if op == "selective_scan":  # decay times state, plus dt x times B, times C
-        return 6 * case.batch * case.tokens * case.width * case.state
-    if op == "grouped_dot":
-        return 2 * case.rows * case.width * case.outputs
-    if op == "causal_conv1d":
-        return 2 * case.batch * case.tokens * case.width * case.taps
-    return 2 * case.heads * (case.width + (case.v_width or case.width)) * visible_pairs(case)
-
-
-def visible_pairs(case) -> int:
-    """Pairs of query and visible key of an attention case, over the batch; documents taken as runs of one id."""
-    ids = oracle.cases_of("attention").make_segment_ids(case.layout, case.batch, case.queries, seed=case.seed)
-    index = np.arange(case.queries)
-    if ids is None:
-        seen = np.minimum(index + case.q_offset + 1, case.keys) if case.causal else np.full(case.queries, case.keys)
-        seen = np.maximum(seen if case.window is None else np.minimum(seen, case.window), 0)
-        return case.batch * int(seen.sum())
-    total = 0
-    for row in ids:
-        starts = np.flatnonzero(np.diff(row, prepend=-1))
-        for start, end in zip(starts, [*starts[1:], case.queries]):
-            if row[start]:
-                seen = np.arange(1, end - start + 1) if case.causal else np.full(end - start, end - start)
-                total += int((seen if case.window is None else np.minimum(seen, case.window)).sum())
-    return total
-
-
 def count_bytes(op: str, case, dtype: str) -> tuple[int, int]:
     """Bytes of (arguments and outputs, the same with cotangents, arguments again and gradients)."""
-    module = oracle.cases_of(op)
-    arrays, fixed = oracle.split(module.make_inputs(case, dtype))
+    module = OPS[op].cases_module()
+    arrays, fixed = oracle.split(op, module.make_inputs(case, dtype))
     shapes = jax.eval_shape(lambda a, f: oracle.call(op, {**a, **f}, **module.make_settings(case)), arrays, fixed)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     return size(arrays) + size(fixed) + size(shapes), 3 * size(arrays) + 2 * size(fixed) + 2 * size(shapes)

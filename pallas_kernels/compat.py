@@ -7,7 +7,8 @@ import warnings
 
 import jax
 import jaxlib
-import numpy as np
+
+from pallas_kernels.platform import default_device_platform
 
 
 @contextlib.contextmanager
@@ -23,72 +24,11 @@ def enable_x64(enabled: bool = True):
             yield
 
 
-def default_device_platform() -> str:
-    """Platform of the default device: "cpu", "gpu" or "tpu"."""
-    device = jax.config.jax_default_device
-    name = jax.default_backend() if device is None else getattr(device, "platform", device)
-    name = name.split(":")[0].lower()
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
-def tpu_generation() -> str | None:
-    """ "v5e", "v5p", "v6e", ... of the device that Pallas compiles for, the mesh's or the default; else None."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
-
-
-def gpu_capability() -> str | None:
-    """Compute capability of the default device, "9.0" for Hopper; None where it is no NVIDIA GPU."""
-    device = jax.config.jax_default_device
-    device = device if hasattr(device, "compute_capability") else jax.local_devices()[0]
-    return str(device.compute_capability) if hasattr(device, "compute_capability") else None
-
-
-def automatic_axes() -> tuple[str, ...]:
-    """Axes of the mesh at hand over which the compiler, not a shard_map, splits arrays; none where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind != manual and mesh.shape[name] > 1)
-
-
-def vary_alike(tree):
-    """`tree` with its arrays varying over the same axes of a shard_map that checks it (check_vma), else as it is.
-
-    A custom gradient must vary as its argument does, and a gradient with respect to parameters, equal on all devices,
-    of tokens that are not, would not; so made, JAX itself sums it over the devices.
-    """
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
-
-    def vary(leaf):
-        missing = tuple(axes - _varying(leaf)) if isinstance(leaf, (jax.Array, np.ndarray)) else ()
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, tree) if axes else tree
-
-
-@contextlib.contextmanager
-def unchecked_varying():
-    """Within, a shard_map does not check over which of its axes arrays vary: for kernels that add to a reference.
-
-    Results count as the same on all devices until `vary_alike` says otherwise.
-    """
-    from jax._src import config  # no public name turns the check off but shard_map's own argument
-
-    with config._check_vma(False):
-        yield
-
-
-def call_varying(call, *arrays):
-    """call(*arrays) of a kernel: under a checked shard_map its results vary over the axes that its arrays vary over."""
-    with unchecked_varying():  # within, a product varies over nothing; XLA leaves out one with 1
-        results = call(*(array * np.ones((), array.dtype) if _varying(array) else array for array in arrays))
-    return vary_alike((results, arrays))[0]
-
-
-def _varying(leaf) -> frozenset:
-    return jax.typeof(leaf).manual_axis_type.varying if isinstance(leaf, jax.Array) else frozenset()
+def why_too_old(oldest: tuple[int, int]) -> str | None:
+    """Why this JAX is too old for what needs at least `oldest`; None where it is not."""
+    if jax.__version_info__ >= oldest:
+        return None
+    return f"JAX ({jax.__version__}) older than {'.'.join(map(str, oldest))}, which the kernels are written for"
 
 
 def avoid_faulty_cpu_fusions() -> None:

@@ -4,50 +4,37 @@
 Used by the tests and by `python -m pallas_kernels.bench OP --check`. Works on the inputs that the ops' cases.py make.
 """
 
-import importlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels
+from pallas_kernels import ops
 from pallas_kernels.compat import enable_x64
-
-POSITIONAL = {
-    "ssd": ("x", "dt", "A", "B", "C"),
-    "selective_scan": ("x", "dt", "A", "B", "C"),
-    "attention": ("q", "k", "v"),
-    "causal_conv1d": ("x", "w", "b"),
-    "grouped_dot": ("x", "w", "sizes"),
-}
-INTEGERS = ("segment_ids", "positions", "sizes")
+from pallas_kernels.ops import OPS
 
 # Relative RMS allowed by dtype of the activations; a tensor is looked up by its longest matching prefix, "" is the
-# rest. Rounding a result to bfloat16 alone is 1.7e-3, and gradients add up a few of those.
-RELATIVE_RMS = {"float64": {"": 1e-10}, "float32": {"": 1e-5}, "bfloat16": {"": 1e-2}}
+# rest. Rounding a result to bfloat16 alone is 1.7e-3, to float16 2e-4, and gradients add up a few of those.
+RELATIVE_RMS = {"float64": {"": 1e-10}, "float32": {"": 1e-5}, "float16": {"": 2e-3}, "bfloat16": {"": 1e-2}}
 
 # A gradient much smaller than the others of its call is a sum that cancels: its error counts relative to this share
 # of them.
 SMALL_GRADIENT = 1e-2
 
 
-def cases_of(op: str):
-    """The module of an op's named shapes."""
-    return importlib.import_module(f"pallas_kernels.ops.{op}.cases")
-
-
-def call(op: str, inputs: dict, **settings) -> tuple:
-    """The op on inputs by name; always a tuple of outputs."""
+def call(op: str, inputs: dict, *, function: Callable | None = None, **settings) -> tuple:
+    """The op, or `function` in its place, on inputs by name; always a tuple of outputs."""
     inputs = {name: array for name, array in inputs.items() if array is not None}
-    args = [inputs.pop(name, None) for name in POSITIONAL[op]]
-    out = getattr(pallas_kernels, op)(*args, **inputs, **settings)
+    args = [inputs.pop(name, None) for name in OPS[op].positional]
+    out = (function or ops.function(op))(*args, **inputs, **settings)
     return out if isinstance(out, tuple) else (out,)
 
 
-def split(inputs: dict) -> tuple[dict, dict]:
+def split(op: str, inputs: dict) -> tuple[dict, dict]:
     """(arrays that have gradients, the others), on the device."""
     given = {name: jax.tree.map(jnp.asarray, array) for name, array in inputs.items() if array is not None}
-    fixed = {name: given.pop(name) for name in INTEGERS if name in given}
+    fixed = {name: given.pop(name) for name in OPS[op].integers if name in given}
     return given, fixed
 
 
@@ -59,7 +46,7 @@ def make_weights(shapes, seed: int = 11) -> list[np.ndarray]:
 
 def evaluate(op: str, inputs: dict, *, weights=None, compiler_options=None, **settings) -> dict[str, np.ndarray]:
     """Outputs and gradients of sum(output * weight) by name (out0, out1, d<input>), widened to float64 arrays."""
-    arrays, fixed = split(inputs)
+    arrays, fixed = split(op, inputs)
 
     def outputs(arrays):
         return call(op, {**arrays, **fixed}, **settings)
@@ -82,10 +69,10 @@ def evaluate(op: str, inputs: dict, *, weights=None, compiler_options=None, **se
 
 def oracle(op: str, inputs: dict, *, weights=None, compiler_options=None, **settings) -> dict[str, np.ndarray]:
     """`evaluate` of the reference in float64 on the CPU, on the very numbers of `inputs`."""
-    settings = {k: v for k, v in settings.items() if k not in ("implementation", "chunk")}
+    settings = {k: v for k, v in settings.items() if k not in ("implementation", "chunk", "function")}
     with enable_x64(), jax.default_device(jax.devices("cpu")[0]):
         wide = {
-            name: array if array is None or name in INTEGERS else np.asarray(array).astype(np.float64)
+            name: array if array is None or name in OPS[op].integers else np.asarray(array).astype(np.float64)
             for name, array in inputs.items()
         }
         return evaluate(
@@ -96,7 +83,11 @@ def oracle(op: str, inputs: dict, *, weights=None, compiler_options=None, **sett
 def compare(op: str, inputs: dict, *, dtype, compiler_options=None, **settings) -> dict[str, tuple[float, float]]:
     """By output and gradient: (relative RMS against the oracle, limit)."""
     actual = evaluate(op, inputs, compiler_options=compiler_options, **settings)
-    expected = oracle(op, inputs, compiler_options=compiler_options, **settings)
+    return errors(op, actual, oracle(op, inputs, compiler_options=compiler_options, **settings), dtype)
+
+
+def errors(op: str, actual: dict, expected: dict, dtype) -> dict[str, tuple[float, float]]:
+    """By output and gradient, as `evaluate` names them: (relative RMS, limit)."""
     if actual.keys() != expected.keys():
         raise AssertionError(f"{op}: tensors {sorted(actual)}, expected {sorted(expected)}")
     largest = max((rms(value) for name, value in expected.items() if name.startswith("d")), default=0.0)

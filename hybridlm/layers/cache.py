@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm import sharding
-from pallas_kernels.ops.cache_write import tpu as tpu_write
+from pallas_kernels import cache_write
 
 
 def read(array: jax.Array, layer: jax.Array | None) -> jax.Array:
@@ -44,12 +44,10 @@ def unless_padding(
 
 def write_slots(array: jax.Array, layer: jax.Array | None, slots_BT: jax.Array, value_BT: jax.Array) -> jax.Array:
     """`array` [(L,) B, S, K, P] with value[b, t] at [b, slots[b, t]] of the layer; slots outside it are not written."""
-    value_BT = value_BT.astype(array.dtype)
-    if tpu_write.serves(array.shape, slots_BT.shape[1], array.dtype):
-        rows = ("batch", None, "kv_heads")
-        names = (rows if layer is None else (None, *rows)), (), ("batch",), ("batch", "kv_heads")
-        arrays = array, layer, slots_BT[:, 0], value_BT[:, 0]
-        return sharding.per_device(tpu_write.write_token, arrays, names, names[0])
-    rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
-    index = (rows_B1, slots_BT) if layer is None else (layer, rows_B1, slots_BT)
-    return array.at[index].set(value_BT, mode="drop")
+    rows = ("batch", None, "kv_heads")
+    names = (rows if layer is None else (None, *rows)), (), ("batch",), rows
+
+    def write(array, layer, slots_BT, value_BT):
+        return cache_write(array, slots_BT, value_BT, layer=layer)
+
+    return sharding.per_device(write, (array, layer, slots_BT, value_BT), names, names[0])

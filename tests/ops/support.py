@@ -1,9 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.oracle` as the tests use it: compiled without machine-code optimisation, which halves their time."""
 
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import op as door
 from pallas_kernels import oracle as oracles
 
 QUICK = {"xla_backend_optimization_level": 0}
+
+
+@contextlib.contextmanager
+def served_by(function, takes: tuple[str, ...] = ()):
+    """Within, calls of ops are served by `function` (an interpreted kernel, say), but those of the reference."""
+    select = door.select
+
+    def choose(op, implementation, args, kwargs):
+        if implementation == "reference":
+            return select(op, implementation, args, kwargs)
+        return door.Implementation(function, takes=takes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "select", choose)
+        yield
 
 
 def run(op: str, inputs: dict, **settings):
@@ -14,6 +37,14 @@ def run(op: str, inputs: dict, **settings):
 def oracle(op: str, inputs: dict, **settings):
     """The same of the reference in float64, see `pallas_kernels.oracle.oracle`."""
     return oracles.oracle(op, inputs, compiler_options=QUICK, **settings)
+
+
+def check_curvature(loss, A) -> None:
+    """The gradient of the gradient of A agrees with a difference of gradients."""
+    grad = jax.jit(jax.grad(loss))
+    curvature = jax.jit(jax.grad(lambda A: jnp.sum(jax.grad(loss)(A))))(A)
+    steps = [jnp.sum(grad(A + e)) for e in (1e-2, -1e-2)]
+    np.testing.assert_allclose(curvature.sum(), (steps[0] - steps[1]) / 2e-2, rtol=1e-2)
 
 
 def check_against_oracle(op: str, inputs: dict, *, dtype="float32", optimize: bool = False, **settings) -> None:

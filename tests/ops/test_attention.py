@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import attention, dispatch
+from pallas_kernels import assume_platform, attention
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.attention import cases, xla
-from pallas_kernels.oracle import make_weights
+from pallas_kernels.ops.attention.mask import Mask
+from tests.ops import contract
 from tests.ops.support import check_against_oracle, run
 from tests.tolerances import check_close
 
@@ -101,17 +102,10 @@ def test_rows_without_visible_keys_are_zero_and_pass_no_gradient(small_blocks):
         assert not value.any(), name
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_packed_equals_separate(implementation, small_blocks):
-    inputs = cases.make_inputs(cases.Case("documents", 1, 48, 48, 4, 2, 8))
-    weights = make_weights([(1, 48, 4, 8)])
-    ids = np.repeat([5, 2, 5], [17, 1, 30])[None].astype(np.int32)
-    packed = run("attention", {**inputs, "segment_ids": ids}, weights=weights, implementation=implementation)
-    for start, end in ((0, 17), (17, 18), (18, 48)):
-        alone = {k: v[:, start:end] for k, v in inputs.items() if v is not None}
-        one = run("attention", alone, weights=[weights[0][:, start:end]], implementation=implementation)
-        for name in one:
-            check_close(packed[name][:, start:end], one[name], dtype="float32", what=name)
+@pytest.mark.parametrize("check", [contract.check_packed, contract.check_padding], ids=lambda check: check.__name__)
+def test_documents_in_several_blocks(check, small_blocks):
+    with contract.compiling_anew():
+        check(contract.Subject("attention", "xla"))
 
 
 def test_a_pair_of_ids_means_equal_ids():
@@ -170,8 +164,7 @@ def test_causal(small_blocks):
 
 def test_hidden_blocks_are_not_visited():
     def count(queries, **changes):
-        plan = xla._Settings(True, None, 1.0, None, 0, 4096, (512, 512))._replace(**changes)
-        return len(xla._pairs(queries // 512, 8, plan))
+        return len(xla._pairs(queries // 512, 8, Mask(**changes), xla._Settings(1.0, None, 4096, (512, 512))))
 
     assert count(4096) == 36
     assert count(4096, causal=False) == 64
@@ -223,7 +216,7 @@ def test_which_calls_go_to_cudnn(monkeypatch):
         return jnp.zeros_like(q)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
-    with dispatch.assume_platform("gpu"):
+    with assume_platform("gpu"):
         attention(q, k, k, window=5, gate=q)
         assert calls == [{"scale": 0.125, "is_causal": True, "local_window_size": (4, 0), "implementation": "cudnn"}]
         ids = jnp.ones((1, 16), jnp.int32)

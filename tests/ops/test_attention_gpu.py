@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hopper kernels of attention: masks and ranges anywhere, the kernels interpreted, or run on a Hopper GPU."""
 
+import dataclasses
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +11,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import attention, dispatch, oracle
+from pallas_kernels import assume_platform, attention, oracle
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.op import select
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention import cases
 from pallas_kernels.ops.attention.gpu import masks as gpu_masks
+from pallas_kernels.ops.attention.mask import make_mask
+from tests.ops.interpreter import interpreted, needs_gpu_interpreter
 
-HERE = Path(__file__).parent
-needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts")
+SMALL = {"batch": 1, "heads": 2, "kv_heads": 1}
+PACKED_WIDE = cases.Case("packed_wide", queries=400, keys=400, width=128, layout="packed", sinks=True, **SMALL)
+MORE_CASES = (
+    cases.Case("window_wide", queries=300, keys=300, width=128, window=90, gate="head", **SMALL),
+    cases.Case("heads_of_256", queries=150, keys=150, width=200, layout="packed", softcap=20.0, **SMALL),
+    *(
+        dataclasses.replace(cases.CASES[name], batch=1)
+        for name in ("softcap_sinks", "packed_window", "one_token", "cache")
+    ),
+)
+DECODE = cases.Case("decode", 2, 1, 768, 8, 2, 64, q_offset=500)
+DECODE_ROWS = cases.Case("decode_rows", 2, 2, 700, 8, 2, 128)
+DECODE_WINDOW = cases.Case(
+    "decode_window", 2, 3, 768, 8, 2, 128, window=300, sinks=True, softcap=10.0, gate="head", q_offset=700
+)
 
 
 def on_hopper() -> bool:
@@ -43,10 +57,10 @@ def visible(n_queries, n_keys, causal, window, ids, positions, q_offset):
     return seen
 
 
-def as_told(places, n_queries, n_keys):
+def as_told(bounds, n_queries, n_keys):
     """[M, n_queries, n_keys] bool: what the kernels make of their vectors (queries and keys to whole blocks)."""
-    start, end, *q_ids = np.moveaxis(np.asarray(gpu_masks.query_rows(places, n_queries)), 1, 0)
-    keys = gpu_masks.key_rows(places, n_keys)
+    start, end, *q_ids = np.moveaxis(np.asarray(gpu_masks.query_rows(bounds, n_queries)), 1, 0)
+    keys = gpu_masks.key_rows(bounds, n_keys)
     keys = [] if keys is None else list(np.moveaxis(np.asarray(keys), 1, 0))
     k_ids = keys.pop(0) if q_ids else None
     position = keys.pop(0) if keys else np.arange(n_keys)[None]
@@ -82,19 +96,19 @@ def test_masks_and_block_ranges(queries, keys, layout, causal, window, offset, p
     seen = visible(queries, keys, causal, window, ids, where, offset)
     if traced:
         ids, where = (None if pair is None else tuple(map(jnp.asarray, pair)) for pair in (ids, where))
-    places = gpu_masks.make_places(queries, keys, causal, window, ids, where, offset)
+    bounds = gpu_masks.make_bounds(make_mask(causal, window, ids, where, offset), queries, keys)
 
     q_block, k_block = blocks
     n_q, n_k = -(-queries // q_block), -(-keys // k_block)
-    told = as_told(places, n_q * q_block, n_k * k_block)
+    told = as_told(bounds, n_q * q_block, n_k * k_block)
     assert (told[:, :queries, :keys] == seen).all()
     assert not told[:, queries:].any()
     assert not told[:, :, keys:].any()
     real = np.arange(n_q * q_block) < queries
     for row, rows, columns in zip(
         told,
-        np.asarray(gpu_masks.key_ranges(places, keys, *blocks)),
-        np.asarray(gpu_masks.query_ranges(places, keys, *blocks)),
+        np.asarray(gpu_masks.key_ranges(bounds, keys, *blocks)),
+        np.asarray(gpu_masks.query_ranges(bounds, keys, *blocks)),
         strict=True,
     ):
         tiles = row.reshape(n_q, q_block, n_k, k_block)
@@ -120,16 +134,16 @@ def test_masks_and_block_ranges(queries, keys, layout, causal, window, offset, p
 )
 def test_block_ranges_by_bounds_alone(sizes, causal, window, offset, blocks):
     """Without ids and positions the ranges come from the bounds: as those from pairs of blocks."""
-    places = gpu_masks.make_places(*sizes, causal, window, None, None, offset)
+    bounds = gpu_masks.make_bounds(make_mask(causal, window, None, None, offset), *sizes)
     index = np.zeros((1, sizes[1]), np.int32) + np.arange(sizes[1], dtype=np.int32)
-    expected = gpu_masks.key_ranges(places._replace(k_position_MS=index), sizes[1], *blocks)
-    np.testing.assert_array_equal(gpu_masks.key_ranges(places, sizes[1], *blocks), expected)
+    expected = gpu_masks.key_ranges(bounds._replace(k_position_MS=index), sizes[1], *blocks)
+    np.testing.assert_array_equal(gpu_masks.key_ranges(bounds, sizes[1], *blocks), expected)
 
 
 def test_blocks_that_documents_and_windows_hide_are_skipped():
     def visited(window=None, ids=None):
-        places = gpu_masks.make_places(4096, 4096, True, window, ids and (ids[0], ids[0]), None, 0)
-        lo, a, b, hi = np.moveaxis(gpu_masks.key_ranges(places, 4096, 128, 128), 2, 0)
+        bounds = gpu_masks.make_bounds(make_mask(True, window, ids and (ids[0], ids[0]), None, 0), 4096, 4096)
+        lo, a, b, hi = np.moveaxis(gpu_masks.key_ranges(bounds, 4096, 128, 128), 2, 0)
         return int((hi - lo).sum()), int((b - a).sum())
 
     assert visited() == (32 * 33 // 2, 32 * 31 // 2)
@@ -142,22 +156,22 @@ def test_calls_that_are_not_served_are_named():
     gpu = importlib.import_module("pallas_kernels.ops.attention.gpu.api")
     narrow, wide = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 320), jnp.bfloat16)
     if jax.__version_info__ < (0, 11):
-        assert gpu.supports(narrow, narrow, narrow).startswith(f"JAX ({jax.__version__}) older than 0.11")
-        return
+        with assume_platform("gpu"), pytest.raises(NotImplementedError, match=r"JAX \(.*\) older than 0.11"):
+            attention(narrow, narrow, narrow, implementation="gpu")
     assert gpu.supports(narrow, narrow, narrow) is None
     assert gpu.supports(narrow, narrow, wide) == "head width of v_BSKP (320) above 256"
     assert gpu.supports(narrow.astype(jnp.float32), narrow, narrow) == "dtype of q_BTHP (float32) is not bfloat16"
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 def test_auto_leaves_to_cudnn_where_that_is_faster():
     """Dense causal calls of as many key heads as heads, without a gate, by measured gradients."""
     many, few, narrow = (jnp.zeros((1, 64, n, p), jnp.bfloat16) for n, p in ((4, 128), (2, 128), (4, 64)))
     ids = jnp.ones((1, 64), jnp.int32)
 
     def served(q, k, implementation="auto", **kwargs):
-        with dispatch.assume_platform("gpu"):
-            return dispatch.select("attention", implementation, (q, k, k), kwargs).__name__
+        with assume_platform("gpu"):
+            return select(OPS["attention"], implementation, (q, k, k), kwargs).load().__name__
 
     assert served(many, many) == "attention_xla"
     assert served(many, many, "gpu") == "attention_gpu"
@@ -168,20 +182,80 @@ def test_auto_leaves_to_cudnn_where_that_is_faster():
         assert served(many, many, **kwargs) == "attention_gpu", kwargs
 
 
-def interpret(*names):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(HERE.parents[1])}
-    command = [sys.executable, str(HERE / "mosaic_interpreter.py"), *names]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+def check_interpreted(case, function=None, gradients=True, **changes):
+    """Results of `function(arrays, call)`, or of the call itself, within the table of the float64 reference."""
+    inputs = cases.make_inputs(case, "bfloat16")
+    settings = {**cases.make_settings(case), **changes}
+    arrays, fixed = oracle.split("attention", inputs)
+
+    def call(arrays, **more):
+        return oracle.call("attention", {**arrays, **fixed}, implementation="gpu", **settings, **more)[0]
+
+    def run(arrays):
+        return call(arrays) if function is None else function(arrays, call)
+
+    expected = oracle.oracle("attention", inputs, **settings)
+    with interpreted("attention", "gpu"):
+        if gradients:
+            out, pull = jax.vjp(run, arrays)
+            [weights] = oracle.make_weights([out.shape])
+            [grads] = pull(jnp.asarray(weights, out.dtype))
+            actual = {"out0": out} | {f"d{name}": grad for name, grad in grads.items()}
+        else:
+            actual, expected = {"out0": run(arrays)}, {"out0": expected["out0"]}
+    largest = max((oracle.rms(value) for key, value in expected.items() if key != "out0"), default=0.0)
+    for key, value in expected.items():
+        floor = 0.0 if key == "out0" else oracle.SMALL_GRADIENT * largest
+        error, limit = oracle.relative_rms(actual[key], value, floor), oracle.bound("bfloat16", f"attention.{key}")
+        assert error <= limit, f"{case.name}.{key}: relative RMS {error:.1e} above {limit:.0e}"
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 @pytest.mark.quick
 def test_kernels_interpreted():
-    interpret("packed_wide", "decode_rows", "decode_layer")
+    check_interpreted(PACKED_WIDE)
 
 
-@needs_interpreter
+@needs_gpu_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
+def test_more_kernels_interpreted(case):
+    check_interpreted(case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.slow
+def test_kernels_mapped_over_the_batch():
+    def mapped(arrays, call):
+        return jax.vmap(lambda row: call({key: array[None] for key, array in row.items()})[0])(arrays)
+
+    check_interpreted(cases.Case("mapped", 2, 200, 200, 2, 1, 64), mapped)
+
+
+@needs_gpu_interpreter
+@pytest.mark.quick
+def test_few_queries_of_rows_filled_differently():
+    """One row fills the cache, the other leaves most parts of it without a key."""
+    check_interpreted(DECODE_ROWS, gradients=False, q_offset=jnp.array([698, 3]))
+
+
+@needs_gpu_interpreter
+@pytest.mark.quick
+def test_few_queries_read_a_layer_of_stacked_caches():
+    def layer(arrays, call):
+        return call({**arrays, **{name: jnp.stack([3 * arrays[name], arrays[name]]) for name in ("k", "v")}}, layer=1)
+
+    check_interpreted(DECODE, layer, gradients=False)
+
+
+@needs_gpu_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [DECODE, DECODE_WINDOW], ids=lambda case: case.name)
+def test_few_queries(case):
+    check_interpreted(case, gradients=False)
+
+
+@needs_gpu_interpreter
 def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
     P = jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
@@ -189,7 +263,7 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
 
     @jax.shard_map(mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"), check_vma=True)
     def attend(x, ids, sinks):
-        with dispatch.assume_platform("gpu"):
+        with assume_platform("gpu"):
             return attention(x, x, x, gate=x, segment_ids=ids, sinks=sinks, implementation="gpu")
 
     def loss(x, sinks):
@@ -199,17 +273,11 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
     assert (dx.shape, dsinks.shape) == (x.shape, (2,))
 
 
-@needs_interpreter
-@pytest.mark.slow
-def test_more_kernels_interpreted():
-    interpret()
-
-
 @pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("case", [*cases.TEST_CASES, *cases.WIDTH_CASES], ids=lambda case: case.name)
 def test_equals_the_full_matrix(case):
     inputs = cases.make_inputs(case, "bfloat16")
-    with dispatch.assume_platform("gpu"):
+    with assume_platform("gpu"):
         found = oracle.compare("attention", inputs, dtype="bfloat16", implementation="gpu", **cases.make_settings(case))
     for name, (error, limit) in found.items():
         assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"

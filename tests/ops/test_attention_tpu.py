@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import assume_platform
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.attention import block_pairs, cases
+from pallas_kernels.ops.attention.mask import make_mask
 from pallas_kernels.ops.attention.tpu.api import attention_tpu, supports
 from pallas_kernels.oracle import bound, oracle, relative_rms, rms
-from tests.ops.support import QUICK, run
+from tests.ops.support import QUICK, run, served_by
 
 BASE = cases.Case("base", 1, 600, 600, 4, 2, 64)
 
@@ -32,8 +33,7 @@ def check(case: cases.Case, dtype="float32", **sizes):
     inputs, options = cases.make_inputs(case, dtype), cases.make_settings(case)
     expected = oracle("attention", inputs, compiler_options=QUICK, **options)
     kernel = functools.partial(attention_tpu, **{"interpret": True, **sizes})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "select", lambda *_: kernel)
+    with served_by(kernel, takes=("stacked",)):
         actual = run("attention", inputs, **options)
     assert actual.keys() == expected.keys()
     largest = max(rms(value) for name, value in expected.items() if name.startswith("d"))
@@ -118,12 +118,12 @@ def test_the_queries_in_parts(monkeypatch):
     check(case_of(name="parts", layout="packed", queries=1000), **SMALL)
 
 
-def visible(places, causal, window):
+def visible(mask):
     """The mask of attention, written out."""
-    behind = places.q_position_BT[:, :, None] - places.k_position_BS[:, None, :]
-    seen = (places.q_ids_BT[:, :, None] == places.k_ids_BS[:, None, :]) & (places.q_ids_BT != 0)[:, :, None]
-    seen = seen & (behind >= 0) if causal else seen
-    return seen if window is None else seen & (behind < window)
+    behind = mask.q_position_BT[:, :, None] - mask.k_position_BS[:, None, :]
+    seen = (mask.q_ids_BT[:, :, None] == mask.k_ids_BS[:, None, :]) & (mask.q_ids_BT != 0)[:, :, None]
+    seen = seen & (behind >= 0) if mask.causal else seen
+    return seen if mask.window is None else seen & (behind < mask.window)
 
 
 @settings(max_examples=30, deadline=None)
@@ -140,12 +140,12 @@ def test_listed_blocks_hold_all_that_is_visible(layout, causal, window, parts, s
     ids = make_segment_ids(layout, n_batch, n_tokens, seed=seed)
     ids = np.ones((n_batch, n_tokens), np.int32) if ids is None else np.asarray(ids)
     counted = np.arange(n_tokens, dtype=np.int32)[None]
-    places = block_pairs.Places(ids, ids, counted, counted)
-    given_places = places if known else block_pairs.Places(*map(jnp.asarray, places))
-    seen = visible(places, causal, window)
+    mask = make_mask(causal, window, (ids, ids), (counted, counted), 0)
+    given_mask = mask if known else jax.tree.map(jnp.asarray, mask)
+    seen = visible(mask)
     for pairs, n_groups in (
-        (block_pairs.by_query(given_places, blocks, causal, window), n_tokens // blocks[0]),
-        (block_pairs.by_key(given_places, blocks, causal, window, parts), parts * n_tokens // blocks[1]),
+        (block_pairs.by_query(given_mask, blocks), n_tokens // blocks[0]),
+        (block_pairs.by_key(given_mask, blocks, parts), parts * n_tokens // blocks[1]),
     ):
         for row, words in enumerate(np.broadcast_to(pairs.words_BN, (n_batch, pairs.words_BN.shape[1]))):
             assert int(pairs.count) <= len(words)
@@ -172,7 +172,7 @@ def test_blocks_follow_what_is_visible():
     counted = np.arange(n_tokens, dtype=np.int32)[None]
     one, many = np.ones((1, n_tokens), np.int32), np.repeat(np.arange(1, 17, dtype=np.int32), 64)[None]
     count = lambda ids, window: (
-        block_pairs.by_query(block_pairs.Places(ids, ids, counted, counted), block, True, window).count
+        block_pairs.by_query(make_mask(True, window, (ids, ids), (counted, counted), 0), block).count
     )
     assert count(one, None) == 16 * 17 // 2
     assert count(many, None) == 16
@@ -237,7 +237,7 @@ def test_compiles_in_a_shard_map_that_checks_what_varies(queries):
 
     q, k, offset = array(2, queries, 8, 128), array(2, 512, 4, 128), array(2, spec=rows, dtype=jnp.int32)
     split = jax.shard_map(gradients, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=(heads,) * 4)
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+    with jax.set_mesh(mesh), assume_platform("tpu"):
         text = jax.jit(split).lower(q, k, k, offset).compile().as_text()
     assert "attention_backward" in text
     assert ("attention_decode" in text) == (queries == 1)

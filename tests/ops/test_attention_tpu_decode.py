@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention, dispatch
+from pallas_kernels import assume_platform, attention
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops.attention import cases
+from pallas_kernels.ops.attention.mask import Mask
 from pallas_kernels.ops.attention.tpu import decode as tpu_decode
 from pallas_kernels.ops.attention.tpu.api import attention_tpu
 from pallas_kernels.oracle import bound, relative_rms
-from tests.ops.support import QUICK
+from tests.ops.support import QUICK, served_by
 from tests.ops.test_attention_tpu import TOPOLOGIES
 
 BASE = cases.Case("base", 2, 1, 600, 8, 2, 128, q_offset=599)
@@ -39,8 +40,7 @@ def small_blocks(monkeypatch):
 def decoded(inputs: dict, options: dict):
     """attention of few queries by the interpreted kernel."""
     arrays = {name: array for name, array in inputs.items() if array is not None}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "select", lambda *_: functools.partial(attention_tpu, interpret=True))
+    with served_by(functools.partial(attention_tpu, interpret=True), takes=("stacked",)):
         run = jax.jit(lambda a: attention(a.pop("q"), a.pop("k"), a.pop("v"), **a, **options), compiler_options=QUICK)
         return np.asarray(run(dict(arrays)), np.float64)
 
@@ -194,7 +194,7 @@ def listed(visits: tpu_decode.Visits, s: tpu_decode.Decode):
 
 
 def test_cost_follows_the_visible_cache():
-    counted = lambda offset: tpu_decode.Masks(None, None, np.asarray(offset, np.int32)[:, None], None)
+    counted = lambda offset: Mask(q_position_BT=np.asarray(offset, np.int32)[:, None])
     count = lambda offset, **changes: (
         tpu_decode.list_visits(counted(offset), len(offset), settings_of(1, 1024, **changes)).count
     )
@@ -232,13 +232,13 @@ def test_listed_blocks_hold_all_that_is_visible(causal, window, ids, given_posit
     seen &= (behind >= 0) if causal else True
     seen &= (behind < window) if window else True
     seen &= ((q_ids[:, :, None] == k_ids[:, None]) & (q_ids != 0)[:, :, None]) if ids else True
-    masks = tpu_decode.Masks(
-        q_ids if ids else None,
-        k_ids if ids else None,
-        q_position if positions else None,
-        k_position if positions == "given" else None,
+    mask = Mask(
+        q_ids_BT=q_ids if ids else None,
+        k_ids_BS=k_ids if ids else None,
+        q_position_BT=q_position if positions else None,
+        k_position_BS=k_position if positions == "given" else None,
     )
-    visits = tpu_decode.list_visits(masks if known else jax.tree.map(jnp.asarray, masks), n_batch, s)
+    visits = tpu_decode.list_visits(mask if known else jax.tree.map(jnp.asarray, mask), n_batch, s)
     whole = np.broadcast_to(np.asarray(visits.whole).reshape(-1, s.blocks), (n_batch, s.blocks)).astype(bool)
     cut = np.pad(seen, ((0, 0), (0, 0), (0, -n_keys % s.tokens))).reshape(n_batch, n_queries, s.blocks, s.tokens)
     assert not (whole & ~cut.all((1, 3))).any()
@@ -366,7 +366,7 @@ def test_a_loop_over_layers_moves_no_cache(width):
 
     cache, new = array(4, n_batch, n_keys, kv_heads, width), array(n_batch, 1, kv_heads, width)
     args = cache, cache, array(n_batch, dtype=jnp.int32), array(n_batch, 1, 32, width), new
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+    with jax.set_mesh(mesh), assume_platform("tpu"):
         compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(*args).compile()
     assert "attention_decode" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < cache.size * 2 / 4 / 4

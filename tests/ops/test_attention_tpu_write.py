@@ -9,8 +9,8 @@ from flax import nnx
 
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import Attention, AttentionMixer
-from pallas_kernels import dispatch
-from pallas_kernels.ops.cache_write import tpu as tpu_write
+from pallas_kernels import assume_platform
+from pallas_kernels.ops.cache_write.tpu import cache_write_tpu
 from tests.ops.test_attention_tpu import TOPOLOGIES
 
 
@@ -23,8 +23,8 @@ def test_a_written_token_is_the_scatter(layer, dtype):
     cache, value_BTKP = draw(*([] if layer is None else [3]), 5, 300, 2, 64), draw(5, 1, 2, 64)
     slots_BT = jnp.asarray([[0], [300], [299], [130], [-1]])
     layer = None if layer is None else jnp.int32(layer)
-    wanted = caches.write_slots(cache, layer, jnp.where(slots_BT < 0, 300, slots_BT), value_BTKP)
-    actual = tpu_write.write_token(cache, layer, slots_BT[:, 0], value_BTKP[:, 0], interpret=True)
+    wanted = caches.write_slots(cache, layer, slots_BT, value_BTKP)
+    actual = cache_write_tpu(cache, slots_BT, value_BTKP, layer=layer, interpret=True)
     np.testing.assert_array_equal(actual, wanted)
     assert not np.array_equal(actual, cache)
 
@@ -64,7 +64,7 @@ def test_a_step_of_scanned_layers_copies_no_cache(d_head, generation):
 
     cache = array(n_layers, n_batch, n_keys, config.kv_heads, d_head)
     args = state, cache, cache, array(n_batch, dtype=jnp.int32), array(n_batch, 1, d_model)
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+    with jax.set_mesh(mesh), assume_platform("tpu"):
         compiled = jax.jit(steps, donate_argnums=(1, 2)).lower(*args).compile()
     assert "attention_decode" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < cache.size * 2 / n_layers  # keys of a layer

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bench, oracle
-from pallas_kernels.compat import enable_x64
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention.cases import Case as AttentionCase
+from pallas_kernels.ops.attention.cases import count_flops, visible_pairs
 from pallas_kernels.ops.causal_conv1d import xla
 from pallas_kernels.ops.ssd.cases import Case as SsdCase
-from tests.ops.support import QUICK
 from tests.tolerances import check_close
 
 
@@ -48,31 +48,15 @@ def test_unknown_names_end_in_one_line(arguments, capsys):
 
 def test_counts():
     dense = AttentionCase("dense", 2, 8, 8, 4, 2, 16)
-    assert bench.visible_pairs(dense) == 2 * 36
-    assert bench.count_flops("attention", dense) == 2 * 4 * 32 * 2 * 36
-    assert bench.visible_pairs(AttentionCase("window", 1, 8, 8, 1, 1, 4, window=2)) == 15
-    assert bench.visible_pairs(AttentionCase("cache", 1, 2, 8, 1, 1, 4, q_offset=5)) == 6 + 7
-    assert bench.visible_pairs(AttentionCase("edges", 1, 32, 32, 1, 1, 4, layout="edges")) == 2 * 16 * 17 // 2
+    assert visible_pairs(dense) == 2 * 36
+    assert count_flops(dense) == 2 * 4 * 32 * 2 * 36
+    assert visible_pairs(AttentionCase("window", 1, 8, 8, 1, 1, 4, window=2)) == 15
+    assert visible_pairs(AttentionCase("cache", 1, 2, 8, 1, 1, 4, q_offset=5)) == 6 + 7
+    assert visible_pairs(AttentionCase("edges", 1, 32, 32, 1, 1, 4, layout="edges")) == 2 * 16 * 17 // 2
     published = SsdCase("b8_t2048", 8, 2048, 64, 64, 1, 128)
-    assert 40e9 < bench.count_flops("ssd", published) < 50e9
+    assert 40e9 < OPS["ssd"].cases_module().count_flops(published) < 50e9
     forward, _ = bench.count_bytes("ssd", published, "bfloat16")
     assert 0.27e9 < forward < 0.30e9
-
-
-@pytest.mark.parametrize("op", oracle.POSITIONAL)
-def test_float64_is_float64(op):
-    """The chunked implementations run in float64 too, where they meet the reference to 1e-10."""
-    module = oracle.cases_of(op)
-    case = module.CASES.get("packed", module.TEST_CASES[-1])
-    settings = module.make_settings(case)
-    inputs = {
-        name: a if a is None or a.dtype == np.int32 else a.astype(np.float64)
-        for name, a in module.make_inputs(case).items()
-    }
-    with enable_x64():
-        actual = oracle.evaluate(op, inputs, implementation="xla", compiler_options=QUICK, **settings)
-    for name, expected in oracle.oracle(op, inputs, compiler_options=QUICK, **settings).items():
-        check_close(actual[name], expected, dtype="float64", what=f"{op}.{name}")
 
 
 def test_tolerances():

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from pallas_kernels import causal_conv1d
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.causal_conv1d import cases, documents, xla
-from pallas_kernels.oracle import make_weights
-from tests.ops.support import check_against_oracle, run
-from tests.tolerances import check_close
+from tests.ops.support import check_against_oracle
 
 
 def options(case):
@@ -59,56 +57,6 @@ def check_drawn(tokens, taps, layout, activation, bias, state, seed):
 def test_bfloat16(name):
     case = cases.CASES[name]
     check_against_oracle("causal_conv1d", cases.make_inputs(case, "bfloat16"), dtype="bfloat16", **options(case))
-
-
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("layout", ["right", "scattered", "empty"])
-def test_padding_is_as_if_it_were_not_there(layout, implementation):
-    case = cases.Case("padded", 2, 20, 3, 4, layout, "silu", True, True, True)
-    inputs = cases.make_inputs(case)
-    real = inputs["segment_ids"] != 0
-    weights = make_weights([(2, 20, 3), (2, 3, 3)])
-    settings = {**options(case), "implementation": implementation}
-    clean = run("causal_conv1d", inputs, weights=weights, **settings)
-    dirty = {**inputs, "x": np.where(real[:, :, None], inputs["x"], np.nan)}
-    for name, value in run("causal_conv1d", dirty, weights=weights, **settings).items():
-        np.testing.assert_array_equal(value, clean[name], err_msg=name)
-    for name in ("out0", "dx"):
-        assert not clean[name][~real].any(), name
-    for row in range(2):
-        keep = real[row]
-        if not keep.any():
-            np.testing.assert_array_equal(clean["out1"][row], inputs["initial_state"][row])
-            continue
-        cut = {k: inputs[k][row : row + 1, keep] for k in ("x", "segment_ids")}
-        cut = {**inputs, **cut, "initial_state": inputs["initial_state"][row : row + 1]}
-        alone = run(
-            "causal_conv1d", cut, weights=[weights[0][row : row + 1, keep], weights[1][row : row + 1]], **settings
-        )
-        for name in ("out0", "dx"):
-            check_close(clean[name][row, keep], alone[name][0], dtype="float32", what=name)
-        for name in ("out1", "dinitial_state"):
-            check_close(clean[name][row], alone[name][0], dtype="float32", what=name)
-
-
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_packed_equals_separate(implementation):
-    case = cases.Case("documents", 1, 20, 3, 4, "dense", "silu", True, True, True)
-    inputs = cases.make_inputs(case)
-    weights = make_weights([(1, 20, 3), (1, 3, 3)])
-    settings = {**options(case), "implementation": implementation}
-    packed = run("causal_conv1d", {**inputs, "segment_ids": np.repeat([7, 2, 7], [9, 1, 10])[None].astype(np.int32)},
-                 weights=weights, **settings)  # fmt: skip
-    total = 0.0
-    for number, (start, end) in enumerate([(0, 9), (9, 10), (10, 20)]):
-        state = inputs["initial_state"] * (number == 0)
-        alone = {**inputs, "x": inputs["x"][:, start:end], "initial_state": state}
-        one = run("causal_conv1d", alone, weights=[weights[0][:, start:end], weights[1] * (number == 2)], **settings)
-        for name in ("out0", "dx"):
-            check_close(packed[name][:, start:end], one[name], dtype="float32", what=name)
-        total += one["dw"]
-    check_close(packed["dw"], total, dtype="float32", what="dw")
-    check_close(packed["out1"], one["out1"], dtype="float32", what="final state")
 
 
 def test_causal():

@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernels of causal_conv1d: interpreted anywhere, the real ones on a Hopper GPU.
-
-The interpreter runs host callbacks that wait for each other, so it gets a process with enough threads of its own.
-"""
+"""The Hopper kernels of causal_conv1d: interpreted anywhere, the real ones on a Hopper GPU."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +12,16 @@ from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.ops.causal_conv1d import cases
 from pallas_kernels.ops.causal_conv1d.documents import count_taps
 from pallas_kernels.oracle import compare
+from pallas_kernels.platform import assume_platform
+from tests.ops.interpreter import interpreted, needs_gpu_interpreter
+from tests.ops.support import check_against_oracle
 
 gpu = pytest.importorskip("pallas_kernels.ops.causal_conv1d.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 
-HERE = Path(__file__).parent
-NAMES = [case.name for case in cases.TEST_CASES]
-needs_interpreter = pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
-)
+NARROW_CASES = tuple(dataclasses.replace(case, width=8) for case in cases.TEST_CASES)
+SCATTERED = next(case for case in NARROW_CASES if case.name == "scattered")
+PARTS = cases.Case("parts", 2, 150, 264, 4, "packed", initial=True, final=True)  # of rows
+OVERHANG = cases.Case("overhang", 1, 26, 8, 4, initial=True)  # a short last block
 
 
 def on_hopper() -> bool:
@@ -34,23 +29,29 @@ def on_hopper() -> bool:
     return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
 
 
-def interpret(*names):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(HERE.parents[1])}
-    command = [sys.executable, str(HERE / "conv_gpu_interpreted.py"), *names]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+def check_interpreted(case, dtype):
+    inputs, settings = cases.make_inputs(case, dtype), cases.make_settings(case)
+    with interpreted("causal_conv1d", "gpu", multiprocessors=2):
+        check_against_oracle("causal_conv1d", inputs, dtype=dtype, implementation="gpu", **settings)
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 @pytest.mark.quick
-def test_kernels_interpreted():
-    interpret("parts", "overhang", "scattered_bfloat16")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(PARTS, "float32"), (OVERHANG, "float32"), (SCATTERED, "bfloat16")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_kernels_interpreted(case, dtype):
+    check_interpreted(case, dtype)
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 @pytest.mark.slow
-def test_kernels_interpreted_on_all_cases():
-    interpret("overhang", *NAMES, *(f"{name}_bfloat16" for name in NAMES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", NARROW_CASES, ids=lambda case: case.name)
+def test_kernels_interpreted_on_all_cases(case, dtype):
+    check_interpreted(case, dtype)
 
 
 @pytest.mark.parametrize("layout", ["packed", "edges", "singles", "right", "empty"])
@@ -70,7 +71,7 @@ def test_taps_counted_are_those_of_the_document(layout, n_before):
 def plan_of(batch, tokens, width, taps=4, sizes=gpu.BACKWARD):
     array = jax.ShapeDtypeStruct
     x, w = array((batch, tokens, width), jnp.bfloat16), array((width, taps), jnp.float32)
-    return gpu.make_plan(sizes, ("silu", False), x, w, None, None, None)
+    return gpu.make_plan(sizes, "silu", x, w, None, None, None)
 
 
 @pytest.mark.parametrize("shape", [(8, 2048, 4352), (1, 65536, 4352), (64, 256, 320), (1, 1, 8), (3, 1000, 5000)])
@@ -80,8 +81,10 @@ def test_parts_cover_every_token_once(shape):
     assert covered >= shape[1] > covered - plan.part_blocks * plan.block
 
 
-def test_parts_fill_the_device():
-    rounds = plan_of(8, 2048, 4352).parts * 8 * 17 / (gpu.MULTIPROCESSORS * gpu.BACKWARD[0][2])
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78])  # H100 SXM, H100 PCIe, H20
+def test_parts_fill_the_device(multiprocessors):
+    with assume_platform("gpu", multiprocessors=multiprocessors):
+        rounds = plan_of(8, 2048, 4352).parts * 8 * 17 / (multiprocessors * gpu.BACKWARD[0][2])
     assert rounds / np.ceil(rounds) > 0.85
 
 
@@ -97,7 +100,7 @@ def test_what_it_cannot_serve_it_names(shape, taps, dtype, reason):
 
 
 HOPPER_CASES = (
-    *(dataclasses.replace(case, width=8) for case in cases.TEST_CASES),
+    *NARROW_CASES,
     cases.Case("parts", 2, 1500, 520, 4, "packed", initial=True, final=True),
     cases.Case("eight", 2, 700, 264, 8, "edges", initial=True, final=True),
     cases.Case("five", 3, 333, 776, 5, "scattered", initial=True, final=True),

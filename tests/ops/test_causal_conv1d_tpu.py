@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import assume_platform
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.causal_conv1d import cases
 from pallas_kernels.ops.causal_conv1d.context import causal_conv1d_context
@@ -26,9 +26,7 @@ from tests.ops.support import QUICK, run
 def run_kernel(inputs: dict, **options) -> dict[str, np.ndarray]:
     """Outputs and gradients of the interpreted kernel by name."""
     kernel = functools.partial(causal_conv1d_tpu, interpret=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_kernels, "causal_conv1d", kernel)
-        return run("causal_conv1d", inputs, **options)
+    return run("causal_conv1d", inputs, function=kernel, **options)
 
 
 def check(case, dtype="float32", **options) -> None:
@@ -135,7 +133,7 @@ def compile_for(generation: str, batch, tokens, width, taps, dtype, *, documents
     def loss(x, w, b, initial=None):
         return jnp.sum(convolve(x, w, b, initial).astype(jnp.float32) ** 2)
 
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):  # the mesh tells Pallas the device it compiles for
+    with jax.set_mesh(mesh), assume_platform("tpu"):  # the mesh tells Pallas the device it compiles for
         return jax.jit(jax.grad(loss, range(len(args)))).lower(*args).compile()
 
 

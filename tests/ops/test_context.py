@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-import pallas_kernels
-from pallas_kernels import attention, causal_conv1d, context, dispatch, oracle, selective_scan, ssd
+from pallas_kernels import attention, causal_conv1d, context, ops, oracle, ssd
 from pallas_kernels.compat import enable_x64
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention import cases as attention_cases
 from pallas_kernels.ops.causal_conv1d import cases as conv_cases
 from pallas_kernels.ops.selective_scan import cases as scan_cases
 from pallas_kernels.ops.ssd import cases as ssd_cases
 from pallas_kernels.ops.ssd.tpu.api import ssd_tpu
-from tests.ops.support import QUICK
+from tests.ops.support import QUICK, served_by
 
 # Dims of arrays by name and op that have a token axis, as second.
 TOKENS = {
@@ -29,7 +29,7 @@ TOKENS = {
     "causal_conv1d": ("x", "segment_ids"),
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
-OPS = {"ssd": ssd, "selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "attention": attention}
+SPLIT = tuple(TOKENS)
 
 
 def mesh_of(n: int):
@@ -40,7 +40,7 @@ def split_over(op: str, n: int):
     """The op on whole arrays, run by n devices on their tokens."""
 
     def run(*args, **kwargs):
-        names = oracle.POSITIONAL[op]
+        names = OPS[op].positional
         arrays = {**dict(zip(names, args)), **kwargs}
         given = {k: v for k, v in arrays.items() if v is not None and isinstance(v, (jax.Array, np.ndarray))}
         options = {k: v for k, v in arrays.items() if k not in given}
@@ -48,7 +48,7 @@ def split_over(op: str, n: int):
         def local(given):
             named = {**options, **given}
             args = [named.pop(name, None) for name in names]
-            return OPS[op](*args, **named, context_axis="context")
+            return ops.function(op)(*args, **named, context_axis="context")
 
         specs = {k: P(None, "context") if k in TOKENS[op] else P() for k in given}
         out = P(None, "context")
@@ -60,11 +60,9 @@ def split_over(op: str, n: int):
 
 def check(op: str, inputs: dict, n: int, **options) -> None:
     """The op split over n devices within the tolerance table of its float64 reference."""
-    dtype = inputs[oracle.POSITIONAL[op][0]].dtype
+    dtype = inputs[OPS[op].positional[0]].dtype
     expected = oracle.oracle(op, inputs, compiler_options=QUICK, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_kernels, op, split_over(op, n))
-        actual = oracle.evaluate(op, inputs, compiler_options=QUICK, **options)
+    actual = oracle.evaluate(op, inputs, function=split_over(op, n), compiler_options=QUICK, **options)
     largest = max(oracle.rms(value) for name, value in expected.items() if name.startswith("d"))
     for name, value in actual.items():
         floor = oracle.SMALL_GRADIENT * largest if name.startswith("d") else 0.0
@@ -157,11 +155,8 @@ def test_padding_may_hold_anything():
     for name in ("x", "dt", "B", "C"):
         real = (EDGES != 0).reshape(4, 64, *(1,) * (inputs[name].ndim - 2))
         dirty[name] = np.where(real, inputs[name], np.nan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_kernels, "ssd", split_over("ssd", 8))
-        clean, same = (
-            oracle.evaluate("ssd", given, compiler_options=QUICK, return_final_state=True) for given in (inputs, dirty)
-        )
+    options = {"function": split_over("ssd", 8), "compiler_options": QUICK, "return_final_state": True}
+    clean, same = (oracle.evaluate("ssd", given, **options) for given in (inputs, dirty))
     for name in clean:
         np.testing.assert_array_equal(same[name], clean[name], err_msg=name)
 
@@ -181,11 +176,11 @@ SMALL = {
 def compiled(op: str, n: int):
     """Outputs and gradients, split over n devices or (n = 0) the reference, of arrays and ids given at run time."""
     options = {} if op == "attention" else {"return_final_state": True}
-    run = split_over(op, n) if n else OPS[op]
+    run = split_over(op, n) if n else ops.function(op)
 
     def loss(arrays, ids):
         named = {**arrays, "segment_ids": ids}
-        args = [named.pop(name, None) for name in oracle.POSITIONAL[op]]
+        args = [named.pop(name, None) for name in OPS[op].positional]
         out = run(*args, **named, **options, implementation="xla" if n else "reference")
         out = out if isinstance(out, tuple) else (out,)
         weights = oracle.make_weights([o.shape for o in out])
@@ -200,7 +195,7 @@ runs = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max
 @settings(max_examples=25)
 @given(rows=st.lists(runs, min_size=4, max_size=4))
 @pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SPLIT)
 def test_drawn_documents(op, n, rows):
     ids = np.array([(np.repeat(*zip(*row)).tolist() * 24)[:24] for row in rows], np.int32)
     arrays = {k: v for k, v in SMALL[op][0].items() if v is not None and k != "segment_ids"}
@@ -232,7 +227,7 @@ def both(op: str, run, **options):
 
     def forward(arrays, ids):
         named = {**arrays, "segment_ids": ids}
-        args = [named.pop(name, None) for name in oracle.POSITIONAL[op]]
+        args = [named.pop(name, None) for name in OPS[op].positional]
         return run(*args, **named, **options)
 
     return forward, jax.grad(lambda arrays, ids: sum(jnp.sum(o**2) for o in jax.tree.leaves(forward(arrays, ids))))
@@ -340,12 +335,9 @@ def test_errors_name_argument_and_limit():
 
 
 @pytest.mark.slow
-def test_on_top_of_a_kernel(monkeypatch):
+def test_on_top_of_a_kernel():
     """The same exchange around the interpreted TPU kernel."""
     inputs = ssd_cases.make_inputs(ssd_cases.Case("kernel", 4, 64, 2, 32, 1, 16, "dense", "mixed", "H", True, True))
     inputs["segment_ids"] = EDGES
-    expected = oracle.oracle("ssd", inputs, compiler_options=QUICK, return_final_state=True)
-    kernel = functools.partial(ssd_tpu, interpret=True)
-    monkeypatch.setattr(dispatch, "run", lambda op, implementation, args, kwargs: kernel(*args, **kwargs))
-    monkeypatch.setattr(oracle, "oracle", lambda *args, **kwargs: expected)
-    check("ssd", inputs, 2, return_final_state=True)
+    with served_by(functools.partial(ssd_tpu, interpret=True)):
+        check("ssd", inputs, 2, return_final_state=True)

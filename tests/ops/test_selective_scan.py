@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import selective_scan
+from pallas_kernels import assume_platform, selective_scan
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.selective_scan import cases, xla
-from pallas_kernels.oracle import make_weights
-from tests.ops.support import check_against_oracle, run
-from tests.tolerances import check_close
+from tests.ops import contract
+from tests.ops.support import check_against_oracle, check_curvature
 
 BASE = cases.Case("base", 2, 40, 6, 4, 2, initial=True, final=True, decay="mixed", seed=3)
 BY_TOKEN = ("x", "dt", "B", "C")
@@ -45,9 +44,9 @@ def test_blocks_equal_the_recurrence(name, blocked):
 
 
 @pytest.mark.parametrize(("n_tokens", "chunk"), [(1, None), (7, None), (300, None), (4096, 512), (10, 3)])
-def test_sizes_off_the_cpu(n_tokens, chunk, monkeypatch):
-    monkeypatch.setattr(xla.dispatch, "platform", lambda: "gpu")
-    tokens, blocks = xla._sizes(chunk, n_tokens)
+def test_sizes_off_the_cpu(n_tokens, chunk):
+    with assume_platform("gpu"):
+        tokens, blocks = xla._sizes(chunk, n_tokens)
     assert tokens % blocks == 0
     assert min(chunk or 256, n_tokens) <= tokens <= 1.5 * min(chunk or 256, n_tokens)
 
@@ -104,114 +103,19 @@ def test_long():
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 1000])
-def test_chunk_is_invisible(chunk):
-    inputs = make(layout="packed")
-    expected = run("selective_scan", inputs, chunk=16, **SETTINGS)
-    for name, value in run("selective_scan", inputs, chunk=chunk, **SETTINGS).items():
-        check_close(value, expected[name], dtype="float32", what=name)
+def test_padding_in_blocks(blocked):
+    with contract.compiling_anew():
+        contract.check_padding(contract.Subject("selective_scan", "xla"))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_packed_equals_separate(implementation):
-    """Three documents in a row: each alone gives its piece of y, dx, ddt, dB, dC and its share of dA, dD."""
-    inputs = make(batch=1, tokens=24, decay="typical")
-    inputs["segment_ids"] = np.repeat([5, 2, 5], [9, 1, 14])[None].astype(np.int32)
-    weights = make_weights([(1, 24, 6), (1, 6, 4)])
-    settings = {"implementation": implementation, "return_final_state": True, "chunk": 8}
-    packed = run("selective_scan", inputs, weights=weights, **settings)
-    shared = {"dA": 0.0, "dD": 0.0}
-    for number, (start, end) in enumerate([(0, 9), (9, 10), (10, 24)]):
-        alone = {k: v[:, start:end] if k in BY_TOKEN else v for k, v in inputs.items()} | {"segment_ids": None}
-        alone["initial_state"] = inputs["initial_state"] * (number == 0)
-        kept = [weights[0][:, start:end], weights[1] * (number == 2)]
-        one = run("selective_scan", alone, weights=kept, **settings)
-        for name in ("out0", "dx", "ddt", "dB", "dC"):
-            check_close(packed[name][:, start:end], one[name], dtype="float32", what=f"{name} of document {number}")
-        shared = {name: total + one[name] for name, total in shared.items()}
-        if number == 0:
-            check_close(packed["dinitial_state"], one["dinitial_state"], dtype="float32", what="dinitial_state")
-    check_close(packed["out1"], one["out1"], dtype="float32", what="final state")
-    for name, total in shared.items():
-        check_close(packed[name], total, dtype="float32", what=name)
-
-
-@pytest.mark.parametrize("layout", ["scattered", "empty"])
-def test_padding_is_as_if_it_were_not_there(layout, blocked):
-    """Zero outputs and gradients at padding, whatever garbage stands there; the rest as with the padding cut out."""
-    inputs = make(layout=layout, tokens=24)
-    real = inputs["segment_ids"] != 0
-    weights = make_weights([(2, 24, 6), (2, 6, 4)])
-    clean = run("selective_scan", inputs, weights=weights, **SETTINGS)
-    dirty = {k: np.where(real.reshape(2, 24, *(1,) * (v.ndim - 2)), v, np.nan) if k in BY_TOKEN else v
-             for k, v in inputs.items()}  # fmt: skip
-    for name, value in run("selective_scan", dirty, weights=weights, **SETTINGS).items():
-        np.testing.assert_array_equal(value, clean[name], err_msg=name)
-    for name in ("out0", "dx", "ddt", "dB", "dC"):
-        assert not clean[name][~real].any(), name
-    for row in range(2):
-        keep = real[row]
-        if not keep.any():
-            np.testing.assert_array_equal(clean["out1"][row], inputs["initial_state"][row])
-            np.testing.assert_array_equal(clean["dinitial_state"][row], weights[1][row])
-            continue
-        cut = {k: v[row : row + 1, keep] if k in (*BY_TOKEN, "segment_ids") else v for k, v in inputs.items()}
-        cut["initial_state"] = inputs["initial_state"][row : row + 1]
-        kept = [weights[0][row : row + 1, keep], weights[1][row : row + 1]]
-        alone = run("selective_scan", cut, weights=kept, **SETTINGS)
-        for name in ("out0", "dx", "ddt", "dB", "dC"):
-            check_close(clean[name][row, keep], alone[name][0], dtype="float32", what=name)
-        for name in ("out1", "dinitial_state"):
-            check_close(clean[name][row], alone[name][0], dtype="float32", what=name)
-
-
-def test_two_calls_continue_each_other():
-    """Cut anywhere and handed over through the state, in gradients too."""
-    inputs = make(decay="typical")
-    weights = make_weights([(2, 40, 6), (2, 6, 4)])
-    arrays = {name: jnp.asarray(a) for name, a in inputs.items() if a is not None}
-
-    def loss(arrays, cut):
-        state, ys = arrays["initial_state"], []
-        for part in (slice(0, cut), slice(cut, None))[0 if cut else 1 :]:
-            x, dt, B, C = (arrays[name][:, part] for name in BY_TOKEN)
-            y, state = selective_scan(
-                x, dt, arrays["A"], B, C, D=arrays["D"], initial_state=state, return_final_state=True
-            )
-            ys.append(y)
-        return jnp.sum(jnp.concatenate(ys, axis=1) * weights[0]) + jnp.sum(state * weights[1])
-
-    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    expected = dict(jax.tree.leaves_with_path(grad(arrays, 0)))
-    for name, value in jax.tree.leaves_with_path(grad(arrays, 23)):
-        check_close(value, expected[name], dtype="float32", what=str(name))
-
-
-def test_causal():
-    inputs = {k: jnp.asarray(v) for k, v in make(decay="weak", tokens=20).items() if v is not None}
-
-    def at(t, x, dt, B, C):
-        return jnp.sum(selective_scan(x, dt, inputs["A"], B, C, chunk=8)[:, t] ** 2)
-
-    grads = jax.jit(jax.grad(at, argnums=(1, 2, 3, 4)))(10, *(inputs[n] for n in BY_TOKEN))
-    for grad in grads:
-        assert not np.any(grad[:, 11:])
-    assert np.all(np.any(grads[0], axis=(0, 2))[:11])
-
-
-def test_second_derivative_and_remat():
+def test_second_derivative():
     inputs = {k: jnp.asarray(v) for k, v in make(tokens=12, decay="typical").items() if v is not None}
-    A_ = inputs["A"]
 
     def loss(A):
         y = selective_scan(inputs["x"], inputs["dt"], A, inputs["B"], inputs["C"], D=inputs["D"], chunk=8)
         return jnp.sum(y**2)
 
-    plain, remat = (jax.jit(jax.grad(g))(A_) for g in (loss, jax.checkpoint(loss)))
-    np.testing.assert_allclose(plain, remat, rtol=1e-4)
-    curvature = jax.jit(jax.grad(lambda A: jnp.sum(jax.grad(loss)(A))))(A_)
-    steps = [jnp.sum(jax.jit(jax.grad(loss))(A_ + e)) for e in (1e-2, -1e-2)]
-    np.testing.assert_allclose(curvature.sum(), (steps[0] - steps[1]) / 2e-2, rtol=1e-2)
+    check_curvature(loss, inputs["A"])
 
 
 def test_memory_is_linear_and_small():

@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper kernels of ssd: per-token vectors and interpreted kernels anywhere, the real ones on a Hopper GPU.
-
-The interpreter runs host callbacks that wait for each other, so it gets a process with enough threads of its own.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Hopper kernels of ssd: per-token vectors and interpreted kernels anywhere, the real ones on a Hopper GPU."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, oracle
+from pallas_kernels import assume_platform, oracle
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.ssd import cases
 from pallas_kernels.oracle import compare
+from tests.ops.interpreter import interpreted, needs_gpu_interpreter
+from tests.ops.support import QUICK, check_against_oracle
 
 gpu = pytest.importorskip("pallas_kernels.ops.ssd.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 
 TOKENS, CHUNKS = 200, 4
-HERE = Path(__file__).parent
-needs_interpreter = pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
-)
+# Few long rows, so that they are cut into pieces.
+PIECES = cases.Case("pieces", 1, 2060, 2, 64, 1, 64, layout="packed", initial=True, final=True)
 
 
 def on_hopper() -> bool:
@@ -121,31 +113,90 @@ def test_supports_names_argument_and_limit():
     assert "float32" in gpu.supports(positional[0].astype(jnp.float32), *positional[1:], **given)
 
 
-def interpret(*names):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(HERE.parents[1])}
-    command = [sys.executable, str(HERE / "ssd_gpu_interpreted.py"), *names]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+def check_interpreted(case):
+    inputs, settings = cases.make_inputs(case, "bfloat16"), cases.make_settings(case)
+    with interpreted("ssd", "gpu"):
+        check_against_oracle("ssd", inputs, dtype="bfloat16", implementation="gpu", **settings)
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 @pytest.mark.quick
-def test_kernels_interpreted():
-    interpret("scattered", "pieces", "interior")
+@pytest.mark.parametrize("case", [cases.CASES["scattered"], PIECES], ids=lambda case: case.name)
+def test_kernels_interpreted(case):
+    check_interpreted(case)
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 @pytest.mark.slow
-def test_kernels_interpreted_on_all_cases():
-    interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES), "scattered")
+@pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
+def test_kernels_interpreted_on_all_cases(case):
+    check_interpreted(case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize("name", ["interior", pytest.param("scattered", marks=pytest.mark.slow)])
+def test_padding_may_hold_anything(name):
+    """NaN in all padding changes nothing, in outputs and gradients."""
+    case = cases.CASES[name]
+    inputs, settings = cases.make_inputs(case, "bfloat16"), cases.make_settings(case)
+    padding = inputs["segment_ids"] == 0
+    dirty = {name: np.copy(inputs[name]) for name in ("x", "dt", "B", "C")}
+    for array in dirty.values():
+        array[padding] = np.nan
+
+    def evaluate(inputs, weight):
+        arrays, fixed = oracle.split("ssd", inputs)
+
+        def both(arrays):
+            out, pull = jax.vjp(lambda a: oracle.call("ssd", {**a, **fixed}, implementation="gpu", **settings), arrays)
+            return out, pull((weight.astype(out[0].dtype), *map(jnp.ones_like, out[1:])))[0]
+
+        with interpreted("ssd", "gpu"):
+            return jax.jit(both, compiler_options=QUICK)(arrays)
+
+    weight = jnp.asarray(np.random.default_rng(3).standard_normal(inputs["x"].shape), jnp.float32)
+    clean = evaluate(inputs, weight)
+    found = evaluate({**inputs, **dirty}, jnp.where(padding[..., None, None], jnp.nan, weight))
+    jax.tree.map(np.testing.assert_array_equal, clean, found)
+
+
+def check_decay_kernels(layout):
+    """The kernels of decays and of their gradients, which serve multiples of 64 heads, equal their versions in XLA."""
+    batch, tokens, heads, chunks = 2, 200, 64, 4
+    rng = np.random.default_rng(4)
+    dt = np.exp(rng.uniform(np.log(1e-6), np.log(80.0), (batch, tokens, heads))).astype(np.float32)
+    dt[:, ::7] = 0.0
+    dt, a = jnp.asarray(dt), -jnp.asarray(rng.uniform(0.1, 16.0, heads), jnp.float32)
+    ids = make_segment_ids(layout, batch, tokens, seed=1)
+    ids = None if ids is None else jnp.asarray(ids)
+    ab, padding = gpu.gpu_decay.decays(dt, a, ids, chunks)
+    real, begun = (None, None) if ids is None else gpu.document_vectors(ids, chunks)
+    expected = gpu.decay_vectors(gpu._real_dt(dt, ids), a * gpu.LOG2E, chunks, begun)
+    np.testing.assert_allclose(ab, expected, rtol=1e-5, atol=1e-4)
+    if ids is not None:
+        np.testing.assert_array_equal(padding, real)
+
+    dt = jnp.maximum(dt, 0.01)  # x . v / dt of a smaller one would hide the rest
+    shapes = {"source": (chunks, heads, 3), "target": (chunks, heads), "cross": (2, heads), "state": (2, heads)}
+    sums = {
+        name: jnp.asarray(rng.standard_normal((batch, *shape, gpu.TILE)), jnp.float32) for name, shape in shapes.items()
+    }
+    found = gpu.gpu_decay.gradients(*sums.values(), dt, a, ids, True)
+    for actual, expected in zip(found, gpu._dt_grads(sums, dt, a, ids), strict=True):
+        assert oracle.relative_rms(actual, np.asarray(expected, np.float64)) < 1e-5
+
+
+@needs_gpu_interpreter
+@pytest.mark.quick
+def test_decay_kernels_interpreted():
+    with interpreted("ssd", "gpu"):
+        check_decay_kernels("scattered")
 
 
 @pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("layout", ["dense", "scattered"])
 def test_decay_kernels_equal_xla(layout):
-    from tests.ops.ssd_gpu_interpreted import decay_kernels
-
-    assert decay_kernels(layout, interpret=False)
+    check_decay_kernels(layout)
 
 
 @pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
@@ -159,7 +210,7 @@ def test_kernels_against_the_recurrence(case):
     assert not bad, bad
 
 
-@needs_interpreter
+@needs_gpu_interpreter
 @pytest.mark.quick
 @pytest.mark.parametrize("heads", [2, 64])
 def test_gradients_trace_in_a_shard_map_that_checks_what_varies(heads):
@@ -167,12 +218,12 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies(heads):
     P = jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     case = cases.Case("checked", 2, 200, heads, 64, 1, 64, layout="packed", initial=True, final=True)
-    arrays, fixed = oracle.split(cases.make_inputs(case, "bfloat16"))
+    arrays, fixed = oracle.split("ssd", cases.make_inputs(case, "bfloat16"))
     specs = {name: P() if name in ("A", "D") else P("data") for name in arrays}
 
     @jax.shard_map(mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=True)
     def scan(arrays, ids):
-        with dispatch.assume_platform("gpu"):
+        with assume_platform("gpu"):
             settings = {"return_final_state": True, "implementation": "gpu"}
             return oracle.call("ssd", {**arrays, "segment_ids": ids}, **settings)
 

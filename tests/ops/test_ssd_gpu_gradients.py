@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What XLA does around the gradient kernel of ssd on Hopper: sums of decay gradients, a start state, scores."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_scores_of_wide_states_are_causal_and_zero_on_padding(layout):
     ids = marks(layout)
     real = gpu.document_vectors(jnp.asarray(ids), CHUNKS)[0]
     b_mat, c_mat = (jnp.asarray(rng.standard_normal((2, TOKENS, 2, 8)), jnp.bfloat16) for _ in range(2))
-    cfg = gpu_grads.Grads(2, 2, 2, 256, CHUNKS)
+    cfg = gpu_grads.Grads(2, 2, 2, 256, CHUNKS, multiprocessors=132)
     found = np.asarray(gpu_grads._score_tiles(cfg, *(gpu_grads._by_tile(v, real, CHUNKS) for v in (b_mat, c_mat))))
     found = found.astype(np.float64)
     full = [np.pad(np.asarray(v, np.float64), ((0, 0), (0, CHUNKS * gpu.TILE - TOKENS), (0, 0), (0, 0)))
@@ -101,3 +102,11 @@ def test_scores_of_wide_states_are_causal_and_zero_on_padding(layout):
             for pair in range(2 - chunk % 2):  # a first tile with itself and the second one, a second with itself
                 j, i = (slice(c * gpu.TILE, (c + 1) * gpu.TILE) for c in (chunk, chunk + pair))
                 np.testing.assert_allclose(found[row, chunk, :, pair], expected[:, j, i], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78, 15])  # H100 SXM, H100 PCIe, H20; an odd number
+def test_every_tile_has_one_thread_block(multiprocessors):
+    cfg = gpu_grads.Grads(3, 4, 2, 64, 50, multiprocessors)
+    blocks = 3 * 2 * 50
+    half, span = jax.vmap(lambda block: gpu_grads._schedule(cfg, block))(jnp.arange(blocks))
+    assert sorted(zip(span.tolist(), half.tolist(), strict=True)) == [(i // 2, i % 2) for i in range(blocks)]

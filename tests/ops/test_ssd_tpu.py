@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import dispatch
+from pallas_kernels import assume_platform
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.ssd import cases
 from pallas_kernels.ops.ssd.tpu import copies as tpu_copies
@@ -32,9 +32,7 @@ def case_of(**changes) -> cases.Case:
 def run_kernel(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray]:
     """Outputs and gradients of the interpreted kernels by name."""
     kernel = functools.partial(ssd_tpu, **{"interpret": True, **blocks})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_kernels, "ssd", kernel)
-        return run("ssd", inputs, return_final_state=final)
+    return run("ssd", inputs, function=kernel, return_final_state=final)
 
 
 def check(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray]:
@@ -309,7 +307,7 @@ def test_rows_and_heads_split_over_devices(checked):
         split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=checked)
         return jnp.sum(split(*arrays).astype(jnp.float32) ** 2)
 
-    with jax.set_mesh(mesh), dispatch.assume_platform("tpu"):
+    with jax.set_mesh(mesh), assume_platform("tpu"):
         text = jax.jit(jax.grad(loss, range(7))).lower(*args).compile().as_text()
     assert text.count("tpu_custom_call") >= 2  # by auto, forward and backward
     assert not re.search(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)

@@ -7,10 +7,10 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, dispatch, segments
+from pallas_kernels import context, segments
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
-from pallas_kernels.compat import vary_alike
-from pallas_kernels.ops.attention.context import attention_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.attention import OP
 
 
 def attention(
@@ -60,14 +60,40 @@ def attention(
 
     Scores, softmax statistics and sums are float32 at least. Gradients flow to q, k, v, gate and sinks. Raises
     ValueError or TypeError for arguments that do not fit together, NotImplementedError where the named implementation
-    cannot serve.
+    cannot serve. Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
-    n_batch, n_queries, n_heads, d_head = q_BTHP.shape
+    n_batch, n_queries, _, d_head = q_BTHP.shape
     stacked = None
     if layer is not None:
         stacked = _stacked(k_BSKP, v_BSKP, layer, context_axis)
         k_BSKP, v_BSKP = (jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False) for array in stacked[:2])
+    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window)
+    sizes = n_batch, n_queries, k_BSKP.shape[1]
+    pair = _pair("segment_ids", segment_ids, *sizes)
+    one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
+    context_axis = _context_axis(context_axis, *sizes[1:], q_offset)
+    if one_side and context_axis is None:
+        pair = (segments.document_ids(pair[0]),) * 2
+    kwargs = {
+        "gate": gate,
+        "causal": bool(causal),
+        "window": window,
+        "segment_ids": pair,
+        "positions": _pair("positions", positions, *sizes),
+        "scale": d_head**-0.5 if scale is None else _finite("scale", scale),
+        "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),
+        "sinks": sinks,
+        "q_offset": _offset(q_offset, n_batch, positions),
+    }
+    offered = {} if stacked is None else {"stacked": stacked}
+    args, options = (q_BTHP, k_BSKP, v_BSKP), {"one_side": one_side}
+    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=options)
+
+
+def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window) -> None:
+    """Raises ValueError or TypeError unless they fit together."""
+    n_batch, n_queries, n_heads, d_head = q_BTHP.shape
     check_shape(
         "k_BSKP", k_BSKP, (n_batch, None, None, d_head), "batch of q_BTHP, keys, key heads, head width of q_BTHP"
     )
@@ -83,40 +109,11 @@ def attention(
         full = (n_batch, n_queries, n_heads, v_BSKP.shape[3])
         check_shape("gate", gate, full[:3] if gate.ndim == 3 else full, "batch, tokens, heads[, width of v_BSKP]")
         check_float("gate", gate)
-    if window is not None:
-        check_positive_int("window", window)
     if sinks is not None:
         check_shape("sinks", sinks, (n_heads,), "heads of q_BTHP")
         check_float("sinks", sinks)
-    sizes = (n_batch, n_queries, n_keys)
-    pair = _pair("segment_ids", segment_ids, *sizes)
-    one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
-    context_axis = _context_axis(context_axis, n_queries, n_keys, q_offset)
-    if one_side and context_axis is None:
-        pair = (segments.document_ids(pair[0]),) * 2
-    kwargs = {
-        "gate": gate,
-        "causal": bool(causal),
-        "window": window,
-        "segment_ids": pair,
-        "positions": _pair("positions", positions, *sizes),
-        "scale": d_head**-0.5 if scale is None else _finite("scale", scale),
-        "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),
-        "sinks": sinks,
-        "q_offset": _offset(q_offset, n_batch, positions),
-    }
-    args = (q_BTHP, k_BSKP, v_BSKP)
-
-    def attend(*args, **kwargs):
-        if stacked is None:
-            return dispatch.run("attention", implementation, args, kwargs)
-        args, kwargs, source = vary_alike((args, kwargs, stacked))
-        function = dispatch.select("attention", implementation, args, kwargs)
-        return function(*args, **kwargs, **({"stacked": source} if hasattr(function, "reads_stacked") else {}))
-
-    if context_axis is None:
-        return attend(*args, **kwargs)
-    return attention_context(attend, args, context_axis=context_axis, one_side=one_side, **kwargs)
+    if window is not None:
+        check_positive_int("window", window)
 
 
 def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:

@@ -12,23 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ops.attention.mask import Mask
+
 FIRST, LAST, WHOLE = 1, 2, 4  # flags: first and last pair of its group; every query sees every key
 TILE_SHIFT, QUERY_SHIFT, KEY_SHIFT = 3, 7, 19  # one bit for each of 2 x 2 tiles; block numbers of 12 bits
 MOST_BLOCKS = 1 << 12
 TILES = 2  # tiles along each side of a block
 _HIGH = np.iinfo(np.int32).max
-
-
-class Places(typing.NamedTuple):
-    """Where queries and keys stand, int32 [B or 1, T] and [B or 1, S]; None where no mask asks for it.
-
-    Ids: visible only where equal, 0 is padding. Positions: causal and window masks compare them.
-    """
-
-    q_ids_BT: jax.Array | np.ndarray | None
-    k_ids_BS: jax.Array | np.ndarray | None
-    q_position_BT: jax.Array | np.ndarray | None
-    k_position_BS: jax.Array | np.ndarray | None
 
 
 class Pairs(typing.NamedTuple):
@@ -51,20 +41,23 @@ def tile_bit(row: int, column: int) -> int:
     return 1 << (TILE_SHIFT + TILES * row + column)
 
 
-def by_query(places: Places, blocks: tuple[int, int], causal: bool, window: int | None) -> Pairs:
+def by_query(mask: Mask, blocks: tuple[int, int]) -> Pairs:
     """Pairs in order of query blocks, each of which is visited at least once; groups are query blocks."""
-    some, whole = _tiles(places, blocks, causal, window)
+    some, whole = _tiles(mask, blocks)
     return _compact(some, whole, 1, False)
 
 
-def by_key(places: Places, blocks: tuple[int, int], causal: bool, window: int | None, parts: int) -> Pairs:
+def by_key(mask: Mask, blocks: tuple[int, int], parts: int) -> Pairs:
     """Pairs in order of (part of the queries, key block), each visited at least once; groups are those."""
-    some, whole = _tiles(places, blocks, causal, window)
+    some, whole = _tiles(mask, blocks)
     return _compact(some, whole, parts, True)
 
 
-def _tiles(places: Places, blocks, causal: bool, window: int | None):
-    """(anything visible, everything visible) by tile, bool [B or 1, query tiles, key tiles]."""
+def _tiles(mask: Mask, blocks):
+    """(anything visible, everything visible) by tile, bool [B or 1, query tiles, key tiles].
+
+    The mask's ids and positions, as far as it has them, fill whole blocks.
+    """
 
     def limits(array, width, where=None):
         """Smallest and largest entry of each tile."""
@@ -76,20 +69,20 @@ def _tiles(places: Places, blocks, causal: bool, window: int | None):
 
     q_width, k_width = (block // TILES for block in blocks)
     some = whole = np.True_
-    if places.q_ids_BT is not None:
-        (q_low, q_top), (k_low, k_top) = limits(places.q_ids_BT, q_width, 0), limits(places.k_ids_BS, k_width, 0)
+    if mask.q_ids_BT is not None:
+        (q_low, q_top), (k_low, k_top) = limits(mask.q_ids_BT, q_width, 0), limits(mask.k_ids_BS, k_width, 0)
         some = (q_low[:, :, None] <= k_top[:, None]) & (k_low[:, None] <= q_top[:, :, None])
-        (q_low, q_top), (k_low, k_top) = limits(places.q_ids_BT, q_width), limits(places.k_ids_BS, k_width)
+        (q_low, q_top), (k_low, k_top) = limits(mask.q_ids_BT, q_width), limits(mask.k_ids_BS, k_width)
         whole = ((q_low == q_top) & (q_low != 0))[:, :, None] & (q_low[:, :, None] == k_low[:, None])
         whole = whole & (k_low == k_top)[:, None]
-    if places.q_position_BT is not None:
-        (q_low, q_top), (k_low, k_top) = limits(places.q_position_BT, q_width), limits(places.k_position_BS, k_width)
-        if causal:
+    if mask.q_position_BT is not None:
+        (q_low, q_top), (k_low, k_top) = limits(mask.q_position_BT, q_width), limits(mask.k_position_BS, k_width)
+        if mask.causal:
             some = some & (q_top[:, :, None] >= k_low[:, None])
             whole = whole & (q_low[:, :, None] >= k_top[:, None])
-        if window is not None:
-            some = some & (q_low[:, :, None] - k_top[:, None] < window)
-            whole = whole & (q_top[:, :, None] - k_low[:, None] < window)
+        if mask.window is not None:
+            some = some & (q_low[:, :, None] - k_top[:, None] < mask.window)
+            whole = whole & (q_top[:, :, None] - k_low[:, None] < mask.window)
     return some, whole
 
 

@@ -82,6 +82,14 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 24, 24, 4, 2, 8, sinks=True)
+CONTRACT = {
+    "reference": _SMALL,
+    "xla": _SMALL,
+    "tpu": Case("tpu", 2, 140, 140, 2, 1, 64, sinks=True),
+    "gpu": Case("gpu", 2, 140, 140, 2, 1, 64, sinks=True),
+}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Array arguments of attention by name (q, k, v, gate, sinks, segment_ids, positions); activations have `dtype`."""
@@ -114,3 +122,26 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of attention."""
     return {name: getattr(case, name) for name in ("causal", "window", "softcap", "q_offset")}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass: those of visible pairs."""
+    return 2 * case.heads * (case.width + (case.v_width or case.width)) * visible_pairs(case)
+
+
+def visible_pairs(case: Case) -> int:
+    """Pairs of query and visible key of a case, over the batch; documents taken as runs of one id."""
+    ids = make_segment_ids(case.layout, case.batch, case.queries, seed=case.seed)
+    index = np.arange(case.queries)
+    if ids is None:
+        seen = np.minimum(index + case.q_offset + 1, case.keys) if case.causal else np.full(case.queries, case.keys)
+        seen = np.maximum(seen if case.window is None else np.minimum(seen, case.window), 0)
+        return case.batch * int(seen.sum())
+    total = 0
+    for row in ids:
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], case.queries]):
+            if row[start]:
+                seen = np.arange(1, end - start + 1) if case.causal else np.full(end - start, end - start)
+                total += int((seen if case.window is None else np.minimum(seen, case.window)).sum())
+    return total

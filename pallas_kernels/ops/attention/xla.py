@@ -16,29 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import dispatch
+from pallas_kernels import platform
+from pallas_kernels.ops.attention.mask import LOWEST, Mask, key_positions, make_mask, query_positions, visible_pairs
 
 _BLOCK = 512
-_HIDDEN = -1e30  # running maximum of a row that has seen no key
 
 
 class _Settings(typing.NamedTuple):
-    causal: bool
-    window: int | None
     scale: float
     softcap: float | None
-    q_offset: int | None  # None: positions are in _Places
     n_keys: int  # before padding
     blocks: tuple[int, int]
-
-
-class _Places(typing.NamedTuple):
-    """Where queries and keys stand; None where that follows from indices."""
-
-    q_ids_BT: jax.Array | None = None
-    k_ids_BS: jax.Array | None = None
-    q_position_BT: jax.Array | None = None
-    k_position_BS: jax.Array | None = None
 
 
 def attention_xla(
@@ -65,9 +53,8 @@ def attention_xla(
             q_BTHP, k_BSKP, v_BSKP, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
         )
     else:
-        out_BTHP = _blockwise(
-            q_BTHP, k_BSKP, v_BSKP, causal, window, segment_ids, positions, scale, softcap, sinks, q_offset
-        )
+        mask = make_mask(causal, window, segment_ids, positions, q_offset)
+        out_BTHP = _blockwise(q_BTHP, k_BSKP, v_BSKP, mask, scale, softcap, sinks)
     return out_BTHP if gate is None else apply_gate(out_BTHP, gate)
 
 
@@ -76,7 +63,7 @@ def cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal: bool, window: int | None) -> bo
     same = q_BTHP.dtype == k_BSKP.dtype == v_BSKP.dtype and q_BTHP.dtype in (jnp.bfloat16, jnp.float16)
     width = q_BTHP.shape[-1]
     fits = v_BSKP.shape[-1] == width and width % 8 == 0 and width <= 128 and q_BTHP.shape[1] == k_BSKP.shape[1]
-    return same and fits and q_BTHP.shape[1] > 1 and (causal or window is None) and dispatch.platform() == "gpu"
+    return same and fits and q_BTHP.shape[1] > 1 and (causal or window is None) and platform.platform() == "gpu"
 
 
 def apply_gate(out_BTHP, gate):
@@ -109,29 +96,34 @@ def _apply_gate_backward(residuals, dgated_BTHP):
 _apply_gate.defvjp(_apply_gate_forward, _apply_gate_backward)
 
 
-def _blockwise(q_BTHP, k_BSKP, v_BSKP, causal, window, segment_ids, positions, scale, softcap, sinks, q_offset):
+def _blockwise(q_BTHP, k_BSKP, v_BSKP, mask: Mask, scale, softcap, sinks):
     n_batch, n_queries, n_heads, _ = q_BTHP.shape
     n_keys, n_kv_heads = k_BSKP.shape[1:3]
-    places = _Places(*(segment_ids or (None, None)), *(positions or (None, None)))
-    if not isinstance(q_offset, int):
-        places = places._replace(
-            q_position_BT=jnp.broadcast_to(q_offset, (n_batch,))[:, None] + jnp.arange(n_queries, dtype=jnp.int32),
-            k_position_BS=jnp.broadcast_to(jnp.arange(n_keys, dtype=jnp.int32), (n_batch, n_keys)),
-        )
     blocks = _block_sizes(n_queries, n_keys)
-    given = places.q_position_BT is not None
-    settings = _Settings(causal, window, scale, softcap, None if given else q_offset, n_keys, blocks)
-    if given and not causal and window is None:
-        places = places._replace(q_position_BT=None, k_position_BS=None)
-        settings = settings._replace(q_offset=0)
-
     q_BKRTP = jnp.moveaxis(q_BTHP.reshape(n_batch, n_queries, n_kv_heads, n_heads // n_kv_heads, -1), 1, 3)
     q_BKRTP = _pad(q_BKRTP, 3, blocks[0])
     k_BKSP, v_BKSV = (_pad(jnp.moveaxis(a, 1, 2), 2, blocks[1]) for a in (k_BSKP, v_BSKP))
-    padded_places = _Places(*(a if a is None else _pad(a, 1, blocks[i % 2]) for i, a in enumerate(places)))
+    mask = _by_side(_located(mask, n_queries, n_keys), lambda array, side: _pad(array, 1, blocks[side]))
     sinks_KR = None if sinks is None else sinks.reshape(n_kv_heads, -1)
-    out_BKRTV = _attend(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, padded_places, settings)
+    out_BKRTV = _attend(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask, _Settings(scale, softcap, n_keys, blocks))
     return jnp.moveaxis(out_BKRTV[:, :, :, :n_queries], 3, 1).reshape(n_batch, n_queries, n_heads, -1)
+
+
+def _located(mask: Mask, n_queries: int, n_keys: int) -> Mask:
+    """The mask with positions as arrays where it orders by others than indices, else without."""
+    if not mask.ordered:
+        return mask.replace(q_offset=0, q_position_BT=None, k_position_BS=None, offset_B=None)
+    if mask.q_offset is not None:
+        return mask
+    q_position_BT, k_position_BS = query_positions(mask, n_queries), jnp.asarray(key_positions(mask, n_keys))
+    return mask.replace(q_position_BT=q_position_BT, k_position_BS=k_position_BS, offset_B=None)
+
+
+def _by_side(mask: Mask, change) -> Mask:
+    """The mask with change(array, 0 of queries or 1 of keys) for its arrays."""
+    sides = {"q_ids_BT": 0, "k_ids_BS": 1, "q_position_BT": 0, "k_position_BS": 1}
+    arrays = {name: getattr(mask, name) for name in sides}
+    return mask.replace(**{name: change(a, sides[name]) for name, a in arrays.items() if a is not None})
 
 
 def _block_sizes(n_queries: int, n_keys: int) -> tuple[int, int]:
@@ -150,17 +142,17 @@ def _pad(array, axis: int, multiple: int):
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
 
-def _pairs(n_query_blocks: int, n_key_blocks: int, settings: _Settings) -> np.ndarray:
+def _pairs(n_query_blocks: int, n_key_blocks: int, mask: Mask, settings: _Settings) -> np.ndarray:
     """[n, 2] int32: the block pairs in which the masks over indices leave anything visible, by query block."""
     q_block, k_block = settings.blocks
     first_key = np.arange(n_key_blocks)[None, :] * k_block
     visible = np.broadcast_to(first_key < settings.n_keys, (n_query_blocks, n_key_blocks))
-    if settings.q_offset is not None:
-        first_query = np.arange(n_query_blocks)[:, None] * q_block + settings.q_offset
-        if settings.causal:
+    if mask.q_offset is not None:
+        first_query = np.arange(n_query_blocks)[:, None] * q_block + mask.q_offset
+        if mask.causal:
             visible = visible & (first_query + q_block - 1 >= first_key)
-        if settings.window is not None:
-            visible = visible & (first_query - (first_key + k_block - 1) < settings.window)
+        if mask.window is not None:
+            visible = visible & (first_query - (first_key + k_block - 1) < mask.window)
     return np.argwhere(visible).astype(np.int32)
 
 
@@ -172,57 +164,50 @@ def _put(array, block, index, width: int, axis: int):
     return jax.lax.dynamic_update_slice_in_dim(array, block, index * width, axis=axis)
 
 
-def _block_places(places: _Places, pair, settings: _Settings) -> _Places:
-    return _Places(*(a if a is None else _at(a, pair[i % 2], settings.blocks[i % 2], 1) for i, a in enumerate(places)))
+def _block_mask(mask: Mask, pair, settings: _Settings) -> Mask:
+    return _by_side(mask, lambda array, side: _at(array, pair[side], settings.blocks[side], 1))
 
 
-def _mask(places: _Places, pair, settings: _Settings):
-    """[B or 1, Q, J] bool, or None where everything is visible."""
+def _visible(mask: Mask, pair, settings: _Settings):
+    """[B or 1, Q, J] bool of a pair of blocks, whose mask this is, or None where everything is visible."""
     q_block, k_block = settings.blocks
+    q_ids, k_ids, q_position, k_position = mask.q_ids_BT, mask.k_ids_BS, mask.q_position_BT, mask.k_position_BS
     key_1J = pair[1] * k_block + jnp.arange(k_block)[None, :]
-    conditions = []
-    if settings.n_keys % k_block:
-        conditions.append((key_1J < settings.n_keys)[:, None, :])
-    if settings.causal or settings.window is not None:
-        if settings.q_offset is None:
-            behind = places.q_position_BT[:, :, None] - places.k_position_BS[:, None, :]
-        else:
-            behind = (settings.q_offset + pair[0] * q_block + jnp.arange(q_block))[None, :, None] - key_1J[:, None, :]
-        if settings.causal:
-            conditions.append(behind >= 0)
-        if settings.window is not None:
-            conditions.append(behind < settings.window)
-    if places.q_ids_BT is not None:
-        conditions.append(places.q_ids_BT[:, :, None] == places.k_ids_BS[:, None, :])
-        conditions.append((places.q_ids_BT != 0)[:, :, None])
-    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+    if mask.q_offset is not None:
+        q_position, k_position = (mask.q_offset + pair[0] * q_block + jnp.arange(q_block))[None, :], key_1J
+    ids = (None, None) if q_ids is None else (q_ids[:, :, None], k_ids[:, None, :])
+    visible = visible_pairs(*ids, q_position[:, :, None], k_position[:, None, :], mask.causal, mask.window)
+    if not settings.n_keys % k_block:
+        return visible
+    inside = (key_1J < settings.n_keys)[:, None, :]
+    return inside if visible is None else visible & inside
 
 
-def _hidden(places: _Places, settings: _Settings):
-    """Scalar bool: documents or positions surely hide this whole block; None where they say nothing."""
+def _hidden(mask: Mask):
+    """Scalar bool: documents or positions surely hide the whole block whose mask this is; None: they say nothing."""
     conditions = []
-    if places.q_ids_BT is not None:
-        q_ids_BT, k_ids_BS = places.q_ids_BT, places.k_ids_BS
+    if mask.has_ids:
         high = jnp.iinfo(jnp.int32).max
-        q_low_B, k_low_B = (jnp.min(jnp.where(ids == 0, high, ids), axis=1) for ids in (q_ids_BT, k_ids_BS))
-        q_top_B, k_top_B = (jnp.max(jnp.where(ids == 0, -high, ids), axis=1) for ids in (q_ids_BT, k_ids_BS))
+        sides = (mask.q_ids_BT, mask.k_ids_BS)
+        q_low_B, k_low_B = (jnp.min(jnp.where(ids == 0, high, ids), axis=1) for ids in sides)
+        q_top_B, k_top_B = (jnp.max(jnp.where(ids == 0, -high, ids), axis=1) for ids in sides)
         conditions.append((q_top_B < k_low_B) | (k_top_B < q_low_B))
-    if settings.q_offset is None:
-        q_BT, k_BS = places.q_position_BT, places.k_position_BS
-        if settings.causal:
+    if mask.has_positions:
+        q_BT, k_BS = mask.q_position_BT, mask.k_position_BS
+        if mask.causal:
             conditions.append(q_BT.max(axis=1) < k_BS.min(axis=1))
-        if settings.window is not None:
-            conditions.append(q_BT.min(axis=1) - k_BS.max(axis=1) >= settings.window)
+        if mask.window is not None:
+            conditions.append(q_BT.min(axis=1) - k_BS.max(axis=1) >= mask.window)
     return jnp.all(functools.reduce(jnp.logical_or, conditions)) if conditions else None
 
 
-def _walk(pairs: np.ndarray, visit, places: _Places, carry, read, write, settings: _Settings):
-    """Applies visit to every pair: carry <- write(carry, pair, visit(read(carry, pair), pair, its places))."""
+def _walk(pairs: np.ndarray, visit, mask: Mask, carry, read, write, settings: _Settings):
+    """Applies visit to every pair: carry <- write(carry, pair, visit(read(carry, pair), pair, its mask))."""
 
     def step(carry, pair):
-        here = _block_places(places, pair, settings)
+        here = _block_mask(mask, pair, settings)
         block = read(carry, pair)
-        hidden = _hidden(here, settings) if len(pairs) > 1 else None
+        hidden = _hidden(here) if len(pairs) > 1 else None
         if hidden is None:
             block = visit(block, pair, here)
         else:
@@ -244,11 +229,11 @@ def _scores(q_BKRQP, k_BKJP, settings: _Settings, dtype):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings: _Settings):
-    return _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places, settings)[0]
+def _attend(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask: Mask, settings: _Settings):
+    return _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask, settings)[0]
 
 
-def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings: _Settings):
+def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask: Mask, settings: _Settings):
     dtype = jnp.promote_types(q_BKRTP.dtype, jnp.float32)
     q_block, k_block = settings.blocks
 
@@ -261,13 +246,13 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings
     def visit(block, pair, here):
         sum_BKRQV, top_BKRQ, total_BKRQ = block
         scores_BKRQJ, _ = _scores(_at(q_BKRTP, pair[0], q_block, 3), _at(k_BKSP, pair[1], k_block, 2), settings, dtype)
-        mask = _mask(here, pair, settings)
-        if mask is not None:
-            mask = mask[:, None, None]
-            scores_BKRQJ = jnp.where(mask, scores_BKRQJ, _HIDDEN)
+        visible = _visible(here, pair, settings)
+        if visible is not None:
+            visible = visible[:, None, None]
+            scores_BKRQJ = jnp.where(visible, scores_BKRQJ, LOWEST)
         new_top_BKRQ = jnp.maximum(top_BKRQ, scores_BKRQJ.max(axis=-1))
         weights_BKRQJ = jnp.exp(scores_BKRQJ - new_top_BKRQ[..., None])
-        weights_BKRQJ = weights_BKRQJ if mask is None else jnp.where(mask, weights_BKRQJ, 0)
+        weights_BKRQJ = weights_BKRQJ if visible is None else jnp.where(visible, weights_BKRQJ, 0)
         shrink_BKRQ = jnp.exp(top_BKRQ - new_top_BKRQ)
         v_BKJV = _at(v_BKSV, pair[1], k_block, 2)
         added = jnp.einsum(
@@ -281,24 +266,24 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings
 
     rows_BKRT = q_BKRTP[..., 0]
     if sinks_KR is None:
-        top_BKRT, total_BKRT = jnp.full_like(rows_BKRT, _HIDDEN, dtype), jnp.zeros_like(rows_BKRT, dtype)
+        top_BKRT, total_BKRT = jnp.full_like(rows_BKRT, LOWEST, dtype), jnp.zeros_like(rows_BKRT, dtype)
     else:
         top_BKRT = jnp.zeros_like(rows_BKRT, dtype) + sinks_KR.astype(dtype)[:, :, None]
         total_BKRT = jnp.ones_like(rows_BKRT, dtype)
     sum_BKRTV = jnp.repeat(jnp.zeros_like(q_BKRTP[..., :1], dtype), v_BKSV.shape[-1], axis=-1)
     carry = (sum_BKRTV, top_BKRT, total_BKRT)
-    pairs = _pairs(q_BKRTP.shape[3] // q_block, k_BKSP.shape[2] // k_block, settings)
-    sum_BKRTV, top_BKRT, total_BKRT = _walk(pairs, visit, places, carry, read, write, settings)
+    pairs = _pairs(q_BKRTP.shape[3] // q_block, k_BKSP.shape[2] // k_block, mask, settings)
+    sum_BKRTV, top_BKRT, total_BKRT = _walk(pairs, visit, mask, carry, read, write, settings)
     seen_BKRT = total_BKRT > 0
     total_BKRT = jnp.where(seen_BKRT, total_BKRT, 1)
     out_BKRTV = (sum_BKRTV / total_BKRT[..., None]).astype(q_BKRTP.dtype)
     log_sum_BKRT = jnp.where(seen_BKRT, top_BKRT + jnp.log(total_BKRT), 0)
     kept = checkpoint_name((out_BKRTV, log_sum_BKRT), "attention_kept")
-    return out_BKRTV, (q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places, *kept)
+    return out_BKRTV, (q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask, *kept)
 
 
 def _attend_backward(settings: _Settings, residuals, dout_BKRTV):
-    q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places, out_BKRTV, log_sum_BKRT = residuals
+    q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask, out_BKRTV, log_sum_BKRT = residuals
     dtype = log_sum_BKRT.dtype
     q_block, k_block = settings.blocks
     dout_BKRTV = dout_BKRTV.astype(v_BKSV.dtype)
@@ -321,12 +306,12 @@ def _attend_backward(settings: _Settings, residuals, dout_BKRTV):
         q_BKRQP, dout_BKRQV = _at(q_BKRTP, pair[0], q_block, 3), _at(dout_BKRTV, pair[0], q_block, 3)
         k_BKJP, v_BKJV = _at(k_BKSP, pair[1], k_block, 2), _at(v_BKSV, pair[1], k_block, 2)
         scores_BKRQJ, dcap_BKRQJ = _scores(q_BKRQP, k_BKJP, settings, dtype)
-        mask = _mask(here, pair, settings)
-        if mask is not None:
-            mask = mask[:, None, None]
-            scores_BKRQJ = jnp.where(mask, scores_BKRQJ, _HIDDEN)
+        visible = _visible(here, pair, settings)
+        if visible is not None:
+            visible = visible[:, None, None]
+            scores_BKRQJ = jnp.where(visible, scores_BKRQJ, LOWEST)
         weights_BKRQJ = jnp.exp(scores_BKRQJ - _at(log_sum_BKRT, pair[0], q_block, 3)[..., None])
-        weights_BKRQJ = weights_BKRQJ if mask is None else jnp.where(mask, weights_BKRQJ, 0)
+        weights_BKRQJ = weights_BKRQJ if visible is None else jnp.where(visible, weights_BKRQJ, 0)
         dweights_BKRQJ = jnp.einsum("bkrqv,bkjv->bkrqj", dout_BKRQV, v_BKJV, preferred_element_type=dtype)
         dscores_BKRQJ = weights_BKRQJ * (dweights_BKRQJ - _at(product_BKRT, pair[0], q_block, 3)[..., None])
         dscores_BKRQJ = dscores_BKRQJ if dcap_BKRQJ is None else dscores_BKRQJ * dcap_BKRQJ
@@ -339,8 +324,8 @@ def _attend_backward(settings: _Settings, residuals, dout_BKRTV):
         )
 
     carry = tuple(jnp.zeros_like(array, dtype) for array in (q_BKRTP, k_BKSP, v_BKSV))
-    pairs = _pairs(q_BKRTP.shape[3] // q_block, k_BKSP.shape[2] // k_block, settings)
-    dq, dk, dv = _walk(pairs, visit, places, carry, read, write, settings)
+    pairs = _pairs(q_BKRTP.shape[3] // q_block, k_BKSP.shape[2] // k_block, mask, settings)
+    dq, dk, dv = _walk(pairs, visit, mask, carry, read, write, settings)
     dsinks_KR = None
     if sinks_KR is not None:
         sink_weights_BKRT = jnp.exp(sinks_KR.astype(dtype)[:, :, None] - log_sum_BKRT)

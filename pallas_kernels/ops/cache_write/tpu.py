@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pallas TPU (Mosaic): a token written into each row of a cache [(L,) B, S, K, P] that lies with S along lanes.
 
-XLA keeps a cache so where P is not a multiple of 128, and tpu_decode.py reads it so; but its own scatter does not write
-there: it copies the whole array before and after. This kernel changes one lane of one block a row, in place.
+XLA keeps a cache so where P is not a multiple of 128, and attention's kernel for few queries reads it so; but XLA's own
+scatter does not write there: it copies the whole array before and after. This kernel changes one lane of one block a
+row, in place.
 """
 
 import functools
@@ -13,16 +14,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
-from pallas_kernels.compat import call_varying
-from pallas_kernels.ops.attention.tpu.common import F32, LANES
+from pallas_kernels.mosaic_tpu import F32, LANES
+from pallas_kernels.varying import call_varying
 
 
-def serves(array_shape: tuple, n_tokens: int, dtype) -> bool:
-    """Whether `write_token` is the way to write `n_tokens` a row: where `attention` by "auto" reads by a TPU kernel."""
-    if n_tokens != 1 or array_shape[-1] % LANES == 0 or dtype not in (jnp.bfloat16, jnp.float32):
-        return False
-    return dispatch.platform() == "tpu" and dispatch.why_kernel("attention") is not None
+def supports(array, slots_BT, value_BTKP, *, layer=None) -> str | None:
+    """Why the kernel cannot serve the call, or None."""
+    del value_BTKP, layer
+    if array.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"array has dtype {array.dtype}, not bfloat16 or float32"
+    if slots_BT.shape[1] != 1:
+        return f"slots_BT has {slots_BT.shape[1]} tokens a row, not 1"
+    if array.shape[-1] % LANES == 0:
+        return f"width of array ({array.shape[-1]}) is a multiple of {LANES}, of which XLA keeps no slots along lanes"
+    return None
 
 
 def _kernel(slots, first, old, new, out, *, n_slots: int):
@@ -38,11 +43,12 @@ def _block(slots, row, n_slots: int):
     return jnp.clip(slots[row], 0, n_slots - 1) // LANES
 
 
-def write_token(array, layer, slots_B, value_BKP, *, interpret=False):
-    """`array` [(L,) B, S, K, P] with value[b] at [(layer,) b, slots[b]]; slots outside of it are not written."""
+def cache_write_tpu(array, slots_BT, value_BTKP, *, layer=None, interpret: bool = False):
+    """See `pallas_kernels.cache_write`."""
+    slots_B, value_BKP = slots_BT[:, 0], value_BTKP[:, 0]
     stack = array if layer is None else array.reshape(-1, *array.shape[2:])
     n_batch, (n_slots, n_heads, width) = slots_B.shape[0], stack.shape[1:]
-    first = jnp.zeros(1, jnp.int32) if layer is None else jnp.reshape(layer, (1,)).astype(jnp.int32) * n_batch
+    first = jnp.zeros(1, jnp.int32) if layer is None else jnp.full(1, layer, jnp.int32) * n_batch
     stack = stack.transpose(0, 2, 3, 1)
     spec = pl.BlockSpec(
         (1, n_heads, width, LANES), lambda b, slots, first: (first[0] + b, 0, 0, _block(slots, b, n_slots))

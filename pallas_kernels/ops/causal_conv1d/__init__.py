@@ -1,1 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`pallas_kernels.causal_conv1d`."""
+
+from pallas_kernels.op import HOPPER, Implementation, Op
+
+OP = Op(
+    name="causal_conv1d",
+    cases="pallas_kernels.ops.causal_conv1d.cases",
+    context="pallas_kernels.ops.causal_conv1d.context:causal_conv1d_context",
+    positional=("x", "w", "b"),
+    integers=("segment_ids",),
+    rows=("x", "initial_state"),
+    tokens=("x",),
+    has_segments=True,
+    has_states=True,
+    implementations={
+        "reference": Implementation(
+            "pallas_kernels.ops.causal_conv1d.reference:causal_conv1d_reference", forward_mode=True
+        ),
+        "xla": Implementation("pallas_kernels.ops.causal_conv1d.xla:causal_conv1d_xla"),
+        "tpu": Implementation(
+            "pallas_kernels.ops.causal_conv1d.tpu.api:causal_conv1d_tpu",
+            "pallas_kernels.ops.causal_conv1d.tpu.api:supports",
+        ),
+        "gpu": Implementation(
+            "pallas_kernels.ops.causal_conv1d.gpu.api:causal_conv1d_gpu",
+            "pallas_kernels.ops.causal_conv1d.gpu.api:supports",
+            capability=HOPPER,
+        ),
+    },
+    proven=("gpu",),
+    estimated=("v5e", "v5p", "v6e"),
+)

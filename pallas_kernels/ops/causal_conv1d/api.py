@@ -3,9 +3,9 @@
 
 import jax
 
-from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_segment_ids, check_shape
-from pallas_kernels.ops.causal_conv1d.context import causal_conv1d_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.causal_conv1d import OP
 
 ACTIVATIONS = (None, "silu")
 
@@ -47,7 +47,7 @@ def causal_conv1d(
 
     Sums are float32 at least. Gradients flow to x, w, b and initial_state and through both results. Raises ValueError
     or TypeError for arguments that do not fit together, NotImplementedError where the named implementation cannot
-    serve.
+    serve. Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
     """
     check_shape("x_BTD", x_BTD, (None,) * 3, "batch, tokens, width")
     n_batch, n_tokens, d_model = x_BTD.shape
@@ -77,10 +77,4 @@ def causal_conv1d(
         "return_final_state": return_final_state,
         "gaps": gaps,
     }
-
-    def convolve(*args, **kwargs):
-        return dispatch.run("causal_conv1d", implementation, args, kwargs)
-
-    if context_axis is None or context.axis_size(context_axis) == 1:
-        return convolve(*args, **kwargs)
-    return causal_conv1d_context(convolve, args, context_axis=context_axis, **kwargs)
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)

@@ -55,6 +55,14 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 24, 6, 4, initial=True, final=True)
+CONTRACT = {
+    "reference": _SMALL,
+    "xla": _SMALL,
+    "tpu": _SMALL,
+    "gpu": Case("gpu", 2, 40, 8, 4, initial=True, final=True),
+}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Arguments of causal_conv1d by name (x, w, b, segment_ids, initial_state); x and initial_state have `dtype`."""
@@ -73,3 +81,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of causal_conv1d."""
     return {"activation": case.activation, "return_final_state": case.final}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass."""
+    return 2 * case.batch * case.tokens * case.width * case.taps

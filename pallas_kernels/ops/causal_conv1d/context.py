@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context
-from pallas_kernels.compat import vary_alike
 from pallas_kernels.segments import document_numbers
+from pallas_kernels.varying import vary_alike
 
 
 class _Window(typing.NamedTuple):

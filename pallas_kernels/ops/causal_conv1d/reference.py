@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import vary_alike
+
 
 def causal_conv1d_reference(
     x_BTD,
@@ -43,6 +45,6 @@ def causal_conv1d_reference(
 
     start = (initial_state.astype(dtype), jnp.zeros(n_batch, jnp.int32))
     tokens = (jnp.moveaxis(x_BTD_wide, 1, 0), segment_ids.T)
-    (final_BWD, _), y_TBD = jax.lax.scan(step, start, tokens)
+    (final_BWD, _), y_TBD = jax.lax.scan(step, *vary_alike((start, tokens)))
     y_BTD = jnp.moveaxis(y_TBD, 0, 1).astype(x_BTD.dtype)
     return (y_BTD, final_BWD.astype(x_BTD.dtype)) if return_final_state else y_BTD

@@ -4,8 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
 from pallas_kernels.checks import check_float, check_shape
+from pallas_kernels.op import call
+from pallas_kernels.ops.grouped_dot import OP
 
 
 def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implementation: str = "auto") -> jax.Array:
@@ -22,6 +23,7 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
     Returns:
       y_MN in the dtype of x; sums are float32 at least. Gradients flow to x and w. Raises ValueError or TypeError for
       arguments that do not fit together, NotImplementedError where the named implementation cannot serve the call.
+      Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
     """
     check_shape("x_MK", x_MK, (None, None), "rows, inputs")
     check_shape("w_GKN", w_GKN, (None, x_MK.shape[1], None), "groups, inputs of x_MK, outputs")
@@ -32,4 +34,4 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
     if not jnp.issubdtype(sizes_G.dtype, jnp.integer):
         raise TypeError(f"sizes_G has dtype {sizes_G.dtype}, expected int32")
     args = (jnp.asarray(x_MK), jnp.asarray(w_GKN), jnp.asarray(sizes_G).astype(jnp.int32))
-    return dispatch.select("grouped_dot", implementation, args, {})(*args)
+    return call(OP, implementation, args, {})

@@ -38,6 +38,9 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 24, 8, 6, 3, "part")
+CONTRACT = {"reference": _SMALL, "xla": _SMALL, "tpu": Case("tpu", 150, 128, 128, 3, "part")}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray]:
     """Arguments of grouped_dot by name (x, w, sizes)."""
@@ -58,3 +61,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray]:
 def make_settings(case: Case) -> dict:
     """The other arguments of grouped_dot: none."""
     return {}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass."""
+    return 2 * case.rows * case.width * case.outputs

@@ -12,7 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import platform
+from pallas_kernels.varying import vary_alike
 
 _LARGEST = 512  # rows of a block
 _BLOCKS = 4  # blocks of a group of mean size: more of them waste less and read the matrices more often
@@ -20,7 +21,7 @@ _BLOCKS = 4  # blocks of a group of mean size: more of them waste less and read 
 
 def grouped_dot_xla(x_MK, w_GKN, sizes_G):
     """See `pallas_kernels.grouped_dot`."""
-    if dispatch.platform() != "tpu":
+    if platform.platform() != "tpu":
         return _blocked(x_MK, w_GKN, sizes_G)
     x_MK, real_M1 = in_groups(x_MK, sizes_G)
     y_MN = jax.lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=_accumulator(x_MK))
@@ -67,7 +68,7 @@ def _products(x_MK, w_GKN, sizes_G, contract: int):
         old = jax.lax.dynamic_slice_in_dim(y_MN, start, block)
         return jax.lax.dynamic_update_slice_in_dim(y_MN, jnp.where(is_own, y.astype(old.dtype), old), start, 0)
 
-    empty = jnp.zeros((n_rows + block, n_out), x_MK.dtype)
+    empty, _ = vary_alike((jnp.zeros((n_rows + block, n_out), x_MK.dtype), x_MK))
     return jax.lax.fori_loop(0, _count(sizes_G, block), step, empty)[:n_rows]
 
 
@@ -81,7 +82,7 @@ def _outer_products(x_MK, dy_MN, sizes_G):
         x, dy = (jnp.where(is_own, jax.lax.dynamic_slice_in_dim(a, start, block), 0) for a in (x_MK, dy_MN))
         return dw_GKN.at[group].add(jnp.tensordot(x, dy, (0, 0), preferred_element_type=dtype))
 
-    empty = jnp.zeros((sizes_G.shape[0], x_MK.shape[1], dy_MN.shape[1]), dtype)
+    empty, _ = vary_alike((jnp.zeros((sizes_G.shape[0], x_MK.shape[1], dy_MN.shape[1]), dtype), x_MK))
     return jax.lax.fori_loop(0, _count(sizes_G, block), step, empty)
 
 

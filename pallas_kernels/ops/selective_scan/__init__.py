@@ -1,1 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`pallas_kernels.selective_scan`."""
+
+from pallas_kernels.op import Implementation, Op
+
+OP = Op(
+    name="selective_scan",
+    cases="pallas_kernels.ops.selective_scan.cases",
+    context="pallas_kernels.ops.selective_scan.context:selective_scan_context",
+    positional=("x", "dt", "A", "B", "C"),
+    integers=("segment_ids",),
+    rows=("x", "dt", "B", "C", "initial_state"),
+    tokens=("x", "dt", "B", "C"),
+    has_segments=True,
+    has_states=True,
+    hints={"chunk": (1, 7, 1000)},
+    implementations={
+        "reference": Implementation(
+            "pallas_kernels.ops.selective_scan.reference:selective_scan_reference", forward_mode=True
+        ),
+        "xla": Implementation("pallas_kernels.ops.selective_scan.xla:selective_scan_xla"),
+    },
+)

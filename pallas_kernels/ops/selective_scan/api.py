@@ -4,9 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
-from pallas_kernels.ops.selective_scan.context import selective_scan_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.selective_scan import OP
 
 
 def selective_scan(
@@ -48,36 +48,15 @@ def selective_scan(
 
     Accumulation, decays and states are float32 at least. Gradients flow to every floating-point argument and through
     both results. Raises ValueError or TypeError for arguments that do not fit together, NotImplementedError where the
-    named implementation cannot serve the call.
+    named implementation cannot serve the call. Forward mode (jax.jvp) goes through reference alone; of xla its gradient
+    can be differentiated so.
     """
-    check_shape("x_BTD", x_BTD, (None,) * 3, "batch, tokens, channels")
-    n_batch, n_tokens, n_channels = x_BTD.shape
-    if n_tokens < 1:
-        raise ValueError(f"x_BTD has {n_tokens} tokens, at least 1 is needed")
-    check_shape("dt_BTD", dt_BTD, x_BTD.shape, "shape of x_BTD")
-    check_shape("A_DN", A_DN, (n_channels, None), "channels of x_BTD, state size")
-    d_state = A_DN.shape[1]
-    if B_BTN.ndim != 4:
-        check_shape("B_BTN", B_BTN, (n_batch, n_tokens, d_state), "batch, tokens of x_BTD, state size of A_DN")
-    check_shape("C_BTN", C_BTN, B_BTN.shape, "shape of B_BTN")
+    _check_arrays(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D, initial_state)
     if B_BTN.ndim == 3:
         B_BTN, C_BTN = B_BTN[:, :, None], C_BTN[:, :, None]
-    check_shape("B_BTGN", B_BTN, (n_batch, n_tokens, None, d_state), "batch, tokens of x_BTD, groups, state size")
-    n_groups = B_BTN.shape[2]
-    if n_groups < 1 or n_channels % n_groups:
-        raise ValueError(f"channels of x_BTD ({n_channels}) not divisible by groups of B_BTGN ({n_groups})")
-    for name, array in (("x_BTD", x_BTD), ("B_BTN", B_BTN), ("C_BTN", C_BTN)):
-        check_float(name, array)
-    check_float("dt_BTD", dt_BTD, minimum_bits=32)
-    check_float("A_DN", A_DN, minimum_bits=32)
-    if D is not None:
-        check_shape("D", D, (n_channels,), "channels of x_BTD")
-        check_float("D", D)
     if segment_ids is not None:
-        segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of x_BTD")
+        segment_ids = check_segment_ids("segment_ids", segment_ids, x_BTD.shape[:2], "batch, tokens of x_BTD")
     if initial_state is not None:
-        check_shape("initial_state", initial_state, (n_batch, n_channels, d_state), "batch, channels, state size")
-        check_float("initial_state", initial_state)
         initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
     if chunk is not None:
         check_positive_int("chunk", chunk)
@@ -89,10 +68,33 @@ def selective_scan(
         "return_final_state": return_final_state,
         "chunk": chunk,
     }
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)
 
-    def scan(*args, **kwargs):
-        return dispatch.select("selective_scan", implementation, args, kwargs)(*args, **kwargs)
 
-    if context_axis is None or context.axis_size(context_axis) == 1:
-        return scan(*args, **kwargs)
-    return selective_scan_context(scan, args, context_axis=context_axis, **kwargs)
+def _check_arrays(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D, initial_state) -> None:
+    """Raises ValueError or TypeError unless they fit together."""
+    check_shape("x_BTD", x_BTD, (None,) * 3, "batch, tokens, channels")
+    n_batch, n_tokens, n_channels = x_BTD.shape
+    if n_tokens < 1:
+        raise ValueError(f"x_BTD has {n_tokens} tokens, at least 1 is needed")
+    check_shape("dt_BTD", dt_BTD, x_BTD.shape, "shape of x_BTD")
+    check_shape("A_DN", A_DN, (n_channels, None), "channels of x_BTD, state size")
+    d_state = A_DN.shape[1]
+    if B_BTN.ndim != 4:
+        check_shape("B_BTN", B_BTN, (n_batch, n_tokens, d_state), "batch, tokens of x_BTD, state size of A_DN")
+    check_shape("C_BTN", C_BTN, B_BTN.shape, "shape of B_BTN")
+    groups = (None,) if B_BTN.ndim == 4 else ()
+    check_shape("B_BTGN", B_BTN, (n_batch, n_tokens, *groups, d_state), "batch, tokens of x_BTD, groups, state size")
+    n_groups = B_BTN.shape[2] if groups else 1
+    if n_groups < 1 or n_channels % n_groups:
+        raise ValueError(f"channels of x_BTD ({n_channels}) not divisible by groups of B_BTGN ({n_groups})")
+    for name, array in (("x_BTD", x_BTD), ("B_BTN", B_BTN), ("C_BTN", C_BTN)):
+        check_float(name, array)
+    check_float("dt_BTD", dt_BTD, minimum_bits=32)
+    check_float("A_DN", A_DN, minimum_bits=32)
+    if D is not None:
+        check_shape("D", D, (n_channels,), "channels of x_BTD")
+        check_float("D", D)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (n_batch, n_channels, d_state), "batch, channels, state size")
+        check_float("initial_state", initial_state)

@@ -60,6 +60,9 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 24, 6, 4, 2, initial=True, final=True)
+CONTRACT = {"reference": _SMALL, "xla": _SMALL}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Arguments by name (x, dt, A, B, C, D, segment_ids, initial_state); x, B, C have `dtype`, the rest float32.
@@ -99,3 +102,8 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of selective_scan."""
     return {"return_final_state": case.final}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass: decay times state, plus dt x times B, times C."""
+    return 6 * case.batch * case.tokens * case.width * case.state

@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import vary_alike
+
 
 def selective_scan_reference(
     x_BTD,
@@ -50,6 +52,6 @@ def selective_scan_reference(
 
     tokens = [jnp.moveaxis(array, 1, 0) for array in (*map(mask, (x_BTD, dt_BTD, B_BTGN, C_BTGN)), segment_ids)]
     start = (initial_state.astype(dtype), jnp.zeros(n_batch, jnp.int32))
-    (final_state_BDN, _), y_TBD = jax.lax.scan(step, start, tuple(tokens))
+    (final_state_BDN, _), y_TBD = jax.lax.scan(step, *vary_alike((start, tuple(tokens))))
     y_BTD = jnp.moveaxis(y_TBD, 0, 1).astype(x_BTD.dtype)
     return (y_BTD, final_state_BDN) if return_final_state else y_BTD

@@ -23,7 +23,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, segments
+from pallas_kernels import platform, segments
 
 
 class _Tokens(typing.NamedTuple):
@@ -90,7 +90,7 @@ def selective_scan_xla(
 
 def _sizes(chunk: int | None, n_tokens: int) -> tuple[int, int]:
     """(tokens of a chunk, blocks that it is cut into); a divisor near the root makes the fewest steps."""
-    on_cpu = dispatch.platform() == "cpu"
+    on_cpu = platform.platform() == "cpu"
     chunk = min(n_tokens, chunk or (64 if on_cpu else 256))
     if on_cpu:
         return chunk, 1

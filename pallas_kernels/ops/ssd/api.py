@@ -4,9 +4,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, dispatch
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
-from pallas_kernels.ops.ssd.context import ssd_context
+from pallas_kernels.op import call
+from pallas_kernels.ops.ssd import OP
 
 STATES = (None, "recompute", "bfloat16", "float32")
 
@@ -52,8 +52,32 @@ def ssd(
 
     Accumulation, decays and states are float32 at least. Gradients flow to every floating-point argument and through
     both results. Raises ValueError or TypeError for arguments that do not fit together, NotImplementedError where the
-    named implementation cannot serve the call.
+    named implementation cannot serve the call. Forward mode (jax.jvp) goes through reference alone; of xla its gradient
+    can be differentiated so.
     """
+    _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state)
+    if segment_ids is not None:
+        segment_ids = check_segment_ids("segment_ids", segment_ids, x_BTHP.shape[:2], "batch, tokens of x_BTHP")
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
+    if chunk is not None:
+        check_positive_int("chunk", chunk)
+    if states not in STATES:
+        raise ValueError(f"states ({states!r}) not one of {', '.join(map(repr, STATES))}")
+    args = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN)
+    kwargs = {
+        "D": D,
+        "segment_ids": segment_ids,
+        "initial_state": initial_state,
+        "return_final_state": return_final_state,
+        "chunk": chunk,
+        "states": states,
+    }
+    return call(OP, implementation, args, kwargs, context_axis=context_axis)
+
+
+def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state) -> None:
+    """Raises ValueError or TypeError unless they fit together."""
     check_shape("x_BTHP", x_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
     if n_tokens < 1:
@@ -74,31 +98,8 @@ def ssd(
             check_shape("D", D, (n_heads, d_head), "heads, head width of x_BTHP; or [heads]")
         check_shape("D", D, (n_heads, d_head)[: D.ndim], "heads of x_BTHP; or [heads, head width]")
         check_float("D", D)
-    if segment_ids is not None:
-        segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of x_BTHP")
     if initial_state is not None:
         check_shape(
             "initial_state", initial_state, (n_batch, n_heads, d_head, d_state), "batch, heads, head width, state size"
         )
         check_float("initial_state", initial_state)
-        initial_state = initial_state.astype(jnp.promote_types(initial_state.dtype, jnp.float32))
-    if chunk is not None:
-        check_positive_int("chunk", chunk)
-    if states not in STATES:
-        raise ValueError(f"states ({states!r}) not one of {', '.join(map(repr, STATES))}")
-    args = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN)
-    kwargs = {
-        "D": D,
-        "segment_ids": segment_ids,
-        "initial_state": initial_state,
-        "return_final_state": return_final_state,
-        "chunk": chunk,
-        "states": states,
-    }
-
-    def scan(*args, **kwargs):
-        return dispatch.run("ssd", implementation, args, kwargs)
-
-    if context_axis is None or context.axis_size(context_axis) == 1:
-        return scan(*args, **kwargs)
-    return ssd_context(scan, args, context_axis=context_axis, **kwargs)

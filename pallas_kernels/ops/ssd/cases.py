@@ -73,6 +73,14 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
 
+_SMALL = Case("small", 2, 24, 4, 8, 2, 8, skip="HP", initial=True, final=True)
+CONTRACT = {
+    "reference": _SMALL,
+    "xla": _SMALL,
+    "tpu": Case("tpu", 2, 140, 2, 32, 1, 16, initial=True, final=True),
+    "gpu": Case("gpu", 2, 140, 2, 64, 1, 64, initial=True, final=True),
+}
+
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     """Arguments of ssd by name (x, dt, A, B, C, D, segment_ids, initial_state); x, B, C have `dtype`, the rest float32.
@@ -117,3 +125,10 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
 def make_settings(case: Case) -> dict:
     """The other arguments of ssd."""
     return {"return_final_state": case.final}
+
+
+def count_flops(case: Case) -> float:
+    """Multiplications and additions of the forward pass in chunks of 128 tokens."""
+    chunk = min(128, case.tokens)
+    a_token = case.heads * (chunk * case.width + 4 * case.width * case.state) + case.groups * chunk * case.state
+    return case.batch * case.tokens * a_token

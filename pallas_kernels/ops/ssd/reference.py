@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import vary_alike
+
 
 def ssd_reference(
     x_BTHP,
@@ -52,6 +54,6 @@ def ssd_reference(
 
     tokens = [jnp.moveaxis(array, 1, 0) for array in (*map(mask, (x_BTHP, dt_BTH, B_BTGN, C_BTGN)), segment_ids)]
     start = (initial_state.astype(dtype), jnp.zeros(n_batch, jnp.int32))
-    (final_state_BHPN, _), y_TBHP = jax.lax.scan(step, start, tuple(tokens))
+    (final_state_BHPN, _), y_TBHP = jax.lax.scan(step, *vary_alike((start, tuple(tokens))))
     y_BTHP = jnp.moveaxis(y_TBHP, 0, 1).astype(x_BTHP.dtype)
     return (y_BTHP, final_state_BHPN) if return_final_state else y_BTHP

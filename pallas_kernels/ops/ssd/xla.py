@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import dispatch, segments
+from pallas_kernels import platform, segments
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SLAB = 8192  # tokens a slab
@@ -91,7 +91,7 @@ def _chunk_size(chunk: int | None, n_tokens: int, d_head: int, d_state: int) -> 
     """The [Q, Q] products cost Q a token, the states P N / Q: the default balances them, on a CPU by arithmetic and
     elsewhere by memory traffic, of which a state causes three times as much as a weight."""
     if chunk is None:
-        balance = math.sqrt((1 if dispatch.platform() == "cpu" else 3) * d_head * d_state)
+        balance = math.sqrt((1 if platform.platform() == "cpu" else 3) * d_head * d_state)
         chunk = min(256, max(32, 2 ** round(math.log2(balance))))
     chunk = min(chunk, n_tokens)
     return chunk if chunk <= _BLOCK else -(-chunk // _BLOCK) * _BLOCK

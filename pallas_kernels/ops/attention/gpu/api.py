@@ -17,7 +17,6 @@ Kernels: `gpu_forward`, `gpu_backward`; masks: `gpu_masks`.
 """
 
 import functools
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -25,37 +24,29 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.compat import vary_alike
+from pallas_kernels import platform
+from pallas_kernels.mosaic_gpu import F32, LOG2E, TILE
 from pallas_kernels.ops.attention.gpu import backward as gpu_backward
 from pallas_kernels.ops.attention.gpu import forward as gpu_forward
 from pallas_kernels.ops.attention.gpu import masks as gpu_masks
 from pallas_kernels.ops.attention.gpu.backward import Backward
-from pallas_kernels.ops.attention.gpu.forward import LOG2E, LOWEST, Forward
+from pallas_kernels.ops.attention.gpu.forward import Forward
+from pallas_kernels.ops.attention.gpu.masks import Bounds, Vectors
+from pallas_kernels.ops.attention.mask import LOWEST, make_mask
 from pallas_kernels.ops.attention.xla import cudnn_serves
+from pallas_kernels.varying import vary_alike
 
 WIDTHS = (64, 128, 192, 256)  # of the kernels; others are padded to the next, 192 to 256 in the backward
 ROW_MULTIPLE = 384  # of rows of per-query vectors: whole query blocks of every kernel
 KEY_MULTIPLE = 128
 SHORT = 8192  # queries: the schedules that were faster at 4,096 serve up to here, those faster at 16,384 beyond
-DECODE_TILES = 1056  # tiles to cut the keys for: 8 a multiprocessor
+DECODE_TILES = 8  # a multiprocessor, to cut the keys for
 DECODE_KEYS = 512  # of a part, at least
 TOKEN_MULTIPLE = 8  # of q, k, v and gate: what the copy engine's tiles ask for; it hides what lies behind
 
 
-class _Masks(typing.NamedTuple):
-    """Arrays of `gpu_masks`, see there."""
-
-    bounds: jax.Array | np.ndarray
-    keys: jax.Array | np.ndarray | None
-    key_ranges: jax.Array | np.ndarray
-    query_ranges: jax.Array | np.ndarray
-    stacked: tuple | None = None  # of decoding: k and v [L B, S, K, P] and the first row to read, [1]
-
-
 def supports(q, k, v, **kwargs) -> str | None:
     """Why the GPU kernels cannot serve this call of `attention`, or None if they can."""
-    if jax.__version_info__ < (0, 11):
-        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
     for name, array in (("q_BTHP", q), ("k_BSKP", k), ("v_BSKP", v)):
         if array.dtype != jnp.bfloat16:
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
@@ -110,7 +101,15 @@ def attention_gpu(
     if elementwise:
         gate = _pad(gate, 3, width - d_value)
 
-    places = gpu_masks.make_places(n_queries, n_keys, causal, window, segment_ids, positions, q_offset)
+    mask = make_mask(causal, window, segment_ids, positions, q_offset)
+    bounds = gpu_masks.make_bounds(mask, n_queries, n_keys)
+    same = {
+        "softcap": softcap,
+        "scale": float(scale),
+        "ids": mask.has_ids,
+        "positions": mask.has_positions,
+        "masks_batch": bounds.start_MT.shape[0] > 1,
+    }
     forward = Forward(
         n_batch,
         n_heads,
@@ -118,40 +117,35 @@ def attention_gpu(
         width,
         n_queries,
         n_keys,
-        float(scale),
-        softcap,
         gate=None if gate is None else "elementwise" if elementwise else "head",
         sinks=sinks is not None,
-        ids=places.q_ids_MT is not None,
-        positions=places.k_position_MS is not None,
-        masks_batch=places.start_MT.shape[0] > 1,
-        persistent=n_queries <= SHORT,
+        multiprocessors=platform.multiprocessors() if n_queries <= SHORT else None,
+        **same,
     )
-    decode = _decode_masks(forward, places, n_keys)
+    backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
+    decode = _decode_vectors(forward, bounds, n_keys)
+    source = None
     if decode is not None and stacked is not None and k.shape == k_BSKP.shape and v.shape == v_BSKP.shape:
         rows = tuple(array.reshape(-1, *array.shape[2:]) for array in stacked[:2])
-        decode = decode._replace(stacked=(*rows, jnp.reshape(stacked[2] * n_batch, 1)))
-    same = {name: getattr(forward, name) for name in ("softcap", "scale", "ids", "positions", "masks_batch")}
-    backward = Backward(n_batch, n_heads, n_kv_heads, 256 if width == 192 else width, n_keys, **same)
-    key_ranges = gpu_masks.key_ranges(places, n_keys, forward.block_q, forward.block_k)
-    query_ranges = gpu_masks.query_ranges(places, n_keys, backward.block_q, backward.block_k)
-    if isinstance(key_ranges, np.ndarray):  # fewer loops where it is known that they are empty
+        source = (*rows, jnp.reshape(stacked[2] * n_batch, 1))
+    forward, backward, vectors = _vectors(forward, backward, bounds, n_queries, n_keys)
+    vectors, decode = jax.tree.map(jnp.asarray, (vectors, decode))
+    out = _attend(forward, backward, q, k, v, gate, sinks, vectors, decode, source)
+    return out[:, :n_queries, :, :d_value]
+
+
+def _vectors(forward: Forward, backward: Backward, bounds: Bounds, n_queries: int, n_keys: int):
+    """(both kernels, without the loops that are known to be empty; what they read of the mask)."""
+    key_ranges = gpu_masks.key_ranges(bounds, n_keys, forward.block_q, forward.block_k)
+    query_ranges = gpu_masks.query_ranges(bounds, n_keys, backward.block_q, backward.block_k)
+    if isinstance(key_ranges, np.ndarray):
         lo, a, b, hi = np.moveaxis(key_ranges, 2, 0)
         forward = forward.replace(first_masked=bool((a > lo + 1).any()), last_masked=bool((b < hi).any()))
         lo, a, b, hi = np.moveaxis(query_ranges, 2, 0)
         backward = backward.replace(first_masked=bool((lo < a).any()), last_masked=bool((b < hi).any()))
-    masks = _Masks(
-        gpu_masks.query_rows(places, n_queries + -n_queries % ROW_MULTIPLE),
-        gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE),
-        key_ranges,
-        query_ranges,
-    )
-    masks, decode = jax.tree.map(jnp.asarray, (masks, decode))
-    out = _attend(forward, backward, q, k, v, gate, sinks, masks, decode)
-    return out[:, :n_queries, :, :d_value]
-
-
-attention_gpu.reads_stacked = True
+    queries = gpu_masks.query_rows(bounds, n_queries + -n_queries % ROW_MULTIPLE)
+    keys = gpu_masks.key_rows(bounds, n_keys + -n_keys % KEY_MULTIPLE)
+    return forward, backward, Vectors(queries, keys, key_ranges, query_ranges)
 
 
 def _decode_forward(forward: Forward) -> Forward:
@@ -167,41 +161,41 @@ def _decode_forward(forward: Forward) -> Forward:
         save=True,
         alternate=False,
         few=True,
-        parts=max(1, min(DECODE_TILES // tiles, forward.keys // DECODE_KEYS)),
+        parts=max(1, min(DECODE_TILES * platform.multiprocessors() // tiles, forward.keys // DECODE_KEYS)),
     )
 
 
-def _decode_masks(forward: Forward, places: gpu_masks.Places, n_keys: int) -> _Masks | None:
-    """Masks of the decoding kernel; None for calls with many queries or few keys."""
+def _decode_vectors(forward: Forward, bounds: Bounds, n_keys: int) -> Vectors | None:
+    """What the decoding kernel reads of the mask; None for calls with many queries or few keys."""
     kernel = _decode_forward(forward)
-    if kernel.queries > gpu_forward.ROWS or n_keys < DECODE_KEYS:
+    if kernel.queries > TILE or n_keys < DECODE_KEYS:
         return None
     group = forward.heads // forward.kv_heads
-    start, end, q_ids = (a if a is None else a.repeat(group, axis=1) for a in places[:3])
-    packed = places._replace(start_MT=start, end_MT=end, q_ids_MT=q_ids)
+    start, end, q_ids = (a if a is None else a.repeat(group, axis=1) for a in bounds[:3])
+    packed = bounds._replace(start_MT=start, end_MT=end, q_ids_MT=q_ids)
     ranges = gpu_masks.key_ranges(packed, n_keys, kernel.block_q, kernel.block_k)
-    keys = gpu_masks.key_rows(places, n_keys + -n_keys % KEY_MULTIPLE)
-    return _Masks(gpu_masks.query_rows(packed, kernel.block_q), keys, ranges, ranges)
+    keys = gpu_masks.key_rows(bounds, n_keys + -n_keys % KEY_MULTIPLE)
+    return Vectors(gpu_masks.query_rows(packed, kernel.block_q), keys, ranges, ranges)
 
 
-def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
-    """out of the parts of the keys, put together in float32."""
+def _decode(forward: Forward, q, k, v, gate, sinks, vectors: Vectors, source):
+    """out of the parts of the keys, put together in float32; `source` as in `_attend`."""
     n_batch, n_queries, group = forward.batch, forward.queries, forward.heads // forward.kv_heads
     kernel = _decode_forward(forward)
     q_BTKRP = q[:, :n_queries].reshape(n_batch, n_queries, forward.kv_heads, group, -1)
     rows = jnp.swapaxes(q_BTKRP, 2, 3).reshape(n_batch, kernel.queries, forward.kv_heads, -1)
     rows = _pad(rows, 1, -kernel.queries % TOKEN_MULTIPLE)
     first = None
-    if masks.stacked is not None:
-        kernel, (k, v, first) = kernel.replace(stacked=True), masks.stacked
-    out, lse = _forward_kernel(kernel, rows, k, v, masks.bounds, masks.key_ranges, masks.keys, None, None, first)
+    if source is not None:
+        kernel, (k, v, first) = kernel.replace(stacked=True), source
+    out, lse = _forward_kernel(kernel, rows, k, v, vectors.queries, vectors.key_ranges, vectors.keys, None, None, first)
 
     def unpack(array, *rest):
         """[B parts, rows, K, ...] -> [B, parts, T, H, ...]"""
         array = array[:, : kernel.queries].reshape(n_batch, kernel.parts, n_queries, group, forward.kv_heads, *rest)
         return jnp.swapaxes(array, 3, 4).reshape(n_batch, kernel.parts, n_queries, forward.heads, *rest)
 
-    out, lse = unpack(out, out.shape[3]).astype(jnp.float32), unpack(jnp.swapaxes(lse, 1, 2))
+    out, lse = unpack(out, out.shape[3]).astype(F32), unpack(jnp.swapaxes(lse, 1, 2))
     lse = jnp.where(lse == jnp.inf, LOWEST, lse)
     top = lse.max(1, keepdims=True)
     if sinks is not None:
@@ -210,7 +204,7 @@ def _decode(forward: Forward, q, k, v, gate, sinks, masks: _Masks):
     total = weights.sum(1) + (0.0 if sinks is None else jnp.exp2(_sinks_log2(sinks) - top[:, 0]))
     out = (out * weights[..., None]).sum(1) / jnp.where(total == 0.0, 1.0, total)[..., None]
     if gate is not None:
-        out *= jax.nn.sigmoid(gate[:, :n_queries].astype(jnp.float32)).reshape(*out.shape[:3], -1)
+        out *= jax.nn.sigmoid(gate[:, :n_queries].astype(F32)).reshape(*out.shape[:3], -1)
     return out.astype(q.dtype)
 
 
@@ -228,57 +222,60 @@ def _backward_kernel(cfg: Backward, *arrays):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, masks: _Masks, decode: _Masks | None):
-    """out for widths the kernels take; T and S multiples of 8. decode: masks of the cut keys, where that pays."""
+def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, vectors, decode, source):
+    """out for widths the kernels take; T and S multiples of 8.
+
+    vectors, decode: `Vectors` of the kernels for many queries and, where keys are cut, for few; else None.
+    source: None, or k and v [L B, S, K, P] and the first row to read, [1], for decoding to read instead of k and v.
+    """
     if decode is not None:
-        return _decode(forward, q, k, v, gate, sinks, decode)
-    return _run_forward(forward, q, k, v, gate, sinks, masks)[0]
+        return _decode(forward, q, k, v, gate, sinks, decode, source)
+    return _run_forward(forward, q, k, v, gate, sinks, vectors)[0]
 
 
 def _sinks_log2(sinks):
-    return None if sinks is None else jnp.maximum(sinks.astype(jnp.float32) * LOG2E, LOWEST)
+    return None if sinks is None else jnp.maximum(sinks.astype(F32) * LOG2E, LOWEST)
 
 
-def _run_forward(forward, q, k, v, gate, sinks, masks):
+def _run_forward(forward, q, k, v, gate, sinks, vectors):
     if forward.gate == "head":
-        gate = jnp.swapaxes(gate[:, : forward.queries].astype(jnp.float32), 1, 2)
+        gate = jnp.swapaxes(gate[:, : forward.queries].astype(F32), 1, 2)
         gate = _pad(gate, 2, forward.blocks * forward.block_q - forward.queries)
     elif gate is not None:
         gate = gate.astype(q.dtype)
-    bounds, keys, ranges = masks[:3]
-    return _forward_kernel(forward, q, k, v, bounds, ranges, keys, _sinks_log2(sinks), gate)
+    sinks = _sinks_log2(sinks)
+    return _forward_kernel(forward, q, k, v, vectors.queries, vectors.key_ranges, vectors.keys, sinks, gate)
 
 
-def _attend_forward(forward, backward, q, k, v, gate, sinks, masks, decode):
-    del decode
-    out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, masks)
+def _attend_forward(forward, backward, q, k, v, gate, sinks, vectors, decode, source):
+    del decode, source
+    out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, vectors)
     kept = checkpoint_name((*(ungated or [out]), lse), "attention_kept")
-    return out, (q, k, v, gate, sinks, masks, *kept)
+    return out, (q, k, v, gate, sinks, vectors, *kept)
 
 
 def _attend_backward(forward, backward, residuals, dout):
-    q, k, v, gate, sinks, masks, out, lse = residuals
-    wide_dout, out = dout.astype(jnp.float32), out.astype(jnp.float32)
+    q, k, v, gate, sinks, vectors, out, lse = residuals
+    wide_dout, out = dout.astype(F32), out.astype(F32)
     do, dgate = dout, None
     if gate is not None:
-        open_ = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(*gate.shape[:3], -1)
+        open_ = jax.nn.sigmoid(gate.astype(F32)).reshape(*gate.shape[:3], -1)
         do = lax.reduce_precision(wide_dout * open_, 8, 7)  # XLA may leave out a conversion to bfloat16 and back
         dgate = wide_dout * out * (open_ * (1 - open_))
         dgate = (dgate if forward.gate == "elementwise" else dgate.sum(3)).astype(gate.dtype)
-    delta_BTH = (do.astype(jnp.float32) * out).sum(3)
+    delta_BTH = (do.astype(F32) * out).sum(3)
     do = do.astype(q.dtype)
     delta_BHT = jnp.swapaxes(delta_BTH, 1, 2)
-    bounds, keys, _, ranges = masks[:4]
     width = q.shape[3]
     q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
-    grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, bounds, ranges, keys)
+    grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, vectors.queries, vectors.query_ranges, vectors.keys)
     dq, dk, dv = (grad[..., :width] for grad in grads)
     dq = (dq * backward.scale).astype(q.dtype)
     dsinks = None
     if sinks is not None:
         weights = jnp.exp2(_sinks_log2(sinks)[:, None] - lse[:, :, : forward.queries])
         dsinks = -(weights * delta_BHT[:, :, : forward.queries]).sum((0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, dgate, dsinks, None, None
+    return dq, dk, dv, dgate, dsinks, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

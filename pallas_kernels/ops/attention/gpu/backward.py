@@ -25,21 +25,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import unchecked_varying
-from pallas_kernels.ops.attention.gpu.forward import (
+from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
+    F32,
+    F32_TRANSFORMS,
     LOG2E,
+    PARAMS,
     ROW,
-    ROWS,
-    WGMMA,
-    capped,
+    TILE,
+    accumulate,
     cols_of,
     drain,
-    visible,
+    sums_of,
+    zeros,
 )
+from pallas_kernels.ops.attention.gpu.common import capped, visible
+from pallas_kernels.varying import unchecked_varying
 
-F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+REGISTERS = (240, 24)  # of a thread of the compute warpgroups and of the producer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Backward:
 
     @property
     def block_k(self) -> int:
-        return ROWS if self.split else 2 * ROWS
+        return TILE if self.split else 2 * TILE
 
     @property
     def columns(self) -> int:
@@ -113,7 +117,7 @@ def _weights(cfg, raw, base, smem, slot, keys, masked: bool):
         bounds = [plgpu.load(smem["bounds"].at[slot, i], layout=COL) for i in range(2 + cfg.ids)]
         raw = jnp.where(visible(cfg, base, bounds, keys, 0, raw.shape), raw, -jnp.inf)
     lse = plgpu.load(smem["lse"].at[slot], layout=COL)
-    return jnp.exp2(raw * factor - cols_of(lse, ROWS)), tanh
+    return jnp.exp2(raw * factor - cols_of(lse, TILE)), tanh
 
 
 def _score_gradients(cfg, base, smem, bars, wg, slots, keys, masked):
@@ -127,17 +131,16 @@ def _score_gradients(cfg, base, smem, bars, wg, slots, keys, masked):
         plgpu.wgmma(raw_acc, smem["k"].at[own], smem["q"].at[slot].T)
         plgpu.barrier_wait(do_full.at[do_slot])
         plgpu.wgmma(dp_acc, smem["v"].at[own], smem["do"].at[do_slot].T)
-        raw = lax.optimization_barrier(plgpu.wgmma_accumulator_load(raw_acc, wait_n=1))
+        raw = lax.optimization_barrier(sums_of(raw_acc, 1))
         weights, tanh = _weights(cfg, raw, base, smem, slot, keys, masked)
         weights = lax.optimization_barrier(weights)
-        ds = dp_acc[...] - cols_of(plgpu.load(smem["delta"].at[do_slot], layout=COL), ROWS)
+        ds = dp_acc[...] - cols_of(plgpu.load(smem["delta"].at[do_slot], layout=COL), TILE)
         ds *= weights
         if cfg.softcap is not None:
             ds *= 1.0 - tanh * tanh
         return weights.astype(cfg.dtype), ds.astype(cfg.dtype)
 
-    shape = plgpu.ACC((ROWS, cfg.block_q), jnp.float32)
-    return pl.run_scoped(products, shape, shape)
+    return accumulate(products, cfg.block_q, cfg.block_q)
 
 
 def _add_dq(cfg, refs, smem, wg, dq, place, column):
@@ -151,9 +154,9 @@ def _add_dq(cfg, refs, smem, wg, dq, place, column):
     smem["dq"][wg] = dq
     plgpu.commit_smem()
     if cfg.width == 64:
-        target = refs["dq"].at[batch, pl.ds(first + wg * ROWS, ROWS), head]
+        target = refs["dq"].at[batch, pl.ds(first + wg * TILE, TILE), head]
     else:
-        target = refs["dq"].at[batch, pl.ds(first, ROWS), head, pl.ds(column, ROWS)]
+        target = refs["dq"].at[batch, pl.ds(first, TILE), head, pl.ds(column, TILE)]
 
     @pl.when(some)
     def _():
@@ -161,8 +164,8 @@ def _add_dq(cfg, refs, smem, wg, dq, place, column):
 
 
 def _store_ds(cfg, smem, wg, turn, ds):
-    for part in range(cfg.block_q // ROWS):
-        smem["ds"][turn, part, wg] = ds[:, part * ROWS : (part + 1) * ROWS]
+    for part in range(cfg.block_q // TILE):
+        smem["ds"][turn, part, wg] = ds[:, part * TILE : (part + 1) * TILE]
     plgpu.commit_smem()
 
 
@@ -173,7 +176,7 @@ def _multiply_dq(cfg, smem, wg, acc, turn):
         if cfg.width == 64:
             left, right = smem["ds"].at[turn, wg, half], smem["k"].at[half + zero]
         else:
-            left, right = smem["ds"].at[turn, 0, half], smem["k"].at[half + zero, :, pl.ds(wg * ROWS, ROWS)]
+            left, right = smem["ds"].at[turn, 0, half], smem["k"].at[half + zero, :, pl.ds(wg * TILE, TILE)]
         plgpu.wgmma(acc, left.T, right)
 
 
@@ -187,12 +190,11 @@ def _sums(cfg, refs, smem, wg, meet, slots, turn, before, carry, weights, ds):
         plgpu.wgmma(dv_acc, weights, smem["do"].at[slots[1]])
         plgpu.wgmma(dk_acc, ds, smem["q"].at[slots[0]])
         _store_ds(cfg, smem, wg, turn, ds)
-        dq = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
-        _add_dq(cfg, refs, smem, wg, dq, before, wg * ROWS)
+        dq = lax.optimization_barrier(sums_of(dq_acc, 2))
+        _add_dq(cfg, refs, smem, wg, dq, before, wg * TILE)
         return dk_acc[...], dv_acc[...]
 
-    wide, tile = plgpu.ACC((ROWS, cfg.columns), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
-    carry = pl.run_scoped(products, tile, wide, wide)
+    carry = accumulate(products, TILE, cfg.columns, cfg.columns)
     plgpu.barrier_arrive(meet)
     return carry
 
@@ -207,8 +209,8 @@ def _last_dq(cfg, refs, smem, wg, meet, steps, place):
 
     @pl.when(steps > 0)
     def _():
-        dq = pl.run_scoped(product, plgpu.ACC((ROWS, ROWS), jnp.float32))
-        _add_dq(cfg, refs, smem, wg, dq, (*place, True), wg * ROWS)
+        dq = accumulate(product, TILE)
+        _add_dq(cfg, refs, smem, wg, dq, (*place, True), wg * TILE)
 
 
 def _split_sums(cfg, refs, smem, wg, slots, place, carry, weights, ds):
@@ -219,7 +221,7 @@ def _split_sums(cfg, refs, smem, wg, slots, place, carry, weights, ds):
     zero = _unknown_zero()
 
     def multiply_dq(acc, column):
-        plgpu.wgmma(acc, smem["ds"].at[zero, 0, wg].T, smem["k"].at[zero, :, pl.ds(column, ROWS)])
+        plgpu.wgmma(acc, smem["ds"].at[zero, 0, wg].T, smem["k"].at[zero, :, pl.ds(column, TILE)])
 
     first_column = wg * cfg.columns
 
@@ -228,19 +230,18 @@ def _split_sums(cfg, refs, smem, wg, slots, place, carry, weights, ds):
         plgpu.wgmma(dv_acc, weights, do_ref)
         plgpu.wgmma(dk_acc, ds, q_ref)
         multiply_dq(dq_acc, first_column)
-        dq = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc))
+        dq = lax.optimization_barrier(sums_of(dq_acc))
         _add_dq(cfg, refs, smem, wg, dq, place, first_column)
         return dk_acc[...], dv_acc[...]
 
-    wide, tile = plgpu.ACC((ROWS, cfg.columns), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
-    carry = pl.run_scoped(products, wide, tile, wide)
-    for column in range(ROWS, cfg.columns, ROWS):
+    carry = accumulate(products, cfg.columns, TILE, cfg.columns)
+    for column in range(TILE, cfg.columns, TILE):
 
         def rest(acc, column=first_column + column):
             multiply_dq(acc, column)
             return acc[...]
 
-        dq = pl.run_scoped(rest, tile)
+        dq = accumulate(rest, TILE)
         _add_dq(cfg, refs, smem, wg, dq, place, first_column + column)
     return carry
 
@@ -249,10 +250,10 @@ def _compute(cfg, idx, refs, smem, bars, wg):
     batch, block, kv_head, (lo, a, b, hi) = idx
     kv_bar, _, _, q_empty, do_empty, meet = bars
     own = 0 if cfg.split else wg
-    base = block * cfg.block_k + own * ROWS
+    base = block * cfg.block_k + own * TILE
     mask_row = batch if cfg.masks_batch else 0
     keys = [
-        plgpu.load(refs["keys"].at[mask_row, i, pl.ds(base, ROWS)], layout=ROW, optimized=False)
+        plgpu.load(refs["keys"].at[mask_row, i, pl.ds(base, TILE)], layout=ROW, optimized=False)
         for i in range(cfg.key_rows)
     ]
     plgpu.barrier_wait(kv_bar)
@@ -282,7 +283,7 @@ def _compute(cfg, idx, refs, smem, bars, wg):
             carry = lax.fori_loop(b, hi, functools.partial(here, masked=True), carry)
         return carry
 
-    zero = plgpu.layout_cast(jnp.zeros((ROWS, cfg.columns), jnp.float32), WGMMA)
+    zero = zeros(cfg.columns)
     first_place = (kv_head * cfg.group, jnp.int32(0))
     (dk, dv), place = lax.fori_loop(0, cfg.group, one_head, ((zero, zero), first_place))
     if not cfg.split:
@@ -293,7 +294,7 @@ def _compute(cfg, idx, refs, smem, bars, wg):
     smem["k"][own, :, columns] = (dk * cfg.scale).astype(cfg.dtype)
     smem["v"][own, :, columns] = dv.astype(cfg.dtype)
     plgpu.commit_smem()
-    target = (batch, pl.ds(base, ROWS), kv_head)
+    target = (batch, pl.ds(base, TILE), kv_head)
     if cfg.split:  # each warpgroup copies what both have written
         plgpu.barrier_arrive(meet)
         plgpu.barrier_wait(meet)
@@ -312,8 +313,8 @@ def _compute(cfg, idx, refs, smem, bars, wg):
 def _produce(cfg, idx, refs, smem, bars):
     batch, block, kv_head, (lo, _, _, hi) = idx
     kv_bar, q_full, do_full, q_empty, do_empty, _ = bars
-    for half in range(cfg.block_k // ROWS):
-        rows = pl.ds(block * cfg.block_k + half * ROWS, ROWS)
+    for half in range(cfg.block_k // TILE):
+        rows = pl.ds(block * cfg.block_k + half * TILE, TILE)
         for name in ("k", "v"):
             plgpu.copy_gmem_to_smem(refs[name].at[batch, rows, kv_head], smem[name].at[half], kv_bar)
     mask_row = batch if cfg.masks_batch else 0
@@ -361,28 +362,28 @@ def _body(cfg, *flat):
     idx = (batch, block, kv_head, tuple(refs["ranges"][mask_row, block, i] + 0 for i in range(4)))
 
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
-    s, do_s, halves = cfg.stages, cfg.do_stages, cfg.block_k // ROWS
+    s, do_s, halves = cfg.stages, cfg.do_stages, cfg.block_k // TILE
     scratch = {
-        "k": tile((halves, ROWS, cfg.width)),
-        "v": tile((halves, ROWS, cfg.width)),
+        "k": tile((halves, TILE, cfg.width)),
+        "v": tile((halves, TILE, cfg.width)),
         "q": tile((s, cfg.block_q, cfg.width)),
         "do": tile((do_s, cfg.block_q, cfg.width)),
-        "ds": tile((halves, cfg.block_q // ROWS, 2, ROWS, ROWS)),  # two in turn, unless each warpgroup has its own
-        "dq": plgpu.SMEM((2, ROWS, ROWS), jnp.float32, transforms=F32_TRANSFORMS),
-        "lse": plgpu.SMEM((s, cfg.block_q), jnp.float32),
-        "delta": plgpu.SMEM((do_s, cfg.block_q), jnp.float32),
+        "ds": tile((halves, cfg.block_q // TILE, 2, TILE, TILE)),  # two in turn, unless each warpgroup has its own
+        "dq": plgpu.SMEM((2, TILE, TILE), F32, transforms=F32_TRANSFORMS),
+        "lse": plgpu.SMEM((s, cfg.block_q), F32),
+        "delta": plgpu.SMEM((do_s, cfg.block_q), F32),
         "bounds": plgpu.SMEM((s, 2 + cfg.ids, cfg.block_q), jnp.int32),
     }
 
     def scoped(smem, *bars):
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
             _compute(cfg, idx, refs, smem, bars, wg)
 
         @pl.when(wg == 2)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
             _produce(cfg, idx, refs, smem, bars)
 
     pl.run_scoped(
@@ -410,14 +411,14 @@ def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
     )
     args = [q, k, v, do, lse, delta, bounds, ranges] + [keys] * (cfg.key_rows > 0)
     with unchecked_varying():
-        dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+        dq = jax.new_ref(jnp.zeros(q.shape, F32))
         dk, dv = pl.kernel(
             functools.partial(_body, cfg),
             out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
             mesh=mesh,
             # Every store to shared memory follows a wait of the whole warpgroup for its last readers: no barriers are
             # needed beside those of commits and waits.
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+            compiler_params=PARAMS,
             name="attention_backward",
         )(*args, dq)
         return jax.freeze(dq), dk, dv

@@ -13,7 +13,6 @@ its own. Per query block, ``ranges`` holds (lo, a, b, hi): key blocks lo..hi are
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # query rows of a compute warpgroup
-MULTIPROCESSORS = 132
-LOG2E = math.log2(math.e)
-LOWEST = -1e30  # running maximum of a row that has seen no key
-WGMMA = plgpu.Layout.WGMMA
-ROW = WGMMA.reduce(1)
-COL = WGMMA.reduce(0)
-BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+from pallas_kernels.mosaic_gpu import (
+    BF16_TRANSFORMS,
+    COL,
+    F32,
+    LOG2E,
+    PARAMS,
+    ROW,
+    TILE,
+    accumulate,
+    drain,
+    load_tile,
+    rows_of,
+    sums_of,
+    zeros,
+)
+from pallas_kernels.ops.attention.gpu.common import capped, visible
+from pallas_kernels.ops.attention.mask import LOWEST
+
+# Of a thread of the compute warpgroups and of the producer, by the number of the former.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Forward:
     parts: int = 1  # a tile takes one key block in so many; results of the parts are rows of the batch
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
-    persistent: bool = True  # as many thread blocks as multiprocessors; else one a tile
+    multiprocessors: int | None = None  # at most so many thread blocks; None: one a tile
 
     replace = dataclasses.replace
 
@@ -67,7 +78,7 @@ class Forward:
 
     @property
     def block_q(self) -> int:
-        return ROWS * self.warpgroups
+        return TILE * self.warpgroups
 
     @property
     def block_k(self) -> int:
@@ -91,50 +102,11 @@ class Forward:
 
     @property
     def programs(self) -> int:
-        return min(MULTIPROCESSORS, self.tiles) if self.persistent else self.tiles
+        return min(self.multiprocessors or self.tiles, self.tiles)
 
     @property
     def blocks(self) -> int:
         return -(-self.queries // self.block_q)
-
-
-def rows_of(vector, n):
-    """[m] -> [m, n], one value a row."""
-    return lax.broadcast_in_dim(vector, (vector.shape[0], n), (0,))
-
-
-def cols_of(vector, m):
-    """[n] -> [m, n], one value a column."""
-    return lax.broadcast_in_dim(vector, (m, vector.shape[0]), (1,))
-
-
-def capped(scores, scale: float, softcap: float | None):
-    """(scores in units of log2 as a function of q . k, tanh of the softcap or None).
-
-    tanh through exp2: the hardware's own is off by 5e-4.
-    """
-    if softcap is None:
-        return scores * (scale * LOG2E), None
-    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2E * scale / softcap)))
-    return tanh * (softcap * LOG2E), tanh
-
-
-def visible(cfg, base, bounds, keys, axis: int, shape):
-    """[m, n] bool: which keys, along `axis`, the queries of the other one see.
-
-    bounds: start, end (and id) of the queries, keys: their ids and positions where cfg has them, as vectors in the
-    layouts that fit.
-    """
-    spread = (functools.partial(cols_of, m=shape[0]), functools.partial(rows_of, n=shape[1]))
-    of_keys, of_queries = spread if axis == 1 else spread[::-1]
-    keys = list(keys)
-    ids = keys.pop(0) if cfg.ids else None
-    if cfg.positions:
-        position = of_keys(keys.pop(0))
-    else:
-        position = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) + base
-    mask = jnp.logical_and(position >= of_queries(bounds[0]), position < of_queries(bounds[1]))
-    return jnp.logical_and(mask, of_keys(ids) == of_queries(bounds[2])) if cfg.ids else mask
 
 
 def _scores(cfg, raw, base, bounds, keys, masked: bool):
@@ -155,19 +127,6 @@ def _softmax(cfg, scores, factor, top, total):
     weights = jnp.exp2(scores * factor - rows_of(new_top, cfg.block_k))
     total = total * shrink + jnp.sum(weights, axis=1)
     return weights, new_top, shrink, total
-
-
-def drain(steps, stages: int, barriers) -> None:
-    """The producer's last waits, so that every arrival of `steps` at barriers of `stages` slots is observed."""
-
-    def wait(step):
-        @pl.when(step >= 0)
-        def _():
-            for barrier in barriers:
-                plgpu.barrier_wait(barrier.at[lax.rem(step, stages)])
-
-    for i in range(stages):
-        wait(steps - stages + i)
 
 
 class _Turns:
@@ -230,7 +189,7 @@ class _Tile:
         return j if self.parts == 1 else j * self.parts + lax.rem(self.row, self.parts)
 
     def rows(self, cfg, wg):
-        return pl.ds(self.block * cfg.block_q + wg * ROWS, ROWS)
+        return pl.ds(self.block * cfg.block_q + wg * TILE, TILE)
 
 
 def _count_tiles(cfg):
@@ -264,11 +223,105 @@ def _compute(cfg, refs, smem, bars, wg):
     plgpu.wait_smem_to_gmem(0)
 
 
+class _Walk:
+    """The online softmax of one tile over its key blocks lo..hi; `count` key blocks came before it."""
+
+    def __init__(self, cfg, tile, q_ref, smem, bars, turns, bounds, count):
+        self.cfg, self.tile, self.q_ref, self.turns, self.bounds = cfg, tile, q_ref, turns, bounds
+        _, self.k_s, self.v_s, self.keys_s, _ = smem
+        _, _, self.k_full, self.v_full, self.k_empty, self.v_empty, _ = bars
+        self.count = count
+
+    def slot(self, j):
+        return lax.rem(self.count + j - self.tile.ranges[0], self.cfg.stages)
+
+    def soften(self, raw, j, top, total, masked: bool):
+        """`_softmax` of block j; lets go of its ids and positions."""
+        cfg, slot = self.cfg, self.slot
+        keys = self.keys_s.at[slot(j)] if masked and cfg.key_rows else None
+        scores, factor = _scores(cfg, raw, self.tile.key_block(j) * cfg.block_k, self.bounds, keys, masked)
+        if keys is not None:
+            plgpu.barrier_arrive(self.k_empty.at[slot(j)])
+        return _softmax(cfg, scores, factor, top, total)
+
+    def release_k(self, j, masked: bool):
+        if not (masked and self.cfg.key_rows):
+            plgpu.barrier_arrive(self.k_empty.at[self.slot(j)])
+
+    def start(self, top, total):
+        """The first block: (weights in float32, top, total)."""
+        lo = self.tile.ranges[0]
+        plgpu.barrier_wait(self.k_full.at[self.slot(lo)])
+        self.turns.wait()
+
+        def product(acc):
+            plgpu.wgmma(acc, self.q_ref, self.k_s.at[self.slot(lo)].T)
+            self.turns.wake()
+            return acc[...]
+
+        raw = accumulate(product, self.cfg.block_k)
+        self.release_k(lo, True)
+        weights, top, _, total = self.soften(raw, lo, top, total, True)
+        return weights, top, total
+
+    def step(self, j, carry, masked: bool):
+        """Scores of block j while the product of the weights of the block before with its values runs."""
+        cfg, slot, turns = self.cfg, self.slot, self.turns
+        out, weights, top, total = carry
+        plgpu.barrier_wait(self.k_full.at[slot(j)])
+        turns.wait()
+
+        def overlapped(raw_acc, out_acc):
+            out_acc[...] = out
+            plgpu.wgmma(raw_acc, self.q_ref, self.k_s.at[slot(j)].T)
+            plgpu.barrier_wait(self.v_full.at[slot(j - 1)])
+            plgpu.wgmma(out_acc, weights, self.v_s.at[slot(j - 1)])
+            turns.wake()
+            raw = lax.optimization_barrier(sums_of(raw_acc, 1))
+            self.release_k(j, masked)
+            new = self.soften(raw, j, top, total, masked)
+            new = lax.optimization_barrier(new)
+            return out_acc[...], new
+
+        out, (weights, top, shrink, total) = accumulate(overlapped, cfg.block_k, cfg.width)
+        plgpu.barrier_arrive(self.v_empty.at[slot(j - 1)])
+        # Rounded only now: the operand registers of a product must not be written while one is in flight.
+        return out * rows_of(shrink, cfg.width), weights.astype(cfg.dtype), top, total
+
+    def steps(self, carry):
+        """All blocks behind the first, those without masks in a loop of their own."""
+        cfg, (lo, a, b, hi) = self.cfg, self.tile.ranges
+        begin = lo + 1
+        if cfg.first_masked:
+            middle = jnp.maximum(a, begin)
+            carry = lax.fori_loop(begin, middle, functools.partial(self.step, masked=True), carry)
+            begin = middle
+        middle = jnp.maximum(b, begin)
+        carry = lax.fori_loop(begin, middle, functools.partial(self.step, masked=False), carry)
+        if cfg.last_masked:
+            carry = lax.fori_loop(middle, hi, functools.partial(self.step, masked=True), carry)
+        return carry
+
+    def finish(self, out, weights):
+        """out with the last block's values."""
+        hi = self.tile.ranges[3]
+        plgpu.barrier_wait(self.v_full.at[self.slot(hi - 1)])
+        self.turns.wait()
+
+        def product(acc):
+            plgpu.wgmma(acc, weights, self.v_s.at[self.slot(hi - 1)])
+            self.turns.wake()
+
+        out = pl.run_state(product)(plgpu.ACC.init(out))
+        plgpu.barrier_arrive(self.v_empty.at[self.slot(hi - 1)])
+        return out
+
+
 def _compute_tile(cfg, tile, refs, smem, bars, wg, turns, number, count, load_q):
     """One tile; count is the number of key blocks before it, returned with its own added."""
-    q_s, k_s, v_s, keys_s, lse_s = smem
-    q_bar, gate_bar, k_full, v_full, k_empty, v_empty, _ = bars
-    lo, a, b, hi = tile.ranges
+    q_s, lse_s = smem[0], smem[4]
+    q_bar, gate_bar = bars[:2]
+    lo, _, _, hi = tile.ranges
     q_slot = lax.rem(number, cfg.q_slots)
     q_ref = q_s.at[q_slot, wg]
     place = (tile.row, tile.rows(cfg, wg), tile.head)
@@ -276,92 +329,24 @@ def _compute_tile(cfg, tile, refs, smem, bars, wg, turns, number, count, load_q)
         plgpu.load(refs["bounds"].at[tile.mask_row, i, place[1]], layout=ROW, optimized=False)
         for i in range(2 + cfg.ids)
     )
+    walk = _Walk(cfg, tile, q_ref, smem, bars, turns, bounds, count)
 
-    def slot(j):
-        return lax.rem(count + j - lo, cfg.stages)
-
-    def soften(raw, j, top, total, masked):
-        keys = keys_s.at[slot(j)] if masked and cfg.key_rows else None
-        scores, factor = _scores(cfg, raw, tile.key_block(j) * cfg.block_k, bounds, keys, masked)
-        if keys is not None:
-            plgpu.barrier_arrive(k_empty.at[slot(j)])
-        return _softmax(cfg, scores, factor, top, total)
-
-    def release_k(j, masked):
-        if not (masked and cfg.key_rows):
-            plgpu.barrier_arrive(k_empty.at[slot(j)])
-
-    top = jnp.full((ROWS,), LOWEST, jnp.float32)
-    total = jnp.zeros((ROWS,), jnp.float32)
+    top = jnp.full((TILE,), LOWEST, F32)
+    total = jnp.zeros((TILE,), F32)
     if cfg.sinks:
-        top, total = jnp.full((ROWS,), refs["sinks"][tile.head], jnp.float32), jnp.ones((ROWS,), jnp.float32)
+        top, total = jnp.full((TILE,), refs["sinks"][tile.head], F32), jnp.ones((TILE,), F32)
     top, total = plgpu.layout_cast(top, ROW), plgpu.layout_cast(total, ROW)
 
     plgpu.barrier_wait(q_bar.at[q_slot * cfg.warpgroups + wg])
-    plgpu.barrier_wait(k_full.at[slot(lo)])
-    turns.wait()
-
-    def first(acc):
-        plgpu.wgmma(acc, q_ref, k_s.at[slot(lo)].T)
-        turns.wake()
-        return acc[...]
-
-    raw = pl.run_scoped(first, plgpu.ACC((ROWS, cfg.block_k), jnp.float32))
-    release_k(lo, True)
-    weights, top, _, total = soften(raw, lo, top, total, True)
-    out = plgpu.layout_cast(jnp.zeros((ROWS, cfg.width), jnp.float32), WGMMA)
-
-    def step(j, carry, masked):
-        out, weights, top, total = carry
-        plgpu.barrier_wait(k_full.at[slot(j)])
-        turns.wait()
-
-        def overlapped(raw_acc, out_acc):
-            out_acc[...] = out
-            plgpu.wgmma(raw_acc, q_ref, k_s.at[slot(j)].T)
-            plgpu.barrier_wait(v_full.at[slot(j - 1)])
-            plgpu.wgmma(out_acc, weights, v_s.at[slot(j - 1)])
-            turns.wake()
-            raw = lax.optimization_barrier(plgpu.wgmma_accumulator_load(raw_acc, wait_n=1))
-            release_k(j, masked)
-            new = soften(raw, j, top, total, masked)
-            new = lax.optimization_barrier(new)
-            return out_acc[...], new
-
-        out, (weights, top, shrink, total) = pl.run_scoped(
-            overlapped,
-            plgpu.ACC((ROWS, cfg.block_k), jnp.float32),
-            plgpu.ACC((ROWS, cfg.width), jnp.float32),
-        )
-        plgpu.barrier_arrive(v_empty.at[slot(j - 1)])
-        # Rounded only now: the operand registers of a product must not be written while one is in flight.
-        return out * rows_of(shrink, cfg.width), weights.astype(cfg.dtype), top, total
-
-    carry = (out, weights.astype(cfg.dtype), top, total)
-    begin = lo + 1
-    if cfg.first_masked:
-        middle = jnp.maximum(a, begin)
-        carry = lax.fori_loop(begin, middle, functools.partial(step, masked=True), carry)
-        begin = middle
-    middle = jnp.maximum(b, begin)
-    carry = lax.fori_loop(begin, middle, functools.partial(step, masked=False), carry)
-    if cfg.last_masked:
-        carry = lax.fori_loop(middle, hi, functools.partial(step, masked=True), carry)
-    out, weights, top, total = carry
+    weights, top, total = walk.start(top, total)
+    out = zeros(cfg.width)
+    out, weights, top, total = walk.steps((out, weights.astype(cfg.dtype), top, total))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left shared memory, no warp reads q
     if cfg.gate == "elementwise":
         plgpu.copy_gmem_to_smem(refs["gate"].at[place], q_ref, gate_bar.at[wg])
     if cfg.q_slots == 2 and not cfg.save_ungated:
         load_q(number + 1, 1 - q_slot)
-    plgpu.barrier_wait(v_full.at[slot(hi - 1)])
-    turns.wait()
-
-    def last(acc):
-        plgpu.wgmma(acc, weights, v_s.at[slot(hi - 1)])
-        turns.wake()
-
-    out = pl.run_state(last)(plgpu.ACC.init(out))
-    plgpu.barrier_arrive(v_empty.at[slot(hi - 1)])
+    out = walk.finish(out, weights)
     spare_ref = q_s.at[1 - q_slot, wg] if cfg.q_slots == 2 else q_ref
     _finish(cfg, refs, place, (q_ref, gate_bar.at[wg], spare_ref, lse_s.at[wg] if cfg.save else None), out, top, total)
     if cfg.q_slots == 1:
@@ -384,7 +369,7 @@ def _finish(cfg, refs, place, own, out, top, total):
         gate = rows_of(1.0 / (1.0 + jnp.exp2(gate * -LOG2E)), cfg.width)
     elif cfg.gate is not None:
         plgpu.barrier_wait(bar)
-        gate = 1.0 / (1.0 + jnp.exp2(plgpu.load(q_ref, layout=WGMMA).astype(jnp.float32) * -LOG2E))
+        gate = 1.0 / (1.0 + jnp.exp2(load_tile(q_ref) * -LOG2E))
     if cfg.save_ungated:
         spare_ref[...] = out.astype(cfg.dtype)
         plgpu.commit_smem()
@@ -445,24 +430,24 @@ def _body(cfg, *flat):
     wgs, s = cfg.warpgroups, cfg.stages
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     scratch = [
-        tile((cfg.q_slots, wgs, ROWS, cfg.width)),
+        tile((cfg.q_slots, wgs, TILE, cfg.width)),
         tile((s, cfg.block_k, cfg.width)),
         tile((s, cfg.block_k, cfg.width)),
         plgpu.SMEM((s, cfg.key_rows, cfg.block_k), jnp.int32) if cfg.key_rows else None,
-        plgpu.SMEM((wgs, ROWS), jnp.float32) if cfg.save else None,
+        plgpu.SMEM((wgs, TILE), F32) if cfg.save else None,
     ]
 
     def scoped(smem, *bars):
         @pl.when(wg < wgs)
         def _():
             if not cfg.few:
-                plgpu.set_max_registers(240 if wgs == 2 else 160, action="increase")
+                plgpu.set_max_registers(REGISTERS[wgs][0], action="increase")
             _compute(cfg, refs, smem, bars, wg)
 
         @pl.when(wg == wgs)
         def _():
             if not cfg.few:
-                plgpu.set_max_registers(24 if wgs == 2 else 32, action="decrease")
+                plgpu.set_max_registers(REGISTERS[wgs][1], action="decrease")
             _produce(cfg, refs, smem, bars)
 
     pl.run_scoped(
@@ -491,7 +476,7 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate, first=None):
     rows = cfg.batch * cfg.parts
     out = [jax.ShapeDtypeStruct((rows, *q.shape[1:]), q.dtype)]
     if cfg.save:
-        out.append(jax.ShapeDtypeStruct((rows, cfg.heads, cfg.blocks * cfg.block_q), jnp.float32))
+        out.append(jax.ShapeDtypeStruct((rows, cfg.heads, cfg.blocks * cfg.block_q), F32))
     if cfg.save_ungated:
         out.append(jax.ShapeDtypeStruct(q.shape, q.dtype))
     kernel = plgpu.kernel(
@@ -503,7 +488,7 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate, first=None):
         thread_name="wg",
         # No thread reads and writes the same shared memory but a warp its own rows of q_s, in order: no barriers needed
         # beside those of commits and waits.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=PARAMS,
     )
     given = ((first, cfg.stacked), (keys, cfg.key_rows), (sinks, cfg.sinks), (gate, cfg.gate))
     return kernel(q, k, v, bounds, ranges, *[array for array, wanted in given if wanted])

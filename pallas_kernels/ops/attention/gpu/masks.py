@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ops.attention.mask import Mask, query_positions
+
 _LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-HIDDEN_POSITION = _HIGH  # that no query sees
 
 
-class Places(typing.NamedTuple):
-    """int32 arrays [B or 1, T] or [B or 1, S], all with the same first axis."""
+class Bounds(typing.NamedTuple):
+    """A mask by queries and keys: int32 arrays [B or 1, T] or [B or 1, S], all with the same first axis."""
 
     start_MT: jax.Array | np.ndarray
     end_MT: jax.Array | np.ndarray
@@ -27,27 +28,30 @@ class Places(typing.NamedTuple):
     k_position_MS: jax.Array | np.ndarray | None  # None: the index
 
 
-def make_places(n_queries: int, n_keys: int, causal, window, segment_ids, positions, q_offset) -> Places:
-    """Bounds of every query from the arguments of `pallas_kernels.attention` (segment_ids and positions pairs)."""
-    k_position = None
-    if positions is not None:
-        q_position, k_position = positions
-    elif isinstance(q_offset, int):
-        q_position = np.arange(n_queries, dtype=np.int32)[None] + np.int32(q_offset)
-    else:
-        q_position = jnp.reshape(q_offset, (-1, 1)) + jnp.arange(n_queries, dtype=jnp.int32)
+class Vectors(typing.NamedTuple):
+    """What a kernel reads of a mask."""
+
+    queries: jax.Array | np.ndarray  # see query_rows
+    keys: jax.Array | np.ndarray | None  # see key_rows
+    key_ranges: jax.Array | np.ndarray
+    query_ranges: jax.Array | np.ndarray
+
+
+def make_bounds(mask: Mask, n_queries: int, n_keys: int) -> Bounds:
+    """Bounds of every query."""
+    q_position, k_position = query_positions(mask, n_queries), mask.k_position_BS
     xp = _module(q_position)
     first, behind = (0, n_keys) if k_position is None else (_LOW, _HIGH)
+    window, causal = mask.window, mask.causal
     start = xp.full_like(q_position, first) if window is None else xp.maximum(q_position - window + 1, first)
     end = xp.minimum(q_position + 1, behind) if causal else xp.full_like(q_position, behind)
-    q_ids = k_ids = None
-    if segment_ids is not None:
-        q_ids, k_ids = segment_ids
+    q_ids, k_ids = mask.q_ids_BT, mask.k_ids_BS
+    if mask.has_ids:
         k_ids = _module(k_ids).where(k_ids == 0, -1, k_ids)
         start, end = (_module(q_ids).where(q_ids == 0, 0, array) for array in (start, end))
     arrays = (start, end, q_ids, k_ids, k_position)
     n_rows = max(array.shape[0] for array in arrays if array is not None)
-    return Places(
+    return Bounds(
         *(a if a is None else _module(a).broadcast_to(a, (n_rows, a.shape[1])).astype(np.int32) for a in arrays)
     )
 
@@ -56,15 +60,15 @@ def _module(array):
     return np if isinstance(array, np.ndarray) else jnp
 
 
-def query_rows(places: Places, length: int):
+def query_rows(bounds: Bounds, length: int):
     """[M, 2 or 3, length] int32: start, end (and id) of every query; nothing is visible behind the last."""
-    rows = [places.start_MT, places.end_MT] + ([] if places.q_ids_MT is None else [places.q_ids_MT])
+    rows = [bounds.start_MT, bounds.end_MT] + ([] if bounds.q_ids_MT is None else [bounds.q_ids_MT])
     return _stack(rows, length, [0] * len(rows))
 
 
-def key_rows(places: Places, length: int):
+def key_rows(bounds: Bounds, length: int):
     """[M, n, length] int32: ids and positions of keys as far as given; keys behind the last are hidden. Or None."""
-    given = [(places.k_ids_MS, -1), (places.k_position_MS, _HIGH)]
+    given = [(bounds.k_ids_MS, -1), (bounds.k_position_MS, _HIGH)]
     given = [(array, fill) for array, fill in given if array is not None]
     return _stack([array for array, _ in given], length, [fill for _, fill in given]) if given else None
 
@@ -92,21 +96,21 @@ def _limits(array, where=None):
     return xp.where(where, array, _HIGH).min(2), xp.where(where, array, _LOW).max(2)
 
 
-def block_pairs(places: Places, n_keys: int, block_q: int, block_k: int):
+def block_pairs(bounds: Bounds, n_keys: int, block_q: int, block_k: int):
     """(anything visible, everything visible), bool [M, Q, J]; never too little of the former or too much of the latter.
 
     "Everything" takes no notice of queries behind the last, whose results go nowhere.
     """
 
-    start, end = _blocks(places.start_MT, block_q), _blocks(places.end_MT, block_q)
-    position = np.arange(n_keys, dtype=np.int32)[None] if places.k_position_MS is None else places.k_position_MS
+    start, end = _blocks(bounds.start_MT, block_q), _blocks(bounds.end_MT, block_q)
+    position = np.arange(n_keys, dtype=np.int32)[None] if bounds.k_position_MS is None else bounds.k_position_MS
     low, top = (limit[:, None] for limit in _limits(_blocks(position, block_k)))
     seeing = start < end
     some = (_limits(start, seeing)[0][:, :, None] <= top) & (_limits(end, seeing)[1][:, :, None] > low)
     whole = (_limits(start)[1][:, :, None] <= low) & (_limits(end)[0][:, :, None] > top)
     whole = whole & (np.arange(1, low.shape[2] + 1) * block_k <= n_keys)
-    if places.q_ids_MT is not None:
-        q_ids, k_ids = _blocks(places.q_ids_MT, block_q), _blocks(places.k_ids_MS, block_k)
+    if bounds.q_ids_MT is not None:
+        q_ids, k_ids = _blocks(bounds.q_ids_MT, block_q), _blocks(bounds.k_ids_MS, block_k)
         (q_low, q_top), (k_low, k_top) = _limits(q_ids, q_ids != 0), _limits(k_ids, k_ids != -1)
         some = some & (q_low[:, :, None] <= k_top[:, None]) & (k_low[:, None] <= q_top[:, :, None])
         (q_low, q_top), (k_low, k_top) = _limits(q_ids), _limits(k_ids)
@@ -115,29 +119,29 @@ def block_pairs(places: Places, n_keys: int, block_q: int, block_k: int):
     return some, whole
 
 
-def key_ranges(places: Places, n_keys: int, block_q: int, block_k: int):
+def key_ranges(bounds: Bounds, n_keys: int, block_q: int, block_k: int):
     """[M, Q, 4] int32: key blocks lo..hi to visit for each query block, at least one, a..b of them without masks."""
-    if places.q_ids_MT is None and places.k_position_MS is None:
-        lo, a, b, hi = _ranges_of_bounds(places, block_q, block_k)
+    if bounds.q_ids_MT is None and bounds.k_position_MS is None:
+        lo, a, b, hi = _ranges_of_bounds(bounds, block_q, block_k)
     else:
-        lo, a, b, hi = _ranges(*block_pairs(places, n_keys, block_q, block_k), 2)
+        lo, a, b, hi = _ranges(*block_pairs(bounds, n_keys, block_q, block_k), 2)
     xp = _module(lo)
     empty = hi == 0
     a, b = (xp.where(a == b, lo, limit) for limit in (a, b))
     return xp.stack([lo, a, b, xp.where(empty, 1, hi)], axis=2).astype(np.int32)
 
 
-def query_ranges(places: Places, n_keys: int, block_q: int, block_k: int):
+def query_ranges(bounds: Bounds, n_keys: int, block_q: int, block_k: int):
     """[M, J, 4] int32: query blocks lo..hi to visit for each key block, perhaps none, a..b of them without masks."""
-    lo, a, b, hi = _ranges(*block_pairs(places, n_keys, block_q, block_k), 1)
+    lo, a, b, hi = _ranges(*block_pairs(bounds, n_keys, block_q, block_k), 1)
     xp = _module(lo)
     a, b = (xp.where(a == b, hi, limit) for limit in (a, b))
     return xp.stack([lo, a, b, hi], axis=2).astype(np.int32)
 
 
-def _ranges_of_bounds(places: Places, block_q: int, block_k: int):
+def _ranges_of_bounds(bounds: Bounds, block_q: int, block_k: int):
     """`_ranges` of `block_pairs` over keys where bounds say all, in few operations."""
-    start, end = _blocks(places.start_MT, block_q), _blocks(places.end_MT, block_q)
+    start, end = _blocks(bounds.start_MT, block_q), _blocks(bounds.end_MT, block_q)
     xp = _module(start)
     first, last = _limits(start, start < end)[0], _limits(end, start < end)[1]
     empty = first >= last

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.mosaic_tpu import F32, LANES, LOG2E, round_up
 from pallas_kernels.ops.attention import block_pairs
-from pallas_kernels.ops.attention.block_pairs import Places
+from pallas_kernels.ops.attention.mask import Mask, key_positions, make_mask, query_positions
 from pallas_kernels.ops.attention.tpu import backward as tpu_backward
 from pallas_kernels.ops.attention.tpu import decode as tpu_decode
 from pallas_kernels.ops.attention.tpu import forward as tpu_forward
-from pallas_kernels.ops.attention.tpu.common import F32, LANES, LOG2E, Settings
+from pallas_kernels.ops.attention.tpu.common import Settings
 
 HEAD_WIDTHS = (64, 96, 128, 192, 256)
 BLOCK = 1024  # queries and keys of a block; smaller where there are fewer
@@ -48,16 +49,12 @@ def supports(q, k, v, **kwargs) -> str | None:
     return None
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def _block_sizes(n_queries: int, n_keys: int, group: int, row_bytes: int) -> tuple[int, int, int]:
     """(queries, keys of a block, heads packed into the rows of a query block)."""
     most = min(BLOCK, max(256, MOST_BLOCK_BYTES // row_bytes // 256 * 256))
     packed = group if n_queries * group <= PACKED_ROWS else 1
-    q_block = min(most, _round_up(n_queries * packed, 32 if packed > 1 or n_queries <= PACKED_ROWS else 256))
-    k_block = min(most, _round_up(n_keys, 256))
+    q_block = min(most, round_up(n_queries * packed, 32 if packed > 1 or n_queries <= PACKED_ROWS else 256))
+    k_block = min(most, round_up(n_keys, 256))
     return q_block, k_block, packed
 
 
@@ -74,38 +71,24 @@ def attention_tpu(
     """
     if reason := supports(q, k, v):
         raise NotImplementedError(reason)
-    known = isinstance(q_offset, int) and positions is None
-    masks = _Masks(*(segment_ids or (None, None)), *(positions or (None, None)), None if known else q_offset)
-    call = _Call(
-        causal=causal,
-        window=window,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        q_offset=q_offset if known else None,
-        blocks=blocks,
-        interpret=interpret,
-    )
+    mask = make_mask(causal, window, segment_ids, positions, q_offset)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    call = _Call(scale=scale, softcap=softcap, blocks=blocks, interpret=interpret)
     if blocks is None and tpu_decode.serves(q.shape, k.shape, v.shape[3], q.dtype.itemsize):
-        return _decode(call, q, k, v, gate, sinks, masks, stacked)
-    return _in_blocks(call, q, k, v, gate, sinks, masks)
-
-
-attention_tpu.reads_stacked = True
+        return _decode(call, q, k, v, gate, sinks, mask, stacked)
+    return _in_blocks(call, q, k, v, gate, sinks, mask)
 
 
 class _Call(typing.NamedTuple):
-    """The arguments of attention that are no arrays."""
+    """The arguments of attention that are neither arrays nor of the mask."""
 
-    causal: bool
-    window: int | None
     scale: float
     softcap: float | None
-    q_offset: int | None  # None: given as an array, or positions are
     blocks: tuple[int, int] | None
     interpret: bool | object
 
 
-def _in_blocks(call: _Call, q, k, v, gate, sinks, masks):
+def _in_blocks(call: _Call, q, k, v, gate, sinks, mask):
     """The call by the kernels of blocks of queries."""
     _, n_queries, n_heads, width = q.shape
     n_keys, n_kv_heads, v_width = *k.shape[1:3], v.shape[3]
@@ -123,14 +106,13 @@ def _in_blocks(call: _Call, q, k, v, gate, sinks, masks):
         v_width=v_width,
         scale=call.scale,
         softcap=call.softcap,
-        causal=call.causal,
-        window=call.window,
-        ids=masks.q_ids_BT is not None or bool(q.shape[1] % q_block or n_keys % k_block),
-        positions=call.causal or call.window is not None,
+        causal=mask.causal,
+        window=mask.window,
+        ids=mask.has_ids or bool(q.shape[1] % q_block or n_keys % k_block),
+        positions=mask.ordered,
         gate=_gate_kind(gate),
         sinks=sinks is not None,
         packed=packed,
-        q_offset=call.q_offset,
         blocks=(q_block, k_block),
         natural=width % LANES == 0 and v_width % LANES == 0,
         interpret=call.interpret,
@@ -138,7 +120,7 @@ def _in_blocks(call: _Call, q, k, v, gate, sinks, masks):
     rows = None
     if sinks is not None:
         rows = jnp.tile(sinks.astype(F32).reshape(settings.heads, packed), (1, q.shape[1] // packed))
-    out = _attend(settings, q, k, v, gate, rows, masks)
+    out = _attend(settings, q, k, v, gate, rows, mask)
     return out if packed == 1 else _unpack(out, n_queries, group)
 
 
@@ -147,13 +129,11 @@ def _gate_kind(gate) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(call: _Call, q, k, v, gate, sinks, masks, stacked):
+def _decode(call: _Call, q, k, v, gate, sinks, mask, stacked):
     """The call by the kernel for few queries; its gradient is that of `_in_blocks`."""
     n_keys, n_kv_heads, v_width = *k.shape[1:3], v.shape[3]
     n_queries, n_heads, width = q.shape[1:]
-    positions = ""
-    if call.causal or call.window is not None:
-        positions = "counted" if masks.k_position_BS is None else "given"
+    positions = ("given" if mask.has_positions else "counted") if mask.ordered else ""
     layout = tpu_decode.choose_layout(n_kv_heads, width, v_width)
     settings = tpu_decode.Decode(
         layout=layout,
@@ -166,9 +146,9 @@ def _decode(call: _Call, q, k, v, gate, sinks, masks, stacked):
         v_width=v_width,
         scale=call.scale,
         softcap=call.softcap,
-        causal=call.causal,
-        window=call.window,
-        ids=masks.q_ids_BT is not None,
+        causal=mask.causal,
+        window=mask.window,
+        ids=mask.has_ids,
         positions=positions,
         gate=_gate_kind(gate),
         sinks=sinks is not None,
@@ -176,20 +156,16 @@ def _decode(call: _Call, q, k, v, gate, sinks, masks, stacked):
         parts=tpu_decode.cores(),
         interpret=call.interpret,
     )
-    q_ids, k_ids, q_positions, k_positions, q_offset = masks
-    if not positions:
-        q_positions = k_positions = None
-    elif q_positions is None:
-        q_positions = np.arange(n_queries, dtype=np.int32)[None]
-        q_positions = q_positions + (call.q_offset if q_offset is None else jnp.reshape(q_offset, (-1, 1)))
-    masks = tpu_decode.Masks(q_ids, k_ids, q_positions, k_positions)
+    q_positions = query_positions(mask, n_queries) if mask.ordered else None
+    k_positions = mask.k_position_BS if mask.ordered else None
+    mask = mask.replace(q_position_BT=q_positions, k_position_BS=k_positions, offset_B=None)
     k, v, layer = (k, v, None) if stacked is None else stacked
-    return tpu_decode.decode(settings, q, k, v, gate, sinks, masks, layer)
+    return tpu_decode.decode(settings, q, k, v, gate, sinks, mask, layer)
 
 
-def _decode_forward(call: _Call, q, k, v, gate, sinks, masks, stacked):
+def _decode_forward(call: _Call, q, k, v, gate, sinks, mask, stacked):
     del stacked  # k and v are its entries
-    return jax.vjp(lambda *arrays: _in_blocks(call, *arrays, masks), q, k, v, gate, sinks)
+    return jax.vjp(lambda *arrays: _in_blocks(call, *arrays, mask), q, k, v, gate, sinks)
 
 
 def _decode_backward(call: _Call, gradient, dout):
@@ -213,31 +189,18 @@ def _unpack(array, n_queries: int, group: int):
     return jnp.moveaxis(array, 2, 3).reshape(n_batch, n_queries, n_kv_heads * group, width)
 
 
-class _Masks(typing.NamedTuple):
-    """The masks that are arrays, as the caller gave them: queries before packing."""
-
-    q_ids_BT: jax.Array | None
-    k_ids_BS: jax.Array | None
-    q_position_BT: jax.Array | None
-    k_position_BS: jax.Array | None
-    q_offset: jax.Array | None
-
-
-def _places(masks: _Masks, n_rows: int, n_keys: int, s: Settings) -> Places:
-    """Ids and positions as far as masks need them, padded to whole blocks; NumPy where they are known now.
+def _in_whole_blocks(mask: Mask, n_rows: int, n_keys: int, s: Settings) -> Mask:
+    """The mask with ids and positions as far as it needs them, padded to whole blocks; NumPy where they are known now.
 
     Padding has id 0, and positions that do not widen the range of its block.
     """
-    q_ids, k_ids, q_positions, k_positions, q_offset = masks
     n_queries = n_rows // s.packed
+    q_ids, k_ids = mask.q_ids_BT, mask.k_ids_BS
     if q_ids is None and s.ids:
         q_ids, k_ids = np.ones((1, n_queries), np.int32), np.ones((1, n_keys), np.int32)
-    if not s.positions:
-        q_positions = k_positions = None
-    elif q_positions is None:
-        q_positions = np.arange(n_queries, dtype=np.int32)[None]
-        q_positions = q_positions + (s.q_offset if q_offset is None else jnp.reshape(q_offset, (-1, 1)))
-        k_positions = np.arange(n_keys, dtype=np.int32)[None]
+    q_positions = k_positions = None
+    if s.positions:
+        q_positions, k_positions = query_positions(mask, n_queries), key_positions(mask, n_keys)
     given = (q_ids, k_ids, q_positions, k_positions)
     xp = np if all(isinstance(array, np.ndarray) for array in given if array is not None) else jnp
 
@@ -248,15 +211,16 @@ def _places(masks: _Masks, n_rows: int, n_keys: int, s: Settings) -> Places:
         return xp.pad(array, ((0, 0), (0, -array.shape[1] % block)), mode=mode)
 
     q_block, k_block = s.blocks
-    return Places(
-        pad(q_ids, s.packed, q_block, "constant"),
-        pad(k_ids, 1, k_block, "constant"),
-        pad(q_positions, s.packed, q_block, "edge"),
-        pad(k_positions, 1, k_block, "edge"),
+    return mask.replace(
+        q_ids_BT=pad(q_ids, s.packed, q_block, "constant"),
+        k_ids_BS=pad(k_ids, 1, k_block, "constant"),
+        q_position_BT=pad(q_positions, s.packed, q_block, "edge"),
+        k_position_BS=pad(k_positions, 1, k_block, "edge"),
+        offset_B=None,
     )
 
 
-def _arrays(s: Settings, places: Places, **named) -> dict:
+def _arrays(s: Settings, mask: Mask, **named) -> dict:
     """The kernels' inputs by name: [B, tokens, H, width] padded to whole blocks and laid out, masks as rows."""
     arrays = {}
     for name, array in named.items():
@@ -267,7 +231,8 @@ def _arrays(s: Settings, places: Places, **named) -> dict:
             arrays[name] = jnp.moveaxis(array, 2, 1)[:, :, None].astype(F32)
         else:
             arrays[name] = array.reshape(*array.shape[:2], -1) if s.natural else jnp.moveaxis(array, 2, 1)
-    for name, array in zip(("q_ids", "k_ids", "q_positions", "k_positions"), places):
+    sides = (mask.q_ids_BT, mask.k_ids_BS, mask.q_position_BT, mask.k_position_BS)
+    for name, array in zip(("q_ids", "k_ids", "q_positions", "k_positions"), sides, strict=True):
         if array is not None:
             arrays[name] = jnp.asarray(array, jnp.int32)[:, None]
     return arrays
@@ -284,40 +249,40 @@ def _words(pairs: block_pairs.Pairs):
     return block_pairs.Pairs(jnp.asarray(pairs.words_BN), pairs.count)
 
 
-def _run_forward(s: Settings, q, k, v, gate, sink_rows, masks, residuals: bool):
-    places = _places(masks, q.shape[1], k.shape[1], s)
+def _run_forward(s: Settings, q, k, v, gate, sink_rows, mask, residuals: bool):
+    mask = _in_whole_blocks(mask, q.shape[1], k.shape[1], s)
     named = {"q": q, "k": k, "v": v} | ({} if gate is None else {"gate": gate})
-    arrays = _arrays(s, places, **named)
+    arrays = _arrays(s, mask, **named)
     if sink_rows is not None:
         padding = -q.shape[1] % s.blocks[0]
         arrays["sinks"] = jnp.pad(sink_rows, ((0, 0), (0, padding)))[None, :, None]
-    pairs = _words(block_pairs.by_query(_visible_places(places, q, k, s), s.blocks, s.causal, s.window))
+    pairs = _words(block_pairs.by_query(_for_pairs(mask, q, k, s), s.blocks))
     found = tpu_forward.forward(arrays, pairs, s, residuals=residuals)
     return {name: array if name == "log_sum" else _restore(array, q, s) for name, array in found.items()}
 
 
-def _visible_places(places: Places, q, k, s: Settings) -> Places:
-    """The places that the list of block pairs is made from: without any, everything is visible."""
+def _for_pairs(mask: Mask, q, k, s: Settings) -> Mask:
+    """The mask, by ids where it has neither ids nor positions and everything is visible."""
     if s.ids or s.positions:
-        return places
-    n_queries, n_keys = (_round_up(array.shape[1], block) for array, block in zip((q, k), s.blocks))
-    return Places(np.ones((1, n_queries), np.int32), np.ones((1, n_keys), np.int32), None, None)
+        return mask
+    n_queries, n_keys = (round_up(array.shape[1], block) for array, block in zip((q, k), s.blocks))
+    return mask.replace(q_ids_BT=np.ones((1, n_queries), np.int32), k_ids_BS=np.ones((1, n_keys), np.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(s: Settings, q, k, v, gate, sink_rows, masks):
-    return _run_forward(s, q, k, v, gate, sink_rows, masks, residuals=False)["out"]
+def _attend(s: Settings, q, k, v, gate, sink_rows, mask):
+    return _run_forward(s, q, k, v, gate, sink_rows, mask, residuals=False)["out"]
 
 
-def _attend_forward(s: Settings, q, k, v, gate, sink_rows, masks):
-    found = _run_forward(s, q, k, v, gate, sink_rows, masks, residuals=True)
+def _attend_forward(s: Settings, q, k, v, gate, sink_rows, mask):
+    found = _run_forward(s, q, k, v, gate, sink_rows, mask, residuals=True)
     kept = checkpoint_name((found.get("ungated", found["out"]), found["log_sum"]), "attention_kept")
-    return found["out"], (q, k, v, gate, sink_rows, masks, *kept)
+    return found["out"], (q, k, v, gate, sink_rows, mask, *kept)
 
 
 def _attend_backward(s: Settings, residuals, dout):
-    q, k, v, gate, sink_rows, masks, out, log_sum = residuals
-    places = _places(masks, q.shape[1], k.shape[1], s)
+    q, k, v, gate, sink_rows, mask, out, log_sum = residuals
+    mask = _in_whole_blocks(mask, q.shape[1], k.shape[1], s)
     n_queries = q.shape[1]
     wide_dout, wide_out = dout.astype(F32), out.astype(F32)
     dgate = None
@@ -332,11 +297,11 @@ def _attend_backward(s: Settings, residuals, dout):
     if sink_rows is not None:
         share = jnp.exp2(sink_rows * LOG2E - log_sum[:, :, 0, :n_queries])
         dsinks = -jnp.sum(share * delta_BHT, axis=0)
-    arrays = _arrays(s, places, q=q, k=k, v=v, do=wide_dout.astype(v.dtype))
+    arrays = _arrays(s, mask, q=q, k=k, v=v, do=wide_dout.astype(v.dtype))
     arrays["log_sum"] = log_sum
     arrays["delta"] = jnp.pad(delta_BHT, ((0, 0), (0, 0), (0, -n_queries % s.blocks[0])))[:, :, None]
     parts = tpu_backward.choose_parts(log_sum.shape[-1], s)
-    pairs = _words(block_pairs.by_key(_visible_places(places, q, k, s), s.blocks, s.causal, s.window, parts))
+    pairs = _words(block_pairs.by_key(_for_pairs(mask, q, k, s), s.blocks, parts))
     found = tpu_backward.backward(arrays, pairs, parts, s)
     if parts > 1:
         found |= {name: found[name].sum(0).astype(k.dtype) for name in ("dk", "dv")}

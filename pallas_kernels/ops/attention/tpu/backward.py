@@ -13,27 +13,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu import F32, LANES, NN, NT, TN, column, dot, widen
 from pallas_kernels.ops.attention import block_pairs
+from pallas_kernels.ops.attention.mask import visible_pairs
 from pallas_kernels.ops.attention.tpu.common import (
-    F32,
     HIDDEN,
-    LANES,
-    NN,
-    NT,
-    TN,
     Settings,
     array_shape,
     block_spec,
     call_kernel,
-    column,
-    dot,
     head_ref,
     log2_scores,
-    mask,
     mask_specs,
-    widen,
     word_at,
-)  # fmt: skip
+)
 
 MOST_QUERIES = 6 * 2**20  # entries of dq kept in VMEM
 
@@ -57,7 +50,7 @@ def _visit(refs, head, word, queries: slice, keys: slice, masked: bool, s: Setti
         q_position = refs["q_positions"][0, :, queries] if s.positions else None
         k_id = widen(refs["k_id_columns"][keys], n_queries) if s.ids else None
         k_position = widen(refs["k_position_columns"][keys], n_queries) if s.positions else None
-        scores = jnp.where(mask(q_id, k_id, q_position, k_position, s), scores, HIDDEN)
+        scores = jnp.where(visible_pairs(q_id, k_id, q_position, k_position, s.causal, s.window), scores, HIDDEN)
     weights = jnp.exp2(scores - refs["log_sum"][0, 0, :, queries])
     refs["dv_sum"][keys] += dot(weights.astype(do.dtype), do, NN)
     dscores = weights * (dot(v, do, NT) - refs["delta"][0, 0, :, queries])

@@ -3,23 +3,18 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.mosaic_tpu import LOG2E
 from pallas_kernels.ops.attention import block_pairs
+from pallas_kernels.varying import call_varying
 
-F32 = jnp.float32
-LANES = 128
-LOG2E = math.log2(math.e)
-HIDDEN = -3e38  # score of what is not visible
-LOWEST = -1e30  # running maximum before any key: exp2(HIDDEN - LOWEST) is 0
-NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
+VMEM_BYTES = 96 * 2**20  # that a kernel may take
+HIDDEN = -3e38  # score of what is not visible: exp2(HIDDEN - LOWEST) is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +34,6 @@ class Settings:
     gate: str  # "", "head" or "channel"
     sinks: bool
     packed: int  # query heads of a key head in the rows of a query block
-    q_offset: int | None  # None: given as an array, or positions are
     blocks: tuple[int, int]
     natural: bool  # arrays are [B, T, H P], else [B, H, T, P]
     interpret: bool | object = False
@@ -55,42 +49,12 @@ class Settings:
         return self.blocks[0] // block_pairs.TILES, self.blocks[1] // block_pairs.TILES
 
 
-def dot(a, b, dims):
-    """Product contracted over `dims`, accumulated in float32; float32 operands in full precision."""
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=F32, precision=precision)
-
-
 def log2_scores(product, s: Settings):
     """(scores in units of log 2, derivative of the softcap or None) from q . k."""
     if s.softcap is None:
         return product * (s.scale * LOG2E), None
     squashed = jnp.tanh(product * (s.scale / s.softcap))
     return squashed * (s.softcap * LOG2E), 1.0 - squashed * squashed
-
-
-def mask(q_id, k_id, q_position, k_position, s: Settings):
-    """Visible pairs; arguments broadcast against each other."""
-    visible = None
-    if s.ids:
-        visible = (q_id == k_id) & (q_id != 0)
-    if s.causal:
-        ordered = q_position >= k_position
-        visible = ordered if visible is None else visible & ordered
-    if s.window is not None:
-        near = q_position - k_position < s.window
-        visible = near if visible is None else visible & near
-    return visible
-
-
-def column(row, lanes: int = LANES):
-    """[1, n] as [n, lanes]."""
-    return jnp.broadcast_to(row, (lanes, row.shape[1])).T
-
-
-def widen(column_, n: int):
-    """[rows, 128] of equal lanes as [rows, n]."""
-    return column_[:, :n] if n <= LANES else jnp.tile(column_, (1, -(-n // LANES)))[:, :n]
 
 
 def block_spec(rows: int, width: int, where, s: Settings, heads: int = 1) -> pl.BlockSpec:
@@ -160,7 +124,7 @@ def call_kernel(kernel, name: str, grid, words, inputs: dict, outputs: dict, scr
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(grid) - 2),
-            vmem_limit_bytes=96 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=s.interpret,
         name=name,

@@ -23,20 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying  # fmt: skip
-from pallas_kernels.ops.attention.tpu.common import (
-    F32,
-    HIDDEN,
-    LANES,
-    LOG2E,
-    LOWEST,
-    NN,
-    NT,
-    dot,
-    log2_scores,
-    mask,
-    widen,
-)
+from pallas_kernels import platform
+from pallas_kernels.mosaic_tpu import F32, LANES, LOG2E, NN, NT, SUBLANES, dot, round_up, widen
+from pallas_kernels.ops.attention.mask import LOWEST, Mask, visible_pairs
+from pallas_kernels.ops.attention.tpu.common import HIDDEN, VMEM_BYTES, log2_scores
+from pallas_kernels.varying import call_varying
 
 MOST_QUERIES = 16
 MOST_ROWS = 1024  # queries x heads
@@ -88,7 +79,7 @@ class Decode:
     @property
     def rows(self) -> int:
         """Query rows of a product: [queries, heads], or [queries, group] filled up to whole registers."""
-        return self.queries * self.heads if self.joint else -(-self.queries * self.group // 8) * 8
+        return self.queries * self.heads if self.joint else round_up(self.queries * self.group, SUBLANES)
 
     @property
     def repeat(self) -> int:
@@ -104,15 +95,6 @@ class Decode:
     def ragged(self) -> bool:
         """The last block is not full."""
         return self.keys % self.tokens != 0
-
-
-class Masks(typing.NamedTuple):
-    """int32, None where no mask asks for it: ids and positions of queries [B or 1, T] and keys [B or 1, S]."""
-
-    q_ids_BT: jax.Array | np.ndarray | None
-    k_ids_BS: jax.Array | np.ndarray | None
-    q_position_BT: jax.Array | np.ndarray | None
-    k_position_BS: jax.Array | np.ndarray | None  # None too where keys are counted
 
 
 class Visits(typing.NamedTuple):
@@ -160,13 +142,13 @@ def block_tokens(n_keys: int, n_kv_heads: int, width: int, itemsize: int) -> int
     return min(n_keys, max(LANES, min(MOST_TOKENS, n_bytes // token_bytes // LANES * LANES)))
 
 
-def list_visits(masks: Masks, n_batch: int, s: Decode) -> Visits:
+def list_visits(mask: Mask, n_batch: int, s: Decode) -> Visits:
     """What each core walks: the blocks from the first to the last visible one of each batch row, shared evenly.
 
-    NumPy arrays if the masks are.
+    NumPy arrays if the mask's are.
     """
-    xp = np if all(isinstance(array, np.ndarray) for array in masks if array is not None) else jnp
-    some, whole = _seen_blocks(masks, s, xp)
+    xp = np if all(isinstance(array, np.ndarray) for array in jax.tree.leaves(mask)) else jnp
+    some, whole = _seen_blocks(mask, s, xp)
     some = xp.broadcast_to(some, (n_batch, s.blocks))
     index = np.arange(s.blocks, dtype=np.int32)
     first_B = xp.where(some, index, s.blocks).min(1)
@@ -199,7 +181,7 @@ def list_visits(masks: Masks, n_batch: int, s: Decode) -> Visits:
     return Visits(words.astype(np.int32).reshape(-1), whole.astype(np.int32).reshape(-1), count)
 
 
-def _seen_blocks(masks: Masks, s: Decode, xp):
+def _seen_blocks(mask: Mask, s: Decode, xp):
     """(anything visible, everything visible) by block, bool [B or 1, blocks]."""
     high = np.iinfo(np.int32).max
 
@@ -217,14 +199,14 @@ def _seen_blocks(masks: Masks, s: Decode, xp):
     some = np.ones((1, s.blocks), bool)
     whole = np.arange(s.blocks)[None] < (s.keys // s.tokens)
     if s.ids:
-        (q_low, q_top), (k_low, k_top) = query_limits(masks.q_ids_BT, but=0), key_limits(masks.k_ids_BS, but=0)
+        (q_low, q_top), (k_low, k_top) = query_limits(mask.q_ids_BT, but=0), key_limits(mask.k_ids_BS, but=0)
         some = some & (q_low <= k_top) & (k_low <= q_top)
-        (q_low, q_top), (k_low, k_top) = query_limits(masks.q_ids_BT), key_limits(masks.k_ids_BS)
+        (q_low, q_top), (k_low, k_top) = query_limits(mask.q_ids_BT), key_limits(mask.k_ids_BS)
         whole = whole & (q_low == q_top) & (q_low != 0) & (q_low == k_low) & (k_low == k_top)
     if s.positions:
-        q_low, q_top = query_limits(masks.q_position_BT)
+        q_low, q_top = query_limits(mask.q_position_BT)
         if s.positions == "given":
-            k_low, k_top = key_limits(masks.k_position_BS)
+            k_low, k_top = key_limits(mask.k_position_BS)
         else:
             k_low = np.arange(s.blocks, dtype=np.int32)[None] * s.tokens
             k_top = np.minimum(k_low + s.tokens, s.keys) - 1
@@ -255,7 +237,7 @@ def _visible(refs, tokens: slice, block, s: Decode):
     k_id = refs["k_ids"][0, :, tokens] if s.ids else None
     q_position = widen(refs["q_positions"][0], n) if s.positions else None
     k_position = refs["k_positions"][0, :, tokens] if s.positions == "given" else token
-    visible = mask(q_id, k_id, q_position, k_position, s)
+    visible = visible_pairs(q_id, k_id, q_position, k_position, s.causal, s.window)
     if s.ragged or visible is None:
         inside = token < s.keys
         visible = inside if visible is None else visible & inside
@@ -451,7 +433,7 @@ def run_kernel(arrays: dict, visits: Visits, first, s: Decode) -> dict:
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=96 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=s.interpret,
         name="attention_decode",
@@ -485,7 +467,7 @@ def _columns(array):
     return jnp.broadcast_to(array[..., None], (*array.shape, LANES))
 
 
-def lay_out(q, k, v, gate, sinks, masks: Masks, s: Decode) -> dict:
+def lay_out(q, k, v, gate, sinks, mask: Mask, s: Decode) -> dict:
     """The kernel's inputs by name; k and v, [(L) B, S, K, P], as they lie in memory."""
     n_batch = q.shape[0]
     views = {
@@ -501,11 +483,11 @@ def lay_out(q, k, v, gate, sinks, masks: Masks, s: Decode) -> dict:
     if sinks is not None:
         rows = jnp.broadcast_to(sinks.astype(F32), (1, s.queries, s.heads))
         arrays["sinks"] = _columns(_to_rows(rows, s)[0])
-    for name, array in (("q_ids", masks.q_ids_BT), ("q_positions", masks.q_position_BT)):
+    for name, array in (("q_ids", mask.q_ids_BT), ("q_positions", mask.q_position_BT)):
         if array is not None:
             array = jnp.asarray(array, jnp.int32)[:, :, None]
             arrays[name] = _columns(_to_rows(jnp.broadcast_to(array, (*array.shape[:2], s.heads)), s))
-    for name, array in (("k_ids", masks.k_ids_BS), ("k_positions", masks.k_position_BS)):
+    for name, array in (("k_ids", mask.k_ids_BS), ("k_positions", mask.k_position_BS)):
         if array is not None:
             array = jnp.asarray(array, jnp.int32)
             arrays[name] = array[:, None]
@@ -531,17 +513,21 @@ def _combine(found: dict, gate, s: Decode):
 
 def cores() -> int:
     """Cores of the chip that share a grid."""
-    return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+    chip = platform.tpu_chip()
+    return 1 if chip is None else chip.cores
 
 
-def decode(s: Decode, q, k, v, gate, sinks, masks: Masks, layer=None):
-    """out_BTHP of a call that `serves` takes; with a layer, k and v are [L, B, S, K, P]."""
-    visits = list_visits(masks, q.shape[0], s)
+def decode(s: Decode, q, k, v, gate, sinks, mask: Mask, layer=None):
+    """out_BTHP of a call that `serves` takes; with a layer, k and v are [L, B, S, K, P].
+
+    mask: without ids or positions that s does not ask for, with those of the queries.
+    """
+    visits = list_visits(mask, q.shape[0], s)
     visits = Visits(jnp.asarray(visits.words), jnp.asarray(visits.whole), visits.count)
     first = jnp.zeros(1, jnp.int32)
     if layer is not None:
         first += jnp.asarray(layer, jnp.int32) * q.shape[0]
         k, v = (array.reshape(-1, *array.shape[2:]) for array in (k, v))
-    found = run_kernel(lay_out(q, k, v, gate, sinks, masks, s), visits, first, s)
+    found = run_kernel(lay_out(q, k, v, gate, sinks, mask, s), visits, first, s)
     out = _from_rows(found["out"][0], s) if s.parts == 1 else _combine(found, gate, s)
     return out.astype(q.dtype)

@@ -9,28 +9,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu import F32, LANES, LOG2E, NN, NT, column, dot, widen
 from pallas_kernels.ops.attention import block_pairs
+from pallas_kernels.ops.attention.mask import LOWEST, visible_pairs
 from pallas_kernels.ops.attention.tpu.common import (
-    F32,
     HIDDEN,
-    LANES,
-    LOG2E,
-    LOWEST,
-    NN,
-    NT,
     Settings,
     array_shape,
     block_spec,
     call_kernel,
-    column,
-    dot,
     head_ref,
     log2_scores,
-    mask,
     mask_specs,
-    widen,
     word_at,
-)  # fmt: skip
+)
 
 STRIP = 512  # queries whose scores are alive together
 
@@ -64,7 +56,7 @@ def _visit(refs, rows: slice, keys: slice, masked: bool, s: Settings):
         q_position = widen(refs["q_position_columns"][rows], n_keys) if s.positions else None
         k_id = refs["k_ids"][0, :, keys] if s.ids else None
         k_position = refs["k_positions"][0, :, keys] if s.positions else None
-        scores = jnp.where(mask(q_id, k_id, q_position, k_position, s), scores, HIDDEN)
+        scores = jnp.where(visible_pairs(q_id, k_id, q_position, k_position, s.causal, s.window), scores, HIDDEN)
     before = refs["top"][rows]
     top = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
     weights = jnp.exp2(scores - widen(top, n_keys))

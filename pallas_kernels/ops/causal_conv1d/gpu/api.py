@@ -10,14 +10,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platform
+from pallas_kernels.mosaic_gpu import F32
 from pallas_kernels.ops.causal_conv1d.documents import convolve_documents
 from pallas_kernels.ops.causal_conv1d.gpu import kernels as gpu_kernels
-from pallas_kernels.ops.causal_conv1d.gpu.kernels import CHANNELS, F32, SEEN, Plan
+from pallas_kernels.ops.causal_conv1d.gpu.kernels import CHANNELS, Plan
 
 MOST_TAPS = 8
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 COPY_BYTES = 16  # rows of x must start at multiples of it
-MULTIPROCESSORS = 132
+# Zeros in front of and behind the tokens, and what widths are padded to: only the tests' interpreter, which copies no
+# tile that reaches outside of an array, needs any.
+MARGIN, WIDTH_MULTIPLE = 0, 1
 FEWEST_TOKENS = 64  # of a part of a row
 # (tokens a stage, stages, thread blocks that a multiprocessor holds) by W - 1 up to 4 and above.
 FORWARD = ((16, 4, 4), (16, 4, 4))
@@ -35,34 +39,34 @@ def supports(x, w, *_, **__) -> str | None:
     return None
 
 
-def causal_conv1d_gpu(x_BTD, w_DW, b_D=None, *, interpret=False, **settings):
-    """See `pallas_kernels.causal_conv1d`. interpret: run the kernels in Mosaic's interpreter, on any platform.
+def causal_conv1d_gpu(x_BTD, w_DW, b_D=None, **settings):
+    """See `pallas_kernels.causal_conv1d`.
 
     Raises NotImplementedError, naming argument and limit, where `supports` gives a reason.
     """
     if reason := supports(x_BTD, w_DW):
         raise NotImplementedError(reason)
-    return convolve_documents(functools.partial(_from_start, interpret), x_BTD, w_DW, b_D, **settings)
+    return convolve_documents(_from_start, x_BTD, w_DW, b_D, **settings)
 
 
-def _from_start(interpret, x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
-    return _convolve((activation, interpret), x_BTD, w_DW, b_D, initial_state, seen_BT)
+def _from_start(x_BTD, w_DW, b_D, initial_state, seen_BT, activation):
+    return _convolve(activation, x_BTD, w_DW, b_D, initial_state, seen_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(static, x_BTD, w_DW, b_D, initial_state, seen_BT):
-    plan = make_plan(FORWARD, static, x_BTD, w_DW, b_D, initial_state, seen_BT)
+def _convolve(activation, x_BTD, w_DW, b_D, initial_state, seen_BT):
+    plan = make_plan(FORWARD, activation, x_BTD, w_DW, b_D, initial_state, seen_BT)
     y_BTD = gpu_kernels.forward(plan, *_prepare(plan, (x_BTD,), w_DW, b_D, initial_state, seen_BT))
     return _cut(plan, y_BTD, x_BTD.shape[2])
 
 
-def _forward_rule(static, *arrays):
-    return _convolve(static, *arrays), arrays
+def _forward_rule(activation, *arrays):
+    return _convolve(activation, *arrays), arrays
 
 
-def _backward_rule(static, residuals, dy_BTD):
+def _backward_rule(activation, residuals, dy_BTD):
     x_BTD, w_DW, b_D, initial_state, _ = residuals
-    plan = make_plan(BACKWARD, static, *residuals)
+    plan = make_plan(BACKWARD, activation, *residuals)
     dx_BTD, parts, dstate = gpu_kernels.backward(plan, *_prepare(plan, (x_BTD, dy_BTD), *residuals[1:]))
     sums = parts.sum(axis=0)[:, : w_DW.shape[0]]
     n_taps = w_DW.shape[1]
@@ -84,18 +88,15 @@ def _state_gradient(plan, dstate, x_BTD, initial_state):
     return dstate[:, :, : x_BTD.shape[2]].astype(initial_state.dtype)
 
 
-def make_plan(sizes, static, x_BTD, w_DW, b_D, initial_state, seen_BT) -> Plan:
+def make_plan(sizes, activation, x_BTD, w_DW, b_D, initial_state, seen_BT) -> Plan:
     """Sizes by shape: parts of rows so that the last round of thread blocks is full, if tokens allow."""
-    activation, interpret = static
     n_batch, n_tokens, width = x_BTD.shape
     n_before = w_DW.shape[1] - 1
     block, stages, resident = sizes[n_before > 4]
-    if interpret and width % CHANNELS:
-        width += CHANNELS - width % CHANNELS
     plan = Plan(
         batch=n_batch,
         tokens=n_tokens,
-        width=width,
+        width=width + -width % WIDTH_MULTIPLE,
         before=n_before,
         block=block,
         stages=stages,
@@ -105,14 +106,14 @@ def make_plan(sizes, static, x_BTD, w_DW, b_D, initial_state, seen_BT) -> Plan:
         segments=seen_BT is not None,
         initial=initial_state is not None and n_before > 0,
         dtype=jnp.dtype(x_BTD.dtype),
-        interpret=interpret,
-        margin=SEEN + block if interpret else 0,
+        margin=MARGIN,
     )
+    places = platform.multiprocessors() * resident  # of thread blocks
     columns = n_batch * plan.padded_width // CHANNELS
     n_blocks = -(-n_tokens // block)
 
     def cost(part_blocks):  # tokens that a multiprocessor's place walks one after the other
-        rounds = -(-columns * -(-n_blocks // part_blocks) // (MULTIPROCESSORS * resident))
+        rounds = -(-columns * -(-n_blocks // part_blocks) // places)
         return rounds * (part_blocks * block + 2 * n_before + block)
 
     choices = range(min(n_blocks, FEWEST_TOKENS // block), n_blocks + 1)
@@ -125,7 +126,7 @@ def _prepare(plan, inputs, w_DW, b_D, initial_state, seen_BT):
     weights = jnp.pad(rows, ((0, 0), (0, plan.padded_width - rows.shape[1])))
     initial_state = _pad_width(plan, initial_state.astype(plan.dtype)) if plan.initial else None
     if seen_BT is not None:  # rows start at multiples of 16 bytes
-        seen_BT = jnp.pad(seen_BT, ((0, 0), (plan.margin, plan.margin + -plan.tokens % 4)))
+        seen_BT = jnp.pad(seen_BT, ((0, 0), (plan.margin, plan.margin + -plan.tokens % (COPY_BYTES // 4))))
     if plan.margin:
         inputs = [jnp.pad(_pad_width(plan, a), ((0, 0), (plan.margin, plan.margin), (0, 0))) for a in inputs]
     return *inputs, weights, seen_BT, initial_state

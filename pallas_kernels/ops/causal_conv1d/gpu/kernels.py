@@ -22,14 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS
+from pallas_kernels.varying import call_varying
 
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
 VECTOR = 2  # channels of a thread
 LAYOUT = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=VECTOR)
 SEEN = 32  # entries of `seen` that are copied at once: 128 bytes, the least
-F32 = jnp.float32
-LOG2E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Plan:
     segments: bool
     initial: bool
     dtype: jnp.dtype
-    interpret: bool = False
-    margin: int = 0  # zeros in front of and behind the tokens: only the interpreter needs them
+    margin: int = 0  # zeros in front of and behind the tokens
 
     @property
     def parts(self) -> int:
@@ -261,6 +259,24 @@ def _backward_token(plan, weights, carry, x, dy, seen, counted=None):
     return shares[0]
 
 
+def _backward_scratch(plan):
+    """Rings of x, dy and `seen`, dx on its way out; the K inputs before the part, its first K x, dy and `seen`."""
+    ring = plgpu.SMEM((plan.stages, plan.block, CHANNELS), plan.dtype)
+    first = plgpu.SMEM((plan.before, CHANNELS), plan.dtype) if plan.before else None
+    return (
+        ring,
+        ring,
+        plgpu.SMEM((plan.stages, SEEN), jnp.int32) if plan.segments else None,
+        plgpu.SMEM((2, plan.block, CHANNELS), plan.dtype),
+        first,
+        first,
+        first,
+        plgpu.SMEM((SEEN,), jnp.int32) if plan.segments and plan.before else None,
+        plgpu.Barrier(num_arrivals=2 + plan.segments, num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=3 + plan.segments),
+    )
+
+
 def _backward_body(plan, *refs):
     it = iter(refs)
     x_g, dy_g, w_g = next(it), next(it), next(it)
@@ -335,20 +351,7 @@ def _backward_body(plan, *refs):
             dw_g[row, j, channels] = total
         plgpu.wait_smem_to_gmem(0)
 
-    first = plgpu.SMEM((k, CHANNELS), plan.dtype) if k else None
-    pl.run_scoped(
-        scoped,
-        plgpu.SMEM((stages, block, CHANNELS), plan.dtype),
-        plgpu.SMEM((stages, block, CHANNELS), plan.dtype),
-        plgpu.SMEM((stages, SEEN), jnp.int32) if plan.segments else None,
-        plgpu.SMEM((2, block, CHANNELS), plan.dtype),
-        first,
-        first,
-        first,
-        plgpu.SMEM((SEEN,), jnp.int32) if plan.segments and k else None,
-        plgpu.Barrier(num_arrivals=2 + plan.segments, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=3 + plan.segments),
-    )
+    pl.run_scoped(scoped, *_backward_scratch(plan))
 
 
 def _call(plan, body, out, *arrays):
@@ -359,8 +362,7 @@ def _call(plan, body, out, *arrays):
         out_type=[jax.ShapeDtypeStruct(*shape_and_type) for shape_and_type in out],
         grid=(plan.batch, plan.parts, plan.padded_width // CHANNELS),
         grid_names=("batch", "part", "channels"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
+        compiler_params=PARAMS,
     )
     return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)
 

@@ -9,12 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import platform
+from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.ops.causal_conv1d import xla
 from pallas_kernels.ops.causal_conv1d.documents import convolve_documents
 from pallas_kernels.ops.causal_conv1d.tpu import backward as tpu_backward
-from pallas_kernels.ops.causal_conv1d.tpu.backward import EDGE, F32, LANES, Blocks
+from pallas_kernels.ops.causal_conv1d.tpu.backward import EDGE, Blocks
 
 TAPS = range(2, EDGE + 1)
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -91,7 +92,8 @@ def make_blocks(static, x_BTD, w_DW, b_D, initial_state, seen_BT) -> tuple[Block
     n_batch, n_tokens, width = x_BTD.shape
     n_tiles = -(-width // LANES)
     n_columns = -(-n_tiles // BLOCK_TILES)
-    cores = pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+    chip = platform.tpu_chip()
+    cores = 1 if chip is None else chip.cores
     if n_batch % cores and n_tiles >= cores:
         n_columns = -(-n_columns // cores) * cores
     channels = -(-n_tiles // n_columns) * LANES

@@ -19,10 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.mosaic_tpu import F32, LANES, SUBLANES, column
+from pallas_kernels.varying import call_varying
 
-F32 = jnp.float32
-LANES = 128
+VMEM_BYTES = 64 * 2**20  # that the kernel may take
 EDGE = 8  # tokens kept beside a block, at least W - 1
 HALO = 16  # tokens read before a block: a whole tile of bfloat16
 
@@ -54,7 +54,7 @@ def _slope(sums, blocks):
 
 def _fold(array):
     """Sum of a strip over tokens, down to one tile."""
-    return functools.reduce(jnp.add, [array[row : row + 8] for row in range(0, array.shape[0], 8)])
+    return functools.reduce(jnp.add, [array[row : row + SUBLANES] for row in range(0, array.shape[0], SUBLANES)])
 
 
 def _strip_sums(blocks, refs, tile, lanes, weights, first, sums, masked):
@@ -142,7 +142,7 @@ def _prepare_seen(blocks, refs, is_last):
     def _():
         rows[n_tokens:] = rows[:EDGE]
 
-    rows[:n_tokens] = jnp.broadcast_to(refs["seen"][0].astype(F32), (LANES, n_tokens)).T.astype(jnp.int32)
+    rows[:n_tokens] = column(refs["seen"][0].astype(F32)).astype(jnp.int32)
     for number, first in enumerate(range(0, n_tokens, blocks.strip)):
         least = jnp.min(rows[first : first + blocks.strip + EDGE])
         refs["whole"][number] = (least >= blocks.taps).astype(jnp.int32)
@@ -243,7 +243,7 @@ def backward(blocks: Blocks, x, dy, w, seen, state):
     scratch = {
         "inputs": pltpu.VMEM((n_tiles, EDGE + blocks.tokens, LANES), F32),
         "slopes": pltpu.VMEM((n_tiles, 2 * EDGE + blocks.tokens, LANES), F32),
-        "sums": pltpu.VMEM((n_weights, 8, n_channels), F32),
+        "sums": pltpu.VMEM((n_weights, SUBLANES, n_channels), F32),
     }
     if blocks.masked:
         scratch["seen_rows"] = pltpu.VMEM((blocks.tokens + EDGE, LANES), jnp.int32)
@@ -256,7 +256,7 @@ def backward(blocks: Blocks, x, dy, w, seen, state):
         out_shape=[shape for shape, _ in made.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=blocks.interpret,
         name="causal_conv1d_backward",

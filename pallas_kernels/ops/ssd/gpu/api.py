@@ -8,22 +8,25 @@ parallel (``gpu_grads``). Only per-token vectors (``dt``, cumulative decays, doc
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import platform
+from pallas_kernels.mosaic_gpu import F32, LOG2E, TILE
 from pallas_kernels.ops.ssd.gpu import decay as gpu_decay
 from pallas_kernels.ops.ssd.gpu import grads as gpu_grads
 from pallas_kernels.ops.ssd.gpu import walk as gpu_walk
 from pallas_kernels.ops.ssd.gpu.grads import Grads
-from pallas_kernels.ops.ssd.gpu.walk import TILE, Walk
+from pallas_kernels.ops.ssd.gpu.walk import Walk
 
-LOG2E = math.log2(math.e)
-SMS = 132
 MAX_STATE = 256
+FULL_ENOUGH = 0.6  # share of the device's multiprocessors above which rows are not cut into pieces
+LEAST_PIECE = 8  # chunks of a piece
+LEAST_SPLIT = 4  # heads of a part of a group that may be cut in two
+TOKEN_MULTIPLE = 8  # of the arrays' tokens: what the copy engine's tiles ask for
 
 
 def _round_up(n, m):
@@ -36,7 +39,7 @@ def decay_vectors(dt, a_log2, chunks, begun=None):
     ``begun [B, chunks, 64]``: documents that begin in the chunk up to each token; each takes all weight away.
     """
     dt = _chunked(dt, chunks)
-    lower = jnp.tril(jnp.ones((TILE, TILE), jnp.float32))
+    lower = jnp.tril(jnp.ones((TILE, TILE), F32))
     a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None], lower, precision=lax.Precision.HIGHEST)
     if begun is not None:
         a -= gpu_decay.BETWEEN_DOCUMENTS * begun[:, :, None]
@@ -59,8 +62,8 @@ def document_vectors(segment_ids, chunks):
     before_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
     first = (real & (before >= 0) & (before_id != segment_ids)).reshape(batch, chunks, TILE)
     real = real.reshape(batch, chunks, TILE)
-    real = jnp.where(real.all(-1, keepdims=True), 2.0, real.astype(jnp.float32))
-    return real, jnp.cumsum(first.astype(jnp.float32), axis=-1)
+    real = jnp.where(real.all(-1, keepdims=True), 2.0, real.astype(F32))
+    return real, jnp.cumsum(first.astype(F32), axis=-1)
 
 
 def supports(
@@ -75,16 +78,15 @@ def supports(
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
     if B.shape[-1] > MAX_STATE:
         return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
-    if jax.__version_info__ < (0, 11):
-        return f"JAX ({jax.__version__}) older than 0.11, whose Mosaic GPU the kernels are written for"
     return None
 
 
 def choose_pieces(blocks, chunks):
     """Parts of the sequence walked in parallel, so that ``blocks`` thread blocks each fill the device."""
-    if blocks >= 0.6 * SMS:
+    multiprocessors = platform.multiprocessors()
+    if blocks >= FULL_ENOUGH * multiprocessors:
         return 1
-    return max(1, min(SMS // blocks, chunks // 8))
+    return max(1, min(multiprocessors // blocks, chunks // LEAST_PIECE))
 
 
 def piece_starts(local, ab, init, reverse=False):
@@ -122,7 +124,7 @@ def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
     return y, final, (next(outs) if cfg.emit_states else None)
 
 
-def _config(x, b_mat, d, ids, interpret):
+def _config(x, b_mat, d, ids):
     batch, tokens, heads, _ = x.shape
     chunks = 2 * -(-tokens // (2 * TILE))
     return Walk(
@@ -134,12 +136,11 @@ def _config(x, b_mat, d, ids, interpret):
         1,
         segments=ids is not None,
         has_d=d is not None,
-        interpret=interpret,
     )
 
 
 def _skip_rows(d):
-    return None if d is None else jnp.broadcast_to(d.astype(jnp.float32).reshape(d.shape[0], -1), (d.shape[0], TILE))
+    return None if d is None else jnp.broadcast_to(d.astype(F32).reshape(d.shape[0], -1), (d.shape[0], TILE))
 
 
 def _chunked(v, chunks):
@@ -158,37 +159,37 @@ def _cleared(v, ids):
     return v if ids is None else jnp.where((ids[:, : v.shape[1]] != 0)[..., None, None], v, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
     """y and final state (None unless ``with_final``) for widths the kernels take.
 
     P = 64, N a multiple of 64, T of 8; d [H], [H, 64] or None; init may be None.
     """
-    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, False)[:2]
+    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, False)[:2]
 
 
-def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, emit_states):
-    cfg = _config(x, b_mat, d, ids, interpret)
+def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, emit_states):
+    cfg = _config(x, b_mat, d, ids)
     cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
-    if cfg.heads % gpu_decay.HEADS == 0 and not interpret:
+    if cfg.heads % gpu_decay.HEADS == 0:
         ab, real = gpu_decay.decays(dt, a, ids, cfg.chunks)
     else:
         real, begun = (None, None) if ids is None else document_vectors(ids, cfg.chunks)
         ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks, begun)
-    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, real, None if d is None else d.astype(jnp.float32), init)
+    y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, real, None if d is None else d.astype(F32), init)
     return y, final, states, ab, real
 
 
-def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret):
-    y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, interpret, True)
+def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
+    y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, True)
     states = checkpoint_name(states, "ssd_states")
     return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real)
 
 
 def choose_splits(blocks, heads):
     """Parts of a group's heads for the gradient kernel, so that ``blocks`` thread blocks each fill the device."""
-    splits = 1
-    while blocks * splits < SMS and heads % (2 * splits) == 0 and heads // splits >= 4:
+    splits, multiprocessors = 1, platform.multiprocessors()
+    while blocks * splits < multiprocessors and heads % (2 * splits) == 0 and heads // splits >= LEAST_SPLIT:
         splits *= 2
     return splits
 
@@ -205,7 +206,7 @@ def _decay_grads(net, end):
     span, plus what reaches the span's end. Documents that begin behind t cancel in it. net ``[B, spans, 2, H, 64]``,
     end ``[B, spans, H]``.
     """
-    same = jnp.triu(jnp.ones((TILE, TILE), jnp.float32))
+    same = jnp.triu(jnp.ones((TILE, TILE), F32))
     grads = jnp.einsum("bkshi,ti->bksth", net, same, precision=lax.Precision.HIGHEST)
     later = jnp.stack([net[:, :, 1].sum(-1) + end, end], axis=2)[:, :, :, None]
     return (grads + later).reshape(net.shape[0], -1, TILE, net.shape[3])
@@ -228,9 +229,9 @@ def _rounded_start(init, dy, c_mat, ab, ids, r_states):
 
     c_mat, dy = first(_cleared(c_mat[:, : 2 * TILE], ids)), first(_cleared(dy[:, : 2 * TILE], ids))
     rest_g = rest.reshape(batch, c_mat.shape[2], -1, TILE, rest.shape[-1])
-    y = jnp.einsum("bign,bgrpn->bigrp", c_mat, rest_g, preferred_element_type=jnp.float32)
-    rows = (y.reshape(dy.shape) * dy.astype(jnp.float32)).sum(-1).reshape(batch, 2, TILE, heads).swapaxes(2, 3)
-    state = (r_states[:, 0].astype(jnp.float32) * rest.astype(jnp.float32)).sum((-2, -1))
+    y = jnp.einsum("bign,bgrpn->bigrp", c_mat, rest_g, preferred_element_type=F32)
+    rows = (y.reshape(dy.shape) * dy.astype(F32)).sum(-1).reshape(batch, 2, TILE, heads).swapaxes(2, 3)
+    state = (r_states[:, 0].astype(F32) * rest.astype(F32)).sum((-2, -1))
     return rows * decay, state * ends[:, 0] * ends[:, 1]
 
 
@@ -262,28 +263,38 @@ def _dt_grads(out, dt, a, ids):
     return d_dt, d_a, (source[:, :, :, 2].sum((0, 1, 3)) if source.shape[3] == 3 else None)
 
 
-def _core_bwd(with_final, interpret, residuals, cotangents):
+def _core_bwd(with_final, residuals, cotangents):
     x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real = residuals
     dy, d_final = cotangents
-    cfg = _config(x, b_mat, d, ids, interpret)
+    cfg = _config(x, b_mat, d, ids)
     batch, heads = cfg.batch, cfg.heads
     back = dataclasses.replace(cfg, reverse=True, emit_states=True, emit_final=init is not None, has_d=False)
     _, d_init, r_states = run_walk(back, dy, ab, c_mat, None, real, None, d_final)
     splits = choose_splits(batch * cfg.groups * cfg.chunks, heads // cfg.groups)
-    grads = Grads(batch, heads, cfg.groups, cfg.state, cfg.chunks, splits, cfg.segments, cfg.has_d, interpret=interpret)
+    grads = Grads(
+        batch,
+        heads,
+        cfg.groups,
+        cfg.state,
+        cfg.chunks,
+        platform.multiprocessors(),
+        splits,
+        cfg.segments,
+        cfg.has_d,
+    )
     out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, real, _skip_rows(d))
 
     if init is not None:
         rows, state = _rounded_start(init, dy, c_mat, ab, ids, r_states)
         out["target"], out["state"] = out["target"].at[:, :2].add(rows), out["state"].at[:, 0, :, 0].add(state)
-    if heads % gpu_decay.HEADS == 0 and not interpret:
+    if heads % gpu_decay.HEADS == 0:
         sums = (out["source"], out["target"], out["cross"], out["state"])
         d_dt, d_a, d_d = gpu_decay.gradients(*sums, dt, a, ids, cfg.has_d)
     else:
         d_dt, d_a, d_d = _dt_grads(out, dt, a, ids)
     if d is not None:
         if d.ndim == 2:
-            d_d = _cleared(dy.astype(jnp.float32) * x.astype(jnp.float32), ids).sum((0, 1))
+            d_d = _cleared(dy.astype(F32) * x.astype(F32), ids).sum((0, 1))
         d_d = d_d.astype(d.dtype)
     d_b = _joined(out["d_b"], cfg.tokens).astype(b_mat.dtype)
     d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(c_mat.dtype)
@@ -306,7 +317,6 @@ def ssd_gpu(
     return_final_state=False,
     chunk=None,
     states=None,
-    interpret=False,
 ):
     """The scan of ``pallas_kernels.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
 
@@ -317,7 +327,7 @@ def ssd_gpu(
     batch, tokens, heads, width = x.shape
     state = B.shape[-1]
     cuts = -(-width // TILE)
-    pad_p, pad_n, pad_t = cuts * TILE - width, _round_up(state, TILE) - state, -tokens % 8
+    pad_p, pad_n, pad_t = cuts * TILE - width, _round_up(state, TILE) - state, -tokens % TOKEN_MULTIPLE
     if state > 2 * TILE:
         pad_n = 4 * TILE - state
 
@@ -331,13 +341,13 @@ def ssd_gpu(
     b_mat, c_mat = pad(B, 0, pad_t, 0, pad_n), pad(C, 0, pad_t, 0, pad_n)
     init = None
     if initial_state is not None:
-        init = pad(initial_state.astype(jnp.float32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
+        init = pad(initial_state.astype(F32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
     dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)
-    core = jax.checkpoint(_core, static_argnums=(8, 9)) if states == "recompute" else _core
-    y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state, interpret)
+    core = jax.checkpoint(_core, static_argnums=(8,)) if states == "recompute" else _core
+    y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
     if not return_final_state:
         return y

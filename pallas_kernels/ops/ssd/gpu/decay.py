@@ -9,7 +9,6 @@ every weight across a document's start is 0 and no other kernel knows of documen
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,43 +16,47 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import call_varying
-from pallas_kernels.ops.ssd.gpu.walk import BF16_TRANSFORMS, COL, ROW, TILE, named_body
+from pallas_kernels.mosaic_gpu import (
+    BF16_TRANSFORMS,
+    COL,
+    F32,
+    F32_TRANSFORMS,
+    LOG2E,
+    PARAMS,
+    ROW,
+    TILE,
+    WGMMA,
+    accumulate,
+    cols_of,
+    load_tile,
+    named_body,
+    rows_of,
+    tile_index,
+)
+from pallas_kernels.varying import call_varying
 
-WGMMA = plgpu.Layout.WGMMA
-F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-LOG2E = math.log2(math.e)
 HEADS = 64  # of a thread block
-SMALLEST_DT = 2.0**-64  # in gradients
+SMALLEST_DT_EXPONENT = 64.0
+SMALLEST_DT = 2.0**-SMALLEST_DT_EXPONENT  # a smaller dt counts as this in gradients
 # Minus the log2 of the decay between two documents: below 2^-126 float32 is 0 on the device, up to a dt of 2^17. Small,
 # because it rounds the decays behind it in the chunk.
 BETWEEN_DOCUMENTS = 144.0
 MOST_PAIRS = 2**23  # tokens times chunks up to which one pass over all of them is cheaper than two
 
 
-def _rows(v, n):
-    return lax.broadcast_in_dim(v, (v.shape[0], n), (0,))
-
-
-def _cols(v, m):
-    return lax.broadcast_in_dim(v, (m, v.shape[0]), (1,))
-
-
-def _sums(v, ones_s, interpret):
+def _sums(v, ones_s):
     """``v @ ones`` ``[64, 64]``, in float32 accuracy by three bfloat16 terms of v."""
     terms = []
     for _ in range(3):
         terms.append(v.astype(jnp.bfloat16))
-        v = v - terms[-1].astype(jnp.float32)
-    if interpret:
-        return sum(jnp.dot(term, ones_s[...], preferred_element_type=jnp.float32) for term in reversed(terms))
+        v = v - terms[-1].astype(F32)
 
     def work(acc):
         for term in reversed(terms):
             plgpu.wgmma(acc, term, ones_s)
         return acc[...]
 
-    return pl.run_scoped(work, plgpu.ACC((TILE, TILE), jnp.float32))
+    return accumulate(work, TILE)
 
 
 def _documents(ids_s, carried, vector_s):
@@ -61,19 +64,19 @@ def _documents(ids_s, carried, vector_s):
 
     ``carried`` is the id of the last real token before the chunk, 0 without one. ``vector_s`` is scratch.
     """
-    row = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-    col = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+    row = tile_index(0)
+    col = tile_index(1)
     ids, ids_col = plgpu.load(ids_s, layout=ROW, optimized=False), plgpu.load(ids_s, layout=COL)
-    real = _cols(ids_col, TILE) != 0
-    index = col.astype(jnp.float32)
+    real = cols_of(ids_col, TILE) != 0
+    index = col.astype(F32)
     before = jnp.where(col < row, jnp.where(real, index, -1.0), -1.0)  # [token, earlier real one]
-    alike = jnp.where(_cols(ids_col, TILE) == _rows(ids, TILE), before, -1.0)
+    alike = jnp.where(cols_of(ids_col, TILE) == rows_of(ids, TILE), before, -1.0)
     last, last_alike = jnp.max(before, axis=1), jnp.max(alike, axis=1)
     carried_in = jnp.where(ids != carried, 1.0, 0.0) * jnp.where(carried != 0, 1.0, 0.0)
     first = jnp.where(last < 0.0, carried_in, jnp.where(last_alike < last, 1.0, 0.0))
     vector_s[...] = jnp.where(ids != 0, first, 0.0)
     plgpu.commit_smem()
-    begun = jnp.where(col <= row, _cols(plgpu.load(vector_s, layout=COL), TILE), 0.0)
+    begun = jnp.where(col <= row, cols_of(plgpu.load(vector_s, layout=COL), TILE), 0.0)
     begun = jnp.sum(begun, axis=1)
     count = jnp.sum(jnp.where(real, 1.0, 0.0), axis=1)
     plgpu.commit_smem()  # all have read
@@ -83,7 +86,7 @@ def _documents(ids_s, carried, vector_s):
     return plgpu.load(vector_s, layout=COL), padding
 
 
-def _decays_body(segments, interpret, *refs):
+def _decays_body(segments, *refs):
     dt_g, head_g, *ids_g = refs[: 2 + 2 * segments]
     ab_g, *real_g = refs[2 + 2 * segments :]
     b, chunk, h0 = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("heads") * HEADS
@@ -94,8 +97,8 @@ def _decays_body(segments, interpret, *refs):
         plgpu.copy_gmem_to_smem(head_g.at[pl.ds(h0, HEADS)], rate_s, bar.at[0])
         if segments:
             plgpu.copy_gmem_to_smem(ids_g[0].at[b, rows], ids_s, bar.at[0])
-        row = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-        col = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+        row = tile_index(0)
+        col = tile_index(1)
         ones_s[...] = jnp.where(row <= col, 1.0, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_wait(bar.at[0])
@@ -105,11 +108,11 @@ def _decays_body(segments, interpret, *refs):
             carried = jnp.where(before >= 0, ids_g[0][b, jnp.maximum(before, 0)], 0)
             begun, real = _documents(ids_s, carried, vector_s)
             real_s[...] = real
-            dt = jnp.where(_cols(plgpu.load(ids_s, layout=COL), HEADS) != 0, dt, 0.0)
-        rate = _rows(plgpu.load(rate_s, layout=ROW) * LOG2E, TILE)
-        a = _sums(dt, ones_s, interpret) * rate
+            dt = jnp.where(cols_of(plgpu.load(ids_s, layout=COL), HEADS) != 0, dt, 0.0)
+        rate = rows_of(plgpu.load(rate_s, layout=ROW) * LOG2E, TILE)
+        a = _sums(dt, ones_s) * rate
         if segments:
-            a -= _cols(begun * BETWEEN_DOCUMENTS, HEADS)
+            a -= cols_of(begun * BETWEEN_DOCUMENTS, HEADS)
         a_s[...] = a
         b_s[...] = a - jnp.log2(dt)
         plgpu.commit_smem()
@@ -119,7 +122,7 @@ def _decays_body(segments, interpret, *refs):
             plgpu.copy_smem_to_gmem(real_s, real_g[0].at[b, chunk])
         plgpu.wait_smem_to_gmem(0)
 
-    f32 = functools.partial(plgpu.SMEM, dtype=jnp.float32)
+    f32 = functools.partial(plgpu.SMEM, dtype=F32)
     vector = f32((TILE,)) if segments else None
     pl.run_scoped(
         scoped,
@@ -149,32 +152,31 @@ def last_real_before(ids, chunks):
     return jnp.where(token < begin, index[:, None], -1).max(-1)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))  # so that calls alike are traced and lowered once
-def decays(dt, a, ids, chunks, interpret=False):
+@functools.partial(jax.jit, static_argnums=3)  # so that calls alike are traced and lowered once
+def decays(dt, a, ids, chunks):
     """Decays ``[B, chunks, H, 2, 64]`` and padding ``[B, chunks, 64]`` (None without ids) of the tokens.
 
     From dt ``[B, T, H]`` float32 (H a multiple of 64), A ``[H]`` and segment ids ``[B, T]`` or None. Tokens behind T
     and padding count as dt = 0; their second value is infinite. Padding is told as by ``gpu.document_vectors``.
     """
     batch, _, heads = dt.shape
-    out = [jax.ShapeDtypeStruct((batch, chunks, heads, 2, TILE), jnp.float32)]
+    out = [jax.ShapeDtypeStruct((batch, chunks, heads, 2, TILE), F32)]
     args = [dt, a]
     if ids is not None:
-        out.append(jax.ShapeDtypeStruct((batch, chunks, TILE), jnp.float32))
+        out.append(jax.ShapeDtypeStruct((batch, chunks, TILE), F32))
         args += [ids, last_real_before(ids, chunks)]
     kernel = plgpu.kernel(
-        named_body("ssd_decays", _decays_body, ids is not None, interpret),
+        named_body("ssd_decays", _decays_body, ids is not None),
         out_type=out,
         grid=(batch, chunks, heads // HEADS),
         grid_names=("batch", "chunk", "heads"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=PARAMS,
     )
     ab, *real = call_varying(kernel, *args)
     return ab, (real[0] if real else None)
 
 
-def _gradients_body(segments, has_d, interpret, *refs):
+def _gradients_body(segments, has_d, *refs):
     source_g, target_g, cross_g, state_g, dt_g, head_g, *rest = refs
     ids_g = rest.pop(0) if segments else None
     ddt_g, da_g, *dd_g = rest
@@ -193,36 +195,33 @@ def _gradients_body(segments, has_d, interpret, *refs):
         plgpu.copy_gmem_to_smem(cross_g.at[b, span, heads], cross_s, bar.at[0])
         plgpu.copy_gmem_to_smem(state_g.at[b, span, heads], state_s, bar.at[0])
         plgpu.copy_gmem_to_smem(head_g.at[heads], rate_s, bar.at[0])
-        row = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-        col = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+        row = tile_index(0)
+        col = tile_index(1)
         ones_s[...] = jnp.where(row >= col, 1.0, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_wait(bar.at[0])
 
-        def load(ref):
-            return plgpu.load(ref, layout=WGMMA)
-
-        later = jnp.sum(load(parts_s.at[0, 1]) + load(parts_s.at[1, 1]) + load(state_s), axis=1)
-        rate = _rows(plgpu.load(rate_s, layout=ROW), TILE)
+        later = jnp.sum(load_tile(parts_s.at[0, 1]) + load_tile(parts_s.at[1, 1]) + load_tile(state_s), axis=1)
+        rate = rows_of(plgpu.load(rate_s, layout=ROW), TILE)
         d_a = jnp.zeros_like(later)
         for half in (1, 0):
-            x_v = load(parts_s.at[half, 0])
-            net = load(parts_s.at[half, 2 + has_d]) - x_v
+            x_v = load_tile(parts_s.at[half, 0])
+            net = load_tile(parts_s.at[half, 2 + has_d]) - x_v
             if half:
-                net += load(cross_s)
-            log_decay = _sums(net, ones_s, interpret) + _rows(later, TILE)
+                net += load_tile(cross_s)
+            log_decay = _sums(net, ones_s) + rows_of(later, TILE)
             if half:
                 later += jnp.sum(net, axis=1)
             dt = plgpu.load(dt_s.at[half].T, layout=WGMMA, optimized=False)
             d_dt = x_v / jnp.maximum(dt, SMALLEST_DT) + rate * log_decay
             if segments:
-                real = _cols(plgpu.load(ids_s.at[half], layout=COL), HEADS) != 0
+                real = cols_of(plgpu.load(ids_s.at[half], layout=COL), HEADS) != 0
                 d_dt, dt = jnp.where(real, d_dt, 0.0), jnp.where(real, dt, 0.0)
             d_a += jnp.sum(dt * log_decay, axis=1)
             parts_s[half, 2 + has_d] = d_dt  # read by the same threads before
         sums_s[0] = d_a
         if has_d:
-            sums_s[1] = jnp.sum(load(parts_s.at[0, 2]) + load(parts_s.at[1, 2]), axis=1)
+            sums_s[1] = jnp.sum(load_tile(parts_s.at[0, 2]) + load_tile(parts_s.at[1, 2]), axis=1)
         plgpu.commit_smem()
         for half in range(2):
             dt_s[half] = plgpu.load(parts_s.at[half, 2 + has_d].T, layout=WGMMA, optimized=False)
@@ -235,7 +234,7 @@ def _gradients_body(segments, has_d, interpret, *refs):
             plgpu.copy_smem_to_gmem(sums_s.at[1], dd_g[0].at[b, span, heads])
         plgpu.wait_smem_to_gmem(0)
 
-    f32 = functools.partial(plgpu.SMEM, dtype=jnp.float32)
+    f32 = functools.partial(plgpu.SMEM, dtype=F32)
     tile = functools.partial(f32, transforms=F32_TRANSFORMS)
     pl.run_scoped(
         scoped,
@@ -251,8 +250,8 @@ def _gradients_body(segments, has_d, interpret, *refs):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8))
-def gradients(source, target, cross, state, dt, a, ids, has_d, interpret=False):
+@functools.partial(jax.jit, static_argnums=7)
+def gradients(source, target, cross, state, dt, a, ids, has_d):
     """Gradients of dt ``[B, T, H]``, of A and (None without ``has_d``) of D ``[H]`` from the sums of ``gpu_grads``.
 
     source ``[B, chunks, H, 2 or 3, 64]``, target ``[B, chunks, H, 64]``, cross and state ``[B, chunks / 2, H, 64]``; H
@@ -262,14 +261,13 @@ def gradients(source, target, cross, state, dt, a, ids, has_d, interpret=False):
     """
     batch, _, heads = dt.shape
     spans = cross.shape[1]
-    partial = jax.ShapeDtypeStruct((batch, spans, heads), jnp.float32)
+    partial = jax.ShapeDtypeStruct((batch, spans, heads), F32)
     kernel = plgpu.kernel(
-        named_body("ssd_decay_gradients", _gradients_body, ids is not None, has_d, interpret),
-        out_type=[jax.ShapeDtypeStruct(dt.shape, jnp.float32), partial] + [partial] * has_d,
+        named_body("ssd_decay_gradients", _gradients_body, ids is not None, has_d),
+        out_type=[jax.ShapeDtypeStruct(dt.shape, F32), partial] + [partial] * has_d,
         grid=(batch, spans, heads // HEADS),
         grid_names=("batch", "span", "heads"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=PARAMS,
     )
     d_dt, *sums = call_varying(kernel, source, target, cross, state, dt, a, *([] if ids is None else [ids]))
     sums = [v.sum((0, 1)) for v in sums]

@@ -27,14 +27,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import call_varying
-from pallas_kernels.ops.ssd.gpu.walk import BF16_TRANSFORMS, COL, ROW, TILE, named_body
+from pallas_kernels.mosaic_gpu import (
+    BF16_TRANSFORMS,
+    COL,
+    F32,
+    F32_TRANSFORMS,
+    PARAMS,
+    ROW,
+    TILE,
+    WGMMA,
+    accumulate,
+    cols_of,
+    in_one_warp,
+    keep_upper,
+    load_tile,
+    loop_with,
+    named_body,
+    rows_of,
+    sums_of,
+    zeros,
+)
+from pallas_kernels.ops.ssd.gpu.decay import SMALLEST_DT_EXPONENT
+from pallas_kernels.ops.ssd.gpu.walk import clear_rows
+from pallas_kernels.varying import call_varying
 
-F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-WGMMA = plgpu.Layout.WGMMA
-SMALLEST_DT = 64.0  # minus its log2
 LARGEST = 126.0  # log2 of the largest weight of a pair that is masked afterwards
-SMS = 132
 # Of a thread of the warpgroups source, target, db and the producer. Other splits of the same sum make ptxas run all
 # matrix products one by one (C7512): look at its output after any change.
 REGISTERS = (216, 152, 120, 24)
@@ -49,12 +66,12 @@ class Grads:
     groups: int
     state: int  # columns of the states this kernel takes, at most 128
     chunks: int  # chunks of TILE tokens, even
+    multiprocessors: int
     splits: int = 1  # parts of a group's heads visited by different thread blocks
     segments: bool = False
     has_d: bool = False
     stages: int = 2
     dtype: jnp.dtype = jnp.bfloat16
-    interpret: bool = False
     column: int = 0  # the first of these columns
     pairs: bool = True  # with the terms of pairs of tokens; without: only what goes through the states
     whole: bool = True  # these are all columns; else the scores are given and dS is an output
@@ -64,81 +81,17 @@ class Grads:
         return self.heads // (self.groups * self.splits)
 
     @property
+    def given_scores(self) -> bool:
+        return self.pairs and not self.whole
+
+    @property
     def db_dtype(self):
         """One part is the gradient itself."""
-        return self.dtype if self.splits == 1 and self.whole else jnp.float32
+        return self.dtype if self.splits == 1 and self.whole else F32
 
     def tiles(self, k) -> int:
         """Pairs of tiles that end in or start from tile ``k`` of a span, here."""
         return (2 - k) * self.pairs
-
-
-def _rows(v, n=TILE):
-    return lax.broadcast_in_dim(v, (v.shape[0], n), (0,))
-
-
-def _cols(v, m=TILE):
-    return lax.broadcast_in_dim(v, (m, v.shape[0]), (1,))
-
-
-def _load(ref):
-    return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
-
-
-class _Accumulator:
-    """Accumulator of the matrix unit; a plain array for the interpreter, which knows no left operand in registers."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def add(self, a, b):
-        if isinstance(self.target, jax.Array):
-            left = a if isinstance(a, jax.Array) else a[...]
-            self.target += jnp.dot(left, b[...], preferred_element_type=jnp.float32)
-        else:
-            plgpu.wgmma(self.target, a, b)
-
-    def set(self, value):
-        if isinstance(self.target, jax.Array):
-            self.target = value
-        else:
-            self.target[...] = value
-
-    def wait(self):
-        if not isinstance(self.target, jax.Array):
-            plgpu.wgmma_wait(0)
-
-    def get(self, in_flight=0):
-        """The value, once at most ``in_flight`` later products are unfinished."""
-        if isinstance(self.target, jax.Array):
-            return self.target
-        return plgpu.wgmma_accumulator_load(self.target, wait_n=in_flight)
-
-
-def _accumulate(cfg, work, *widths):
-    """``work`` of accumulators [64, width]."""
-    if cfg.interpret:
-        return work(*(_Accumulator(jnp.zeros((TILE, n), jnp.float32)) for n in widths))
-    refs = (plgpu.ACC((TILE, n), jnp.float32) for n in widths)
-    return pl.run_scoped(lambda *accs: work(*map(_Accumulator, accs)), *refs)
-
-
-def _loop(cfg, count, step, acc):
-    """``step(i, acc)`` for every i; the accumulator stays in its registers."""
-
-    def plain(i, value):
-        acc = _Accumulator(value)
-        step(i, acc)
-        return acc.target
-
-    if cfg.interpret:
-        acc.target = lax.fori_loop(0, count, plain, acc.target)
-    else:
-        lax.fori_loop(0, count, lambda i, _: step(i, acc), None)
-
-
-def _zeros(n):
-    return plgpu.layout_cast(jnp.zeros((TILE, n), jnp.float32), WGMMA)
 
 
 class _Tokens:
@@ -154,7 +107,7 @@ class _Tokens:
     def b(self):
         """a - log2(dt)"""
         b = plgpu.load(self.ab.at[self.slot, self.half, 1], layout=ROW, optimized=False)
-        return jnp.minimum(b, self.a() + SMALLEST_DT)
+        return jnp.minimum(b, self.a() + SMALLEST_DT_EXPONENT)
 
     def end(self, half):
         return self.ab[self.slot, half, 0, TILE - 1]
@@ -180,11 +133,7 @@ class _Tokens:
 
 def _causal(pair, values):
     """``values`` [j, i] of the pairs within a tile (``pair`` 0) with j <= i, or from the first tile to the second."""
-    if pair:
-        return values
-    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-    cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
-    return jnp.where(rows <= cols, values, 0.0)
+    return values if pair else keep_upper(values)
 
 
 def _when_padded(cfg, smem, work):
@@ -196,10 +145,8 @@ def _when_padded(cfg, smem, work):
 def _clear_padding(cfg, smem, *tiles):
     """Zeros on the padding of tiles ``([64 tokens, n], half)``, which may hold anything."""
     for tile, half in tiles:
-        real = _rows(plgpu.load(smem["real"].at[half], layout=ROW, optimized=False)) > 0.0
-        for n in range(0, tile.shape[-1], TILE):
-            part = tile.at[:, pl.ds(n, TILE)]
-            part[...] = jnp.where(real, _load(part), 0.0).astype(cfg.dtype)
+        real = rows_of(plgpu.load(smem["real"].at[half], layout=ROW, optimized=False)) > 0.0
+        clear_rows(tile, real, cfg.dtype)
     plgpu.commit_smem()
 
 
@@ -216,8 +163,8 @@ def _source_head(cfg, k, carry, smem, slot, i, bars):
 
     def weight(pair):
         if pair == 0:
-            return jnp.exp2(jnp.minimum(_cols(tok.a(COL)) - _rows(tok.b()), LARGEST))
-        return _cols(jnp.exp2(tok.a(COL, 1))) * _rows(jnp.exp2(tok.end(0) - tok.b()))
+            return jnp.exp2(jnp.minimum(cols_of(tok.a(COL)) - rows_of(tok.b()), LARGEST))
+        return cols_of(jnp.exp2(tok.a(COL, 1))) * rows_of(jnp.exp2(tok.end(0) - tok.b()))
 
     def mix(pair, weight, grad):
         scores = plgpu.load(smem["scores"].at[pair], layout=WGMMA)
@@ -234,47 +181,47 @@ def _source_head(cfg, k, carry, smem, slot, i, bars):
         smem["m"][pair] = m
 
     def within_tile(v, grad):
-        grad.add(x_ref, dy_ref.T)
-        v.add(smem["b"], smem["r"].at[slot].T)
+        plgpu.wgmma(grad, x_ref, dy_ref.T)
+        plgpu.wgmma(v, smem["b"], smem["r"].at[slot].T)
         w = weight(0)
-        return mix(0, w, grad.get(1))
+        return mix(0, w, sums_of(grad, 1))
 
     def through_state(v):
-        part = v.get(0) * _rows(tok.to_end())
-        return part, jnp.sum(_load(x_ref) * part, axis=1)
+        part = sums_of(v) * rows_of(tok.to_end())
+        return part, jnp.sum(load_tile(x_ref) * part, axis=1)
 
     def across(v, grad):
-        grad.add(x_ref, dy1_ref.T)
+        plgpu.wgmma(grad, x_ref, dy1_ref.T)
         w = weight(1)
-        m, new = mix(1, w, grad.get(0))
-        v.add(m, dy1_ref)
+        m, new = mix(1, w, sums_of(grad))
+        plgpu.wgmma(v, m, dy1_ref)
         store(1, m)
         return new
 
     def work(v):
-        m, first = _accumulate(cfg, functools.partial(within_tile, v), TILE)
+        m, first = accumulate(functools.partial(within_tile, v), TILE)
         state_part, x_state = through_state(v)
-        v.set(state_part)
-        v.add(m, dy_ref)
+        v[...] = state_part
+        plgpu.wgmma(v, m, dy_ref)
         store(0, m)
         new = (first,)
         if k == 0:
-            new += (_accumulate(cfg, functools.partial(across, v), TILE),)
+            new += (accumulate(functools.partial(across, v), TILE),)
         plgpu.commit_smem()
         plgpu.barrier_arrive(bars["m_full"].at[0])
-        return new, v.get(0), x_state
+        return new, sums_of(v), x_state
 
     def states_alone(v):
-        v.add(smem["b"], smem["r"].at[slot].T)
+        plgpu.wgmma(v, smem["b"], smem["r"].at[slot].T)
         return (), *through_state(v)
 
-    new, v, x_state = _accumulate(cfg, work if cfg.pairs else states_alone, TILE)
-    x = _load(x_ref)
+    new, v, x_state = accumulate(work if cfg.pairs else states_alone, TILE)
+    x = load_tile(x_ref)
     vectors = [jnp.sum(x * v, axis=1), x_state]
     if cfg.has_d:
-        dy = _load(dy_ref)
+        dy = load_tile(dy_ref)
         vectors.append(jnp.sum(x * dy, axis=1))
-        v += dy * _cols(plgpu.load(smem["d"].at[slot], layout=COL, optimized=False))
+        v += dy * cols_of(plgpu.load(smem["d"].at[slot], layout=COL, optimized=False))
     return new, v, vectors
 
 
@@ -286,10 +233,10 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     for pair in range(cfg.tiles(k) if cfg.whole else 0):
 
         def scores(acc):
-            acc.add(smem["b"], smem["c1" if pair else "c"].T)
-            return acc.get()
+            plgpu.wgmma(acc, smem["b"], smem["c1" if pair else "c"].T)
+            return sums_of(acc)
 
-        smem["scores"][pair] = _causal(pair, _accumulate(cfg, scores, TILE)).astype(cfg.dtype)
+        smem["scores"][pair] = _causal(pair, accumulate(scores, TILE)).astype(cfg.dtype)
     plgpu.commit_smem()
 
     def step(i, carry):
@@ -307,7 +254,7 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
         plgpu.copy_smem_to_gmem(smem["source"], outs["source"].at[b, chunk, head0 + i])
         return carry
 
-    carry = lax.fori_loop(0, cfg.block_heads, step, (_zeros(TILE),) * cfg.tiles(k))
+    carry = lax.fori_loop(0, cfg.block_heads, step, (zeros(TILE),) * cfg.tiles(k))
     if cfg.pairs:
         plgpu.barrier_wait(bars["m_empty"].at[0])
         for pair, ds in enumerate(carry):
@@ -327,24 +274,24 @@ def _target_head(cfg, k, d_c, smem, slot, bars):
     e = tok.from_start()
 
     def within_tile(y):
-        y.add(smem["c"], h_ref.T)
-        part = y.get(0) * _rows(e)
+        plgpu.wgmma(y, smem["c"], h_ref.T)
+        part = sums_of(y) * rows_of(e)
         if not cfg.pairs:
-            return jnp.sum(_load(dy_ref) * part, axis=1)
+            return jnp.sum(load_tile(dy_ref) * part, axis=1)
         plgpu.barrier_wait(bars["m_full"].at[0])
-        y.set(part)
-        y.add(smem["m"].at[0].T, x_ref)
-        return jnp.sum(_load(dy_ref) * y.get(0), axis=1)
+        y[...] = part
+        plgpu.wgmma(y, smem["m"].at[0].T, x_ref)
+        return jnp.sum(load_tile(dy_ref) * sums_of(y), axis=1)
 
     def across(cross):
-        cross.add(smem["m"].at[1].T, x_ref)
-        return jnp.sum(_load(smem["dy"].at[slot, 1]) * cross.get(0), axis=1)
+        plgpu.wgmma(cross, smem["m"].at[1].T, x_ref)
+        return jnp.sum(load_tile(smem["dy"].at[slot, 1]) * sums_of(cross), axis=1)
 
-    d_c.add(plgpu.load(dy_ref, layout=WGMMA) * _rows(e.astype(cfg.dtype)), h_ref)
-    rows = [_accumulate(cfg, within_tile, TILE)]
+    plgpu.wgmma(d_c, plgpu.load(dy_ref, layout=WGMMA) * rows_of(e.astype(cfg.dtype)), h_ref)
+    rows = [accumulate(within_tile, TILE)]
     if cfg.tiles(k) == 2:
-        rows.append(_accumulate(cfg, across, TILE))
-    d_c.wait()
+        rows.append(accumulate(across, TILE))
+    plgpu.wgmma_wait(0)
     if cfg.pairs:
         plgpu.barrier_arrive(bars["m_empty"].at[0])
     return rows
@@ -369,15 +316,15 @@ def _target_warpgroup(cfg, k, idx, outs, smem, bars):
             plgpu.copy_smem_to_gmem(smem["target"].at[1], outs["cross"].at[b, span, head0 + i])
 
     def through_state(d_c):
-        _loop(cfg, cfg.block_heads, step, d_c)
+        loop_with(d_c, cfg.block_heads, step)
         if cfg.pairs and cfg.whole:
             plgpu.barrier_wait(bars["ds_full"].at[0])
-            d_c.add(smem["m"].at[0].T, smem["b"])
-        return d_c.get()
+            plgpu.wgmma(d_c, smem["m"].at[0].T, smem["b"])
+        return sums_of(d_c)
 
     def from_first_tile(d_c):
-        d_c.add(smem["m"].at[1].T, smem["b"])
-        return d_c.get()
+        plgpu.wgmma(d_c, smem["m"].at[1].T, smem["b"])
+        return sums_of(d_c)
 
     def store(value, target):
         for n in range(0, cfg.state, TILE):
@@ -386,9 +333,9 @@ def _target_warpgroup(cfg, k, idx, outs, smem, bars):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem["part"], target.at[:, group, pl.ds(n, TILE)])
 
-    store(_accumulate(cfg, through_state, cfg.state), outs["d_c"].at[b, split, span * 2 + k])
+    store(accumulate(through_state, cfg.state), outs["d_c"].at[b, split, span * 2 + k])
     if cfg.tiles(k) == 2 and cfg.whole:
-        store(_accumulate(cfg, from_first_tile, cfg.state), outs["d_c_cross"].at[b, split, span])
+        store(accumulate(from_first_tile, cfg.state), outs["d_c_cross"].at[b, split, span])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -397,9 +344,9 @@ def _state_product(cfg, smem, slot):
 
     def part(n, total):
         cut = (slot, slice(None), pl.ds(n * TILE, TILE))
-        return total + jnp.sum(_load(smem["r"].at[cut]) * _load(smem["h"].at[cut]), axis=1)
+        return total + jnp.sum(load_tile(smem["r"].at[cut]) * load_tile(smem["h"].at[cut]), axis=1)
 
-    zero = plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), ROW)
+    zero = plgpu.layout_cast(jnp.zeros(TILE, F32), ROW)
     return lax.fori_loop(0, cfg.state // TILE, part, zero)
 
 
@@ -417,10 +364,10 @@ def _db_warpgroup(cfg, k, idx, outs, smem, bars):
         _when_padded(cfg, smem, clear)
         tok = _Tokens(smem, slot, k)
         weights = tok.to_end().astype(cfg.dtype)
-        d_b.add(plgpu.load(smem["x"].at[slot], layout=WGMMA) * _rows(weights), smem["r"].at[slot])
+        plgpu.wgmma(d_b, plgpu.load(smem["x"].at[slot], layout=WGMMA) * rows_of(weights), smem["r"].at[slot])
         if k == 1:
             product = _state_product(cfg, smem, slot) * (tok.through(0) * tok.through(1))
-        d_b.wait()
+        plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         if k == 1:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -429,14 +376,14 @@ def _db_warpgroup(cfg, k, idx, outs, smem, bars):
             plgpu.copy_smem_to_gmem(smem["db"], outs["state"].at[b, span, head0 + i])
 
     def work(d_b):
-        _loop(cfg, cfg.block_heads, step, d_b)
+        loop_with(d_b, cfg.block_heads, step)
         if cfg.pairs and cfg.whole:
             plgpu.barrier_wait(bars["ds_full"].at[0])
             for pair in range(2 - k):
-                d_b.add(smem["m"].at[pair], smem["c1" if pair else "c"])
-        return d_b.get()
+                plgpu.wgmma(d_b, smem["m"].at[pair], smem["c1" if pair else "c"])
+        return sums_of(d_b)
 
-    outs["d_b"][b, split, span * 2 + k, :, group] = _accumulate(cfg, work, cfg.state).astype(cfg.db_dtype)
+    outs["d_b"][b, split, span * 2 + k, :, group] = accumulate(work, cfg.state).astype(cfg.db_dtype)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -478,7 +425,7 @@ def _schedule(cfg, block):
     those of the last round of blocks come before its second ones.
     """
     blocks = cfg.batch * cfg.groups * cfg.splits * cfg.chunks
-    paired = (blocks - 1) // SMS * SMS
+    paired = (blocks - 1) // cfg.multiprocessors * cfg.multiprocessors // 2 * 2
     alone = (blocks - paired) // 2
     rest = jnp.maximum(block - paired, 0)
     side_by_side = block < paired
@@ -488,7 +435,7 @@ def _schedule(cfg, block):
 
 def _outputs(cfg):
     """Shapes of the kernel's outputs by name."""
-    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=F32)
     tokens, spans = (cfg.batch, cfg.chunks, cfg.heads), (cfg.batch, cfg.chunks // 2, cfg.heads)
     rest = (TILE, cfg.groups, cfg.state)
     named = {
@@ -508,10 +455,46 @@ def _outputs(cfg):
     return named
 
 
+def _scratch(cfg):
+    """Shared memory of a thread block by name."""
+    tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
+    s, n = cfg.stages, cfg.state
+    return {
+        "x": tile((s, TILE, TILE)),
+        "dy": tile((s, 2, TILE, TILE)),
+        "h": tile((s, TILE, n)),
+        "r": tile((s, TILE, n)),
+        "ab": plgpu.SMEM((s, 2, 2, TILE), F32),
+        "d": plgpu.SMEM((s, TILE), F32) if cfg.has_d else None,
+        "b": tile((TILE, n)),
+        "c": tile((TILE, n)),
+        "c1": tile((TILE, n)),
+        "out": tile((TILE, TILE)),
+        "m": tile((2, TILE, TILE)),
+        "real": plgpu.SMEM((2, TILE), F32) if cfg.segments else None,
+        "scores": tile((2, TILE, TILE)),
+        "part": plgpu.SMEM((TILE, TILE), F32, transforms=F32_TRANSFORMS),
+        "source": plgpu.SMEM((2 + cfg.has_d, TILE), F32),
+        "target": plgpu.SMEM((2, TILE), F32),
+        "db": plgpu.SMEM((TILE,), F32),
+    }
+
+
+def _barriers(cfg):
+    return {
+        "full": plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=cfg.stages),
+        "empty": plgpu.Barrier(num_arrivals=3, num_barriers=cfg.stages),
+        "start": plgpu.Barrier(num_arrivals=3 + cfg.segments + cfg.given_scores, num_barriers=1),
+        "clean": plgpu.Barrier(num_arrivals=1, num_barriers=cfg.stages),
+        "m_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
+        "m_empty": plgpu.Barrier(num_arrivals=1, num_barriers=1),
+        "ds_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
+    }
+
+
 def _body(cfg, *refs):
     names = ["x", "dy", "ab", "b", "c", "h", "r"] + ["real"] * cfg.segments + ["d"] * cfg.has_d
-    given = cfg.pairs and not cfg.whole
-    names += ["scores"] * given
+    names += ["scores"] * cfg.given_scores
     ins, outs = dict(zip(names, refs)), dict(zip([*_outputs(cfg), "dx"], refs[len(names) :]))
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
     half, tile_index = _schedule(cfg, block)
@@ -519,40 +502,6 @@ def _body(cfg, *refs):
     b, rest = lax.div(rest, cfg.groups * cfg.splits), lax.rem(rest, cfg.groups * cfg.splits)
     idx = (b, span, lax.div(rest, cfg.splits), lax.rem(rest, cfg.splits), rest * cfg.block_heads)
     group = idx[2]
-
-    tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
-    s, n = cfg.stages, cfg.state
-    scratch = {
-        "x": tile((s, TILE, TILE)),
-        "dy": tile((s, 2, TILE, TILE)),
-        "h": tile((s, TILE, n)),
-        "r": tile((s, TILE, n)),
-        "ab": plgpu.SMEM((s, 2, 2, TILE), jnp.float32),
-        "d": plgpu.SMEM((s, TILE), jnp.float32) if cfg.has_d else None,
-        "b": tile((TILE, n)),
-        "c": tile((TILE, n)),
-        "c1": tile((TILE, n)),
-        "out": tile((TILE, TILE)),
-        "m": tile((2, TILE, TILE)),
-        "real": plgpu.SMEM((2, TILE), jnp.float32) if cfg.segments else None,
-        "scores": tile((2, TILE, TILE)),
-        "part": plgpu.SMEM((TILE, TILE), jnp.float32, transforms=F32_TRANSFORMS),
-        "source": plgpu.SMEM((2 + cfg.has_d, TILE), jnp.float32),
-        "target": plgpu.SMEM((2, TILE), jnp.float32),
-        "db": plgpu.SMEM((TILE,), jnp.float32),
-    }
-    barriers = {
-        "full": plgpu.Barrier(num_arrivals=6 + cfg.has_d, num_barriers=s),
-        "empty": plgpu.Barrier(num_arrivals=3, num_barriers=s),
-        "start": plgpu.Barrier(num_arrivals=3 + cfg.segments + given, num_barriers=1),
-        "clean": plgpu.Barrier(num_arrivals=1, num_barriers=s),
-        "m_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
-        "m_empty": plgpu.Barrier(num_arrivals=1, num_barriers=1),
-        "ds_full": plgpu.Barrier(num_arrivals=1, num_barriers=1),
-    }
-
-    def one_warp(work):
-        plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
 
     def by_half(work):
         for k in range(2):
@@ -567,9 +516,9 @@ def _body(cfg, *refs):
             tiles = (("b", "b", half), ("c", "c", half), ("c1", "c", 1))
             for target, name, tile_half in tiles:
                 rows = pl.ds((span * 2 + tile_half) * TILE, TILE)
-                source = ins[name].at[b, rows, group, pl.ds(cfg.column, n)]
+                source = ins[name].at[b, rows, group, pl.ds(cfg.column, cfg.state)]
                 plgpu.copy_gmem_to_smem(source, smem[target], bar)
-            if given:
+            if cfg.given_scores:
                 plgpu.copy_gmem_to_smem(ins["scores"].at[b, span * 2 + half, group], smem["scores"], bar)
             if cfg.segments:
                 plgpu.copy_gmem_to_smem(ins["real"].at[b, pl.ds(span * 2, 2)], smem["real"], bar)
@@ -578,10 +527,7 @@ def _body(cfg, *refs):
         @pl.when(wg == 3)
         def _():
             plgpu.set_max_registers(REGISTERS[3], action="decrease")
-            if cfg.interpret:
-                produce()
-            else:
-                one_warp(produce)
+            in_one_warp(produce)
 
         for number, work in enumerate((_source_warpgroup, _target_warpgroup, _db_warpgroup)):
 
@@ -592,7 +538,7 @@ def _body(cfg, *refs):
                 plgpu.barrier_wait(bars["start"].at[0])
                 by_half(lambda cfg, k: work(cfg, k, idx, outs, smem, bars))
 
-    pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
+    pl.run_scoped(scoped, _scratch(cfg), _barriers(cfg), collective_axes="wg")
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
@@ -605,12 +551,7 @@ def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d, scores=None):
         grid_names=("block",),
         num_threads=4,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
+        compiler_params=dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     args = [x, dy, ab, b_mat, c_mat, h, r, real if cfg.segments else None, d if cfg.has_d else None, scores]
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))
@@ -626,7 +567,7 @@ def _by_tile(v, real, chunks):
 def _score_tiles(cfg, b_mat, c_mat):
     """Scores [j, i] of each tile with itself (zero unless j <= i) and the next one: ``[B, chunks, G, 2, 64, 64]``."""
     c_mat = jnp.stack([c_mat, jnp.roll(c_mat, -1, axis=1)], axis=2)
-    scores = jnp.einsum("bcjgn,bcpign->bcgpji", b_mat, c_mat, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bcjgn,bcpign->bcgpji", b_mat, c_mat, preferred_element_type=F32)
     token = jnp.arange(TILE)
     within = token[:, None] <= token
     return jnp.where(jnp.stack([within, jnp.ones_like(within)]), scores, 0.0).astype(cfg.dtype)
@@ -643,9 +584,9 @@ def _columns_in_parts(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d):
     out = {name: one[name] + two[name] for name in ("target", "state", "dx")}
     out["source"] = one["source"].at[:, :, :, :2].add(two["source"])
     out["cross"] = one["cross"]
-    d_s = one["d_s"].astype(jnp.float32).sum(1).astype(cfg.dtype)
+    d_s = one["d_s"].astype(F32).sum(1).astype(cfg.dtype)
     d_s, d_across = d_s[:, :, :, 0], d_s[:, ::2, :, 1]
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=F32)
     d_b = product("bcgji,bcign->bcjgn", d_s, c_tiles)
     d_b = d_b.at[:, ::2].add(product("bcgji,bcign->bcjgn", d_across, c_tiles[:, 1::2]))
     d_c = product("bcgji,bcjgn->bcign", d_s, b_tiles)

@@ -30,12 +30,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.mosaic_gpu import (
+    BF16_TRANSFORMS,
+    COL,
+    F32,
+    PARAMS,
+    ROW,
+    TILE,
+    WGMMA,
+    accumulate,
+    cols_of,
+    keep_upper,
+    load_tile,
+    matmul,
+    named_body,
+    rows_of,
+    sums_of,
+    zeros,
+)
+from pallas_kernels.varying import call_varying
 
-TILE = 64  # tokens a chunk, and head width of a tile
-BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# A chunk is TILE tokens, a head TILE channels wide.
 SHARED_BYTES = 220 * 1024  # shared memory the buffers may take
 MOST_STAGES = 6
+LARGEST = 100.0  # log2 of the largest weight of a pair; a larger one belongs to a score that is zero
+PRODUCER_REGISTERS = 24  # of a thread
 TILE_BYTES = 2 * TILE * TILE
 
 
@@ -58,7 +77,6 @@ class Walk:
     segments: bool = False
     has_d: bool = False
     dtype: jnp.dtype = jnp.bfloat16
-    interpret: bool = False
 
     @property
     def block_heads(self) -> int:
@@ -103,45 +121,11 @@ class Walk:
         return -(-self.chunks // (2 * self.pieces)) * 2
 
 
-def named_body(name, body, *args):
-    """A kernel's body with its first arguments, under the name that profiles show."""
-    body = functools.partial(body, *args)
-    body.__name__ = name
-    return body
-
-
-def matmul(a, b, shape, acc=None, interpret=False):
-    """``acc + a @ b`` on the matrix unit, float32 ``[m, n]``; ``a`` an array or a shared-memory ref, ``b`` a ref.
-
-    The interpreter knows neither left operands in registers nor initialised accumulators, so it gets a plain product.
-    """
-
-    def fresh(ref):
-        plgpu.wgmma(ref, a, b)
-        return ref[...]
-
-    def onto(ref):
-        plgpu.wgmma(ref, a, b)
-
-    if interpret:
-        left = a if isinstance(a, jax.Array) else a[...]
-        out = jnp.dot(left, b[...], preferred_element_type=jnp.float32)
-        return out if acc is None else acc + out
-    if acc is not None:
-        return pl.run_state(onto)(plgpu.ACC.init(acc))
-    return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
-
-
-def _row(v, n):
-    return lax.broadcast_in_dim(v, (v.shape[0], n), (0,))
-
-
-def _col(v, m):
-    return lax.broadcast_in_dim(v, (m, v.shape[0]), (1,))
-
-
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COL = plgpu.Layout.WGMMA.reduce(0)
+def clear_rows(tile, real, dtype):
+    """Zeros in the rows of a tile ``[64, n]`` of shared memory where ``real [64, 64]`` does not hold."""
+    for n in range(0, tile.shape[-1], TILE):
+        part = tile.at[:, pl.ds(n, TILE)]
+        part[...] = jnp.where(real, load_tile(part), 0.0).astype(dtype)
 
 
 def _clear_padding(cfg, smem, slot, *tiles):
@@ -154,25 +138,15 @@ def _clear_padding(cfg, smem, slot, *tiles):
 
     @pl.when(smem["real"][slot, 0] < 1.5)
     def _():
-        real = _row(plgpu.load(smem["real"].at[slot], layout=ROW), TILE) > 0.0
+        real = rows_of(plgpu.load(smem["real"].at[slot], layout=ROW), TILE) > 0.0
         for tile in tiles:
-            for n in range(0, tile.shape[-1], TILE):
-                part = tile.at[:, pl.ds(n, TILE)]
-                value = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-                part[...] = jnp.where(real, value, 0.0).astype(cfg.dtype)
+            clear_rows(tile, real, cfg.dtype)
         plgpu.commit_smem()
 
 
-def _causal(scores):
-    """Scores B_j . C_i, zero unless j <= i."""
-    rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
-    cols = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
-    return jnp.where(rows <= cols, scores, 0.0)
-
-
 def _decayed(cfg, scores, a_col, b_row):
-    """scores_ji exp2(a_i - b_j); the bound matters only where scores are zero, so that no infinity meets them."""
-    gate = jnp.exp2(jnp.minimum(_col(a_col, TILE) - _row(b_row, TILE), 100.0))
+    """scores_ji exp2(a_i - b_j), bounded so that no infinity meets a score of zero."""
+    gate = jnp.exp2(jnp.minimum(cols_of(a_col, TILE) - rows_of(b_row, TILE), LARGEST))
     return (scores * gate).astype(cfg.dtype)
 
 
@@ -214,20 +188,14 @@ def _walk_scores(cfg, idx, smem, bars):
             plgpu.barrier_arrive(bars["empty"].at[slot])
             return acc[...]
 
-        if cfg.interpret:
-            publish(i, slot, scores, last)
-            plgpu.barrier_arrive(bars["empty"].at[slot])
-            out = matmul(smem["b"].at[after], smem["c"].at[after].T, (TILE, TILE), None, True)
-        else:
-            out = pl.run_scoped(ahead, plgpu.ACC((TILE, TILE), jnp.float32))
-        return _causal(out)
+        return keep_upper(accumulate(ahead, TILE))
 
     @pl.when(steps > 0)
     def _():
         plgpu.barrier_wait(bars["full"].at[0])
         _clear_padding(cfg, smem, 0, smem["b"].at[0], smem["c"].at[0])
-        out = matmul(smem["b"].at[0], smem["c"].at[0].T, (TILE, TILE), None, cfg.interpret)
-        lax.fori_loop(0, steps, step, _causal(out))
+        out = matmul(smem["b"].at[0], smem["c"].at[0].T)
+        lax.fori_loop(0, steps, step, keep_upper(out))
 
     for i in range(cfg.score_stages):  # leave no arrival unobserved
 
@@ -249,14 +217,14 @@ def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
             weight = jnp.exp2(plgpu.load(ab.at[slot, lh, 0], layout=COL))
         else:
             weight = jnp.exp2(a_end - plgpu.load(ab.at[slot, lh, 1], layout=COL))
-        return (x.astype(jnp.float32) * _col(weight, TILE)).astype(cfg.dtype)
+        return (x.astype(F32) * cols_of(weight, TILE)).astype(cfg.dtype)
 
     def transposed():
-        return plgpu.load(x_ref.T, layout=plgpu.Layout.WGMMA)
+        return plgpu.load(x_ref.T, layout=WGMMA)
 
     b_ref, y_ref = smem["b"].at[slot], smem["y"].at[lh] if cfg.state_in_memory else x_ref
     if not cfg.emit_y:
-        return matmul(weighted(transposed()), b_ref, state.shape, state * decay, cfg.interpret)
+        return matmul(weighted(transposed()), b_ref, state * decay)
 
     c_ref = smem["c"].at[slot]
     h = smem["h"].at[lh] if cfg.state_in_memory else state.astype(cfg.dtype)
@@ -266,15 +234,12 @@ def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
         x = transposed()
         return acc[...], x
 
-    if cfg.interpret:
-        y, x = matmul(h, c_ref.T, (TILE, TILE), None, True), transposed()
-    else:
-        y, x = pl.run_scoped(inter, plgpu.ACC((TILE, TILE), jnp.float32))
+    y, x = accumulate(inter, TILE)
     xw = weighted(x)
     e_col = jnp.exp2(plgpu.load(ab.at[slot, lh, 0], layout=COL))
-    y *= _col(e_col, TILE)
+    y *= cols_of(e_col, TILE)
     if cfg.has_d:
-        y += x.astype(jnp.float32) * (_row(plgpu.load(smem["d"].at[lh], layout=ROW), TILE) if d is None else d)
+        y += x.astype(F32) * (rows_of(plgpu.load(smem["d"].at[lh], layout=ROW), TILE) if d is None else d)
     release()
     ring = lax.rem(i, cfg.score_stages)
     m_ref = smem["m"].at[ring, lh]
@@ -285,21 +250,14 @@ def _head_step(cfg, state, smem, bars, i, lh, d, release, y_dst):
         state_acc[...] = state * decay
         plgpu.wgmma(y_acc, x, m_ref)
         plgpu.wgmma(state_acc, xw, b_ref)
-        out = plgpu.layout_cast(plgpu.wgmma_accumulator_load(y_acc, wait_n=1), plgpu.Layout.WGMMA)
+        out = plgpu.layout_cast(sums_of(y_acc, 1), WGMMA)
         plgpu.barrier_arrive(bars["m_empty"].at[ring, lh])
         y_ref.T[...] = out.astype(cfg.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(y_ref, y_dst)
         return state_acc[...]
 
-    if cfg.interpret:
-        out = matmul(x, m_ref, y.shape, y, True)
-        plgpu.barrier_arrive(bars["m_empty"].at[ring, lh])
-        y_ref.T[...] = out.astype(cfg.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_ref, y_dst)
-        return matmul(xw, b_ref, state.shape, state * decay, True)
-    return pl.run_scoped(products, plgpu.ACC(y.shape, jnp.float32), plgpu.ACC(state.shape, jnp.float32))
+    return accumulate(products, TILE, cfg.state)
 
 
 def _walk_states(cfg, idx, outs, init_g, d_g, smem, bars, lh):
@@ -307,10 +265,7 @@ def _walk_states(cfg, idx, outs, init_g, d_g, smem, bars, lh):
     y_g, final_g, states_g = outs
     b, h0, piece, first, steps = idx
     head = h0 + lh
-    if cfg.has_init:
-        start = plgpu.load(init_g.at[b, piece, head], layout=plgpu.Layout.WGMMA, optimized=False)
-    else:
-        start = plgpu.layout_cast(jnp.zeros((TILE, cfg.state), jnp.float32), plgpu.Layout.WGMMA)
+    start = plgpu.load(init_g.at[b, piece, head], layout=WGMMA, optimized=False) if cfg.has_init else zeros(cfg.state)
 
     def step(i, state):
         slot = lax.rem(i, cfg.stages)
@@ -421,14 +376,14 @@ def _body(cfg, *refs):
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     scratch = {
         "x": tile((s, hb, TILE, TILE)),
-        "ab": plgpu.SMEM((s, hb, 2, TILE), jnp.float32),
-        "real": plgpu.SMEM((s, TILE), jnp.float32) if cfg.segments else None,
+        "ab": plgpu.SMEM((s, hb, 2, TILE), F32),
+        "real": plgpu.SMEM((s, TILE), F32) if cfg.segments else None,
         "b": tile((s, TILE, n)),
         "c": tile((s, TILE, n)) if cfg.emit_y else None,
         "h": tile((hb, TILE, n)) if cfg.emit_states or cfg.state_in_memory else None,
         "y": tile((hb, TILE, TILE)) if cfg.state_in_memory else None,
         "m": tile((cfg.score_stages, hb, TILE, TILE)) if cfg.emit_y else None,
-        "d": plgpu.SMEM((hb, TILE), jnp.float32) if cfg.has_d else None,
+        "d": plgpu.SMEM((hb, TILE), F32) if cfg.has_d else None,
     }
     ring = (cfg.score_stages, hb)
     barriers = {
@@ -455,14 +410,14 @@ def _body(cfg, *refs):
 
         @pl.when(wg == cfg.warpgroups)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             _produce(cfg, idx, (x_g, ab_g, real_g, b_g, c_g), smem, bars["full"], bars["empty"])
 
     pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
 
 def _registers(cfg):
-    """Registers a thread of the (state, scores) warpgroups; the producer keeps 24 of its share."""
+    """Registers a thread of the (state, scores) warpgroups; the producer gives its share."""
     if not cfg.emit_y:
         return 240, 0
     if cfg.block_heads == 1:
@@ -481,7 +436,7 @@ def walk(cfg, x, ab, b_mat, c_mat, real, d, init):
     if cfg.emit_y:
         out.append(jax.ShapeDtypeStruct(x.shape, cfg.dtype))
     if cfg.emit_final:
-        out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.pieces, cfg.heads, TILE, cfg.state), jnp.float32))
+        out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.pieces, cfg.heads, TILE, cfg.state), F32))
     if cfg.emit_states:
         out.append(jax.ShapeDtypeStruct((cfg.batch, cfg.chunks // 2, cfg.heads, TILE, cfg.state), cfg.dtype))
     args = [x, ab, b_mat, c_mat if cfg.emit_y else None, real if cfg.segments else None, d if cfg.has_d else None]
@@ -493,7 +448,6 @@ def walk(cfg, x, ab, b_mat, c_mat, real, d, init):
         grid_names=("batch", "piece", "heads"),
         num_threads=cfg.warpgroups + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
+        compiler_params=PARAMS,
     )
     return call_varying(kernel, *[a for a in args if a is not None])

@@ -11,16 +11,18 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import platform
+from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.ops.ssd.tpu import backward as tpu_backward
 from pallas_kernels.ops.ssd.tpu import forward as tpu_forward
-from pallas_kernels.ops.ssd.tpu.common import CHUNK, F32, Blocks, document_rows
+from pallas_kernels.ops.ssd.tpu.common import CHUNK, Blocks, document_rows
 
 STATE_SIZES = (16, 32, 64, 128, 256)
 HEAD_WIDTHS = (32, 64, 128)
 BLOCK_CHANNELS = 2048  # the most heads x width of one block, if smaller ones exist; at N = 256 half of it:
 BLOCK_STATES = 2048 * 128  # the same for heads x width x state (larger programs take the compiler minutes)
+MOST_STAGE = 8  # heads whose carried products are held together
 MAX_CHANNELS = 8192  # heads x width of one block: more does not fit VMEM
 
 
@@ -43,8 +45,8 @@ def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int
         groups = max(1, heads // heads_a_group)
         if n_heads % heads or (heads % heads_a_group and heads_a_group % heads):
             continue
-        whole_lanes = heads == n_heads or heads * width % 128 == 0
-        whole_group_lanes = groups == n_groups or groups * state % 128 == 0
+        whole_lanes = heads == n_heads or heads * width % LANES == 0
+        whole_group_lanes = groups == n_groups or groups * state % LANES == 0
         if whole_lanes and whole_group_lanes:
             found.append(heads)
     return found
@@ -126,14 +128,14 @@ def make_plan(x_shape, B_shape, heads, chunks, states, interpret) -> Plan:
 
 
 def _device() -> tuple[int, int]:
-    """Of the device compiled for: cores that share a kernel's parallel grid (2 on v4 and v5p); heads of a stage.
+    """Of the chip compiled for: cores that share a kernel's parallel grid; heads of a stage.
 
     On a matrix unit of 128 x 128 fewer heads spill less and wait as little; one of 256 x 256 needs more in flight.
     """
-    if not pltpu.is_tpu_device():
-        return 1, 8
-    info = pltpu.get_tpu_info()
-    return info.num_cores, 8 if info.mxu_column_size > 128 else 4
+    chip = platform.tpu_chip()
+    if chip is None:
+        return 1, MOST_STAGE
+    return chip.cores, MOST_STAGE if chip.matrix_unit > LANES else MOST_STAGE // 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -29,9 +29,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu import F32, NT, TN, dot
 from pallas_kernels.ops.ssd.tpu import common
 from pallas_kernels.ops.ssd.tpu import forward as tpu_forward
-from pallas_kernels.ops.ssd.tpu.common import CHUNK, F32, NT, TN, Blocks, dot
+from pallas_kernels.ops.ssd.tpu.common import CHUNK, Blocks
 from pallas_kernels.ops.ssd.tpu.forward import INTRA, SKIP, START, TAIL
 
 # Rows of the reduction scratch, each [heads, CHUNK]: x . dy S L, x . dh B, dy . h C, rectangle sums of W, dy . x.

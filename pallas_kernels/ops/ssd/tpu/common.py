@@ -23,19 +23,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compat import call_varying
+from pallas_kernels.mosaic_tpu import F32, LANES, NT, dot
 from pallas_kernels.segments import document_numbers
+from pallas_kernels.varying import call_varying
 
-F32 = jnp.float32
-CHUNK = 128  # tokens a chunk: one lane row
+CHUNK = LANES  # tokens a chunk: one lane row
+VMEM_BYTES = 64 * 2**20  # that a kernel may take
 GROUP = 8  # tokens that share a decay reference in the factored form
 LOG_DECAY_FLOOR = -120.0  # exp of it is zero in float32, so the limit changes nothing
 PAIR_FLOOR = -16.0  # the least log decay of a token in the factored form
 EXPONENT_LIMIT = 64.0
-
-NN = (((1,), (0,)), ((), ()))
-NT = (((1,), (1,)), ((), ()))
-TN = (((0,), (0,)), ((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +71,6 @@ class Blocks:
     @property
     def group_channels(self) -> int:
         return self.group_heads * self.width
-
-
-def dot(a, b, dims=NN):
-    """Matrix product into float32; float32 operands at full precision."""
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=F32)
 
 
 def triangle(dtype, keep):
@@ -280,7 +271,7 @@ def call_kernel(kernel, name, grid, inputs, specs, outputs, scratch, blocks, int
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=64 * 2**20,
+            vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,  # of the copies, whose addresses follow from shapes: 5% of the forward's time
         ),
         interpret=interpret,

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mosaic_tpu import F32, LANES, NT, dot
 from pallas_kernels.ops.ssd.tpu import common
 from pallas_kernels.ops.ssd.tpu import copies as tpu_copies
-from pallas_kernels.ops.ssd.tpu.common import CHUNK, F32, NT, Blocks, dot
+from pallas_kernels.ops.ssd.tpu.common import CHUNK, Blocks
 from pallas_kernels.ops.ssd.tpu.copies import Copies
 
 # Rows of the per-chunk scratch, each [heads, CHUNK].
@@ -61,7 +62,7 @@ def shared_products(chunk, refs, blocks: Blocks):
 
 def tile_heads(blocks: Blocks) -> int:
     """Heads whose channels fill the 128 lanes that are transposed together."""
-    heads = max(1, 128 // blocks.width)
+    heads = max(1, LANES // blocks.width)
     return heads if blocks.heads % heads == 0 else blocks.heads
 
 

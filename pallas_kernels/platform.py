@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calls are compiled for and what it can do: the only reader of the platform. Asked while a call is traced."""
+
+import contextlib
+import dataclasses
+import typing
+
+import jax
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+GENERATIONS = ("v2", "v3", "v4", "v4i", "v5e", "v5p", "v6e", "7x")  # of TPUs, as JAX names them
+
+HOW_TO_NAME_IT = "name it by assume_platform('tpu', generation='v5e') or set a mesh of its devices (jax.set_mesh)"
+H100_MULTIPROCESSORS = 132  # of the SXM part, for which kernels are compiled where no GPU is at hand
+
+
+class Peaks(typing.NamedTuple):
+    """Of one JAX device: dense bfloat16 TFLOP/s and GB/s of its memory."""
+
+    tflops: float
+    gbs: float
+
+
+# From the vendors' data sheets, by words of a device's kind. A TPU7x chip shows as two devices, each with half of its
+# 2,307 TFLOP/s and 7,380 GB/s. GPUs are the SXM part with the most memory unless named.
+PEAKS = {
+    "TPU v4": Peaks(275.0, 1228.0),
+    "TPU v5 lite": Peaks(197.0, 819.0),
+    "TPU v5e": Peaks(197.0, 819.0),
+    "TPU v5p": Peaks(459.0, 2765.0),
+    "TPU v5": Peaks(459.0, 2765.0),
+    "TPU v6 lite": Peaks(918.0, 1640.0),
+    "TPU v6e": Peaks(918.0, 1640.0),
+    "TPU7x": Peaks(1153.5, 3690.0),
+    "TPU v7x": Peaks(1153.5, 3690.0),
+    "A100": Peaks(312.0, 2039.0),
+    "H100 PCIe": Peaks(756.0, 2039.0),
+    "H100 NVL": Peaks(835.0, 3938.0),
+    "H100": Peaks(989.4, 3350.0),
+    "GH200": Peaks(989.4, 4000.0),
+    "H200 NVL": Peaks(835.0, 4800.0),
+    "H200": Peaks(989.4, 4800.0),
+    "GB200": Peaks(2500.0, 8000.0),
+    "GB300": Peaks(2500.0, 8000.0),
+    "B200": Peaks(2250.0, 8000.0),
+    "B300": Peaks(2250.0, 8000.0),
+    "L40S": Peaks(362.0, 864.0),
+    "L4": Peaks(121.0, 300.0),
+}
+
+
+class TpuChip(typing.NamedTuple):
+    """What kernels ask of a TPU."""
+
+    generation: str  # "v5e", "v5p", "v6e", ...
+    cores: int  # that share a kernel's parallel grid: 2 on v4 and v5p
+    matrix_unit: int  # columns of a matrix unit: 128, or 256 from v6e on
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assumed:
+    platform: str
+    generation: str | None = None
+    capability: str | None = None
+    multiprocessors: int | None = None
+
+
+_assumed: list[_Assumed] = []
+
+
+@contextlib.contextmanager
+def assume_platform(
+    name: str,
+    *,
+    generation: str | None = None,
+    capability: str | None = None,
+    multiprocessors: int | None = None,
+):
+    """Within, calls are traced for another platform than the one at hand, e.g. to compile for a TPU that is not there.
+
+    Args:
+      name: "cpu", "gpu" or "tpu".
+      generation: of a TPU, "v5e", "v5p", "v6e", ...; kernels take their block sizes from it. Not needed where a mesh
+        of such devices is set (`jax.set_mesh`).
+      capability: compute capability of an NVIDIA GPU, e.g. "9.0"; None is that of the GPU at hand, or any.
+      multiprocessors: of that GPU; None is those of the GPU at hand, or an H100's 132.
+
+    A function that `jax.jit` has traced already is not traced again for another platform. Raises ValueError for
+    unknown names and for facts of another platform.
+    """
+    if name not in PLATFORMS:
+        raise ValueError(f"name ({name!r}) not one of {', '.join(PLATFORMS)}")
+    if generation is not None and (name != "tpu" or generation not in GENERATIONS):
+        raise ValueError(f"generation ({generation!r}) of a {name!r}, expected of a tpu: {', '.join(GENERATIONS)}")
+    for what, value in (("capability", capability), ("multiprocessors", multiprocessors)):
+        if value is not None and name != "gpu":
+            raise ValueError(f"{what} ({value!r}) of a {name!r}: expected of a gpu alone")
+    _assumed.append(_Assumed(name, generation, capability, multiprocessors))
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what `assume_platform` says, else the platform of the default device."""
+    return _assumed[-1].platform if _assumed else default_device_platform()
+
+
+def default_device_platform() -> str:
+    """Platform of the default device, whatever is assumed: "cpu", "gpu" or "tpu"."""
+    device = jax.config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    name = name.split(":")[0].lower()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def device_name() -> str:
+    """The default device's kind, as JAX names it."""
+    return _device().device_kind
+
+
+def memory() -> int | None:
+    """Bytes that the default device can give to arrays; None where it does not say."""
+    return (_device().memory_stats() or {}).get("bytes_limit")
+
+
+def peaks(kind: str | None = None) -> Peaks | None:
+    """Of a device kind (None: the default device's); None where it is not in the table. The longest name that fits."""
+    words = f" {(device_name() if kind is None else kind).replace('-', ' ')} "
+    fitting = [name for name in PEAKS if f" {name} " in words]
+    return PEAKS[max(fitting, key=len)] if fitting else None
+
+
+def tpu_generation() -> str | None:
+    """ "v5e", "v5p", "v6e", ...: what is assumed, else that of the mesh's devices or the default one; None: unknown."""
+    if _assumed and _assumed[-1].generation:
+        return _assumed[-1].generation
+    from jax.experimental.pallas import tpu as pltpu
+
+    return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
+
+
+def tpu_chip() -> TpuChip | None:
+    """The TPU that a kernel is compiled for; None where it is interpreted on another platform.
+
+    Raises ValueError where that is a TPU of which nothing is known: neither assumed, nor a mesh's, nor there.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    if _assumed and (generation := _assumed[-1].generation):
+        chip = next(version for version in pltpu.ChipVersion if str(version) == generation)
+        info = pltpu.get_tpu_info_for_chip(chip, 2 if chip.supports_megacore else 1)
+    elif pltpu.is_tpu_device():
+        info = pltpu.get_tpu_info()
+    elif platform() == "tpu":
+        raise ValueError(f"generation of the TPU unknown: {HOW_TO_NAME_IT}")
+    else:
+        return None
+    return TpuChip(str(info.chip_version), info.num_cores, info.mxu_column_size)
+
+
+def gpu_capability() -> str | None:
+    """Compute capability, "9.0" for Hopper: what is assumed, else the default device's; None where it is no GPU."""
+    if _assumed and _assumed[-1].capability:
+        return _assumed[-1].capability
+    capability = getattr(_device(), "compute_capability", None)
+    return None if capability is None else str(capability)
+
+
+def multiprocessors() -> int:
+    """Of the GPU that a kernel is compiled for: what is assumed, else the default device's, else an H100's."""
+    if _assumed and _assumed[-1].multiprocessors:
+        return _assumed[-1].multiprocessors
+    return _device().core_count if default_device_platform() == "gpu" else H100_MULTIPROCESSORS
+
+
+def _device():
+    """The default device."""
+    device = jax.config.jax_default_device
+    return device if hasattr(device, "device_kind") else jax.local_devices(backend=device)[0]

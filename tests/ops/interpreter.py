@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs kernels where their accelerator is not: public ops, with implementation "gpu" or "tpu", in Pallas' interpreters.
+
+    with interpreted("ssd", "gpu"):
+        y = pallas_kernels.ssd(x, dt, A, B, C, implementation="gpu")
+
+Whatever goes through an op's one door goes through here: jit, gradients, vmap, checkpoint, shard_map. A function that
+was traced within stays interpreted, so trace anew outside.
+
+Mosaic's interpreter of GPU kernels (JAX 0.11) runs a thread block's warpgroups on threads of XLA's that wait for each
+other: it needs more of them than the machine may have (tests/conftest.py asks for them). It lacks matrix-unit
+accumulators as a kernel uses them, adding copies and tiles that reach outside an array. So products are plain ones
+here, adding copies read and write, and arrays are padded to whole blocks; barriers, slots, ranges, masks and layouts
+are the kernels' own.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import threading
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from pallas_kernels.compat import why_too_old
+from pallas_kernels.ops import OPS
+from pallas_kernels.platform import assume_platform
+from tests.ops.support import QUICK
+
+GENERATION = "v5p"  # of the TPU that is played: its two cores share a grid
+MULTIPROCESSORS = 3  # of the GPU that is played: few, so that thread blocks of small arrays have several tiles each
+
+needs_gpu_interpreter = pytest.mark.skipif(
+    why_too_old((0, 11)) is not None, reason="the interpreter of this JAX lacks parts"
+)
+
+
+def interpreted(op: str, platform: str, *, multiprocessors: int = MULTIPROCESSORS):
+    """Context in which the op's kernel for a platform runs interpreted on this machine."""
+    return _on_gpu(op, multiprocessors) if platform == "gpu" else _on_tpu(op)
+
+
+@contextlib.contextmanager
+def _on_tpu(op: str):
+    implementations = OPS[op].implementations
+    kernel = implementations["tpu"]
+    function = functools.partial(kernel.load(), interpret=True)
+    changed = {**implementations, "tpu": dataclasses.replace(kernel, function=function)}
+    with mock.patch.dict(implementations, changed), assume_platform("tpu", generation=GENERATION):
+        yield
+
+
+@contextlib.contextmanager
+def _on_gpu(op: str, multiprocessors: int):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    with contextlib.ExitStack() as stack:
+        for target, changes in (*_words(), *_sizes(op), *(_programs() if not os.environ.get("SLOWLY") else [])):
+            stack.enter_context(mock.patch.multiple(target, **changes))
+        stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
+        stack.enter_context(plgpu.force_gpu_interpret_mode())
+        yield
+
+
+def _sizes(op: str) -> list:
+    """(module, its sizes): whole blocks, and cuts that small arrays show."""
+    api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
+    if op == "attention":
+        return [(api, {"TOKEN_MULTIPLE": api.ROW_MULTIPLE, "DECODE_KEYS": 128})]
+    if op == "causal_conv1d":
+        kernels = importlib.import_module("pallas_kernels.ops.causal_conv1d.gpu.kernels")
+        block = max(sizes[0] for sizes in (*api.FORWARD, *api.BACKWARD))
+        return [(api, {"MARGIN": kernels.SEEN + block, "WIDTH_MULTIPLE": kernels.CHANNELS})]
+    if op == "ssd":
+        return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
+    return []
+
+
+_LOCK, _PROGRAMS = threading.Lock(), {}
+
+
+def _programs() -> list:
+    """(module, its function that runs a thread's program): compiled once for all threads, and quickly.
+
+    Left alone, each thread of the first thread block compiles it, optimised.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map  # no public name
+
+    def run(jaxpr, consts, *args):
+        with _LOCK:
+            _, program = _PROGRAMS.get(id(jaxpr), (None, None))
+            if program is None:
+                traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
+                program = traced.lower().compile(compiler_options=QUICK)
+                _PROGRAMS[id(jaxpr)] = jaxpr, program  # the former is kept, so that its id stays its own
+        program(consts, *args)
+
+    return [(thread_map, {"_run_jaxpr": run})]
+
+
+class _Accumulator:
+    """Stands for the registers of one accumulator."""
+
+    def __init__(self, shape, dtype=jnp.float32, value=None):
+        self.shape, self.dtype = shape, dtype
+        self.value = jnp.zeros(shape, dtype) if value is None else value
+
+    def __getitem__(self, index):
+        return self.value
+
+    def __setitem__(self, index, value):
+        self.value = value
+
+
+class _Specs:
+    """Stands for `plgpu.ACC`."""
+
+    def __call__(self, shape, dtype=jnp.float32):
+        return lambda: _Accumulator(shape, dtype)
+
+    def init(self, value):
+        return lambda: _Accumulator(value.shape, value.dtype, value)
+
+
+def _words() -> list:
+    """(module, what stands for those of its words that the interpreter lacks)."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    run_scoped, copy = pl.run_scoped, plgpu.copy_smem_to_gmem
+
+    def scoped(body, *specs, **options):
+        if specs and callable(specs[0]) and not isinstance(specs[0], type) and not options:
+            return body(*(spec() for spec in specs))
+        return run_scoped(body, *specs, **options)
+
+    def run_state(body):
+        def run(spec):
+            accumulator = spec()
+            body(accumulator)
+            return accumulator.value
+
+        return run
+
+    def copy_or_add(source, target, reduction_op=None, **options):
+        if reduction_op is None:
+            return copy(source, target, **options)
+        target[...] = target[...] + source[...]
+
+    def multiply(accumulator, left, right):
+        left, right = (operand if isinstance(operand, jax.Array) else operand[...] for operand in (left, right))
+        accumulator.value += jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+    return [
+        (pl, {"run_scoped": scoped, "run_state": run_state}),
+        (
+            plgpu,
+            {
+                "ACC": _Specs(),
+                "wgmma": multiply,
+                "wgmma_wait": lambda n: None,
+                "wgmma_accumulator_load": lambda accumulator, wait_n=0: accumulator.value,
+                "copy_smem_to_gmem": copy_or_add,
+                "warp_map": lambda body: body(0),
+            },
+        ),
+    ]
+
+
+def _loop_with(accumulator, count, step) -> None:
+    """`pallas_kernels.mosaic_gpu.loop_with`: the sums are carried."""
+
+    def carried(i, value):
+        own = _Accumulator(value.shape, value.dtype, value)
+        step(i, own)
+        return own.value
+
+    accumulator.value = lax.fori_loop(0, count, carried, accumulator.value)

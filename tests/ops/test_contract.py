@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every implementation of every op is held to its contract: see contract.py. An op takes part by being in OPS."""
+
+import jax
+import pytest
+
+from pallas_kernels.op import KERNELS
+from pallas_kernels.ops import OPS
+from tests.ops import contract
+from tests.ops.interpreter import needs_gpu_interpreter
+
+PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
+TPU = [subject for subject in contract.subjects() if subject.implementation == "tpu"]
+GPU = [subject for subject in contract.subjects() if subject.implementation == "gpu"]
+KERNEL_CHECKS = pytest.mark.parametrize(
+    "check",
+    [*contract.ESSENTIAL, *(pytest.param(check, marks=pytest.mark.slow) for check in contract.REST)],
+    ids=lambda check: check.__name__,
+)
+
+
+@pytest.mark.parametrize(
+    "check", (*contract.ESSENTIAL, *contract.REST, *contract.PLAIN), ids=lambda check: check.__name__
+)
+@pytest.mark.parametrize("subject", PLAIN, ids=str)
+def test_plain(subject, check):
+    check(subject)
+
+
+@KERNEL_CHECKS
+@pytest.mark.parametrize("subject", TPU, ids=str)
+def test_tpu_kernels_interpreted(subject, check):
+    check(subject)
+
+
+@needs_gpu_interpreter
+@KERNEL_CHECKS
+@pytest.mark.parametrize("subject", GPU, ids=str)
+def test_gpu_kernels_interpreted(subject, check):
+    check(subject)
+
+
+@pytest.mark.parametrize("subject", PLAIN, ids=str)
+def test_an_implementation_that_errs_is_seen(subject):
+    """Results off by 5%, gradients with them, fail the oracle's check."""
+    off = lambda result: jax.tree.map(lambda array: array * 1.05, result)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        contract.check_oracle(contract.Subject(subject.name, subject.implementation, off))
+
+
+def test_all_take_part():
+    """Every op has a reference and an xla implementation, and a small case for each implementation."""
+    for name, op in OPS.items():
+        assert {"reference", "xla"} <= set(op.implementations), name
+        assert set(op.cases_module().CONTRACT) == set(op.implementations), name
+    assert {subject.implementation for subject in contract.subjects()} == {"reference", "xla", *KERNELS}
