@@ -7,7 +7,7 @@ A file is eight bytes of header length (little endian), a JSON header {name: {dt
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,16 @@ class Entry:
         if 0 in self.shape:
             return np.zeros(self.shape, DTYPES[self.dtype])
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape or (1,)).reshape(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of a tensor of a type in DTYPES."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def equals(self, other: "Entry") -> bool:
+        """Whether two tensors hold the same numbers, in one shape and type."""
+        alike = self.shape == other.shape and self.dtype == other.dtype and self.dtype in DTYPES
+        return alike and np.array_equal(self.open(), other.open())
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
@@ -85,57 +95,74 @@ def _read_header(file: Path) -> dict[str, Entry]:
         start, stop = spec["data_offsets"]
         entry = Entry(file, 8 + length + start, spec["dtype"], tuple(spec["shape"]))
         if entry.dtype in DTYPES:
-            n_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-            fits = 0 <= start <= stop <= size - 8 - length and stop - start == n_bytes
+            fits = 0 <= start <= stop <= size - 8 - length and stop - start == entry.n_bytes
             require(fits, f"{file} is cut short or damaged at the tensor {name}")
         entries[name] = entry
     return entries
 
 
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+    """The array, of that shape."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(
-    folder: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]],
-    max_bytes: int,
-    progress: Callable[[str, int], None],
+    folder: Path, tensors: Iterable[Source], max_bytes: int, progress: Callable[[str, int, int], None] | None = None
 ) -> None:
     """Files of at most `max_bytes` (a tensor is never split) and, for more than one, their index.
 
-    tensors: name, shape, type, and a function that makes the array; called one at a time, in order.
+    Tensors are made one at a time, in order. progress: called with (name, bytes written, bytes of all) after each.
     """
-    shards: list[list] = []
+    shards: list[list[Source]] = []
     room = 0
     for tensor in tensors:
-        n_bytes = math.prod(tensor[1]) * tensor[2].itemsize
-        if not shards or n_bytes > room:
+        if not shards or tensor.n_bytes > room:
             shards.append([])
             room = max_bytes
-        shards[-1].append((*tensor, n_bytes))
-        room -= n_bytes
+        shards[-1].append(tensor)
+        room -= tensor.n_bytes
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    done, total = 0, sum(tensor.n_bytes for shard in shards for tensor in shard)
     for name, shard in zip(names, shards, strict=True):
         part = folder / f"{name}.part"
-        _write_file(part, shard, progress)
+        for tensor in _write_file(part, shard):
+            done += tensor.n_bytes
+            if progress is not None:
+                progress(tensor.name, done, total)
         part.replace(folder / name)
     if len(shards) > 1:
-        weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor[-1] for shard in shards for tensor in shard)
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, shard: list, progress: Callable[[str, int], None]) -> None:
+def _write_file(file: Path, shard: list[Source]) -> Iterator[Source]:
+    """Writes one file; yields each tensor when it is written."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape, dtype, _, n_bytes in shard:
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
-        offset += n_bytes
+    for tensor in shard:
+        offsets = [offset, offset + tensor.n_bytes]
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        offset += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for name, shape, dtype, make, n_bytes in shard:
-            array = np.ascontiguousarray(make().astype(dtype, copy=False))
-            require(array.shape == shape, f"tensor {name}: {array.shape} was made where {shape} was announced")
+        for tensor in shard:
+            array = np.ascontiguousarray(tensor.make().astype(tensor.dtype, copy=False))
+            fits = array.shape == tensor.shape
+            require(fits, f"tensor {tensor.name}: {array.shape} was made where {tensor.shape} was announced")
             stream.write(array.reshape(-1).view(np.uint8).data)
-            progress(name, n_bytes)
+            yield tensor

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm.hf import FAMILIES, from_hf
-from hybridlm.hf.config_json import family
+from hybridlm.hf.families import family_of
 from hybridlm.hf.plan import Plan, make_plan
 from tests.model.model_support import QUICK
 
@@ -37,7 +37,7 @@ def plan_of(name: str) -> Plan:
     """The plan of a golden checkpoint's model."""
     model = golden(name)[0]
     model_type = json.loads((FOLDER / name / "config.json").read_text())["model_type"]
-    return make_plan(family(model_type), model, model.config)
+    return make_plan(family_of(model_type), model, model.config.pattern)
 
 
 forward = jax.jit(lambda model, tokens, ids=None: model(tokens, ids), compiler_options=QUICK)

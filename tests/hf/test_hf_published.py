@@ -10,7 +10,9 @@ from flax import nnx
 
 import hybridlm
 from hybridlm.config.find import load_config
-from hybridlm.hf.config_json import difference_of, load_json, read_config_json
+from hybridlm.hf.checkpoint import open_checkpoint
+from hybridlm.hf.compare import difference_of
+from hybridlm.hf.config_json import load_json
 
 FILES = load_json(Path(__file__).with_name("published.json"))
 """Name of our config, or of the checkpoint where we have none, -> config.json."""
@@ -25,9 +27,10 @@ COUNTS = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_published_file_is_read_as_its_size(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES[name]))
-    _, model, _ = read_config_json(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    model = checkpoint.says
     if ":" in name:
-        assert difference_of(load_config(name).model, model) is None
+        assert difference_of(checkpoint.family, load_config(name).model, model) is None
     else:
         abstract = nnx.eval_shape(lambda: hybridlm.HybridLM(model, rngs=nnx.Rngs(0)))
         assert sum(p.size for p in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == COUNTS[name]
