@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys of a config.json: which are read, which are carried along, and which ask for what is not supported."""
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from hybridlm.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _REQUIRED = object()
 _BASE = frozenset(
@@ -81,12 +85,20 @@ class Keys:
             raise ConfigError(f"{self.where}: {message}")
 
     def finish(self) -> None:
-        """ConfigError for keys that nobody read: what they ask for would be left out silently."""
+        """ConfigError for keys that nobody read: what they ask for would be left out silently.
+
+        Those of tools' own bookkeeping (`_commit_hash`, `unsloth_version`) cannot change the model: a note names them.
+        """
+        self.only("is_causal", True, None)
         unread = [
             name
             for name, value in self.values.items()
             if name not in self._read and name not in self._carried and value not in (None, False)
         ]
+        ignored = tuple(name for name in unread if name.startswith("_") or name.endswith("_version"))
+        if ignored:
+            _note(self.where, ignored)
+        unread = [name for name in unread if name not in ignored]
         if unread:
             shown = ", ".join(f"{name} ({str(self.values[name])[:60]})" for name in unread[:8])
             raise ConfigError(f"{self.where}: not supported: {shown}")
@@ -94,3 +106,9 @@ class Keys:
     def carried(self) -> dict[str, Any]:
         """The keys that were carried, with their values."""
         return {name: value for name, value in self.values.items() if name in self._carried - self._derived}
+
+
+@cache
+def _note(where: str, names: tuple[str, ...]) -> None:
+    """Says once that keys are ignored: a folder is opened more than once in a run."""
+    log.warning("%s: ignored, as they say nothing about the model: %s", where, ", ".join(names))

@@ -37,8 +37,9 @@ def from_hf(
     """The model of a published checkpoint: a folder with config.json and safetensors, as `save_pretrained` writes it.
 
     mesh: parameters are made on its devices, sharded; None: on the first device. dtype: of matrices and embeddings
-    (norms, biases and recurrence parameters stay float32). compute_dtype: of activations; None: float32 for a
-    checkpoint of that type, else bfloat16. progress: called with (name, bytes read, bytes of all) after each tensor.
+    (norms, biases, convolutions and recurrence parameters are always float32). compute_dtype: of activations; None:
+    float32 for a checkpoint of that type, else bfloat16. progress: called with (name, bytes read, bytes of all) after
+    each tensor.
 
     Never more of the checkpoint is in memory than the model's own arrays and, on the way, one of its parameters.
     ConfigError, one line, for a family or an option that is not supported, and for unknown, missing or misshapen
@@ -82,9 +83,8 @@ def load_model(
     values = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        info = plan.infos[name]
-        sharding = here if mesh is None else param_shardings(info, mesh)
-        kind = jnp.dtype(dtype) if info.kind in ("matrix", "embedding") else jnp.dtype(jnp.float32)
+        sharding = here if mesh is None else param_shardings(plan.infos[name], mesh)
+        kind = jnp.dtype("float32" if plan.is_float32(name) else dtype)
         values.append((path, leaf.replace(fill.parameter(name, sharding, kind))))
     return nnx.merge(graphdef, nnx.from_flat_state(values))
 

@@ -50,6 +50,10 @@ class Plan:
         """The name in the tables of a tensor's name in a file."""
         return self.family.canonical(name, self.tensors)
 
+    def is_float32(self, path: str) -> bool:
+        """Whether a parameter is float32 in every model: norms, biases, convolutions and recurrence parameters are."""
+        return self.infos[path].kind not in ("matrix", "embedding")
+
 
 @dataclass(frozen=True)
 class _Depth:

@@ -42,9 +42,10 @@ def to_hf(
 
     family: model_type to write; None: that of `like`, else the first that can express the model. like: a published
     checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
-    was loaded from, if any. dtype: of the tensors written; None: that of each tensor in `like`, without one that of the
-    parameter. overwrite: replace a checkpoint that is in the folder. progress: called with (name, bytes written, bytes
-    of all) after each tensor.
+    was loaded from, if any. dtype: of the matrices and embeddings written; None: that of each tensor in `like`, without
+    one that of the parameter. Norms, biases, convolutions and recurrence parameters are float32, except where `like`
+    has them in another type that holds their values to the bit and no dtype is given. overwrite: replace a checkpoint
+    that is in the folder. progress: called with (name, bytes written, bytes of all) after each tensor.
 
     Tensors are made and written one at a time. ConfigError, one line, where the family cannot express the model.
     """
@@ -60,11 +61,7 @@ def to_hf(
     _check_here(params)
     old = _prepare(folder, overwrite)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
-    if dtype is not None:
-        kinds = dict.fromkeys(tensors, DTYPES[dtype])
-    else:
-        kinds = {name: _dtype_of(tensor, params) for name, tensor in tensors.items()}
-        kinds |= {} if alike is None else _dtypes_in(alike, plan, tensors)
+    kinds = _dtypes(tensors, plan, params, dtype, alike)
     carried = {} if alike is None else _carried(alike)
     for file in old:
         file.unlink()
@@ -120,19 +117,29 @@ def _check_here(params: dict) -> None:
     require(not far, f"parameters of other processes cannot be written from here: {', '.join(far[:3])}")
 
 
-def _dtype_of(tensor: Tensor, params: dict) -> np.dtype:
-    kinds = {np.dtype(params[part.path][...].dtype) for part in tensor.pieces}
-    return kinds.pop() if len(kinds) == 1 else DTYPES["float32"]
+def _dtypes(
+    tensors: dict[str, Tensor], plan: Plan, params: dict, dtype: str | None, like: Checkpoint | None
+) -> dict[str, np.dtype]:
+    """The type in which each tensor is written: see to_hf."""
+    float32, named, stored = DTYPES["float32"], dtype, {}
+    if dtype is None and like is not None:
+        named = like.dtype
+        if any(like.folder.glob("*.safetensors")):
+            stored = {plan.canonical(name): STORED.get(entry.dtype) for name, entry in like.entries.items()}
+
+    def of(name: str, tensor: Tensor) -> np.dtype:
+        exact = any(plan.is_float32(part.path) for part in tensor.pieces)
+        if (kind := stored.get(name)) is not None:
+            return kind if not exact or _holds(kind, _make(tensor, params, float32)) else float32
+        own = {np.dtype(params[part.path][...].dtype) for part in tensor.pieces}
+        return float32 if exact or len(own) > 1 else DTYPES.get(named, own.pop())
+
+    return {name: of(name, tensor) for name, tensor in tensors.items()}
 
 
-def _dtypes_in(like: Checkpoint, plan: Plan, tensors: dict[str, Tensor]) -> dict[str, np.dtype]:
-    """Types of the tensors in a published checkpoint; of what it does not hold the type that its config.json names."""
-    named = DTYPES.get(like.dtype)
-    kinds = {name: named for name in tensors} if named is not None else {}
-    if any(like.folder.glob("*.safetensors")):
-        found = {plan.canonical(name): entry.dtype for name, entry in like.entries.items()}
-        kinds |= {name: STORED[found[name]] for name in tensors if found.get(name) in STORED}
-    return kinds
+def _holds(dtype: np.dtype, values: np.ndarray) -> bool:
+    """Whether a type holds float32 values to the bit."""
+    return np.array_equal(values.astype(dtype).astype(np.float32), values, equal_nan=True)
 
 
 def _source(name: str, tensor: Tensor, params: dict, dtype: np.dtype) -> Source:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -53,52 +54,78 @@ class Entry:
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """All tensors of a checkpoint folder. ConfigError for missing, cut or overlapping files and doubled names."""
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
-        files = [folder / name for name in dict.fromkeys(weight_map.values())]
-    elif single.is_file():
-        files = [single]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    require(bool(files), f"{folder} has no safetensors files: what is loaded is model.safetensors or {INDEX}")
     entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in _read_header(file).items():
-            require(name not in entries, f"{folder} has the tensor {name} in two files")
-            entries[name] = entry
+    for file, names in _files(folder).items():
+        for name, entry in read_header(file).items():
+            if names is None or name in names:
+                require(name not in entries, f"{folder} has the tensor {name} in two files")
+                entries[name] = entry
     return entries
 
 
-def _read_json(file: Path) -> dict:
+def _files(folder: Path) -> dict[Path, frozenset[str] | None]:
+    """The files of a checkpoint and which of their tensors count (None: all).
+
+    As transformers reads a folder: model.safetensors alone where there is one, as an index beside it is of an earlier
+    model; else what the index lists; else all files.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.exists():
+        return {single: None}
+    if index.is_file():
+        listed: dict[Path, set[str]] = {}
+        for tensor, name in _weight_map(index).items():
+            listed.setdefault(folder / name, set()).add(tensor)
+        for file in listed:
+            require(file.exists(), f"{file} is named by {INDEX} and missing")
+        return {file: frozenset(names) for file, names in listed.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    require(bool(files), f"{folder} has no safetensors files: what is loaded is model.safetensors or {INDEX}")
+    return dict.fromkeys(files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file of an index; ConfigError for files that are not in its folder."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+        values = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{index} cannot be read: {error}") from error
+    files = values.get("weight_map") if isinstance(values, dict) else None
+    require(isinstance(files, dict) and len(files) > 0, f"{index} has no weight_map")
+    for name in files.values():
+        inside = isinstance(name, str) and Path(name).name == name
+        require(inside, f"{index}: weight_map names {name!r}, which is no file of its folder")
+    return files
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one file. ConfigError where it is damaged."""
+    require(file.is_file(), f"{file} is no file")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            require(length <= size - 8, f"{file} is cut short or no safetensors file")
-            header = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is named by {INDEX} and missing") from None
-    except (OSError, ValueError, struct.error) as error:
+            header = json.loads(stream.read(length)) if length <= size - 8 else None
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    entries = {}
-    for name, spec in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = spec["data_offsets"]
-        entry = Entry(file, 8 + length + start, spec["dtype"], tuple(spec["shape"]))
-        if entry.dtype in DTYPES:
-            fits = 0 <= start <= stop <= size - 8 - length and stop - start == entry.n_bytes
-            require(fits, f"{file} is cut short or damaged at the tensor {name}")
-        entries[name] = entry
-    return entries
+    require(length <= size - 8, f"{file} is cut short or no safetensors file")
+    require(isinstance(header, dict), f"{file} has a damaged header: no JSON object")
+    room = size - 8 - length
+    tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
+    return {name: _entry(file, name, spec, 8 + length, room) for name, spec in tensors.items()}
+
+
+def _entry(file: Path, name: str, spec: Any, start: int, room: int) -> Entry:
+    """A tensor of a header. start: where the data are in the file; room: how many bytes."""
+    damaged = f"{file} is cut short or damaged at the tensor {name}"
+    match spec:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
+            require(all(type(size) is int and size >= 0 for size in shape), damaged)
+            entry = Entry(file, start + first, dtype, tuple(shape))
+            fits = dtype not in DTYPES or (0 <= first <= last <= room and last - first == entry.n_bytes)
+            require(fits, damaged)
+            return entry
+    raise ConfigError(damaged)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -38,6 +39,29 @@ def plan_of(name: str) -> Plan:
     model = golden(name)[0]
     model_type = json.loads((FOLDER / name / "config.json").read_text())["model_type"]
     return make_plan(family_of(model_type), model, model.config.pattern)
+
+
+@cache
+def packed_logits(name: str) -> np.ndarray:
+    """Logits [3, 17, V] of the golden tokens, one document a row, and of the first row again as two documents."""
+    model, arrays, _ = golden(name)
+    rows = tokens(name)[[0, 1, 0]]
+    ids = np.ones(rows.shape, np.int32)
+    ids[2, int(arrays["packed_split"]) :] = 2
+    return np.asarray(forward(model, rows, ids))
+
+
+@cache
+def loss_and_gradients(name: str):
+    """Compiled: parameters -> the loss of the golden tokens, and its gradients."""
+    graphdef = nnx.graphdef(golden(name)[0])
+    inputs = tokens(name)
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, params)(inputs[:, :-1]))
+        return -jnp.take_along_axis(log_p, inputs[:, 1:, None], axis=-1).mean()
+
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
 
 
 forward = jax.jit(lambda model, tokens, ids=None: model(tokens, ids), compiler_options=QUICK)

@@ -181,9 +181,11 @@ def write_mamba_prefixed(mamba: Mamba2, config: ModelConfig) -> dict[str, Any]:
 
 
 def dt_limit(keys: Keys, name: str = "time_step_limit") -> tuple[float, float]:
-    """The clamp of dt; null and a missing key: none."""
-    low, high = keys.some(name, (0.0, float("inf")))
-    return float(low), float(high)
+    """The clamp of dt; null, for either limit too, and a missing key: none."""
+    limits = keys.some(name, (None, None))
+    keys.require(len(limits) == 2, f"{name} ({limits}) must have a lower and an upper limit")
+    low, high = limits
+    return 0.0 if low is None else float(low), float("inf") if high is None else float(high)
 
 
 def dt_init(keys: Keys) -> dict[str, float]:
