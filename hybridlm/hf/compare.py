@@ -5,7 +5,6 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from hybridlm.hf.families.common import resolved
 from hybridlm.hf.family import Family
 from hybridlm.model.config import ModelConfig
 
@@ -25,7 +24,7 @@ def difference_of(family: Family, ours: ModelConfig, published: ModelConfig) -> 
         return f"pattern has {len(ours.pattern)} sublayers where {len(published.pattern)} would be read"
     found = _differs(ours, published, "model")
     for depth, (a, b) in enumerate(zip(ours.pattern, published.pattern, strict=True)):
-        blocks = resolved(ours.blocks[a], ours.d_model), resolved(published.blocks[b], published.d_model)
+        blocks = ours.blocks[a].resolved(ours.d_model), published.blocks[b].resolved(published.d_model)
         found = found or _differs(*blocks, f"blocks.{a}")
         if found is None and b in family.shared and ours.pattern.index(a) != published.pattern.index(b):
             found = f"pattern: what sublayer {depth} shares weights with"

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from hybridlm.errors import require
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.compare import difference_of
-from hybridlm.hf.plan import Plan, Tensor, make_plan
+from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
 from hybridlm.hf.tensors import Entry
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.init import check_model
+from hybridlm.model.init import abstract, check_model
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import param_shardings
 
@@ -49,7 +50,8 @@ def from_hf(
     checkpoint = open_checkpoint(folder)
     compute_dtype = compute_dtype or COMPUTE.get(checkpoint.dtype, "bfloat16")
     config = replace(checkpoint.config, compute_dtype=compute_dtype)
-    model = load_model(checkpoint, config, mesh, dtype, progress)
+    params = read_params(checkpoint, config, mesh, dtype, progress)
+    model = nnx.merge(abstract(config).graphdef, params)
     model.source = str(folder)
     return model
 
@@ -59,39 +61,29 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh) -> dict:
     checkpoint = open_checkpoint(folder)
     difference = difference_of(checkpoint.family, config, checkpoint.config)
     require(difference is None, f"{folder} holds another model: {difference}")
-    model = load_model(checkpoint, config, mesh)
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return read_params(checkpoint, config, mesh)
 
 
-def load_model(
+def read_params(
     checkpoint: Checkpoint,
     config: ModelConfig,
     mesh: Mesh | None = None,
     dtype: str = "float32",
     progress: Progress | None = None,
-) -> HybridLM:
-    """The model of a config that says what the checkpoint's says; see from_hf."""
+) -> dict:
+    """The parameters, as a nested dict, of a config that says what the checkpoint's says; see from_hf."""
     require(dtype in ("float32", "bfloat16"), f"dtype ({dtype!r}) must be float32 or bfloat16")
-    abstract = abstract_model(config)
-    plan = make_plan(checkpoint.family, abstract, checkpoint.config.pattern)
-    entries = checkpoint.matched(plan)
     if mesh is not None:
         check_model(config, mesh)
-    fill = _Fill(plan, entries, progress)
+    plan = make_plan(checkpoint.family, config, checkpoint.config.pattern)
+    fill = _Fill(plan, checkpoint.matched(plan), progress)
     here = SingleDeviceSharding(jax.local_devices()[0])
-    graphdef, state = nnx.split(abstract)
-    values = []
-    for path, leaf in nnx.to_flat_state(state):
-        name = ".".join(map(str, path))
-        sharding = here if mesh is None else param_shardings(plan.infos[name], mesh)
+    params = {}
+    for path, info in flatten_dict(abstract(config).info).items():
+        name = dotted(path)
         kind = jnp.dtype("float32" if plan.is_float32(name) else dtype)
-        values.append((path, leaf.replace(fill.parameter(name, sharding, kind))))
-    return nnx.merge(graphdef, nnx.from_flat_state(values))
-
-
-def abstract_model(config: ModelConfig) -> HybridLM:
-    """The model without its values."""
-    return nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
+        params[path] = fill.parameter(name, here if mesh is None else param_shardings(info, mesh), kind)
+    return unflatten_dict(params)
 
 
 class _Fill:

@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from hybridlm.hf.axes import Piece, parse, piece
 from hybridlm.hf.family import FIRST, OUTPUT, Family
-from hybridlm.layers.params import ParamInfo, param_info
+from hybridlm.layers.params import ParamInfo
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.init import abstract
 from hybridlm.model.pattern import places
 
 
@@ -75,15 +77,19 @@ class _Depth:
     """Shared depths before it."""
 
 
-def make_plan(family: Family, model: nnx.Module, published_pattern: str) -> Plan:
-    """The plan of a model, abstract or not.
+def dotted(path: tuple[str | int, ...]) -> str:
+    """A parameter's path in the model, as plans and tables write it."""
+    return ".".join(map(str, path))
 
-    published_pattern: the model's pattern in the family's own symbols. ValueError where the tables leave a parameter
+
+def make_plan(family: Family, config: ModelConfig, published_pattern: str) -> Plan:
+    """The plan of a config's model.
+
+    published_pattern: the config's pattern in the family's own symbols. ValueError where the tables leave a parameter
     out.
     """
-    flat = nnx.to_flat_state(param_info(model))
-    infos = {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
-    depths = _depths(family, model.config.pattern, published_pattern)
+    infos = {dotted(path): info for path, info in flatten_dict(abstract(config).info).items()}
+    depths = _depths(family, config.pattern, published_pattern)
     tensors: dict[str, Tensor] = {}
     for name, specs in family.top.items():
         tensors |= _tensors(name, specs, infos, {})
@@ -94,9 +100,8 @@ def make_plan(family: Family, model: nnx.Module, published_pattern: str) -> Plan
             tensors |= _tensors(full, specs, infos, {"layer": layer, "use": depth.use}, depth)
     _check_cover(tensors, infos, family)
     copies = _copies(family, depths, tensors)
-    tied = model.config.tie_embeddings
-    doubled = set() if tied else set(copies)
-    if tied:
+    doubled = set() if config.tie_embeddings else set(copies)
+    if config.tie_embeddings:
         copies[OUTPUT] = family.embedding
         doubled |= set() if family.ties else {OUTPUT}
     return Plan(tensors, copies, frozenset(doubled), infos, family)

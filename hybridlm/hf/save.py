@@ -16,7 +16,7 @@ from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.config_json import find_family, save_json, write_values
 from hybridlm.hf.families import family_of
 from hybridlm.hf.keys import Keys
-from hybridlm.hf.plan import Plan, Tensor, make_plan
+from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
 from hybridlm.hf.tensors import DTYPES as STORED
 from hybridlm.hf.tensors import INDEX, Source, write_tensors
 
@@ -56,8 +56,8 @@ def to_hf(
     of = find_family(model.config) if family is None and like is None else family_of(family or like.family.model_type)
     alike = like if like is not None and like.family is of else None
     values, published = write_values(of, model.config)
-    plan = make_plan(of, model, published.pattern)
-    params = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    plan = make_plan(of, model.config, published.pattern)
+    params = {dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     _check_here(params)
     old = _prepare(folder, overwrite)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}

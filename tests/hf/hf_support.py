@@ -36,9 +36,9 @@ def tokens(name: str) -> np.ndarray:
 
 def plan_of(name: str) -> Plan:
     """The plan of a golden checkpoint's model."""
-    model = golden(name)[0]
+    config = golden(name)[0].config
     model_type = json.loads((FOLDER / name / "config.json").read_text())["model_type"]
-    return make_plan(family_of(model_type), model, model.config.pattern)
+    return make_plan(family_of(model_type), config, config.pattern)
 
 
 @cache

@@ -20,6 +20,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.hf import checkpoint, load, tensors
 from hybridlm.hf.families import KNOWN, llama
 from hybridlm.hf.tensors import INDEX, read_entries
+from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import make_mesh
 from tests.hf.hf_support import FOLDER, golden
@@ -41,6 +42,7 @@ def counts(monkeypatch):
 
         monkeypatch.setattr(owner, name, counting)
 
+    abstract.cache_clear()
     count(checkpoint, "load_json", lambda file: file.name)
     count(tensors, "read_header", lambda file: file.name)
     count(load, "make_plan")

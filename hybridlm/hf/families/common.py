@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What families have in common: keys of widths, layers, attention and the Mambas, and the blocks of a pattern."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from hybridlm.errors import ConfigError
 from hybridlm.hf.keys import Keys
-from hybridlm.layers import MLP, Attention, GatedNorm, Mamba1, Mamba2, MoE, Parallel, Router, Shared
+from hybridlm.layers import MLP, Attention, GatedNorm, Mamba1, Mamba2, MoE, Parallel, Shared
 from hybridlm.model.config import ModelConfig
 
 GATED = {
@@ -53,32 +53,6 @@ def expect(block: Any, kind: type) -> Any:
     """The block, which has to be of a kind; ConfigError where it is not."""
     if not isinstance(block, kind):
         raise ConfigError(f"blocks: {type(block).__name__}, where the family has {kind.__name__}")
-    return block
-
-
-def resolved(block: Any, d_model: int) -> Any:
-    """The block with its derived sizes spelled out, and those of the blocks inside."""
-    if isinstance(block, dict):
-        return {name: resolved(value, d_model) for name, value in block.items()}
-    if not is_dataclass(block):
-        return block
-    block = replace(block, **{f.name: resolved(getattr(block, f.name), d_model) for f in fields(block)})
-    if isinstance(block, Attention):
-        scale = block.d_head**-0.5 if block.scale is None else block.scale
-        return replace(
-            block, n_kv_heads=block.kv_heads, scale=scale, qk_norm_eps=block.qk_norm_eps if block.qk_norm else 1.0
-        )
-    if isinstance(block, Mamba2):
-        norm = block.gated_norm
-        if norm is not None and norm.n_groups is None:
-            norm = replace(norm, n_groups=block.n_groups)
-        out_bias = block.proj_bias if block.out_bias is None else block.out_bias
-        return replace(block, n_heads=block.heads(d_model), expand=1.0, gated_norm=norm, out_bias=out_bias)
-    if isinstance(block, Mamba1):
-        return replace(block, dt_rank=block.rank(d_model), expand=block.inner(d_model) / d_model)
-    if isinstance(block, Router):
-        grouped = {} if block.n_groups > 1 else {"top_groups": 1, "group_top": 2}
-        return replace(block, renormalise_eps=block.renormalise_eps if block.renormalise else 1.0, **grouped)
     return block
 
 
