@@ -24,7 +24,7 @@ class Checkpoint:
     values: Mapping[str, Any]
     """config.json."""
     family: Family
-    says: ModelConfig
+    stated: ModelConfig
     """Our config of config.json alone."""
 
     @cached_property
@@ -35,13 +35,13 @@ class Checkpoint:
     @cached_property
     def config(self) -> ModelConfig:
         """The model's config: tied only where the tensors are, as the published implementation reads it."""
-        if not self.says.tie_embeddings:
-            return self.says
+        if not self.stated.tie_embeddings:
+            return self.stated
         names = (OUTPUT, self.family.embedding)
         known = {self.family.canonical(name, names): entry for name, entry in self.entries.items()}
         output, embedding = (known.get(name) for name in names)
         tied = output is None or embedding is None or output.equals(embedding)
-        return replace(self.says, tie_embeddings=tied)
+        return replace(self.stated, tie_embeddings=tied)
 
     @property
     def dtype(self) -> str:

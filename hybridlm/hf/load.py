@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from hybridlm.errors import require
+from hybridlm.hf.axes import Piece
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.compare import difference_of
 from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
@@ -89,10 +90,10 @@ def read_params(
 class _Fill:
     """Makes parameters of the tensors in files."""
 
-    def __init__(self, plan: Plan, entries: dict[str, Entry], progress):
+    def __init__(self, plan: Plan, entries: dict[str, Entry], progress: Progress | None):
         self.plan, self.entries, self.progress = plan, entries, progress
         self.done, self.total = 0, sum(entry.n_bytes for entry in entries.values())
-        self.sources: dict[str, list[tuple[Tensor, slice, object]]] = {}
+        self.sources: dict[str, list[tuple[Tensor, slice, Piece]]] = {}
         for tensor in plan.tensors.values():
             for rows, part in tensor.rows():
                 self.sources.setdefault(part.path, []).append((tensor, rows, part))
@@ -107,12 +108,16 @@ class _Fill:
             if key not in made:
                 made[key] = jax.device_put(self._shard(path, key, dtype), device)
             arrays.append(jax.device_put(made[key], device))
-        for tensor, rows, _ in self.sources[path]:
-            if self.progress is not None:
-                n_rows = max(1, (*tensor.shape, 1)[0])
-                self.done += self.entries[tensor.name].n_bytes * (rows.stop - rows.start) // n_rows
-                self.progress(tensor.name, self.done, self.total)
+        if self.progress is not None:
+            self._report(path)
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _report(self, path: str) -> None:
+        """Tells of each tensor's rows that the parameter is made of."""
+        for tensor, rows, _ in self.sources[path]:
+            n_rows = max(1, (*tensor.shape, 1)[0])
+            self.done += self.entries[tensor.name].n_bytes * (rows.stop - rows.start) // n_rows
+            self.progress(tensor.name, self.done, self.total)
 
     def _shard(self, path: str, bounds: tuple[tuple[int, int], ...], dtype) -> np.ndarray:
         """The part of a parameter within `bounds`, (start, stop) of each axis."""

@@ -93,8 +93,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     files = values.get("weight_map") if isinstance(values, dict) else None
     require(isinstance(files, dict) and len(files) > 0, f"{index} has no weight_map")
     for name in files.values():
-        inside = isinstance(name, str) and Path(name).name == name
-        require(inside, f"{index}: weight_map names {name!r}, which is no file of its folder")
+        plain = isinstance(name, str) and name != "" and Path(name).name == name
+        require(plain, f"{index}: weight_map names {name!r}, which is no file of its folder")
     return files
 
 

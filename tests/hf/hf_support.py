@@ -53,7 +53,7 @@ def packed_logits(name: str) -> np.ndarray:
 
 @cache
 def loss_and_gradients(name: str):
-    """Compiled: parameters -> the loss of the golden tokens, and its gradients."""
+    """Compiled: parameters, in NumPy -> the loss of the golden tokens, and its gradients."""
     graphdef = nnx.graphdef(golden(name)[0])
     inputs = tokens(name)
 

@@ -172,7 +172,7 @@ def opened(tmp_path, name: str, **changes):
 def test_keys_of_tools_are_ignored_with_one_note(tmp_path, caplog):
     changes = {"unsloth_version": "2026.1", "_commit_hash": "abc", "is_causal": True}
     with caplog.at_level(logging.WARNING):
-        assert opened(tmp_path, "llama", **changes).says == golden("llama")[0].config
+        assert opened(tmp_path, "llama", **changes).stated == checkpoint.open_checkpoint(FOLDER / "llama").stated
         opened(tmp_path, "llama", **changes)
     assert [record.message for record in caplog.records] == [
         f"{tmp_path}/config.json: ignored, as they say nothing about the model: unsloth_version, _commit_hash"
@@ -188,7 +188,7 @@ def test_keys_of_tools_are_ignored_with_one_note(tmp_path, caplog):
     [([0.25, None], (0.25, float("inf"))), ([None, 0.5], (0.0, 0.5)), (None, (0.0, float("inf")))],
 )
 def test_no_limit_of_dt_may_be_null(tmp_path, limit, expected):
-    assert opened(tmp_path, "mamba2", time_step_limit=limit).says.blocks["M"].dt_limit == expected
+    assert opened(tmp_path, "mamba2", time_step_limit=limit).stated.blocks["M"].dt_limit == expected
     with pytest.raises(ConfigError, match=r"time_step_limit .*must have a lower and an upper limit"):
         opened(tmp_path, "mamba2", time_step_limit=[1])
 

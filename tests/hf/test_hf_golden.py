@@ -55,7 +55,7 @@ def test_greedy_tokens(name):
 @every
 def test_loss_and_gradient_norms(name):
     model, arrays, meta = golden(name)
-    value, grads = loss_and_gradients(name)(nnx.state(model))
+    value, grads = loss_and_gradients(name)(jax.device_get(nnx.state(model)))
     assert float(value) == pytest.approx(float(arrays["loss"]), rel=1e-5)
     plan = plan_of(name)
     norms = norms_by_name(plan, grads)
@@ -67,13 +67,12 @@ def test_loss_and_gradient_norms(name):
 def test_twenty_steps_learn(name):
     """Every parameter but the bias of a choice gets a gradient, and the loss of a batch falls."""
     params = nnx.state(golden(name)[0])
-    leaves, tree = jax.tree.flatten(params)
-    start = [np.asarray(leaf) for leaf in leaves]
+    start, tree = jax.tree.flatten(jax.device_get(params))
     values, losses = start, []
     mean, square = ([np.zeros_like(value) for value in values] for _ in range(2))
     for i in range(1, 21):  # Adam, in NumPy: the program is that of the test above
         loss, grads = loss_and_gradients(name)(jax.tree.unflatten(tree, values))
-        grads = [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
+        grads = jax.tree.leaves(jax.device_get(grads))
         mean = [0.9 * m + 0.1 * g for m, g in zip(mean, grads, strict=True)]
         square = [0.999 * s + 0.001 * g * g for s, g in zip(square, grads, strict=True)]
         rate = 3e-3 * (1 - 0.999**i) ** 0.5 / (1 - 0.9**i)

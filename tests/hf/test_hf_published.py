@@ -27,7 +27,7 @@ COUNTS = {
 def test_a_published_file_is_read_as_its_size(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES[name]))
     checkpoint = open_checkpoint(tmp_path)
-    model = checkpoint.says
+    model = checkpoint.stated
     if ":" in name:
         assert difference_of(checkpoint.family, load_config(name).model, model) is None
     else:

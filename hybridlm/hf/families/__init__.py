@@ -33,6 +33,6 @@ FAMILIES = tuple(KNOWN)
 
 def family_of(model_type: str) -> Family:
     """The family of a model_type; ConfigError for one that is not known."""
-    if model_type not in KNOWN:
+    if not isinstance(model_type, str) or model_type not in KNOWN:
         raise ConfigError(f"model_type ({model_type!r}) is not supported: known are {', '.join(KNOWN)}")
     return KNOWN[model_type]
