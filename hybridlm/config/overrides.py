@@ -45,10 +45,10 @@ def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Confi
         config = dataclasses.replace(config, init=dataclasses.replace(config.init, hf=given[-1][-1]))
     if not config.init.hf or config.init.hf == "None":
         return config
-    from hybridlm.hf.load import read_model
+    from hybridlm.hf.checkpoint import open_checkpoint
 
     folder = Path(config.init.hf).expanduser()
-    published = read_model(folder)[1]
+    published = open_checkpoint(folder).config
     kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat")}
     data = config.data
     if data.tokenizer == "byte" and (folder / "tokenizer.json").is_file():

@@ -5,7 +5,8 @@ import dataclasses
 from typing import Any
 
 from hybridlm.config import Config, DataConfig, MeshConfig, OptimConfig, RunConfig
-from hybridlm.hf.config_json import family, read_values
+from hybridlm.hf.config_json import read_values
+from hybridlm.hf.families import family_of
 
 
 def published(name: str, size: str, values: dict[str, Any]) -> Config:
@@ -15,7 +16,7 @@ def published(name: str, size: str, values: dict[str, Any]) -> Config:
     publisher's: AdamW at 3e-4 with warmup and decay, 4 million tokens a step, parameters and optimizer sharded over
     all devices, sublayers recomputed in the backward pass.
     """
-    model = read_values(family(values["model_type"]), values, f"{name}:{size}")
+    model = read_values(family_of(values["model_type"]), values, f"{name}:{size}")
     return Config(
         name=f"{name}_{size}",
         model=dataclasses.replace(model, remat="full"),

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a published family is: two functions between its config.json and ours, and tables of weight names."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
-from hybridlm.errors import ConfigError
+from hybridlm.hf.axes import parse
+from hybridlm.hf.keys import Keys
 from hybridlm.model.config import ModelConfig
+
+OUTPUT = "lm_head.weight"
+"""Name of the output projection in every family."""
+FIRST = "first:"
+"""Starts the names of tensors that are at the first depth of a symbol and are shared by the others."""
 
 Table = Mapping[str, str | list[str]]
 """Published name -> spec (see hybridlm.hf.axes), or specs whose rows stand one after the other in the tensor.
 
 `{layer}` in a name is the layer's index. Names are put behind the family's layer prefix; those in `layers` that start
-with `first:` behind that of the symbol's first layer, with `{use}` the how-manieth of the Shared depths this is. Their
+with `first:` behind that of the symbol's first layer, with `{use}` the number of shared depths before this one. Their
 paths are those of a Sublayer; `shared.` is what the depths share. An entry is in force where the model has all
 parameters that it names.
 """
@@ -26,7 +33,7 @@ class Family:
     """As in config.json."""
     architecture: str
     """Class of the published implementation, for config.json."""
-    read: Callable[["Keys"], ModelConfig]
+    read: Callable[[Keys], ModelConfig]
     """config.json as our config; ConfigError for what cannot be honoured."""
     write: Callable[[ModelConfig], dict]
     """Our config as config.json; what it cannot say is found by reading it again."""
@@ -46,92 +53,25 @@ class Family:
     skipped: tuple[str, ...] = field(default=(r"rotary_emb\.inv_freq$",))
     """Patterns (re.search) of names of tensors that hold nothing to load."""
 
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Symbols whose depths share weights."""
+        return frozenset(s for s, table in self.layers.items() if any(name.startswith(FIRST) for name in table))
 
-_REQUIRED = object()
-_BASE = frozenset(
-    """
-    _name_or_path _attn_implementation attn_implementation architectures auto_map bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id dtype eos_token_id id2label is_decoder is_encoder_decoder
-    label2id max_position_embeddings model_type name_or_path num_labels num_logits_to_keep output_attentions
-    output_hidden_states pad_token_id prefix problem_type pruned_heads return_dict sep_token_id task_specific_params
-    tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version transformers.js_config
-    use_bfloat16 use_cache use_return_dict finetuning_task tf_legacy_loss add_cross_attention
-    """.split()  # noqa: SIM905
-)
-"""Keys of every config class that say nothing about what the model computes."""
-_GENERATION = frozenset(
-    """
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
-    """.split()  # noqa: SIM905
-)
-"""Keys of the generation config that older files mix in."""
+    @cached_property
+    def embedding(self) -> str:
+        """Name of the embedding."""
+        return next(name for name, spec in self.top.items() if parse(spec).path == "embedding")
 
+    def canonical(self, name: str, known: Container[str]) -> str:
+        """The name in the tables of a tensor's name in a file. known: names that the tables give."""
+        for old, new in self.aliases:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        full = f"{self.layer.split('.')[0]}.{name}"  # files of the inner model alone leave the prefix out
+        return full if name not in known and full in known else name
 
-class Keys:
-    """The keys of a config.json; remembers which were read, so that none is overlooked."""
-
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
-        """where: what messages call it."""
-        self.values, self.where = dict(values), where
-        self._read: set[str] = set()
-        self._derived: set[str] = set()
-        self._carried: set[str] = set(_BASE | _GENERATION)
-
-    def __call__(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key, the class's default where it is missing. ConfigError where it is missing without one."""
-        self._read.add(name)
-        if name in self.values:
-            return self.values[name]
-        if default is _REQUIRED:
-            raise ConfigError(f"{self.where}: {name} is missing")
-        return default
-
-    def some(self, name: str, default: Any) -> Any:
-        """As a call, but null means the default too."""
-        value = self(name, default)
-        return default if value is None else value
-
-    def only(self, name: str, *allowed: Any, default: Any = _REQUIRED) -> Any:
-        """The value of a key that has to be one of `allowed`, else ConfigError. default: the first of them."""
-        value = self(name, allowed[0] if default is _REQUIRED else default)
-        if value not in allowed:
-            known = " or ".join(repr(a) for a in allowed)
-            raise ConfigError(f"{self.where}: {name} ({value!r}) is not supported: only {known}")
-        self._carried.add(name)
-        return value
-
-    def choose(self, name: str, choices: Mapping[str, Any], default: str) -> Any:
-        """What the key's value stands for in `choices`."""
-        return choices[self.only(name, *choices, default=default)]
-
-    def derived(self, *names: str) -> None:
-        """Keys that follow from others; neither read nor kept."""
-        self._read.update(names)
-        self._derived.update(names)
-
-    def carry(self, *names: str) -> None:
-        """Keys that say nothing about what the model computes; kept as they are when it is written again."""
-        self._carried.update(names)
-
-    def require(self, condition: bool, message: str) -> None:
-        """ConfigError, naming the file, unless the condition holds."""
-        if not condition:
-            raise ConfigError(f"{self.where}: {message}")
-
-    def finish(self) -> None:
-        """ConfigError for keys that nobody read: what they ask for would be left out silently."""
-        unread = [
-            name
-            for name, value in self.values.items()
-            if name not in self._read and name not in self._carried and value not in (None, False)
-        ]
-        if unread:
-            shown = ", ".join(f"{name} ({str(self.values[name])[:60]})" for name in unread[:8])
-            raise ConfigError(f"{self.where}: not supported: {shown}")
-
-    def carried(self) -> dict[str, Any]:
-        """The keys that were carried, with their values."""
-        return {name: value for name, value in self.values.items() if name in self._carried - self._derived}
+    def skips(self, name: str) -> bool:
+        """Whether a tensor holds nothing to load."""
+        return any(re.search(pattern, name) for pattern in self.skipped)

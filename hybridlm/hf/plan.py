@@ -2,21 +2,17 @@
 """From a family's tables and a model to the list of its published tensors and the pieces that each is made of."""
 
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flax import nnx
+from flax.traverse_util import flatten_dict
 
-from hybridlm.hf.axes import Move, Piece, parse, piece
-from hybridlm.hf.family import Family
-from hybridlm.layers import Shared
-from hybridlm.layers.params import ParamInfo, param_info
+from hybridlm.hf.axes import Piece, parse, piece
+from hybridlm.hf.family import FIRST, OUTPUT, Family
+from hybridlm.layers.params import ParamInfo
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.init import abstract
 from hybridlm.model.pattern import places
-
-OUTPUT = "lm_head.weight"
-"""Name of the output projection in every family."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Plan:
     tensors: dict[str, Tensor]
     """By published name."""
     copies: dict[str, str]
-    """Names under which a checkpoint may hold a shared tensor again (a Shared block's weights at its later depths, the
+    """Names under which a checkpoint may hold a shared tensor again (a shared block's weights at its later depths, the
     output of a tied model) -> the name in `tensors`."""
     doubled: frozenset[str]
     """Of the copies those that are written: the published implementation does not share them."""
@@ -54,82 +50,122 @@ class Plan:
 
     def canonical(self, name: str) -> str:
         """The name in the tables of a tensor's name in a file."""
-        for old, new in self.family.aliases:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        base = self.family.layer.split(".")[0] + "."
-        return base + name if name not in self.tensors and base + name in self.tensors else name
+        return self.family.canonical(name, self.tensors)
 
-    def skipped(self, name: str) -> bool:
-        """Whether the tensor holds nothing to load."""
-        return any(re.search(pattern, name) for pattern in self.family.skipped)
+    def is_float32(self, path: str) -> bool:
+        """Whether a parameter is float32 in every model: norms, biases, convolutions and recurrence parameters are."""
+        return self.infos[path].kind not in ("matrix", "embedding")
 
 
-def make_plan(family: Family, model: nnx.Module, published: ModelConfig) -> Plan:
-    """The plan of a model, abstract or not.
+@dataclass(frozen=True)
+class _Depth:
+    """A sublayer: what the placeholders of its names and the paths of its parameters are."""
 
-    published: the model's config as the family writes it, whose pattern has the family's own symbols. ValueError
-    where the tables leave a parameter out.
+    symbol: str
+    """As the family has it."""
+    own: str
+    """As the model has it."""
+    base: str
+    """Of its parameters' paths."""
+    repeat: int
+    """Its index in stacked parameters."""
+    layer: int
+    """Index of the published layer."""
+    first: int
+    """That of the symbol's first layer."""
+    use: int
+    """Shared depths before it."""
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """A parameter's path in the model, as plans and tables write it."""
+    return ".".join(map(str, path))
+
+
+def make_plan(family: Family, config: ModelConfig, published_pattern: str) -> Plan:
+    """The plan of a config's model.
+
+    published_pattern: the config's pattern in the family's own symbols. ValueError where the tables leave a parameter
+    out.
     """
-    flat = nnx.to_flat_state(param_info(model))
-    infos = {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+    infos = {dotted(path): info for path, info in flatten_dict(abstract(config).info).items()}
+    depths = _depths(family, config.pattern, published_pattern)
     tensors: dict[str, Tensor] = {}
-    copies: dict[str, str] = {}
-
-    def add(name: str, specs: str | list[str], base: str, repeat: int | None, own: str, values: dict[str, int]):
-        """base: prefix of our paths; own: our symbol, for `shared.`; values: what the name's placeholders are."""
-        moves = [parse(spec) for spec in ([specs] if isinstance(specs, str) else specs)]
-        paths = [_our_path(move, base, own) for move in moves]
-        if not all(path in infos for path in paths):
-            return
-        shapes = [infos[path].shape[1:] if infos[path].stacked else infos[path].shape for path in paths]
-        counted = moves[0].counted()
-        n = shapes[0][moves[0].right.index(counted)] if counted else 1
-        for i in range(n):
-            full = name.format(**values, **({counted: i} if counted else {}))
-            pieces = tuple(
-                piece(move, path, shape, repeat if infos[path].stacked else None, i)
-                for move, path, shape in zip(moves, paths, shapes, strict=True)
-            )
-            rows = sum(part.shape[0] if part.shape else 1 for part in pieces)
-            tensors[full] = Tensor(full, (rows, *pieces[0].shape[1:]) if pieces[0].shape else (), pieces)
-
     for name, specs in family.top.items():
-        add(name, specs, "", None, "", {})
-    first: dict[str, int] = {}
-    uses = 0
-    pattern = model.config.pattern
-    for depth, (symbol, own, place) in enumerate(zip(published.pattern, pattern, places(pattern), strict=True)):
-        layer = depth // family.per_layer
-        values = {"layer": layer, "use": uses}
-        of_first = values | {"layer": first.setdefault(symbol, layer)}
-        for name, specs in family.layers[symbol].items():
-            where, tail = (of_first, name.removeprefix("first:")) if name.startswith("first:") else (values, name)
-            add(family.layer + tail, specs, f"groups.{place.group}.{place.position}.", place.repeat, own, where)
-        uses += isinstance(published.blocks[symbol], Shared)
-    for depth, symbol in enumerate(published.pattern):
-        again = {"layer": depth // family.per_layer}
-        if isinstance(published.blocks[symbol], Shared) and again["layer"] != first[symbol]:
-            source = family.layer.format(layer=first[symbol])
-            heads = {tail.removeprefix("first:").split(".")[0] for tail in family.layers[symbol] if "first:" in tail}
-            for name in tensors:
-                if name.startswith(tuple(f"{source}{head}." for head in heads)):
-                    copies[family.layer.format(**again) + name.removeprefix(source)] = name
+        tensors |= _tensors(name, specs, infos, {})
+    for depth in depths:
+        for name, specs in family.layers[depth.symbol].items():
+            layer = depth.first if name.startswith(FIRST) else depth.layer
+            full = family.layer + name.removeprefix(FIRST)
+            tensors |= _tensors(full, specs, infos, {"layer": layer, "use": depth.use}, depth)
     _check_cover(tensors, infos, family)
-    tied = model.config.tie_embeddings
-    doubled = set() if tied else set(copies)
-    if tied:
-        copies[OUTPUT] = next(name for name, tensor in tensors.items() if tensor.pieces[0].path == "embedding")
+    copies = _copies(family, depths, tensors)
+    doubled = set() if config.tie_embeddings else set(copies)
+    if config.tie_embeddings:
+        copies[OUTPUT] = family.embedding
         doubled |= set() if family.ties else {OUTPUT}
     return Plan(tensors, copies, frozenset(doubled), infos, family)
 
 
-def _our_path(move: Move, base: str, own: str) -> str:
-    return f"shared.{own}.{move.path.removeprefix('shared.')}" if move.path.startswith("shared.") else base + move.path
+def _depths(family: Family, pattern: str, published_pattern: str) -> list[_Depth]:
+    first: dict[str, int] = {}
+    depths, uses = [], 0
+    for depth, (symbol, own, place) in enumerate(zip(published_pattern, pattern, places(pattern), strict=True)):
+        layer = depth // family.per_layer
+        base = f"groups.{place.group}.{place.position}."
+        depths.append(_Depth(symbol, own, base, place.repeat, layer, first.setdefault(symbol, layer), uses))
+        uses += symbol in family.shared
+    return depths
 
 
-def _check_cover(tensors: dict[str, Tensor], infos: dict[str, ParamInfo], family: Family) -> None:
+def _tensors(
+    name: str, specs: str | list[str], infos: Mapping[str, ParamInfo], values: dict[str, int], at: _Depth | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a table's entry, one for each index of the axis that its name counts; {} where the model has not
+    all of its parameters.
+
+    values: of the name's placeholders; at: the sublayer, None outside of layers.
+    """
+    moves = [parse(spec) for spec in ([specs] if isinstance(specs, str) else specs)]
+    paths = [_our_path(move.path, at) for move in moves]
+    if not all(path in infos for path in paths):
+        return {}
+    stacked = [infos[path].stacked for path in paths]
+    shapes = [infos[path].shape[of_stack:] for path, of_stack in zip(paths, stacked, strict=True)]
+    repeats = [at.repeat if at and of_stack else None for of_stack in stacked]
+    counted = moves[0].counted()
+    made = {}
+    for i in range(shapes[0][moves[0].right.index(counted)] if counted else 1):
+        full = name.format(**values, **({counted: i} if counted else {}))
+        parts = zip(moves, paths, shapes, repeats, strict=True)
+        pieces = tuple(piece(move, path, shape, repeat, i) for move, path, shape, repeat in parts)
+        rows = sum(part.shape[0] if part.shape else 1 for part in pieces)
+        made[full] = Tensor(full, (rows, *pieces[0].shape[1:]) if pieces[0].shape else (), pieces)
+    return made
+
+
+def _our_path(path: str, at: _Depth | None) -> str:
+    if at is None:
+        return path
+    return f"shared.{at.own}.{path.removeprefix('shared.')}" if path.startswith("shared.") else at.base + path
+
+
+def _copies(family: Family, depths: list[_Depth], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of shared tensors at the later depths of their symbol -> those at its first."""
+    copies = {}
+    for depth in depths:
+        if depth.symbol not in family.shared or depth.layer == depth.first:
+            continue
+        source, here = (family.layer.format(layer=layer) for layer in (depth.first, depth.layer))
+        table = family.layers[depth.symbol]
+        heads = {name.removeprefix(FIRST).split(".")[0] for name in table if name.startswith(FIRST)}
+        for name in tensors:
+            if name.startswith(tuple(f"{source}{head}." for head in heads)):
+                copies[here + name.removeprefix(source)] = name
+    return copies
+
+
+def _check_cover(tensors: Mapping[str, Tensor], infos: Mapping[str, ParamInfo], family: Family) -> None:
     """ValueError unless every number of every parameter is in exactly one tensor."""
     sizes = dict.fromkeys(infos, 0)
     for tensor in tensors.values():

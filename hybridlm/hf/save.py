@@ -12,12 +12,13 @@ import numpy as np
 from flax import nnx
 
 from hybridlm.errors import ConfigError, require
-from hybridlm.hf.config_json import family as family_of
-from hybridlm.hf.config_json import find_family, published_dtype, read_config_json, save_json, write_values
-from hybridlm.hf.family import Keys
-from hybridlm.hf.plan import Plan, Tensor, make_plan
+from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
+from hybridlm.hf.config_json import find_family, save_json, write_values
+from hybridlm.hf.families import family_of
+from hybridlm.hf.keys import Keys
+from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
 from hybridlm.hf.tensors import DTYPES as STORED
-from hybridlm.hf.tensors import INDEX, read_entries, write_tensors
+from hybridlm.hf.tensors import INDEX, Source, write_tensors
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 TOKENIZER_FILES = (
@@ -41,51 +42,34 @@ def to_hf(
 
     family: model_type to write; None: that of `like`, else the first that can express the model. like: a published
     checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
-    was loaded from, if any. dtype: of the tensors written; None: that of each tensor in `like`, without one that of the
-    parameter. overwrite: replace a checkpoint that is in the folder. progress: called with (name, bytes written, bytes
-    of all) after each tensor.
+    was loaded from, if any. dtype: of the matrices and embeddings written; None: that of each tensor in `like`, without
+    one that of the parameter. Norms, biases, convolutions and recurrence parameters are float32, except where `like`
+    has them in another type that holds their values to the bit and no dtype is given. overwrite: replace a checkpoint
+    that is in the folder. progress: called with (name, bytes written, bytes of all) after each tensor.
 
     Tensors are made and written one at a time. ConfigError, one line, where the family cannot express the model.
     """
     folder = Path(folder)
     require(dtype is None or dtype in DTYPES, f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
     require(max_shard_bytes > 0, f"max_shard_bytes ({max_shard_bytes}) must be positive")
-    like = Path(like) if like is not None else _source(model)
-    carried = {}
-    if like is not None:
-        like_family, _, like_values = read_config_json(like)
-        family = family or like_family.model_type
-        if like_family.model_type == family:
-            carried = _carried(like_family, like_values)
-    of = find_family(model.config) if family is None else family_of(family)
+    like = _like(model, like)
+    of = find_family(model.config) if family is None and like is None else family_of(family or like.family.model_type)
+    alike = like if like is not None and like.family is of else None
     values, published = write_values(of, model.config)
-    plan = make_plan(of, model, published)
-    params = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    plan = make_plan(of, model.config, published.pattern)
+    params = {dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     _check_here(params)
     old = _prepare(folder, overwrite)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
-    kinds = {name: _dtype_of(tensor, params) for name, tensor in tensors.items()}
-    if dtype is not None:
-        kinds = dict.fromkeys(tensors, DTYPES[dtype])
-    elif carried:
-        kinds |= _dtypes_in(like, plan, tensors, like_values)
-    total = sum(int(np.prod(t.shape, dtype=np.int64)) * kinds[name].itemsize for name, t in tensors.items())
-    done = 0
-
-    def report(name: str, n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress is not None:
-            progress(name, done, total)
-
-    entries = [(name, t.shape, kinds[name], partial(_make, t, params, kinds[name])) for name, t in tensors.items()]
+    kinds = _dtypes(tensors, plan, params, dtype, alike)
+    carried = {} if alike is None else _carried(alike)
     for file in old:
         file.unlink()
-    write_tensors(folder, entries, max_shard_bytes, report)
-    main = dtype or str(kinds[next(n for n, t in tensors.items() if t.pieces[0].path == "embedding")])
-    save_json({**carried, **values, "dtype": main}, folder / "config.json")
-    if like is not None and like.resolve() != folder.resolve():
-        copy_tokenizer(like, folder)
+    sources = [_source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()]
+    write_tensors(folder, sources, max_shard_bytes, progress)
+    save_json({**carried, **values, "dtype": dtype or str(kinds[of.embedding])}, folder / "config.json")
+    if like is not None and like.folder.resolve() != folder.resolve():
+        copy_tokenizer(like.folder, folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
@@ -103,18 +87,19 @@ def copy_small_files(source: Path, folder: Path) -> None:
     copy_tokenizer(source, folder)
 
 
-def _source(model) -> Path | None:
-    source = getattr(model, "source", None)
+def _like(model, like: str | Path | None) -> Checkpoint | None:
+    """The checkpoint whose files and keys are carried along: the one named, else the one that the model came from."""
+    source = model.source if like is None else like
     if source is None:
         return None
-    if not (Path(source) / "config.json").is_file():
+    if like is None and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"the checkpoint that the model was loaded from ({source}) is gone: name one with like=")
-    return Path(source)
+    return open_checkpoint(source)
 
 
-def _carried(of, values: dict) -> dict:
-    keys = Keys(values)
-    of.read(keys)
+def _carried(like: Checkpoint) -> dict:
+    keys = Keys(like.values)
+    like.family.read(keys)
     return {key: value for key, value in keys.carried().items() if key not in ("torch_dtype", "transformers_version")}
 
 
@@ -132,19 +117,33 @@ def _check_here(params: dict) -> None:
     require(not far, f"parameters of other processes cannot be written from here: {', '.join(far[:3])}")
 
 
-def _dtype_of(tensor: Tensor, params: dict) -> np.dtype:
-    kinds = {np.dtype(params[part.path][...].dtype) for part in tensor.pieces}
-    return kinds.pop() if len(kinds) == 1 else DTYPES["float32"]
+def _dtypes(
+    tensors: dict[str, Tensor], plan: Plan, params: dict, dtype: str | None, like: Checkpoint | None
+) -> dict[str, np.dtype]:
+    """The type in which each tensor is written: see to_hf."""
+    float32, named, stored = DTYPES["float32"], dtype, {}
+    if dtype is None and like is not None:
+        named = like.dtype
+        if any(like.folder.glob("*.safetensors")):
+            stored = {plan.canonical(name): STORED.get(entry.dtype) for name, entry in like.entries.items()}
+
+    def of(name: str, tensor: Tensor) -> np.dtype:
+        exact = any(plan.is_float32(part.path) for part in tensor.pieces)
+        if (kind := stored.get(name)) is not None:
+            return kind if not exact or _holds(kind, _make(tensor, params, float32)) else float32
+        own = {np.dtype(params[part.path][...].dtype) for part in tensor.pieces}
+        return float32 if exact or len(own) > 1 else DTYPES.get(named, own.pop())
+
+    return {name: of(name, tensor) for name, tensor in tensors.items()}
 
 
-def _dtypes_in(like: Path, plan: Plan, tensors: dict[str, Tensor], values: dict) -> dict[str, np.dtype]:
-    """Types of the tensors in a published checkpoint; of what it does not hold the type that its config.json names."""
-    named = DTYPES.get(published_dtype(values))
-    kinds = {name: named for name in tensors} if named is not None else {}
-    if any(like.glob("*.safetensors")):
-        found = {plan.canonical(name): entry.dtype for name, entry in read_entries(like).items()}
-        kinds |= {name: STORED[found[name]] for name in tensors if found.get(name) in STORED}
-    return kinds
+def _holds(dtype: np.dtype, values: np.ndarray) -> bool:
+    """Whether a type holds float32 values to the bit."""
+    return np.array_equal(values.astype(dtype).astype(np.float32), values, equal_nan=True)
+
+
+def _source(name: str, tensor: Tensor, params: dict, dtype: np.dtype) -> Source:
+    return Source(name, tensor.shape, dtype, partial(_make, tensor, params, dtype))
 
 
 def _make(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray:

@@ -7,9 +7,10 @@ A file is eight bytes of header length (little endian), a JSON header {name: {dt
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -40,102 +41,155 @@ class Entry:
             return np.zeros(self.shape, DTYPES[self.dtype])
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape or (1,)).reshape(self.shape)
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of a tensor of a type in DTYPES."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def equals(self, other: "Entry") -> bool:
+        """Whether two tensors hold the same numbers, in one shape and type."""
+        alike = self.shape == other.shape and self.dtype == other.dtype and self.dtype in DTYPES
+        return alike and np.array_equal(self.open(), other.open())
+
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """All tensors of a checkpoint folder. ConfigError for missing, cut or overlapping files and doubled names."""
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
-        files = [folder / name for name in dict.fromkeys(weight_map.values())]
-    elif single.is_file():
-        files = [single]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    require(bool(files), f"{folder} has no safetensors files: what is loaded is model.safetensors or {INDEX}")
     entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in _read_header(file).items():
-            require(name not in entries, f"{folder} has the tensor {name} in two files")
-            entries[name] = entry
+    for file, names in _files(folder).items():
+        for name, entry in read_header(file).items():
+            if names is None or name in names:
+                require(name not in entries, f"{folder} has the tensor {name} in two files")
+                entries[name] = entry
     return entries
 
 
-def _read_json(file: Path) -> dict:
+def _files(folder: Path) -> dict[Path, frozenset[str] | None]:
+    """The files of a checkpoint and which of their tensors count (None: all).
+
+    As transformers reads a folder: model.safetensors alone where there is one, as an index beside it is of an earlier
+    model; else what the index lists; else all files.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.exists():
+        return {single: None}
+    if index.is_file():
+        listed: dict[Path, set[str]] = {}
+        for tensor, name in _weight_map(index).items():
+            listed.setdefault(folder / name, set()).add(tensor)
+        for file in listed:
+            require(file.exists(), f"{file} is named by {INDEX} and missing")
+        return {file: frozenset(names) for file, names in listed.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    require(bool(files), f"{folder} has no safetensors files: what is loaded is model.safetensors or {INDEX}")
+    return dict.fromkeys(files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file of an index; ConfigError for files that are not in its folder."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+        values = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{index} cannot be read: {error}") from error
+    files = values.get("weight_map") if isinstance(values, dict) else None
+    require(isinstance(files, dict) and len(files) > 0, f"{index} has no weight_map")
+    for name in files.values():
+        plain = isinstance(name, str) and name != "" and Path(name).name == name
+        require(plain, f"{index}: weight_map names {name!r}, which is no file of its folder")
+    return files
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one file. ConfigError where it is damaged."""
+    require(file.is_file(), f"{file} is no file")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            require(length <= size - 8, f"{file} is cut short or no safetensors file")
-            header = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is named by {INDEX} and missing") from None
-    except (OSError, ValueError, struct.error) as error:
+            header = json.loads(stream.read(length)) if length <= size - 8 else None
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    entries = {}
-    for name, spec in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = spec["data_offsets"]
-        entry = Entry(file, 8 + length + start, spec["dtype"], tuple(spec["shape"]))
-        if entry.dtype in DTYPES:
-            n_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-            fits = 0 <= start <= stop <= size - 8 - length and stop - start == n_bytes
-            require(fits, f"{file} is cut short or damaged at the tensor {name}")
-        entries[name] = entry
-    return entries
+    require(length <= size - 8, f"{file} is cut short or no safetensors file")
+    require(isinstance(header, dict), f"{file} has a damaged header: no JSON object")
+    room = size - 8 - length
+    tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
+    return {name: _entry(file, name, spec, 8 + length, room) for name, spec in tensors.items()}
+
+
+def _entry(file: Path, name: str, spec: Any, start: int, room: int) -> Entry:
+    """A tensor of a header. start: where the data are in the file; room: how many bytes."""
+    damaged = f"{file} is cut short or damaged at the tensor {name}"
+    match spec:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
+            require(all(type(size) is int and size >= 0 for size in shape), damaged)
+            entry = Entry(file, start + first, dtype, tuple(shape))
+            fits = dtype not in DTYPES or (0 <= first <= last <= room and last - first == entry.n_bytes)
+            require(fits, damaged)
+            return entry
+    raise ConfigError(damaged)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+    """The array, of that shape."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(
-    folder: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]],
-    max_bytes: int,
-    progress: Callable[[str, int], None],
+    folder: Path, tensors: Iterable[Source], max_bytes: int, progress: Callable[[str, int, int], None] | None = None
 ) -> None:
     """Files of at most `max_bytes` (a tensor is never split) and, for more than one, their index.
 
-    tensors: name, shape, type, and a function that makes the array; called one at a time, in order.
+    Tensors are made one at a time, in order. progress: called with (name, bytes written, bytes of all) after each.
     """
-    shards: list[list] = []
+    shards: list[list[Source]] = []
     room = 0
     for tensor in tensors:
-        n_bytes = math.prod(tensor[1]) * tensor[2].itemsize
-        if not shards or n_bytes > room:
+        if not shards or tensor.n_bytes > room:
             shards.append([])
             room = max_bytes
-        shards[-1].append((*tensor, n_bytes))
-        room -= n_bytes
+        shards[-1].append(tensor)
+        room -= tensor.n_bytes
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    done, total = 0, sum(tensor.n_bytes for shard in shards for tensor in shard)
     for name, shard in zip(names, shards, strict=True):
         part = folder / f"{name}.part"
-        _write_file(part, shard, progress)
+        for tensor in _write_file(part, shard):
+            done += tensor.n_bytes
+            if progress is not None:
+                progress(tensor.name, done, total)
         part.replace(folder / name)
     if len(shards) > 1:
-        weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor[-1] for shard in shards for tensor in shard)
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, shard: list, progress: Callable[[str, int], None]) -> None:
+def _write_file(file: Path, shard: list[Source]) -> Iterator[Source]:
+    """Writes one file; yields each tensor when it is written."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape, dtype, _, n_bytes in shard:
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
-        offset += n_bytes
+    for tensor in shard:
+        offsets = [offset, offset + tensor.n_bytes]
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        offset += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for name, shape, dtype, make, n_bytes in shard:
-            array = np.ascontiguousarray(make().astype(dtype, copy=False))
-            require(array.shape == shape, f"tensor {name}: {array.shape} was made where {shape} was announced")
+        for tensor in shard:
+            array = np.ascontiguousarray(tensor.make().astype(tensor.dtype, copy=False))
+            fits = array.shape == tensor.shape
+            require(fits, f"tensor {tensor.name}: {array.shape} was made where {tensor.shape} was announced")
             stream.write(array.reshape(-1).view(np.uint8).data)
-            progress(name, n_bytes)
+            yield tensor

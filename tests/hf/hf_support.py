@@ -7,11 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from hybridlm.hf import FAMILIES, from_hf
-from hybridlm.hf.config_json import family
+from hybridlm.hf.families import family_of
 from hybridlm.hf.plan import Plan, make_plan
 from tests.model.model_support import QUICK
 
@@ -35,9 +36,32 @@ def tokens(name: str) -> np.ndarray:
 
 def plan_of(name: str) -> Plan:
     """The plan of a golden checkpoint's model."""
-    model = golden(name)[0]
+    config = golden(name)[0].config
     model_type = json.loads((FOLDER / name / "config.json").read_text())["model_type"]
-    return make_plan(family(model_type), model, model.config)
+    return make_plan(family_of(model_type), config, config.pattern)
+
+
+@cache
+def packed_logits(name: str) -> np.ndarray:
+    """Logits [3, 17, V] of the golden tokens, one document a row, and of the first row again as two documents."""
+    model, arrays, _ = golden(name)
+    rows = tokens(name)[[0, 1, 0]]
+    ids = np.ones(rows.shape, np.int32)
+    ids[2, int(arrays["packed_split"]) :] = 2
+    return np.asarray(forward(model, rows, ids))
+
+
+@cache
+def loss_and_gradients(name: str):
+    """Compiled: parameters, in NumPy -> the loss of the golden tokens, and its gradients."""
+    graphdef = nnx.graphdef(golden(name)[0])
+    inputs = tokens(name)
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, params)(inputs[:, :-1]))
+        return -jnp.take_along_axis(log_p, inputs[:, 1:, None], axis=-1).mean()
+
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
 
 
 forward = jax.jit(lambda model, tokens, ids=None: model(tokens, ids), compiler_options=QUICK)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from flax import nnx
 
-import hybridlm
 from hybridlm.config.find import load_config
-from hybridlm.hf.config_json import difference_of, load_json, read_config_json
+from hybridlm.hf.checkpoint import open_checkpoint
+from hybridlm.hf.compare import difference_of
+from hybridlm.hf.config_json import load_json
+from hybridlm.model.init import abstract
 
 FILES = load_json(Path(__file__).with_name("published.json"))
 """Name of our config, or of the checkpoint where we have none, -> config.json."""
@@ -25,9 +26,9 @@ COUNTS = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_published_file_is_read_as_its_size(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FILES[name]))
-    _, model, _ = read_config_json(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    model = checkpoint.stated
     if ":" in name:
-        assert difference_of(load_config(name).model, model) is None
+        assert difference_of(checkpoint.family, load_config(name).model, model) is None
     else:
-        abstract = nnx.eval_shape(lambda: hybridlm.HybridLM(model, rngs=nnx.Rngs(0)))
-        assert sum(p.size for p in jax.tree.leaves(nnx.state(abstract, nnx.Param))) == COUNTS[name]
+        assert sum(p.size for p in jax.tree.leaves(abstract(model).shapes)) == COUNTS[name]

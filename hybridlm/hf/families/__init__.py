@@ -1,1 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
+"""One file a published family; `common`, `rope` and `tables` hold what several have in common."""
+
+from hybridlm.errors import ConfigError
+from hybridlm.hf.families import (
+    bamba,
+    falcon_h1,
+    falcon_mamba,
+    granitemoehybrid,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    nemotron_h,
+    qwen2,
+    qwen3,
+    zamba,
+    zamba2,
+)
+from hybridlm.hf.family import Family
+
+KNOWN: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
+        zamba, zamba2,
+    )
+}  # fmt: skip
+"""Every family by its model_type; of those that can express a model the first is written."""
+FAMILIES = tuple(KNOWN)
+"""model_type of every family."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model_type; ConfigError for one that is not known."""
+    if not isinstance(model_type, str) or model_type not in KNOWN:
+        raise ConfigError(f"model_type ({model_type!r}) is not supported: known are {', '.join(KNOWN)}")
+    return KNOWN[model_type]

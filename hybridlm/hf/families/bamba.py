@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bamba: Mamba-2 or, in some layers, attention that rotates half of each head, then a gated MLP."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
-from hybridlm.layers import MLP, Attention, Mamba2
+from hybridlm.hf.families import common, rope, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
+from hybridlm.layers import MLP, Attention, Mamba2, Rope
 from hybridlm.model.config import ModelConfig
 
 
@@ -12,7 +13,7 @@ def read(keys: Keys) -> ModelConfig:
     keys.derived("layers_block_type", "layer_types")
     bias = keys("attention_bias", False)
     attention = Attention(
-        **common.heads(keys, n_kv_heads=8), rope=common.rope(keys, 262144, fraction=0.5), qkv_bias=bias, out_bias=bias
+        **common.heads(keys, n_kv_heads=8), rope=rope.read(keys, 262144, fraction=0.5), qkv_bias=bias, out_bias=bias
     )
     rotated = keys.some("attn_rotary_emb", attention.d_head // 2)
     keys.require(rotated == attention.d_head // 2, f"attn_rotary_emb ({rotated}) is not half of a head")
@@ -33,7 +34,7 @@ def read(keys: Keys) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict:
     attention, mlp = (
-        common.block(config, Attention, Attention(rope=common.Rope(fraction=0.5))),
+        common.block(config, Attention, Attention(rope=Rope(fraction=0.5))),
         common.block(config, MLP),
     )
     mamba = common.block(config, Mamba2, Mamba2(d_head=2 * config.d_model, n_heads=1))
@@ -41,7 +42,7 @@ def write(config: ModelConfig) -> dict:
         **common.write_widths(config, "rms_norm_eps"),
         **common.write_heads(attention),
         **common.write_mamba_prefixed(mamba, config),
-        "rope_parameters": common.write_rope(common.needs_rope(attention), always=True),
+        "rope_parameters": rope.write(rope.required(attention), always=True),
         "attention_bias": attention.qkv_bias, "mlp_bias": mlp.bias,
         "hidden_act": common.name_of(common.GATED, mlp.activation),
         "intermediate_size": mlp.d_ff, "num_hidden_layers": len(config.pattern) // 2,
@@ -56,10 +57,10 @@ FAMILY = Family(
     read=read,
     write=write,
     per_layer=2,
-    top=common.top("model.embed_tokens", "model.final_layernorm"),
+    top=tables.top("model.embed_tokens", "model.final_layernorm"),
     layers={
-        "M": {**NORM, **common.at("mamba.", common.MAMBA2)},
-        "*": {**NORM, **common.at("self_attn.", common.ATTENTION)},
-        "-": {"pre_ff_layernorm.weight": "norm.weight: D", **common.at("feed_forward.", common.GATED_MLP)},
+        "M": {**NORM, **tables.at("mamba.", tables.MAMBA2)},
+        "*": {**NORM, **tables.at("self_attn.", tables.ATTENTION)},
+        "-": {"pre_ff_layernorm.weight": "norm.weight: D", **tables.at("feed_forward.", tables.GATED_MLP)},
     },
 )

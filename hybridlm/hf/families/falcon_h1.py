@@ -4,8 +4,9 @@
 from dataclasses import replace
 
 from hybridlm.errors import ConfigError
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, rope, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import MLP, Attention, Branch, Mamba2, Parallel
 from hybridlm.model.config import ModelConfig
 
@@ -16,7 +17,7 @@ def read(keys: Keys) -> ModelConfig:
     keys.carry("mlp_expansion_factor", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank")
     bias, norm_first = keys("attention_bias", False), keys("mamba_norm_before_gate", True)
     attention = Attention(
-        **common.heads(keys, n_kv_heads=8), rope=common.rope(keys, 8192), qkv_bias=bias, out_bias=bias,
+        **common.heads(keys, n_kv_heads=8), rope=rope.read(keys, 8192), qkv_bias=bias, out_bias=bias,
         key_multiplier=keys("key_multiplier", 1.0),
     )  # fmt: skip
     mamba = common.mamba_prefixed(keys, 1e-5)
@@ -57,7 +58,7 @@ def write(config: ModelConfig) -> dict:
         "attention_in_multiplier": branches["attention"].in_multiplier,
         "attention_out_multiplier": branches["attention"].out_multiplier,
         "mlp_multipliers": [mlp.gate_multiplier, mlp.out_multiplier], "mlp_bias": mlp.bias,
-        "rope_parameters": common.write_rope(common.needs_rope(attention)), "attention_bias": attention.qkv_bias,
+        "rope_parameters": rope.write(rope.required(attention)), "attention_bias": attention.qkv_bias,
         "embedding_multiplier": config.embedding_multiplier, "lm_head_multiplier": config.logit_multiplier,
         "hidden_act": common.name_of(common.GATED, mlp.activation), "intermediate_size": mlp.d_ff,
         "num_hidden_layers": len(config.pattern) // 2,
@@ -70,14 +71,14 @@ FAMILY = Family(
     read=read,
     write=write,
     per_layer=2,
-    top=common.top("model.embed_tokens", "model.final_layernorm"),
+    top=tables.top("model.embed_tokens", "model.final_layernorm"),
     layers={
         "P": {
             "input_layernorm.weight": "norm.weight: D",
-            **common.at("mamba.", common.MAMBA2, "mixer.branches.mamba"),
-            **common.at("self_attn.", common.ATTENTION, "mixer.branches.attention"),
+            **tables.at("mamba.", tables.MAMBA2, "mixer.branches.mamba"),
+            **tables.at("self_attn.", tables.ATTENTION, "mixer.branches.attention"),
         },
-        "-": {"pre_ff_layernorm.weight": "norm.weight: D", **common.at("feed_forward.", common.GATED_MLP)},
+        "-": {"pre_ff_layernorm.weight": "norm.weight: D", **tables.at("feed_forward.", tables.GATED_MLP)},
     },
     skipped=(r"rotary_emb\.inv_freq$", r"mup_vector$"),
 )

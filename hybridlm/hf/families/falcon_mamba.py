@@ -4,9 +4,8 @@
 from dataclasses import replace
 
 from hybridlm.errors import require
-from hybridlm.hf import common
-from hybridlm.hf.families import mamba
-from hybridlm.hf.family import Keys
+from hybridlm.hf.families import common, mamba
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import InnerNorm, Mamba1
 from hybridlm.model.config import ModelConfig
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Granite 4: Mamba-2 or attention, then a gated MLP, with experts or alone; multipliers of embeddings and much else."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
-from hybridlm.layers import MLP, Attention, Mamba2, MoE, Router
+from hybridlm.hf.families import common, rope, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
+from hybridlm.layers import MLP, Attention, Mamba2, MoE, Rope, Router
 from hybridlm.model.config import ModelConfig
 
 
@@ -20,10 +21,10 @@ def read(keys: Keys) -> ModelConfig:
         router = Router(top_k, "softmax_after")
         moe = MoE(n_experts, d_ff, act, router, mlp, balance_weight=weight, z_weight=0.0)
     bias, n_layers = keys("attention_bias", False), keys("num_hidden_layers", 32)
-    rope = common.rope(keys, 2048)
+    rotary = rope.read(keys, 2048)
     attention = Attention(
         **common.heads(keys), qkv_bias=bias, out_bias=bias, scale=float(keys("attention_multiplier", 1.0)),
-        rope=keys.choose("position_embedding_type", {None: None, "nope": None, "rope": rope}, None),
+        rope=keys.choose("position_embedding_type", {None: None, "nope": None, "rope": rotary}, None),
     )  # fmt: skip
     types = common.layer_types(keys, "layer_types", "layers_block_type", n_layers=n_layers)
     types = ["linear_attention"] * n_layers if types is None else types
@@ -55,7 +56,7 @@ def write(config: ModelConfig) -> dict:
         **common.write_heads(attention),
         **common.write_mamba_prefixed(mamba, config),
         "position_embedding_type": None if attention.rope is None else "rope",
-        "rope_parameters": common.write_rope(attention.rope or common.Rope()),
+        "rope_parameters": rope.write(attention.rope or Rope()),
         "attention_multiplier": attention.d_head**-0.5 if attention.scale is None else attention.scale,
         "embedding_multiplier": config.embedding_multiplier, "residual_multiplier": config.residual_multiplier,
         "logits_scaling": common.inverse(config.logit_multiplier), "attention_bias": attention.qkv_bias,
@@ -74,17 +75,17 @@ FAMILY = Family(
     read=read,
     write=write,
     per_layer=2,
-    top=common.top("model.embed_tokens", "model.norm"),
+    top=tables.top("model.embed_tokens", "model.norm"),
     layers={
-        "M": {**NORM, **common.at("mamba.", common.MAMBA2)},
-        "*": {**NORM, **common.at("self_attn.", common.ATTENTION)},
-        "-": {**MLP_NORM, **common.at("shared_mlp.", common.FUSED_MLP)},
+        "M": {**NORM, **tables.at("mamba.", tables.MAMBA2)},
+        "*": {**NORM, **tables.at("self_attn.", tables.ATTENTION)},
+        "-": {**MLP_NORM, **tables.at("shared_mlp.", tables.FUSED_MLP)},
         "E": {
             **MLP_NORM,
             "block_sparse_moe.router.layer.weight": "mixer.router: E D -> D E",
             "block_sparse_moe.input_linear.weight": "mixer.w_in: E (c F) D -> E D c F",
             "block_sparse_moe.output_linear.weight": "mixer.w_out: E D F -> E F D",
-            **common.at("shared_mlp.", common.FUSED_MLP, "mixer.shared"),
+            **tables.at("shared_mlp.", tables.FUSED_MLP, "mixer.shared"),
         },
     },
 )

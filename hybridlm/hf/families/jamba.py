@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jamba: Mamba-1 or attention without positions, then an MLP or a mixture of them (Lieber et al. 2024)."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import MLP, Attention, InnerNorm, Mamba1, MoE, Router
 from hybridlm.model.config import ModelConfig
 
@@ -80,11 +81,11 @@ FAMILY = Family(
     read=read,
     write=write,
     per_layer=2,
-    top=common.top("model.embed_tokens", "model.final_layernorm"),
+    top=tables.top("model.embed_tokens", "model.final_layernorm"),
     layers={
-        "M": {**NORM, **common.at("mamba.", common.MAMBA1)},
-        "*": {**NORM, **common.at("self_attn.", common.ATTENTION)},
-        "-": {**MLP_NORM, **common.at("feed_forward.", common.GATED_MLP)},
+        "M": {**NORM, **tables.at("mamba.", tables.MAMBA1)},
+        "*": {**NORM, **tables.at("self_attn.", tables.ATTENTION)},
+        "-": {**MLP_NORM, **tables.at("feed_forward.", tables.GATED_MLP)},
         "E": {
             **MLP_NORM,
             "feed_forward.router.weight": "mixer.router: E D -> D E",

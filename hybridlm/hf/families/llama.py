@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama: attention with rotary positions, then a gated MLP, in every layer."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, rope, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import MLP, Attention
 from hybridlm.model.config import ModelConfig
 
@@ -10,7 +11,7 @@ from hybridlm.model.config import ModelConfig
 def read(keys: Keys) -> ModelConfig:
     bias = keys("attention_bias", False)
     keys.carry("pretraining_tp")
-    attention = Attention(**common.heads(keys), rope=common.rope(keys, 2048), qkv_bias=bias, out_bias=bias)
+    attention = Attention(**common.heads(keys), rope=rope.read(keys, 2048), qkv_bias=bias, out_bias=bias)
     activation = keys.choose("hidden_act", common.GATED, "silu")
     mlp = MLP(keys("intermediate_size", 11008), activation, keys("mlp_bias", False))
     return ModelConfig(
@@ -24,7 +25,7 @@ def write(config: ModelConfig) -> dict:
     return {
         **common.write_widths(config, "rms_norm_eps"),
         **common.write_heads(attention),
-        "rope_parameters": common.write_rope(common.needs_rope(attention)),
+        "rope_parameters": rope.write(rope.required(attention)),
         "attention_bias": attention.qkv_bias,
         "mlp_bias": mlp.bias,
         "hidden_act": common.name_of(common.GATED, mlp.activation),
@@ -39,9 +40,9 @@ FAMILY = Family(
     read=read,
     write=write,
     per_layer=2,
-    top=common.top("model.embed_tokens", "model.norm"),
+    top=tables.top("model.embed_tokens", "model.norm"),
     layers={
-        "*": {"input_layernorm.weight": "norm.weight: D", **common.at("self_attn.", common.ATTENTION)},
-        "-": {"post_attention_layernorm.weight": "norm.weight: D", **common.at("mlp.", common.GATED_MLP)},
+        "*": {"input_layernorm.weight": "norm.weight: D", **tables.at("self_attn.", tables.ATTENTION)},
+        "-": {"post_attention_layernorm.weight": "norm.weight: D", **tables.at("mlp.", tables.GATED_MLP)},
     },
 )

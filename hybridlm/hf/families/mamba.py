@@ -3,8 +3,9 @@
 
 import math
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import InnerNorm, Mamba1
 from hybridlm.model.config import ModelConfig
 
@@ -49,8 +50,8 @@ FAMILY = Family(
     architecture="MambaForCausalLM",
     read=read,
     write=write,
-    top=common.top("backbone.embeddings", "backbone.norm_f"),
+    top=tables.top("backbone.embeddings", "backbone.norm_f"),
     layer="backbone.layers.{layer}.",
-    layers={"M": {"norm.weight": "norm.weight: D", **common.at("mixer.", common.MAMBA1)}},
+    layers={"M": {"norm.weight": "norm.weight: D", **tables.at("mixer.", tables.MAMBA1)}},
     aliases=(("backbone.embedding.", "backbone.embeddings."), ("model.", "backbone.")),
 )

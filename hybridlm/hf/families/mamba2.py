@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mamba-2: one mixer a layer, no attention (Dao & Gu 2024)."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import GatedNorm, Mamba2
 from hybridlm.model.config import ModelConfig
 
@@ -44,8 +45,8 @@ FAMILY = Family(
     architecture="Mamba2ForCausalLM",
     read=read,
     write=write,
-    top=common.top("backbone.embeddings", "backbone.norm_f"),
+    top=tables.top("backbone.embeddings", "backbone.norm_f"),
     layer="backbone.layers.{layer}.",
-    layers={"M": {"norm.weight": "norm.weight: D", **common.at("mixer.", common.MAMBA2)}},
+    layers={"M": {"norm.weight": "norm.weight: D", **tables.at("mixer.", tables.MAMBA2)}},
     aliases=(("backbone.embedding.", "backbone.embeddings."), ("model.", "backbone.")),
 )

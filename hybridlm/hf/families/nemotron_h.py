@@ -5,8 +5,9 @@ NVIDIA's Mamba-2-Hybrid 8B (Waleffe et al. 2024) is the same layout with mlp_hid
 to time_step_limit, as NVIDIA's own code does.
 """
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import MLP, Attention, GatedNorm, Mamba2, MoE, Router
 from hybridlm.model.config import ModelConfig
 
@@ -111,12 +112,12 @@ FAMILY = Family(
     architecture="NemotronHForCausalLM",
     read=read,
     write=write,
-    top=common.top("backbone.embeddings", "backbone.norm_f"),
+    top=tables.top("backbone.embeddings", "backbone.norm_f"),
     layer="backbone.layers.{layer}.",
     layers={
-        "M": {**NORM, **common.at("mixer.", common.MAMBA2)},
-        "*": {**NORM, **common.at("mixer.", common.ATTENTION)},
-        "-": {**NORM, **common.at("mixer.", common.PLAIN_MLP)},
+        "M": {**NORM, **tables.at("mixer.", tables.MAMBA2)},
+        "*": {**NORM, **tables.at("mixer.", tables.ATTENTION)},
+        "-": {**NORM, **tables.at("mixer.", tables.PLAIN_MLP)},
         "E": {
             **NORM,
             "mixer.gate.weight": "mixer.router: E D -> D E",
@@ -127,7 +128,7 @@ FAMILY = Family(
             "mixer.fc2_latent_proj.bias": "mixer.latent_out_bias: D",
             "mixer.experts.{e}.up_proj.weight": "mixer.w_in: F D -> e D F",
             "mixer.experts.{e}.down_proj.weight": "mixer.w_out: D F -> e F D",
-            **common.at("mixer.shared_experts.", common.PLAIN_MLP, "mixer.shared"),
+            **tables.at("mixer.shared_experts.", tables.PLAIN_MLP, "mixer.shared"),
         },
     },
     aliases=(("model.", "backbone."),),

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen2: Llama with biases on queries, keys and values, and windows in some layers."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, rope, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import MLP, Attention
 from hybridlm.model.config import ModelConfig
 
 
 def read(keys: Keys) -> ModelConfig:
     attention = Attention(
-        **common.heads(keys, n_kv_heads=32), rope=common.rope(keys, 32768), qkv_bias=True, out_bias=False
+        **common.heads(keys, n_kv_heads=32), rope=rope.read(keys, 32768), qkv_bias=True, out_bias=False
     )
     return read_layers(keys, attention)
 
@@ -43,7 +44,7 @@ def write(config: ModelConfig) -> dict:
     return {
         **common.write_widths(config, "rms_norm_eps"),
         **common.write_heads(attention),
-        "rope_parameters": common.write_rope(common.needs_rope(attention)),
+        "rope_parameters": rope.write(rope.required(attention)),
         "hidden_act": common.name_of(common.GATED, mlp.activation),
         "intermediate_size": mlp.d_ff,
         "num_hidden_layers": len(windows),
@@ -54,17 +55,17 @@ def write(config: ModelConfig) -> dict:
     }
 
 
-ATTENTION = {"input_layernorm.weight": "norm.weight: D", **common.at("self_attn.", common.ATTENTION)}
+ATTENTION = {"input_layernorm.weight": "norm.weight: D", **tables.at("self_attn.", tables.ATTENTION)}
 FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     read=read,
     write=write,
     per_layer=2,
-    top=common.top("model.embed_tokens", "model.norm"),
+    top=tables.top("model.embed_tokens", "model.norm"),
     layers={
         "*": ATTENTION,
         "w": ATTENTION,
-        "-": {"post_attention_layernorm.weight": "norm.weight: D", **common.at("mlp.", common.GATED_MLP)},
+        "-": {"post_attention_layernorm.weight": "norm.weight: D", **tables.at("mlp.", tables.GATED_MLP)},
     },
 )

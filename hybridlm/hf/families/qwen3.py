@@ -3,9 +3,8 @@
 
 from dataclasses import replace
 
-from hybridlm.hf import common
-from hybridlm.hf.families import qwen2
-from hybridlm.hf.family import Keys
+from hybridlm.hf.families import common, qwen2, rope
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import Attention
 from hybridlm.model.config import ModelConfig
 
@@ -13,7 +12,7 @@ from hybridlm.model.config import ModelConfig
 def read(keys: Keys) -> ModelConfig:
     bias = keys("attention_bias", False)
     attention = Attention(
-        **common.heads(keys, n_kv_heads=32, d_head=128), rope=common.rope(keys, 32768), qk_norm=True,
+        **common.heads(keys, n_kv_heads=32, d_head=128), rope=rope.read(keys, 32768), qk_norm=True,
         qk_norm_eps=keys("rms_norm_eps", 1e-6), qkv_bias=bias, out_bias=bias,
     )  # fmt: skip
     return qwen2.read_layers(keys, attention)

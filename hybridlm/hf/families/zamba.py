@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zamba: Mamba-1 layers of several heads, and before some of them one transformer that they share."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
+from hybridlm.hf.families import common, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
 from hybridlm.layers import MLP, Attention, Mamba1, Shared
 from hybridlm.model.config import ModelConfig
 
@@ -72,17 +73,17 @@ FAMILY = Family(
     architecture="ZambaForCausalLM",
     read=read,
     write=write,
-    top=common.top("model.embed_tokens", "model.final_layernorm"),
+    top=tables.top("model.embed_tokens", "model.final_layernorm"),
     layers={
-        "M": {"input_layernorm.weight": "norm.weight: D", **common.at("mamba.", MAMBA)},
+        "M": {"input_layernorm.weight": "norm.weight: D", **tables.at("mamba.", MAMBA)},
         "A": {
             "mamba_decoder.input_layernorm.weight": "norm.weight: D",
-            **common.at("mamba_decoder.mamba.", MAMBA),
+            **tables.at("mamba_decoder.mamba.", MAMBA),
             "linear.weight": "link.linear: E D -> D E",
             "first:shared_transf.input_layernorm.weight": "shared.norm.weight: D",
             "first:shared_transf.pre_ff_layernorm.weight": "shared.mlp_norm.weight: D",
-            **common.at("first:shared_transf.self_attn.", common.ATTENTION, "shared.attention"),
-            **common.at("first:shared_transf.feed_forward.", common.GATED_MLP, "shared.mlp"),
+            **tables.at("first:shared_transf.self_attn.", tables.ATTENTION, "shared.attention"),
+            **tables.at("first:shared_transf.feed_forward.", tables.GATED_MLP, "shared.mlp"),
         },
     },
 )

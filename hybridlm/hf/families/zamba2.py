@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zamba2: Mamba-2 layers; before some of them a transformer, one of a few that take turns (Glorioso et al. 2024)."""
 
-from hybridlm.hf import common
-from hybridlm.hf.family import Family, Keys
-from hybridlm.layers import MLP, Attention, GatedNorm, Mamba2, Shared
+from hybridlm.hf.families import common, rope, tables
+from hybridlm.hf.family import Family
+from hybridlm.hf.keys import Keys
+from hybridlm.layers import MLP, Attention, GatedNorm, Mamba2, Rope, Shared
 from hybridlm.model.config import ModelConfig
 
 BLOCKS = "ABCDEFGH"
@@ -26,10 +27,10 @@ def read(keys: Keys) -> ModelConfig:
         gated_norm=GatedNorm(eps=1e-5), dt_limit=(keys("time_step_min", 0.001), float("inf")),
         chunk=keys("chunk_size", 256), **common.dt_init(keys),
     )  # fmt: skip
-    d_head, rope = 2 * D // n_heads, common.rope(keys, 4096)
+    d_head, rotary = 2 * D // n_heads, rope.read(keys, 4096)
     attention = Attention(
         n_heads, keys("num_key_value_heads", None) or n_heads, d_head, scale=(d_head / 2) ** -0.5,
-        rope=rope if keys("use_mem_rope", False) else None,
+        rope=rotary if keys("use_mem_rope", False) else None,
     )  # fmt: skip
     activation = keys.choose("hidden_act", common.GATED, "gelu")
     mlp = MLP(keys("intermediate_size", None) or 4 * D, activation, bias)
@@ -67,7 +68,7 @@ def write(config: ModelConfig) -> dict:
         "mamba_ngroups": mamba.n_groups, "mamba_d_conv": mamba.d_conv, "chunk_size": mamba.chunk or 256,
         "add_bias_linear": mlp.bias, "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.kv_heads, "use_mem_rope": attention.rope is not None,
-        "rope_parameters": common.write_rope(attention.rope or common.Rope()), "intermediate_size": mlp.d_ff,
+        "rope_parameters": rope.write(attention.rope or Rope()), "intermediate_size": mlp.d_ff,
         "hidden_act": common.name_of(common.GATED, mlp.activation), "num_mem_blocks": len(symbols),
         "adapter_rank": shared.mlp_adapter, "use_shared_attention_adapter": shared.attention_adapter is not None,
         "layers_block_type": common.kinds(config), "num_hidden_layers": len(config.pattern),
@@ -77,11 +78,11 @@ def write(config: ModelConfig) -> dict:
 SHARED = "first:shared_transformer."
 HYBRID = {
     "mamba_decoder.input_layernorm.weight": "norm.weight: D",
-    **common.at("mamba_decoder.mamba.", common.MAMBA2),
+    **tables.at("mamba_decoder.mamba.", tables.MAMBA2),
     "linear.weight": "link.linear: E D -> D E",
     f"{SHARED}input_layernorm.weight": "shared.norm.weight: D",
     f"{SHARED}pre_ff_layernorm.weight": "shared.mlp_norm.weight: D",
-    **common.at(f"{SHARED}self_attn.", common.ATTENTION, "shared.attention"),
+    **tables.at(f"{SHARED}self_attn.", tables.ATTENTION, "shared.attention"),
     f"{SHARED}feed_forward.gate_up_proj.weight": "shared.mlp.w_in: (c F) D -> D c F",
     f"{SHARED}feed_forward.gate_up_proj.bias": "shared.mlp.b_in: (c F) -> c F",
     f"{SHARED}feed_forward.down_proj.weight": "shared.mlp.w_out: D F -> F D",
@@ -101,9 +102,9 @@ FAMILY = Family(
     architecture="Zamba2ForCausalLM",
     read=read,
     write=write,
-    top=common.top("model.embed_tokens", "model.final_layernorm"),
+    top=tables.top("model.embed_tokens", "model.final_layernorm"),
     layers={
-        "M": {"input_layernorm.weight": "norm.weight: D", **common.at("mamba.", common.MAMBA2)},
+        "M": {"input_layernorm.weight": "norm.weight: D", **tables.at("mamba.", tables.MAMBA2)},
         **dict.fromkeys(BLOCKS, HYBRID),
     },
 )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of weights that families have in common: the published names in a mixer, and our parameters."""
+
+from typing import Any
+
+ATTENTION = {
+    "q_proj.weight": "mixer.w_q: (H P) D -> D H P",
+    "k_proj.weight": "mixer.w_k: (K P) D -> D K P",
+    "v_proj.weight": "mixer.w_v: (K P) D -> D K P",
+    "q_proj.bias": "mixer.b_q: (H P) -> H P",
+    "k_proj.bias": "mixer.b_k: (K P) -> K P",
+    "v_proj.bias": "mixer.b_v: (K P) -> K P",
+    "q_norm.weight": "mixer.q_norm.weight: P",
+    "k_norm.weight": "mixer.k_norm.weight: P",
+    "o_proj.weight": "mixer.w_o: D (H P) -> H P D",
+    "o_proj.bias": "mixer.b_o: D",
+}
+"""Attention as separate projections."""
+
+GATED_MLP = {
+    "gate_proj.weight": "mixer.w_in: F D -> D 0 F",
+    "up_proj.weight": "mixer.w_in: F D -> D 1 F",
+    "gate_proj.bias": "mixer.b_in: F -> 0 F",
+    "up_proj.bias": "mixer.b_in: F -> 1 F",
+    "down_proj.weight": "mixer.w_out: D F -> F D",
+    "down_proj.bias": "mixer.b_out: D",
+}
+"""A gated MLP as three matrices."""
+FUSED_MLP = {
+    "input_linear.weight": "mixer.w_in: (c F) D -> D c F",
+    "output_linear.weight": "mixer.w_out: D F -> F D",
+}
+"""A gated MLP whose first two matrices stand one above the other."""
+PLAIN_MLP = {
+    "up_proj.weight": "mixer.w_in: F D -> D F",
+    "up_proj.bias": "mixer.b_in: F",
+    "down_proj.weight": "mixer.w_out: D F -> F D",
+    "down_proj.bias": "mixer.b_out: D",
+}
+"""An MLP without a gate."""
+
+MAMBA2 = {
+    "in_proj.weight": [
+        "mixer.in_zx: (c H P) D -> D c H P", "mixer.in_BC: (c G N) D -> D c G N", "mixer.in_dt: H D -> D H",
+    ],
+    "in_proj.bias": ["mixer.in_zx_bias: (c H P) -> c H P", "mixer.in_BC_bias: (c G N) -> c G N", "mixer.in_dt_bias: H"],
+    "conv1d.weight": ["mixer.conv_x: (H P) 1 W -> H P W", "mixer.conv_BC: (c G N) 1 W -> c G N W"],
+    "conv1d.bias": ["mixer.conv_x_bias: (H P) -> H P", "mixer.conv_BC_bias: (c G N) -> c G N"],
+    "dt_bias": "mixer.dt_bias: H",
+    "A_log": "mixer.A_log: H",
+    "D": "mixer.D: H",
+    "norm.weight": "mixer.norm: (H P) -> H P",
+    "out_proj.weight": "mixer.out: D (H P) -> H P D",
+    "out_proj.bias": "mixer.out_bias: D",
+}  # fmt: skip
+"""Mamba-2, all families."""
+
+MAMBA1 = {
+    "in_proj.weight": "mixer.in_xz: (c H P) D -> D c H P",
+    "in_proj.bias": "mixer.in_xz_bias: (c H P) -> c H P",
+    "conv1d.weight": "mixer.conv: (H P) 1 W -> H P W",
+    "conv1d.bias": "mixer.conv_bias: (H P) -> H P",
+    "x_proj.weight": "mixer.x_proj: R (H P) -> P H R",
+    "dt_proj.weight": "mixer.dt_proj: (H P) R -> R H P",
+    "dt_proj.bias": "mixer.dt_bias: (H P) -> H P",
+    "A_log": "mixer.A_log: (H P) N -> H P N",
+    "D": "mixer.D: (H P) -> H P",
+    "dt_layernorm.weight": "mixer.dt_norm.weight: R",
+    "b_layernorm.weight": "mixer.B_norm.weight: N",
+    "c_layernorm.weight": "mixer.C_norm.weight: N",
+    "out_proj.weight": "mixer.out: D (H P) -> H P D",
+    "out_proj.bias": "mixer.out_bias: D",
+}
+"""Mamba-1 of one head."""
+
+
+def top(embedding: str, norm: str) -> dict[str, str]:
+    """The table of what is outside of layers, with the names of the embedding and of the last norm."""
+    return {
+        f"{embedding}.weight": "embedding: V D",
+        f"{norm}.weight": "norm.weight: D",
+        "lm_head.weight": "output: V D",
+    }
+
+
+def at(prefix: str, table: dict[str, Any], own: str = "") -> dict[str, Any]:
+    """A table with `prefix` before its names and, where given, `own` in place of `mixer` in its paths."""
+
+    def moved(spec):
+        if isinstance(spec, list):
+            return [moved(s) for s in spec]
+        return own + spec.removeprefix("mixer") if own else spec
+
+    return {prefix + name: moved(spec) for name, spec in table.items()}
