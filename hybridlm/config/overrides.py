@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from hybridlm.config import Config
-from hybridlm.config.tree import children, variants
+from hybridlm.config.tree import children, field_types, is_union, old_words, variants, walk
 from hybridlm.errors import ConfigError
 
 
@@ -27,8 +27,8 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
     config = _with_published(config, pairs)
     whole = []
     for key, values in sorted(pairs, key=lambda pair: pair[0].count(".")):  # whole blocks first, outermost first
-        if len(values) == 1 and values[0][:1].isupper() and variants(_hint(config, key)):
-            config = _rebuild(config, {_resolve(config, key): _variant(config, key, values[0])()})
+        if len(values) == 1 and (chosen := _chosen(config, key, values[0])) is not None:
+            config = _rebuild(config, {_resolve(config, key): chosen})
             whole.append((key, values))
     leaves = {}
     for key, values in pairs:
@@ -79,21 +79,18 @@ def _split_words(words: Sequence[str]):
 
 def leaf_paths(config: Config) -> list[str]:
     """Dotted names of everything that can be overridden."""
+    return [path for path, node in walk(config) if not _has_children(node)]
 
-    def walk(node, prefix):
-        for name, child in children(node).items():
-            path = f"{prefix}{name}"
-            if dataclasses.is_dataclass(child) or isinstance(child, dict):
-                yield from walk(child, path + ".")
-            else:
-                yield path
 
-    return list(walk(config, ""))
+def _has_children(node) -> bool:
+    return dataclasses.is_dataclass(node) or isinstance(node, dict)
 
 
 def _unknown(config: Config, key: str) -> ConfigError:
-    near = difflib.get_close_matches(key, leaf_paths(config), n=1, cutoff=0.6)
-    tail = [p for p in leaf_paths(config) if p.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    known = leaf_paths(config)
+    known += [f"{path}.{word}" for path, node in walk(config) for word in old_words(type(node))]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    tail = [p for p in known if p.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     hint = f"did you mean --{(near or tail)[0]}?" if near or tail else "see --help for all keys"
     return ConfigError(f"unknown key --{key}: {hint}")
 
@@ -105,6 +102,8 @@ def _resolve(config: Config, key: str) -> tuple[str, ...]:
     for i, part in enumerate(parts):
         below = children(node)
         name = part if part in below else part.replace("-", "_")
+        if name in old_words(type(node)) and i == len(parts) - 1:
+            return (*path, name)
         if name not in below:
             if isinstance(node, dict) and i == len(parts) - 1 and len(part) == 1:
                 return (*path, part)
@@ -118,9 +117,25 @@ def _hint(config: Config, key: str):
     """Annotation of the field that a key names."""
     node, hint = config, Config
     for name in _resolve(config, key):
-        hint = typing.get_args(hint)[1] if isinstance(node, dict) else typing.get_type_hints(type(node))[name]
+        if isinstance(node, dict):
+            hint = typing.get_args(hint)[1]
+        else:
+            hint = {**old_words(type(node)), **field_types(type(node))}[name]
         node = children(node).get(name)
     return hint
+
+
+def _chosen(config: Config, key: str, word: str):
+    """What a key is set to where the word is the name of a class: a value of it, or, for a class that builds its parts
+    by name, the word itself. None where the word is no such name."""
+    hint = _hint(config, key)
+    *above, name = _resolve(config, key)
+    holder = config
+    for step in above:
+        holder = children(holder)[step]
+    if name in getattr(type(holder), "BY_NAME", ()):
+        return word
+    return _variant(config, key, word)() if word[:1].isupper() and variants(hint) else None
 
 
 def _variant(config: Config, key: str, name: str):
@@ -135,7 +150,7 @@ def _type_name(hint) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     args = typing.get_args(hint)
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    if is_union(hint):
         return " or ".join(_type_name(a) for a in args)
     if typing.get_origin(hint) is tuple:
         if args[-1] is Ellipsis:
@@ -211,11 +226,4 @@ def help_text(config: Config, prog: str) -> str:
 
 def variant_paths(config: Config) -> list[str]:
     """Dotted names of fields whose value is one of several dataclasses, or none."""
-
-    def walk(node, prefix):
-        for name, child in children(node).items():
-            if len(variants(_hint(config, prefix + name))) > 1:
-                yield prefix + name
-            yield from walk(child, f"{prefix}{name}.")
-
-    return list(walk(config, ""))
+    return [path for path, _ in walk(config) if len(variants(_hint(config, path))) > 1]

@@ -11,8 +11,9 @@ from flax import nnx
 from hybridlm.config import OptimConfig
 from hybridlm.layers.params import ParamInfo
 from hybridlm.model.model import HybridLM, param_info
-from hybridlm.optim.optimizer import make_optimizer, muon_dims
-from hybridlm.optim.schedule import make_schedule
+from hybridlm.optim.muon import muon_dims
+from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.optim.schedule import over_run
 from tests.train.conftest import small_config
 
 
