@@ -87,7 +87,7 @@ def _has_children(node) -> bool:
 
 
 def _unknown(config: Config, key: str) -> ConfigError:
-    known = leaf_paths(config)
+    known = [*leaf_paths(config), *variant_paths(config)]
     known += [f"{path}.{word}" for path, node in walk(config) for word in old_words(type(node))]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     tail = [p for p in known if p.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]

@@ -57,8 +57,8 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ: {'model.d_model': (256, 512)}."""
+def differences(old, new) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ between two configs, or two parts of the same class: {'d_model': (256, 512)}."""
 
     def compare(a, b, prefix):
         for name in dict.fromkeys([*children(a), *children(b)]):
