@@ -6,8 +6,7 @@ from typing import Any
 
 from hybridlm.config import Config
 from hybridlm.config.stored import differences
-from hybridlm.config.tree import walk
-from hybridlm.layers.block import walk as walk_blocks
+from hybridlm.layers.block import walk
 
 FREE = {
     "its name and its folder": ("name", "run.dir"),
@@ -51,7 +50,7 @@ def may_change(config: Config) -> Callable[[str], bool]:
     """
     free = {name for names in FREE.values() for name in names}
     blocks = {f"model.blocks.{symbol}": block for symbol, block in config.model.blocks.items()}
-    inside = [pair for path, block in blocks.items() for pair in walk_blocks(block, path)]
+    inside = [pair for path, block in blocks.items() for pair in walk(block, path)]
     free |= {f"{path}.{field}" for path, block in inside for field in block.FREE}
     if not any(statistic.loss for _, block in inside for statistic in block.STATISTICS.values()):
         free.add("optim.accumulate")

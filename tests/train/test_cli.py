@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.cli.main import _without_late_writes, main, train_main
+from hybridlm.cli import main, train_main
+from hybridlm.cli.start import without_late_writes
 from hybridlm.train.progress import Display, clock, short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def test_lines_off_a_terminal(capsys):
 def test_arrays_of_a_checkpoint_that_cannot_be_written_say_nothing_each():
     """The save says it once; anything else that threads say is said."""
     said = []
-    hook = _without_late_writes(said.append)
+    hook = without_late_writes(said.append)
     for error in (RuntimeError("Event loop is closed"), RuntimeError("Event loop is slow"), ValueError("cut")):
         hook(types.SimpleNamespace(exc_value=error))
     assert [str(unraisable.exc_value) for unraisable in said] == ["Event loop is slow", "cut"]
