@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: `python train.py --config NAME [--section.key=value ...]`; `--help` lists configs and keys.
 
-Trains the config, or goes on with its run. What is jitted lives in hybridlm/train/step.py, the loop in hybridlm/train/loop.py.
+Trains the config, or goes on with its run. In hybridlm/train, step.py is what is jitted, loop.py the loop around it.
 """
 
 import sys

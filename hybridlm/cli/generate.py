@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
-from hybridlm.errors import require
+from hybridlm.errors import ConfigError
 
 
 def run(words: list[str], prog: str) -> int:
@@ -16,9 +16,9 @@ def run(words: list[str], prog: str) -> int:
         return 0
     for name, low, high in (("max_new_tokens", 1, None), ("temperature", 0, None), ("top_k", 1, None), ("top_p", 0, 1)):
         value = getattr(args, name)
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
-        fits = value is None or (value >= low and (high is None or value <= high))
-        require(fits, f"--{name.replace('_', '-')} ({value}) must be {limit}")
+        if value is not None and (value < low or (high is not None and value > high)):
+            limit = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"--{name.replace('_', '-')} ({value:g}) must be {limit}")
     start()
     import jax
 

@@ -27,8 +27,8 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
     config = _with_published(config, pairs)
     whole = []
     for key, values in sorted(pairs, key=lambda pair: pair[0].count(".")):  # whole blocks first, outermost first
-        if len(values) == 1 and (chosen := _chosen(config, key, values[0])) is not None:
-            config = _rebuild(config, {_resolve(config, key): chosen})
+        if len(values) == 1 and _is_choice(config, key, values[0]):
+            config = _rebuild(config, {_resolve(config, key): _choice(config, key, values[0])})
             whole.append((key, values))
     leaves = {}
     for key, values in pairs:
@@ -125,17 +125,22 @@ def _hint(config: Config, key: str):
     return hint
 
 
-def _chosen(config: Config, key: str, word: str):
-    """What a key is set to where the word is the name of a class: a value of it, or, for a class that builds its parts
-    by name, the word itself. None where the word is no such name."""
-    hint = _hint(config, key)
+def _is_choice(config: Config, key: str, word: str) -> bool:
+    """Whether a key is set to a class by its name."""
+    return _takes_names(config, key) or (word[:1].isupper() and bool(variants(_hint(config, key))))
+
+
+def _choice(config: Config, key: str, word: str):
+    """The value of the class that the word names: the word itself where the class above builds its parts by name."""
+    return word if _takes_names(config, key) else _variant(config, key, word)()
+
+
+def _takes_names(config: Config, key: str) -> bool:
     *above, name = _resolve(config, key)
     holder = config
     for step in above:
         holder = children(holder)[step]
-    if name in getattr(type(holder), "BY_NAME", ()):
-        return word
-    return _variant(config, key, word)() if word[:1].isupper() and variants(hint) else None
+    return name in getattr(type(holder), "BY_NAME", ())
 
 
 def _variant(config: Config, key: str, name: str):

@@ -18,7 +18,8 @@ from tests.train.conftest import small_config
 
 
 def points(steps, **fields):
-    schedule = make_schedule(OptimConfig(lr=1.0, final_lr_ratio=0.1, **fields), steps, 1.0)
+    config = OptimConfig(lr=1.0, final_lr_ratio=0.1, **fields)
+    schedule = over_run(config.schedule, config.warmup_steps, steps, config.lr)
     return lambda step: float(schedule(step))
 
 
