@@ -33,9 +33,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     """The two directions and their options."""
     parser = make_parser(prog, "Published checkpoints in and out.")
     ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
-    into = one_line_errors(
-        ways.add_parser("from-hf", help="a published checkpoint -> a run's folder, to generate from")
-    )
+    what = "a published checkpoint -> the folder of a run, to generate from"
+    into = one_line_errors(ways.add_parser("from-hf", help=what))
     into.add_argument("source", metavar="FOLDER", help="folder with config.json and safetensors")
     into.add_argument("target", metavar="RUN", help="folder of the run, new or empty")
     out = one_line_errors(ways.add_parser("to-hf", help="a run's newest checkpoint -> a published checkpoint"))

@@ -38,9 +38,7 @@ def usage() -> str:
     lines = [(f"hybridlm {command.name} {words}", what) for command in COMMANDS for words, what in command.uses]
     lines.append(("hybridlm COMMAND --help", "all options of a command"))
     width = max(len(typed) for typed, _ in lines)
-    return "\n".join(
-        f"{'usage: ' if i == 0 else '':7}{typed:{width}}    {what}" for i, (typed, what) in enumerate(lines)
-    )
+    return "usage: " + "\n       ".join(f"{typed:{width}}    {what}" for typed, what in lines)
 
 
 def _run(command: Callable[[], int]) -> int:
