@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hybridlm import ConfigError, load_config
 from hybridlm.config import Attention, Config, Llama3, Rope, YaRN
 from hybridlm.config.find import config_names
-from hybridlm.config.overrides import help_text, leaf_paths, override
+from hybridlm.config.help import help_text
+from hybridlm.config.keys import leaf_paths
+from hybridlm.config.overrides import override
 from hybridlm.config.stored import differences, from_dict
 from hybridlm.config.tree import to_dict
 

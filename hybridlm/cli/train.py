@@ -38,7 +38,7 @@ COMMAND = Command("train", (("--config NAME [--section.key=value ...]", "train, 
 
 def _print_help(name: str, prog: str) -> None:
     from hybridlm.config.find import config_names, read_config
-    from hybridlm.config.overrides import help_text
+    from hybridlm.config.help import help_text
 
     print(f"usage: {prog} --config NAME|FILE.py [--section.key=value ...]")
     print(f"configs: {', '.join(config_names())}")

@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import math
 import types
@@ -15,7 +14,8 @@ from typing import Any
 import tyro
 
 from hybridlm.config import Config
-from hybridlm.config.tree import children, field_types, is_union, old_words, variants, walk
+from hybridlm.config.keys import choice, hint_of, is_choice, resolve, variant
+from hybridlm.config.tree import children, is_union, variants
 from hybridlm.errors import ConfigError
 
 
@@ -27,13 +27,13 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
     config = _with_published(config, pairs)
     whole = []
     for key, values in sorted(pairs, key=lambda pair: pair[0].count(".")):  # whole blocks first, outermost first
-        if len(values) == 1 and _is_choice(config, key, values[0]):
-            config = _rebuild(config, {_resolve(config, key): _choice(config, key, values[0])})
+        if len(values) == 1 and is_choice(config, key, values[0]):
+            config = _rebuild(config, {resolve(config, key): choice(config, key, values[0])})
             whole.append((key, values))
     leaves = {}
     for key, values in pairs:
         if (key, values) not in whole:
-            path = _resolve(config, key)
+            path = resolve(config, key)
             leaves[path] = _parse(config, key, path, values)
     return _rebuild(config, leaves)
 
@@ -77,80 +77,6 @@ def _split_words(words: Sequence[str]):
     return pairs
 
 
-def leaf_paths(config: Config) -> list[str]:
-    """Dotted names of everything that can be overridden."""
-    return [path for path, node in walk(config) if not _has_children(node)]
-
-
-def _has_children(node) -> bool:
-    return dataclasses.is_dataclass(node) or isinstance(node, dict)
-
-
-def _unknown(config: Config, key: str) -> ConfigError:
-    known = [*leaf_paths(config), *variant_paths(config)]
-    known += [f"{path}.{word}" for path, node in walk(config) for word in old_words(type(node))]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    tail = [p for p in known if p.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = f"did you mean --{(near or tail)[0]}?" if near or tail else "see --help for all keys"
-    return ConfigError(f"unknown key --{key}: {hint}")
-
-
-def _resolve(config: Config, key: str) -> tuple[str, ...]:
-    """Path of a dotted key; `-` and `_` are alike but for block symbols. A new block symbol is allowed last."""
-    node, path = config, []
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        below = children(node)
-        name = part if part in below else part.replace("-", "_")
-        if name in old_words(type(node)) and i == len(parts) - 1:
-            return (*path, name)
-        if name not in below:
-            if isinstance(node, dict) and i == len(parts) - 1 and len(part) == 1:
-                return (*path, part)
-            raise _unknown(config, key)
-        path.append(name)
-        node = below[name]
-    return tuple(path)
-
-
-def _hint(config: Config, key: str):
-    """Annotation of the field that a key names."""
-    node, hint = config, Config
-    for name in _resolve(config, key):
-        if isinstance(node, dict):
-            hint = typing.get_args(hint)[1]
-        else:
-            hint = {**old_words(type(node)), **field_types(type(node))}[name]
-        node = children(node).get(name)
-    return hint
-
-
-def _is_choice(config: Config, key: str, word: str) -> bool:
-    """Whether a key is set to a class by its name."""
-    return _takes_names(config, key) or (word[:1].isupper() and bool(variants(_hint(config, key))))
-
-
-def _choice(config: Config, key: str, word: str):
-    """The value of the class that the word names: the word itself where the class above builds its parts by name."""
-    return word if _takes_names(config, key) else _variant(config, key, word)()
-
-
-def _takes_names(config: Config, key: str) -> bool:
-    *above, name = _resolve(config, key)
-    holder = config
-    for step in above:
-        holder = children(holder)[step]
-    return name in getattr(type(holder), "BY_NAME", ())
-
-
-def _variant(config: Config, key: str, name: str):
-    known = variants(_hint(config, key))
-    if name not in known:
-        path = "--" + ".".join(_resolve(config, key))
-        raise ConfigError(f"{path}: {name!r} is none of {', '.join(known)}; a field is set as {path}.FIELD=VALUE")
-    return known[name]
-
-
 def _type_name(hint) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
@@ -167,9 +93,9 @@ def _type_name(hint) -> str:
 
 def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     """The words of one leaf as its annotated type, by tyro's rules."""
-    hint = _hint(config, key)
+    hint = hint_of(config, key)
     if variants(hint):
-        _variant(config, key, " ".join(values))
+        variant(config, key, " ".join(values))
     if typing.get_origin(hint) is dict:
         raise ConfigError(f"--{'.'.join(path)} holds blocks: set --{'.'.join(path)}.SYMBOL.FIELD=VALUE")
     if hint is bool and not values:
@@ -209,26 +135,3 @@ def _rebuild(node, leaves: dict[tuple[str, ...], Any], prefix: str = ""):
         return dataclasses.replace(node, **new)
     except ConfigError as error:  # a block does not know its own symbol
         raise ConfigError(f"{prefix}{error}" if prefix.count(".") > 1 else str(error)) from None
-
-
-def help_text(config: Config, prog: str) -> str:
-    """All overrides with their defaults, as tyro prints them."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(
-            type(config), default=config, args=["--help"], prog=prog,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), use_underscores=True,
-        )  # fmt: skip
-    lines = ["", "Chosen by name, their fields then as --KEY.FIELD:"]
-    for key in variant_paths(config):
-        node = config
-        for name in key.split("."):
-            node = children(node)[name]
-        now = "None" if node is None else type(node).__name__
-        lines.append(f"  --{key} {{{','.join(variants(_hint(config, key)))}}} (now: {now})")
-    return out.getvalue() + "\n".join(lines) + "\n"
-
-
-def variant_paths(config: Config) -> list[str]:
-    """Dotted names of fields whose value is one of several dataclasses, or none."""
-    return [path for path, _ in walk(config) if len(variants(_hint(config, path))) > 1]
