@@ -3,10 +3,11 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 
 from hybridlm.config import Config
-from hybridlm.config.tree import children, field_types, old_words, variants, walk
+from hybridlm.config.tree import children, field_types, is_union, old_words, variants, walk
 from hybridlm.errors import ConfigError
 
 
@@ -59,6 +60,14 @@ def hint_of(config: Config, key: str):
     return hint
 
 
+def value_at(config: Config, key: str):
+    """The value at a dotted name as leaf_paths and variant_paths give it."""
+    node = config
+    for name in key.split(".") if key else ():
+        node = children(node)[name]
+    return node
+
+
 def is_choice(config: Config, key: str, word: str) -> bool:
     """Whether a key is set to a class by its name."""
     return _takes_names(config, key) or (word[:1].isupper() and bool(variants(hint_of(config, key))))
@@ -71,9 +80,7 @@ def choice(config: Config, key: str, word: str):
 
 def _takes_names(config: Config, key: str) -> bool:
     *above, name = resolve(config, key)
-    holder = config
-    for step in above:
-        holder = children(holder)[step]
+    holder = value_at(config, ".".join(above))
     return name in getattr(type(holder), "BY_NAME", ())
 
 
@@ -84,3 +91,18 @@ def variant(config: Config, key: str, name: str) -> type:
         path = "--" + ".".join(resolve(config, key))
         raise ConfigError(f"{path}: {name!r} is none of {', '.join(known)}; a field is set as {path}.FIELD=VALUE")
     return known[name]
+
+
+def type_name(hint) -> str:
+    """What a value of an annotation is, in words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    args = typing.get_args(hint)
+    if is_union(hint):
+        return " or ".join(type_name(a) for a in args)
+    if typing.get_origin(hint) is tuple:
+        if args[-1] is Ellipsis:
+            return f"any number of {type_name(args[0])}"
+        return f"{len(args)} values, each {type_name(args[0])}"
+    names = {types.NoneType: "None", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import tyro
 
 from hybridlm.config import Config
-from hybridlm.config.keys import choice, hint_of, is_choice, resolve, variant
-from hybridlm.config.tree import children, is_union, variants
+from hybridlm.config.keys import choice, hint_of, is_choice, resolve, type_name, variant
+from hybridlm.config.tree import children, variants
 from hybridlm.errors import ConfigError
 
 
@@ -77,20 +76,6 @@ def _split_words(words: Sequence[str]):
     return pairs
 
 
-def _type_name(hint) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    args = typing.get_args(hint)
-    if is_union(hint):
-        return " or ".join(_type_name(a) for a in args)
-    if typing.get_origin(hint) is tuple:
-        if args[-1] is Ellipsis:
-            return f"any number of {_type_name(args[0])}"
-        return f"{len(args)} values, each {_type_name(args[0])}"
-    names = {types.NoneType: "None", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
 def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     """The words of one leaf as its annotated type, by tyro's rules."""
     hint = hint_of(config, key)
@@ -105,14 +90,14 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     if hint is int and len(values) == 1:
         values = [values[0].replace("_", "")]
     if not values or (values == [""] and hint is not str):
-        raise ConfigError(f"--{'.'.join(path)} needs a value: {_type_name(hint)}")
+        raise ConfigError(f"--{'.'.join(path)} needs a value: {type_name(hint)}")
     holder = dataclasses.make_dataclass("Leaf", [("value", hint)])
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             words = ["--value", *values] if len(values) != 1 else [f"--value={values[0]}"]
             value = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
     except SystemExit:
-        raise ConfigError(f"--{'.'.join(path)}: {' '.join(values)!r} is not {_type_name(hint)}") from None
+        raise ConfigError(f"--{'.'.join(path)}: {' '.join(values)!r} is not {type_name(hint)}") from None
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"--{'.'.join(path)}: nan is not a number to compute with")
     return value
