@@ -10,6 +10,7 @@ import pytest
 
 from hybridlm.cli import main, train_main
 from hybridlm.cli.start import without_late_writes
+from hybridlm.cli.table import COMMANDS
 from hybridlm.train.progress import Display, clock, short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,26 @@ def test_help(capsys):
     assert main(["--help"]) == 0 and "hybridlm generate" in capsys.readouterr().out
     assert main(["generate", "--help"]) == 0 and "--top-k" in capsys.readouterr().out
     assert main(["fly"]) == 2 and main([]) == 2
+
+
+def test_the_list_of_commands(capsys):
+    assert main([]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: hybridlm train --config NAME") and "a published checkpoint" in lines[2]
+    assert {line.removeprefix("usage:").split()[1] for line in lines[:-1]} == {c.name for c in COMMANDS}
+    check_fails(capsys, ["convert", "from-hf", "a"], "RUN; see hybridlm convert from-hf --help", command=main)
+    check_fails(capsys, ["convert", "sideways"], "sideways", command=main)
+
+
+def test_a_start_that_computes_nothing_waits_for_nothing_slow():
+    """Help and mistakes come before the model's and the trainer's imports."""
+    slow = "('hybridlm.model.model', 'hybridlm.train.loop', 'orbax', 'grain', 'tokenizers', 'transformers')"
+    starts = {("--help",): "main", ("generate", "--help"): "main", ("--config", "hybrid_tny"): "train_main"}
+    for words, start in starts.items():
+        code = f"import sys; from hybridlm.cli import {start}; {start}({list(words)}); "
+        code += f"print([name for name in {slow} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == "[]", (words, done.stderr)
 
 
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "hybridlm", "train"]])
