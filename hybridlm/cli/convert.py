@@ -19,7 +19,7 @@ def run(words: list[str], prog: str) -> int:
     return 0
 
 
-COMMAND = Command(
+CONVERT = Command(
     "convert",
     (
         ("from-hf FOLDER RUN", "a published checkpoint as a run's folder"),

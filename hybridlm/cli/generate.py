@@ -35,7 +35,7 @@ def run(words: list[str], prog: str) -> int:
     return 0
 
 
-COMMAND = Command("generate", (("--run runs/NAME --prompt TEXT [...]", "write text with a run's model"),), run)
+GENERATE = Command("generate", (("--run runs/NAME --prompt TEXT [...]", "write text with a run's model"),), run)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

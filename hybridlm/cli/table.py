@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of `hybridlm`. What the user has to mend is one line and exit code 2.
 
-A new one is a file with a COMMAND, and a word here.
+A new one is a file with its Command, and a word in COMMANDS.
 """
 
 import os
 import sys
 from collections.abc import Callable
 
-from hybridlm.cli import convert, generate, train
+from hybridlm.cli.convert import CONVERT
+from hybridlm.cli.generate import GENERATE
+from hybridlm.cli.train import TRAIN
 from hybridlm.errors import ConfigError, RunError
 
-COMMANDS = (train.COMMAND, generate.COMMAND, convert.COMMAND)
+COMMANDS = (TRAIN, GENERATE, CONVERT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 def train_main(argv: list[str] | None = None) -> int:
     """`python train.py ...`; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return _run(lambda: train.run(words, "python train.py"))
+    return _run(lambda: TRAIN.run(words, "python train.py"))
 
 
 def usage() -> str:
