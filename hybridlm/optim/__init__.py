@@ -3,8 +3,10 @@
 
 from hybridlm.optim.adamw import AdamW
 from hybridlm.optim.config import OptimConfig
-from hybridlm.optim.muon import Muon
+from hybridlm.optim.muon import Muon, muon_dims
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import Constant, Cosine, LinearDecay, Wsd
 
-__all__ = ["AdamW", "Constant", "Cosine", "LinearDecay", "Muon", "OptimConfig", "Wsd", "make_optimizer"]
+__all__ = [
+    "AdamW", "Constant", "Cosine", "LinearDecay", "Muon", "OptimConfig", "Wsd", "make_optimizer", "muon_dims",
+]  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import optax
 
 from hybridlm.optim.config import OptimConfig
-from hybridlm.optim.schedule import over_run
+from hybridlm.optim.schedule import make_schedule
 
 
 def make_optimizer(optim: OptimConfig, steps: int, info) -> tuple[optax.GradientTransformation, Callable]:
@@ -20,7 +20,7 @@ def make_optimizer(optim: OptimConfig, steps: int, info) -> tuple[optax.Gradient
     """
 
     def rate(peak: float) -> optax.Schedule:
-        return over_run(optim.schedule, optim.warmup_steps, steps, peak)
+        return make_schedule(optim, steps, peak)
 
     clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
     return optax.chain(clip, optim.rule.transform(rate, optim.lr, optim.weight_decay, info)), rate(optim.lr)

@@ -92,16 +92,18 @@ SCHEDULES = (Cosine, LinearDecay, Wsd, Constant)
 Schedule = Union[SCHEDULES]  # noqa: UP007 (of a tuple)
 
 
-def over_run(schedule: Shape, warmup: int, steps: int, peak: float) -> optax.Schedule:
+def make_schedule(optim, steps: int, peak: float) -> optax.Schedule:
     """Learning rate as a function of the number of updates already applied (0 at the first).
 
-    The warmup is linear from zero and reaches the peak after `warmup` updates; the decay ends with the run's last
-    update, number steps - 1. A run that is shorter than its warmup (a trial of a few steps) is warmup alone.
+    optim: an OptimConfig. The warmup is linear from zero and reaches the peak after `optim.warmup_steps` updates; the
+    decay ends with the run's last update, number steps - 1. A run that is shorter than its warmup (a trial of a few
+    steps) is warmup alone.
     """
+    warmup = optim.warmup_steps
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     if warmup >= steps:
         return rise
-    parts, bounds = schedule.pieces(peak, warmup, steps)
+    parts, bounds = optim.schedule.pieces(peak, warmup, steps)
     if warmup:
         parts, bounds = [rise, *parts], [warmup, *bounds]
     return optax.join_schedules(parts, bounds)

@@ -13,13 +13,12 @@ from hybridlm.layers.params import ParamInfo
 from hybridlm.model.model import HybridLM, param_info
 from hybridlm.optim.muon import muon_dims
 from hybridlm.optim.optimizer import make_optimizer
-from hybridlm.optim.schedule import over_run
+from hybridlm.optim.schedule import make_schedule
 from tests.train.conftest import small_config
 
 
 def points(steps, **fields):
-    config = OptimConfig(lr=1.0, final_lr_ratio=0.1, **fields)
-    schedule = over_run(config.schedule, config.warmup_steps, steps, config.lr)
+    schedule = make_schedule(OptimConfig(lr=1.0, final_lr_ratio=0.1, **fields), steps, 1.0)
     return lambda step: float(schedule(step))
 
 
