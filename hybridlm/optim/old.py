@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, require
 from hybridlm.optim.adamw import AdamW
 from hybridlm.optim.muon import Muon
 from hybridlm.optim.rules import RULES
@@ -74,29 +74,39 @@ def placed(words: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError, which names the word as it was given, for a name that is none and a value that is refused.
     """
     new = {word: value for word, value in words.items() if word not in PLACES}
-    said = {PLACES[word]: value for word, value in words.items() if word in PLACES}
-    if "rule" in said:
-        new["rule"] = said.pop("rule")
+    said = {PLACES[word]: _checked(word, value) for word, value in words.items() if word in PLACES}
+    new |= {"rule": said.pop("rule")} if "rule" in said else {}
     numbers = {**(new.pop("numbers", None) or {}), **said}
     for part, classes in CLASSES.items():
-        value = new.get(part, classes[0]())
+        value, known = new.get(part, classes[0]()), said
         if isinstance(value, str):
-            word = "name" if part == "rule" and "name" in words else part
-            value, known = _class_of(part, word, value)(), numbers
-        else:
-            known = said
-        if isinstance(value, type) or not dataclasses.is_dataclass(value):
-            continue
-        for place in said:
-            if place.startswith(f"{part}.") and place.partition(".")[2] not in _fields(value):
-                _replace(_holder(place)(), part, {place.partition(".")[2]: said[place]})  # checked, though not used
-        of_part = {f: known[f"{part}.{f}"] for f in _fields(value) if f"{part}.{f}" in known}
-        new[part] = value = _replace(value, part, of_part) if of_part else value
-        for field, default in _fields(value).items():
-            numbers.pop(f"{part}.{field}", None)
-            if getattr(value, field) != default:
-                numbers[f"{part}.{field}"] = getattr(value, field)
+            value, known = _class_of(part, value)(), numbers
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            here = {field: known[f"{part}.{field}"] for field in _fields(value) if f"{part}.{field}" in known}
+            new[part] = dataclasses.replace(value, **here)
+            _remember(numbers, part, new[part])
     return new | {"numbers": numbers}
+
+
+def _remember(numbers: dict[str, Any], part: str, value) -> None:
+    """Puts what is no default in a part's value among the numbers, and takes out what is."""
+    for field, default in _fields(value).items():
+        numbers.pop(f"{part}.{field}", None)
+        if getattr(value, field) != default:
+            numbers[f"{part}.{field}"] = getattr(value, field)
+
+
+def _checked(word: str, value):
+    """The value of an old word, where its place takes it: it may not be one that is used."""
+    part, _, field = PLACES[word].partition(".")
+    if not field:
+        require(value in NAMES[part], f"optim.{word} ({value!r}) must be one of {', '.join(NAMES[part])}")
+        return value
+    try:
+        _holder(PLACES[word])(**{field: value})
+    except ConfigError as error:
+        raise ConfigError(f"optim.{word}{str(error).removeprefix(field)}") from None
+    return value
 
 
 def read(optim, word: str):
@@ -113,21 +123,9 @@ def read(optim, word: str):
     return optim.numbers.get(place, _fields(_holder(place))[field])
 
 
-def _class_of(part: str, word: str, name: str) -> type:
+def _class_of(part: str, name: str) -> type:
     """The class of a part by its name, old or new."""
     classes = {kind.__name__: kind for kind in CLASSES[part]}
-    found = (classes | NAMES[part]).get(name)
-    if found is None:
-        known = NAMES[part] if word == "name" else classes
-        raise ConfigError(f"optim.{word} ({name!r}) must be one of {', '.join(known)}")
-    return found
-
-
-def _replace(value, part: str, numbers: Mapping[str, Any]):
-    """The value with numbers replaced; an error names them by their old words."""
-    try:
-        return dataclasses.replace(value, **numbers)
-    except ConfigError as error:
-        field, _, rest = str(error).partition(" ")
-        words = {place: word for word, place in PLACES.items()}
-        raise ConfigError(f"optim.{words.get(f'{part}.{field}', f'{part}.{field}')} {rest}") from None
+    known = classes | NAMES[part]
+    require(name in known, f"optim.{part} ({name!r}) must be one of {', '.join(classes)}")
+    return known[name]

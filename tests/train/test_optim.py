@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules at exact points, which parameters are decayed and orthogonalised, Muon's matrices."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from hybridlm.config import AdamW, Constant, Muon, OptimConfig
+from hybridlm.config import AdamW, Config, Constant, Muon, OptimConfig
+from hybridlm.config.overrides import override
+from hybridlm.config.stored import from_dict
+from hybridlm.config.tree import to_dict
 from hybridlm.layers.params import ParamInfo
 from hybridlm.model.model import HybridLM, param_info
 from hybridlm.optim.muon import muon_dims
@@ -188,15 +193,21 @@ def _paths(state):
     return [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
 
 
+@dataclass(frozen=True)
 class Signs:
-    """An update rule of one's own: half the sign of the gradient."""
+    """An update rule of one's own: a share of the sign of the gradient."""
+
+    share: float = 0.5
 
     def transform(self, rate, lr, weight_decay, info):
         """See rules.py."""
-        return optax.chain(optax.scale_by_sign(), optax.scale(0.5), optax.scale_by_learning_rate(rate(lr)))
+        return optax.chain(optax.scale_by_sign(), optax.scale(self.share), optax.scale_by_learning_rate(rate(lr)))
 
 
 def test_a_rule_of_ones_own():
+    """It trains, is overridden, stored and read again without a word in RULES."""
+    whole = override(Config(optim=OptimConfig(rule=Signs(0.7))), {"optim.rule.share": 0.25})
+    assert whole.optim.rule == Signs(0.25) and from_dict(to_dict(whole), like=whole) == whole
     config = OptimConfig(lr=0.1, rule=Signs(), schedule=Constant(), warmup_steps=0, clip_norm=None)
     optimizer, schedule = make_optimizer(config, 10, INFO)
     grads = {"w": jnp.asarray([3.0, -2.0])}
