@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: `python train.py --config NAME [--section.key=value ...]`; `--help` lists configs and keys.
 
-Trains the config, or goes on with its run. What is jitted lives in hybridlm/step.py, the loop in hybridlm/loop.py.
+Trains the config, or goes on with its run. In hybridlm/train, step.py is what is jitted, loop.py the loop around it.
 """
 
 import sys
 
-from hybridlm.cli.main import train_main
+from hybridlm.cli import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main())

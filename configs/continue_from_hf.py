@@ -7,7 +7,7 @@ Expected: the first step's loss is that of the published model on the text. `hyb
 the result as a checkpoint of the same family.
 """
 
-from hybridlm.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config import Config, DataConfig, InitConfig, LinearDecay, ModelConfig, OptimConfig, RunConfig
 
 
 def config() -> Config:
@@ -16,6 +16,6 @@ def config() -> Config:
         model=ModelConfig(remat="mixer"),
         init=InitConfig(hf=""),
         data=DataConfig(seq_len=4096, batch_size=16),
-        optim=OptimConfig(lr=2e-5, warmup_steps=200, schedule="linear", final_lr_ratio=0.0, accumulate=8),
+        optim=OptimConfig(lr=2e-5, schedule=LinearDecay(final_lr_ratio=0.0), warmup_steps=200, accumulate=8),
         run=RunConfig(steps=2000, eval_every=500, eval_batches=32, save_every=500, sample_tokens=256),
     )

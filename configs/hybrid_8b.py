@@ -6,7 +6,7 @@ Hardware: a pod; 8.1 B float32 parameters with AdamW take 130 GB over all device
 Expected: 24 Mamba-2, 24 squared-ReLU MLP and 4 attention sublayers; 8,100,852,736 parameters.
 """
 
-from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig, Wsd
 
 
 def config() -> Config:
@@ -25,6 +25,6 @@ def config() -> Config:
             remat="full",
         ),
         data=DataConfig(seq_len=8192, batch_size=768),
-        optim=OptimConfig(lr=8e-4, schedule="wsd", warmup_steps=1000, final_lr_ratio=0.01),
+        optim=OptimConfig(lr=8e-4, schedule=Wsd(final_lr_ratio=0.01), warmup_steps=1000),
         run=RunConfig(steps=100_000, eval_every=2000, eval_batches=32, save_every=1000, sample_tokens=256),
     )

@@ -5,7 +5,7 @@ Command: make train, or python train.py --config hybrid_tiny
 Hardware: two CPU cores, about two minutes.
 """
 
-from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, Muon, OptimConfig, RunConfig, Wsd
 
 
 def config() -> Config:
@@ -23,7 +23,7 @@ def config() -> Config:
             compute_dtype="float32",
         ),
         data=DataConfig(seq_len=256, batch_size=16),
-        optim=OptimConfig(name="muon", lr=3e-3, muon_lr=0.02, schedule="wsd", warmup_steps=20, final_lr_ratio=0.02),
+        optim=OptimConfig(lr=3e-3, rule=Muon(lr=0.02), schedule=Wsd(final_lr_ratio=0.02), warmup_steps=20),
         run=RunConfig(
             steps=300, log_every=10, eval_every=150, eval_batches=16, save_every=150,
             sample_prompt="def ", sample_tokens=300,

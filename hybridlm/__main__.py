@@ -3,7 +3,7 @@
 
 import sys
 
-from hybridlm.cli.main import main
+from hybridlm.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

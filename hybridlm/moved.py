@@ -6,8 +6,9 @@ MOVED = {
     "hybridlm.commands": ("hybridlm.train.commands",),
     "hybridlm.config_io": (
         "hybridlm.config.find", "hybridlm.config.overrides", "hybridlm.config.stored", "hybridlm.config.tree",
+        "hybridlm.config.keys", "hybridlm.config.help",
     ),
-    "hybridlm.convert": ("hybridlm.cli.convert",),
+    "hybridlm.convert": ("hybridlm.cli.convert", "hybridlm.train.published"),
     "hybridlm.data.sources": ("hybridlm.data.formats",),
     "hybridlm.evaluate": ("hybridlm.train.evaluate",),
     "hybridlm.flops": ("hybridlm.model.flops",),

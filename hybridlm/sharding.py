@@ -8,7 +8,7 @@ compiler cannot split by itself, run per device on their rows and heads through 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import jax
@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from hybridlm.errors import ConfigError, require
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES = {
     "batch": ("data", "fsdp", "expert"),
     "tokens": ("context",),
@@ -34,6 +33,11 @@ RULES = {
 """Logical axis -> mesh axes. An axis without an entry is never split."""
 REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
 """Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
+MESH_AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
+"""The mesh's axes, outermost first, as RULES names them first: neighbours along the last are nearest to each other.
+
+A new axis is a field of MeshConfig and an entry in RULES.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class MeshConfig:
     """Ways to shard the experts of MoE blocks; rows are split over them too, other parameters are not."""
 
     def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context", "expert")}
+        sizes = asdict(self)
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name} ({size}) must be at least 1, or -1 for all that is left")
         require(list(sizes.values()).count(-1) <= 1, f"mesh ({sizes}): only one axis can be -1")

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from hybridlm import ConfigError, load_config
 from hybridlm.config import Attention, Config, Llama3, Rope, YaRN
 from hybridlm.config.find import config_names
-from hybridlm.config.overrides import help_text, leaf_paths, override
+from hybridlm.config.help import help_text
+from hybridlm.config.keys import leaf_paths
+from hybridlm.config.overrides import override
 from hybridlm.config.stored import differences, from_dict
 from hybridlm.config.tree import to_dict
+from hybridlm.sharding import MESH_AXES, MeshConfig
 
 NAMES = ["hybrid_125m", "hybrid_1b", "hybrid_8b", "hybrid_tiny", "mamba2_1b", "transformer_1b"]
 pytestmark = pytest.mark.quick
@@ -159,3 +162,9 @@ def test_sizes_of_a_config_file(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ConfigError, match=message):
             load_config(name)
+
+
+def test_mesh_axes_are_the_fields_of_the_mesh():
+    """A field without a rule would split nothing, in silence; the order is that in which devices are laid out."""
+    assert MESH_AXES == ("data", "fsdp", "expert", "context", "tensor")
+    assert set(MESH_AXES) == {field.name for field in dataclasses.fields(MeshConfig)}

@@ -2,14 +2,15 @@
 """What a run is made of: frozen dataclasses that check themselves.
 
 A config file is Python: `config()` returns a `Config`. Reading one by name is in `find.py`, command-line overrides in
-`overrides.py`, the JSON form stored with every run in `stored.py`.
+`overrides.py`, the JSON form stored with every run in `stored.py`, what may change on resume in `resume.py`, whether a
+mesh can split it in `mesh.py`. Each part's config stands with the part; here they are put together.
 """
 
 import json
 from dataclasses import dataclass, field
 
 from hybridlm.config.run import InitConfig, RunConfig
-from hybridlm.config.tree import to_dict
+from hybridlm.config.tree import check_choices, to_dict
 from hybridlm.data.config import DataConfig
 from hybridlm.errors import ConfigError, require
 from hybridlm.layers import (
@@ -31,13 +32,13 @@ from hybridlm.layers import (
     YaRN,
 )  # fmt: skip
 from hybridlm.model.config import ModelConfig
-from hybridlm.optim.config import OptimConfig
+from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConfig, Wsd
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "Attention", "Block", "Branch", "Config", "ConfigError", "DataConfig", "GatedNorm", "InitConfig", "InnerNorm",
-    "Linear", "Llama3", "Mamba1", "Mamba2", "MeshConfig", "MLP", "ModelConfig", "MoE", "OptimConfig", "Parallel",
-    "Rope", "Router", "RunConfig", "Shared", "YaRN",
+    "AdamW", "Attention", "Block", "Branch", "Config", "ConfigError", "Constant", "Cosine", "DataConfig", "GatedNorm",
+    "InitConfig", "InnerNorm", "Linear", "LinearDecay", "Llama3", "MLP", "Mamba1", "Mamba2", "MeshConfig", "MoE",
+    "ModelConfig", "Muon", "OptimConfig", "Parallel", "Rope", "Router", "RunConfig", "Shared", "Wsd", "YaRN",
 ]  # fmt: skip
 
 
@@ -61,6 +62,7 @@ class Config:
     """How long, where, and what is written."""
 
     def __post_init__(self):
+        check_choices(self)
         require(
             self.data.batch_size % self.optim.accumulate == 0,
             f"data.batch_size ({self.data.batch_size}) not divisible by optim.accumulate ({self.optim.accumulate})",

@@ -2,6 +2,7 @@
 """Whether a mesh can split a config's model and batch."""
 
 import math
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
@@ -14,10 +15,14 @@ from hybridlm.sharding import RULES
 def check_config(config: Config, mesh: Mesh) -> None:
     """ConfigError for the first size of the model or of the batch that the mesh cannot split."""
     check_model(config.model, mesh)
-    rows = config.data.batch_size // config.optim.accumulate
-    axes = [axis for axis in RULES["batch"] if axis != "expert" or mesh.shape.get(axis, 1) > 1]
+    micro = config.optim.accumulate
+    rows = "data.batch_size" if micro == 1 else "data.batch_size / optim.accumulate"
+    _check_split(rows, config.data.batch_size // micro, RULES["batch"], mesh)
+    _check_split("data.seq_len", config.data.seq_len, RULES["tokens"], mesh)
+
+
+def _check_split(name: str, size: int, axes: Sequence[str], mesh: Mesh) -> None:
+    """The axes that split experts are named where they split something: most models have none."""
     shards = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    name = "data.batch_size" if config.optim.accumulate == 1 else "data.batch_size / optim.accumulate"
-    require(rows % shards == 0, f"{name} ({rows}) not divisible by mesh.{' * mesh.'.join(axes)} ({shards})")
-    tokens, shards = config.data.seq_len, mesh.shape.get("context", 1)
-    require(tokens % shards == 0, f"data.seq_len ({tokens}) not divisible by mesh.context ({shards})")
+    named = [axis for axis in axes if axis not in RULES["experts"] or mesh.shape.get(axis, 1) > 1]
+    require(size % shards == 0, f"{name} ({size}) not divisible by mesh.{' * mesh.'.join(named)} ({shards})")

@@ -3,10 +3,8 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import tyro
 
 from hybridlm.config import Config
+from hybridlm.config.keys import choice, hint_of, is_choice, resolve, type_name, variant
 from hybridlm.config.tree import children, variants
 from hybridlm.errors import ConfigError
 
@@ -27,13 +26,13 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Co
     config = _with_published(config, pairs)
     whole = []
     for key, values in sorted(pairs, key=lambda pair: pair[0].count(".")):  # whole blocks first, outermost first
-        if len(values) == 1 and values[0][:1].isupper() and variants(_hint(config, key)):
-            config = _rebuild(config, {_resolve(config, key): _variant(config, key, values[0])()})
+        if len(values) == 1 and is_choice(config, key, values[0]):
+            config = _rebuild(config, {resolve(config, key): choice(config, key, values[0])})
             whole.append((key, values))
     leaves = {}
     for key, values in pairs:
         if (key, values) not in whole:
-            path = _resolve(config, key)
+            path = resolve(config, key)
             leaves[path] = _parse(config, key, path, values)
     return _rebuild(config, leaves)
 
@@ -77,79 +76,11 @@ def _split_words(words: Sequence[str]):
     return pairs
 
 
-def leaf_paths(config: Config) -> list[str]:
-    """Dotted names of everything that can be overridden."""
-
-    def walk(node, prefix):
-        for name, child in children(node).items():
-            path = f"{prefix}{name}"
-            if dataclasses.is_dataclass(child) or isinstance(child, dict):
-                yield from walk(child, path + ".")
-            else:
-                yield path
-
-    return list(walk(config, ""))
-
-
-def _unknown(config: Config, key: str) -> ConfigError:
-    near = difflib.get_close_matches(key, leaf_paths(config), n=1, cutoff=0.6)
-    tail = [p for p in leaf_paths(config) if p.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = f"did you mean --{(near or tail)[0]}?" if near or tail else "see --help for all keys"
-    return ConfigError(f"unknown key --{key}: {hint}")
-
-
-def _resolve(config: Config, key: str) -> tuple[str, ...]:
-    """Path of a dotted key; `-` and `_` are alike but for block symbols. A new block symbol is allowed last."""
-    node, path = config, []
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        below = children(node)
-        name = part if part in below else part.replace("-", "_")
-        if name not in below:
-            if isinstance(node, dict) and i == len(parts) - 1 and len(part) == 1:
-                return (*path, part)
-            raise _unknown(config, key)
-        path.append(name)
-        node = below[name]
-    return tuple(path)
-
-
-def _hint(config: Config, key: str):
-    """Annotation of the field that a key names."""
-    node, hint = config, Config
-    for name in _resolve(config, key):
-        hint = typing.get_args(hint)[1] if isinstance(node, dict) else typing.get_type_hints(type(node))[name]
-        node = children(node).get(name)
-    return hint
-
-
-def _variant(config: Config, key: str, name: str):
-    known = variants(_hint(config, key))
-    if name not in known:
-        path = "--" + ".".join(_resolve(config, key))
-        raise ConfigError(f"{path}: {name!r} is none of {', '.join(known)}; a field is set as {path}.FIELD=VALUE")
-    return known[name]
-
-
-def _type_name(hint) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    args = typing.get_args(hint)
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(_type_name(a) for a in args)
-    if typing.get_origin(hint) is tuple:
-        if args[-1] is Ellipsis:
-            return f"any number of {_type_name(args[0])}"
-        return f"{len(args)} values, each {_type_name(args[0])}"
-    names = {types.NoneType: "None", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
 def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     """The words of one leaf as its annotated type, by tyro's rules."""
-    hint = _hint(config, key)
+    hint = hint_of(config, key)
     if variants(hint):
-        _variant(config, key, " ".join(values))
+        variant(config, key, " ".join(values))
     if typing.get_origin(hint) is dict:
         raise ConfigError(f"--{'.'.join(path)} holds blocks: set --{'.'.join(path)}.SYMBOL.FIELD=VALUE")
     if hint is bool and not values:
@@ -159,14 +90,14 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     if hint is int and len(values) == 1:
         values = [values[0].replace("_", "")]
     if not values or (values == [""] and hint is not str):
-        raise ConfigError(f"--{'.'.join(path)} needs a value: {_type_name(hint)}")
+        raise ConfigError(f"--{'.'.join(path)} needs a value: {type_name(hint)}")
     holder = dataclasses.make_dataclass("Leaf", [("value", hint)])
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             words = ["--value", *values] if len(values) != 1 else [f"--value={values[0]}"]
             value = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
     except SystemExit:
-        raise ConfigError(f"--{'.'.join(path)}: {' '.join(values)!r} is not {_type_name(hint)}") from None
+        raise ConfigError(f"--{'.'.join(path)}: {' '.join(values)!r} is not {type_name(hint)}") from None
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"--{'.'.join(path)}: nan is not a number to compute with")
     return value
@@ -189,33 +120,3 @@ def _rebuild(node, leaves: dict[tuple[str, ...], Any], prefix: str = ""):
         return dataclasses.replace(node, **new)
     except ConfigError as error:  # a block does not know its own symbol
         raise ConfigError(f"{prefix}{error}" if prefix.count(".") > 1 else str(error)) from None
-
-
-def help_text(config: Config, prog: str) -> str:
-    """All overrides with their defaults, as tyro prints them."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(
-            type(config), default=config, args=["--help"], prog=prog,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), use_underscores=True,
-        )  # fmt: skip
-    lines = ["", "Chosen by name, their fields then as --KEY.FIELD:"]
-    for key in variant_paths(config):
-        node = config
-        for name in key.split("."):
-            node = children(node)[name]
-        now = "None" if node is None else type(node).__name__
-        lines.append(f"  --{key} {{{','.join(variants(_hint(config, key)))}}} (now: {now})")
-    return out.getvalue() + "\n".join(lines) + "\n"
-
-
-def variant_paths(config: Config) -> list[str]:
-    """Dotted names of fields whose value is one of several dataclasses, or none."""
-
-    def walk(node, prefix):
-        for name, child in children(node).items():
-            if len(variants(_hint(config, prefix + name))) > 1:
-                yield prefix + name
-            yield from walk(child, f"{prefix}{name}.")
-
-    return list(walk(config, ""))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON form of a config that is stored with every run."""
 
+import dataclasses
 import json
 import typing
 from collections.abc import Mapping
@@ -8,33 +9,47 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm.config import Config
-from hybridlm.config.tree import children, to_dict, variants
+from hybridlm.config.tree import children, field_types, old_words, to_dict, variants, walk
 from hybridlm.errors import ConfigError
 
 
-def from_dict(values: Mapping[str, Any], hint=Config):
-    """The inverse of to_dict. Raises ConfigError for a key that this version does not know."""
+def from_dict(values: Mapping[str, Any], hint=Config, like: Config | None = None):
+    """The inverse of to_dict, for what this version and those before it wrote.
+
+    like: a config whose classes are known, too: those of a user's own blocks. Raises ConfigError, one line, for a key
+    or a class that is not known.
+    """
+    nodes = [] if like is None else [node for _, node in walk(like) if dataclasses.is_dataclass(node)]
+    return _read(values, hint, {type(node).__name__: type(node) for node in nodes})
+
+
+def _read(values, hint, own: Mapping[str, type]):
     known = variants(hint)
-    if known:
-        if values is None:
-            return None
-        kind = values.get("type", next(iter(known)))
-        if kind not in known:
-            raise ConfigError(f"stored config has a {kind!r} where this version knows {', '.join(known)}")
-        cls = known[kind]
-        hints = typing.get_type_hints(cls)
-        unknown = [k for k in values if k != "type" and k not in hints]
-        if unknown:
-            raise ConfigError(f"stored config has the key {unknown[0]!r}, which {kind} of this version does not know")
-        return cls(**{k: from_dict(v, hints[k]) for k, v in values.items() if k != "type"})
+    if known and values is not None and not isinstance(values, str):  # a name: the class above it knows what that is
+        return _read_dataclass(values, known, own)
     if typing.get_origin(hint) is dict:
-        return {k: from_dict(v, typing.get_args(hint)[1]) for k, v in values.items()}
+        return {k: _read(v, typing.get_args(hint)[1], own) for k, v in values.items()}
     if isinstance(values, list):
         args = typing.get_args(hint)
         tuples = [a for a in args if typing.get_origin(a) is tuple]
         inner = typing.get_args(tuples[0]) if tuples else args
-        return tuple(from_dict(v, inner[0]) for v in values)
+        return tuple(_read(v, inner[0], own) for v in values)
     return float(values) if isinstance(values, str) and hint is float else values
+
+
+def _read_dataclass(values: Mapping[str, Any], known: Mapping[str, Any], own: Mapping[str, type]):
+    kind = values.get("type", next(iter(known)))
+    cls = known.get(kind) or (own.get(kind) if len(known) > 1 else None)
+    if cls is None:
+        raise ConfigError(
+            f"stored config has a {kind!r}, which is none of {', '.join(known)}: "
+            "give the config file that defines it (--config FILE.py)"
+        )
+    words = {**old_words(cls), **field_types(cls)}
+    unknown = [k for k in values if k != "type" and k not in words]
+    if unknown:
+        raise ConfigError(f"stored config has the key {unknown[0]!r}, which {kind} of this version does not know")
+    return cls(**{k: _read(v, words[k], own) for k, v in values.items() if k != "type"})
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -42,17 +57,17 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ: {'model.d_model': (256, 512)}."""
+def differences(old, new) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ between two configs, or two parts of the same class: {'d_model': (256, 512)}."""
 
-    def walk(a, b, prefix):
+    def compare(a, b, prefix):
         for name in dict.fromkeys([*children(a), *children(b)]):
             x, y = children(a).get(name), children(b).get(name)
             if x == y:
                 continue
             if children(x) and children(y) and type(x) is type(y):
-                yield from walk(x, y, f"{prefix}{name}.")
+                yield from compare(x, y, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", (x, y)
 
-    return dict(walk(old, new, ""))
+    return dict(compare(old, new, ""))

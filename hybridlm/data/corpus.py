@@ -24,17 +24,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from hybridlm.data.bigram import BigramCounter, bits_per_byte
+from hybridlm.data.config import DataConfig
 from hybridlm.data.formats import Source, open_source
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hybridlm.data.config import DataConfig
 
 try:
     import fcntl
@@ -97,7 +95,7 @@ class Corpus:
         return Split(self.folder, name, self.stats["dtype"])
 
 
-def open_corpus(config: "DataConfig") -> Corpus:
+def open_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config` describes, tokenised now unless the cache holds it.
 
     Raises:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents out of files: the embedded corpus, text files, JSON lines and Parquet, one document at a time.
 
+A new format is a row of FORMATS and its reader.
+
 A document is `(id, text)`. Its id is the file's name relative to the folder that the pattern starts in, in posix form
 (`json/decoder.py`), followed by `:index` where a file holds many (`a.jsonl:16`). Ids and their order do not depend on
 where the folder lies, so every machine derives the same split from them.
@@ -12,23 +14,23 @@ whole.
 import dataclasses
 import glob
 import gzip
+import importlib
 import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from hybridlm.errors import ConfigError
 
-READABLE = "give UTF-8 text (.txt, .md, .py, ...), .jsonl, .jsonl.gz or .parquet"
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 BINARY_SUFFIXES = frozenset((
     ".7z", ".array_record", ".arrow", ".avro", ".bin", ".bz2", ".db", ".docx", ".feather", ".gif", ".gz", ".h5",
     ".hdf5", ".jpeg", ".jpg", ".msgpack", ".npy", ".npz", ".orc", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth",
     ".safetensors", ".sqlite", ".tar", ".tfrecord", ".tgz", ".xlsx", ".xz", ".zip", ".zst",
 ))  # fmt: skip
+"""What is refused by its name rather than read as text."""
 EMBEDDED_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -44,6 +46,20 @@ class SourceFile(NamedTuple):
 
     path: Path
     name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of file, known by its name."""
+
+    suffixes: tuple[str, ...]
+    """Ends of names in lower case."""
+    named: str
+    """The most usual of them, for errors that say what can be read."""
+    read: Callable[[SourceFile, str], Iterator[Document]]
+    """(file, data.text_key) -> its documents. ConfigError for content that is not of this kind; OSError as it comes."""
+    needs: tuple[str, ...] = ()
+    """Modules that the reader imports, of packages that not everybody has."""
 
 
 @dataclasses.dataclass
@@ -153,36 +169,43 @@ def _match(pattern: str, argument: str) -> list[SourceFile]:
     return files
 
 
-def _is_json(path: Path) -> bool:
-    return path.name.lower().endswith(JSON_SUFFIXES)
+def _format_of(path: Path) -> Format | None:
+    """The format that a file's name says; None: text."""
+    return next((row for row in FORMATS if path.name.lower().endswith(row.suffixes)), None)
 
 
 def _check_kind(path: Path) -> None:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        _parquet_module(path)
-    elif suffix in BINARY_SUFFIXES and not _is_json(path):
-        raise ConfigError(f'{path}: unknown suffix "{path.suffix}"; {READABLE}')
+    row = _format_of(path)
+    for module in row.needs if row else ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            package = module.partition(".")[0]
+            told = f"{path}: reading {path.suffix.lower()} needs {package}: pip install {package}"
+            raise ConfigError(told) from error
+    if row is None and path.suffix.lower() in BINARY_SUFFIXES:
+        raise ConfigError(f'{path}: unknown suffix "{path.suffix}"; {_readable()}')
+
+
+def _readable() -> str:
+    first, last = ", ".join(row.named for row in FORMATS[:-1]), FORMATS[-1].named
+    return f"give UTF-8 text (.txt, .md, .py, ...), {first} or {last}"
 
 
 def _read_file(file: SourceFile, text_key: str) -> Iterator[Document]:
+    row = _format_of(file.path)
     try:
-        if _is_json(file.path):
-            yield from _read_json_lines(file, text_key)
-        elif file.path.suffix.lower() == ".parquet":
-            yield from _read_parquet(file, text_key)
-        else:
-            yield _read_text(file)
+        yield from _read_text(file) if row is None else row.read(file, text_key)
     except OSError as error:  # gzip.BadGzipFile has no strerror
         raise ConfigError(f"cannot read {file.path}: {error.strerror or error}") from error
 
 
-def _read_text(file: SourceFile) -> Document:
+def _read_text(file: SourceFile) -> Iterator[Document]:
     raw = file.path.read_bytes()
     if b"\0" in raw[:4096]:
-        raise ConfigError(f"{file.path} is not text (it holds zero bytes); {READABLE}")
+        raise ConfigError(f"{file.path} is not text (it holds zero bytes); {_readable()}")
     try:
-        return Document(file.name, raw.decode("utf-8-sig"))
+        yield Document(file.name, raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(_not_utf8(file.path, error)) from error
 
@@ -229,21 +252,13 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _parquet_module(path: Path):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
 def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
-    parquet = _parquet_module(file.path)
     import pyarrow
+    import pyarrow.parquet
 
     index = 0
     try:
-        with parquet.ParquetFile(file.path) as table:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
             schema = table.schema_arrow
             if text_key not in schema.names:
                 raise ConfigError(_no_field(str(file.path), text_key, schema.names))
@@ -270,3 +285,12 @@ def _no_field(where: str, text_key: str, fields) -> str:
 def _not_utf8(where, error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
     return f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); convert it to UTF-8"
+
+
+FORMATS = (
+    Format(
+        (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"), ".jsonl, .jsonl.gz", _read_json_lines
+    ),
+    Format((".parquet",), ".parquet", _read_parquet, needs=("pyarrow.parquet",)),
+)
+"""Every format but text, which a file of any other name is taken for."""

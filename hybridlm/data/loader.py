@@ -17,16 +17,13 @@ import os
 import signal
 import threading
 import weakref
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hybridlm.data.config import DataConfig
 from hybridlm.data.corpus import Corpus, open_corpus
 from hybridlm.data.packing import PairRows, empty_row, permutation_keys
 from hybridlm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hybridlm.data.config import DataConfig
 
 VALIDATION_SEED = 0
 MAX_THREADS = 4
@@ -44,7 +41,7 @@ def host_rows(batch_size: int, process_index: int, process_count: int) -> tuple[
 
 
 def make_loader(
-    config: "DataConfig",
+    config: DataConfig,
     *,
     seed: int = 0,
     split: str = "train",
@@ -241,7 +238,7 @@ def _check_rows(rows: tuple[int, int] | slice | None, batch_size: int) -> tuple[
     return low, high
 
 
-def _nothing(split: str, corpus: Corpus, config: "DataConfig") -> str:
+def _nothing(split: str, corpus: Corpus, config: DataConfig) -> str:
     counts = {name: corpus.stats[name]["documents"] for name in ("train", "val")}
     total = sum(counts.values())
     if counts[split]:

@@ -1,56 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss, gradients, optimizer and schedule."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar
 
 from hybridlm.errors import require
+from hybridlm.optim import old
+from hybridlm.optim.adamw import AdamW
+from hybridlm.optim.rules import RULES, Rule, UpdateRule
+from hybridlm.optim.schedule import SCHEDULES, Cosine, Schedule, Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Loss, gradients, optimizer and schedule."""
+    """Loss, gradients, optimizer and schedule.
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw for all; muon for matrices, with AdamW for the rest."""
+    The constructor takes the words of earlier versions, too (name="muon", muon_lr=0.02, schedule="wsd"): see old.py.
+    """
+
     lr: float = 3e-4
-    """Peak learning rate."""
-    muon_lr: float = 0.02
-    """Peak learning rate of the matrices under muon."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decays of the first and second moment."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    muon_momentum: float = 0.95
-    """Muon's momentum (Nesterov)."""
+    """Peak learning rate, of all that has none of its own in the rule."""
+    rule: Rule = AdamW()  # noqa: RUF009 (frozen)
+    """How gradients become updates."""
+    schedule: Schedule = Cosine()  # noqa: RUF009 (frozen)
+    """The learning rate after the warmup."""
+    warmup_steps: int = 100
+    """Steps of linear warmup from zero."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; recurrence parameters, norms, biases and embeddings have none."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; None: never."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After the warmup: cosine or linear to the end, warmup-stable-decay, or constant."""
-    warmup_steps: int = 100
-    """Steps of linear warmup from zero."""
-    decay_fraction: float = 0.2
-    """Share of the run that wsd spends in its linear decay."""
-    final_lr_ratio: float = 0.1
-    """Learning rate of the last step over the peak."""
     accumulate: int = 1
     """Microbatches whose gradients are summed for one step; divides data.batch_size."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5)."""
     max_skipped: int = 10
     """Non-finite steps in a row, each skipped, after which the run ends with an error."""
+    numbers: InitVar[Mapping[str, Any] | None] = None
+    """What old.py remembers of rules and schedules that were chosen before; not compared, shown or stored."""
 
-    def __post_init__(self):
-        for name in ("lr", "muon_lr", "eps", "clip_norm"):
+    OLD_WORDS: ClassVar[Mapping[str, Any]] = old.HINTS
+    """Words of earlier versions, which have their places in the rule and the schedule, and their types."""
+    BY_NAME: ClassVar[frozenset[str]] = old.BY_NAME
+    """Words whose value may be the name of a class, for the constructor to build."""
+
+    def __post_init__(self, numbers):
+        object.__setattr__(self, "numbers", numbers)
+        for name in ("lr", "clip_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, f"optim.{name} ({value}) must be positive")
         for name in ("weight_decay", "warmup_steps", "z_loss"):
             require(getattr(self, name) >= 0, f"optim.{name} ({getattr(self, name)}) must not be negative")
         for name in ("accumulate", "max_skipped"):
             require(getattr(self, name) >= 1, f"optim.{name} ({getattr(self, name)}) must be at least 1")
-        for name, values in (("betas", self.betas), ("muon_momentum", (self.muon_momentum,))):
-            require(all(0 <= v < 1 for v in values), f"optim.{name} ({getattr(self, name)}) must be in [0, 1)")
-        for name in ("decay_fraction", "final_lr_ratio"):
-            require(0 <= getattr(self, name) <= 1, f"optim.{name} ({getattr(self, name)}) must be in [0, 1]")
+        for name, contract, known in (("rule", UpdateRule, RULES), ("schedule", Shape, SCHEDULES)):
+            value, classes = getattr(self, name), ", ".join(f"{kind.__name__}()" for kind in known)
+            fits = isinstance(value, contract) and not isinstance(value, type)
+            require(fits, f"optim.{name} ({value!r}) must be one of {classes}")
+
+    def __getattr__(self, word: str):
+        """Words of earlier versions can be read, too: `optim.muon_lr`."""
+        return old.read(self, word)
+
+
+OptimConfig.__init__ = old.accepting(OptimConfig.__init__)
+OptimConfig.__annotations__["numbers"] = ClassVar[Any]  # for tyro, whose help would offer it as an option

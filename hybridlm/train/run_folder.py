@@ -10,21 +10,15 @@ import fcntl
 import json
 import logging
 import os
-import re
 import socket
 from pathlib import Path
 
 from hybridlm.config import Config
-from hybridlm.config.stored import differences, from_dict, save_config
+from hybridlm.config.resume import refused
+from hybridlm.config.stored import from_dict, save_config
 from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
-
-_MAY_CHANGE = re.compile(
-    r"name|init\..*|mesh\..*|run\.(?!seed$).*|model\.remat|model\.blocks\..\.chunk|data\.(workers|prefetch|cache_dir)"
-    r"|optim\.(accumulate|max_skipped)"
-)
-"""What a run can be gone on with changed: nothing here alters what a step computes, beyond rounding."""
 
 
 class RunFolder:
@@ -80,12 +74,9 @@ class RunFolder:
         """ConfigError, one line naming the keys, where the run found here cannot go on with this config."""
         if not self._config_file.exists() or not has_checkpoint:
             return
-        changed = differences(stored_config(self.path), self.config)
-        fatal = [key for key in changed if not _MAY_CHANGE.fullmatch(key)]
+        fatal = refused(stored_config(self.path, like=self.config), self.config)
         if fatal:
-            shown = ", ".join(
-                f"{key} ({_short(changed[key][0])} there, {_short(changed[key][1])} now)" for key in fatal[:4]
-            )
+            shown = ", ".join(f"{key} ({_short(a)} there, {_short(b)} now)" for key, (a, b) in list(fatal.items())[:4])
             more = f" and {len(fatal) - 4} more" if len(fatal) > 4 else ""
             raise ConfigError(
                 f"{self.path} holds a run with another config: {shown}{more}; "
@@ -101,11 +92,14 @@ class RunFolder:
         part.replace(self._config_file)
 
 
-def stored_config(path: Path) -> Config:
-    """The config of a run's folder. ConfigError where there is none that can be read."""
+def stored_config(path: Path, like: Config | None = None) -> Config:
+    """The config of a run's folder. ConfigError where there is none that can be read.
+
+    like: a config whose own classes the run may have used; see from_dict.
+    """
     file = path / "config.json"
     try:
-        return from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return from_dict(json.loads(file.read_text(encoding="utf-8")), like=like)
     except FileNotFoundError:
         raise ConfigError(f"{path} holds no run (no config.json)") from None
     except (OSError, json.JSONDecodeError) as error:

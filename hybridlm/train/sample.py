@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm.config import Config
 from hybridlm.errors import require
 
 
@@ -37,14 +38,17 @@ def sample_text(
     return prompt + tokenizer.decode(ids)
 
 
-def load_run(path: Path, step: int | None = None) -> tuple[nnx.Module, Callable, int]:
-    """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none."""
+def load_run(path: Path, step: int | None = None, like: Config | None = None) -> tuple[nnx.Module, Callable, int]:
+    """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none.
+
+    like: a config whose own classes the run may have used; see from_dict.
+    """
     from hybridlm.data import load_tokenizer
     from hybridlm.model.init import abstract
     from hybridlm.train.checkpoint import Checkpoints, finished_steps
     from hybridlm.train.run_folder import stored_config
 
-    config = stored_config(path)
+    config = stored_config(path, like)
     steps = finished_steps(path / "checkpoints")
     require(bool(steps), f"{path} has no checkpoint yet")
     require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format reads the same documents; bad input is one clear line."""
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hybridlm.data import formats
 from hybridlm.data.formats import embedded_folder, open_source
 from hybridlm.errors import ConfigError
 
@@ -153,3 +155,19 @@ def test_reading_json_lines_and_parquet_is_bounded_in_memory(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak + arrow_peak < 8e6, f"{name}: {peak} and {arrow_peak} bytes for 20 MB"
+
+
+def test_a_new_format_is_a_row(tmp_path, monkeypatch):
+    def read_upside_down(file, text_key):
+        yield formats.Document(file.name, file.path.read_text()[::-1])
+
+    row = formats.Format((".down", ".zip"), ".down", read_upside_down, needs=("no_such_module.reader",))
+    (tmp_path / "A.DOWN").write_text("abc")
+    (tmp_path / "b.zip").write_text("xyz")
+    (tmp_path / "c.docx").write_text("x")
+    assert read(tmp_path / "A.DOWN") == ["abc"] and 'unknown suffix ".zip"' in error_of(tmp_path / "b.zip")
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, row))
+    assert "reading .down needs no_such_module: pip install no_such_module" in error_of(tmp_path / "A.DOWN")
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS[:-1], dataclasses.replace(row, needs=())))
+    assert read(tmp_path / "A.DOWN") == ["cba"] and read(tmp_path / "b.zip") == ["zyx"]
+    assert error_of(tmp_path / "c.docx").endswith(".jsonl, .jsonl.gz, .parquet or .down")

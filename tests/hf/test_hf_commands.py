@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hybridlm.cli.main import main
+from hybridlm.cli import main
 from hybridlm.config.find import load_config
 from hybridlm.train.run_folder import read_metrics, stored_config
 from tests.hf.hf_support import FOLDER

@@ -16,7 +16,7 @@ from hybridlm.layers.moe import MoEFeedForward, route
 from hybridlm.model import init
 from hybridlm.model.model import param_info
 from hybridlm.model.statistics import statistics, summarise
-from hybridlm.optim.optimizer import muon_dims
+from hybridlm.optim.muon import muon_dims
 from tests.model.model_support import QUICK, VARIANTS, build, log_likelihoods, named, random_tokens, small
 from tests.tolerances import check_close
 

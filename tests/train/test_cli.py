@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.cli.main import _without_late_writes, main, train_main
+from hybridlm.cli import main, train_main
+from hybridlm.cli.start import without_late_writes
+from hybridlm.cli.table import COMMANDS
 from hybridlm.train.progress import Display, clock, short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +80,26 @@ def test_help(capsys):
     assert main(["fly"]) == 2 and main([]) == 2
 
 
+def test_the_list_of_commands(capsys):
+    assert main([]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: hybridlm train --config NAME") and "a published checkpoint" in lines[2]
+    assert {line.removeprefix("usage:").split()[1] for line in lines[:-1]} == {c.name for c in COMMANDS}
+    check_fails(capsys, ["convert", "from-hf", "a"], "RUN; see hybridlm convert from-hf --help", command=main)
+    check_fails(capsys, ["convert", "sideways"], "sideways", command=main)
+
+
+def test_a_start_that_computes_nothing_waits_for_nothing_slow():
+    """Help and mistakes come before the model's and the trainer's imports."""
+    slow = "('hybridlm.model.model', 'hybridlm.train.loop', 'orbax', 'grain', 'tokenizers', 'transformers')"
+    starts = {("--help",): "main", ("generate", "--help"): "main", ("--config", "hybrid_tny"): "train_main"}
+    for words, start in starts.items():
+        code = f"import sys; from hybridlm.cli import {start}; {start}({list(words)}); "
+        code += f"print([name for name in {slow} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == "[]", (words, done.stderr)
+
+
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "hybridlm", "train"]])
 def test_as_a_process(words):
     done = subprocess.run(
@@ -111,7 +133,7 @@ def test_lines_off_a_terminal(capsys):
 def test_arrays_of_a_checkpoint_that_cannot_be_written_say_nothing_each():
     """The save says it once; anything else that threads say is said."""
     said = []
-    hook = _without_late_writes(said.append)
+    hook = without_late_writes(said.append)
     for error in (RuntimeError("Event loop is closed"), RuntimeError("Event loop is slow"), ValueError("cut")):
         hook(types.SimpleNamespace(exc_value=error))
     assert [str(unraisable.exc_value) for unraisable in said] == ["Event loop is slow", "cut"]

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from hybridlm.cli.main import train_main
+from hybridlm.cli import train_main
 from hybridlm.train.run_folder import read_metrics
 
 

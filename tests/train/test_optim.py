@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules at exact points, which parameters are decayed and orthogonalised, Muon's matrices."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
-from hybridlm.config import OptimConfig
+from hybridlm.config import AdamW, Config, Constant, Muon, OptimConfig
+from hybridlm.config.overrides import override
+from hybridlm.config.stored import from_dict
+from hybridlm.config.tree import to_dict
 from hybridlm.layers.params import ParamInfo
 from hybridlm.model.model import HybridLM, param_info
-from hybridlm.optim.optimizer import make_optimizer, muon_dims
+from hybridlm.optim.muon import muon_dims
+from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import make_schedule
 from tests.train.conftest import small_config
 
@@ -138,3 +144,73 @@ def test_every_parameter_of_a_model_goes_where_it_belongs():
     others = {path[-1].key for path, info in table if muon_dims(info) is None}
     assert matrices == {"in_zx", "in_BC", "in_dt", "out", "w_q", "w_k", "w_v", "w_gate", "w_o", "w_in", "w_out"}
     assert others >= {"embedding", "A_log", "dt_bias", "D", "conv_x", "conv_BC", "norm", "weight", "sinks"}
+
+
+def optimizer_of_before(name, betas=(0.9, 0.95), eps=1e-8, momentum=0.95, weight_decay=0.1, clip_norm=1.0):
+    """AdamW at 0.1 and Muon at 0.2 as versions built them in which one class held all numbers: what wrote the optimizer
+    states of their checkpoints."""
+    is_matrix = jax.tree.map(lambda leaf: leaf.kind == "matrix", INFO)
+    constant = optax.constant_schedule
+    adam, scale = optax.scale_by_adam(*betas, eps=eps), optax.scale_by_learning_rate(_joined(constant(0.1)))
+    if name == "adamw":
+        rule = optax.chain(adam, optax.add_decayed_weights(weight_decay, mask=is_matrix), scale)
+    else:
+        labels = jax.tree.map(lambda matrix: "muon" if matrix else "adam", is_matrix)
+        dims = jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), INFO)
+        muon = optax.contrib.muon(
+            _joined(constant(0.2)), beta=momentum, weight_decay=weight_decay, eps=eps,
+            muon_weight_dimension_numbers=dims,
+        )  # fmt: skip
+        rule = optax.partition({"muon": muon, "adam": optax.chain(adam, scale)}, labels)
+    return optax.chain(optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm), rule)
+
+
+def _joined(schedule):
+    return optax.join_schedules([schedule], [])
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_is_that_of_versions_before(name, clip_norm):
+    """The same tree with the same names, and to the bit the same updates from it."""
+    rule = {"adamw": AdamW(), "muon": Muon(lr=0.2)}[name]
+    config = OptimConfig(lr=0.1, rule=rule, schedule=Constant(), warmup_steps=0, clip_norm=clip_norm)
+    now, before = make_optimizer(config, 10, INFO)[0], optimizer_of_before(name, clip_norm=clip_norm)
+    params = {leaf: jnp.ones(info.shape) for leaf, info in INFO.items()}
+    grads = {leaf: jax.random.normal(jax.random.key(i), x.shape) for i, (leaf, x) in enumerate(params.items())}
+    state = before.init(params)
+    assert _paths(now.init(params)) == _paths(state)
+    for _ in range(2):
+        expected, next_state = before.update(grads, state, params)
+        updates, ours = now.update(grads, state, params)
+        for a, b in zip(jax.tree.leaves((updates, ours)), jax.tree.leaves((expected, next_state)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert jax.tree.structure(ours) == jax.tree.structure(next_state)
+        state = next_state
+
+
+def _paths(state):
+    return [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+
+
+@dataclass(frozen=True)
+class Signs:
+    """An update rule of one's own: a share of the sign of the gradient."""
+
+    share: float = 0.5
+
+    def transform(self, rate, lr, weight_decay, info):
+        """See rules.py."""
+        return optax.chain(optax.scale_by_sign(), optax.scale(self.share), optax.scale_by_learning_rate(rate(lr)))
+
+
+def test_a_rule_of_ones_own():
+    """It trains, is overridden, stored and read again without a word in RULES."""
+    whole = override(Config(optim=OptimConfig(rule=Signs(0.7))), {"optim.rule.share": 0.25})
+    assert whole.optim.rule == Signs(0.25) and from_dict(to_dict(whole), like=whole) == whole
+    config = OptimConfig(lr=0.1, rule=Signs(), schedule=Constant(), warmup_steps=0, clip_norm=None)
+    optimizer, schedule = make_optimizer(config, 10, INFO)
+    grads = {"w": jnp.asarray([3.0, -2.0])}
+    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    np.testing.assert_allclose(updates["w"], [-0.05, 0.05])
+    assert schedule(5) == pytest.approx(0.1)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybridlm.cli.main import main, train_main
+from hybridlm.cli import main, train_main
 from hybridlm.train import loop
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hybridlm train`, which is `python train.py`: trains a config, or goes on with its run."""
+
+import shlex
+
+from hybridlm.cli.command import Command
+from hybridlm.cli.start import start
+from hybridlm.errors import ConfigError
+
+
+def run(words: list[str], prog: str) -> int:
+    """Trains; see Command."""
+    from hybridlm.config.find import config_names, load_config
+
+    name, overrides = _take_config(words)
+    if "-h" in overrides or "--help" in overrides:
+        _print_help(name or "hybrid_tiny", prog)
+        return 0
+    if name is None:
+        raise ConfigError(f"--config is missing; known: {', '.join(config_names())}")
+    config = load_config(name, overrides)
+    if config.init.hf == "":
+        raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
+    from hybridlm.train.commands import hybridlm_command, python_command
+    from hybridlm.train.stop import StopRequest
+
+    typed = prog.replace("python", python_command()).replace("hybridlm", hybridlm_command())
+    again = [*typed.split(), "--config", name, *_without(overrides, "--run.steps")]
+    with StopRequest() as stop:
+        start()
+        from hybridlm.train.loop import train
+
+        return train(config, shlex.join(again), stop)
+
+
+TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or go on with, a run"),), run)
+
+
+def _print_help(name: str, prog: str) -> None:
+    from hybridlm.config.find import config_names, read_config
+    from hybridlm.config.help import help_text
+
+    print(f"usage: {prog} --config NAME|FILE.py [--section.key=value ...]")
+    print(f"configs: {', '.join(config_names())}")
+    print(help_text(read_config(name), f"{prog} --config {name}"))
+
+
+def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
+    """(value of --config, the other words)."""
+    name, rest, words = None, [], list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            if not words or words[0].startswith("-"):
+                from hybridlm.config.find import config_names
+
+                raise ConfigError(f"--config wants a name or a file; known: {', '.join(config_names())}")
+            name = words.pop(0)
+        elif word.startswith("--config="):
+            name = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return name, rest
+
+
+def _without(words: list[str], key: str) -> list[str]:
+    """The words less an override and its value."""
+    kept, skipping = [], False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word.split("=")[0] == key
+        if not skipping:
+            kept.append(word)
+    return kept

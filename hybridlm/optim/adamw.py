@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW (Loshchilov and Hutter 2019, "Decoupled weight decay regularization")."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from hybridlm.errors import require
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW for all parameters, at optim.lr; matrices alone are decayed."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decays of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self):
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas ({self.betas}) must be in [0, 1)")
+        require(self.eps > 0, f"eps ({self.eps}) must be positive")
+
+    def transform(
+        self, rate: Callable[[float], optax.Schedule], lr: float, weight_decay: float, info
+    ) -> optax.GradientTransformation:
+        """As of every update rule; see rules.py."""
+        matrices = jax.tree.map(lambda leaf: leaf.kind == "matrix", info)
+        adam = optax.scale_by_adam(*self.betas, eps=self.eps)
+        decay = optax.add_decayed_weights(weight_decay, mask=matrices)
+        return optax.chain(adam, decay, optax.scale_by_learning_rate(rate(lr)))

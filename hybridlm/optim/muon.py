@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from hybridlm.errors import require
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon for matrices, at its own learning rate and decayed; Adam for all others, at optim.lr and without decay."""
+
+    lr: float = 0.02
+    """Peak learning rate of the matrices."""
+    momentum: float = 0.95
+    """Decay of the matrices' momentum (Nesterov)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decays of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment, and to the norm by which Muon divides."""
+
+    def __post_init__(self):
+        for name in ("lr", "eps"):
+            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
+        require(0 <= self.momentum < 1, f"momentum ({self.momentum}) must be in [0, 1)")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas ({self.betas}) must be in [0, 1)")
+
+    def transform(
+        self, rate: Callable[[float], optax.Schedule], lr: float, weight_decay: float, info
+    ) -> optax.GradientTransformation:
+        """As of every update rule; see rules.py."""
+        adam = optax.chain(optax.scale_by_adam(*self.betas, eps=self.eps), optax.scale_by_learning_rate(rate(lr)))
+        muon = optax.contrib.muon(
+            rate(self.lr), beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
+            muon_weight_dimension_numbers=jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info),
+        )  # fmt: skip
+        labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
+        return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter Muon contracts and which it produces; None: not Muon's.
+
+    leaf: the parameter's ParamInfo. The axis of stacked layers and `fused_axes` (both counted without that axis) index
+    independent matrices.
+    """
+    if leaf.kind != "matrix":
+        return None
+    first = 1 if leaf.stacked else 0
+    axes = tuple(first + axis for axis in range(len(leaf.axes)) if axis not in leaf.fused_axes)
+    return optax.contrib.MuonDimensionNumbers(axes[: leaf.n_in], axes[leaf.n_in :])

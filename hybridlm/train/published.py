@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A published checkpoint as the folder of a run, and a run as a published checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flax import nnx
+
+from hybridlm.config import Config, DataConfig, InitConfig, RunConfig
+from hybridlm.config.tree import to_dict
+from hybridlm.errors import require
+from hybridlm.hf import from_hf, to_hf
+from hybridlm.hf.save import copy_small_files
+from hybridlm.model.model import HybridLM
+from hybridlm.train.checkpoint import Checkpoints
+from hybridlm.train.run_folder import RunFolder, stored_config
+from hybridlm.train.sample import load_run
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, bytes done, bytes in all) as from_hf and to_hf call it."""
+
+
+def run_from_published(source: Path, target: Path, progress: Progress | None = None) -> HybridLM:
+    """Makes a run's folder with one checkpoint, of step 0, that holds the parameters alone; gives the model.
+
+    ConfigError where the target is not empty or the source cannot be read.
+    """
+    require(not target.exists() or not any(target.iterdir()), f"{target} is not empty: choose a new folder")
+    model = from_hf(source, progress=progress)
+    data = DataConfig()
+    if (source / "tokenizer.json").is_file():
+        data = replace(data, tokenizer=str((target / "published").resolve()))
+    init, run = InitConfig(str(source.resolve())), RunConfig(dir=str(target))
+    config = Config(name=source.resolve().name, model=model.config, init=init, data=data, run=run)
+    with RunFolder(config) as folder:
+        copy_small_files(source, folder.published)
+        folder.write_config()
+        checkpoints = Checkpoints(folder.checkpoints, keep=1)
+        try:
+            params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+            checkpoints.save(0, {"params": params}, to_dict(config), {})
+        finally:
+            checkpoints.close()
+    return model
+
+
+def publish_run(
+    source: Path,
+    target: Path,
+    *,
+    step: int | None = None,
+    family: str | None = None,
+    like: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[HybridLM, int]:
+    """Writes the model of a run's checkpoint (the newest, or that of a step) for others; gives it and its step.
+
+    like: published checkpoint whose other files and keys are kept; None: the one that the run came from, or what the
+    run kept of it, if any. The rest as to_hf takes it.
+    """
+    if like is None:
+        origin = stored_config(source).init.hf
+        folders = [*([Path(origin)] if origin else []), source / "published"]
+        like = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    model, _, step = load_run(source, step)
+    to_hf(model, target, family=family, like=like, dtype=dtype, overwrite=overwrite, progress=progress)
+    return model, step
