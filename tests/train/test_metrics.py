@@ -49,7 +49,7 @@ def test_in_a_scan_from_what_is_empty():
         return merge(total, parts), None
 
     xs = (jnp.array(VALUES), jnp.array(WEIGHTS), jnp.arange(4))
-    start = empty(jax.eval_shape(make, 0))
+    start = empty(jax.eval_shape(lambda: make(0)))
     chex.assert_trees_all_equal_shapes_and_dtypes(start, make(0))
     merged, _ = jax.jit(lambda xs: jax.lax.scan(step, start, xs))(xs)
     assert values(on_host(merged)) == pytest.approx(EXPECTED)
