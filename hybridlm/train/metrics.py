@@ -67,7 +67,7 @@ class Mean:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Max:
-    """The largest."""
+    """The largest; of floats."""
 
     largest: Any
 
