@@ -33,7 +33,7 @@ class BigramCounter:
         self.counts += np.bincount(pairs, minlength=SYMBOLS * SYMBOLS).reshape(SYMBOLS, SYMBOLS)
 
 
-def bits_per_byte(train: BigramCounter, held_out: BigramCounter) -> float | None:
+def cross_entropy_bits(train: BigramCounter, held_out: BigramCounter) -> float | None:
     """Cross entropy of `held_out` under the add-one smoothed bigrams of `train`, bits per byte; None without bytes."""
     n_bytes = int(held_out.counts[:, :END].sum())
     if n_bytes == 0:

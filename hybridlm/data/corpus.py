@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from hybridlm.data.bigram import BigramCounter, bits_per_byte
+from hybridlm.data.bigram import BigramCounter, cross_entropy_bits
 from hybridlm.data.config import DataConfig
 from hybridlm.data.formats import Source, open_source
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -281,7 +281,7 @@ def _write_entry(
     sources = [train, held_out] if held_out else [train]
     stats = {name: writer.stats() for name, writer in writers.items()}
     stats |= {
-        "bigram_bits_per_byte": bits_per_byte(writers["train"].bigrams, writers["val"].bigrams),
+        "bigram_bits_per_byte": cross_entropy_bits(writers["train"].bigrams, writers["val"].bigrams),
         "skipped_files": sum(source.skipped for source in sources),
         "empty_documents": sum(source.empty for source in sources),
         "tokenizer": tokenizer.name,

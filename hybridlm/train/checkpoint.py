@@ -34,6 +34,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only, enable_background_delete=True,
         )  # fmt: skip
         self._manager = self._guard("open", lambda: ocp.CheckpointManager(self.folder, options=options))
+        self.newest: int | None = None
+        """Step of the checkpoint that was restored or, in the background, written last."""
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -50,6 +52,7 @@ class Checkpoints:
         )  # fmt: skip
         self._pending = step
         self._guard("write", lambda: self._manager.save(step, args=args, force=True))
+        self.newest = step
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; RunError, one line, where it failed."""
@@ -73,6 +76,7 @@ class Checkpoints:
             for bad, reason in broken.items():
                 log.warning("checkpoint of step %d cannot be read (%s): going back to step %d", bad, reason, step)
                 self._set_aside(bad)
+            self.newest = step
             return step, state, loop
         if broken:
             step, reason = next(iter(broken.items()))

@@ -1,32 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation loss: nats per token, and bits per byte, which compares across tokenizers and with the bigram baseline."""
+"""The validation text: its metrics, and when a run reads it."""
 
-import math
+import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 
 import jax
 
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Bits per byte of text."""
-    return nats_per_token / math.log(2.0) / bytes_per_token
+from hybridlm.config import Config
+from hybridlm.train.batches import Batches
+from hybridlm.train.metrics import Metrics, bits_per_byte, merge, on_host
+from hybridlm.train.metrics_log import MetricsLog
+from hybridlm.train.progress import Display
+from hybridlm.train.stop import StopRequest
 
 
 def evaluate(
     eval_step: Callable, params, batches: Iterable[dict], limit: int, stop: Callable[[], bool]
-) -> float | None:
-    """Mean nats per token over the first `limit` batches (0: all); None where `stop()` came true on the way.
+) -> Metrics | None:
+    """Metrics of the first `limit` batches together (0: all); None where `stop()` came true on the way.
 
-    eval_step: (params, batch) -> LossSums; the sums of a batch are read while the next one is computed.
+    eval_step: (params, batch) -> metrics; those of a batch are read while the next one is computed.
     """
-    nats = tokens = 0.0
-    previous = None
+    merged, previous = {}, {}
     for batch in islice(batches, limit or None):
         if stop():
             return None
-        sums, previous = previous, eval_step(params, batch)
-        if sums is not None:
-            nats, tokens = nats + float(sums.nats), tokens + float(sums.tokens)
-    last = jax.device_get(previous)
-    return (nats + float(last.nats)) / max(tokens + float(last.tokens), 1.0)
+        done, previous = previous, eval_step(params, batch)
+        merged = merge(merged, on_host(done))
+    return merge(merged, on_host(previous))
+
+
+class Validation:
+    """Evaluations of a run, shown and recorded."""
+
+    def __init__(
+        self, config: Config, stats: dict, eval_step: Callable, batches: Batches | None, log: MetricsLog,
+        display: Display, stop: StopRequest,
+    ):  # fmt: skip
+        """stats: the corpus's. batches: of the validation text; None: never evaluate. stop: cuts one short."""
+        self._run, self._stats = config.run, stats
+        self._eval_step, self._batches = eval_step, batches
+        self._log, self._display, self._stop = log, display, stop
+        self.result: str | None = None
+        """What the last evaluation found, in words."""
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation follows this step; the one after the last step belongs to the end of the run."""
+        every = self._run.eval_every
+        return every > 0 and 0 < step < self._run.steps and step % every == 0
+
+    def missed(self, step: int) -> bool:
+        """Whether the one that was due at the step that is gone on from was not recorded: a signal came before it."""
+        return self.due(step) and not self._log.has("val", step)
+
+    def read(self, step: int, params) -> bool:
+        """Reads the text with the parameters after a step; False where a signal cut that short."""
+        if self._batches is None:
+            return True
+        began = time.monotonic()
+        self._batches.loader.reset()
+        metrics = evaluate(self._eval_step, params, self._batches, self._run.eval_batches, self._interrupted)
+        if metrics is None:
+            return False
+        loss = metrics["loss"].value()
+        bits, bigram = bits_per_byte(loss, self._stats["val"]["bytes_per_pair"]), self._stats["bigram_bits_per_byte"]
+        self._log.write("val", step, {"loss": loss, "bits_per_byte": bits})
+        beside = "" if bigram is None else f" (byte bigram: {bigram:.3f})"
+        self.result = f"validation {bits:.3f} bits per byte{beside}"
+        self._display.say(f"step {step}: {self.result}, loss {loss:.4f}, {time.monotonic() - began:.1f} s")
+        return True
+
+    def _interrupted(self) -> bool:
+        """A process of several goes on: it has to take the steps that the others take."""
+        return jax.process_count() == 1 and self._stop.signum is not None

@@ -28,8 +28,6 @@ class LossSums(NamedTuple):
     """Squared log-partition (z-loss)."""
     tokens: jax.Array
     """How many."""
-    router: dict[str, jax.Array] | None = None
-    """Of a model with experts: the values of `model.statistics.summarise`, of means over batches times `tokens`."""
 
 
 def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk=CHUNK, shards=None) -> LossSums:

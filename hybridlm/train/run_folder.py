@@ -17,6 +17,7 @@ from hybridlm.config import Config
 from hybridlm.config.resume import refused
 from hybridlm.config.stored import from_dict, save_config
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.train.metrics_log import MetricsLog, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class RunFolder:
         self.plot = self.path / "loss.png"
         self.sample = self.path / "sample.txt"
         self.published = self.path / "published"
-        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self._config_file = self.path / "config.json"
         self._lock = None
 
@@ -83,6 +84,15 @@ class RunFolder:
                 "give the same values to go on with it, or --run.dir=NEW for a new run"
             )
 
+    def is_closed(self, step: int) -> bool:
+        """Whether the end of the run at this step or later was written: a crash may come after the last save."""
+        return any(r["kind"] == "end" and r["step"] >= step for r in read_metrics(self.metrics))
+
+    def open_log(self, after: int) -> MetricsLog:
+        """The records, to go on with after a step."""
+        board = self.path / "tensorboard" if self.config.run.tensorboard else None
+        return MetricsLog(self.metrics, after, self.owner, board)
+
     def write_config(self) -> None:
         """Stores the resolved config, whole or not at all."""
         if not self.owner:
@@ -109,69 +119,3 @@ def stored_config(path: Path, like: Config | None = None) -> Config:
 def _short(value) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-class MetricsLog:
-    """metrics.jsonl and TensorBoard: one record a line, appended; `kind` is train, val or end."""
-
-    def __init__(self, folder: RunFolder, step: int, tensorboard: bool):
-        """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped."""
-        self._path, self._owner = folder.metrics, folder.owner
-        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
-        self._seen = {(r["kind"], r["step"]) for r in kept}
-        if not self._owner:
-            return
-        part = self._path.with_suffix(".jsonl.part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        part.replace(self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
-        self._board = _open_board(folder.tensorboard, step) if tensorboard else None
-
-    def has(self, kind: str, step: int) -> bool:
-        """Whether the run that is gone on with wrote a record of the kind at the step."""
-        return (kind, step) in self._seen
-
-    def write(self, kind: str, step: int, values: dict) -> None:
-        """Appends a record and hands its numbers to TensorBoard."""
-        if not self._owner:
-            return
-        record = {"kind": kind, "step": step, **values}
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"cannot write {self._path}: {error.strerror}") from error
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flushes and closes both."""
-        if not self._owner:
-            return
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s: left out a line that is not JSON: %.60s", path, line)
-    return records
-
-
-def _open_board(folder: Path, step: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        log.warning("tensorboardX is not installed: no TensorBoard files (--run.tensorboard=False says so too)")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from trained parameters: of a run that has them in memory, or of a run's folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,23 +8,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.config import Config
+from hybridlm.data import load_tokenizer
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
+from hybridlm.model.generation import generate
+from hybridlm.model.init import abstract
+from hybridlm.model.model import HybridLM
+from hybridlm.train.checkpoint import Checkpoints, finished_steps
+from hybridlm.train.run_folder import stored_config
 
 
 def sample_text(
-    model,
-    tokenizer,
+    model: HybridLM,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
-    key,
+    key: jax.Array,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
 ) -> str:
-    """The prompt and what the model writes after it, up to the end of the document."""
-    from hybridlm.model.generation import generate
-
+    """The prompt and what the model writes after it, up to the end of the document. ConfigError without a token."""
     tokens = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
     require(len(tokens) > 0, "prompt ('') has no token and the tokenizer no start token: give --prompt")
     new = generate(
@@ -38,16 +42,11 @@ def sample_text(
     return prompt + tokenizer.decode(ids)
 
 
-def load_run(path: Path, step: int | None = None, like: Config | None = None) -> tuple[nnx.Module, Callable, int]:
+def load_run(path: Path, step: int | None = None, like: Config | None = None) -> tuple[HybridLM, Tokenizer, int]:
     """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none.
 
     like: a config whose own classes the run may have used; see from_dict.
     """
-    from hybridlm.data import load_tokenizer
-    from hybridlm.model.init import abstract
-    from hybridlm.train.checkpoint import Checkpoints, finished_steps
-    from hybridlm.train.run_folder import stored_config
-
     config = stored_config(path, like)
     steps = finished_steps(path / "checkpoints")
     require(bool(steps), f"{path} has no checkpoint yet")

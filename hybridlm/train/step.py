@@ -16,9 +16,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config
-from hybridlm.model.statistics import statistics, summarise
+from hybridlm.model.init import abstract
+from hybridlm.model.model import HybridLM
 from hybridlm.optim.optimizer import make_optimizer
-from hybridlm.train.loss import LossSums, cross_entropy
+from hybridlm.sharding import batch_sharding, param_shardings
+from hybridlm.train.metrics import Last, Metrics, empty, merge
+from hybridlm.train.objective import make_objective
 
 
 class Program(NamedTuple):
@@ -29,9 +32,9 @@ class Program(NamedTuple):
     init_from: Callable
     """(params) -> train state with those parameters, which are donated."""
     train_step: Callable
-    """(state, batch) -> (state, metrics); the state given is donated. Metrics are float32 scalars on device."""
+    """(state, batch) -> (state, metrics); the state given is donated. Metrics (`train.metrics`) are on device."""
     eval_step: Callable
-    """(params, batch) -> LossSums."""
+    """(params, batch) -> metrics."""
     state_like: dict
     """Shapes, types and shardings of the train state."""
     batch_sharding: NamedSharding
@@ -42,13 +45,6 @@ class Program(NamedTuple):
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
-    from hybridlm.model.init import abstract
-    from hybridlm.model.model import HybridLM
-    from hybridlm.sharding import batch_sharding, param_shardings
-
-    def build(key):
-        return HybridLM(config.model, rngs=nnx.Rngs(key))
-
     graphdef, _, info = abstract(config.model)
     optimizer, schedule = make_optimizer(config.optim, config.run.steps, info)
 
@@ -56,7 +52,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         return jax.random.split(jax.random.key(config.run.seed))  # of the parameters, of the run
 
     def init():
-        return init_from(nnx.to_pure_dict(nnx.split(build(keys()[0]), nnx.Param)[1]))
+        model = HybridLM(config.model, rngs=nnx.Rngs(keys()[0]))
+        return init_from(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
     def init_from(params):
         zero = jnp.zeros((), jnp.int32)
@@ -65,16 +62,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             "skipped_in_row": zero, "key": jax.random.key_data(keys()[1]),
         }  # fmt: skip
 
-    shapes = jax.eval_shape(init)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params_at = param_shardings(info, mesh)
-    shardings = jax.tree.map(lambda _: everywhere, shapes) | {
-        "params": params_at,
-        "opt_state": like_params(shapes["opt_state"], shapes["params"], params_at, everywhere),
-    }
-    like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
-    loss_sums = make_loss(config, graphdef)
-    step = make_train_step(config, loss_sums, optimizer, schedule, params_at)
+    like = _state_like(jax.eval_shape(init), info, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    objective = make_objective(config, graphdef)
+    step = make_train_step(objective, optimizer, schedule, config.optim.accumulate, shardings["params"])
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -82,11 +73,22 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
         init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(loss_sums),
+        eval_step=jax.jit(lambda params, batch: objective(params, batch)[1]),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
     )
+
+
+def _state_like(shapes: dict, info, mesh: Mesh) -> dict:
+    """The train state's shapes and types with its shardings: those of the parameters, all else everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params_at = param_shardings(info, mesh)
+    shardings = jax.tree.map(lambda _: everywhere, shapes) | {
+        "params": params_at,
+        "opt_state": like_params(shapes["opt_state"], shapes["params"], params_at, everywhere),
+    }
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
 
 def like_params(opt_state, params, values, default):
@@ -105,81 +107,67 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_loss(config: Config, graphdef: nnx.GraphDef) -> Callable:
-    """(params, batch) -> LossSums."""
-    kinds = statistics(config.model)
-
-    def loss_sums(params, batch) -> LossSums:
-        model = nnx.merge(graphdef, params)
-        x_BTD, stats = model.hidden_with_stats(batch["tokens"], batch["segment_ids"], batch["positions"])
-        sums = cross_entropy(
-            x_BTD, model.unembedding(), batch["targets"], multiplier=model.logit_scale,
-            softcap=config.model.logit_softcap,
-        )  # fmt: skip
-        merged = summarise(config.model, stats)
-        router = {name: v if kinds[name].batches == "sum" else v * sums.tokens for name, v in merged.items()}
-        return sums._replace(router=router or None)
-
-    return loss_sums
-
-
-def make_train_step(config: Config, loss_sums, optimizer, schedule, params_at=None) -> Callable:
+def make_train_step(objective: Callable, optimizer, schedule: Callable, n_micro: int = 1, params_at=None) -> Callable:
     """(state, batch) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if finite.
 
-    With optim.accumulate > 1 the gradients of that many microbatches are summed in float32 one after the other; the
-    result is that of the whole batch, but for the load-balance loss of experts, which is taken of each microbatch.
-    Where the loss or the gradient is not finite, parameters and optimizer stay as they were and the step counts as
-    skipped.
+    objective: see `make_objective`. With n_micro > 1 the gradients of that many microbatches are summed in float32 one
+    after the other; the result is that of the whole batch, but for losses that blocks take of each microbatch, such as
+    the load balance of experts. Where the loss or the gradient is not finite, parameters and optimizer stay as they
+    were, the step counts as skipped, and the objective's metrics are left out.
     """
-    n_micro, kinds = config.optim.accumulate, statistics(config.model)
+    gradients = _make_gradients(objective, n_micro, params_at)
 
-    def gradients(params, batch):
-        """LossSums of the batch, and the gradient of its mean loss."""
-        n_tokens = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
-
-        def mean_loss(params, micro):
-            sums = loss_sums(params, micro)
-            of_blocks = sum(value for name, value in (sums.router or {}).items() if kinds[name].loss)
-            return (sums.nats + config.optim.z_loss * sums.z + of_blocks) / n_tokens, sums
-
-        gradient = jax.grad(mean_loss, has_aux=True)
-        if n_micro == 1:
-            grads, sums = gradient(params, batch)
-            return sums, _as_params(grads, params_at)
-
-        def add(total, micro):
-            grads, sums = gradient(params, micro)
-            return jax.tree.map(jnp.add, total, (_as_params(grads, params_at), sums)), None
-
-        micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        no_sums = jax.eval_shape(loss_sums, params, jax.tree.map(lambda x: x[0], micros))
-        start = (_as_params(zeros, params_at), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), no_sums))
-        (grads, sums), _ = lax.scan(add, start, micros)
-        return sums, grads
-
-    def train_step(state, batch):
-        sums, grads = gradients(state["params"], batch)
-        grad_norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nats) & jnp.isfinite(sums.z)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state["params"], state["opt_state"])
-        )
+    def train_step(state, batch) -> tuple[dict, Metrics]:
+        with jax.named_scope("gradients"):
+            loss, metrics, grads = gradients(state["params"], batch)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            ok = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            kept = _choose(ok, (params, opt_state), (state["params"], state["opt_state"]))
         missed = 1 - ok.astype(jnp.int32)
         new_state = {
             "params": kept[0], "opt_state": kept[1], "step": state["step"] + 1, "skipped": state["skipped"] + missed,
             "skipped_in_row": (state["skipped_in_row"] + 1) * missed, "key": state["key"],
         }  # fmt: skip
-        metrics = {
-            "nats": sums.nats, "z": sums.z, "tokens": sums.tokens, "grad_norm": grad_norm,
-            "lr": jnp.float32(schedule(state["step"] - state["skipped"])),
+        latest = {
+            "grad_norm": grad_norm, "lr": jnp.float32(schedule(state["step"] - state["skipped"])),
             "skipped": new_state["skipped"], "skipped_in_row": new_state["skipped_in_row"],
         }  # fmt: skip
-        return new_state, metrics | (sums.router or {})
+        of_step = {name: Last(value) for name, value in latest.items()}
+        return new_state, merge(_choose(ok, metrics, empty(metrics)), of_step)
 
     return train_step
+
+
+def _make_gradients(objective: Callable, n_micro: int, params_at) -> Callable:
+    """(params, batch) -> (mean loss of the batch, the objective's metrics, gradient of the mean loss)."""
+
+    def gradients(params, batch):
+        n_tokens = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+
+        def mean_loss(params, micro):
+            total, metrics = objective(params, micro)
+            return total / n_tokens, metrics
+
+        def of_micro(micro):
+            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, micro)
+            return loss, metrics, _as_params(grads, params_at)
+
+        if n_micro == 1:
+            return of_micro(batch)
+
+        def add(total, micro):
+            loss, metrics, grads = of_micro(micro)
+            return (total[0] + loss, merge(total[1], metrics), jax.tree.map(jnp.add, total[2], grads)), None
+
+        micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
+        _, metrics = jax.eval_shape(objective, params, jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return lax.scan(add, (jnp.float32(0.0), empty(metrics), _as_params(zeros, params_at)), micros)[0]
+
+    return gradients
 
 
 def _microbatches(x_BT, n_micro: int):
@@ -190,3 +178,8 @@ def _microbatches(x_BT, n_micro: int):
 def _as_params(grads, params_at):
     """Gradients laid out like their parameters."""
     return grads if params_at is None else lax.with_sharding_constraint(grads, params_at)
+
+
+def _choose(condition, yes, no):
+    """`yes` where the condition holds, else `no`; of trees."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

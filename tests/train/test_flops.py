@@ -10,7 +10,7 @@ from hybridlm.config import MLP, Attention, Mamba2, ModelConfig
 from hybridlm.config.find import load_config
 from hybridlm.model.flops import forward_flops, train_flops
 from hybridlm.model.model import HybridLM
-from hybridlm.train.metrics import mfu, peak_flops
+from hybridlm.train.mfu import mfu, peak_flops
 
 D, T = 64, 32
 

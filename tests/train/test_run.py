@@ -6,12 +6,13 @@ import gc
 import json
 import math
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from hybridlm.cli import main, train_main
 from hybridlm.train import loop
+from hybridlm.train import step as step_module
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics
 
@@ -25,15 +26,16 @@ def alone(one_device):
 
 @pytest.fixture
 def states(monkeypatch):
-    """The last train state and data position of each run."""
+    """The train state and data position that each run saved at its step 20."""
     seen = []
-    release = loop.Run.finish
+    save = loop.Checkpoints.save
 
-    def finish(self):
-        seen.append((jax.device_get(self.state), self.loader.get_state()))
-        return release(self)
+    def saving(self, step, state, config, record):
+        if step == 20:
+            seen.append((jax.device_get(state), record["data"]))
+        save(self, step, state, config, record)
 
-    monkeypatch.setattr(loop.Run, "finish", finish)
+    monkeypatch.setattr(loop.Checkpoints, "save", saving)
     return seen
 
 
@@ -75,8 +77,7 @@ def test_twenty_steps_equal_ten_and_ten(mini, states, stop_at, capsys, name):
     assert "going on from the checkpoint of step 10" in capsys.readouterr().out
     (whole, whole_data), (parts, parts_data) = states  # the stopped one never came to its end
     assert whole_data == parts_data and whole_data["step"] == 20
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(whole, parts)
     assert records(folder / "whole") == records(folder / "parts")
     assert (folder / "whole" / "sample.txt").read_text() == (folder / "parts" / "sample.txt").read_text()
 
@@ -132,11 +133,15 @@ def test_records_after_the_restored_step_are_dropped(mini, stop_at, capsys):
 def test_a_run_cut_off_before_its_end_is_closed(mini, capsys, monkeypatch):
     """Killed after the last save: the second start evaluates and writes the figure, and trains no step."""
 
-    def killed(self):
-        raise KeyboardInterrupt
+    read = loop.Validation.read
+
+    def killed(self, step, params):
+        if step == 20:
+            raise KeyboardInterrupt
+        return read(self, step, params)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "finish", killed)
+        patch.setattr(loop.Validation, "read", killed)
         assert train(mini) == 130
     assert finished_steps(mini.parent / "run" / "checkpoints")[-1] == 20
     assert not (mini.parent / "run" / "loss.png").exists()
@@ -176,8 +181,7 @@ def test_a_broken_checkpoint_costs_its_steps_alone(mini, states, stop_at, caplog
     assert train(mini) == 0
     gc.collect()  # the failed reads, here and not in a later test
     assert "going back to step 5" in caplog.text
-    for a, b in zip(jax.tree.leaves(states[0][0]), jax.tree.leaves(states[-1][0]), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(states[0][0], states[-1][0])
 
 
 def test_two_processes_in_one_folder(mini, capsys):
@@ -220,3 +224,11 @@ def test_accumulation_and_mesh_may_change_on_the_way(mini, stop_at, monkeypatch)
     monkeypatch.setattr("hybridlm.train.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:4]))
     assert train(mini, "--mesh.fsdp=2", "--mesh.data=2", "--optim.accumulate=2", "--run.steps=20") == 0
     assert [r["step"] for r in records(mini.parent / "run", ["train"])] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_a_run_traces_its_step_once(mini, monkeypatch):
+    """Evaluations, saves and a trace of the profiler on the way."""
+    make = step_module.make_train_step
+    monkeypatch.setattr(step_module, "make_train_step", lambda *a: chex.assert_max_traces(make(*a), n=1))
+    assert train(mini, "--run.steps=10", "--run.eval_every=4", "--run.profile_steps", "3", "6") == 0
+    assert list((mini.parent / "run" / "profile").rglob("*.xplane.pb"))

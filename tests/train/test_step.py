@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step: accumulation, devices, clipping, steps that are not finite."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 
 from hybridlm.layers.params import ParamInfo
 from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.train.metrics import Mean, on_host
 from hybridlm.train.step import like_params
 from tests.train.conftest import make_batch, small_config, small_program
 
@@ -22,7 +24,7 @@ def run_steps(overrides=(), mesh_sizes=(1, 1, 1), n_steps=3):
         for step in range(n_steps):
             batch = jax.device_put(make_batch(config, step), program.batch_sharding)
             state, metrics = program.train_step(state, batch)
-            history.append(jax.device_get(metrics))
+            history.append(on_host(metrics))
         return jax.device_get(state["params"]), history, jax.tree.map(lambda x: x.sharding.spec, state)
 
 
@@ -49,8 +51,7 @@ def test_accumulation_equals_one_batch(reference):
     per_micro = [np.sum(t.reshape(2, 4, -1) >= 0, axis=(0, 2)) for t in tokens]
     assert all(len(set(counts)) > 1 for counts in per_micro), "the microbatches should hold different numbers of tokens"
     for a, b in zip(split_history, history, strict=True):
-        for key in a:
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
+        chex.assert_trees_all_close(a, b, rtol=1e-4)
     assert relative(split, params) < 2e-4
 
 
@@ -74,8 +75,7 @@ def test_eight_devices_equal_one(reference, name, mesh):
     params, history, _ = reference[name]
     many, many_history, specs = run_steps(options(name), MESHES[mesh])
     for a, b in zip(many_history, history, strict=True):
-        for key in a:
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
+        chex.assert_trees_all_close(a, b, rtol=1e-4)
     assert relative(many, params) < 5e-4
     used = {axis for spec in jax.tree.leaves(specs["opt_state"]) for axis in jax.tree.leaves(tuple(spec))}
     split = {"fsdp": {"fsdp"}, "tensor": {"tensor"}, "both": {"fsdp", "tensor"}, "data": set(), "context": {"fsdp"}}
@@ -96,9 +96,9 @@ def test_mean_over_all_tokens_of_the_batch():
         return jnp.sum((nats + config.optim.z_loss * z) * valid) / valid.sum()
 
     loss, grads = jax.jit(jax.value_and_grad(mean))(params)
-    ours = (history[0]["nats"] + config.optim.z_loss * history[0]["z"]) / history[0]["tokens"]
+    ours = history[0]["loss"].value() + config.optim.z_loss * history[0]["z"].value()
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
-    np.testing.assert_allclose(history[0]["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    np.testing.assert_allclose(history[0]["grad_norm"].value(), optax.tree.norm(grads), rtol=1e-4)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
@@ -108,17 +108,24 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     poisoned["params"]["embedding"] = poisoned["params"]["embedding"].at[3, 0].set(jnp.nan)
     before = jax.device_get(poisoned)
     after, metrics = program.train_step(poisoned, make_batch(config, 1))
-    assert not np.isfinite(metrics["nats"])
+    assert on_host(metrics)["loss"] == Mean(0.0, 0.0) and not np.isfinite(metrics["grad_norm"].value())
     for name in ("params", "opt_state"):
-        for a, b in zip(jax.tree.leaves(after[name]), jax.tree.leaves(before[name]), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(after[name], before[name])
     assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_row"])) == (2, 1, 1)
     after, _ = program.train_step(after, make_batch(config, 2))
     assert (int(after["step"]), int(after["skipped"]), int(after["skipped_in_row"])) == (3, 2, 2)
     after["params"] = jax.tree.map(jnp.copy, state["params"])
     after, metrics = program.train_step(after, make_batch(config, 3))
-    assert (int(after["step"]), int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (4, 2, 0)
-    assert np.isfinite(metrics["nats"]) and relative(after["params"], state["params"]) > 0
+    assert (int(after["step"]), int(metrics["skipped"].value()), int(metrics["skipped_in_row"].value())) == (4, 2, 0)
+    assert np.isfinite(on_host(metrics)["loss"].value()) and relative(after["params"], state["params"]) > 0
+
+
+def test_a_profile_names_the_parts_of_a_step():
+    config, mesh, program = small_program(options("adamw"))
+    with jax.set_mesh(mesh):
+        text = program.train_step.lower(program.state_like, make_batch(config, 0)).as_text(debug_info=True)
+    for scope in ("gradients/jvp(loss)", "gradients/transpose(jvp(loss))", "optimizer"):
+        assert f"/{scope}/" in text, scope
 
 
 def test_clipping_scales_to_the_global_norm():
