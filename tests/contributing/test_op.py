@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, oracle
+from pallas_kernels import bench
 from pallas_kernels.checks import check_float, check_segment_ids, check_shape
 from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.op import Implementation, Op, call
 from pallas_kernels.ops import OPS
 from pallas_kernels.segments import document_numbers
+from tests.ops import contract
 
 # __init__.py
 
@@ -23,7 +24,9 @@ OP = Op(
     cases=__name__,
     positional=("x", "decay"),
     integers=("segment_ids",),
-    has_states=False,
+    rows=("x",),
+    tokens=("x",),
+    has_segments=True,
     implementations={
         "reference": Implementation(f"{__name__}:fading_sum_reference", forward_mode=True),
         "xla": Implementation(f"{__name__}:fading_sum_xla", forward_mode=True),
@@ -114,6 +117,7 @@ TEST_CASES = (
     Case("scattered", 2, 70, 6, "scattered"),  # padding anywhere
 )
 BENCH_CASES = (Case("b8_t2048_d4096", 8, 2048, 4096), Case("tiny", 2, 64, 64, "packed"))
+CONTRACT = dict.fromkeys(OP.implementations, Case("small", 2, 24, 6))  # the smallest that shows all of the contract
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
 
@@ -145,11 +149,10 @@ def named_in_ops(monkeypatch):
     monkeypatch.setitem(OPS, OP.name, OP)
 
 
-@pytest.mark.parametrize("case", TEST_CASES, ids=lambda case: case.name)
-def test_values_and_gradients_are_those_of_the_reference_in_float64(case):
-    rows = oracle.compare("fading_sum", make_inputs(case), dtype="float32", implementation="xla")
-    assert rows.keys() == {"out0", "dx", "ddecay"}
-    assert all(error <= limit for error, limit in rows.values()), rows
+@pytest.mark.parametrize("implementation", OP.implementations)
+@pytest.mark.parametrize("check", (*contract.ESSENTIAL, *contract.REST, *contract.PLAIN), ids=lambda c: c.__name__)
+def test_it_keeps_the_contract_of_all_ops(implementation, check):
+    check(contract.Subject("fading_sum", implementation))
 
 
 def test_the_benchmark_checks_and_times_it(capsys):
