@@ -69,7 +69,7 @@ def fading_sum_reference(x_BTD, decay_D, *, segment_ids=None):
         sum_BD, last_B = carry
         x_BD, id_B = token
         real_B1, new_B1 = (id_B != 0)[:, None], (id_B != last_B)[:, None]
-        after_BD = jnp.where(new_B1, 0, decay_D * sum_BD) + x_BD
+        after_BD = jnp.where(new_B1, 0, decay_D[None] * sum_BD) + x_BD
         sum_BD = jnp.where(real_B1, after_BD, sum_BD)
         return (sum_BD, jnp.where(id_B != 0, id_B, last_B)), jnp.where(real_B1, after_BD, 0)
 
