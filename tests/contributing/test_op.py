@@ -2,6 +2,7 @@
 """An op of one file: what would be a folder of pallas_kernels/ops. docs/contributing/op.md quotes it."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from tests.ops import contract
 
 OP = Op(
     name="fading_sum",
-    api=f"{__name__}:fading_sum",
     cases=__name__,
     positional=("x", "decay"),
     integers=("segment_ids",),
@@ -141,12 +141,13 @@ def count_flops(case):
     return 2 * case.batch * case.tokens * case.width
 
 
-# The word in pallas_kernels/ops/__init__.py, for the length of a test
+# The folder and the word in pallas_kernels/ops/__init__.py, for the length of a test
 
 
 @pytest.fixture(autouse=True)
 def named_in_ops(monkeypatch):
     monkeypatch.setitem(OPS, OP.name, OP)
+    monkeypatch.setitem(sys.modules, f"pallas_kernels.ops.{OP.name}.api", sys.modules[__name__])
 
 
 @pytest.mark.parametrize("implementation", OP.implementations)
