@@ -26,7 +26,7 @@ class Meter:
         self._bytes_per_token = bytes_per_token
         self._flops_per_token = train_flops(config.model, config.data.seq_len)
         self._n_devices = mesh.size
-        self._device_kind = platform.device_kind() if config.model.compute_dtype == "bfloat16" else "float32"
+        self._device_kind = platform.device_name() if config.model.compute_dtype == "bfloat16" else "float32"
         self._metrics: Metrics = {}
         self._seconds, self._timed_steps = 0.0, 0
         self._clock = clock
