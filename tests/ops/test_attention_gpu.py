@@ -20,12 +20,6 @@ from pallas_kernels.ops.attention import cases
 from pallas_kernels.ops.attention.gpu import masks as gpu_masks
 
 HERE = Path(__file__).parent
-needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of this JAX lacks parts")
-
-
-def on_hopper() -> bool:
-    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
 
 
 def visible(n_queries, n_keys, causal, window, ids, positions, q_offset):
@@ -149,7 +143,7 @@ def test_calls_that_are_not_served_are_named():
     assert gpu.supports(narrow.astype(jnp.float32), narrow, narrow) == "dtype of q_BTHP (float32) is not bfloat16"
 
 
-@needs_interpreter
+@pytest.mark.newer
 def test_auto_leaves_to_cudnn_where_that_is_faster():
     """Dense causal calls of as many key heads as heads, without a gate, by measured gradients."""
     many, few, narrow = (jnp.zeros((1, 64, n, p), jnp.bfloat16) for n, p in ((4, 128), (2, 128), (4, 64)))
@@ -175,13 +169,13 @@ def interpret(*names):
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.quick
 def test_kernels_interpreted():
     interpret("packed_wide", "decode_rows", "decode_layer")
 
 
-@needs_interpreter
+@pytest.mark.newer
 def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
     P = jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
@@ -199,13 +193,13 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
     assert (dx.shape, dsinks.shape) == (x.shape, (2,))
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.slow
 def test_more_kernels_interpreted():
     interpret()
 
 
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 @pytest.mark.parametrize("case", [*cases.TEST_CASES, *cases.WIDTH_CASES], ids=lambda case: case.name)
 def test_equals_the_full_matrix(case):
     inputs = cases.make_inputs(case, "bfloat16")

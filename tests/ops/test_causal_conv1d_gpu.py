@@ -24,14 +24,6 @@ gpu = pytest.importorskip("pallas_kernels.ops.causal_conv1d.gpu.api", reason="th
 
 HERE = Path(__file__).parent
 NAMES = [case.name for case in cases.TEST_CASES]
-needs_interpreter = pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
-)
-
-
-def on_hopper() -> bool:
-    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
 
 
 def interpret(*names):
@@ -41,13 +33,13 @@ def interpret(*names):
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.quick
 def test_kernels_interpreted():
     interpret("parts", "overhang", "scattered_bfloat16")
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.slow
 def test_kernels_interpreted_on_all_cases():
     interpret("overhang", *NAMES, *(f"{name}_bfloat16" for name in NAMES))
@@ -106,7 +98,7 @@ HOPPER_CASES = (
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=lambda case: case.name)
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 def test_kernels_against_direct_taps(case, dtype):
     inputs, settings = cases.make_inputs(case, dtype), cases.make_settings(case)
     errors = compare("causal_conv1d", inputs, dtype=dtype, implementation="gpu", **settings)

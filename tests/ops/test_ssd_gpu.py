@@ -23,14 +23,6 @@ gpu = pytest.importorskip("pallas_kernels.ops.ssd.gpu.api", reason="this JAX has
 
 TOKENS, CHUNKS = 200, 4
 HERE = Path(__file__).parent
-needs_interpreter = pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the interpreter of this JAX lacks parts"
-)
-
-
-def on_hopper() -> bool:
-    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
 
 
 def documents(ids):
@@ -128,19 +120,19 @@ def interpret(*names):
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.quick
 def test_kernels_interpreted():
     interpret("scattered", "pieces", "interior")
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.slow
 def test_kernels_interpreted_on_all_cases():
     interpret(*(case.name for case in cases.TEST_CASES + cases.WIDTH_CASES), "scattered")
 
 
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 @pytest.mark.parametrize("layout", ["dense", "scattered"])
 def test_decay_kernels_equal_xla(layout):
     from tests.ops.ssd_gpu_interpreted import decay_kernels
@@ -149,7 +141,7 @@ def test_decay_kernels_equal_xla(layout):
 
 
 @pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 def test_kernels_against_the_recurrence(case):
     inputs = cases.make_inputs(case, "bfloat16")
     if case.state > gpu.MAX_STATE:
@@ -159,7 +151,7 @@ def test_kernels_against_the_recurrence(case):
     assert not bad, bad
 
 
-@needs_interpreter
+@pytest.mark.newer
 @pytest.mark.quick
 @pytest.mark.parametrize("heads", [2, 64])
 def test_gradients_trace_in_a_shard_map_that_checks_what_varies(heads):
