@@ -1,26 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What README.md and docs show runs: Python block by block, shell commands as far as their words are understood."""
 
+import logging
+
 import pytest
 
 from hybridlm.errors import ConfigError
 from tests.docs.commands import check_shell
-from tests.docs.pages import LANGUAGES, ROOT, find_blocks, pages, run_python
+from tests.docs.pages import LANGUAGES, ROOT, SIZES, Block, find_blocks, pages, run_python
 
 BLOCKS = {page: find_blocks(file.read_text(encoding="utf-8")) for page, file in pages().items()}
-PREAMBLES = {
-    "docs/context.md": "import jax; mesh = jax.make_mesh((2, 4), ('data', 'context'))",
-    "docs/data.md": """
-from pathlib import Path
-import hybridlm
-Path("texts").mkdir()
-for i in range(20):
-    Path(f"texts/{i}.txt").write_text("It was a dark and stormy night. " * 20)
-config = hybridlm.load_config("hybrid_tiny", ["--data.path=texts/*.txt", "--data.seq_len=32", "--data.batch_size=8"])
-""",
-    "docs/families.md": "import hybridlm; mesh = hybridlm.make_mesh(hybridlm.MeshConfig(fsdp=2))",
-}
-"""What a page's Python blocks may take as given beside arrays named by the legend, which pages.py makes."""
 
 
 def pages_with(language: str) -> list[str]:
@@ -29,12 +18,16 @@ def pages_with(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Current folder with the checkout's configs, and a published checkpoint under the names that the docs give one."""
+    """Current folder and home, with the checkout's configs, and a published checkpoint by the names docs give one."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("FOLDER", "Bamba-9B"):
         (tmp_path / name).symlink_to(ROOT / "tests/golden/bamba")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logger = logging.getLogger("pallas_kernels")
+    level = logger.level
+    yield tmp_path
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("page", BLOCKS)
@@ -46,7 +39,6 @@ def test_every_block_has_a_language(page):
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page, folder):
     namespace = {"__name__": "__docs__"}
-    exec(PREAMBLES.get(page, ""), namespace)
     for block in BLOCKS[page]:
         if block.language == "python":
             run_python(page, block, namespace)
@@ -57,10 +49,6 @@ def test_commands_are_understood(page, folder):
     for block in BLOCKS[page]:
         if block.language == "sh":
             check_shell(block.code)
-
-
-def test_preambles_belong_to_pages():
-    assert set(PREAMBLES) <= set(pages_with("python"))
 
 
 @pytest.mark.parametrize("text", ["So:\n\n    f()\n", "```\nf()\n```", "1. a\n\n        f()", "~~~bash\nls\n~~~"])
@@ -100,3 +88,13 @@ def test_blocks_are_read_whole():
 def test_wrong_commands_are_told(command, folder):
     with pytest.raises((AssertionError, ConfigError)):
         check_shell(command)
+
+
+def test_python_blocks_share_names_and_legend_arrays():
+    namespace = {}
+    run_python("a.md", Block("python", 3, "twice_BTD = 2 * x_BTD"), namespace)
+    run_python("a.md", Block("python", 9, "def shape(): return (x_BTD + twice_BTD).shape\nfound = shape()"), namespace)
+    assert namespace["found"] == (SIZES["B"], SIZES["T"], SIZES["D"])
+    with pytest.raises(NameError, match="tokenizer") as error:
+        run_python("a.md", Block("python", 12, "\ntokenizer"), namespace)
+    assert [(frame.path, frame.lineno) for frame in error.traceback][-1] == ("a.md", 12)
