@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm.cli.main import main
+from hybridlm.__main__ import main
 from hybridlm.config.find import load_config
 from tests.docs.pages import ROOT, project
 

@@ -74,11 +74,11 @@ def array(name: str) -> jax.Array | None:
     shape = tuple(SIZES[letter] for letter in letters)
     rng = np.random.default_rng(len(name))
     if stem in ("ids", "segment_ids"):
-        return jnp.asarray(1 + (np.arange(shape[-1]) >= 5), jnp.int32) * jnp.ones(shape, jnp.int32)
+        return jnp.asarray(np.broadcast_to(1 + (np.arange(shape[-1]) >= 5), shape), jnp.int32)
     if stem in ("tokens", "targets"):
         return jnp.asarray(rng.integers(0, SIZES["V"], shape), jnp.int32)
     if stem == "positions":
-        return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+        return jnp.asarray(np.broadcast_to(np.arange(shape[-1]), shape), jnp.int32)
     values = jnp.asarray(rng.normal(size=shape), jnp.float32)
     return {"dt": jax.nn.softplus, "A": lambda a: -jnp.exp(a)}.get(stem, lambda a: a)(values)
 
