@@ -36,6 +36,8 @@ def check_command(words: list[str]) -> None:
     """Checks one command, variables before it aside."""
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
+    if not words:
+        return
     program = Path(words[0]).name
     assert program in PROGRAMS, f"{' '.join(words)}: tests/docs/commands.py knows no program {program!r}"
     PROGRAMS[program](words[1:])
