@@ -114,8 +114,9 @@ def _blockwise(q_BTHP, k_BSKP, v_BSKP, causal, window, segment_ids, positions, s
     n_keys, n_kv_heads = k_BSKP.shape[1:3]
     places = _Places(*(segment_ids or (None, None)), *(positions or (None, None)))
     if not isinstance(q_offset, int):
+        index_1T = jnp.arange(n_queries, dtype=jnp.int32)[None]
         places = places._replace(
-            q_position_BT=jnp.broadcast_to(q_offset, (n_batch,))[:, None] + jnp.arange(n_queries, dtype=jnp.int32),
+            q_position_BT=jnp.broadcast_to(q_offset, (n_batch,))[:, None] + index_1T,
             k_position_BS=jnp.broadcast_to(jnp.arange(n_keys, dtype=jnp.int32), (n_batch, n_keys)),
         )
     blocks = _block_sizes(n_queries, n_keys)
@@ -283,7 +284,7 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, places: _Places, settings
     if sinks_KR is None:
         top_BKRT, total_BKRT = jnp.full_like(rows_BKRT, _HIDDEN, dtype), jnp.zeros_like(rows_BKRT, dtype)
     else:
-        top_BKRT = jnp.zeros_like(rows_BKRT, dtype) + sinks_KR.astype(dtype)[:, :, None]
+        top_BKRT = jnp.zeros_like(rows_BKRT, dtype) + sinks_KR.astype(dtype)[:, :, None][None]
         total_BKRT = jnp.ones_like(rows_BKRT, dtype)
     sum_BKRTV = jnp.repeat(jnp.zeros_like(q_BKRTP[..., :1], dtype), v_BKSV.shape[-1], axis=-1)
     carry = (sum_BKRTV, top_BKRT, total_BKRT)
@@ -343,7 +344,7 @@ def _attend_backward(settings: _Settings, residuals, dout_BKRTV):
     dq, dk, dv = _walk(pairs, visit, places, carry, read, write, settings)
     dsinks_KR = None
     if sinks_KR is not None:
-        sink_weights_BKRT = jnp.exp(sinks_KR.astype(dtype)[:, :, None] - log_sum_BKRT)
+        sink_weights_BKRT = jnp.exp(sinks_KR.astype(dtype)[:, :, None][None] - log_sum_BKRT)
         dsinks_KR = -jnp.sum(sink_weights_BKRT * product_BKRT, axis=(0, 3)).astype(sinks_KR.dtype)
     grads = (grad.astype(array.dtype) for grad, array in zip((dq, dk, dv), (q_BKRTP, k_BKSP, v_BKSV)))
     return (*grads, dsinks_KR, None)
