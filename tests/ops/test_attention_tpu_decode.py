@@ -267,7 +267,7 @@ def step_of(write, attend):
         q, k_new, v_new = new
         rows = jnp.arange(k.shape[0])
         k, v = write(k, rows, length_B, k_new), write(v, rows, length_B, v_new)
-        filled = jnp.arange(k.shape[1]) <= length_B[:, None]
+        filled = jnp.arange(k.shape[1])[None] <= length_B[:, None]
         ids = jnp.ones_like(length_B)[:, None], filled.astype(jnp.int32)
         return (k, v, length_B + 1), attend(q, k, v, q_offset=length_B, segment_ids=ids)
 
