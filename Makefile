@@ -1,5 +1,6 @@
 # make train: a hybrid language model trains on this machine's own Python sources, in a few minutes on two cores.
-# make test:  installs and passes the tests. make test-all adds the slow ones.
+# make test:  installs and passes the tests. make test-all adds the slow ones; make parity and make tpu-compiler first
+#             install what some of them compare with or compile by, and are skipped without.
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 SUPPORTED := $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
@@ -7,9 +8,12 @@ PINS := $(firstword $(wildcard constraints/python-$(VERSION).txt) constraints/py
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 CONFIG ?= hybrid_tiny
+# Processes of a test run; each takes up to 4 GB. Tests move to whoever has none left.
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test test-all test-quick lint docs clean
+.PHONY: train test test-all test-quick test-newer parity tpu-compiler lint docs clean
 .DELETE_ON_ERROR:
 
 ifneq ($(SUPPORTED),True)
@@ -20,14 +24,22 @@ train: $(VENV)/installed
 	$(RUN) train.py --config $(CONFIG) $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 # What differs between JAX versions: the ops, one family of layers, one short run.
 test-quick: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "quick and not slow" $(ARGS)
+	$(PYTEST) -m "quick and not slow" $(ARGS)
+
+# The same and what older Pythons skip: interpreted Hopper kernels (JAX 0.11), programs compiled for TPUs (libtpu).
+test-newer: $(VENV)/installed-dev
+	$(PYTEST) -m "(quick or newer or libtpu) and not slow" $(ARGS)
+
+parity: $(VENV)/installed-parity
+
+tpu-compiler: $(VENV)/installed-tpu-compiler
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -42,6 +54,10 @@ $(VENV)/installed: pyproject.toml $(PINS)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(RUN) -m pip install -q --retries 10 -e '.[dev]' -c $(PINS)
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/installed-dev
+	$(RUN) -m pip install -q --retries 10 -e '.[$*]' -c $(PINS)
 	touch $@
 
 clean:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU with eight devices, highest matrix precision, a compilation cache between runs."""
+"""CPU with eight devices, highest matrix precision, no silent change of rank, compiled programs kept between runs.
+
+What a machine may lack is a marker (NEEDS), so that .ci/run can pick such tests where it is there.
+"""
 
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: tests of Ctrl-C start processes
@@ -11,14 +15,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("NPROC", "16")  # threads of XLA: those of an interpreted GPU kernel wait for each other
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where it only compiles, asks the network for no TPU
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test processes compile for it at once
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 import pallas_kernels  # noqa: F401  before anything computes: see pallas_kernels.compat
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -26,3 +34,38 @@ settings.register_profile(
     "hybridlm", deadline=None, max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("hybridlm")
+
+
+def on_hopper() -> bool:
+    """Whether the first GPU is an H100, H200 or alike."""
+    devices = [device for device in jax.devices() if device.platform in ("gpu", "cuda")]
+    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
+
+
+NEEDS = {
+    "hopper": (on_hopper, "needs a Hopper GPU"),
+    "newer": (lambda: jax.__version_info__ >= (0, 11), "needs JAX 0.11"),
+    "libtpu": (lambda: find_spec("libtpu") is not None, "needs the TPU compiler: pip install libtpu"),
+    "parity": (lambda: all(map(find_spec, ("torch", "transformers"))), "needs torch and transformers: make parity"),
+}
+"""Marker -> (whether this machine has it, why a test is skipped)."""
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests marked with what is not here."""
+    missing = {name: reason for name, (present, reason) in NEEDS.items() if not present()}
+    for item in items:
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that skips itself for want of a package that NEEDS names, unmarked, would run nowhere: it fails."""
+    report = yield
+    unmarked = not any(item.get_closest_marker(name) for name in NEEDS)
+    if unmarked and report.skipped and call.excinfo is not None and "could not import" in str(call.excinfo.value):
+        report.outcome = "failed"
+        report.longrepr = f"{call.excinfo.value}: mark it with one of {', '.join(NEEDS)}, see tests/conftest.py"
+    return report

@@ -194,9 +194,10 @@ class AttentionMixer(nnx.Module):
         slots = cache["k"].shape[-3]
         gaps = gaps and real_BT is not None and tokens > 1
         real_BT = jnp.ones((batch, tokens), bool) if real_BT is None else real_BT
-        index_BT = (
-            jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT if gaps else jnp.arange(tokens, dtype=jnp.int32)
-        )
+        if gaps:
+            index_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT
+        else:
+            index_BT = jnp.arange(tokens, dtype=jnp.int32)[None]
         position_BT = length_B[:, None] + index_BT
         end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
         q, k, v, gate = self._project(x_BTD, position_BT, added)
@@ -205,7 +206,7 @@ class AttentionMixer(nnx.Module):
         slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
         new = {name: caches.write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
         if not ring:
-            real_BS = jnp.arange(slots) < end_B[:, None]
+            real_BS = jnp.arange(slots)[None] < end_B[:, None]
             places = {"q_offset": length_B, "layer": layer}
             if gaps:
                 slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
@@ -255,7 +256,7 @@ class AttentionMixer(nnx.Module):
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
         out_BTD = jnp.tensordot(y_BTHP, params.use(self.w_o, y_BTHP.dtype), 2)
-        return out_BTD if self.b_o is None else out_BTD + params.use(self.b_o, out_BTD.dtype)
+        return out_BTD if self.b_o is None else out_BTD + params.use(self.b_o, out_BTD.dtype)[None, None]
 
 
 def cache_grows(config: Attention) -> bool:
@@ -274,5 +275,5 @@ def _ring_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Arr
     """Position [B, S] that each slot of a ring holds after `length_B` tokens, and whether it holds one."""
     slot_S = jnp.arange(slots, dtype=jnp.int32)
     last_B1 = length_B[:, None] - 1
-    position_BS = last_B1 - (last_B1 - slot_S) % slots
+    position_BS = last_B1 - (last_B1 - slot_S[None]) % slots
     return position_BS, position_BS >= 0

@@ -120,7 +120,7 @@ def sort_by_expert(experts_A, n_experts: int) -> tuple[jax.Array, jax.Array, jax
 
 
 def _count(experts_A, n_experts: int) -> jax.Array:
-    return jnp.sum(experts_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    return jnp.sum(experts_A[:, None] == jnp.arange(n_experts)[None], axis=0, dtype=jnp.int32)
 
 
 def _addresses(experts_A, n_devices: int, n_local: int, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:

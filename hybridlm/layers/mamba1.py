@@ -214,9 +214,9 @@ class Mamba1Mixer(nnx.Module):
         with jax.named_scope("scan"):
             x_BHP, dt_BHP1 = x_BHP.astype(jnp.float32), dt_BTHP[:, 0, :, :, None]
             B_BHN, C_BHN = (a[:, 0].astype(jnp.float32) for a in (B_BTHN, C_BTHN))
-            decay_BHPN = jnp.exp(-dt_BHP1 * jnp.exp(self.A_log[...]))
+            decay_BHPN = jnp.exp(-dt_BHP1 * jnp.exp(self.A_log[...])[None])
             state = decay_BHPN * old["state"] + dt_BHP1 * x_BHP[..., None] * B_BHN[:, :, None]
-            y_BHP = (state * C_BHN[:, :, None]).sum(-1) + self.D[...] * x_BHP
+            y_BHP = (state * C_BHN[:, :, None]).sum(-1) + self.D[...][None] * x_BHP
         return self._output(y_BHP[:, None], z_BTHP), {"state": state, "conv": window}
 
     @jax.named_scope("project")
@@ -241,7 +241,7 @@ class Mamba1Mixer(nnx.Module):
         w_RHP = params.use(self.dt_proj, low_BTHR.dtype)
         dt_BTHP = jnp.einsum("BTHR,RHP->BTHP", low_BTHR, w_RHP, preferred_element_type=jnp.float32)
         dt_BTHP = sharding.constrain(dt_BTHP, "batch", "tokens", *self._channels)
-        return jax.nn.softplus(dt_BTHP + self.dt_bias[...]), B_BTHN, C_BTHN
+        return jax.nn.softplus(dt_BTHP + self.dt_bias[...][None, None]), B_BTHN, C_BTHN
 
     def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
         """Gate in float32, output projection."""
@@ -251,4 +251,4 @@ class Mamba1Mixer(nnx.Module):
             y_BTHP = checkpoint_name(y_BTHP, "mamba1_gated")
         with jax.named_scope("output"):
             out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
-            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
+            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)[None, None]

@@ -270,10 +270,10 @@ class Mamba2Mixer(nnx.Module):
         with jax.named_scope("scan"):
             BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), x_BHP.shape[1] // self.config.n_groups, axis=2)
             x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
-            decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[:, None])
+            decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[:, None][None])
             state = decay_BH1[..., None] * old["state"] + (dt_BH1 * x_BHP)[..., None] * BC_BcHN[:, 0, :, None]
             D_HP = self.D[...] if self.config.per_channel_D else self.D[...][:, None]
-            y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP * x_BHP
+            y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP[None] * x_BHP
         return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new | {"state": state}
 
     @jax.named_scope("project")
@@ -284,7 +284,7 @@ class Mamba2Mixer(nnx.Module):
         z, x = (jnp.tensordot(x_BTD, w_DcHP[:, i], 1) for i in (0, 1))
         if c.proj_bias:
             bias_cHP = params.use(self.in_zx_bias, self.dtype)
-            z, x = z + bias_cHP[0], x + bias_cHP[1]
+            z, x = z + bias_cHP[0][None, None], x + bias_cHP[1][None, None]
         BC, dt = params.project(x_BTD, self.in_BC, self.in_BC_bias), params.project(x_BTD, self.in_dt, self.in_dt_bias)
         if c.multipliers != (1.0,) * 5:
             of_z, of_x, of_B, of_C, of_dt = c.multipliers
@@ -294,7 +294,7 @@ class Mamba2Mixer(nnx.Module):
         z, x = (checkpoint_name(sharding.constrain(a, *names), "mamba_zx") for a in (z, x))
         BC = checkpoint_name(sharding.constrain(BC, "batch", "tokens", None, "groups", None), "mamba_BC")
         dt = checkpoint_name(sharding.constrain(dt, *names[:3]), "mamba_dt")
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         if c.dt_limit != (0.0, math.inf):
             dt = jnp.clip(dt, *c.dt_limit)
         return z, x, BC, dt
@@ -312,7 +312,7 @@ class Mamba2Mixer(nnx.Module):
             y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         with jax.named_scope("output"):
             out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
-            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)
+            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)[None, None]
 
 
 def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:

@@ -253,7 +253,8 @@ class MoEFeedForward(nnx.Module):
         n_real = jnp.maximum(real_BT1.sum(), 1.0)
         mean = lambda a_BTX: jnp.sum(a_BTX * real_BT1, axis=(0, 1)) / n_real
         p_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
-        chosen_BTE = jnp.sum(experts_BTk[..., None] == jnp.arange(c.n_experts), axis=2, dtype=jnp.float32)
+        is_it_BTkE = experts_BTk[..., None] == jnp.arange(c.n_experts)[None, None, None]
+        chosen_BTE = jnp.sum(is_it_BTkE, axis=2, dtype=jnp.float32)
         share_E = mean(chosen_BTE) / top_k
         balance = c.n_experts * jnp.sum(share_E * mean(p_BTE))
         z = mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)))[0]
@@ -272,7 +273,7 @@ def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None
     logits_BTE = logits_BTE.astype(jnp.float32)
     scores_BTE = jax.nn.sigmoid(logits_BTE) if router.score == "sigmoid" else jax.nn.softmax(logits_BTE, axis=-1)
     choice_BTE = jax.lax.stop_gradient(logits_BTE if router.score == "softmax_after" else scores_BTE)
-    choice_BTE = choice_BTE if bias_E is None else choice_BTE + jax.lax.stop_gradient(bias_E)
+    choice_BTE = choice_BTE if bias_E is None else choice_BTE + jax.lax.stop_gradient(bias_E)[None, None]
     if router.n_groups > 1:
         choice_BTE = _in_best_groups(router, choice_BTE)
     experts_BTk = jax.lax.top_k(choice_BTE, router.top_k)[1]
@@ -290,10 +291,10 @@ def _in_best_groups(router: Router, choice_BTE):
     grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], router.n_groups, -1)
     best = jax.lax.top_k(grouped, min(router.group_top, grouped.shape[-1]))[0].sum(axis=-1)
     groups = jax.lax.top_k(best, router.top_groups)[1]
-    allowed = jnp.any(groups[..., None] == jnp.arange(router.n_groups), axis=-2)
+    allowed = jnp.any(groups[..., None] == jnp.arange(router.n_groups)[None, None, None], axis=-2)
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice_BTE.shape)
 
 
 def _linear(x, weight: nnx.Param, bias: nnx.Param | None):
     y = x @ params.use(weight, x.dtype)
-    return y if bias is None else y + params.use(bias, x.dtype)
+    return y if bias is None else y + jnp.expand_dims(params.use(bias, x.dtype), range(y.ndim - 1))

@@ -27,7 +27,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = params.use(self.weight, jnp.float32)
-        return (rms_normalise(x, self.eps) * weight).astype(x.dtype)
+        return (rms_normalise(x, self.eps) * jnp.expand_dims(weight, range(x.ndim - 1))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -45,7 +45,7 @@ def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype
     y, gate = y_BTHP.astype(jnp.float32), jax.nn.silu(z_BTHP.astype(jnp.float32))
     u = y if before_gate else y * gate
     root_BTG = checkpoint_name(jax.lax.rsqrt(_group_mean(jnp.square(u), n_groups) + eps), "mamba_root")
-    out = u * _per_channel(root_BTG, u.shape) * weight_HP.astype(jnp.float32)
+    out = u * _per_channel(root_BTG, u.shape) * weight_HP.astype(jnp.float32)[None, None]
     out = out * gate if before_gate else out
     return out.astype(dtype), (y_BTHP, z_BTHP, weight_HP, root_BTG)
 
@@ -53,7 +53,7 @@ def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, saved, d_out):
     y_BTHP, z_BTHP, weight_HP, root_BTG = saved
     y, z, d_out = (a.astype(jnp.float32) for a in (y_BTHP, z_BTHP, d_out))
-    weight, sigmoid = weight_HP.astype(jnp.float32), jax.nn.sigmoid(z)
+    weight, sigmoid = weight_HP.astype(jnp.float32)[None, None], jax.nn.sigmoid(z)
     gate, d_gate = z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
     u, d_normed = (y, d_out * gate) if before_gate else (y * gate, d_out)
     root = _per_channel(root_BTG, y.shape)

@@ -99,4 +99,4 @@ def use(param: nnx.Param, dtype) -> jax.Array:
 def project(x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """x @ weight [D, ...] + bias, [B, T, ...], in the input's type."""
     y = jnp.tensordot(x_BTD, use(weight, x_BTD.dtype), 1)
-    return y if bias is None else y + use(bias, y.dtype)
+    return y if bias is None else y + use(bias, y.dtype)[None, None]

@@ -120,7 +120,7 @@ def rotate(x_BTHP: jax.Array, positions_BT: jax.Array, config: Rope) -> jax.Arra
     """The first `d_rotated` of each head rotated by its position, in float32; the rest as it is. Type of the input."""
     freqs, scale = frequencies(config, x_BTHP.shape[-1])
     half = len(freqs)
-    angles_BT1R = positions_BT.astype(jnp.float32)[:, :, None, None] * freqs
+    angles_BT1R = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.expand_dims(freqs, (0, 1, 2))
     cos, sin = scale * jnp.cos(angles_BT1R), scale * jnp.sin(angles_BT1R)
     first, second, rest = jnp.split(x_BTHP, (half, 2 * half), axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)

@@ -54,6 +54,6 @@ def step(
 ) -> tuple[jax.Array, jax.Array]:
     """The same for one token, x [B, 1, *channels]: the result [B, *channels], and the new window."""
     window = jnp.concatenate([window, x_BT.astype(window.dtype)], axis=1)
-    y_B = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)).sum(1)
-    y_B = y_B if bias is None else y_B + bias[...]
+    y_B = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)[None]).sum(1)
+    y_B = y_B if bias is None else y_B + bias[...][None]
     return ACTIVATIONS[activation](y_B).astype(x_BT.dtype), window[:, 1:]

@@ -56,7 +56,7 @@ def generate(
 def _prefill(graphdef, params, tokens_BT, lengths_B, max_len: int) -> tuple[jax.Array, Cache]:
     """Hidden vector [B, D] of each row's last token, and the cache after it."""
     model = nnx.merge(graphdef, params)
-    real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     cache = model.init_cache(tokens_BT.shape[0], max_len)
     x_BTD, cache = model.extend_hidden(tokens_BT, cache, real_BT.astype(jnp.int32))
     return jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0], cache

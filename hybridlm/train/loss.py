@@ -108,7 +108,7 @@ def _forward(x_BTD, w_VD, targets_BT, spec: _Spec):
         safe_max_BTS = jnp.where(new_max_BTS == -jnp.inf, 0.0, new_max_BTS)  # a shard or chunk of padding alone
         terms = jnp.exp(logits - safe_max_BTS[..., None]).sum(-1)
         sum_BTS = sum_BTS * jnp.exp(max_BTS - safe_max_BTS) + terms
-        hit = (id_SV == targets_BT[..., None, None]) & (id_SV >= 0)
+        hit = (id_SV[None, None] == targets_BT[..., None, None]) & (id_SV >= 0)[None, None]
         target_BTS = target_BTS + jnp.where(hit, logits, 0.0).sum(-1)
         return (new_max_BTS, sum_BTS, target_BTS), None
 
@@ -128,7 +128,7 @@ def _backward(spec: _Spec, saved, cotangents):
         w_SVD, id_SV = chunk
         logits, d_softcap = _logits(x_BTD, w_SVD, spec)
         prob = jnp.where(id_SV >= 0, jnp.exp(logits - lse_BT[..., None, None]), 0.0)
-        hit = (id_SV == targets_BT[..., None, None]) & (id_SV >= 0)
+        hit = (id_SV[None, None] == targets_BT[..., None, None]) & (id_SV >= 0)[None, None]
         d_logits = prob * (d_nats_BT + d_lse_BT)[..., None, None] - jnp.where(hit, d_nats_BT[..., None, None], 0.0)
         if d_softcap is not None:
             d_logits = d_logits * d_softcap

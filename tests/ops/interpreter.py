@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from pallas_kernels.compat import why_too_old
 from pallas_kernels.ops import OPS
 from pallas_kernels.platform import assume_platform
 from tests.ops.support import QUICK
@@ -35,9 +34,7 @@ from tests.ops.support import QUICK
 GENERATION = "v5p"  # of the TPU that is played: its two cores share a grid
 MULTIPROCESSORS = 3  # of the GPU that is played: few, so that thread blocks of small arrays have several tiles each
 
-needs_gpu_interpreter = pytest.mark.skipif(
-    why_too_old((0, 11)) is not None, reason="the interpreter of this JAX lacks parts"
-)
+needs_gpu_interpreter = pytest.mark.newer
 
 
 def interpreted(op: str, platform: str, *, multiprocessors: int = MULTIPROCESSORS):

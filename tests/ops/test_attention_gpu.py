@@ -37,11 +37,6 @@ DECODE_WINDOW = cases.Case(
 )
 
 
-def on_hopper() -> bool:
-    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
-
-
 def visible(n_queries, n_keys, causal, window, ids, positions, q_offset):
     """[B, T, S] bool, straight from the contract."""
     if positions is None:
@@ -273,7 +268,7 @@ def test_gradients_trace_in_a_shard_map_that_checks_what_varies():
     assert (dx.shape, dsinks.shape) == (x.shape, (2,))
 
 
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 @pytest.mark.parametrize("case", [*cases.TEST_CASES, *cases.WIDTH_CASES], ids=lambda case: case.name)
 def test_equals_the_full_matrix(case):
     inputs = cases.make_inputs(case, "bfloat16")

@@ -214,11 +214,13 @@ def compile_for(generation: str, *, queries, keys=None, heads=8, kv_heads=2, wid
         return jax.jit(jax.grad(loss, range(4))).lower(q, k, k, q, ids).compile()
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_compiles(generation):
     compile_for(generation, queries=1500)
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("queries", [1, 300])
 def test_compiles_in_a_shard_map_that_checks_what_varies(queries):
     pytest.importorskip("libtpu")
@@ -244,6 +246,7 @@ def test_compiles_in_a_shard_map_that_checks_what_varies(queries):
     assert "all-reduce" not in text
 
 
+@pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("options", [

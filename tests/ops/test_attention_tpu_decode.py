@@ -267,7 +267,7 @@ def step_of(write, attend):
         q, k_new, v_new = new
         rows = jnp.arange(k.shape[0])
         k, v = write(k, rows, length_B, k_new), write(v, rows, length_B, v_new)
-        filled = jnp.arange(k.shape[1]) <= length_B[:, None]
+        filled = jnp.arange(k.shape[1])[None] <= length_B[:, None]
         ids = jnp.ones_like(length_B)[:, None], filled.astype(jnp.int32)
         return (k, v, length_B + 1), attend(q, k, v, q_offset=length_B, segment_ids=ids)
 
@@ -337,6 +337,7 @@ def compile_loop(generation: str, shape=(1, 1), specs=WHOLE, *, queries=1, keys=
     return compiled, 2 * cache.size * dtype.dtype.itemsize // np.prod(shape)
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_a_generation_loop_moves_no_cache(generation):
     """Compiled for a TPU, the cache is updated in place and read where it lies."""
@@ -345,6 +346,7 @@ def test_a_generation_loop_moves_no_cache(generation):
     assert compiled.memory_analysis().temp_size_in_bytes < n_bytes / 4
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_loop_over_layers_moves_no_cache(width):
     """The caches of scanned layers are read in their stack."""
@@ -372,6 +374,7 @@ def test_a_loop_over_layers_moves_no_cache(width):
     assert compiled.memory_analysis().temp_size_in_bytes < cache.size * 2 / 4 / 4
 
 
+@pytest.mark.libtpu
 def test_rows_and_heads_split_over_devices():
     compiled, n_bytes = compile_loop("v5e", (2, 2), P("data", None, "tensor"), kv_heads=4)
     text = compiled.as_text()
@@ -379,6 +382,7 @@ def test_rows_and_heads_split_over_devices():
     assert compiled.memory_analysis().temp_size_in_bytes < n_bytes / 4
 
 
+@pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("sizes", [

@@ -29,6 +29,7 @@ def test_a_written_token_is_the_scatter(layer, dtype):
     assert not np.array_equal(actual, cache)
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("d_head, generation", [
     (64, "v5e"),
     (128, "v5e"),

@@ -24,11 +24,6 @@ PARTS = cases.Case("parts", 2, 150, 264, 4, "packed", initial=True, final=True) 
 OVERHANG = cases.Case("overhang", 1, 26, 8, 4, initial=True)  # a short last block
 
 
-def on_hopper() -> bool:
-    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
-
-
 def check_interpreted(case, dtype):
     inputs, settings = cases.make_inputs(case, dtype), cases.make_settings(case)
     with interpreted("causal_conv1d", "gpu", multiprocessors=2):
@@ -109,7 +104,7 @@ HOPPER_CASES = (
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=lambda case: case.name)
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 def test_kernels_against_direct_taps(case, dtype):
     inputs, settings = cases.make_inputs(case, dtype), cases.make_settings(case)
     errors = compare("causal_conv1d", inputs, dtype=dtype, implementation="gpu", **settings)

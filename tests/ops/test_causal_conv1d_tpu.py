@@ -137,12 +137,14 @@ def compile_for(generation: str, batch, tokens, width, taps, dtype, *, documents
         return jax.jit(jax.grad(loss, range(len(args)))).lower(*args).compile()
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_compiles(generation):
     compiled = compile_for(generation, 2, 600, 320, 4, jnp.bfloat16, documents=True, state=True)
     assert compiled.as_text().count("tpu_custom_call") == 1
 
 
+@pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("sizes", [

@@ -39,7 +39,7 @@ def end_state_with_its_document(parts):
 def call_ssd(a, fixed, options, implementation):
     dt = a["dt"]
     if options.get("dt_softplus"):
-        dt = jax.nn.softplus(dt + a["dt_bias"])
+        dt = jax.nn.softplus(dt + a["dt_bias"][None, None])
     y, state = ssd(a["x"], dt, a["A"], a["B"], a["C"], D=a["D"], segment_ids=fixed.get("segment_ids"),
                    initial_state=a.get("initial_state"), return_final_state=True, chunk=16,
                    implementation=implementation)  # fmt: skip
@@ -49,7 +49,7 @@ def call_ssd(a, fixed, options, implementation):
 def call_selective_scan(a, fixed, options, implementation):
     dt = a["delta"]
     if options["delta_softplus"]:
-        dt = jax.nn.softplus(dt + a["delta_bias"])
+        dt = jax.nn.softplus(dt + a["delta_bias"][None, None])
     y, state = selective_scan(a["u"], dt, a["A"], a["B"], a["C"], D=a.get("D"), segment_ids=fixed.get("segment_ids"),
                               initial_state=a.get("initial_state"), return_final_state=True, chunk=16,
                               implementation=implementation)  # fmt: skip

@@ -20,11 +20,6 @@ TOKENS, CHUNKS = 200, 4
 PIECES = cases.Case("pieces", 1, 2060, 2, 64, 1, 64, layout="packed", initial=True, final=True)
 
 
-def on_hopper() -> bool:
-    devices = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
-    return bool(devices) and getattr(devices[0], "compute_capability", "") == "9.0"
-
-
 def documents(ids):
     """Per token: index of the document its state belongs to, padding counted to the document before it."""
     out, document, last = [], 0, 0
@@ -193,14 +188,14 @@ def test_decay_kernels_interpreted():
         check_decay_kernels("scattered")
 
 
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 @pytest.mark.parametrize("layout", ["dense", "scattered"])
 def test_decay_kernels_equal_xla(layout):
     check_decay_kernels(layout)
 
 
 @pytest.mark.parametrize("case", cases.TEST_CASES + cases.WIDTH_CASES, ids=lambda case: case.name)
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.hopper
 def test_kernels_against_the_recurrence(case):
     inputs = cases.make_inputs(case, "bfloat16")
     if case.state > gpu.MAX_STATE:

@@ -275,6 +275,7 @@ def compile_args(**sizes):
     return x, *rest, jax.ShapeDtypeStruct((n_heads,), jnp.float32), state
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("sizes", [
     {"tokens": 300},
@@ -285,6 +286,7 @@ def test_compiles(generation, sizes):
     compile_for(generation, compile_args(**sizes), ids=np.ones((1, sizes["tokens"]), np.int32))
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("checked", [False, True])
 def test_rows_and_heads_split_over_devices(checked):
     """On a 2 x 2 slice each chip runs the kernels on its rows and heads; nothing but gradients of A and D is summed."""
@@ -317,6 +319,7 @@ def test_rows_and_heads_split_over_devices(checked):
     assert all(size <= 8 for size in sizes)
 
 
+@pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 @pytest.mark.parametrize("sizes", [

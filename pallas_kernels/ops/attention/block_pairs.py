@@ -101,8 +101,8 @@ def _compact(some, whole, parts: int, by_keys: bool) -> Pairs:
             word = word + blocks(some)[:, :, row, :, column] * np.int32(tile_bit(row, column))
     word = xp.where(blocks(whole).all((2, 4)), np.int32(WHOLE), word)
     visited = word != 0
-    word = word + (np.arange(n_queries, dtype=np.int32)[:, None] << QUERY_SHIFT)
-    word = word + (np.arange(n_keys, dtype=np.int32) << KEY_SHIFT)
+    word = word + xp.expand_dims(np.arange(n_queries, dtype=np.int32)[:, None] << QUERY_SHIFT, 0)
+    word = word + xp.expand_dims(np.arange(n_keys, dtype=np.int32) << KEY_SHIFT, (0, 1))
     group = np.broadcast_to(np.arange(n_queries)[:, None], (n_queries, n_keys))
     if by_keys:
         part = np.arange(n_queries)[:, None] // (n_queries // parts)
@@ -112,11 +112,11 @@ def _compact(some, whole, parts: int, by_keys: bool) -> Pairs:
     word, visited = (array.reshape(n_batch, -1)[:, order] for array in (word, visited))
     begins = np.diff(group, prepend=-1) != 0
     empty = ~xp.repeat(visited.reshape(n_batch, -1, len(group) // begins.sum()).any(2), len(group) // begins.sum(), 1)
-    visited = visited | (begins & empty)
+    visited = visited | (xp.expand_dims(begins, 0) & empty)
 
     last = xp.argsort(~visited, axis=1, stable=True)
     count_B = visited.sum(1)
-    filled = np.arange(len(group)) < count_B[:, None]
+    filled = xp.expand_dims(np.arange(len(group)), 0) < count_B[:, None]
     word = xp.take_along_axis(word, last, 1)
     group = xp.where(filled, xp.asarray(group)[last], -1)
     edge = xp.full((n_batch, 1), -1, group.dtype)

@@ -32,7 +32,7 @@ def attention_reference(
         scores_BHTS = softcap * jnp.tanh(scores_BHTS / softcap)
 
     if positions is None:
-        q_position_BT = jnp.arange(n_queries) + jnp.broadcast_to(jnp.asarray(q_offset), (n_batch,))[:, None]
+        q_position_BT = jnp.arange(n_queries)[None] + jnp.broadcast_to(jnp.asarray(q_offset), (n_batch,))[:, None]
         k_position_BS = jnp.broadcast_to(jnp.arange(n_keys), (n_batch, n_keys))
     else:
         q_position_BT, k_position_BS = positions

@@ -54,7 +54,7 @@ def _joined(earlier: _Window, later: _Window) -> _Window:
     ends_B = context.is_cut(earlier.documents, later.documents)
     if later.documents is not None:
         ends_B |= later.documents.starts_B != 0
-    place_BK = later.count_B[:, None] + jnp.arange(n_before)  # in the earlier inputs and then the later ones
+    place_BK = later.count_B[:, None] + jnp.arange(n_before)[None]  # in the earlier inputs and then the later ones
     earlier_BKD = _rows(earlier.inputs_BKD, jnp.minimum(place_BK, n_before - 1))
     own_BK = (place_BK >= n_before)[:, :, None]
     inputs_BKD = jnp.where(own_BK, later.inputs_BKD, jnp.where(ends_B[..., None, None], 0, earlier_BKD))
@@ -76,8 +76,8 @@ def _last_inputs(x_BTD, segment_ids, n_before: int):
     )  # from 1, at the end
     count_B = jnp.minimum(last_BT.sum(axis=1, dtype=jnp.int32), n_before)
     wanted_K = n_before - jnp.arange(n_before)
-    index_BK = jnp.argmax(rank_BT[:, None, :] == wanted_K[:, None], axis=2)
-    exists_BK = count_B[:, None] >= wanted_K
+    index_BK = jnp.argmax(rank_BT[:, None, :] == wanted_K[:, None][None], axis=2)
+    exists_BK = count_B[:, None] >= wanted_K[None]
     return jnp.where(exists_BK[:, :, None], _rows(x_BTD, index_BK), 0), count_B
 
 
@@ -95,7 +95,7 @@ def _rows_backward(residuals, dout_BKD):
     index_BK, like_BT0 = residuals
     token_T = jnp.arange(like_BT0.shape[1])
     parts = (
-        jnp.where((index_BK[:, k, None] == token_T)[:, :, None], dout_BKD[:, k, None], 0)
+        jnp.where((index_BK[:, k, None] == token_T[None])[:, :, None], dout_BKD[:, k, None], 0)
         for k in range(index_BK.shape[1])
     )
     return sum(parts), None

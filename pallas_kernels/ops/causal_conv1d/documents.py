@@ -124,7 +124,7 @@ def _final_state(x_BTD, initial_state, ids_BT):
     before_BTD = jnp.concatenate([initial_state, x_BTD], axis=1)
     document_BT_before = jnp.pad(document_BT, ((0, 0), (n_before, 0)))
     end_B = jnp.max(jnp.where(ids_BT != 0, jnp.arange(1, x_BTD.shape[1] + 1), 0), axis=1)
-    index_BW = end_B[:, None] + jnp.arange(n_before)
+    index_BW = end_B[:, None] + jnp.arange(n_before)[None]
     final_BWD = jnp.take_along_axis(before_BTD, index_BW[:, :, None], axis=1)
     same_BW = jnp.take_along_axis(document_BT_before, index_BW, axis=1) == document_BT[:, -1:]
     return jnp.where(same_BW[:, :, None], final_BWD, 0)

@@ -36,8 +36,8 @@ def causal_conv1d_reference(
         new_document_B = real_B & (last_id_B != 0) & (id_B != last_id_B)
         before_BWD = jnp.where(new_document_B[:, None, None], 0, before_BWD)
         window_BWD = jnp.concatenate([before_BWD, x_BD[:, None]], axis=1)
-        y_BD = jnp.sum(window_BWD * w_WD, axis=1)
-        y_BD = y_BD if b_D is None else y_BD + b_D.astype(dtype)
+        y_BD = jnp.sum(window_BWD * w_WD[None], axis=1)
+        y_BD = y_BD if b_D is None else y_BD + b_D.astype(dtype)[None]
         y_BD = jax.nn.silu(y_BD) if activation == "silu" else y_BD
         y_BD = jnp.where(real_B[:, None], y_BD, 0)
         before_BWD = jnp.where(real_B[:, None, None], window_BWD[:, 1:], before_BWD)

@@ -61,9 +61,9 @@ def _taps(x_BTD, initial_state, seen_BT):
 
 def _sums(x_BTD, w_DW, b_D, initial_state, seen_BT):
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    total_BTD = 0 if b_D is None else b_D.astype(dtype)
+    total_BTD = 0 if b_D is None else b_D.astype(dtype)[None, None]
     for j, (tap_BTD, counts) in enumerate(_taps(x_BTD, initial_state, seen_BT)):
-        term_BTD = tap_BTD * w_DW[:, j].astype(dtype)
+        term_BTD = tap_BTD * w_DW[:, j].astype(dtype)[None, None]
         total_BTD += term_BTD if counts is None else jnp.where(counts, term_BTD, 0)
     return total_BTD
 
@@ -107,7 +107,7 @@ def _spread(dsums_BTD, w_DW, seen_BT):
     total_BTD = 0
     for j in range(n_before + 1):
         place = slice(n_before - j, n_before - j + width)
-        term_BTD = later_BTD[:, place] * w_DW[:, j]
+        term_BTD = later_BTD[:, place] * w_DW[:, j][None, None]
         if seen_BT is not None:
             term_BTD = jnp.where((seen_BT[:, place] > n_before - j)[:, :, None], term_BTD, 0)
         total_BTD += term_BTD

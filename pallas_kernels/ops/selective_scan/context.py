@@ -33,5 +33,5 @@ def _decay(dt_BTD, A_DN, segment_ids):
     """What is left of a state behind one device's tokens."""
     if segment_ids is not None:
         dt_BTD = jnp.where((segment_ids != 0)[:, :, None], dt_BTD, 0)
-    decay_BDN = jnp.exp(dt_BTD.sum(axis=1)[:, :, None] * A_DN)
+    decay_BDN = jnp.exp(dt_BTD.sum(axis=1)[:, :, None] * A_DN[None])
     return decay_BDN if segment_ids is None else context.keep_rows(document_numbers(segment_ids)[:, -1] == 0, decay_BDN)

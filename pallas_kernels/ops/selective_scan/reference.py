@@ -44,9 +44,9 @@ def selective_scan_reference(
         state_BDN = jnp.where(new_document_B[:, None, None], 0, state_BDN)
         B_BDN = jnp.repeat(B_BGN, n_channels // n_groups, axis=1)
         C_BDN = jnp.repeat(C_BGN, n_channels // n_groups, axis=1)
-        stepped_BDN = jnp.exp(dt_BD[:, :, None] * A_DN) * state_BDN + (dt_BD * x_BD)[:, :, None] * B_BDN
+        stepped_BDN = jnp.exp(dt_BD[:, :, None] * A_DN[None]) * state_BDN + (dt_BD * x_BD)[:, :, None] * B_BDN
         state_BDN = jnp.where(real_B[:, None, None], stepped_BDN, state_BDN)
-        y_BD = jnp.einsum("bdn,bdn->bd", state_BDN, C_BDN) + skip_D * x_BD
+        y_BD = jnp.einsum("bdn,bdn->bd", state_BDN, C_BDN) + skip_D[None] * x_BD
         y_BD = jnp.where(real_B[:, None], y_BD, 0)
         return (state_BDN, jnp.where(real_B, id_B, last_id_B)), y_BD
 

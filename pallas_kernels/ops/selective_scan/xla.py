@@ -174,7 +174,7 @@ def _forward(tokens: _Tokens, marks: _Marks | None, weights: _Weights, state_BDN
     left_BKGNR, y_QBKGR = jax.lax.scan(step, entering_BKGNR, steps)
     y_BTD = _uncut(y_QBKGR).reshape(tokens.x_BTD.shape)
     if weights.D is not None:
-        y_BTD += weights.D.astype(dtype) * _where_real(marks, tokens.x_BTD)
+        y_BTD += weights.D.astype(dtype)[None, None] * _where_real(marks, tokens.x_BTD)
     y_BTD = _where_real(marks, y_BTD).astype(tokens.x_BTD.dtype)
     return y_BTD, _unstates(left_BKGNR[:, -1], state_BDN)
 
@@ -204,7 +204,7 @@ def _backward(tokens: _Tokens, marks: _Marks | None, weights: _Weights, state_BD
         dxdt_BKGR = jnp.sum(dh_BKGNR * B[..., None], axis=-2)
         dB_BKGN = jnp.sum(dh_BKGNR * (dt * x)[..., None, :], axis=-1)
         dlog_BKGNR = dh_BKGNR * kept_BKGNR
-        ddt_BKGR = dxdt_BKGR * x + jnp.sum(dlog_BKGNR * A_GNR, axis=-2)
+        ddt_BKGR = dxdt_BKGR * x + jnp.sum(dlog_BKGNR * A_GNR[None, None], axis=-2)
         dA_BKGNR += dlog_BKGNR * dt[..., None, :]
         dh_BKGNR = _reset(_decay(dt, A_GNR) * dh_BKGNR, now)
         return (dh_BKGNR, dA_BKGNR), (dxdt_BKGR * dt, ddt_BKGR, dB_BKGN, dC_BKGN)
@@ -216,7 +216,7 @@ def _backward(tokens: _Tokens, marks: _Marks | None, weights: _Weights, state_BD
     dx_BTD, ddt_BTD, dB_BTGN, dC_BTGN = (_where_real(marks, grad) for grad in grads)
     dD = None
     if weights.D is not None:
-        dx_BTD += weights.D.astype(dtype) * dy_BTD
+        dx_BTD += weights.D.astype(dtype)[None, None] * dy_BTD
         dD = jnp.sum(_where_real(marks, tokens.x_BTD).astype(dtype) * dy_BTD, axis=(0, 1))
     dA_DN = jnp.swapaxes(dA_BKGNR.sum(axis=(0, 1)), -1, -2).reshape(weights.A_DN.shape)
     # Cast here, so that a chunk's gradients are as small as their arrays; padding is zero in all of them.
@@ -270,7 +270,7 @@ def _unstates(state_BGNR, like_BDN):
 
 
 def _decay(dt_BKGR, A_GNR):
-    return jnp.exp(dt_BKGR[..., None, :] * A_GNR)
+    return jnp.exp(dt_BKGR[..., None, :] * A_GNR[None, None])
 
 
 def _reset(h_BKGNR, now: _Steps):

@@ -45,7 +45,7 @@ def _local(x_BTHP, dt_BTH, A_H, B_BTGN, segment_ids):
         starts_B = document_BT[:, -1] > 0
         dt_BTH = jnp.where(real_BT[:, :, None], dt_BTH, 0)
         x_BTHP, B_BTGN = (jnp.where(last_BT[:, :, None, None], array, 0) for array in (x_BTHP, B_BTGN))
-    log_BTH = dt_BTH * A_H.astype(dtype)
+    log_BTH = dt_BTH * A_H.astype(dtype)[None, None]
     until_BTH = jax.lax.cumsum(log_BTH, axis=1, reverse=True)
     after_BTH = jnp.pad(until_BTH[:, 1:], ((0, 0), (0, 1), (0, 0)))
     weighed_BTHP = (x_BTHP * (jnp.exp(after_BTH) * dt_BTH)[..., None]).astype(product_dtype)

@@ -46,9 +46,9 @@ def ssd_reference(
         B_BHN = jnp.repeat(B_BGN, n_heads // n_groups, axis=1)
         C_BHN = jnp.repeat(C_BGN, n_heads // n_groups, axis=1)
         update_BHPN = jnp.einsum("bh,bhp,bhn->bhpn", dt_BH, x_BHP, B_BHN)
-        stepped_BHPN = jnp.exp(dt_BH * A_H)[:, :, None, None] * state_BHPN + update_BHPN
+        stepped_BHPN = jnp.exp(dt_BH * A_H[None])[:, :, None, None] * state_BHPN + update_BHPN
         state_BHPN = jnp.where(real_B[:, None, None, None], stepped_BHPN, state_BHPN)
-        y_BHP = jnp.einsum("bhpn,bhn->bhp", state_BHPN, C_BHN) + skip_HP * x_BHP
+        y_BHP = jnp.einsum("bhpn,bhn->bhp", state_BHPN, C_BHN) + skip_HP[None] * x_BHP
         y_BHP = jnp.where(real_B[:, None, None], y_BHP, 0)
         return (state_BHPN, jnp.where(real_B, id_B, last_id_B)), y_BHP
 

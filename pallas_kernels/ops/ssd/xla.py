@@ -226,7 +226,7 @@ def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -
     C_BCQGN = split(tokens.C_BTGN, product_dtype, n_groups)
     A_GR = weights.A_H.astype(dtype).reshape(n_groups, -1)
 
-    sums = _cumulative_sums(dt_BCQGR * A_GR)  # two of [B, C, G, R, Q]
+    sums = _cumulative_sums(dt_BCQGR * A_GR[None, None, None])  # two of [B, C, G, R, Q]
     within = functools.reduce(jnp.add, (s[..., :, None] - s[..., None, :] for s in sums))
     head = functools.reduce(jnp.add, sums)
     tail = functools.reduce(jnp.add, (s[..., -1:] - s for s in sums))
@@ -235,7 +235,7 @@ def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -
     if marks is not None:
         document_BCQ = marks.document_BT.reshape(n_batch, n_chunks, 1, 1, chunk)
         enters_BC = marks.entering_BT.reshape(n_batch, n_chunks, 1, 1, chunk)[..., :1]
-        visible = visible & (document_BCQ[..., :, None] == document_BCQ[..., None, :])
+        visible = jnp.expand_dims(visible, range(4)) & (document_BCQ[..., :, None] == document_BCQ[..., None, :])
         head = jnp.where(document_BCQ == enters_BC, head, -jnp.inf)
         tail = jnp.where(document_BCQ == document_BCQ[..., -1:], tail, -jnp.inf)
         through = jnp.where((document_BCQ[..., -1:] == enters_BC)[..., 0], through, -jnp.inf)
@@ -331,7 +331,7 @@ def _scale(array_BCQGRP, factor_BCQGR):
 
 
 def _skip(D, like: _Chunks):
-    return D.astype(like.dt_BCQGR.dtype).reshape(*like.dt_BCQGR.shape[3:], -1)
+    return D.astype(like.dt_BCQGR.dtype).reshape(*like.dt_BCQGR.shape[3:], -1)[None, None, None]
 
 
 def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
@@ -381,7 +381,7 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
         dD = jnp.sum(c.x_BCQGRP.astype(dtype) * dy_BCQGRP, axis=(0, 1, 2))
         dD = (dD if weights.D.ndim == 2 else dD.sum(-1)).reshape(weights.D.shape)
     A_GR = weights.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
-    ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1) + dsteps_BCQGR * A_GR
+    ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1) + dsteps_BCQGR * A_GR[None, None, None]
     dA_GR = jnp.sum(dsteps_BCQGR * c.dt_BCQGR, axis=(0, 1, 2))
     dtokens = _Tokens(
         dx_BCQGRP.reshape(tokens.x_BTHP.shape).astype(tokens.x_BTHP.dtype),
@@ -406,7 +406,7 @@ def _straddling_sums(products_BCGRQQ):
     total = _straddle(own)  # block, token
     if len(starts) > 1:
         block = jnp.arange(chunk) // width
-        other = jnp.where(block[:, None] > block, products_BCGRQQ, 0)
+        other = jnp.where(block[:, None] > block[None], products_BCGRQQ, 0)
         rows = other.reshape(*other.shape[:-1], len(starts), width).sum(axis=-1)  # token i, block j
         to_after = other.sum(axis=-2).reshape(total.shape)
         total += _prefix_sums(rows.sum(axis=-1).reshape(total.shape), total.ndim - 1, reverse=True)
@@ -421,4 +421,5 @@ def _straddle(products, inclusive: bool = True):
     size = products.shape[-1]
     below = jnp.tril(jnp.ones((size, size), products.dtype), 0 if inclusive else -1)  # [i, t]
     left = jnp.triu(jnp.ones((size, size), products.dtype), 1)  # [j, t]
+    below = jnp.expand_dims(below, range(products.ndim - 2))
     return jnp.sum(jnp.einsum("...ij,jt->...it", products, left, precision=_HIGHEST) * below, axis=-2)

@@ -108,7 +108,7 @@ def block_pairs(bounds: Bounds, n_keys: int, block_q: int, block_k: int):
     seeing = start < end
     some = (_limits(start, seeing)[0][:, :, None] <= top) & (_limits(end, seeing)[1][:, :, None] > low)
     whole = (_limits(start)[1][:, :, None] <= low) & (_limits(end)[0][:, :, None] > top)
-    whole = whole & (np.arange(1, low.shape[2] + 1) * block_k <= n_keys)
+    whole = whole & (np.arange(1, low.shape[2] + 1) * block_k <= n_keys)[None, None]
     if bounds.q_ids_MT is not None:
         q_ids, k_ids = _blocks(bounds.q_ids_MT, block_q), _blocks(bounds.k_ids_MS, block_k)
         (q_low, q_top), (k_low, k_top) = _limits(q_ids, q_ids != 0), _limits(k_ids, k_ids != -1)

@@ -295,7 +295,7 @@ def _attend_backward(s: Settings, residuals, dout):
     delta_BHT = jnp.moveaxis(jnp.sum(wide_dout * wide_out, axis=-1), 2, 1)
     dsinks = None
     if sink_rows is not None:
-        share = jnp.exp2(sink_rows * LOG2E - log_sum[:, :, 0, :n_queries])
+        share = jnp.exp2((sink_rows * LOG2E)[None] - log_sum[:, :, 0, :n_queries])
         dsinks = -jnp.sum(share * delta_BHT, axis=0)
     arrays = _arrays(s, mask, q=q, k=k, v=v, do=wide_dout.astype(v.dtype))
     arrays["log_sum"] = log_sum

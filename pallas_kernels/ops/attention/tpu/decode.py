@@ -155,20 +155,20 @@ def list_visits(mask: Mask, n_batch: int, s: Decode) -> Visits:
     end_B = xp.where(some, index + 1, 0).max(1)
     share_B = -(-xp.maximum(end_B - first_B, 0) // s.parts)
     part = np.arange(s.parts, dtype=np.int32)[:, None]
-    begin_pB = xp.minimum(first_B + part * share_B, end_B)
-    found_pB = xp.clip(end_B - begin_pB, 0, share_B)
+    begin_pB = xp.minimum(first_B[None] + part * share_B[None], end_B[None])
+    found_pB = xp.clip(end_B[None] - begin_pB, 0, share_B[None])
     begin_pB = xp.clip(begin_pB, 0, s.blocks - 1)
     visits_pB = xp.maximum(found_pB, 1)
     stop_pB = xp.cumsum(visits_pB, axis=1)
     n = np.arange(n_batch * -(-s.blocks // s.parts), dtype=np.int32)[:, None]
     rows = np.arange(n_batch, dtype=np.int32)
-    row_pn = xp.minimum((n >= stop_pB[:, None]).sum(2), n_batch - 1)
-    here = row_pn[:, :, None] == rows  # [parts, n, B]
+    row_pn = xp.minimum((xp.expand_dims(n, 0) >= stop_pB[:, None]).sum(2), n_batch - 1)
+    here = row_pn[:, :, None] == xp.expand_dims(rows, (0, 1))  # [parts, n, B]
 
     def of_row(table_pB):
         return xp.where(here, table_pB[:, None], 0).sum(2)
 
-    step_pn = n[:, 0] - of_row(stop_pB - visits_pB)
+    step_pn = xp.expand_dims(n[:, 0], 0) - of_row(stop_pB - visits_pB)
     visits_pn, found_pn = of_row(visits_pB), of_row(found_pB)
     flags = (step_pn == 0) * FIRST + (step_pn == visits_pn - 1) * LAST + (step_pn < found_pn) * VISIBLE
     block_pn = of_row(begin_pB) + xp.minimum(step_pn, visits_pn - 1)
@@ -496,14 +496,14 @@ def lay_out(q, k, v, gate, sinks, mask: Mask, s: Decode) -> dict:
         arrays["row_heads"] = _columns(jnp.asarray(head))
         arrays["lane_heads"] = jnp.arange(s.tokens * s.repeat, dtype=jnp.int32)[None] % s.repeat
         lane = jnp.arange(LANES * s.repeat, dtype=jnp.int32) // s.repeat
-        arrays["spread"] = (jnp.arange(LANES)[:, None] == lane).astype(jnp.bfloat16)
+        arrays["spread"] = (jnp.arange(LANES)[:, None] == lane[None]).astype(jnp.bfloat16)
     return arrays
 
 
 def _combine(found: dict, gate, s: Decode):
     """The shares of the cache by their log-sums, gated."""
     log_sum = found["log_sum"][..., :1]
-    share = jnp.exp2(log_sum - log_sum.max(0))
+    share = jnp.exp2(log_sum - log_sum.max(0)[None])
     out = _from_rows((found["out"] * share).sum(0) / share.sum(0), s)
     if gate is not None:
         opened = jax.nn.sigmoid(gate.astype(F32))

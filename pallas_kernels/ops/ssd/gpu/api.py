@@ -40,7 +40,7 @@ def decay_vectors(dt, a_log2, chunks, begun=None):
     """
     dt = _chunked(dt, chunks)
     lower = jnp.tril(jnp.ones((TILE, TILE), F32))
-    a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None], lower, precision=lax.Precision.HIGHEST)
+    a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None][None, None], lower, precision=lax.Precision.HIGHEST)
     if begun is not None:
         a -= gpu_decay.BETWEEN_DOCUMENTS * begun[:, :, None]
     return jnp.stack([a, a - jnp.log2(dt)], axis=3)
@@ -256,7 +256,7 @@ def _dt_grads(out, dt, a, ids):
         return v.reshape(batch, -1, heads)[:, :tokens]
 
     log_decay = by_token(_decay_grads(net, end))
-    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, gpu_decay.SMALLEST_DT) + a * log_decay
+    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, gpu_decay.SMALLEST_DT) + a[None, None] * log_decay
     if ids is not None:
         d_dt = jnp.where((ids != 0)[..., None], d_dt, 0.0)
     d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))

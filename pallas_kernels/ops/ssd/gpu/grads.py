@@ -569,7 +569,7 @@ def _score_tiles(cfg, b_mat, c_mat):
     c_mat = jnp.stack([c_mat, jnp.roll(c_mat, -1, axis=1)], axis=2)
     scores = jnp.einsum("bcjgn,bcpign->bcgpji", b_mat, c_mat, preferred_element_type=F32)
     token = jnp.arange(TILE)
-    within = token[:, None] <= token
+    within = token[:, None] <= token[None]
     return jnp.where(jnp.stack([within, jnp.ones_like(within)]), scores, 0.0).astype(cfg.dtype)
 
 

@@ -192,7 +192,7 @@ def _scan(refs, blocks: Blocks, copies: Copies):
 
 def _strong(inputs: dict, blocks: Blocks):
     """int32 [B x blocks, 1, grid steps]: 1 where a log decay is too strong for the factored form."""
-    log_decays = inputs["dt"] * inputs["A"]
+    log_decays = inputs["dt"] * inputs["A"][None]
     by_step = log_decays.reshape(*log_decays.shape[:3], -1, blocks.tokens)
     strong = by_step.min(axis=(2, 4)) < common.PAIR_FLOOR
     return strong.astype(jnp.int32).reshape(-1, 1, strong.shape[-1])
