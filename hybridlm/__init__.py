@@ -2,6 +2,10 @@
 """hybridlm: hybrid SSM-attention language models in JAX."""
 
 import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to compute with on CPU
+from hybridlm.moved import MOVED
+from pallas_kernels.moved import MovedModules
+
+MovedModules(MOVED).install()
 
 __version__ = "0.1.0"
 _EXPORTS = {

@@ -11,7 +11,7 @@ MOVED = {
     "hybridlm.convert": ("hybridlm.cli.convert", "hybridlm.train.published"),
     "hybridlm.data.sources": ("hybridlm.data.formats",),
     "hybridlm.evaluate": ("hybridlm.train.evaluate", "hybridlm.train.metrics"),
-    "hybridlm.flops": ("hybridlm.model.flops",),
+    "hybridlm.flops": ("hybridlm.model.flops", "hybridlm.layers.attention", "hybridlm.layers.mamba2"),
     "hybridlm.generation": ("hybridlm.model.generation",),
     "hybridlm.hf.published": ("hybridlm.config.published",),
     "hybridlm.layers.blocks": ("hybridlm.layers", "hybridlm.layers.block"),

@@ -15,6 +15,7 @@ from pallas_kernels.compat import avoid_faulty_cpu_fusions
 
 avoid_faulty_cpu_fusions()
 
+from pallas_kernels.moved import MOVED, MovedModules  # noqa: E402
 from pallas_kernels.ops.attention.api import attention  # noqa: E402
 from pallas_kernels.ops.cache_write.api import cache_write  # noqa: E402
 from pallas_kernels.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
@@ -22,5 +23,7 @@ from pallas_kernels.ops.grouped_dot.api import grouped_dot  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
 from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
 from pallas_kernels.platform import assume_platform  # noqa: E402
+
+MovedModules(MOVED).install()
 
 __all__ = ["assume_platform", "attention", "cache_write", "causal_conv1d", "grouped_dot", "selective_scan", "ssd"]

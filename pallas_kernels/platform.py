@@ -115,6 +115,11 @@ def default_device_platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def platform_of(device: jax.Device) -> str:
+    """ "cpu", "gpu" or "tpu": of a device, at hand or described."""
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
 def device_name() -> str:
     """The default device's kind, as JAX names it."""
     return _device().device_kind

@@ -14,6 +14,7 @@ from hybridlm.layers.params import param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import RULES, param_shardings
+from pallas_kernels.platform import platform_of
 
 
 class Abstract(NamedTuple):
@@ -74,7 +75,7 @@ def compile_init(config: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
         return jax.tree.leaves(nnx.state(HybridLM(config, rngs=nnx.Rngs(key))))
 
     shardings = jax.tree.leaves(param_shardings(abstract(config).info, mesh))
-    on_cpu = mesh.devices.flat[0].platform == "cpu"  # where full effort triples the time to compile the random draws
+    on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"  # where full effort triples the time to compile
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     with jax.set_mesh(mesh):
         draw = jax.jit(build, out_shardings=shardings)

@@ -30,6 +30,7 @@ from hybridlm.train.sample import sample_text
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.stop import StopRequest
 from hybridlm.train.trace import Trace
+from pallas_kernels.platform import device_name
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
@@ -168,7 +169,7 @@ def _introduce(
     n_params = sum(x.size for x in jax.tree.leaves(program.state_like["params"]))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     display.say(
-        f"{config.name}: {short(n_params)} parameters on {jax.devices()[0].device_kind} ({axes}), "
+        f"{config.name}: {short(n_params)} parameters on {device_name()} ({axes}), "
         f"{short(corpus.stats['train']['bytes'])}B of text, {config.run.steps} steps of "
         f"{short(config.data.batch_size * config.data.seq_len)} tokens, in {folder.path}"
     )

@@ -22,6 +22,7 @@ from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.sharding import batch_sharding, param_shardings
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
+from pallas_kernels.platform import platform_of
 
 
 class Program(NamedTuple):
@@ -67,7 +68,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     objective = make_objective(config, graphdef)
     step = make_train_step(objective, optimizer, schedule, config.optim.accumulate, shardings["params"])
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),

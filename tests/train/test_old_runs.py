@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hybridlm.cli.main import main, train_main
 
+from hybridlm.cli import main, train_main
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics
 
