@@ -17,7 +17,7 @@ def plain(y, z, weight, n_groups, before_gate):
     gate = z / (1 + jnp.exp(-z))
     u = y if before_gate else y * gate
     grouped = u.reshape(*u.shape[:2], n_groups, -1)
-    out = (grouped / jnp.sqrt((grouped**2).mean(-1, keepdims=True) + EPS)).reshape(u.shape) * weight
+    out = (grouped / jnp.sqrt((grouped**2).mean(-1, keepdims=True) + EPS)).reshape(u.shape) * weight[None, None]
     return out * gate if before_gate else out
 
 

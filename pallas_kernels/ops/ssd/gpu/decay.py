@@ -149,7 +149,7 @@ def last_real_before(ids, chunks):
     else:
         token = jnp.arange(tokens, dtype=jnp.int32)
     begin = jnp.arange(chunks, dtype=jnp.int32)[:, None] * TILE
-    return jnp.where(token < begin, index[:, None], -1).max(-1)
+    return jnp.where(token[None] < begin, index[:, None], -1).max(-1)
 
 
 @functools.partial(jax.jit, static_argnums=3)  # so that calls alike are traced and lowered once
