@@ -64,6 +64,7 @@ class Op:
     rows: tuple[str, ...] = ()  # inputs whose first axis is a batch of rows that know nothing of each other
     tokens: tuple[str, ...] = ()  # inputs [batch, tokens, ...], as is the first result: token t sees none behind t
     has_segments: bool = False  # takes segment_ids
+    padding_may_be_nan: bool = False  # not only any finite numbers may stand in padding
     has_states: bool = False  # takes initial_state and return_final_state
     hints: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # settings that change no result: some values
 

@@ -12,6 +12,7 @@ OP = Op(
     rows=("x", "initial_state"),
     tokens=("x",),
     has_segments=True,
+    padding_may_be_nan=True,
     has_states=True,
     implementations={
         "reference": Implementation(

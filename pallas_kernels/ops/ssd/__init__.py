@@ -12,6 +12,7 @@ OP = Op(
     rows=("x", "dt", "B", "C", "initial_state"),
     tokens=("x", "dt", "B", "C"),
     has_segments=True,
+    padding_may_be_nan=True,
     has_states=True,
     hints={"chunk": (1, 7, 1000), "states": ("recompute",)},
     implementations={
