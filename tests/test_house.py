@@ -96,7 +96,7 @@ def imports(module: str) -> frozenset[str]:
         for alias in node.names:
             inner = f"{base}.{alias.name}"
             found.add(inner if inner in sources() else base)
-    found |= {node.value.partition(":")[0] for node in strings(module)}
+    found |= {node.value.partition(":")[0] for node in strings(module) if "." in node.value}
     return frozenset(found & sources().keys()) - {module}
 
 
