@@ -505,7 +505,7 @@ def check_x64_flag(subject: Subject) -> None:
     weights = [jnp.asarray(weight) for weight in subject.weights(inputs)]
     with enable_x64(), subject.serving():
         function = _compiled.__wrapped__(subject, tuple(sorted(subject.settings.items())))
-        text = str(jax.make_jaxpr(function)(arrays, fixed, weights))
+        text = str(function.trace(arrays, fixed, weights).jaxpr)
         out, grads = function(arrays, fixed, weights)
     assert "f64[" not in text.replace("f64[]", "")
     named = {f"out{i}": o for i, o in enumerate(out)} | {f"d{name}": grad for name, grad in grads.items()}
