@@ -535,7 +535,7 @@ def check_forward_mode(subject: Subject) -> None:
 
 
 def check_forward_over_reverse(subject: Subject) -> None:
-    """jax.jvp of the gradient, a Hessian's product with a vector, goes through and is the reference's."""
+    """jax.jvp of the gradient, a Hessian's product with a vector, is the reference's, where it goes through."""
     inputs = {**subject.inputs("float32"), **_layout(subject, "packed")}
 
     def product(subject):
@@ -549,6 +549,10 @@ def check_forward_over_reverse(subject: Subject) -> None:
             along = jax.tree.map(jnp.ones_like, arrays)
             return jax.jit(lambda a, t: jax.jvp(jax.grad(loss), (a,), (t,))[1], compiler_options=QUICK)(arrays, along)
 
+    if not subject.way.gradient_forward_mode:
+        with pytest.raises(TypeError, match="custom_vjp"):
+            product(subject)
+        return
     expected = product(Subject(subject.name, "reference"))
     for name, value in product(subject).items():
         error = oracle.relative_rms(value, expected[name], floor=1e-6)
