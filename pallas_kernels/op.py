@@ -36,6 +36,7 @@ class Implementation:
     takes: tuple[str, ...] = ()  # of the arguments that the op offers beyond its own, those that this one can use
     gradients: bool = True
     forward_mode: bool = False  # whether jax.jvp goes through it
+    gradient_forward_mode: bool = True  # whether jax.jvp goes through its gradient, with documents too
 
     def load(self) -> Callable:
         return _load(self.function)

@@ -18,7 +18,7 @@ OP = Op(
         "reference": Implementation(
             "pallas_kernels.ops.causal_conv1d.reference:causal_conv1d_reference", forward_mode=True
         ),
-        "xla": Implementation("pallas_kernels.ops.causal_conv1d.xla:causal_conv1d_xla"),
+        "xla": Implementation("pallas_kernels.ops.causal_conv1d.xla:causal_conv1d_xla", gradient_forward_mode=False),
         "tpu": Implementation(
             "pallas_kernels.ops.causal_conv1d.tpu.api:causal_conv1d_tpu",
             "pallas_kernels.ops.causal_conv1d.tpu.api:supports",

@@ -47,7 +47,8 @@ def causal_conv1d(
 
     Sums are float32 at least. Gradients flow to x, w, b and initial_state and through both results. Raises ValueError
     or TypeError for arguments that do not fit together, NotImplementedError where the named implementation cannot
-    serve. Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
+    serve. Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be
+    differentiated so where segment_ids is None.
     """
     check_shape("x_BTD", x_BTD, (None,) * 3, "batch, tokens, width")
     n_batch, n_tokens, d_model = x_BTD.shape
