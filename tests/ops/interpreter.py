@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import os
 import threading
 from unittest import mock
 
@@ -57,7 +56,7 @@ def _on_gpu(op: str, multiprocessors: int):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     with contextlib.ExitStack() as stack:
-        for target, changes in (*_words(), *_sizes(op), *(_programs() if not os.environ.get("SLOWLY") else [])):
+        for target, changes in (*_words(), *_sizes(op), *_programs()):
             stack.enter_context(mock.patch.multiple(target, **changes))
         stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
         stack.enter_context(plgpu.force_gpu_interpret_mode())
