@@ -27,6 +27,7 @@ OP = Op(
     rows=("x",),
     tokens=("x",),
     has_segments=True,
+    padding_may_be_nan=True,
     implementations={
         "reference": Implementation(f"{__name__}:fading_sum_reference", forward_mode=True),
         "xla": Implementation(f"{__name__}:fading_sum_xla", forward_mode=True),
