@@ -15,6 +15,7 @@ from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.op import Implementation, Op, call
 from pallas_kernels.ops import OPS
 from pallas_kernels.segments import document_numbers
+from pallas_kernels.varying import vary_alike
 from tests.ops import contract
 
 # __init__.py
@@ -27,6 +28,7 @@ OP = Op(
     rows=("x",),
     tokens=("x",),
     has_segments=True,
+    padding_may_be_nan=True,
     implementations={
         "reference": Implementation(f"{__name__}:fading_sum_reference", forward_mode=True),
         "xla": Implementation(f"{__name__}:fading_sum_xla", forward_mode=True),
@@ -74,7 +76,8 @@ def fading_sum_reference(x_BTD, decay_D, *, segment_ids=None):
         return (sum_BD, jnp.where(id_B != 0, id_B, last_B)), jnp.where(real_B1, after_BD, 0)
 
     start = (jnp.zeros((x_BTD.shape[0], x_BTD.shape[2]), dtype), ids_BT[:, 0])
-    _, y_TBD = jax.lax.scan(step, start, (x_BTD.swapaxes(0, 1).astype(dtype), ids_BT.T))
+    tokens = (x_BTD.swapaxes(0, 1).astype(dtype), ids_BT.T)
+    _, y_TBD = jax.lax.scan(step, *vary_alike((start, tokens)))  # in checked shard_maps, too
     return y_TBD.swapaxes(0, 1).astype(x_BTD.dtype)
 
 
@@ -108,6 +111,7 @@ class Case:
     tokens: int
     width: int
     layout: str = "dense"
+    seed: int = 0
 
 
 TEST_CASES = (
@@ -123,11 +127,11 @@ CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
 def make_inputs(case, dtype="float32"):
     """Arguments by name, NumPy arrays."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(case.seed)
     return {
         "x": rng.standard_normal((case.batch, case.tokens, case.width)).astype(jnp.dtype(dtype)),
         "decay": rng.uniform(0.5, 1.0, case.width).astype(np.float32),
-        "segment_ids": make_segment_ids(case.layout, case.batch, case.tokens),
+        "segment_ids": make_segment_ids(case.layout, case.batch, case.tokens, seed=case.seed),
     }
 
 

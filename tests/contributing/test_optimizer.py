@@ -47,7 +47,7 @@ class InverseRoot:
 def test_it_trains_and_resumes(tmp_path):
     config = small_run(tmp_path, optim=OptimConfig(lr=3e-3, rule=Lion(), schedule=InverseRoot(), warmup_steps=2))
     whole = losses(config)
-    assert whole[-1] < whole[0] - 0.3
+    assert whole[-1] < whole[0] - 0.2
     assert resumed_losses(config, stop=3) == whole
 
 
