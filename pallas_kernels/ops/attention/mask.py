@@ -69,7 +69,7 @@ def query_positions(mask: Mask, n_queries: int):
         return mask.q_position_BT
     if mask.q_offset is not None:
         return np.arange(n_queries, dtype=np.int32)[None] + np.int32(mask.q_offset)
-    return jnp.reshape(mask.offset_B, (-1, 1)) + jnp.arange(n_queries, dtype=jnp.int32)
+    return jnp.reshape(mask.offset_B, (-1, 1)) + jnp.arange(n_queries, dtype=jnp.int32)[None]
 
 
 def key_positions(mask: Mask, n_keys: int):
