@@ -67,7 +67,16 @@ def _sizes(op: str) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":
-        return [(api, {"TOKEN_MULTIPLE": api.ROW_MULTIPLE, "DECODE_KEYS": 128})]
+        backward_kernel = api._backward_kernel
+
+        def backward(cfg, q, k, v, do, lse, delta, *rest):
+            """The copy engine reads zeros behind what the forward has written, where q, padded here, goes on."""
+            behind = ((0, 0), (0, 0), (0, q.shape[1] - lse.shape[2]))
+            lse, delta = (jnp.pad(array[:, :, : lse.shape[2]], behind) for array in (lse, delta))
+            return backward_kernel(cfg, q, k, v, do, lse, delta, *rest)
+
+        sizes = {"TOKEN_MULTIPLE": api.ROW_MULTIPLE, "DECODE_KEYS": 128}
+        return [(api, {**sizes, "_backward_kernel": backward})]
     if op == "causal_conv1d":
         kernels = importlib.import_module("pallas_kernels.ops.causal_conv1d.gpu.kernels")
         block = max(sizes[0] for sizes in (*api.FORWARD, *api.BACKWARD))
