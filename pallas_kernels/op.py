@@ -57,7 +57,7 @@ class Op:
     implementations: Mapping[str, Implementation]
     proven: tuple[str, ...] = ()  # platforms whose kernel passes every case there and is measured to beat xla
     # TPU generations for which the kernel passes every case interpreted, compiles, and is faster than xla by the
-    # compiler's own estimates, forward and backward, at every shape of docs/kernels.md: no TPU has run it.
+    # compiler's own estimates, forward and backward, at every shape of docs/results/tpu-*.md: no TPU has run it.
     estimated: tuple[str, ...] = ()
     context: str | None = None  # what splits its tokens over a mesh axis
     integers: tuple[str, ...] = ()  # inputs that have no gradients

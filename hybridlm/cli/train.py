@@ -33,7 +33,7 @@ def run(words: list[str], prog: str) -> int:
         return train(config, shlex.join(again), stop)
 
 
-TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or go on with, a run"),), run)
+TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or resume, a run"),), run)
 
 
 def _print_help(name: str, prog: str) -> None:

@@ -30,7 +30,7 @@ class MetricsLog:
         self._board = None if tensorboard is None else _open_board(tensorboard, step)
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether the run that is gone on with wrote a record of the kind at the step."""
+        """Whether the run that is resumed wrote a record of the kind at the step."""
         return (kind, step) in self._seen
 
     def write(self, kind: str, step: int, values: dict) -> None:

@@ -4,6 +4,8 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
+
 from hybridlm.config import Config
 from hybridlm.errors import RunError
 from hybridlm.train.checkpoint import Checkpoints
@@ -68,5 +70,7 @@ class Reports:
 
 
 def _read(metrics: Metrics) -> tuple[Metrics, float]:
-    """The metrics on the host, and when the step that they are of was completed."""
-    return on_host(metrics), time.monotonic()
+    """The metrics on the host, and when the step that they are of was completed: copies come after it."""
+    jax.block_until_ready(metrics)
+    completed = time.monotonic()
+    return on_host(metrics), completed

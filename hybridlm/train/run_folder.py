@@ -3,7 +3,7 @@
 
 A run that goes on from a published checkpoint has published/ too, with that one's config.json and tokenizer.
 
-A folder belongs to one config and one process at a time. A run found in it is gone on with, never overwritten.
+A folder belongs to one config and one process at a time. A run found in it is resumed, never overwritten.
 """
 
 import fcntl
@@ -72,7 +72,7 @@ class RunFolder:
             raise ConfigError(f"run.dir ({self.path}) has files but no run (no config.json): choose --run.dir=NEW")
 
     def check_config(self, has_checkpoint: bool) -> None:
-        """ConfigError, one line naming the keys, where the run found here cannot go on with this config."""
+        """ConfigError, one line naming the keys, where the run found here cannot be resumed with this config."""
         if not self._config_file.exists() or not has_checkpoint:
             return
         fatal = refused(stored_config(self.path, like=self.config), self.config)
@@ -81,7 +81,7 @@ class RunFolder:
             more = f" and {len(fatal) - 4} more" if len(fatal) > 4 else ""
             raise ConfigError(
                 f"{self.path} holds a run with another config: {shown}{more}; "
-                "give the same values to go on with it, or --run.dir=NEW for a new run"
+                "give the same values to resume it, or --run.dir=NEW for a new run"
             )
 
     def is_closed(self, step: int) -> bool:
@@ -89,7 +89,7 @@ class RunFolder:
         return any(r["kind"] == "end" and r["step"] >= step for r in read_metrics(self.metrics))
 
     def open_log(self, after: int) -> MetricsLog:
-        """The records, to go on with after a step."""
+        """The records, to be continued after a step."""
         board = self.path / "tensorboard" if self.config.run.tensorboard else None
         return MetricsLog(self.metrics, after, self.owner, board)
 
