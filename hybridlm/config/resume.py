@@ -25,7 +25,7 @@ FREE = {
 
 
 def refused(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names that differ and may not, with both values: a run of the config `old` cannot be resumed with `new`."""
+    """Dotted names that differ and may not, with both values: a run of `old` cannot be resumed with `new`."""
     free = may_change(new)
     same = tuple(f"model.blocks.{symbol}." for symbol in new.model.pattern if _same_block(symbol, old, new, free))
     changed = differences(old, new).items()
