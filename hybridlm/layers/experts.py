@@ -87,7 +87,7 @@ def routed_experts_over(
     send = spread(x_MD, source, place_A, top_k).reshape(n_devices, room, d_model)
     received, sizes_XE = exchange(send).reshape(-1, d_model), exchange(sent_XE)
     expert = jnp.sum(
-        jnp.arange(room)[:, None] >= jnp.cumsum(sizes_XE, axis=1)[:, None], axis=-1
+        jnp.arange(room)[None, :, None] >= jnp.cumsum(sizes_XE, axis=1)[:, None], axis=-1
     )  # n_local: an empty row
     order, back, sizes_E = sort_by_expert(expert.reshape(-1), n_local)
     y = collect(apply(spread(received, order, back, 1), sizes_E), order, back)
@@ -131,8 +131,8 @@ def _addresses(experts_A, n_devices: int, n_local: int, room: int) -> tuple[jax.
     sent_XE = jnp.clip(room - before_XE, 0, sizes_XE)
     start_X = jnp.cumsum(sizes_XE.sum(axis=1)) - sizes_XE.sum(axis=1)
     n_assignments, row = experts_A.shape[0], jnp.arange(room)
-    of_row = order_A[jnp.clip(start_X[:, None] + row, max=n_assignments - 1)]
-    source = jnp.where(row < sent_XE.sum(axis=1)[:, None], of_row, n_assignments).reshape(-1)
+    of_row = order_A[jnp.clip(start_X[:, None] + row[None], max=n_assignments - 1)]
+    source = jnp.where(row[None] < sent_XE.sum(axis=1)[:, None], of_row, n_assignments).reshape(-1)
     device_A = experts_A // n_local
     at_A = rank_A - start_X[jnp.clip(device_A, max=n_devices - 1)]
     is_sent_A = (device_A < n_devices) & (at_A < room)

@@ -289,7 +289,7 @@ class Mamba2Mixer(nnx.Module):
         if c.multipliers != (1.0,) * 5:
             of_z, of_x, of_B, of_C, of_dt = c.multipliers
             z, x, dt = z * of_z, x * of_x, dt * of_dt
-            BC = BC * jnp.array((of_B, of_C), BC.dtype)[:, None, None]
+            BC = BC * jnp.array((of_B, of_C), BC.dtype)[None, None, :, None, None]
         names = ("batch", "tokens", "heads", None)
         z, x = (checkpoint_name(sharding.constrain(a, *names), "mamba_zx") for a in (z, x))
         BC = checkpoint_name(sharding.constrain(BC, "batch", "tokens", None, "groups", None), "mamba_BC")

@@ -93,7 +93,8 @@ class AverageMixer(nnx.Module):
         x_BTcF = params.project(x_BTD.astype(self.dtype), self.w_in)
         x_BTF, z_BTF = x_BTcF[:, :, 0].astype(jnp.float32), x_BTcF[:, :, 1]
         a_F = jax.nn.sigmoid(self.decay[...])
-        a_BTF, b_BTF = jnp.broadcast_to(a_F, x_BTF.shape), (1 - a_F) * x_BTF
+        a_BTF = jnp.broadcast_to(a_F, x_BTF.shape)
+        b_BTF = (1 - a_BTF) * x_BTF
         if segment_ids is not None:  # a document's first token forgets, padding neither forgets nor adds
             number_BT = document_numbers(segment_ids)
             starts_BT = jnp.pad(number_BT[:, 1:] != number_BT[:, :-1], ((0, 0), (1, 0)))

@@ -73,13 +73,13 @@ def dense(layer, x_BTD, real_BT):
     c, w = layer.config, {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(layer))}
     act = ACTIVATIONS[GATED.get(c.activation, c.activation)]
     experts, weights, _ = route(c.router, x_BTD @ w["router"], w.get("selection_bias"))
-    u = x_BTD if c.d_latent is None else x_BTD @ w["latent_in"] + w["latent_in_bias"]
+    u = x_BTD if c.d_latent is None else x_BTD @ w["latent_in"] + w["latent_in_bias"][None, None]
     y = 0.0
     for e in range(c.n_experts):
         h = jnp.tensordot(u, w["w_in"][e], 1)
         h = act(h[:, :, 0]) * h[:, :, 1] if c.gated else act(h)
         y += (h @ w["w_out"][e]) * jnp.sum(weights * (experts == e), -1)[..., None] * real_BT[..., None]
-    y = y if c.d_latent is None else y @ w["latent_out"] + w["latent_out_bias"]
+    y = y if c.d_latent is None else y @ w["latent_out"] + w["latent_out_bias"][None, None]
     if c.shared is not None:
         h = jnp.tensordot(x_BTD, w["shared.w_in"], 1)
         h = act(h[:, :, 0]) * h[:, :, 1] if c.gated else act(h)

@@ -142,7 +142,7 @@ def test_a_cache_gives_the_rows_of_the_whole(small_blocks):
         check_close(actual, whole[:, rows], dtype="float32", what="rows of a cached call")
     ragged = attention(jnp.stack([q[0, 20:21], q[1, 50:51]]), k, v, window=25, q_offset=jnp.array([20, 50]))
     check_close(ragged, jnp.stack([whole[0, 20:21], whole[1, 50:51]]), dtype="float32", what="ragged rows")
-    filled = (jnp.ones((2, 1), jnp.int32), jnp.where(jnp.arange(60) < jnp.array([[21], [51]]), 1, 0))
+    filled = (jnp.ones((2, 1), jnp.int32), jnp.where(jnp.arange(60)[None] < jnp.array([[21], [51]]), 1, 0))
     shut = attention(jnp.stack([q[0, 20:21], q[1, 50:51]]), k, v, causal=False, segment_ids=filled)
     check_close(
         shut, attention(q, k, v)[jnp.arange(2), jnp.array([20, 50])][:, None], dtype="float32", what="filled part"
