@@ -368,6 +368,20 @@ def check_checkpoint(subject: Subject) -> None:
     subject.check(actual | {f"d{n}": np.asarray(grad, np.float64) for n, grad in grads.items()}, expected)
 
 
+def check_traces_under_checkpoint(subject: Subject) -> None:
+    """As compiled for its device: gradients through jax.checkpoint have their arguments' shapes."""
+    if not subject.way.gradients:
+        return
+    arrays, fixed = oracle.split(subject.name, {**subject.inputs(), **_layout(subject, "packed")})
+
+    def loss(arrays):
+        return sum(out.astype(jnp.float32).sum() for out in subject.call({**arrays, **fixed}, **subject.settings))
+
+    with subject.device():
+        found = jax.eval_shape(jax.grad(jax.checkpoint(loss)), arrays)
+    assert {name: grad.shape for name, grad in found.items()} == {name: a.shape for name, a in arrays.items()}
+
+
 def _mapped(subject: Subject, how: str):
     """call(rows, shared, fixed) on two sets of rows at once, stacked on a new first axis."""
 
@@ -571,6 +585,7 @@ ESSENTIAL = (
     check_float64,
     check_x64_flag,
     check_traces_in_a_checked_shard_map,
+    check_traces_under_checkpoint,
 )
 REST = (
     check_padding_cut_out,

@@ -35,6 +35,14 @@ MULTIPROCESSORS = 3  # of the GPU that is played: few, so that thread blocks of 
 
 needs_gpu_interpreter = pytest.mark.newer
 
+LIMITS = {
+    ("gpu", "check_checkpoint"): "its callbacks have effects, through which checkpoint does not differentiate",
+    ("gpu", "check_shard_map"): "it runs one device at a time",
+    ("gpu", "check_checked_shard_map"): "it runs one device at a time",
+    ("tpu", "check_checked_shard_map", "attention"): "its loop over a grid of words that vary forgets that they do",
+}
+"""What the interpreters, not the kernels, cannot do: (platform, property of the contract, and the op, if of one)."""
+
 
 def interpreted(op: str, platform: str, *, multiprocessors: int = MULTIPROCESSORS):
     """Context in which the op's kernel for a platform runs interpreted on this machine."""
@@ -53,6 +61,9 @@ def _on_tpu(op: str):
 
 @contextlib.contextmanager
 def _on_gpu(op: str, multiprocessors: int):
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (  # no public name
+        reset_gpu_interpret_mode_state,
+    )
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     with contextlib.ExitStack() as stack:
@@ -60,6 +71,7 @@ def _on_gpu(op: str, multiprocessors: int):
             stack.enter_context(mock.patch.multiple(target, **changes))
         stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
         stack.enter_context(plgpu.force_gpu_interpret_mode())
+        stack.callback(reset_gpu_interpret_mode_state)  # else what fails here fails whatever is interpreted later
         yield
 
 

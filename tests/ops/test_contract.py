@@ -7,16 +7,24 @@ import pytest
 from pallas_kernels.op import KERNELS
 from pallas_kernels.ops import OPS
 from tests.ops import contract
-from tests.ops.interpreter import needs_gpu_interpreter
+from tests.ops.interpreter import LIMITS, needs_gpu_interpreter
 
 PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
-TPU = [subject for subject in contract.subjects() if subject.implementation == "tpu"]
-GPU = [subject for subject in contract.subjects() if subject.implementation == "gpu"]
-KERNEL_CHECKS = pytest.mark.parametrize(
-    "check",
-    [*contract.ESSENTIAL, *(pytest.param(check, marks=pytest.mark.slow) for check in contract.REST)],
-    ids=lambda check: check.__name__,
-)
+
+
+def on_kernels(platform: str):
+    """Every kernel of a platform with every property that its interpreter can show."""
+    return pytest.mark.parametrize(
+        ("subject", "check"),
+        [
+            pytest.param(subject, check, marks=[pytest.mark.slow] * (check in contract.REST),
+                         id=f"{subject}-{check.__name__}")
+            for subject in contract.subjects()
+            for check in (*contract.ESSENTIAL, *contract.REST)
+            if subject.implementation == platform
+            and not LIMITS.keys() & {(platform, check.__name__), (platform, check.__name__, subject.name)}
+        ],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -27,15 +35,13 @@ def test_plain(subject, check):
     check(subject)
 
 
-@KERNEL_CHECKS
-@pytest.mark.parametrize("subject", TPU, ids=str)
+@on_kernels("tpu")
 def test_tpu_kernels_interpreted(subject, check):
     check(subject)
 
 
 @needs_gpu_interpreter
-@KERNEL_CHECKS
-@pytest.mark.parametrize("subject", GPU, ids=str)
+@on_kernels("gpu")
 def test_gpu_kernels_interpreted(subject, check):
     check(subject)
 
@@ -54,3 +60,8 @@ def test_all_take_part():
         assert {"reference", "xla"} <= set(op.implementations), name
         assert set(op.cases_module().CONTRACT) == set(op.implementations), name
     assert {subject.implementation for subject in contract.subjects()} == {"reference", "xla", *KERNELS}
+
+
+def test_limits_name_properties_and_ops():
+    names = {check.__name__ for check in (*contract.ESSENTIAL, *contract.REST)}
+    assert all(platform in KERNELS and name in names and {*op} <= OPS.keys() for platform, name, *op in LIMITS)
