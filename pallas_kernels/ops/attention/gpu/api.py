@@ -199,9 +199,9 @@ def _decode(forward: Forward, q, k, v, gate, sinks, vectors: Vectors, source):
     lse = jnp.where(lse == jnp.inf, LOWEST, lse)
     top = lse.max(1, keepdims=True)
     if sinks is not None:
-        top = jnp.maximum(top, _sinks_log2(sinks))
+        top = jnp.maximum(top, _sinks_log2(sinks)[None, None, None])
     weights = jnp.where(lse == LOWEST, 0.0, jnp.exp2(lse - top))
-    total = weights.sum(1) + (0.0 if sinks is None else jnp.exp2(_sinks_log2(sinks) - top[:, 0]))
+    total = weights.sum(1) + (0.0 if sinks is None else jnp.exp2(_sinks_log2(sinks)[None, None] - top[:, 0]))
     out = (out * weights[..., None]).sum(1) / jnp.where(total == 0.0, 1.0, total)[..., None]
     if gate is not None:
         out *= jax.nn.sigmoid(gate[:, :n_queries].astype(F32)).reshape(*out.shape[:3], -1)
