@@ -2,6 +2,7 @@
 """hybridlm: hybrid SSM-attention language models in JAX."""
 
 import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to compute with on CPU
+from hybridlm.lazy import exporter
 from hybridlm.moved import MOVED
 from pallas_kernels.moved import MovedModules
 
@@ -17,14 +18,4 @@ _EXPORTS = {
     "to_hf": "hybridlm.hf",
 }
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str):
-    """Public names, imported when first used: `hybridlm.load_config` alone does not wait for the model's imports."""
-    if name in _EXPORTS:
-        from importlib import import_module
-
-        value = getattr(import_module(_EXPORTS[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'hybridlm' has no attribute {name!r}")
+__getattr__ = exporter(__name__, _EXPORTS)
