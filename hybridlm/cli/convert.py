@@ -44,6 +44,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     out.add_argument("--family", metavar="NAME", help="model_type to write (that of --like, else the first that fits)")
     out.add_argument("--like", metavar="FOLDER", help="published checkpoint whose tokenizer and other keys to keep")
     out.add_argument("--dtype", help="float32, bfloat16 or float16 (that of the checkpoint that the run came from)")
+    out.add_argument("--config", metavar="FILE", help="config file of the run, where that defines blocks of its own")
     out.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     return parser
 
@@ -60,13 +61,15 @@ def _from_hf(args: argparse.Namespace, source: Path, target: Path) -> None:
 
 
 def _to_hf(args: argparse.Namespace, source: Path, target: Path) -> None:
+    from hybridlm.config.find import read_config
     from hybridlm.train.published import publish_run
 
+    own = None if args.config is None else read_config(args.config)
     like = None if args.like is None else Path(args.like).expanduser()
     with _Bar("writing") as bar:
         model, step = publish_run(
             source, target, step=args.step, family=args.family, like=like, dtype=args.dtype, overwrite=args.overwrite,
-            progress=bar,
+            own=own, progress=bar,
         )  # fmt: skip
     print(f"{target}: {_count(model)} parameters of step {step} of {source}")
 

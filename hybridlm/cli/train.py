@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hybridlm train`, which is `python train.py`: trains a config, or goes on with its run."""
+"""`hybridlm train`, which is `python train.py`: trains a config, or resumes its run."""
 
 import shlex
 

@@ -270,7 +270,7 @@ class Mamba2Mixer(nnx.Module):
         with jax.named_scope("scan"):
             BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), x_BHP.shape[1] // self.config.n_groups, axis=2)
             x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
-            decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[:, None][None])
+            decay_BH1 = jnp.exp(-dt_BH1 * jnp.exp(self.A_log[...])[None, :, None])
             state = decay_BH1[..., None] * old["state"] + (dt_BH1 * x_BHP)[..., None] * BC_BcHN[:, 0, :, None]
             D_HP = self.D[...] if self.config.per_channel_D else self.D[...][:, None]
             y_BHP = (state * BC_BcHN[:, 1, :, None]).sum(-1) + D_HP[None] * x_BHP

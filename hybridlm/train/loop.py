@@ -37,7 +37,7 @@ SAMPLE_TOP_P = 0.95
 
 
 def train(config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None) -> int:
-    """Trains, or goes on with, the run of the config's folder; returns the exit code.
+    """Trains, or resumes, the run of the config's folder; returns the exit code.
 
     0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, for the lines that
     say what to type next. stop: the signals, where the caller has them already. Raises ConfigError for what the user

@@ -54,17 +54,19 @@ def publish_run(
     like: Path | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    own: Config | None = None,
     progress: Progress | None = None,
 ) -> tuple[HybridLM, int]:
     """Writes the model of a run's checkpoint (the newest, or that of a step) for others; gives it and its step.
 
     like: published checkpoint whose other files and keys are kept; None: the one that the run came from, or what the
-    run kept of it, if any. The rest as to_hf takes it.
+    run kept of it, if any. own: a config whose own classes the run may have used; see from_dict. The rest as to_hf
+    takes it.
     """
     if like is None:
-        origin = stored_config(source).init.hf
+        origin = stored_config(source, own).init.hf
         folders = [*([Path(origin)] if origin else []), source / "published"]
         like = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-    model, _, step = load_run(source, step)
+    model, _, step = load_run(source, step, own)
     to_hf(model, target, family=family, like=like, dtype=dtype, overwrite=overwrite, progress=progress)
     return model, step

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import assume_platform, attention
+from pallas_kernels.compat import enable_x64
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.attention import cases, xla
 from pallas_kernels.ops.attention.mask import Mask
@@ -24,6 +25,8 @@ def small_blocks(monkeypatch):
 
 def check(case, dtype="float32", **changes):
     inputs = cases.make_inputs(case, dtype)
+    if dtype == "float64" and inputs["sinks"] is not None:
+        inputs["sinks"] = inputs["sinks"].astype(dtype)
     check_against_oracle("attention", inputs, dtype=dtype, implementation="xla", **cases.make_settings(case), **changes)
 
 
@@ -71,11 +74,15 @@ def test_equals_the_full_matrix_on_drawn_shapes(**drawn):
 @pytest.mark.slow
 @settings(max_examples=80, derandomize=False)
 @given(**DRAWN)
-def test_equals_the_full_matrix_on_many_drawn_shapes(**drawn):
-    check_drawn(**drawn)
+def test_equals_the_full_matrix_on_many_drawn_shapes_in_float64(**drawn):
+    """Of a few tokens a gradient may be a sum that cancels, whose float32 error depends on the processor's order."""
+    with enable_x64():
+        check_drawn(**drawn, dtype="float64")
 
 
-def check_drawn(queries, more_keys, heads, layout, gate, causal, window, softcap, sinks, positions, seed):
+def check_drawn(
+    queries, more_keys, heads, layout, gate, causal, window, softcap, sinks, positions, seed, dtype="float32"
+):
     """Without more_keys queries and keys are the same tokens; with them a cache of more keys, without documents."""
     cache = more_keys is not None
     layout = "dense" if cache else layout
@@ -84,7 +91,7 @@ def check_drawn(queries, more_keys, heads, layout, gate, causal, window, softcap
                       sinks, positions and not cache, more_keys, seed)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "_BLOCK", 16)
-        check(case)
+        check(case, dtype)
 
 
 def test_rows_without_visible_keys_are_zero_and_pass_no_gradient(small_blocks):

@@ -50,3 +50,10 @@ def test_a_run_with_a_block_of_its_own(own, capsys):
     assert error.count("\n") == 1 and "'Wide'" in error and "give the config file that defines it" in error
     assert main([*generate, "--config", str(own)]) == 0
     assert capsys.readouterr().out.startswith("ab")
+
+    publish = ["convert", "to-hf", str(run), str(own.parent / "out")]
+    assert main(publish) == 2
+    assert "give the config file that defines it" in capsys.readouterr().err
+    assert main([*publish, "--config", str(own)]) == 2  # it is known then, and of no published family
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "give the config file" not in error and not (own.parent / "out").exists()

@@ -268,7 +268,7 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask: Mask, settings: _Se
     if sinks_KR is None:
         top_BKRT, total_BKRT = jnp.full_like(rows_BKRT, LOWEST, dtype), jnp.zeros_like(rows_BKRT, dtype)
     else:
-        top_BKRT = jnp.zeros_like(rows_BKRT, dtype) + sinks_KR.astype(dtype)[:, :, None][None]
+        top_BKRT = jnp.zeros_like(rows_BKRT, dtype) + sinks_KR.astype(dtype)[None, :, :, None]
         total_BKRT = jnp.ones_like(rows_BKRT, dtype)
     sum_BKRTV = jnp.repeat(jnp.zeros_like(q_BKRTP[..., :1], dtype), v_BKSV.shape[-1], axis=-1)
     carry = (sum_BKRTV, top_BKRT, total_BKRT)
@@ -328,7 +328,7 @@ def _attend_backward(settings: _Settings, residuals, dout_BKRTV):
     dq, dk, dv = _walk(pairs, visit, mask, carry, read, write, settings)
     dsinks_KR = None
     if sinks_KR is not None:
-        sink_weights_BKRT = jnp.exp(sinks_KR.astype(dtype)[:, :, None][None] - log_sum_BKRT)
+        sink_weights_BKRT = jnp.exp(sinks_KR.astype(dtype)[None, :, :, None] - log_sum_BKRT)
         dsinks_KR = -jnp.sum(sink_weights_BKRT * product_BKRT, axis=(0, 3)).astype(sinks_KR.dtype)
     grads = (grad.astype(array.dtype) for grad, array in zip((dq, dk, dv), (q_BKRTP, k_BKSP, v_BKSV)))
     return (*grads, dsinks_KR, None)

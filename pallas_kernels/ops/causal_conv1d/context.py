@@ -76,7 +76,7 @@ def _last_inputs(x_BTD, segment_ids, n_before: int):
     )  # from 1, at the end
     count_B = jnp.minimum(last_BT.sum(axis=1, dtype=jnp.int32), n_before)
     wanted_K = n_before - jnp.arange(n_before)
-    index_BK = jnp.argmax(rank_BT[:, None, :] == wanted_K[:, None][None], axis=2)
+    index_BK = jnp.argmax(rank_BT[:, None, :] == wanted_K[None, :, None], axis=2)
     exists_BK = count_B[:, None] >= wanted_K[None]
     return jnp.where(exists_BK[:, :, None], _rows(x_BTD, index_BK), 0), count_B
 

@@ -273,7 +273,7 @@ def _attend_backward(forward, backward, residuals, dout):
     dq = (dq * backward.scale).astype(q.dtype)
     dsinks = None
     if sinks is not None:
-        weights = jnp.exp2(_sinks_log2(sinks)[:, None][None] - lse[:, :, : forward.queries])
+        weights = jnp.exp2(_sinks_log2(sinks)[None, :, None] - lse[:, :, : forward.queries])
         dsinks = -(weights * delta_BHT[:, :, : forward.queries]).sum((0, 2)).astype(sinks.dtype)
     return dq, dk, dv, dgate, dsinks, None, None, None
 
