@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from hybridlm.config import Attention, Mamba1, Mamba2, MeshConfig, MoE, Shared
+from hybridlm.config import Attention, Mamba1, Mamba2, MeshConfig, MoE, Parallel, Shared
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import free_fields, walk
@@ -19,11 +19,17 @@ from tests.tolerances import check_close
 
 FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "shared")
 """One example of each class: what is compiled by the minute runs for these alone, for the others in the slow tests."""
-EXPENSIVE = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-REST = [
-    name if name in ("mamba1", "moe", "parallel", "shared") else pytest.param(name, marks=pytest.mark.slow)
-    for name in VARIANTS
-]
+
+
+def some(names, of=tuple(VARIANTS)) -> list:
+    """The examples, those that are not among the names for the slow tests."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
+EXPENSIVE = some(FIRST)
+SIMPLE = tuple(name for name in FIRST if not isinstance(VARIANTS[name], Parallel | Shared))
+"""Without blocks made of other blocks, whose programs are the largest."""
+REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
 HYBRID = small("Mm*-aw")
 T = 11
@@ -44,7 +50,7 @@ def seen(name: str) -> np.ndarray:
     return everything_before
 
 
-@pytest.mark.parametrize("name", EXPENSIVE)
+@pytest.mark.parametrize("name", some(SIMPLE))
 def test_causal_through_gradients(name):
     properties.check_causal(properties.model_of(VARIANTS[name]), seen(name))
 
@@ -84,7 +90,7 @@ def test_free_fields_are_named_by_their_way():
     assert free_fields(VARIANTS["moe"]) == set()
 
 
-@pytest.mark.parametrize("name", [name for name, block in VARIANTS.items() if free_fields(block)])
+@pytest.mark.parametrize("name", some(SIMPLE, [name for name, block in VARIANTS.items() if free_fields(block)]))
 def test_free_fields_change_nothing(name):
     properties.check_free(VARIANTS[name])
 
@@ -95,7 +101,7 @@ def test_remat_changes_nothing(name, policy):
     properties.check_remat(VARIANTS[name], policy)
 
 
-@pytest.mark.parametrize("name", EXPENSIVE)
+@pytest.mark.parametrize("name", some(SIMPLE))
 def test_one_device_equals_eight(name):
     """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
     experts = any(isinstance(block, MoE) for _, block in walk(VARIANTS[name]))

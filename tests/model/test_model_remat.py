@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remat policies change what is kept, not the numbers; a scan over groups equals the sublayers one by one."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -33,7 +35,14 @@ def expected():
     return value_and_grads(build(small(PATTERN)))
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "mixer", "kernels", "mamba_ssd, attention_out,mlp_hidden"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "kernels",
+        "mamba_ssd, attention_out,mlp_hidden",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "dots", "mixer")),
+    ],
+)
 def test_equals_none(policy, expected):
     loss, grads = value_and_grads(build(small(PATTERN, remat=policy)))
     check_close(loss, expected[0], dtype="float32", what="loss")
@@ -41,6 +50,7 @@ def test_equals_none(policy, expected):
         check_close(named(grads)[path], grad, dtype="float32", what=path)
 
 
+@functools.cache
 def residual_bytes(policy: str, pattern: str) -> int:
     """Bytes of what the forward hands to the backward."""
     graphdef, params = nnx.split(build(small(pattern, remat=policy)))

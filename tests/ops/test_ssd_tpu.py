@@ -69,13 +69,17 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def some(*names: str) -> list:
+    """Of CASES those of some names, and the others for the slow tests."""
+    return [pytest.param(c, id=c.name, marks=() if c.name in names else pytest.mark.slow) for c in CASES]
+
+
+@pytest.mark.parametrize("case", some("one_token", "groups", "empty", "strong"))
 def test_equals_the_recurrence(case):
     check(cases.make_inputs(case), final=case.final)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("dense", "groups", "scattered", "strong")],
-                         ids=lambda case: case.name)  # fmt: skip
+@pytest.mark.parametrize("case", some("scattered"))
 def test_bfloat16(case):
     check(cases.make_inputs(case, "bfloat16"), final=case.final)
 
@@ -84,7 +88,7 @@ def test_bfloat16(case):
     pytest.param(case, id=case.name, marks=() if case.name == "p64_n256" else pytest.mark.slow)
     for case in cases.WIDTH_CASES
 ])  # fmt: skip
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_widths(case, dtype):
     check(cases.make_inputs(case, dtype), final=case.final)
 
@@ -159,7 +163,7 @@ def test_bfloat16_a_token_that_forgets_all_hides_what_was_before():
     check_close(actual[:, 61:], expected[:, 61:], dtype=jnp.bfloat16, what="ssd.out0")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_padding_may_hold_anything(dtype):
     """Not even NaN at padded tokens reaches an output or a gradient."""
     case = case_of(name="padding", layout="interior", tokens=150, seed=5, skip="HP", groups=2)

@@ -20,7 +20,7 @@ LOSSES = {"loss": 1e-5, "bits_per_byte": 1e-5}
 """Relative differences that other machines may make; of other numbers 1e-4."""
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[n if n == "hybrid" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def old_run(request, tmp_path, monkeypatch, one_device):
     """Name of a stored run that lies in the working folder with its config and texts."""
     shutil.copytree(RUNS / request.param, tmp_path, dirs_exist_ok=True)

@@ -63,7 +63,7 @@ def records(folder, kinds=("train", "val")):
     return [{k: v for k, v in r.items() if k not in TIMES} for r in kept]
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_twenty_steps_equal_ten_and_ten(mini, states, stop_at, capsys, name):
     folder = mini.parent
     options = [f"--optim.name={name}", "--optim.schedule=cosine"]
