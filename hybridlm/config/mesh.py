@@ -22,7 +22,7 @@ def check_config(config: Config, mesh: Mesh) -> None:
 
 
 def _check_split(name: str, size: int, axes: Sequence[str], mesh: Mesh) -> None:
-    """The axes that split experts are named where they split something: most models have none."""
+    """Axes that most runs do without, those of slices and of experts, are named where they split something."""
     shards = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    named = [axis for axis in axes if axis not in RULES["experts"] or mesh.shape.get(axis, 1) > 1]
+    named = [axis for axis in axes if axis not in ("slice", "expert") or mesh.shape.get(axis, 1) > 1]
     require(size % shards == 0, f"{name} ({size}) not divisible by mesh.{' * mesh.'.join(named)} ({shards})")
