@@ -13,6 +13,7 @@ from hybridlm.config.pods import Pod
 PODS = {
     "v5e:16x16": Pod(MeshConfig(data=4, fsdp=64), batch_size=512, accumulate=2),
     "2xv5e:16x16": Pod(MeshConfig(data=4, fsdp=64, slice=2), batch_size=512),
+    "2xv6e:16x16": Pod(MeshConfig(data=4, fsdp=64, slice=2), batch_size=512),
     "v5p:4x4x4": Pod(MeshConfig(data=1, fsdp=64), batch_size=512, accumulate=2),
     "v6e:8x8": Pod(MeshConfig(data=1, fsdp=64), batch_size=512, accumulate=4),
     "tpu7x:4x4x4": Pod(MeshConfig(data=2, fsdp=64), batch_size=512),

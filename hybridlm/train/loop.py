@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hybridlm.config import Config
-from hybridlm.config.mesh import check_config
+from hybridlm.config.mesh import check_config, repeated
 from hybridlm.config.tree import to_dict
 from hybridlm.data import Corpus
 from hybridlm.errors import RunError, require
@@ -174,6 +174,9 @@ def _introduce(
         f"{short(corpus.stats['train']['bytes'])}B of text, {config.run.steps} steps of "
         f"{short(config.data.batch_size * config.data.seq_len)} tokens, in {folder.path}"
     )
+    whole = repeated(config, mesh)
+    if whole:
+        display.say(whole)
 
 
 def _draw(config: Config, corpus: Corpus, folder: RunFolder) -> None:

@@ -21,11 +21,12 @@ def alone(tmp_path_factory):
 def train(folder: Path, mesh: dict, order=(0, 1, 2, 3), words=((), ()), folders=None) -> list[tuple[int, str, str]]:
     """The run of two processes of two devices each; words, folders: of each."""
     address = f"localhost:{free_port()}"
-    envs = [
-        {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i),
-         "ARGUMENTS": json.dumps([str((folders or [folder] * 2)[i]), json.dumps(mesh), json.dumps(order), f"--run.dir={folder}/run", *words[i]])}
-        for i in range(2)
-    ]  # fmt: skip
+    envs = []
+    for i in range(2):
+        own = str((folders or [folder] * 2)[i])
+        arguments = json.dumps([own, json.dumps(mesh), json.dumps(order), f"--run.dir={folder}/run", *words[i]])
+        place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
+        envs.append(place | {"ARGUMENTS": arguments})
     code = "import json, os, sys; from tests.pods.run import main; sys.exit(main(*json.loads(os.environ['ARGUMENTS'])))"
     return run_together(["-c", code], envs, folder)
 
