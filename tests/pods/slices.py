@@ -8,6 +8,7 @@ from jax.experimental import topologies
 from hybridlm.config.pods import read_topology
 
 LARGEST = ("v5p:8x8x16",)
+SMALL = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2", "tpu7x:2x2x1")
 SLICES = (
     "v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8", *LARGEST,
     "v6e:2x4", "v6e:8x8", "v6e:16x16", "tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:4x4x8",

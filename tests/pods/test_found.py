@@ -130,10 +130,11 @@ import json, os, sys
 import jax
 from hybridlm.cluster import ClusterConfig, find_place
 from hybridlm.errors import ConfigError
-del os.environ["TPU_SKIP_MDS_QUERY"]  # JAX sets it on a machine without TPU chips
 found = []
 for variables in json.load(open(sys.argv[1])):
     os.environ.update(variables)
+    if "GCE_METADATA_IP" in variables:
+        del os.environ["TPU_SKIP_MDS_QUERY"]  # JAX sets it on a machine without TPU chips
     try:
         place = find_place(ClusterConfig())
         found.append(place and place.found_by)
@@ -141,6 +142,7 @@ for variables in json.load(open(sys.argv[1])):
         found.append(str(error))
     for name in variables:
         del os.environ[name]
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 print(json.dumps(found))
 """
 """JAX itself, told to take this machine for a TPU VM."""
@@ -198,6 +200,14 @@ def test_cloud_tpus(metadata, tmp_path):
         )
     attributes["worker-network-endpoints"] = "10.0.0.1"  # one host
     assert ask_as_tpu([{"GCE_METADATA_IP": server}], tmp_path) == [None]
+
+
+@pytest.mark.slow
+def test_gke_whose_nodes_have_a_metadata_server(metadata, tmp_path):
+    """JAX asks it six times for what a TPU VM's would know."""
+    pytest.importorskip("requests", reason="JAX asks the metadata server by requests")
+    gke = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "1"}
+    assert ask_as_tpu([gke | {"GCE_METADATA_IP": metadata[0]}], tmp_path) == ["GkeTpu"]
 
 
 def ask_as_tpu(environments: list[dict[str, str]], folder) -> list[str | None]:

@@ -12,7 +12,7 @@ import pytest
 from hybridlm.errors import ConfigError
 from hybridlm.sharding import MESH_AXES, MeshConfig, batch_sharding, make_mesh
 from hybridlm.train.batches import held_rows, local_rows
-from tests.pods.slices import LARGEST, ROWS, SLICES, devices
+from tests.pods.slices import LARGEST, ROWS, SLICES, SMALL, devices
 
 pytestmark = pytest.mark.libtpu
 
@@ -27,7 +27,7 @@ def products(n: int, axes: int):
 @pytest.mark.parametrize("name", SLICES)
 def test_every_product_of_axes_works(name):
     there = devices(name)
-    axes = ("data", "fsdp", "tensor") if len(there) > 64 else ("data", "fsdp", "expert", "context", "tensor")
+    axes = ("data", "fsdp", "context", "tensor") if len(there) > 64 else ("data", "fsdp", "expert", "context", "tensor")
     for sizes in products(len(there), len(axes)):
         config = MeshConfig(**dict(zip(axes, sizes, strict=True)))
         mesh = make_mesh(config, there)
@@ -57,21 +57,19 @@ def hops(a, b, extent) -> int:
     return sum(min(d, size - d) for d, size in zip(apart, extent, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in SLICES if name not in LARGEST])
+@pytest.mark.parametrize("name", [name for name in SLICES if name not in SMALL])
 def test_tensor_lies_on_the_nearest_neighbours(name):
-    """Next along `tensor` is at most one link away, where a torus axis can hold it; along `data` it is no nearer."""
+    """Next along `tensor` is at most one link away; along `data`, the outermost, it is no nearer (but on tpu7x, where
+    JAX gives the two devices of a chip to whichever axis is two)."""
     there = devices(name)
     extent = [1 + max(device.coords[i] for device in there) for i in range(3)]
     for tensor in (2, 4):
-        mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=tensor), there) if len(there) >= 2 * tensor else None
-        if mesh is None:
-            continue
-        far = {}
+        mesh, far = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=tensor), there), {}
         for axis in ("tensor", "data"):
             rows = np.moveaxis(mesh.devices, MESH_AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
             far[axis] = [hops(a, b, extent) for row in rows for a, b in itertools.pairwise(row)]
         assert max(far["tensor"]) <= 1, (tensor, far)
-        assert np.mean(far["data"]) >= np.mean(far["tensor"])
+        assert "tpu7x" in name or np.mean(far["data"]) > np.mean(far["tensor"])
 
 
 @pytest.mark.parametrize("words", ["2xv5e:4x4", "4xv5p:2x2x2", "2xtpu7x:2x2x2"])
