@@ -11,14 +11,14 @@ from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConf
 from hybridlm.config.pods import Pod
 
 PODS = {
-    "v5e:16x16": Pod(MeshConfig(data=4, fsdp=64), batch_size=512, accumulate=2),
-    "2xv5e:16x16": Pod(MeshConfig(data=4, fsdp=64, slice=2), batch_size=512),
-    "2xv6e:16x16": Pod(MeshConfig(data=4, fsdp=64, slice=2), batch_size=512),
-    "v5p:4x4x4": Pod(MeshConfig(data=1, fsdp=64), batch_size=512, accumulate=2),
-    "v6e:8x8": Pod(MeshConfig(data=1, fsdp=64), batch_size=512, accumulate=4),
-    "tpu7x:4x4x4": Pod(MeshConfig(data=2, fsdp=64), batch_size=512),
+    "v5e:16x16": Pod(MeshConfig(data=1, fsdp=256), batch_size=256),
+    "2xv5e:16x16": Pod(MeshConfig(data=1, fsdp=256, slice=2), batch_size=512),
+    "v5p:4x4x4": Pod(MeshConfig(data=1, fsdp=64), batch_size=256),
+    "v6e:16x16": Pod(MeshConfig(data=1, fsdp=256), batch_size=256),
+    "2xv6e:16x16": Pod(MeshConfig(data=1, fsdp=256, slice=2), batch_size=512),
+    "tpu7x:4x4x4": Pod(MeshConfig(data=1, fsdp=128), batch_size=256),
 }
-"""Rows of 4,096 tokens: 2.1 million tokens a step on all of them; no shard of a width of 2,048 under 16 rows."""
+"""Rows of 4,096 tokens: a million tokens a step, two million on two slices."""
 
 
 def config() -> Config:

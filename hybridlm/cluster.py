@@ -9,8 +9,11 @@ import itertools
 import json
 import logging
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +32,11 @@ VARIABLES = {
     "index": "JAX_PROCESS_ID",
 }
 """Field -> the variable that is read where it is not given."""
+Joining = Callable[[], AbstractContextManager[dict[str, Any]]]
+START_AGAIN = 75
+"""Exit code: nothing has to change. sysexits.h: EX_TEMPFAIL."""
+LATER_SECONDS = 60
+"""JAX's own end of waiting comes so much after ours."""
 MESSAGE_BYTES = 600
 LONGEST_WAIT = 7 * 24 * 3600
 """Seconds that processes wait for the first one."""
@@ -75,26 +83,40 @@ class Place:
     """Of jax.distributed.initialize; JAX fills in what is not there."""
 
 
-def join(config: ClusterConfig | None = None, **options) -> bool:
+def join(config: ClusterConfig | None = None, joining: Joining = lambda: nullcontext({})) -> bool:
     """Joins the cluster of which this process is a part; False where it is alone. Before anything is computed.
 
-    options: further ones of jax.distributed.initialize, as heartbeat_timeout_seconds. Raises ConfigError for flags or
-    an environment that say too little or too much, RunError where the other processes do not come.
+    joining: entered while a cluster is joined, gives options of jax.distributed.initialize. Where the other processes
+    do not come in time this process ends, with one line and exit code 75: JAX would abort it with a native stack.
+    Raises ConfigError for flags or an environment that say too little or too much.
     """
     config = config or ClusterConfig()
     place = find_place(config)
     if place is None:
         return False
+    cluster = f"cluster of {place.found_by}"
+    problem = f"{cluster}: not all processes came within {config.timeout} s (cluster.timeout); start all of them again"
+    late = threading.Timer(config.timeout, _leave, [problem])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(**place.arguments, initialization_timeout=config.timeout, **options)
+        with joining() as options:
+            jax.distributed.initialize(
+                **place.arguments, initialization_timeout=config.timeout + LATER_SECONDS, **options
+            )
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"cluster of {place.found_by}: {_first_line(error)}: give {BY_HAND}, or {ALONE}") from error
+        raise ConfigError(f"{cluster}: {_first_line(error)}: give {BY_HAND}, or {ALONE}") from error
     except RuntimeError as error:
-        raise RunError(
-            f"cluster of {place.found_by}: not all processes came within {config.timeout} s (cluster.timeout): "
-            f"{_first_line(error)}"
-        ) from error
+        raise RunError(f"{cluster}: {_first_line(error)}") from error
+    finally:
+        late.cancel()
     return True
+
+
+def _leave(problem: str) -> None:
+    """The main thread is inside of JAX, which nothing interrupts."""
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    os._exit(START_AGAIN)
 
 
 def find_place(config: ClusterConfig) -> Place | None:

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
     from hybridlm.cluster import ClusterConfig
 
 
-def start(cluster: ClusterConfig | None = None) -> None:
+def start(
+    cluster: ClusterConfig | None = None,
+    joining: Callable[[], AbstractContextManager[dict]] = lambda: nullcontext({}),
+) -> None:
     """Joins the cluster of which this process is a part; keeps compiled programs between starts; quiets libraries.
 
-    cluster: what the user says of it; None: nothing.
+    cluster: what the user says of it; None: nothing. joining: see hybridlm.cluster.join.
     """
     import jax
 
@@ -32,7 +36,7 @@ def start(cluster: ClusterConfig | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path("~/.cache/hybridlm/xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    join(cluster)
+    join(cluster, joining)
 
 
 def without_late_writes(say: Callable) -> Callable:

@@ -27,8 +27,12 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        """The next batch; this process gives the rows that its devices hold."""
-        return {name: self._put(value) for name, value in next(self.loader).items()}
+        """The next batch."""
+        return self.put(next(self.loader))
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch of the loader on the devices: this process gives the rows that its devices hold."""
+        return {name: self._put(value) for name, value in batch.items()}
 
     def _put(self, read: np.ndarray) -> jax.Array:
         """A global array [B, T] of the rows that were read here, and of those of the other processes."""

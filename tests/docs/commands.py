@@ -24,6 +24,7 @@ def check_shell(code: str) -> None:
     parsed = subprocess.run(["bash", "-n"], input=code, text=True, capture_output=True, timeout=60, check=False)
     assert parsed.returncode == 0, parsed.stderr
     for line in code.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\s\d?>&?\s*[^\s']+", "", line)  # where the output goes
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
         lexer.whitespace_split = True
         words: list[str] = []
@@ -41,7 +42,6 @@ def check_command(words: list[str]) -> None:
         words = words[1:]
     if not words or words[0] in SHELL:
         return
-    words = words[: next((i for i, word in enumerate(words) if word.startswith((">", "2>"))), None)]
     program = Path(words[0]).name
     assert program in PROGRAMS, f"{' '.join(words)}: tests/docs/commands.py knows no program {program!r}"
     PROGRAMS[program](words[1:])
