@@ -6,7 +6,14 @@ Hardware: one accelerator with 24 GB or more; --mesh.fsdp=8 or the default data 
 Expected: 130 million parameters; 10,000 steps of 65,536 tokens are 0.66 billion tokens.
 """
 
-from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config.pods import Pod
+
+PODS = {
+    "v5e:2x4": Pod(MeshConfig(data=1, fsdp=8), batch_size=32),
+    "v5p:2x2x1": Pod(MeshConfig(data=1, fsdp=4), batch_size=32, accumulate=4),
+}
+"""Rows of 2,048 tokens: 65,536 tokens a step, as on one device."""
 
 
 def config() -> Config:

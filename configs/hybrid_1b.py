@@ -3,11 +3,22 @@
 
 Command: python train.py --config hybrid_1b --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json
 Hardware: as it stands one accelerator with 80 GB (16 rows of 4,096 tokens a step, in 8 microbatches of 2). On a pod:
---mesh.fsdp=64 --data.batch_size=512 --optim.accumulate=1.
+--config hybrid_1b:v5e:16x16, or another of PODS.
 Expected: 21 Mamba-2, 3 attention and 24 MLP sublayers.
 """
 
-from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from hybridlm.config.pods import Pod
+
+PODS = {
+    "v5e:16x16": Pod(MeshConfig(data=1, fsdp=256), batch_size=256),
+    "2xv5e:16x16": Pod(MeshConfig(data=1, fsdp=256, slice=2), batch_size=512),
+    "v5p:4x4x4": Pod(MeshConfig(data=1, fsdp=64), batch_size=256),
+    "v6e:16x16": Pod(MeshConfig(data=1, fsdp=256), batch_size=256),
+    "2xv6e:16x16": Pod(MeshConfig(data=1, fsdp=256, slice=2), batch_size=512),
+    "tpu7x:4x4x4": Pod(MeshConfig(data=1, fsdp=128), batch_size=256),
+}
+"""Rows of 4,096 tokens: a million tokens a step, two million on two slices."""
 
 
 def config() -> Config:

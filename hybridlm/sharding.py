@@ -7,19 +7,22 @@ compiler cannot split by itself, run per device on their rows and heads through 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridlm.errors import ConfigError, require
+from pallas_kernels.platform import platform_of
 
 RULES = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("slice", "data", "fsdp", "expert"),
     "tokens": ("context",),
     "vocab": ("tensor",),
     "d_model": ("fsdp",),  # of parameters; activations keep their width whole
@@ -42,7 +45,7 @@ A new axis is a field of MeshConfig and an entry in RULES.
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged; one of the axes may be -1: all devices that the others leave."""
+    """How devices are arranged; one of the axes, beside `slice`, may be -1: all devices that the others leave."""
 
     data: int = -1
     """Replicas of the parameters; rows are split over them."""
@@ -54,31 +57,91 @@ class MeshConfig:
     """Ways to split the tokens of a row; divides data.seq_len."""
     expert: int = 1
     """Ways to shard the experts of MoE blocks; rows are split over them too, other parameters are not."""
+    slice: int = 1
+    """Replicas on slices of a TPU that a slower network joins; rows are split over them; -1: as many as JAX reports."""
 
     def __post_init__(self):
         sizes = asdict(self)
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name} ({size}) must be at least 1, or -1 for all that is left")
-        require(list(sizes.values()).count(-1) <= 1, f"mesh ({sizes}): only one axis can be -1")
+        within = [size for name, size in sizes.items() if name != "slice"]
+        require(within.count(-1) <= 1, f"mesh ({sizes}): only one axis can be -1, beside slice")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the axes of MESH_AXES over `devices` (all by default).
+    """Mesh with the axes of MESH_AXES over `devices` (all by default), neighbours along the last axes nearest.
 
-    An axis of size -1 takes what the others leave. ConfigError where the product is not the number of devices.
+    An axis of size -1 takes what the others leave, `slice` what JAX reports. On TPUs an axis lies along whole axes of
+    the torus where it can and splits them where it must, so every product that is the number of devices works, and
+    `slice` alone crosses from slice to slice. ConfigError, with the nearest meshes that fit, where it is not.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {name: getattr(config, name) for name in MESH_AXES}
-    text = f"mesh ({' x '.join(f'{name} {size}' for name, size in sizes.items() if size != 1) or 'one device'})"
-    known = math.prod(size for size in sizes.values() if size != -1)
-    for name, size in sizes.items():
-        if size == -1:
-            require(len(devices) % known == 0, f"{text}: {len(devices)} devices not divisible by {known}")
-            sizes[name] = len(devices) // known
-    needed = math.prod(sizes.values())
-    require(needed == len(devices), f"{text} needs {needed} devices, {len(devices)} are there")
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    of_slice = Counter(getattr(device, "slice_index", 0) for device in devices)
+    n_slices = len(of_slice)
+    wanted = {name: getattr(config, name) for name in MESH_AXES}
+    if wanted["slice"] == -1:
+        wanted["slice"] = n_slices
+    apart = n_slices > 1 and wanted["slice"] % n_slices == 0 and len(set(of_slice.values())) == 1
+    if platform_of(devices[0]) == "tpu" and n_slices > 1:
+        said = f"mesh.slice ({wanted['slice']}): the {len(devices)} devices are of {n_slices} slices"
+        require(apart, f"{said}: give --mesh.slice={n_slices}, or -1, on slices of one size")
+    sizes = _fitting(wanted, len(devices))
+    try:
+        if apart:
+            across = [n_slices if name == "slice" else 1 for name in MESH_AXES]
+            within = [size // n for size, n in zip(sizes.values(), across, strict=True)]
+            arranged = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        else:
+            arranged = create_device_mesh(list(sizes.values()), devices, allow_split_physical_axes=True)
+    except AssertionError as error:  # a part of a slice that is no box
+        raise ConfigError(
+            f"mesh ({_product(sizes)}): the {len(devices)} devices cannot be arranged: they are no whole slice, and "
+            "no box of one"
+        ) from error
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _fitting(wanted: Mapping[str, int], n_devices: int) -> dict[str, int]:
+    """The sizes with that of an axis of size -1 filled in; ConfigError where their product is not n_devices."""
+    text = f"mesh ({_product(wanted)})"
+    known = math.prod(size for size in wanted.values() if size != -1)
+    if -1 in wanted.values():
+        fits, problem = n_devices % known == 0, f"{text}: {n_devices} devices not divisible by {known}"
+    else:
+        fits, problem = known == n_devices, f"{text} needs {known} devices, {n_devices} are there"
+    require(fits, f"{problem}; nearest that fit: {'' if fits else _nearest(wanted, n_devices)}")
+    return {name: n_devices // known if size == -1 else size for name, size in wanted.items()}
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    """`data 2 x fsdp 4`."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
+
+
+def _nearest(wanted: Mapping[str, int], n_devices: int) -> str:
+    """The meshes of n_devices devices whose sizes are the fewest doublings away from the wanted ones, three at most.
+
+    Slices are not to be chosen: their number stays if it can.
+    """
+    fixed = {"slice": wanted["slice"]} if n_devices % wanted["slice"] == 0 else {}
+    names = [name for name, size in wanted.items() if name not in fixed and (size != 1 or name in ("data", "fsdp"))]
+
+    def doublings(sizes: tuple[int, ...]) -> tuple[float, int]:
+        """Of two as far away, that which changes fewer axes is nearer."""
+        pairs = [(size, wanted[name]) for name, size in zip(names, sizes, strict=True) if wanted[name] != -1]
+        return round(sum(abs(math.log2(a / b)) for a, b in pairs), 6), sum(a != b for a, b in pairs)
+
+    fitting = _factorisations(n_devices // math.prod(fixed.values()), len(names))
+    best = sorted(fitting, key=doublings)[:3]
+    return ", or ".join(_product(fixed | dict(zip(names, sizes, strict=True))) for sizes in best)
+
+
+def _factorisations(n: int, parts: int) -> list[tuple[int, ...]]:
+    """All ways to write n as an ordered product of `parts` numbers."""
+    if parts == 1:
+        return [(n,)]
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return [(d, *rest) for d in divisors for rest in _factorisations(n // d, parts - 1)]
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
@@ -104,7 +167,7 @@ def param_shardings(info, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of [B, T] token arrays: rows over data, fsdp and expert. Ids are few: all of a row are everywhere."""
+    """Sharding of [B, T] token arrays: rows over slice, data, fsdp and expert. Ids are few: a row is everywhere."""
     return NamedSharding(mesh, P(RULES["batch"], None))
 
 
@@ -191,19 +254,40 @@ def per_device(
         P() if array is None else spec(names[: array.ndim]) for array, names in zip(arrays, axes, strict=True)
     )
     fn = fn if "context" in indivisible else partial(fn, context_axis="context")
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+    names = {axis for axis in mesh.axis_names if _is_auto(axis, mesh)}
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)(*arrays)
+
+
+def per_slice(fn: Callable, whole, rows):
+    """`fn(whole, rows)` -> (apart, summed), run by every slice on its share of rows: (apart stacked by slice, sums).
+
+    whole, rows and the results are pytrees; what is summed crosses from slice to slice once, after fn is through. The
+    other axes are the compiler's as outside of it.
+    """
+
+    def of_slice(whole, rows):
+        apart, summed = fn(whole, rows)
+        return jax.tree.map(lambda x: x[None], apart), jax.lax.psum(summed, "slice")
+
+    specs = {"in_specs": (P(), P("slice")), "out_specs": (P("slice"), P())}
+    return jax.shard_map(of_slice, **specs, axis_names={"slice"}, check_vma=False)(whole, rows)
 
 
 def _current_mesh():
-    """The mesh that is set, where it can split something here: more than one device, and not inside a shard_map."""
+    """The mesh that is set, where it can split something here: more than one device, and not inside a shard_map but
+    that of per_slice."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if mesh.empty or mesh.size == 1 or not all(_is_auto(axis, mesh) for axis in mesh.axis_names if axis != "slice"):
         return None
     return mesh
 
 
+def _is_auto(axis: str, mesh) -> bool:
+    return mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Auto
+
+
 def _mesh_axes(name: str | None, mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in RULES.get(name, ()) if axis in mesh.shape)
+    return tuple(axis for axis in RULES.get(name, ()) if axis in mesh.shape and _is_auto(axis, mesh))
 
 
 def _divisible_spec(axes, shape, mesh) -> P:

@@ -166,5 +166,5 @@ def test_sizes_of_a_config_file(tmp_path, monkeypatch):
 
 def test_mesh_axes_are_the_fields_of_the_mesh():
     """A field without a rule would split nothing, in silence; the order is that in which devices are laid out."""
-    assert MESH_AXES == ("data", "fsdp", "expert", "context", "tensor")
+    assert MESH_AXES == ("slice", "data", "fsdp", "expert", "context", "tensor")
     assert set(MESH_AXES) == {field.name for field in dataclasses.fields(MeshConfig)}

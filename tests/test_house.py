@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "hf": LOW | {"layers", "model"},
     "data": BESIDE_SHARDING,
     "optim": BESIDE_SHARDING,
-    "config": MIDDLE,
+    "config": MIDDLE | {"cluster"},
     "train": MIDDLE | {"config", "storage", "cluster"},
     **{wing: MIDDLE | {"config", "storage", "cluster", "train"} for wing in ABOVE_TRAIN},
     "cli": MIDDLE | {"config", "storage", "cluster", "train"} | ABOVE_TRAIN,

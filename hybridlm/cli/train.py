@@ -10,14 +10,14 @@ from hybridlm.errors import ConfigError
 
 def run(words: list[str], prog: str) -> int:
     """Trains; see Command."""
-    from hybridlm.config.find import config_names, load_config
+    from hybridlm.config.find import load_config
 
     name, overrides = _take_config(words)
     if "-h" in overrides or "--help" in overrides:
         _print_help(name or "hybrid_tiny", prog)
         return 0
     if name is None:
-        raise ConfigError(f"--config is missing; known: {', '.join(config_names())}")
+        raise ConfigError(f"--config is missing; known: {_known()}")
     config = load_config(name, overrides)
     if config.init.hf == "":
         raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
@@ -27,7 +27,7 @@ def run(words: list[str], prog: str) -> int:
     typed = prog.replace("python", python_command()).replace("hybridlm", hybridlm_command())
     again = [*typed.split(), "--config", name, *_without(overrides, "--run.steps")]
     with StopRequest() as stop:
-        start()
+        start(config.cluster)
         from hybridlm.train.loop import train
 
         return train(config, shlex.join(again), stop)
@@ -37,12 +37,18 @@ TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or
 
 
 def _print_help(name: str, prog: str) -> None:
-    from hybridlm.config.find import config_names, read_config
+    from hybridlm.config.find import read_config
     from hybridlm.config.help import help_text
 
     print(f"usage: {prog} --config NAME|FILE.py [--section.key=value ...]")
-    print(f"configs: {', '.join(config_names())}")
+    print(f"configs: {_known()}")
     print(help_text(read_config(name), f"{prog} --config {name}"))
+
+
+def _known() -> str:
+    from hybridlm.config.find import config_names, pod_names
+
+    return f"{', '.join(config_names())}; set for pods: {', '.join(pod_names())}"
 
 
 def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
@@ -52,9 +58,7 @@ def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
         word = words.pop(0)
         if word == "--config":
             if not words or words[0].startswith("-"):
-                from hybridlm.config.find import config_names
-
-                raise ConfigError(f"--config wants a name or a file; known: {', '.join(config_names())}")
+                raise ConfigError(f"--config wants a name or a file; known: {_known()}")
             name = words.pop(0)
         elif word.startswith("--config="):
             name = word.removeprefix("--config=")

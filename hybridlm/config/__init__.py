@@ -9,6 +9,7 @@ mesh can split it in `mesh.py`. Each part's config stands with the part; here th
 import json
 from dataclasses import dataclass, field
 
+from hybridlm.cluster import ClusterConfig
 from hybridlm.config.run import InitConfig, RunConfig
 from hybridlm.config.tree import check_choices, to_dict
 from hybridlm.data.config import DataConfig
@@ -36,9 +37,10 @@ from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConf
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "AdamW", "Attention", "Block", "Branch", "Config", "ConfigError", "Constant", "Cosine", "DataConfig", "GatedNorm",
-    "InitConfig", "InnerNorm", "Linear", "LinearDecay", "Llama3", "MLP", "Mamba1", "Mamba2", "MeshConfig", "MoE",
-    "ModelConfig", "Muon", "OptimConfig", "Parallel", "Rope", "Router", "RunConfig", "Shared", "Wsd", "YaRN",
+    "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
+    "DataConfig", "GatedNorm", "InitConfig", "InnerNorm", "Linear", "LinearDecay", "Llama3", "MLP", "Mamba1", "Mamba2",
+    "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig", "Parallel", "Rope", "Router", "RunConfig", "Shared",
+    "Wsd", "YaRN",
 ]  # fmt: skip
 
 
@@ -60,6 +62,8 @@ class Config:
     """How devices are arranged."""
     run: RunConfig = field(default_factory=RunConfig)
     """How long, where, and what is written."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Which processes make the run together."""
 
     def __post_init__(self):
         check_choices(self)

@@ -21,17 +21,27 @@ def config_folders() -> list[Path]:
 
 def config_names() -> list[str]:
     """Names of all configs that can be given to --config; those of a file with sizes are `file:size`."""
-    files: dict[str, Path] = {}
-    for folder in reversed(config_folders()):
-        files |= {f.stem: f for f in folder.glob("*.py") if not f.name.startswith("_")}
     names = []
-    for stem, file in files.items():
-        text = file.read_text(encoding="utf-8", errors="replace")
+    for stem, (file, text) in _config_files().items():
         if "def config(size" in text:
-            names += [f"{stem}:{size}" for size in _sizes(file)]
+            names += [f"{stem}:{size}" for size in _words(file, "SIZES")]
         elif "def config(" in text:
             names.append(stem)
     return sorted(names)
+
+
+def pod_names() -> list[str]:
+    """The same for the pods that configs come with settings for: `hybrid_8b:v5p:8x8x16`."""
+    with_pods = ((stem, file) for stem, (file, text) in _config_files().items() if "\nPODS" in text)
+    return sorted(f"{stem}:{pod}" for stem, file in with_pods for pod in _words(file, "PODS"))
+
+
+def _config_files() -> dict[str, tuple[Path, str]]:
+    """Name -> (file, its text)."""
+    files: dict[str, Path] = {}
+    for folder in reversed(config_folders()):
+        files |= {f.stem: f for f in folder.glob("*.py") if not f.name.startswith("_")}
+    return {stem: (file, file.read_text(encoding="utf-8", errors="replace")) for stem, file in files.items()}
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
@@ -45,13 +55,16 @@ def load_config(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] 
 
 
 def read_config(name_or_path: str) -> Config:
-    """The config of a name or a file as it stands; a file with sizes is followed by `:` and one of them."""
-    stem, colon, size = name_or_path.partition(":")
+    """The config of a name or a file as it stands; behind a `:` one of the file's sizes, or a pod that it is set for.
+
+    A pod of a file with sizes is named by both, SIZE:POD.
+    """
+    stem, colon, words = name_or_path.partition(":")
     path = Path(stem)
     if path.suffix != ".py":
         files = [f for folder in config_folders() if (f := folder / f"{stem}.py").is_file()]
         if not files:
-            names = config_names()
+            names = config_names() + pod_names()
             near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(f"no config named {name_or_path!r}: {hint}known: {', '.join(names)}")
@@ -60,13 +73,20 @@ def read_config(name_or_path: str) -> Config:
         raise ConfigError(f"no config file {stem}")
     try:
         module = _module(path)
-        sizes = getattr(module, "SIZES", None)
+        sizes, pods = getattr(module, "SIZES", None), getattr(module, "PODS", {})
+        pod = pods.get(words)
+        size = words.partition(":")[0] if pod else words
         if sizes is not None and size not in sizes:
             raise ConfigError(
                 f"size ({size or 'none'}) must be one of {', '.join(sizes)}: {path.stem}:{next(iter(sizes))}"
             )
-        if sizes is None and colon:
-            raise ConfigError(f"size ({size}) is given, but this config has no sizes")
+        if sizes is None and colon and not pods:
+            raise ConfigError(f"size ({words}) is given, but this config has no sizes")
+        if sizes is None and colon and pod is None:
+            raise ConfigError(
+                f"pod ({words}) must be one of {', '.join(pods)}; for another one give --config {path.stem} with "
+                "--mesh.fsdp, --data.batch_size and --optim.accumulate"
+            )
         config = module.config() if sizes is None else module.config(size)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -74,7 +94,7 @@ def read_config(name_or_path: str) -> Config:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: config() returned {type(config).__name__}, not hybridlm.config.Config")
-    return config
+    return config if pod is None else pod.set_in(config)
 
 
 def _module(path: Path):
@@ -84,9 +104,9 @@ def _module(path: Path):
     return module
 
 
-def _sizes(path: Path) -> list[str]:
-    """Sizes of a config file; none where it cannot be read (asking for it says why)."""
+def _words(path: Path, name: str) -> list[str]:
+    """Keys of a table of a config file; none where it cannot be read (asking for it says why)."""
     try:
-        return list(_module(path).SIZES)
+        return list(getattr(_module(path), name))
     except Exception:
         return []

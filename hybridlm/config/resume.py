@@ -11,7 +11,7 @@ from hybridlm.layers.block import walk
 FREE = {
     "its name and its folder": ("name", "run.dir"),
     "where its first parameters came from": ("init",),
-    "how devices share the work": ("mesh",),
+    "how devices share the work": ("mesh", "cluster"),
     "what the backward recomputes": ("model.remat",),
     "how text is read": ("data.workers", "data.prefetch", "data.cache_dir"),
     "how long it is": ("run.steps",),

@@ -118,16 +118,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         ]
     )
     cache = Path(config.cache_dir).expanduser()
-    try:
+    with _cache_errors(cache):
         folder, stats = _find_or_build(cache, key, build)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(
-                f"no space left for the token cache under {cache}: free some or set data.cache_dir"
-            ) from error
-        raise ConfigError(
-            f"cannot write the token cache under {cache} ({error.strerror or error}): set data.cache_dir"
-        ) from error
     return Corpus(folder, tokenizer, stats)
 
 
@@ -221,6 +213,67 @@ def _lock(path: Path) -> Iterator[bool]:
         yield locked
 
 
+def find_corpus(config: DataConfig, key: str, stats: dict) -> Corpus | None:
+    """The corpus that another host has opened, `stats` its own, from this host's cache; None where that lacks it.
+
+    key: name of its folder. Raises ConfigError where this host's tokenizer or entry is another one.
+    """
+    tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
+    if _fingerprint(tokenizer, stats) != stats["fingerprint"]:
+        raise ConfigError(f"data.tokenizer ({config.tokenizer}) is another one on this host than on the first")
+    folder = Path(config.cache_dir).expanduser() / key
+    found = _read_entry(folder)
+    if found is None:
+        return None
+    if found["fingerprint"] != stats["fingerprint"]:
+        raise ConfigError(f"{folder} holds other tokens on this host than on the first: remove it here, or there")
+    return Corpus(folder, tokenizer, found)
+
+
+def copy_corpus(config: DataConfig, key: str, stats: dict, parts: Iterator[tuple[str, bytes]]) -> None:
+    """Writes the entry of another host's corpus to this host's cache, whole or not at all.
+
+    parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written.
+    """
+    cache = Path(config.cache_dir).expanduser()
+    with _cache_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache / f"{key}.lock"):
+            scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{key}-{socket.gethostname()}-", dir=cache))
+            try:
+                with contextlib.ExitStack() as opened:
+                    files = {name: opened.enter_context(open(scratch / name, "wb")) for name in stats["files"]}
+                    for name, part in parts:
+                        files[name].write(part)
+                (scratch / "stats.json").write_text(json.dumps(stats, indent=1))
+                scratch.chmod(0o755)
+                _publish(scratch, cache / key)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        if _read_entry(cache / key) is None:
+            raise OSError(errno.EIO, "the entry vanished after it was written")
+
+
+@contextlib.contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """An OSError inside as the ConfigError that says what to change."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(
+                f"no space left for the token cache under {cache}: free some or set data.cache_dir"
+            ) from error
+        raise ConfigError(
+            f"cannot write the token cache under {cache} ({error.strerror or error}): set data.cache_dir"
+        ) from error
+
+
+def _fingerprint(tokenizer: Tokenizer, stats: dict) -> str:
+    """Identity of the tokens of both splits."""
+    return _digest([FORMAT, tokenizer.fingerprint, *(stats[name]["fingerprint"] for name in SPLITS)])
+
+
 class _SplitWriter:
     """Appends tokenised documents to the two files of a split."""
 
@@ -286,7 +339,7 @@ def _write_entry(
         "empty_documents": sum(source.empty for source in sources),
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
-        "fingerprint": _digest([FORMAT, tokenizer.fingerprint, *(stats[name]["fingerprint"] for name in SPLITS)]),
+        "fingerprint": _fingerprint(tokenizer, stats),
         "dtype": dtype.name,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }

@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,28 +47,29 @@ def make_loader(
     seed: int = 0,
     split: str = "train",
     start_step: int = 0,
-    rows: tuple[int, int] | slice | None = None,
+    rows: tuple[int, int] | slice | Sequence[int] | np.ndarray | None = None,
     batch_size: int | None = None,
     seq_len: int | None = None,
     corpus: Corpus | None = None,
 ) -> "Loader":
-    """Iterator over batches: dicts of `tokens`, `targets`, `segment_ids`, `positions`, int32 [high - low, seq_len].
+    """Iterator over batches: dicts of `tokens`, `targets`, `segment_ids`, `positions`, int32 [rows read, seq_len].
 
     Args:
       config: where the text is and how it is cut; `batch_size` and `seq_len` override its fields.
       seed: permutes documents and rows of the training split; has no effect on validation.
       split: "train", endless, or "val", one pass.
       start_step: number of the first batch.
-      rows: the rows [low, high) of the global batch to read, a pair or a slice; None reads all.
+      rows: which rows of the global batch to read: a tuple (low, high) or a slice for [low, high); a list, range or
+        array for rows one by one, ascending; None reads all.
       corpus: an open corpus, to save opening it again.
 
     Raises:
       ConfigError: the split holds nothing to predict.
-      ValueError: `rows` is no range within the batch.
+      ValueError: `rows` are not within the batch, or not ascending.
     """
     corpus = corpus or open_corpus(config)
     batch_size, seq_len = batch_size or config.batch_size, seq_len or config.seq_len
-    low, high = _check_rows(rows, batch_size)
+    rows = _check_rows(rows, batch_size)
     seed = seed if split == "train" else VALIDATION_SEED
     packed = PairRows(corpus.split(split), seq_len, seed)
     if len(packed) == 0:
@@ -79,7 +81,7 @@ def make_loader(
         "seq_len": seq_len,
         "fingerprint": corpus.stats[split]["fingerprint"],
     }
-    batches = _batches(packed, seed, split == "train", batch_size, low, high)
+    batches = _batches(packed, seed, split == "train", batch_size, rows)
     workers = config.workers if split == "train" else 0  # a pass over validation is shorter than starting processes
     return Loader(batches, identity, step=start_step, workers=workers, prefetch=config.prefetch)
 
@@ -186,7 +188,7 @@ def _close_all(iterators: list) -> None:
         iterators.pop().close()
 
 
-def _batches(packed: PairRows, seed: int, train: bool, batch_size: int, low: int, high: int):
+def _batches(packed: PairRows, seed: int, train: bool, batch_size: int, rows: np.ndarray):
     import grain
 
     if train:
@@ -194,21 +196,22 @@ def _batches(packed: PairRows, seed: int, train: bool, batch_size: int, low: int
         ordered = grain.MapDataset.source(packed).shuffle(seed=row_seed).repeat()
     else:
         ordered = _PaddedRows(packed, batch_size)
-    return grain.MapDataset.source(_HostRows(ordered, batch_size, low, high)).batch(high - low)
+    return grain.MapDataset.source(_HostRows(ordered, batch_size, rows)).batch(len(rows))
 
 
 class _HostRows:
-    """The rows [low, high) of each batch, batch after batch."""
+    """The rows of each batch that a host reads, batch after batch."""
 
-    def __init__(self, rows, batch_size: int, low: int, high: int):
-        self.rows, self.batch_size, self.low, self.share = rows, batch_size, low, high - low
+    def __init__(self, rows, batch_size: int, read: np.ndarray):
+        """rows: of all batches, one after the other. read: numbers within a batch."""
+        self.rows, self.batch_size, self.read = rows, batch_size, read
 
     def __len__(self) -> int:
-        return len(self.rows) // self.batch_size * self.share
+        return len(self.rows) // self.batch_size * len(self.read)
 
     def __getitem__(self, index: int) -> Batch:
-        batch, row = divmod(index, self.share)
-        return self.rows[batch * self.batch_size + self.low + row]
+        batch, row = divmod(index, len(self.read))
+        return self.rows[batch * self.batch_size + int(self.read[row])]
 
 
 class _PaddedRows:
@@ -225,17 +228,25 @@ class _PaddedRows:
         return self.rows[index] if index < len(self.rows) else empty_row(self.rows.seq_len)
 
 
-def _check_rows(rows: tuple[int, int] | slice | None, batch_size: int) -> tuple[int, int]:
+def _check_rows(rows, batch_size: int) -> np.ndarray:
+    """The rows to read, ascending."""
     if rows is None:
-        return 0, batch_size
+        return np.arange(batch_size)
     if isinstance(rows, slice):
         if rows.step not in (None, 1):
             raise ValueError(f"rows ({rows}) must be contiguous")
         rows = (rows.start or 0, batch_size if rows.stop is None else rows.stop)
-    low, high = rows
-    if not 0 <= low < high <= batch_size:
-        raise ValueError(f"rows ({low}, {high}) must be a range within the batch of {batch_size}")
-    return low, high
+    if isinstance(rows, tuple):
+        low, high = rows
+        if not 0 <= low < high <= batch_size:
+            raise ValueError(f"rows ({low}, {high}) must be a range within the batch of {batch_size}")
+        return np.arange(low, high)
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or rows.size == 0 or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"rows ({rows.dtype} {list(rows.shape)}) must be a list of whole numbers")
+    if rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any():
+        raise ValueError(f"rows ({rows[0]}..{rows[-1]}) must ascend, none twice, within the batch of {batch_size}")
+    return rows
 
 
 def _nothing(split: str, corpus: Corpus, config: DataConfig) -> str:

@@ -2,10 +2,12 @@
 """Documents of packed rows: their numbers, positions within them, padding moved to the end. B batch, T tokens."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from hybridlm.sharding import per_device
 from pallas_kernels.segments import document_numbers
 
 
@@ -40,11 +42,16 @@ def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tup
         return index_BT, index_BT
 
     order_BT, place_BT = jax.lax.cond(scattered, sort, leave)
-    moved = [None if a is None else jnp.take_along_axis(a, order_BT, axis=1) for a in (segment_ids_BT, *arrays_BT)]
+    moved = [None if a is None else _take(a, order_BT) for a in (segment_ids_BT, *arrays_BT)]
 
     def restore(x_BTD: jax.Array) -> jax.Array:
-        return jax.lax.cond(
-            scattered, lambda x: jnp.take_along_axis(x, place_BT[:, :, None], axis=1), lambda x: x, x_BTD
-        )
+        return jax.lax.cond(scattered, lambda x: _take(x, place_BT[:, :, None]), lambda x: x, x_BTD)
 
     return moved, restore
+
+
+def _take(x: jax.Array, place: jax.Array) -> jax.Array:
+    """Tokens of each row of x [B, T, ...] by their places in it; rows are each device's own: XLA's partitioner fails on
+    this inside of `sharding.per_slice`."""
+    rows = ("batch", None, None)[: x.ndim]
+    return per_device(partial(jnp.take_along_axis, axis=1), [x, place], [rows, rows], rows)

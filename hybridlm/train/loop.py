@@ -11,14 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hybridlm.config import Config
-from hybridlm.config.mesh import check_config
+from hybridlm.config.mesh import check_config, repeated
 from hybridlm.config.tree import to_dict
-from hybridlm.data import Corpus, open_corpus
+from hybridlm.data import Corpus
 from hybridlm.errors import RunError, require
 from hybridlm.sharding import make_mesh
 from hybridlm.train.batches import Batches
 from hybridlm.train.checkpoint import Checkpoints, finished_steps
 from hybridlm.train.commands import hybridlm_command
+from hybridlm.train.corpora import open_together
 from hybridlm.train.evaluate import Validation
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import read_metrics
@@ -73,7 +74,7 @@ def _run(config: Config, folder: RunFolder, mesh: Mesh, display: Display, stop: 
     run, began = config.run, time.monotonic()
     with ExitStack() as opened:
         opened.callback(display.stop)
-        corpus = open_corpus(config.data)
+        corpus = open_together(config.data)
         _check_vocabulary(config, corpus, display)
         program = make_program(config, mesh)
         batches, held_out = _open_batches(config, corpus, program, opened)
@@ -173,6 +174,9 @@ def _introduce(
         f"{short(corpus.stats['train']['bytes'])}B of text, {config.run.steps} steps of "
         f"{short(config.data.batch_size * config.data.seq_len)} tokens, in {folder.path}"
     )
+    whole = repeated(config, mesh)
+    if whole:
+        display.say(whole)
 
 
 def _draw(config: Config, corpus: Corpus, folder: RunFolder) -> None:

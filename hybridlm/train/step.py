@@ -6,6 +6,7 @@ them not applied), `skipped_in_row`, and `key` (random state, as raw bits). Batc
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybridlm.config import Config
 from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
+from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
-from hybridlm.sharding import batch_sharding, param_shardings
+from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from pallas_kernels.platform import platform_of
@@ -66,7 +68,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     like = _state_like(jax.eval_shape(init), info, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     objective = make_objective(config, graphdef)
-    step = make_train_step(objective, optimizer, schedule, config.optim.accumulate, shardings["params"])
+    # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
+    apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
+    grads_at = jax.tree.map(lambda at: at.spec, shardings["params"]) if apart else shardings["params"]
+    step = make_train_step(objective, optimizer, schedule, config.optim.accumulate, grads_at, apart)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -108,15 +113,18 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_train_step(objective: Callable, optimizer, schedule: Callable, n_micro: int = 1, params_at=None) -> Callable:
+def make_train_step(
+    objective: Callable, optimizer, schedule: Callable, n_micro: int = 1, params_at=None, apart: bool = False
+) -> Callable:
     """(state, batch) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if finite.
 
     objective: see `make_objective`. With n_micro > 1 the gradients of that many microbatches are summed in float32 one
     after the other; the result is that of the whole batch, but for losses that blocks take of each microbatch, such as
     the load balance of experts. Where the loss or the gradient is not finite, parameters and optimizer stay as they
-    were, the step counts as skipped, and the objective's metrics are left out.
+    were, the step counts as skipped, and the objective's metrics are left out. apart: each slice of the mesh sums its
+    own gradients, which cross from slice to slice once a step; otherwise the compiler has them cross when it sees fit.
     """
-    gradients = _make_gradients(objective, n_micro, params_at)
+    gradients = _make_gradients(objective, n_micro, params_at, apart)
 
     def train_step(state, batch) -> tuple[dict, Metrics]:
         with jax.named_scope("gradients"):
@@ -142,12 +150,23 @@ def make_train_step(objective: Callable, optimizer, schedule: Callable, n_micro:
     return train_step
 
 
-def _make_gradients(objective: Callable, n_micro: int, params_at) -> Callable:
+def _make_gradients(objective: Callable, n_micro: int, params_at, apart: bool) -> Callable:
     """(params, batch) -> (mean loss of the batch, the objective's metrics, gradient of the mean loss)."""
 
     def gradients(params, batch):
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+        if not apart:
+            return of_rows(params, batch, n_tokens)
 
+        def of_slice(whole, rows):
+            loss, metrics, grads = of_rows(whole[0], rows, whole[1])
+            return metrics, (loss, grads)
+
+        metrics, (loss, grads) = per_slice(of_slice, (params, n_tokens), batch)
+        of_slices = [jax.tree.map(lambda x, i=i: x[i], metrics) for i in range(axis_size("slice"))]
+        return loss, reduce(merge, of_slices), grads
+
+    def of_rows(params, batch, n_tokens):
         def mean_loss(params, micro):
             total, metrics = objective(params, micro)
             return total / n_tokens, metrics

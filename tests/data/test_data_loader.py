@@ -95,6 +95,20 @@ def test_a_host_reads_its_own_rows_alone(config, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
+def test_rows_in_any_order_of_hosts_make_the_global_batch(config, split):
+    """Hosts of a torus: their rows interleave."""
+    corpus, n = open_corpus(config(batch_size=8)), 30
+    whole = take(make_loader(config(batch_size=8), seed=1, split=split, corpus=corpus), n)
+    for rows in ([0, 1, 4, 5], np.array([2, 3, 6, 7]), range(3, 4), [7], list(range(8))):
+        read = take(make_loader(config(batch_size=8), seed=1, split=split, rows=rows, corpus=corpus), n)
+        check_equal(read, [{field: value[list(rows)] for field, value in batch.items()} for batch in whole])
+    with make_loader(config(batch_size=8), seed=1, split=split, rows=[1, 6], corpus=corpus) as loader:
+        next(loader)
+        loader.set_state(json.loads(json.dumps(loader.get_state())) | {"step": 2})
+        check_equal([next(loader)], [{field: value[[1, 6]] for field, value in whole[2].items()}])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_resume_is_exact_and_on_other_hosts(config, split):
     corpus = open_corpus(config())
     whole = take(make_loader(config(), seed=7, split=split, corpus=corpus), 30)
@@ -186,6 +200,9 @@ def test_arguments_are_checked(config):
     corpus = open_corpus(config())
     for rows in ((0, 5), (2, 2), (-1, 2), slice(3, 9)):
         with pytest.raises(ValueError, match=r"must be a range within the batch of 4"):
+            make_loader(config(), rows=rows, corpus=corpus)
+    for rows in ([], [0, 4], [-1, 0], [1, 0], [1, 1], np.zeros(2), [[0, 1]]):
+        with pytest.raises(ValueError, match=r"rows .* must (be a list of whole numbers|ascend)"):
             make_loader(config(), rows=rows, corpus=corpus)
     with pytest.raises(ValueError, match="contiguous"):
         make_loader(config(), rows=slice(0, 4, 2), corpus=corpus)

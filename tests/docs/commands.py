@@ -5,6 +5,7 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ class Parsed(Exception):
 
 def check_shell(code: str) -> None:
     """Checks every command of a block; AssertionError or ConfigError names what is wrong."""
+    parsed = subprocess.run(["bash", "-n"], input=code, text=True, capture_output=True, timeout=60, check=False)
+    assert parsed.returncode == 0, parsed.stderr
     for line in code.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\s\d?>&?\s*[^\s']+", "", line)  # where the output goes
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
         lexer.whitespace_split = True
         words: list[str] = []
@@ -28,15 +32,15 @@ def check_shell(code: str) -> None:
             if word and not set(word) <= set("&|;"):
                 words.append(word)
             elif words:
-                check_command(words)
+                check_command([word for word in words if word not in WORDS_OF_SHELL])
                 words = []
 
 
 def check_command(words: list[str]) -> None:
     """Checks one command, variables before it aside."""
-    while words and re.match(r"[A-Z_]+=", words[0]):
+    while words and re.match(r"[A-Za-z_]+=", words[0]):
         words = words[1:]
-    if not words:
+    if not words or words[0] in SHELL:
         return
     program = Path(words[0]).name
     assert program in PROGRAMS, f"{' '.join(words)}: tests/docs/commands.py knows no program {program!r}"
@@ -129,7 +133,60 @@ def check_git(words: list[str]) -> None:
     assert words[0] == "clone", f"git {words[0]} is not checked"
 
 
+def check_flags(words: list[str]) -> None:
+    """A program that is not here: its subcommand and flags are among those that its reference lists (see FLAGS)."""
+    plain = [word for word in words if not word.startswith("-")]
+    command = next((c for c in sorted(FLAGS, key=len, reverse=True) if plain[: len(c.split())] == c.split()), None)
+    assert command is not None, f"{' '.join(words)}: no command that tests/docs/commands.py knows"
+    for word in words:
+        name, _, value = word.partition("=")
+        if not word.startswith("-"):
+            continue
+        assert name in FLAGS[command].split(), f"{command} has no flag {name}"
+        if name == "--command":
+            check_shell(value)
+
+
+def check_srun(words: list[str]) -> None:
+    """Flags of srun, then a command of ours."""
+    at = next(i for i, word in enumerate(words) if not word.startswith("-"))
+    check_flags(["srun", *words[:at]])
+    check_command(words[at:])
+
+
+def check_nohup(words: list[str]) -> None:
+    """The command behind it."""
+    check_command(words)
+
+
+FLAGS = {
+    "gcloud compute tpus queued-resources create": "--node-id --node-count --node-prefix --zone --project "
+    "--accelerator-type --runtime-version --service-account --spot --reserved --network --subnetwork "
+    "--valid-until-duration",
+    "gcloud compute tpus queued-resources describe": "--zone --project --format",
+    "gcloud compute tpus queued-resources delete": "--zone --project --force --quiet --async",
+    "gcloud compute tpus tpu-vm ssh": "--zone --project --worker --command --internal-ip --ssh-key-file",
+    "gcloud container clusters get-credentials": "--location --project",
+    "kubectl apply": "-f --server-side",
+    "kubectl get": "-o --watch",
+    "kubectl delete": "",
+    "kubectl logs": "--follow --selector --container --tail",
+    "srun": "--kill-on-bad-exit --ntasks-per-node --nodes --ntasks",
+    "sbatch": "",
+    "squeue": "--me",
+    "scancel": "--signal",
+    "scontrol requeue": "",
+    "tail": "-f",
+    "pkill": "-TERM -f",
+}
+"""Command of a program of others -> its flags that pages use, as the program's reference has them."""
+WORDS_OF_SHELL = ("do", "done", "then", "fi", "else")
+SHELL = ("for", "if", "wait", "exit", "export", "[")
+
 PROGRAMS = {
+    **{name: lambda words, name=name: check_flags([name, *words]) for name in {c.split()[0] for c in FLAGS}},
+    "srun": check_srun,
+    "nohup": check_nohup,
     "python": check_python,
     "hybridlm": check_hybridlm,
     "make": check_make,

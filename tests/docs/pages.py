@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LANGUAGES = ("python", "sh", "text")
-"""`python` runs, `sh` is parsed by the programs that it calls, `text` is output, formulas and excerpts."""
+LANGUAGES = ("python", "sh", "text", "yaml")
+"""`python` runs, `sh` is parsed by the programs that it calls, `text` is output, formulas and excerpts, `yaml` is a
+manifest, whose fields tests/pods/test_guides.py checks."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ def test_blocks_are_read_whole():
         "pip install -e '.[tpuu]'",
         "pip install no_such_package",
         "cd no_such_folder",
+        "gcloud compute tpus queued-resources create x --acelerator-type=v5p-8",
+        "gcloud compute tpus tpu-vm ssh x --command='python train.py --config hybrid_huge'",
+        "srun --ntasks=2 python train.py --config hybrid_1b --mesh.fsdb=8",
+        "if [ -f x ]; then make train",
         "frobnicate",
     ],
 )

@@ -20,7 +20,7 @@ from hybridlm.config import (
     ModelConfig,
     OptimConfig,
 )
-from hybridlm.config.mesh import check_config
+from hybridlm.config.mesh import check_config, repeated
 from hybridlm.model import init
 from hybridlm.model.model import HybridLM, param_info
 from tests.model.model_support import QUICK, log_likelihoods, named, packed_rows
@@ -196,12 +196,36 @@ def test_tokens_that_do_not_divide():
         check_config(config, sharding.make_mesh(MeshConfig(2, context=4)))
 
 
+def test_experts_that_are_not_there():
+    config = Config(model=MODEL, data=DataConfig(batch_size=8, seq_len=16))
+    with pytest.raises(ConfigError, match=r"^mesh\.expert \(4\): no block of model\.pattern has experts to split"):
+        check_config(config, sharding.make_mesh(MeshConfig(2, expert=4)))
+
+
+def test_what_is_repeated_is_said():
+    """Served as it is, see test_one_device_equals_eight: 2 and 4 key/value heads and 2 groups over 8."""
+    said = repeated(Config(model=MODEL), sharding.make_mesh(MeshConfig(1, tensor=8)))
+    assert said is not None and "\n" not in said
+    assert said.startswith("mesh.tensor (8) does not divide 2 state groups, 2 key/value heads, 4 key/value heads: ")
+    assert repeated(Config(model=MODEL), sharding.make_mesh(MeshConfig(4, tensor=2))) is None
+    assert repeated(Config(model=MODEL), sharding.make_mesh(MeshConfig(8))) is None
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(3, 1, 1), r"mesh \(data 3\) needs 3 devices, 8 are there"),
-        (MeshConfig(-1, 3, 1), r"mesh \(data -1 x fsdp 3\): 8 devices not divisible by 3"),
-        (MeshConfig(2, 2, 4), r"mesh \(data 2 x fsdp 2 x tensor 4\) needs 16 devices, 8 are there"),
+        (
+            MeshConfig(3, 1, 1),
+            r"mesh \(data 3\) needs 3 devices, 8 are there; nearest that fit: data 8, or data 4 x fsdp 2, or .*",
+        ),
+        (
+            MeshConfig(-1, 3, 1),
+            r"mesh \(data -1 x fsdp 3\): 8 devices not divisible by 3; nearest .*: data 2 x fsdp 4, .*",
+        ),
+        (
+            MeshConfig(2, 2, 4),
+            r"mesh \(data 2 x fsdp 2 x tensor 4\) needs 16 devices, 8 are there; nearest that fit: .*",
+        ),
     ],
 )
 def test_meshes_that_do_not_fit(mesh, message):
