@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as ops
+from pallas_kernels.ops.mamba3.api import decay_rates
 
 
 def gated_delta_rule(a: Mapping, options: Mapping, implementation: str) -> dict:
@@ -139,6 +140,48 @@ def _linear_scan(x, g, a: Mapping, implementation: str) -> tuple:
     return ops.linear_scan(x, g, **_common(a), return_final_state=True, implementation=implementation)
 
 
+def mamba3(a: Mapping, options: Mapping, implementation: str) -> dict:
+    """Mamba-3's scan, with one or several inputs and outputs."""
+    weights = ("q_bias", "k_bias", "D", "z", "norm_weight", "mimo_v", "mimo_z", "mimo_o")
+    states = {"angle": "angle_state", "ssm": "ssm_state", "k": "k_state", "v": "v_state"}
+    y, *final = ops.mamba3(
+        *(a[name] for name in ("q", "k", "v", "adt", "dt", "trap", "angles")),
+        **{name: a[name] for name in weights if name in a},
+        **{f"initial_{name}": a[theirs] for name, theirs in states.items() if theirs in a},
+        norm_eps=options.get("norm_eps", 1e-5), rotary_pairs=options["rotary_pairs"].partition(":")[0],
+        segment_ids=a.get("segment_ids"), return_final_state=True, implementation=implementation,
+    )  # fmt: skip
+    return {"y": y} | {f"final_{theirs}": state for theirs, state in zip(states.values(), final, strict=True)}
+
+
+def mamba3_block(a: Mapping, options: Mapping, implementation: str) -> dict:
+    """The whole of Mamba-3's mixer, without cache: no short convolution in it."""
+    H, P, N, G, S, R = (options[name] for name in "HPNGSR")
+    sizes = (H * P, H * P, G * N * R, G * N * R, H, H, H, S)
+    projected = a["u"] @ a["in_proj"].T
+    z, x, B, C, raw_dt, raw_A, trap, angles = jnp.split(projected, [sum(sizes[:i]) for i in range(1, 8)], axis=-1)
+    n_batch, n_tokens = x.shape[:2]
+
+    def normed(array, weight):
+        array = array.reshape(n_batch, n_tokens, R, G, N)
+        array = array * jax.lax.rsqrt(jnp.mean(array**2, axis=-1, keepdims=True) + 1e-5)
+        return (array * weight.reshape(1, 1, 1, 1, N))[:, :, slice(None) if options["mimo"] else 0]
+
+    dt = jax.nn.softplus(raw_dt + a["dt_bias"][None, None])
+    adt = dt * decay_rates(raw_A, options["A_activation"], options["A_floor"])
+    heads = lambda array: array.reshape(n_batch, n_tokens, H, P)
+    angles = jnp.broadcast_to(angles[:, :, None], (n_batch, n_tokens, H, S))
+    biases = (a[name] if options["mimo"] else a[name][:, 0] for name in ("C_bias", "B_bias"))
+    y = ops.mamba3(
+        normed(C, a["C_norm"]), normed(B, a["B_norm"]), heads(x), adt, dt, trap, angles,
+        **dict(zip(("q_bias", "k_bias"), biases, strict=True)), D=a["D"], z=heads(z),
+        norm_weight=a["norm_weight"].reshape(H, P) if options["outproj_norm"] else None,
+        mimo_v=a.get("mimo_x"), mimo_z=a.get("mimo_z"), mimo_o=a.get("mimo_o"),
+        rotary_pairs="half" if options["mimo"] else "adjacent", implementation=implementation,
+    )  # fmt: skip
+    return {"out": y.reshape(n_batch, n_tokens, H * P) @ a["out_proj"].T}
+
+
 def mlstm(a: Mapping, options: Mapping, implementation: str) -> dict:
     given = {f"initial_{name}": a[f"{name}0"] for name in ("c", "n", "m") if f"{name}0" in a}
     h, c, n, m = ops.mlstm(a["q"], a["k"], a["v"], a["i"], a["f"], eps=options.get("eps", 1e-6),
@@ -206,6 +249,9 @@ FUNCTIONS: dict[str, Callable[[Mapping, Mapping, str], dict]] = {
     "hgrn": hgrn,
     "hgrn2": hgrn2,
     "kda": gated_delta_rule,
+    "mamba3_block": mamba3_block,
+    "mamba3_mimo": mamba3,
+    "mamba3_siso": mamba3,
     "mingru": mingru,
     "minlstm": minlstm,
     "mlstm": mlstm,

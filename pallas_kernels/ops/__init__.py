@@ -18,6 +18,7 @@ NAMES = (
     "grouped_dot",
     "linear_attention",
     "linear_scan",
+    "mamba3",
     "mlstm",
     "rwkv7",
     "selective_scan",
