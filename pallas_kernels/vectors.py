@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def check(path: Path, implementation: str, dtype: str = "float32") -> bool | None:
     """Prints a file's line; returns whether it is within tolerance, None if it could not be compared."""
     try:
-        name, errors = compare(path, implementation, dtype)
+        name, kinds = compare(path, implementation, dtype)
     except NotImplementedError as error:
         print(f"{path.stem:40} not compared: {error}", flush=True)
         return None
@@ -62,7 +62,7 @@ def check(path: Path, implementation: str, dtype: str = "float32") -> bool | Non
     limits = tolerances(name, dtype)
     line, passes = [], True
     for kind, limit in zip(("outputs", "gradients"), limits, strict=True):
-        if found := errors[kind]:
+        if found := kinds[kind]:
             worst = max(found, key=found.get)
             line.append(f"{kind} {found[worst]:.1e} of {limit:.0e} ({worst})")
             passes &= found[worst] <= limit
@@ -76,7 +76,22 @@ def tolerances(name: str, dtype: str) -> tuple[float, float]:
 
 
 def compare(path: Path, implementation: str, dtype: str) -> tuple[str, dict[str, dict[str, float]]]:
-    """(op, {"outputs": error by name, "gradients": error by name}) of one file.
+    """(op, `errors`) of one file; raises what `evaluate` raises."""
+    name, *found = evaluate(path, implementation, dtype)
+    return name, errors(*found)
+
+
+def errors(out: dict, grads: dict, parts: dict) -> dict[str, dict[str, float]]:
+    """{"outputs": error by name, "gradients": error by name} of what `evaluate` gives."""
+    floor = SMALL_GRADIENT * max((np.abs(array).max(initial=0) for array in parts["grad_"].values()), default=0)
+    return {
+        "outputs": {key: _error(out[key], array, angle=key in ANGLES) for key, array in parts["out_"].items()},
+        "gradients": {f"d{key}": _error(grads[key], array, floor=floor) for key, array in parts["grad_"].items()},
+    }
+
+
+def evaluate(path: Path, implementation: str, dtype: str, compiler_options: dict | None = None) -> tuple:
+    """(op, outputs, gradients, the file's arrays by prefix), each by name.
 
     Raises NotImplementedError for an op or a call that is not served, ValueError for a file whose outputs are others
     than the op's, and what reading raises.
@@ -92,22 +107,15 @@ def compare(path: Path, implementation: str, dtype: str) -> tuple[str, dict[str,
         for prefix in ("in_", "out_", "w_", "grad_")
     }
     with enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        out, grads = _evaluate(name, parts, meta["options"], implementation, dtype)
+        out, grads = _run(name, parts, meta["options"], implementation, dtype, compiler_options)
     if missing := parts["out_"].keys() - out.keys():
         raise ValueError(f"outputs ({', '.join(sorted(missing))}) of the file are not of the op: {', '.join(out)}")
     if missing := parts["grad_"].keys() - grads.keys():
         raise ValueError(f"gradients ({', '.join(sorted(missing))}) of the file are of no floating-point input")
-    largest = max((np.abs(array).max(initial=0) for array in parts["grad_"].values()), default=0)
-    return name, {
-        "outputs": {key: _error(out[key], array, angle=key in ANGLES) for key, array in parts["out_"].items()},
-        "gradients": {
-            f"d{key}": _error(grads[key], array, floor=SMALL_GRADIENT * largest)
-            for key, array in parts["grad_"].items()
-        },
-    }
+    return name, out, grads, parts
 
 
-def _evaluate(name: str, parts: dict, options: dict, implementation: str, dtype: str) -> tuple[dict, dict]:
+def _run(name: str, parts: dict, options: dict, implementation: str, dtype: str, compiler_options) -> tuple[dict, dict]:
     """(outputs, gradients), by name."""
     arrays = {k: jnp.asarray(a, dtype) for k, a in parts["in_"].items() if a.dtype.kind == "f"}
     fixed = {k: jnp.asarray(a, jnp.int32) for k, a in parts["in_"].items() if a.dtype.kind != "f"}
@@ -119,8 +127,8 @@ def _evaluate(name: str, parts: dict, options: dict, implementation: str, dtype:
         out = FUNCTIONS[name]({**arrays, **fixed}, options, implementation)
         return sum(jnp.sum(out[key] * weight) for key, weight in weights.items()), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-    return out, grads
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compiler_options)(arrays)
+    return jax.tree.map(np.asarray, (out, grads))
 
 
 def _error(actual, expected, *, floor: float = 0.0, angle: bool = False) -> float:
