@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on plain arrays: `ssd`, `selective_scan`, `attention`, `causal_conv1d`; `grouped_dot` for experts;
+"""Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `gated_delta_rule`, `gated_delta_product`, `rwkv7`,
+`linear_attention`, `linear_scan`, `mamba3`, `mlstm`, `slstm`; `attention`, `causal_conv1d`; `grouped_dot` for experts;
 `cache_write` for decoding. `assume_platform` traces them for another platform than the one at hand.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm.
@@ -19,11 +20,35 @@ from pallas_kernels.moved import MOVED, MovedModules  # noqa: E402
 from pallas_kernels.ops.attention.api import attention  # noqa: E402
 from pallas_kernels.ops.cache_write.api import cache_write  # noqa: E402
 from pallas_kernels.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
+from pallas_kernels.ops.gated_delta_product.api import gated_delta_product  # noqa: E402
+from pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule  # noqa: E402
 from pallas_kernels.ops.grouped_dot.api import grouped_dot  # noqa: E402
+from pallas_kernels.ops.linear_attention.api import linear_attention  # noqa: E402
+from pallas_kernels.ops.linear_scan.api import linear_scan  # noqa: E402
+from pallas_kernels.ops.mamba3.api import mamba3  # noqa: E402
+from pallas_kernels.ops.mlstm.api import mlstm  # noqa: E402
+from pallas_kernels.ops.rwkv7.api import rwkv7  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
+from pallas_kernels.ops.slstm.api import slstm  # noqa: E402
 from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
 from pallas_kernels.platform import assume_platform  # noqa: E402
 
 MovedModules(MOVED).install()
 
-__all__ = ["assume_platform", "attention", "cache_write", "causal_conv1d", "grouped_dot", "selective_scan", "ssd"]
+__all__ = [
+    "assume_platform",
+    "attention",
+    "cache_write",
+    "causal_conv1d",
+    "gated_delta_product",
+    "gated_delta_rule",
+    "grouped_dot",
+    "linear_attention",
+    "linear_scan",
+    "mamba3",
+    "mlstm",
+    "rwkv7",
+    "selective_scan",
+    "slstm",
+    "ssd",
+]

@@ -33,3 +33,37 @@ def check_positive_int(name: str, value, minimum: int = 1) -> None:
         raise TypeError(f"{name} ({value!r}) is not a Python int")
     if value < minimum:
         raise ValueError(f"{name} ({value}) below its minimum ({minimum})")
+
+
+def check_heads(q_BTGN, k_BTGN, v_BTHP, names: tuple[str, str, str] = ("q_BTGN", "k_BTGN", "v_BTHP")) -> None:
+    """Raises ValueError or TypeError unless queries, keys and values of a recurrence fit together."""
+    q_name, k_name, v_name = names
+    check_shape(v_name, v_BTHP, (None,) * 4, "batch, tokens, heads, head width")
+    n_batch, n_tokens, n_heads = v_BTHP.shape[:3]
+    if n_tokens < 1:
+        raise ValueError(f"{v_name} has {n_tokens} tokens, at least 1 is needed")
+    check_shape(q_name, q_BTGN, (n_batch, n_tokens, None, None), f"batch, tokens of {v_name}, groups, key width")
+    check_shape(k_name, k_BTGN, q_BTGN.shape, f"shape of {q_name}")
+    n_groups = q_BTGN.shape[2]
+    if n_groups < 1 or n_heads % n_groups:
+        raise ValueError(f"heads of {v_name} ({n_heads}) not divisible by groups of {q_name} ({n_groups})")
+    for name, array in ((q_name, q_BTGN), (k_name, k_BTGN), (v_name, v_BTHP)):
+        check_float(name, array)
+
+
+def check_log_decays(name: str, g, shapes: tuple, legend: str) -> None:
+    """Raises ValueError or TypeError unless g is None or float32 or float64 of one of the shapes."""
+    if g is None:
+        return
+    fitting = [shape for shape in shapes if len(shape) == g.ndim]
+    check_shape(name, g, fitting[0] if fitting else shapes[0], legend)
+    check_float(name, g, minimum_bits=32)
+
+
+def check_state(name: str, state, expected: tuple, legend: str):
+    """The state in float32 at least, None if it is; raises ValueError or TypeError where it does not fit."""
+    if state is None:
+        return None
+    check_shape(name, state, expected, legend)
+    check_float(name, state)
+    return state.astype(jnp.promote_types(state.dtype, jnp.float32))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.segments import document_numbers, last_real_ids
+from pallas_kernels.varying import vary_alike
 
 
 class Documents(typing.NamedTuple):
@@ -82,6 +83,25 @@ def before(joined: Callable, start, own, context_axis: str):
     return _select(index == 0, start, total)
 
 
+def in_order(run: Callable, start, own: Documents | None, context_axis: str):
+    """The state that enters this device's tokens, where no map stands for them: the devices take turns.
+
+    run(state) gives the state behind this device's tokens; start: pytree of [B, ...] before the first device's. A
+    document that begins at a device's edge begins from zeros.
+    """
+    n, index = axis_size(context_axis), jax.lax.axis_index(context_axis)
+    cut_B = is_cut(before(join, nothing(own), own, context_axis), own)
+    run = jax.checkpoint(run, policy=jax.checkpoint_policies.nothing_saveable)
+
+    def turn(state, number):
+        left = _shift(run(state), 1, 0, n, context_axis)
+        entering = jax.tree.map(lambda array: keep_rows(~cut_B, array), left)
+        return _select(index == number + 1, entering, state), None
+
+    start = vary_alike((start, index))[0]
+    return jax.lax.scan(turn, start, jnp.arange(n - 1))[0]
+
+
 def from_last(array: jax.Array, context_axis: str) -> jax.Array:
     """The last device's array, on all of them."""
     is_last = jax.lax.axis_index(context_axis) == axis_size(context_axis) - 1
@@ -108,15 +128,29 @@ class StateMap(typing.NamedTuple):
     state: jax.Array  # [B, ...]
     documents: Documents | None
 
+    def through(self, state):
+        return self.decay * state
 
-def scan_from_entering(scan: Callable, args: tuple, own: StateMap, *, context_axis: str, **options):
+
+class LinearMap(typing.NamedTuple):
+    """The same where a matrix stands for the decay: state <- transition state + this state."""
+
+    decay: jax.Array  # [B, ..., N, N]
+    state: jax.Array  # [B, ..., N, P]
+    documents: Documents | None
+
+    def through(self, state):
+        return jnp.matmul(self.decay, state)
+
+
+def scan_from_entering(scan: Callable, args: tuple, own: StateMap | LinearMap, *, context_axis: str, **options):
     """`scan(*args, **options)` on this device's tokens, whose own map is given, from the state that enters them.
 
     options["initial_state"] (or None) and the final state that is returned are those of the whole rows.
     """
     initial = options["initial_state"]
     initial = jnp.zeros_like(own.state) if initial is None else initial.astype(own.state.dtype)
-    start = StateMap(jnp.ones_like(own.decay), initial, nothing(own.documents))
+    start = own._replace(decay=jnp.zeros_like(own.decay), state=initial, documents=nothing(own.documents))
     entering = before(_join_maps, start, own, context_axis)
     options["initial_state"] = keep_rows(~is_cut(entering.documents, own.documents), entering.state)
     out = scan(*args, **options)
@@ -125,10 +159,13 @@ def scan_from_entering(scan: Callable, args: tuple, own: StateMap, *, context_ax
     return out[0], from_last(out[1], context_axis)
 
 
-def _join_maps(earlier: StateMap, later: StateMap) -> StateMap:
-    decay = keep_rows(~is_cut(earlier.documents, later.documents), later.decay)
-    joined = join(earlier.documents, later.documents)
-    return StateMap(earlier.decay * decay, earlier.state * decay + later.state, joined)
+def _join_maps(earlier, later):
+    later = later._replace(decay=keep_rows(~is_cut(earlier.documents, later.documents), later.decay))
+    return later._replace(
+        decay=later.through(earlier.decay),
+        state=later.through(earlier.state) + later.state,
+        documents=join(earlier.documents, later.documents),
+    )
 
 
 def keep_rows(keep, array):

@@ -63,3 +63,17 @@ def _packed_row(layout: str, tokens: int, rng: np.random.Generator, edge: int) -
     is_start[starts] = 1
     is_start[0] = 1
     return np.cumsum(is_start).astype(np.int32)
+
+
+DECAYS = ("typical", "weak", "strong", "mixed")
+
+
+def make_log_decays(decay: str, shape: tuple, rng: np.random.Generator) -> np.ndarray:
+    """Log decays, float32 <= 0, drawn log-uniformly. Raises ValueError for an unknown name.
+
+    weak keeps almost everything, strong forgets almost everything each token, mixed is all between.
+    """
+    if decay not in DECAYS:
+        raise ValueError(f"decay ({decay!r}) not one of {', '.join(DECAYS)}")
+    low, high = {"weak": (1e-6, 1e-3), "strong": (5.0, 60.0), "mixed": (1e-6, 80.0)}.get(decay, (1e-3, 1.0))
+    return -np.exp(rng.uniform(np.log(low), np.log(high), shape)).astype(np.float32)

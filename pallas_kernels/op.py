@@ -66,8 +66,12 @@ class Op:
     tokens: tuple[str, ...] = ()  # inputs [batch, tokens, ...], as is the first result: token t sees none behind t
     has_segments: bool = False  # takes segment_ids
     padding_may_be_nan: bool = False  # not only any finite numbers may stand in padding
-    has_states: bool = False  # takes initial_state and return_final_state
+    states: tuple[str, ...] = ()  # inputs that continue rows; with return_final_state their ends are results 1, 2, ...
     hints: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # settings that change no result: some values
+
+    @property
+    def has_states(self) -> bool:
+        return bool(self.states)
 
     def cases_module(self) -> ModuleType:
         """The module of named shapes."""

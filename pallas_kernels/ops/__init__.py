@@ -9,7 +9,22 @@ from collections.abc import Callable
 
 from pallas_kernels.op import Op
 
-NAMES = ("attention", "cache_write", "causal_conv1d", "grouped_dot", "selective_scan", "ssd")
+NAMES = (
+    "attention",
+    "cache_write",
+    "causal_conv1d",
+    "gated_delta_product",
+    "gated_delta_rule",
+    "grouped_dot",
+    "linear_attention",
+    "linear_scan",
+    "mamba3",
+    "mlstm",
+    "rwkv7",
+    "selective_scan",
+    "slstm",
+    "ssd",
+)
 
 OPS: dict[str, Op] = {name: importlib.import_module("." + name, __name__).OP for name in NAMES}
 

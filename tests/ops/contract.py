@@ -213,9 +213,9 @@ def check_packed(subject: Subject) -> None:
         own = slice(number * half, (number + 1) * half)
         alone = _tokens(subject, {**inputs, "segment_ids": ids}, own)
         kept = [weights[0][:, own]]
-        if subject.op.has_states:
-            alone["initial_state"] = inputs["initial_state"] * (number == 0)
-            kept.append(weights[1] * (number == 1))
+        for name, weight in zip(subject.op.states, weights[1:], strict=True):
+            alone[name] = inputs[name] * (number == 0)
+            kept.append(weight * (number == 1))
         parts.append(subject.run(alone, kept))
     subject.check(packed, _joined(subject, *parts), what=" packed")
 
@@ -227,10 +227,10 @@ def _joined(subject: Subject, first: dict, second: dict) -> dict:
     for name in first:
         if name in by_token:
             joined[name] = np.concatenate([first[name], second[name]], axis=1)
-        elif name == "out1":
+        elif name.startswith("out"):
             joined[name] = second[name]
         else:
-            joined[name] = first[name] if name == "dinitial_state" else first[name] + second[name]
+            joined[name] = first[name] if name[1:] in subject.op.states else first[name] + second[name]
     return joined
 
 
@@ -248,10 +248,11 @@ def check_states(subject: Subject) -> None:
     inputs["segment_ids"] = ids
     weights = subject.weights(inputs)
     first, second = (_tokens(subject, inputs, part) for part in (slice(0, half), slice(half, None)))
-    state_dtype = inputs["initial_state"].dtype
-    state = subject.run(first, [weights[0][:, :half], weights[1]])["out1"]
-    later = subject.run({**second, "initial_state": state.astype(state_dtype)}, [weights[0][:, half:], weights[1]])
-    earlier = subject.run(first, [weights[0][:, :half], later["dinitial_state"].astype(np.float32)])
+    left = subject.run(first, [weights[0][:, :half], *weights[1:]])
+    states = {name: left[f"out{i}"].astype(inputs[name].dtype) for i, name in enumerate(subject.op.states, 1)}
+    later = subject.run({**second, **states}, [weights[0][:, half:], *weights[1:]])
+    handed = [later[f"d{name}"].astype(np.float32) for name in subject.op.states]
+    earlier = subject.run(first, [weights[0][:, :half], *handed])
     subject.check(subject.run(inputs, weights), _joined(subject, earlier, later), what=" in two calls")
 
 
@@ -273,9 +274,9 @@ def check_padding(subject: Subject) -> None:
             np.testing.assert_array_equal(value, clean[name], err_msg=f"{subject} {layout}: {name}")
         for name in ("out0", *(f"d{name}" for name in subject.op.tokens)):
             assert not clean[name][padded].any(), f"{subject} {layout}: {name}"
-        if subject.op.has_states:
-            empty = ~(~padded).any(axis=1)
-            np.testing.assert_array_equal(clean["out1"][empty], np.float64(inputs["initial_state"])[empty])
+        empty = ~(~padded).any(axis=1)
+        for i, name in enumerate(subject.op.states, 1):
+            np.testing.assert_array_equal(clean[f"out{i}"][empty], np.float64(inputs[name])[empty])
 
 
 def check_padding_cut_out(subject: Subject) -> None:
@@ -573,6 +574,8 @@ def check_forward_over_reverse(subject: Subject) -> None:
         assert error <= 1e-9, f"{subject}: d{name}: relative RMS {error:.1e}"
 
 
+# What every implementation is held to each time: they run the same two or three compiled programs.
+FIRST = (check_oracle, check_packed, check_states, check_padding, check_causal)
 # What interpreted kernels are held to by default; together they take few compilations.
 ESSENTIAL = (
     check_oracle,

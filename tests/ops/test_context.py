@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens split over 2, 4 and 8 devices: the ops equal the float64 reference on whole rows, gradients included."""
 
+import dataclasses
 import functools
 import re
 
@@ -30,6 +31,8 @@ TOKENS = {
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
 SPLIT = tuple(TOKENS)
+RECURRENCES = tuple(name for name, op in OPS.items() if op.states and op.context and name not in TOKENS)
+TOKENS |= {name: (*OPS[name].tokens, "segment_ids") for name in RECURRENCES}
 
 
 def mesh_of(n: int):
@@ -52,7 +55,7 @@ def split_over(op: str, n: int):
 
         specs = {k: P(None, "context") if k in TOKENS[op] else P() for k in given}
         out = P(None, "context")
-        out = (out, P()) if options.get("return_final_state") else out
+        out = (out, *(P() for _ in OPS[op].states)) if options.get("return_final_state") else out
         return jax.shard_map(local, mesh=mesh_of(n), in_specs=(specs,), out_specs=out, check_vma=False)(given)
 
     return run
@@ -131,6 +134,36 @@ def test_attention(layout, n):
     check("attention", inputs, n, implementation="xla", window=window)
 
 
+def small_case(op: str, **changes) -> tuple[dict, dict]:
+    """(inputs, settings) of the op's contract on other shapes."""
+    module = OPS[op].cases_module()
+    case = dataclasses.replace(module.CONTRACT["xla"], **changes)
+    return {n: a for n, a in module.make_inputs(case).items() if a is not None}, module.make_settings(case)
+
+
+@pytest.mark.parametrize(
+    ("op", "layout", "n"),
+    [
+        pytest.param(op, layout, n, marks=[pytest.mark.slow] * ((layout, n) != ("documents", 4)))
+        for op in RECURRENCES
+        for layout in ("dense", "documents")
+        for n in (2, 4, 8)
+    ],
+)
+def test_recurrences(op, layout, n):
+    inputs, settings = small_case(op, batch=4, tokens=64)
+    inputs |= {} if layout == "dense" else {"segment_ids": EDGES}
+    check(op, inputs, n, implementation="xla", **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", RECURRENCES)
+def test_recurrences_from_nothing(op):
+    """Without initial states, outputs alone."""
+    inputs, settings = small_case(op, batch=4, tokens=64, initial=False)
+    check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings | {"return_final_state": False})
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_float64(implementation):
     """No step of the exchange is less exact than the op."""
@@ -169,13 +202,13 @@ SMALL = {
     ),
     "causal_conv1d": (conv_cases.make_inputs(conv_cases.Case("drawn", 4, 24, 2, 5, "one", initial=True)), {}),
     "attention": (attention_cases.make_inputs(attention_cases.Case("drawn", 4, 24, 24, 2, 1, 4, layout="one")), {}),
-}
+} | {op: small_case(op, batch=4, tokens=24, layout="one") for op in RECURRENCES}
 
 
 @functools.cache
 def compiled(op: str, n: int):
     """Outputs and gradients, split over n devices or (n = 0) the reference, of arrays and ids given at run time."""
-    options = {} if op == "attention" else {"return_final_state": True}
+    options = SMALL[op][1] or ({} if op == "attention" else {"return_final_state": True})
     run = split_over(op, n) if n else ops.function(op)
 
     def loss(arrays, ids):
@@ -195,7 +228,7 @@ runs = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max
 @settings(max_examples=25)
 @given(rows=st.lists(runs, min_size=4, max_size=4))
 @pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("op", SPLIT)
+@pytest.mark.parametrize("op", [*SPLIT, *(pytest.param(op, marks=pytest.mark.slow) for op in RECURRENCES)])
 def test_drawn_documents(op, n, rows):
     ids = np.array([(np.repeat(*zip(*row)).tolist() * 24)[:24] for row in rows], np.int32)
     arrays = {k: v for k, v in SMALL[op][0].items() if v is not None and k != "segment_ids"}

@@ -10,6 +10,8 @@ from tests.ops import contract
 from tests.ops.interpreter import LIMITS, needs_gpu_interpreter
 
 PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
+WITH_KERNELS = [name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}] + ["selective_scan"]
+"""Ops whose plain implementations, beside which kernels stand, are held to everything each time."""
 
 
 def on_kernels(platform: str):
@@ -27,10 +29,19 @@ def on_kernels(platform: str):
     )  # fmt: skip
 
 
+def by_default(subject, check=None) -> bool:
+    return subject.name in WITH_KERNELS or check in contract.FIRST
+
+
 @pytest.mark.parametrize(
-    "check", (*contract.ESSENTIAL, *contract.REST, *contract.PLAIN), ids=lambda check: check.__name__
-)
-@pytest.mark.parametrize("subject", PLAIN, ids=str)
+    ("subject", "check"),
+    [
+        pytest.param(subject, check, marks=[pytest.mark.slow] * (not by_default(subject, check)),
+                     id=f"{subject}-{check.__name__}")
+        for subject in PLAIN
+        for check in (*contract.ESSENTIAL, *contract.REST, *contract.PLAIN)
+    ],
+)  # fmt: skip
 def test_plain(subject, check):
     check(subject)
 
@@ -46,7 +57,10 @@ def test_gpu_kernels_interpreted(subject, check):
     check(subject)
 
 
-@pytest.mark.parametrize("subject", PLAIN, ids=str)
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(subject, marks=[pytest.mark.slow] * (not by_default(subject)), id=str(subject)) for subject in PLAIN],
+)
 def test_an_implementation_that_errs_is_seen(subject):
     """Results off by 5%, gradients with them, fail the oracle's check."""
     off = lambda result: jax.tree.map(lambda array: array * 1.05, result)

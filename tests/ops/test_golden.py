@@ -1,99 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scans and the convolution against numbers of published float64 reference runs (named in each file's `meta`)."""
+"""The recurrences and the convolution against numbers of published float64 reference runs (in each file's `meta`)."""
 
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import causal_conv1d, selective_scan, ssd
-from pallas_kernels.compat import enable_x64
+from pallas_kernels import published, vectors
+from pallas_kernels.ops import OPS
 from tests.ops.support import QUICK
 from tests.tolerances import check_close
 
-pytestmark = pytest.mark.quick
 FOLDER = Path(__file__).parent.parent / "golden_ops"
-IMPLEMENTATIONS = ("reference", "xla")
+FILES = sorted(FOLDER.glob("*.npz"))
+COUNTS = {
+    "based": 2, "causal_conv1d": 5, "delta_rule": 3, "gated_delta_product": 2, "gated_delta_rule": 7, "gla": 5,
+    "hgrn": 4, "hgrn2": 2, "hyena": 3, "kda": 8, "mamba3_block": 3, "mamba3_mimo": 5, "mamba3_siso": 6, "mingru": 3,
+    "minlstm": 3, "mlstm": 4, "retention": 2, "rg_lru": 4, "rwkv6": 3, "rwkv7": 4, "selective_scan": 5,
+    "simple_gla": 3, "slstm": 3, "ssd": 6, "titans": 4,
+}  # fmt: skip
+"""Files of each op."""
+
+BY_DEFAULT = (
+    "based-t17-norm", "causal_conv1d-", "gated_delta_product-n2-t17", "gated_delta_rule-t17-l2norm-gva",
+    "gated_delta_rule-t17-rawgates", "gla-t17-packed", "hgrn-t17-packed", "hgrn2-t17", "kda-t17-rawgates-lowerbound",
+    "kda-t70-strongdecay", "mamba3_block-siso-heavytail", "mamba3_mimo-r2-t17-fusednorm-half",
+    "mamba3_siso-t17-packed", "mingru-t17-plain", "minlstm-t17-plain", "mlstm-t17-state", "retention-t17",
+    "rg_lru-t70-resets", "rwkv6-t17", "rwkv7-t17-packed", "selective_scan-", "slstm-t17-state", "ssd-",
+)  # fmt: skip
+"""How the names of files begin that are compared each time; the others are slow."""
 
 
-def load(path):
-    data = np.load(path)
-    parts = {prefix: {k[len(prefix) :]: data[k] for k in data.files if k.startswith(prefix)}
-             for prefix in ("in_", "out_", "w_", "grad_")}  # fmt: skip
-    return parts, json.loads(str(data["meta"]))["options"]
+def of_served(paths):
+    """Of ops that are here; slow ones marked."""
+    served = [path for path in paths if path.stem.partition("-")[0] in published.FUNCTIONS]
+    marks = lambda path: [pytest.mark.quick if path.stem.startswith(BY_DEFAULT) else pytest.mark.slow]
+    return [pytest.param(path, marks=marks(path), id=path.stem) for path in served]
 
 
-def end_state_with_its_document(parts):
-    """The file's convolution state is the row's last inputs of whatever document, ours only those of the last one."""
-    ids = parts["in_"]["segment_ids"]
-    n_before = parts["out_"]["final_state"].shape[1]
-    foreign = ids[:, -n_before:] != ids[:, -1:]
-    assert foreign.any()
-    parts["out_"]["final_state"][foreign] = 0
-    parts["grad_"]["x"][:, -n_before:][foreign] -= parts["w_"]["final_state"][foreign]
-
-
-def call_ssd(a, fixed, options, implementation):
-    dt = a["dt"]
-    if options.get("dt_softplus"):
-        dt = jax.nn.softplus(dt + a["dt_bias"][None, None])
-    y, state = ssd(a["x"], dt, a["A"], a["B"], a["C"], D=a["D"], segment_ids=fixed.get("segment_ids"),
-                   initial_state=a.get("initial_state"), return_final_state=True, chunk=16,
-                   implementation=implementation)  # fmt: skip
-    return {"y": y * jax.nn.silu(a["z"]) if "z" in a else y, "final_state": state}
-
-
-def call_selective_scan(a, fixed, options, implementation):
-    dt = a["delta"]
-    if options["delta_softplus"]:
-        dt = jax.nn.softplus(dt + a["delta_bias"][None, None])
-    y, state = selective_scan(a["u"], dt, a["A"], a["B"], a["C"], D=a.get("D"), segment_ids=fixed.get("segment_ids"),
-                              initial_state=a.get("initial_state"), return_final_state=True, chunk=16,
-                              implementation=implementation)  # fmt: skip
-    return {"y": y * jax.nn.silu(a["z"]) if "z" in a else y, "final_state": state}
-
-
-def call_causal_conv1d(a, fixed, options, implementation):
-    y, state = causal_conv1d(a["x"], a["weight"], a["bias"], activation=options["activation"],
-                             segment_ids=fixed.get("segment_ids"), initial_state=a.get("initial_state"),
-                             return_final_state=True, implementation=implementation)  # fmt: skip
-    return {"y": y, "final_state": state}
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.npz")), ids=lambda path: path.stem)
-def test_golden(path, implementation):
-    parts, options = load(path)
-    if path.stem == "causal_conv1d-t17-segments":
-        end_state_with_its_document(parts)
-    functions = {"ssd": call_ssd, "selective_scan": call_selective_scan, "causal_conv1d": call_causal_conv1d}
-    function = functions[path.stem.split("-")[0]]
-    # The files count documents from 0, which is padding here.
-    fixed = {k: v.astype(np.int32) + 1 for k, v in parts["in_"].items() if v.dtype.kind == "i"}
-    arrays = {k: v for k, v in parts["in_"].items() if v.dtype.kind == "f"}
-    with enable_x64(implementation == "reference"):
-        wide = np.float64 if implementation == "reference" else np.float32
-        arrays, fixed = jax.tree.map(lambda v: jnp.asarray(v, wide), arrays), jax.tree.map(jnp.asarray, fixed)
-        out, grads = run(function, arrays, fixed, options, implementation, parts["w_"])
-    for name, expected in parts["out_"].items():
-        check_close(out[name], expected, dtype="float32", what=f"{path.stem} {name}")
-    for name, expected in parts["grad_"].items():
-        check_close(grads[name], expected, dtype="float32", what=f"{path.stem} d{name}")
-
-
-def run(function, arrays, fixed, options, implementation, weights):
-    def loss(arrays):
-        out = function(arrays, fixed, options, implementation)
-        return sum(jnp.sum(out[name] * weight) for name, weight in weights.items()), out
-
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(arrays)
-    return jax.tree.map(np.asarray, (out, grads))
+@pytest.mark.parametrize(("implementation", "dtype"), [("reference", "float64"), ("xla", "float32")])
+@pytest.mark.parametrize("path", of_served(FILES))
+def test_golden(path, implementation, dtype):
+    name, out, grads, parts = vectors.evaluate(path, implementation, dtype, QUICK)
+    if name in published.LOOSE and dtype == "float32":
+        found = vectors.errors(out, grads, parts)
+        for kind, limit in zip(found, vectors.tolerances(name, dtype), strict=True):
+            assert max(found[kind].values()) <= limit, found[kind]
+        return
+    for key, expected in parts["out_"].items():
+        check_close(out[key], expected, dtype="float32", what=f"{path.stem} {key}")
+    for key, expected in parts["grad_"].items():
+        check_close(grads[key], expected, dtype="float32", what=f"{path.stem} d{key}")
 
 
 def test_every_golden_file_is_here():
-    assert len(list(FOLDER.glob("ssd-*.npz"))) == 6
-    assert len(list(FOLDER.glob("selective_scan-*.npz"))) == 5
-    assert len(list(FOLDER.glob("causal_conv1d-*.npz"))) == 5
+    names = [path.stem.partition("-")[0] for path in FILES]
+    assert {name: names.count(name) for name in COUNTS} == COUNTS
+    assert published.FUNCTIONS.keys() <= COUNTS.keys()
+    assert all(any(path.stem.startswith(start) for path in FILES) for start in BY_DEFAULT)
+
+
+# The command.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "hgrn-t17.npz").symlink_to(FOLDER / "hgrn-t17.npz")
+    return tmp_path
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Replaces arrays of a file."""
+    with np.load(FOLDER / "hgrn-t17.npz") as file:
+        data = {key: file[key] for key in file.files}
+    np.savez(path, **{**data, **changes})
+
+
+def test_the_command_passes_and_says_what_it_does_not_know(folder, capsys):
+    meta = json.dumps({"op": "hgrn9", "options": {}})
+    np.savez(folder / "hgrn9-new.npz", meta=np.array(meta))
+    assert vectors.main([str(folder)]) == 0
+    first, second, total = capsys.readouterr().out.splitlines()
+    assert first.startswith("hgrn-t17 ") and " ok " in first and "outputs" in first and "gradients" in first
+    assert second.split(maxsplit=1)[1] == "not compared: op ('hgrn9') is not one of pallas_kernels.published"
+    assert total == "1 of 2 files within tolerance, 0 not, 1 not compared"
+
+
+@pytest.mark.parametrize("tensor", ["out_o", "out_final_state", "grad_x", "grad_g", "grad_initial_state"])
+def test_the_command_fails_for_one_wrong_number(folder, tensor, capsys):
+    with np.load(FOLDER / "hgrn-t17.npz") as file:
+        wrong = file[tensor].copy()
+    wrong.flat[np.argmax(np.abs(wrong))] *= 1.001
+    rewrite(folder / "hgrn-wrong.npz", **{tensor: wrong})
+    assert vectors.main([str(folder), "--implementation", "reference"]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("hgrn-wrong "))
+    name = tensor.removeprefix("out_").replace("grad_", "d")
+    assert "FAIL" in line and f"({name})" in line
+
+
+def test_the_command_goes_on_after_files_that_cannot_be_read(folder, capsys):
+    (folder / "broken.npz").write_bytes(b"no archive")
+    rewrite(folder / "shape.npz", in_g=np.zeros((2, 3, 16), np.float32))
+    rewrite(folder / "other.npz", out_more=np.zeros(3, np.float32))
+    assert vectors.main([str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["broken", "FAIL"], ["hgrn-t17", "ok"], ["other", "FAIL"], ["shape", "FAIL"],
+    ]  # fmt: skip
+    assert "outputs (more) of the file are not of the op" in lines[2] and "g_BTD has shape [2, 3, 16]" in lines[3]
+    assert lines[4] == "1 of 4 files within tolerance, 3 not, 0 not compared"
+
+
+def test_a_folder_without_files_ends_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        vectors.main([str(tmp_path)])
+    assert "has no files *.npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        vectors.main([str(tmp_path / "nowhere")])
+
+
+def test_published_functions_call_ops_that_are_here():
+    """Every recurrence is compared with published numbers under one name at least."""
+    source = Path(published.__file__).read_text()
+    recurrences = {name for name, op in OPS.items() if op.states}
+    assert recurrences <= {name for name in OPS if f"ops.{name}(" in source}

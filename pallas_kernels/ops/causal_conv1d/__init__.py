@@ -13,7 +13,7 @@ OP = Op(
     tokens=("x",),
     has_segments=True,
     padding_may_be_nan=True,
-    has_states=True,
+    states=("initial_state",),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.causal_conv1d.reference:causal_conv1d_reference", forward_mode=True

@@ -13,7 +13,7 @@ OP = Op(
     tokens=("x", "dt", "B", "C"),
     has_segments=True,
     padding_may_be_nan=True,
-    has_states=True,
+    states=("initial_state",),
     hints={"chunk": (1, 7, 1000)},
     implementations={
         "reference": Implementation(

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recurrence of `gated_delta_product`, token by token: the oracle of the others (float64 if the inputs are)."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.by_token import scan_tokens
+
+
+def gated_delta_product_reference(
+    q_BTGN,
+    k_BTRGN,
+    v_BTRHP,
+    beta_BTRH,
+    g,
+    *,
+    normalize,
+    scale,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
+):
+    """See `pallas_kernels.gated_delta_product`; `chunk` has no meaning here."""
+    del chunk
+    dtype = jnp.result_type(q_BTGN, k_BTRGN, v_BTRHP, beta_BTRH, jnp.float32)
+    n_batch, _, n_updates, n_heads, d_head = v_BTRHP.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((n_batch, n_heads, k_BTRGN.shape[-1], d_head), dtype)
+    g = jnp.zeros_like(beta_BTRH[:, :, 0]) if g is None else g
+    g = g[..., None] if g.ndim == 3 else g
+
+    def heads(array_BGN):
+        """Of each head: of unit length, if asked for."""
+        if normalize:
+            array_BGN = array_BGN / jnp.sqrt(jnp.sum(array_BGN**2, axis=-1, keepdims=True) + 1e-6)
+        return jnp.repeat(array_BGN, n_heads // array_BGN.shape[1], axis=1)
+
+    def step(state_BHNP, token):
+        q_BGN, k_BRGN, v_BRHP, beta_BRH, g_BHN = token
+        state_BHNP = jnp.exp(g_BHN)[..., None] * state_BHNP
+        for r in range(n_updates):
+            k_BHN = heads(k_BRGN[:, r])
+            error_BHP = v_BRHP[:, r] - jnp.einsum("bhnp,bhn->bhp", state_BHNP, k_BHN)
+            state_BHNP += jnp.einsum("bhn,bhp->bhnp", k_BHN, beta_BRH[:, r, :, None] * error_BHP)
+        return state_BHNP, jnp.einsum("bhnp,bhn->bhp", state_BHNP, scale * heads(q_BGN))
+
+    tokens = tuple(array.astype(dtype) for array in (q_BTGN, k_BTRGN, v_BTRHP, beta_BTRH, g))
+    y_BTHP, final_state_BHNP = scan_tokens(step, initial_state.astype(dtype), tokens, segment_ids)
+    y_BTHP = y_BTHP.astype(v_BTRHP.dtype)
+    return (y_BTHP, final_state_BHNP) if return_final_state else y_BTHP

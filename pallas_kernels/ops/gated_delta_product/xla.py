@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gated_delta_product` as `gated_delta_rule` on R times the tokens: decay at a token's first, read at its last."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.ops.gated_delta_rule.xla import gated_delta_rule_xla
+
+
+def gated_delta_product_xla(
+    q_BTGN,
+    k_BTRGN,
+    v_BTRHP,
+    beta_BTRH,
+    g,
+    *,
+    segment_ids=None,
+    return_final_state=False,
+    **options,
+):
+    """See `pallas_kernels.gated_delta_product`."""
+    n_batch, n_tokens, n_updates = v_BTRHP.shape[:3]
+
+    def flat(array_BTR):
+        return array_BTR.reshape(n_batch, n_tokens * n_updates, *array_BTR.shape[3:])
+
+    def spread(array_BT, place: int):
+        """At one of a token's updates, zeros at the others."""
+        around = ((0, 0), (0, 0), (place, n_updates - 1 - place), *((0, 0) for _ in array_BT.shape[2:]))
+        return flat(jnp.pad(array_BT[:, :, None], around))
+
+    y, final_state_BHNP = gated_delta_rule_xla(
+        spread(q_BTGN, n_updates - 1),
+        flat(k_BTRGN),
+        flat(v_BTRHP),
+        flat(beta_BTRH),
+        None if g is None else spread(g, 0),
+        segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, n_updates, axis=1),
+        return_final_state=True,
+        **options,
+    )
+    y_BTHP = y.reshape(n_batch, n_tokens, n_updates, *y.shape[2:])[:, :, -1]
+    return (y_BTHP, final_state_BHNP) if return_final_state else y_BTHP

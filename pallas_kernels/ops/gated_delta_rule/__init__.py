@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pallas_kernels.gated_delta_rule`."""
+
+from pallas_kernels.op import Implementation, Op
+
+OP = Op(
+    name="gated_delta_rule",
+    cases="pallas_kernels.ops.gated_delta_rule.cases",
+    context="pallas_kernels.ops.gated_delta_rule.context:gated_delta_rule_context",
+    positional=("q", "k", "v", "beta", "g"),
+    integers=("segment_ids",),
+    rows=("q", "k", "v", "beta", "g", "initial_state"),
+    tokens=("q", "k", "v", "beta", "g"),
+    has_segments=True,
+    padding_may_be_nan=True,
+    states=("initial_state",),
+    hints={"chunk": (1, 7, 1000)},
+    implementations={
+        "reference": Implementation(
+            "pallas_kernels.ops.gated_delta_rule.reference:gated_delta_rule_reference", forward_mode=True
+        ),
+        "xla": Implementation("pallas_kernels.ops.gated_delta_rule.xla:gated_delta_rule_xla", forward_mode=True),
+    },
+)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mamba3` in chunks of matrix products: any backend, memory linear in T (see `pallas_kernels.chunks`).
+
+A token's product of value and key enters the state twice: with `now` at the token, and with `lag` of the next one, then
+decayed as all before it. Behind the next token the two are one weight, `now_j + lag_(j+1)`; at the token itself it is
+`now_j`. So a chunk is that of `ssd`, but for its diagonal. A state handed from chunk to chunk has the next token's
+share in it already; one that leaves a slab has not, and is the recurrence's own.
+
+With rank R a token has R queries and keys, which stand side by side in the products.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import chunks
+from pallas_kernels.by_token import rows_where, tokens_where
+from pallas_kernels.ops.mamba3 import parts
+from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
+
+
+def mamba3_xla(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, *, z, segment_ids=None,
+               return_final_state=False, chunk=None, **more):  # fmt: skip
+    """See `pallas_kernels.mamba3`. Without MIMO the rank R is 1, and its weights None."""
+    tokens = (q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, z)
+    states = [more.pop(name) for name in STATES]
+    dtype = accumulation_dtype(tokens)
+    if states[0] is None:
+        states = empty_states(q_BTRGN, k_BTRGN, v_BTHP, angles_BTHS)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(adt_BTH[:, :, 0], jnp.int32)
+    chunk = chunks.chunk_size(chunk, v_BTHP.shape[1])
+    slab = functools.partial(_slab, dtype=dtype, chunk=chunk, **more)
+    states = tuple(state.astype(dtype) for state in states)
+    y_BTHP, states = chunks.scan_slabs(slab, tokens, segment_ids, states, chunk)
+    return (y_BTHP, *states) if return_final_state else y_BTHP
+
+
+def _slab(tokens, marks: chunks.Marks, states, *, q_bias, k_bias, D, mimo_v, rotary_pairs, dtype, chunk,
+          **more):  # fmt: skip
+    """(y, leaving states) of one slab."""
+    y_dtype, n_heads = tokens[2].dtype, tokens[2].shape[2]
+    q, k, v, adt_BTH, dt_BTH, trap_BTH, angles, z = (a if a is None else a.astype(dtype) for a in tokens)
+    angle_BHS, ssm_BHPN, k_state_BHRN, v_state_BHRP = states
+    turns_BTHS = dt_BTH[..., None] * jnp.pi * jnp.tanh(angles)
+    angle_BTHS = _angles(turns_BTHS, angle_BHS, marks)
+
+    def turned(array_BTRGN, bias_HRN):
+        array_BTRHN = jnp.repeat(array_BTRGN, n_heads // array_BTRGN.shape[3], axis=3)
+        array_BTHRN = array_BTRHN.swapaxes(2, 3)
+        array_BTHRN = array_BTHRN if bias_HRN is None else array_BTHRN + bias_HRN.astype(dtype)[None, None]
+        return parts.rotate(array_BTHRN, angle_BTHS[:, :, :, None], rotary_pairs)
+
+    q_BTHRN, k_BTHRN = turned(q, q_bias), turned(k, k_bias)
+    v_BTHRP = v[:, :, :, None] if mimo_v is None else v[:, :, :, None] * mimo_v.astype(dtype)[None, None]
+    now_BTH, lag_BTH = (share * dt_BTH for share in (jax.nn.sigmoid(trap_BTH), jax.nn.sigmoid(-trap_BTH)))
+    next_lag_BTH, first_lag_BH = _lags(lag_BTH, marks)
+    entering = jnp.einsum("bhrp,bhrn->bhnp", v_state_BHRP, k_state_BHRN) * first_lag_BH[..., None, None]
+    entering += ssm_BHPN.swapaxes(-1, -2)
+    weights = (adt_BTH, now_BTH, now_BTH + next_lag_BTH)
+    y_BTHRP, left = _read(q_BTHRN, k_BTHRN, v_BTHRP, weights, marks, entering, chunk)
+    if D is not None:
+        y_BTHRP += D.astype(dtype)[None, None, :, None, None] * v_BTHRP
+    y_BTHP = parts.output(y_BTHRP, z, **more).astype(y_dtype)
+    last = (_last(array, state, marks) for array, state in ((angle_BTHS, angle_BHS), (k_BTHRN, k_state_BHRN),
+                                                            (v_BTHRP, v_state_BHRP)))  # fmt: skip
+    angle_BHS, k_BHRN, v_BHRP = last
+    return y_BTHP, (angle_BHS, left.swapaxes(-1, -2), k_BHRN, v_BHRP)
+
+
+def _read(q_BTHRN, k_BTHRN, v_BTHRP, weights, marks: chunks.Marks, state_BHNP, chunk: int):
+    """(y of each rank, leaving state): keys and values written with weights, read by queries."""
+    n_rank = k_BTHRN.shape[3]
+    cut = lambda array: chunks.cut(array, chunk)  # [B, C, H, Q, ...]
+    flat = lambda array: array.reshape(*array.shape[:3], chunk * n_rank, array.shape[-1])
+    by_rank = lambda array_BCHQ1: jnp.repeat(array_BCHQ1, n_rank, axis=-2)
+    q, k, v = (flat(cut(array)) for array in (q_BTHRN, k_BTHRN, v_BTHRP))
+    adt, now, weight = (cut(array) for array in weights)
+    decays = chunks.decays_of(adt[..., None], chunks.seen_of(marks, chunk))
+    is_own = jnp.expand_dims(jnp.eye(chunk, dtype=bool), (0, 1, 2))
+    pairs = jnp.where(is_own, now[..., None, :], chunks.weights(decays) * weight[..., None, :])
+    pairs = jnp.repeat(jnp.repeat(pairs, n_rank, axis=-2), n_rank, axis=-1)
+    written = chunks.dot_tokens(k * by_rank(decays.after_BCHQZ * weight[..., None]), v)
+
+    def step(state_BHNP, chunk):
+        written, through_BH1 = chunk
+        return through_BH1[..., None] * state_BHNP + written, state_BHNP
+
+    entering, state_BHNP = chunks.carry(step, state_BHNP, (written, decays.through_BCHZ))
+    y = chunks.dot(chunks.dot(q, jnp.swapaxes(k, -1, -2)) * pairs, v)
+    y += chunks.dot(q * by_rank(decays.upto_BCHQZ), entering)
+    return chunks.uncut(y.reshape(*y.shape[:3], chunk, n_rank, y.shape[-1])), state_BHNP
+
+
+def _angles(turns_BTHS, entering_BHS, marks: chunks.Marks):
+    """Turns added up from each document's start, wrapped at each sum so that long rows lose nothing."""
+    starts_BT11 = (marks.document_BT != marks.entering_BT)[..., None, None]
+
+    def join(earlier, later):
+        return earlier[0] | later[0], parts.wrapped(jnp.where(later[0], later[1], earlier[1] + later[1]))
+
+    _, sums_BTHS = jax.lax.associative_scan(join, (starts_BT11, turns_BTHS), axis=1)
+    is_entering_BT = marks.document_BT == marks.entering_BT[:, :1]
+    return parts.wrapped(sums_BTHS + tokens_where(is_entering_BT, entering_BHS[:, None]))
+
+
+def _lags(lag_BTH, marks: chunks.Marks):
+    """(lag of the next real token of the same document, that of the first one if its document enters); else 0."""
+    n_tokens = lag_BTH.shape[1]
+    place_BT = jnp.where(marks.real_BT, jnp.arange(n_tokens)[None], n_tokens)
+    at_or_after_BT = jax.lax.cummin(place_BT, axis=1, reverse=True)
+    next_BT = jnp.pad(at_or_after_BT[:, 1:], ((0, 0), (0, 1)), constant_values=n_tokens)
+
+    def at(places_BT, document_BT):
+        inside_BT = jnp.minimum(places_BT, n_tokens - 1)
+        found_BT = jnp.take_along_axis(marks.document_BT, inside_BT, axis=1) == document_BT
+        lag = jnp.take_along_axis(lag_BTH, inside_BT[..., None], axis=1)
+        return tokens_where(found_BT & (places_BT < n_tokens), lag)
+
+    return at(next_BT, marks.document_BT), at(at_or_after_BT[:, :1], marks.entering_BT[:, :1])[:, 0]
+
+
+def _last(array_BT, state_B, marks: chunks.Marks):
+    """Of the last real token, of the state where there is none."""
+    n_tokens = array_BT.shape[1]
+    place_B = jnp.max(jnp.where(marks.real_BT, jnp.arange(n_tokens)[None], -1), axis=1)
+    index = jnp.maximum(place_B, 0).reshape(-1, *(1,) * (array_BT.ndim - 1))
+    return rows_where(place_B >= 0, jnp.take_along_axis(array_BT, index, axis=1)[:, 0], state_B)
