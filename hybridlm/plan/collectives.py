@@ -6,7 +6,6 @@ Bytes are of one device and a whole step: the result of a gather, the operand of
 loops around it. They say what is asked for, not how long it takes.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,9 +15,15 @@ import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 PRIMITIVES = {
-    "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce", "psum_invariant": "all-reduce",
-    "pmax": "all-reduce", "pmin": "all-reduce", "all_to_all": "all-to-all", "ppermute": "collective-permute",
-}  # fmt: skip
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "all_to_all": "all-to-all",
+    "ppermute": "collective-permute",
+}
 """Primitives of JAX, by their names in traced programs, and what they become."""
 
 
@@ -108,8 +113,9 @@ def _equations(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[tuple]:
         times = runs * eqn.params["length"] if name == "scan" else runs
         inner = list(_inside(eqn.params.values()))
         if name == "cond":  # one of them runs: that with the most to exchange
-            weigh = lambda branch: sum(c.runs * c.bytes for c in _of_jaxpr(branch, 1, here))
-            inner = [max(inner, key=weigh)]
+            inner = [
+                max(inner, key=lambda branch, here=here: sum(c.runs * c.bytes for c in _of_jaxpr(branch, 1, here)))
+            ]
         for jaxpr_inside in inner:
             yield from _equations(jaxpr_inside, times, here)
 

@@ -124,8 +124,8 @@ def _trips(program: Program, loop: Instruction) -> int | None:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """What the program exchanges. An all-reduce of which each device keeps its shard counts as reduce-scatter; the steps
-    of one that goes on behind other work count once."""
+    """What the program exchanges. An all-reduce of which each device keeps its shard counts as reduce-scatter; one that
+    goes on behind other work counts once."""
     return [found for name in program.computations for found in _collectives(program, name)]
 
 
