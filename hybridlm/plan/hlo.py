@@ -152,7 +152,7 @@ def _collectives(program: Program, name: str) -> Iterator[Collective]:
 def _axes(instruction: Instruction) -> str:
     named = re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", instruction.rest)
     if named:
-        return named[1].replace('"', "").replace(",", "*").replace(" ", "")
+        return "*".join(re.findall(r"\w+", named[1]))
     groups = re.search(r"replica_groups=(\[[^ ]*?\](?:<=\[[^\]]*\])?(?:T\([^)]*\))?|\{\{[^}]*\})", instruction.rest)
     return groups[1][:40] if groups else "?"
 
@@ -164,7 +164,7 @@ def _group_size(instruction: Instruction) -> int:
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.rest):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest):
-        sizes = dict(re.findall(r'"?(\w+)"?=(\d+)', found[1]))
+        sizes = dict(re.findall(r"(\w+)'?=(\d+)", found[1]))
         count = 1
         for axis in re.findall(r"\w+", found[2]):
             count *= int(sizes.get(axis, 1))
