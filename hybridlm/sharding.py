@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from pallas_kernels.platform import platform_of
 RULES = {
     "batch": ("slice", "data", "fsdp", "expert"),
     "tokens": ("context",),
+    "stream": ("context", "tensor"),  # tokens between sublayers, where every token is by itself
     "vocab": ("tensor",),
     "d_model": ("fsdp",),  # of parameters; activations keep their width whole
     "heads": ("tensor",),
@@ -36,6 +37,8 @@ RULES = {
 """Logical axis -> mesh axes. An axis without an entry is never split."""
 REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
 """Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
+STREAM = ("batch", "stream", None)
+"""Logical axes of the residual stream [B, T, D]."""
 MESH_AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
 """The mesh's axes, outermost first, as RULES names them first: neighbours along the last are nearest to each other.
 
@@ -177,6 +180,20 @@ def axis_size(name: str) -> int:
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
+def split_axes(name: str | None, size: int) -> tuple[str, ...]:
+    """Mesh axes that split a dim of this logical axis and size; () without a mesh, or where they do not divide it.
+
+    The stream is split by as many of its axes, outermost first, as divide it.
+    """
+    mesh = _current_mesh()
+    return () if mesh is None else _dividing(name, size, mesh)
+
+
+def is_split() -> bool:
+    """Whether a mesh is set that splits anything here."""
+    return _current_mesh() is not None
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` pinned to the sharding of its logical axes; axes that do not divide stay whole. Without a mesh: `x`."""
     mesh = _current_mesh()
@@ -246,8 +263,8 @@ def per_device(
                 indivisible.update(mesh_axes)
 
     def spec(names):
-        split = (_mesh_axes(name, mesh) for name in names)
-        return P(*(axes if axes and not indivisible & set(axes) else None for axes in split))
+        split = (tuple(a for a in _mesh_axes(name, mesh) if a not in indivisible) for name in names)
+        return P(*(axes or None for axes in split))
 
     out_specs = tuple(spec(names) for names in out_axes) if isinstance(out_axes, list) else spec(out_axes)
     in_specs = tuple(
@@ -273,6 +290,83 @@ def per_slice(fn: Callable, whole, rows):
     return jax.shard_map(of_slice, **specs, axis_names={"slice"}, check_vma=False)(whole, rows)
 
 
+def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> jax.Array | tuple:
+    """`fn(*arrays)`, run by every device on its shards, which fn exchanges itself: by `gather`, `scatter` and `add`.
+
+    axes: the logical axes of each array; outs: (logical axes, shape) of the result, or a list of those. Dims that do
+    not divide are whole on every device, as with `constrain`. Without a mesh: `fn(*arrays)`.
+    """
+    mesh = _current_mesh()
+    if mesh is None:
+        return fn(*arrays)
+    in_specs = tuple(_divisible_spec(names, array.shape, mesh) for array, names in zip(arrays, axes, strict=True))
+    spec = lambda out: _divisible_spec(*out, mesh)
+    out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, weight_axes: Sequence[tuple], out_axes):
+    """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
+
+    out_axes: of the result (a tuple of names) or of the results (a list). What the names ask for is exchanged once for
+    all products, in the type of the arrays:
+    - weights are gathered over the axes that split d_model, and their gradients scattered over them;
+    - tokens of the stream are gathered where the results have whole `tokens`, and their gradient scattered;
+    - sums over what `tensor` splits of x are scattered over the tokens where the result is the stream.
+    """
+    mesh = _current_mesh()
+    if mesh is None:
+        return fn(x, *weights)
+    several = isinstance(out_axes, list)
+    results = jax.eval_shape(fn, x, *weights)
+    names = out_axes if several else [out_axes]
+    stream, tokens = (_dividing(name, x.shape[1], mesh) for name in ("stream", "tokens"))
+    over_tokens = tuple(axis for axis in stream if axis not in tokens)
+    entering = over_tokens if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
+    summed = tuple(a for name, n in zip(x_axes[2:], x.shape[2:], strict=True) for a in _dividing(name, n, mesh))
+    if x_axes[1] == "tokens" and not summed:
+        names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
+
+    sharded = [
+        [(dim, _dividing(name, w.shape[dim], mesh)) for dim, name in enumerate(axes) if name == "d_model"]
+        for w, axes in zip(weights, weight_axes, strict=True)
+    ]
+
+    def run(x, *weights):
+        x = gather(x, entering, 1)
+        whole = [reduce(lambda w, at: gather(w, at[1], at[0]), dims, w) for w, dims in zip(weights, sharded)]
+        result = fn(x, *whole)
+        if not summed:
+            return tuple(result) if several else result
+        return scatter(result, summed, 1) if set(summed) == set(over_tokens) else add(result, summed)
+
+    shapes = [result.shape for result in (results if several else [results])]
+    outs = list(zip(names, shapes, strict=True))
+    return manual(run, [x, *weights], [x_axes, *weight_axes], outs if several else outs[0])
+
+
+def gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    """Inside `manual`: shards of a dim put together over mesh axes, outermost first; the gradient is scattered."""
+    axes = _wide(axes)
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+
+def scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    """Inside `manual`: sums over mesh axes of which each device keeps its shard of a dim."""
+    axes = _wide(axes)
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+
+
+def add(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Inside `manual`: sums over mesh axes."""
+    axes = _wide(axes)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _wide(axes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+
+
 def _current_mesh():
     """The mesh that is set, where it can split something here: more than one device, and not inside a shard_map but
     that of per_slice."""
@@ -291,5 +385,12 @@ def _mesh_axes(name: str | None, mesh) -> tuple[str, ...]:
 
 
 def _divisible_spec(axes, shape, mesh) -> P:
-    split = [(_mesh_axes(name, mesh), size) for name, size in zip(axes, shape, strict=True)]
-    return P(*(ax if ax and size % math.prod(mesh.shape[a] for a in ax) == 0 else None for ax, size in split))
+    return P(*(_dividing(name, size, mesh) or None for name, size in zip(axes, shape, strict=True)))
+
+
+def _dividing(name: str | None, size: int, mesh) -> tuple[str, ...]:
+    """See `split_axes`."""
+    axes = _mesh_axes(name, mesh)
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1] if name == "stream" else ()
+    return axes

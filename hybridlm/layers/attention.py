@@ -228,8 +228,9 @@ class AttentionMixer(nnx.Module):
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
         x_BTD = x_BTD.astype(self.dtype)
-        pairs = ((self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v))
-        q, k, v = (params.project(x_BTD, weight, bias) for weight, bias in pairs)
+        pairs = [(self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v)]
+        pairs += [] if self.w_gate is None else [(self.w_gate, None)]
+        q, k, v, *gate = params.projections(x_BTD, *pairs)
         if added is not None:
             q, k, v = (a + more for a, more in zip((q, k, v), added, strict=True))
         k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier
@@ -239,9 +240,7 @@ class AttentionMixer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope is not None:
             q, k = rotate(q, positions_BT, self.config.rope), rotate(k, positions_BT, self.config.rope)
-        gate = None
-        if self.w_gate is not None:
-            gate = checkpoint_name(params.project(x_BTD, self.w_gate), "attention_gate")
+        gate = checkpoint_name(gate[0], "attention_gate") if gate else None
         q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
         return q, k, v, gate
 
@@ -255,8 +254,7 @@ class AttentionMixer(nnx.Module):
     @jax.named_scope("output")
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
-        out_BTD = jnp.tensordot(y_BTHP, params.use(self.w_o, y_BTHP.dtype), 2)
-        return out_BTD if self.b_o is None else out_BTD + params.use(self.b_o, out_BTD.dtype)[None, None]
+        return params.leave(y_BTHP, self.w_o, self.b_o)
 
 
 def cache_grows(config: Attention) -> bool:

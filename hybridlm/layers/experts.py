@@ -33,10 +33,14 @@ def routed_per_device(
     """`routed_experts` by every device, with the experts that it has: [B, T, D] in the type of x, and bool [B, T, k]:
     which assignments it holds.
 
-    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_experts_over`.
+    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_experts_over`. x and the result are split
+    over tokens like the residual stream.
     """
 
     def run(x_BTD, experts_BTk, weights_BTk, w_in, w_out, context_axis=None):
+        width, is_stream = x_BTD.shape[-1], x_BTD.shape[1] != experts_BTk.shape[1]
+        x_BTD = sharding.gather(x_BTD, ("tensor",), 1) if is_stream else x_BTD
+        w_in, w_out = (_whole(w, dim, width) for w, dim in ((w_in, 1), (w_out, 2)))
         flat = [a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, weights_BTk)]
         apply = feed_forward(w_in, w_out, activation)
         if apply.n_experts == n_experts:
@@ -44,14 +48,23 @@ def routed_per_device(
         else:
             y_MD, kept_Mk = routed_experts_over("expert", *flat, apply, n_experts=n_experts, capacity=capacity)
         y_BTD = y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
-        y_BTD = y_BTD if w_out.shape[1] == d_ff else jax.lax.psum(y_BTD, "tensor")
+        if is_stream:
+            y_BTD = sharding.scatter(y_BTD, ("tensor",), 1)
+        elif w_out.shape[1] != d_ff:
+            y_BTD = jax.lax.psum(y_BTD, "tensor")
         return y_BTD, kept_Mk.reshape(experts_BTk.shape)
 
-    tokens = ("batch", "tokens", None)
+    divides = sharding.split_axes("stream", x_BTD.shape[1])[-1:] == ("tensor",)
+    tokens, stream = ("batch", "tokens", None), sharding.STREAM if divides else ("batch", "tokens", None)
     sides = (None,) * (w_in.ndim - 3)
-    names = (tokens, tokens, tokens, ("experts", None, *sides, "d_ff"), ("experts", "d_ff", None))
+    names = (stream, tokens, tokens, ("experts", "d_model", *sides, "d_ff"), ("experts", "d_ff", "d_model"))
     arrays = (x_BTD, experts_BTk, weights_BTk, w_in, w_out)
-    return sharding.per_device(run, arrays, names, [tokens, tokens], split_tokens=True)
+    return sharding.per_device(run, arrays, names, [stream, tokens], split_tokens=True)
+
+
+def _whole(w, dim: int, width: int):
+    """Inside `per_device`: a weight put together over the axes that split d_model."""
+    return w if w.shape[dim] == width else sharding.gather(w, sharding.RULES["d_model"], dim)
 
 
 def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:

@@ -250,5 +250,4 @@ class Mamba1Mixer(nnx.Module):
             y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", *self._channels)
             y_BTHP = checkpoint_name(y_BTHP, "mamba1_gated")
         with jax.named_scope("output"):
-            out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
-            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)[None, None]
+            return params.leave(y_BTHP, self.out, self.out_bias)

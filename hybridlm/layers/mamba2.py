@@ -280,20 +280,26 @@ class Mamba2Mixer(nnx.Module):
     def _project(self, x_BTD) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
         x_BTD, c = x_BTD.astype(self.dtype), self.config
-        w_DcHP = params.use(self.in_zx, self.dtype)
-        z, x = (jnp.tensordot(x_BTD, w_DcHP[:, i], 1) for i in (0, 1))
+
+        def products(x_BTD, w_DcHP, *others):
+            return [jnp.tensordot(x_BTD, w, 1) for w in (w_DcHP[:, 0], w_DcHP[:, 1], *others)]
+
+        heads, BC_axes = ("batch", "tokens", "heads", None), ("batch", "tokens", None, "groups", None)
+        axes = [heads, heads, BC_axes, heads[:3]]
+        z, x, BC, dt = params.enter(products, x_BTD, (self.in_zx, self.in_BC, self.in_dt), axes)
         if c.proj_bias:
-            bias_cHP = params.use(self.in_zx_bias, self.dtype)
+            bias_cHP, bias_BC, bias_dt = (
+                params.use(bias, self.dtype) for bias in (self.in_zx_bias, self.in_BC_bias, self.in_dt_bias)
+            )
             z, x = z + bias_cHP[0][None, None], x + bias_cHP[1][None, None]
-        BC, dt = params.project(x_BTD, self.in_BC, self.in_BC_bias), params.project(x_BTD, self.in_dt, self.in_dt_bias)
+            BC, dt = BC + bias_BC[None, None], dt + bias_dt[None, None]
         if c.multipliers != (1.0,) * 5:
             of_z, of_x, of_B, of_C, of_dt = c.multipliers
             z, x, dt = z * of_z, x * of_x, dt * of_dt
             BC = BC * jnp.array((of_B, of_C), BC.dtype)[None, None, :, None, None]
-        names = ("batch", "tokens", "heads", None)
-        z, x = (checkpoint_name(sharding.constrain(a, *names), "mamba_zx") for a in (z, x))
-        BC = checkpoint_name(sharding.constrain(BC, "batch", "tokens", None, "groups", None), "mamba_BC")
-        dt = checkpoint_name(sharding.constrain(dt, *names[:3]), "mamba_dt")
+        z, x = (checkpoint_name(sharding.constrain(a, *heads), "mamba_zx") for a in (z, x))
+        BC = checkpoint_name(sharding.constrain(BC, *BC_axes), "mamba_BC")
+        dt = checkpoint_name(sharding.constrain(dt, *heads[:3]), "mamba_dt")
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         if c.dt_limit != (0.0, math.inf):
             dt = jnp.clip(dt, *c.dt_limit)
@@ -311,8 +317,7 @@ class Mamba2Mixer(nnx.Module):
             y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
             y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         with jax.named_scope("output"):
-            out_BTD = jnp.tensordot(y_BTHP, params.use(self.out, y_BTHP.dtype), 2)
-            return out_BTD if self.out_bias is None else out_BTD + params.use(self.out_bias, out_BTD.dtype)[None, None]
+            return params.leave(y_BTHP, self.out, self.out_bias)
 
 
 def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:

@@ -116,9 +116,7 @@ class FeedForward(nnx.Module):
         """
         x_BTD = x_BTD.astype(self.dtype)
         with jax.named_scope("mlp_in"):
-            h = jnp.tensordot(x_BTD, params.use(self.w_in, x_BTD.dtype), 1)
-            if self.b_in is not None:
-                h += params.use(self.b_in, h.dtype)[None, None]
+            h = params.project(x_BTD, self.w_in, self.b_in)
             h = h if added is None else h + added
             h = checkpoint_name(sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff"), "mlp_in")
         with jax.named_scope("mlp_hidden"):
@@ -128,8 +126,7 @@ class FeedForward(nnx.Module):
             h_BTF = activation(before) * h[:, :, 1] if self.config.gated else activation(before)
             h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
         with jax.named_scope("mlp_out"):
-            y_BTD = h_BTF @ params.use(self.w_out, h.dtype)
-            y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, h.dtype)[None, None]
+            y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
             return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
 
     def init_cache(self, batch: int, max_len: int) -> dict:

@@ -5,6 +5,7 @@ Axis letters: B batch, T tokens, D model, E experts, k experts of a token, F fee
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -201,9 +202,9 @@ class MoEFeedForward(nnx.Module):
         ids = tokens.segment_ids
         real_BT = jnp.ones(x_BTD.shape[:2], bool) if ids is None else ids != 0
         with jax.named_scope("router"):
-            w_DE = params.use(self.router, jnp.float32)
-            logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
-            logits_BTE = checkpoint_name(sharding.constrain(logits_BTE, "batch", "tokens", None), "moe_logits")
+            exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+            logits_BTE = params.enter(exact, x_BTD.astype(jnp.float32), [self.router], sharding.STREAM)
+            logits_BTE = checkpoint_name(sharding.constrain(logits_BTE, *sharding.STREAM), "moe_logits")
             bias_E = None if self.selection_bias is None else self.selection_bias[...]
             experts_BTk, weights_BTk, scores_BTE = route(c.router, logits_BTE, bias_E)
         with jax.named_scope("experts"):
@@ -228,15 +229,15 @@ class MoEFeedForward(nnx.Module):
         """The routed experts' output [B, T, D], and bool [B, T, k]: which assignments it has. Padding has none."""
         c, u_BTR = self.config, x_BTD
         if self.latent_in is not None:
-            u_BTR = _linear(x_BTD, self.latent_in, self.latent_in_bias)
+            u_BTR = params.project(x_BTD, self.latent_in, self.latent_in_bias)
         experts_BTk = jnp.where(real_BT[..., None], experts_BTk, c.n_experts)
-        w_in, w_out = (params.use(w, u_BTR.dtype) for w in (self.w_in, self.w_out))
+        w_in, w_out = (w[...].astype(u_BTR.dtype) for w in (self.w_in, self.w_out))
         activation = ACTIVATIONS[GATED.get(c.activation, c.activation)]
         sizes = {"n_experts": c.n_experts, "d_ff": c.d_ff, "capacity": c.capacity}
         y_BTR, kept_BTk = routed_per_device(u_BTR, experts_BTk, weights_BTk, w_in, w_out, activation, **sizes)
         y_BTD = checkpoint_name(y_BTR, "moe_routed")
         if self.latent_out is not None:
-            y_BTD = _linear(y_BTD, self.latent_out, self.latent_out_bias)
+            y_BTD = params.project(y_BTD, self.latent_out, self.latent_out_bias)
         return y_BTD, kept_BTk
 
     def _shared(self, x_BTD) -> jax.Array | float:
@@ -245,7 +246,7 @@ class MoEFeedForward(nnx.Module):
         y_BTD = self.shared.mix(x_BTD, Tokens()).y_BTD
         if self.shared_gate is None:
             return y_BTD
-        return y_BTD * jax.nn.sigmoid(x_BTD @ params.use(self.shared_gate, x_BTD.dtype))
+        return y_BTD * jax.nn.sigmoid(params.project(x_BTD, self.shared_gate))
 
     def _statistics(self, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk) -> dict[str, jax.Array]:
         c, top_k = self.config, self.config.router.top_k
@@ -293,8 +294,3 @@ def _in_best_groups(router: Router, choice_BTE):
     groups = jax.lax.top_k(best, router.top_groups)[1]
     allowed = jnp.any(groups[..., None] == jnp.arange(router.n_groups)[None, None, None], axis=-2)
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice_BTE.shape)
-
-
-def _linear(x, weight: nnx.Param, bias: nnx.Param | None):
-    y = x @ params.use(weight, x.dtype)
-    return y if bias is None else y + jnp.expand_dims(params.use(bias, x.dtype), range(y.ndim - 1))

@@ -11,6 +11,7 @@ stacks the values of its repeats along a leading axis that is not counted):
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,5 +99,39 @@ def use(param: nnx.Param, dtype) -> jax.Array:
 
 def project(x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """x @ weight [D, ...] + bias, [B, T, ...], in the input's type."""
-    y = jnp.tensordot(x_BTD, use(weight, x_BTD.dtype), 1)
-    return y if bias is None else y + use(bias, y.dtype)[None, None]
+    return projections(x_BTD, (weight, bias))[0]
+
+
+def projections(x_BTD: jax.Array, *pairs: tuple[nnx.Param, nnx.Param | None]) -> list[jax.Array]:
+    """x @ weight [D, ...] + bias of each pair, [B, T, ...], in the input's type.
+
+    x comes split over tokens like the residual stream, and is put together once for all products whose results are
+    split by heads or widths; a product that is not stays split over tokens.
+    """
+    weights = [weight for weight, _ in pairs]
+    ys = enter(lambda x, *ws: [jnp.tensordot(x, w, 1) for w in ws], x_BTD, weights, [_results(w) for w in weights])
+    return [y if bias is None else y + use(bias, y.dtype)[None, None] for y, (_, bias) in zip(ys, pairs, strict=True)]
+
+
+def enter(fn: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param], out_axes):
+    """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `sharding.products`."""
+    values = [weight[...].astype(x_BTD.dtype) for weight in weights]
+    axes = [weight.get_metadata()["axes"] for weight in weights]
+    return sharding.products(fn, x_BTD, values, x_axes=sharding.STREAM, weight_axes=axes, out_axes=out_axes)
+
+
+def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+    """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream."""
+    axes = weight.get_metadata()["axes"]
+    out = sharding.products(
+        lambda y, w: jnp.tensordot(y, w, len(axes) - 1), y, [weight[...].astype(y.dtype)],
+        x_axes=("batch", "tokens", *axes[:-1]), weight_axes=[axes], out_axes=sharding.STREAM,
+    )  # fmt: skip
+    return out if bias is None else out + use(bias, out.dtype)[None, None]
+
+
+def _results(weight: nnx.Param) -> tuple[str | None, ...]:
+    """Logical axes of x @ weight: tokens whole where something else is split over the axes that split the stream."""
+    names = [None if name == "d_model" else name for name in weight.get_metadata()["axes"][1:]]
+    taken = {axis for name in names for axis in sharding.RULES.get(name, ())}
+    return ("batch", "tokens" if taken & set(sharding.RULES["stream"]) else "stream", *names)

@@ -152,7 +152,7 @@ class SharedLink(nnx.Module):
         y_BTD = shared.mlp_norm(y_BTD)
         added = self.adapters["mlp"](y_BTD) if "mlp" in self.adapters else None
         y_BTD = shared.mlp.mix(y_BTD, Tokens(), added).y_BTD
-        return y_BTD @ params.use(self.linear, self.dtype)
+        return params.project(y_BTD.astype(self.dtype), self.linear)
 
 
 class Adapter(nnx.Module):
@@ -165,4 +165,4 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, d_in] -> [B, T, *shape], in the input's type."""
-        return jnp.tensordot(x @ params.use(self.a, x.dtype), params.use(self.b, x.dtype), 1)
+        return params.project(params.project(x, self.a), self.b)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import sharding
-from hybridlm.layers import params
+from hybridlm.layers import params, vocabulary
 from hybridlm.layers.block import Tokens, shares
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.params import ParamInfo, param_info
@@ -109,8 +109,8 @@ class HybridLM(nnx.Module):
             x_BTD, of_group = self._run(group, sublayers, x_BTD, tokens)
             stats.append(of_group)
         with jax.named_scope("norm"):
-            x_BTD = sharding.constrain(self.norm(x_BTD), "batch", "tokens", None)
-        return x_BTD if restore is None else sharding.constrain(restore(x_BTD), "batch", "tokens", None), stats
+            x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
+        return x_BTD if restore is None else sharding.constrain(restore(x_BTD), *sharding.STREAM), stats
 
     def unembedding(self) -> jax.Array:
         """w_VD, float32: the embedding itself where tied."""
@@ -179,11 +179,8 @@ class HybridLM(nnx.Module):
 
     @jax.named_scope("embedding")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        w_VD = params.use(self.embedding, jnp.float32)  # the gradient of the look-up is summed in float32,
-        x_BTD = sharding.constrain(w_VD, "vocab", None)[tokens_BT]  # by each device over its own rows
-        if self.config.embedding_multiplier != 1:
-            x_BTD = x_BTD * self.config.embedding_multiplier
-        return sharding.constrain(x_BTD.astype(self.config.compute_dtype), "batch", "tokens", None)
+        dtype, multiplier = self.config.compute_dtype, self.config.embedding_multiplier
+        return vocabulary.look_up(self.embedding[...], tokens_BT, dtype, multiplier)
 
     def _run(self, group: pattern.Group, sublayers, x_BTD, tokens: Tokens):
         """One scan over the repeats of a group."""

@@ -73,4 +73,4 @@ class Sublayer(nnx.Module):
 
     @jax.named_scope("add")
     def _add(self, x_BTD, y_BTD):
-        return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), "batch", "tokens", None)
+        return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), *sharding.STREAM)

@@ -4,6 +4,9 @@
 The logits of one chunk of the vocabulary at a time meet an online logsumexp (Milakov & Gimelshein 2018, "Online
 normalizer calculation for softmax"); the backward computes them again from the saved logsumexp. All results are sums
 over tokens, so that microbatches and devices add up to exactly the mean over the tokens of the whole batch.
+
+On a mesh every device takes the products with its own rows of the vocabulary, a chunk of whole rows at a time, for the
+tokens of all devices that share its rows of the batch; see `layers.vocabulary`.
 """
 
 from functools import partial
@@ -13,10 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybridlm.sharding import axis_size, constrain
-
-CHUNK = 4096
-"""Vocabulary rows of a chunk, per shard of the vocabulary."""
+from hybridlm import sharding
+from hybridlm.layers.vocabulary import CHUNK, TABLE, Places, layout, places
 
 
 class LossSums(NamedTuple):
@@ -30,15 +31,13 @@ class LossSums(NamedTuple):
     """How many."""
 
 
-def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk=CHUNK, shards=None) -> LossSums:
+def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk=CHUNK, shards=1) -> LossSums:
     """Sums of the cross entropy of softmax(softcap(multiplier * x @ w.T)) at the targets, and of logsumexp squared.
 
     x_BTD: hidden states in the compute type, in which the products are taken (accumulated in float32; all statistics
     are float32). w_VD: unembedding, any float type. targets_BT: int32; -1 is left out. chunk: vocabulary rows taken at
-    a time, V need not be divisible. shards: ways in which V is split (None: the mesh axis `tensor`); a chunk
-    takes a slice of every shard, so no device needs another's rows.
+    a time, V need not be divisible. shards: ways in which a device splits its part of V; a chunk takes a slice of each.
     """
-    shards = axis_size("tensor") if shards is None else shards
     valid_BT = targets_BT >= 0
     nats_BT, lse_BT = token_nats(x_BTD, w_VD, targets_BT, _Spec(multiplier, softcap, chunk, shards))
     return LossSums(
@@ -61,25 +60,13 @@ def token_nats(x_BTD, w_VD, targets_BT, spec: _Spec):
     return _forward(x_BTD, w_VD, targets_BT, spec)[0]
 
 
-def _layout(n_vocab: int, spec: _Spec) -> tuple[int, int, int]:
-    """(rows of a shard, chunks of a shard, rows of a chunk); chunks of even size, on TPU and GPU tiles if large."""
-    shard = -(-n_vocab // spec.shards)
-    n_chunks = -(-shard // min(spec.chunk, shard))
-    rows = -(-shard // n_chunks)
-    if rows > 128 and n_chunks > 1:
-        rows = -(-rows // 128) * 128
-        n_chunks = -(-shard // rows)
-    return shard, n_chunks, rows
-
-
 def _chunks(w_VD, dtype, spec: _Spec):
     """w as [chunks, shards, rows, D] (the rows beyond V are zero), and each row's vocabulary id, -1 beyond V."""
     n_vocab, d_model = w_VD.shape
-    shard, n_chunks, rows = _layout(n_vocab, spec)
+    shard, n_chunks, rows = layout(n_vocab, spec.chunk, spec.shards)
     w_VD = jnp.pad(w_VD.astype(dtype), ((0, spec.shards * shard - n_vocab), (0, 0)))
     w_SVD = jnp.pad(w_VD.reshape(spec.shards, shard, d_model), ((0, 0), (0, n_chunks * rows - shard), (0, 0)))
     w_CSVD = w_SVD.reshape(spec.shards, n_chunks, rows, d_model).swapaxes(0, 1)
-    w_CSVD = constrain(w_CSVD, None, "vocab", None, None)
     row_CV = jnp.arange(n_chunks * rows).reshape(n_chunks, 1, rows)
     id_CSV = jnp.arange(spec.shards)[None, :, None] * shard + row_CV
     return w_CSVD, jnp.where((row_CV < shard) & (id_CSV < n_vocab), id_CSV, -1)
@@ -95,14 +82,26 @@ def _logits(x_BTD, w_SVD, spec: _Spec):
 
 
 def _forward(x_BTD, w_VD, targets_BT, spec: _Spec):
-    batch, tokens, _ = x_BTD.shape
-    zeros_BTS = constrain(jnp.zeros((batch, tokens, spec.shards), jnp.float32), "batch", "tokens", "vocab")
+    where = places(x_BTD.shape[:2], w_VD.shape)
+
+    def run(x_BTD, w_VD, targets_BT):
+        targets_BT = targets_BT - where.first_row(w_VD.shape[0]) if where.rows else targets_BT
+        return _local_forward(where.enter(x_BTD), w_VD, targets_BT, spec, where)
+
+    axes, of_token = (sharding.STREAM, TABLE, where.at), (where.at, targets_BT.shape)
+    nats_BT, lse_BT = sharding.manual(run, (x_BTD, w_VD, targets_BT), axes, [of_token, of_token])
+    return (nats_BT, lse_BT), (x_BTD, w_VD, targets_BT, lse_BT)
+
+
+def _local_forward(x_BTD, w_VD, targets_BT, spec: _Spec, where: Places):
+    """(cross entropy, logsumexp) of a device's tokens. w: its part of the table; targets: from its first row on."""
+    zeros_BTS = jnp.zeros((*x_BTD.shape[:2], spec.shards), jnp.float32)
 
     def step(carry, chunk):
-        """Online logsumexp and target logit, kept per shard: devices that share V meet once, at the end."""
+        """Online logsumexp and target logit, kept per shard: what shares V meets once, at the end."""
         max_BTS, sum_BTS, target_BTS = carry
         w_SVD, id_SV = chunk
-        logits, _ = _logits(x_BTD, w_SVD, spec)
+        logits, _ = _logits(x_BTD, where.whole_rows(w_SVD), spec)
         logits = jnp.where(id_SV >= 0, logits, -jnp.inf)
         new_max_BTS = jnp.maximum(max_BTS, logits.max(-1))
         safe_max_BTS = jnp.where(new_max_BTS == -jnp.inf, 0.0, new_max_BTS)  # a shard or chunk of padding alone
@@ -115,17 +114,34 @@ def _forward(x_BTD, w_VD, targets_BT, spec: _Spec):
     start = (zeros_BTS - jnp.inf, zeros_BTS, zeros_BTS)
     (max_BTS, sum_BTS, target_BTS), _ = lax.scan(step, start, _chunks(w_VD, x_BTD.dtype, spec))
     max_BT = max_BTS.max(-1)
-    lse_BT = max_BT + jnp.log((sum_BTS * jnp.exp(max_BTS - max_BT[..., None])).sum(-1))
-    return (lse_BT - target_BTS.sum(-1), lse_BT), (x_BTD, w_VD, targets_BT, lse_BT)
+    max_BT = lax.pmax(max_BT, where.rows) if where.rows else max_BT
+    sum_BT = sharding.add((sum_BTS * jnp.exp(max_BTS - max_BT[..., None])).sum(-1), where.rows)
+    lse_BT = max_BT + jnp.log(sum_BT)
+    return lse_BT - sharding.add(target_BTS.sum(-1), where.rows), lse_BT
 
 
 def _backward(spec: _Spec, saved, cotangents):
     x_BTD, w_VD, targets_BT, lse_BT = saved
+    where = places(x_BTD.shape[:2], w_VD.shape)
+
+    def run(x_BTD, w_VD, targets_BT, lse_BT, *cotangents):
+        targets_BT = targets_BT - where.first_row(w_VD.shape[0]) if where.rows else targets_BT
+        return _local_backward(where.enter(x_BTD), w_VD, targets_BT, lse_BT, cotangents, spec, where)
+
+    arrays = (x_BTD, w_VD, targets_BT, lse_BT, *cotangents)
+    axes = (sharding.STREAM, TABLE, *[where.at] * 4)
+    outs = [(sharding.STREAM, x_BTD.shape), (TABLE, w_VD.shape)]
+    return *sharding.manual(run, arrays, axes, outs), None
+
+
+def _local_backward(x_BTD, w_VD, targets_BT, lse_BT, cotangents, spec: _Spec, where: Places):
+    """Gradients of the stream's tokens and of a device's part of the table; arguments as of `_local_forward`."""
     d_nats_BT, d_lse_BT = cotangents
     batch, tokens, d_model = x_BTD.shape
 
     def step(dx_BTSD, chunk):
         w_SVD, id_SV = chunk
+        w_SVD = where.whole_rows(w_SVD)
         logits, d_softcap = _logits(x_BTD, w_SVD, spec)
         prob = jnp.where(id_SV >= 0, jnp.exp(logits - lse_BT[..., None, None]), 0.0)
         hit = (id_SV[None, None] == targets_BT[..., None, None]) & (id_SV >= 0)[None, None]
@@ -135,15 +151,14 @@ def _backward(spec: _Spec, saved, cotangents):
         d_logits = (d_logits * spec.multiplier).astype(x_BTD.dtype)
         dx_BTSD += jnp.einsum("btsv,svd->btsd", d_logits, w_SVD, preferred_element_type=jnp.float32)
         dw_SVD = jnp.einsum("btsv,btd->svd", d_logits, x_BTD, preferred_element_type=jnp.float32)
-        return dx_BTSD, constrain(dw_SVD, "vocab", None, "d_model")
+        return dx_BTSD, where.sum_rows(dw_SVD)
 
     dx_BTSD = jnp.zeros((batch, tokens, spec.shards, d_model), jnp.float32)
-    dx_BTSD = constrain(dx_BTSD, "batch", "tokens", "vocab", None)
     dx_BTSD, dw_CSVD = lax.scan(step, dx_BTSD, _chunks(w_VD, x_BTD.dtype, spec))
-    shard = _layout(w_VD.shape[0], spec)[0]
-    dw_SVD = dw_CSVD.swapaxes(0, 1).reshape(spec.shards, -1, d_model)[:, :shard]
-    dw_VD = dw_SVD.reshape(-1, d_model)[: w_VD.shape[0]]
-    return dx_BTSD.sum(2).astype(x_BTD.dtype), dw_VD.astype(w_VD.dtype), None
+    shard = layout(w_VD.shape[0], spec.chunk, spec.shards)[0]
+    dw_SVD = dw_CSVD.swapaxes(0, 1).reshape(spec.shards, -1, w_VD.shape[1])[:, :shard]
+    dw_VD = dw_SVD.reshape(-1, w_VD.shape[1])[: w_VD.shape[0]]
+    return where.leave(dx_BTSD.sum(2)).astype(x_BTD.dtype), dw_VD.astype(w_VD.dtype)
 
 
 token_nats.defvjp(_forward, _backward)

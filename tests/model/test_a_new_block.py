@@ -107,7 +107,7 @@ class AverageMixer(nnx.Module):
         h_BTF = h_BTF if h_BF is None else h_BTF + decay_BTF * h_BF[:, None]
         h_BTF = checkpoint_name(sharding.constrain(h_BTF, "batch", "tokens", "d_ff"), "average")
         y_BTF = h_BTF.astype(self.dtype) * jax.nn.silu(z_BTF)
-        return y_BTF @ params.use(self.w_out, self.dtype), h_BTF[:, -1]
+        return params.leave(y_BTF, self.w_out), h_BTF[:, -1]
 
 
 BLOCK = Average(12)

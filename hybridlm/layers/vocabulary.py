@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays over the vocabulary where a mesh splits them: no device has a whole table, nor its whole gradient.
+
+A table [V, D] lies by rows over `tensor` and by columns over `fsdp`. Where columns are split, its rows are put together
+a chunk at a time, and the gradient of a chunk is scattered before the next one is made. Shards by columns alone would
+need no exchange of rows, but each device would look up the tokens of all.
+
+Axis letters: B batch, T tokens, V vocabulary, D model, C chunks, R rows of a chunk, M tokens of a device.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hybridlm import sharding
+
+CHUNK = 4096
+"""Rows of a chunk, per shard of the vocabulary."""
+TABLE = ("vocab", "d_model")
+"""Logical axes of a table."""
+
+
+class Places(NamedTuple):
+    """How a mesh splits a table and the tokens that meet it: mesh axes, () where it splits nothing.
+
+    Its methods are for use inside `sharding.manual`, and change nothing where nothing is split.
+    """
+
+    rows: tuple[str, ...] = ()
+    """Of the vocabulary: each device has products with its own rows."""
+    columns: tuple[str, ...] = ()
+    """Of d_model."""
+    tokens: tuple[str, ...] = ()
+    """Of batch and tokens, as they meet the table."""
+    stream: tuple[str, ...] = ()
+    """Of the tokens of the residual stream, beyond those."""
+
+    @property
+    def at(self) -> tuple[str, str]:
+        """Logical axes of [B, T] as they meet the table."""
+        return ("batch", "tokens" if self.rows else "stream")
+
+    def first_row(self, n_rows: int) -> jax.Array | int:
+        """The first vocabulary id of this device, which has n_rows."""
+        return lax.axis_index(self.rows) * n_rows if self.rows else 0
+
+    def enter(self, x_BTD: jax.Array) -> jax.Array:
+        """Tokens of the stream as they meet the table."""
+        return sharding.gather(x_BTD, self.stream, 1)
+
+    def leave(self, x_BTD: jax.Array) -> jax.Array:
+        """Sums over devices with different rows, as tokens of the stream."""
+        return sharding.scatter(x_BTD, self.stream, 1) if self.stream else sharding.add(x_BTD, self.rows)
+
+    def whole_rows(self, w: jax.Array) -> jax.Array:
+        """Rows with all their columns, the last dim."""
+        return sharding.gather(w, self.columns, w.ndim - 1)
+
+    def sum_rows(self, dw: jax.Array) -> jax.Array:
+        """This device's columns of a gradient of whole rows, summed over all tokens."""
+        if not set(self.columns) <= set(self.tokens):  # all devices of a row of the mesh have the same tokens
+            dw = dw / lax.axis_size(self.columns)
+        dw = sharding.scatter(dw, self.columns, dw.ndim - 1)
+        return sharding.add(dw, tuple(axis for axis in self.tokens if axis not in self.columns))
+
+
+def places(tokens_shape: tuple[int, int], table_shape: tuple[int, int]) -> Places:
+    """Places of tokens [B, T] and a table [V, D] on the mesh that is set; all empty without one."""
+    (batch, tokens), (rows, columns) = tokens_shape, table_shape
+    rows, columns = sharding.split_axes("vocab", rows), sharding.split_axes("d_model", columns)
+    stream, whole = sharding.split_axes("stream", tokens), sharding.split_axes("tokens", tokens)
+    met = whole if rows else stream
+    of_batch = sharding.split_axes("batch", batch)
+    return Places(rows, columns, (*of_batch, *met), tuple(axis for axis in stream if axis not in met))
+
+
+def layout(n_vocab: int, chunk: int, shards: int = 1) -> tuple[int, int, int]:
+    """(rows of a shard, chunks of a shard, rows of a chunk); chunks of even size, on TPU and GPU tiles if large."""
+    shard = -(-n_vocab // shards)
+    n_chunks = -(-shard // min(chunk, shard))
+    rows = -(-shard // n_chunks)
+    if rows > 128 and n_chunks > 1:
+        rows = -(-rows // 128) * 128
+        n_chunks = -(-shard // rows)
+    return shard, n_chunks, rows
+
+
+def look_up(w_VD: jax.Array, tokens_BT: jax.Array, dtype, multiplier: float = 1.0, chunk: int = CHUNK) -> jax.Array:
+    """multiplier * w[tokens] in `dtype`, split over tokens like the residual stream. w: float32, as is its gradient,
+    which is summed in float32. chunk: rows put together at a time where columns are split."""
+    if sharding.is_split():
+        return _look_up(w_VD, tokens_BT, jnp.dtype(dtype), multiplier, chunk)
+    x_BTD = w_VD[tokens_BT]
+    return (x_BTD if multiplier == 1 else x_BTD * multiplier).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _look_up(w_VD, tokens_BT, dtype, multiplier, chunk):
+    where = places(tokens_BT.shape, w_VD.shape)
+
+    def run(w_VD, tokens_BT):
+        tokens_BT = tokens_BT - where.first_row(w_VD.shape[0])
+        w_CRD, first_C = _chunks((w_VD * multiplier).astype(dtype), where, chunk)
+
+        def step(x_BTD, of_chunk):
+            w_RD, first = of_chunk
+            w_RD, row_BT = where.whole_rows(w_RD), tokens_BT - first
+            here_BT1 = ((row_BT >= 0) & (row_BT < w_RD.shape[0]))[..., None]
+            return jnp.where(here_BT1, w_RD[jnp.clip(row_BT, 0, w_RD.shape[0] - 1)], x_BTD), None
+
+        zeros_BTD = jnp.zeros((*tokens_BT.shape, d_model), dtype)
+        return where.leave(lax.scan(step, zeros_BTD, (w_CRD, first_C))[0])
+
+    d_model = w_VD.shape[1]
+    out = (sharding.STREAM, (*tokens_BT.shape, d_model))
+    return sharding.manual(run, (w_VD, tokens_BT), (TABLE, where.at), out)
+
+
+def _look_up_forward(w_VD, tokens_BT, dtype, multiplier, chunk):
+    return _look_up(w_VD, tokens_BT, dtype, multiplier, chunk), (w_VD, tokens_BT)
+
+
+def _look_up_backward(dtype, multiplier, chunk, saved, dx_BTD):
+    w_VD, tokens_BT = saved  # of the table nothing but its shape
+    where, n_vocab = places(tokens_BT.shape, w_VD.shape), w_VD.shape[0]
+
+    def run(tokens_BT, dx_BTD):
+        dx_MD = where.enter(dx_BTD).reshape(-1, dx_BTD.shape[-1])
+        n_rows = n_vocab // max(1, _size(where.rows))
+        id_M = tokens_BT.reshape(-1) - where.first_row(n_rows)
+        n_chunks, rows = _layout_of(n_rows, where, chunk)
+        if n_chunks == 1:
+            here_M = (id_M >= 0) & (id_M < n_rows)
+            dw_RD = jnp.zeros((n_rows, dx_MD.shape[1]), jnp.float32)
+            dw_RD = dw_RD.at[jnp.where(here_M, id_M, n_rows)].add(dx_MD.astype(jnp.float32), mode="drop")
+            return where.sum_rows(dw_RD) * multiplier
+
+        def step(_, first):
+            """A product with ones: tokens of other chunks cost no more than those of this one, and none waits."""
+            is_it_MR = (id_M[:, None] - first == jnp.arange(rows)[None]).astype(dx_MD.dtype)
+            dw_RD = jnp.einsum(
+                "mr,md->rd", is_it_MR, dx_MD, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST
+            )
+            return None, where.sum_rows(dw_RD)
+
+        dw_CRD = lax.scan(step, None, jnp.arange(n_chunks) * rows)[1]
+        return dw_CRD.reshape(-1, dw_CRD.shape[-1])[:n_rows] * multiplier
+
+    axes = (where.at, sharding.STREAM)
+    return sharding.manual(run, (tokens_BT, dx_BTD), axes, (TABLE, w_VD.shape)), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _chunks(w_RD, where: Places, chunk: int):
+    """This device's rows as [C, R, D] (those beyond them are zero), and the first row of each chunk."""
+    n_rows = w_RD.shape[0]
+    n_chunks, rows = _layout_of(n_rows, where, chunk)
+    w_RD = jnp.pad(w_RD, ((0, n_chunks * rows - n_rows), (0, 0)))
+    return w_RD.reshape(n_chunks, rows, -1), jnp.arange(n_chunks) * rows
+
+
+def _layout_of(n_rows: int, where: Places, chunk: int) -> tuple[int, int]:
+    """(chunks, rows of a chunk): one chunk where columns are whole, as nothing is put together then."""
+    return layout(n_rows, chunk if _size(where.columns) > 1 else n_rows)[1:]
+
+
+def _size(axes: tuple[str, ...]) -> int:
+    return lax.axis_size(axes) if axes else 1

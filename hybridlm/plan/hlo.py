@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimised HLO as text: computations with the times they run, the exchanges, kernels and large arrays in them."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hybridlm.plan.collectives import KINDS, Collective
+
+BITS = {
+    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
+    "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8,
+}  # fmt: skip
+"""Types of elements and their size."""
+_SHAPE = re.compile(rf"\b({'|'.join(BITS)})\[([0-9,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "constant"}
+"""Operations whose result is another's, or is listed where it is made."""
+
+
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
+    name: str
+    shape: str
+    """Type of the result, a tuple in brackets."""
+    op: str
+    rest: str
+    """From the operation on: operands and attributes."""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from: the named scopes and primitive of the traced program."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A parsed text."""
+
+    computations: dict[str, list[Instruction]]
+    runs: Counter
+    """Times that each computation runs a step."""
+    unknown: list[str] = field(default_factory=list)
+    """Loops whose trips the text does not say: counted once."""
+
+
+def n_bytes(shape: str) -> int:
+    """Bytes of all arrays in the text of a type."""
+    total = 0
+    for kind, dims in _SHAPE.findall(shape):
+        count = 1
+        for dim in filter(None, dims.split(",")):
+            count *= int(dim)
+        total += count * BITS[kind] // 8
+    return total
+
+
+def parse(text: str) -> Program:
+    """The computations of a compiled program (`compiled.as_text()`). ValueError where it has no entry."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        if current is None:
+            if found := _COMPUTATION.match(line):
+                entry, current = (found[2] if found[1] else entry), computations.setdefault(found[2], [])
+        elif line.startswith("}"):
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            current.append(_instruction(*found.groups()))
+    if entry is None:
+        raise ValueError("text has no ENTRY computation: it is not that of a compiled program")
+    program = Program(computations, Counter())
+    _count(program, entry, 1)
+    return program
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    depth, end = 0, len(rest)
+    for i, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0 and letter == " ":
+            end = i
+            break
+    shape, tail = rest[:end], rest[end + 1 :]
+    op = re.match(r"[\w\-]+", tail)
+    return Instruction(name, shape, op[0] if op else "", tail)
+
+
+def _count(program: Program, name: str, times: int) -> None:
+    program.runs[name] += times
+    for instruction in program.computations.get(name, ()):
+        if instruction.op == "while":
+            trips = _trips(program, instruction)
+            if trips is None:
+                program.unknown.append(instruction.name)
+            _count(program, re.search(r"body=%?([\w.\-]+)", instruction.rest)[1], times * (trips or 1))
+        elif instruction.op in ("call", "async-start", "fusion"):
+            if called := _CALLED.search(instruction.rest):
+                _count(program, called[1], times)
+        elif instruction.op == "conditional":
+            for one, many in _BRANCHES.findall(instruction.rest):
+                for branch in [one] if one else many.split(","):
+                    _count(program, branch.strip().lstrip("%"), times)
+
+
+def _trips(program: Program, loop: Instruction) -> int | None:
+    """What the compiler says, else the constant that the condition compares with."""
+    if known := re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', loop.rest):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
+    constants = []
+    for name in [condition, *_CALLED.findall(" ".join(i.rest for i in program.computations.get(condition, ())))]:
+        for instruction in program.computations.get(name, ()):
+            if found := re.match(r"constant\((\d+)\)", instruction.rest):
+                constants.append(int(found[1]))
+    return max(constants, default=None)
+
+
+def collectives(program: Program) -> list[Collective]:
+    """What the program exchanges. An all-reduce of which each device keeps its shard counts as reduce-scatter; one that
+    goes on behind other work counts once."""
+    return [found for name in program.computations for found in _collectives(program, name)]
+
+
+def _collectives(program: Program, name: str) -> Iterator[Collective]:
+    instructions = program.computations[name]
+    custom = " ".join(i.rest for i in instructions if i.op == "custom-call")
+    if not program.runs[name] or name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in custom:
+        return
+    for instruction in instructions:
+        kind = instruction.op.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        sizes = [n_bytes(f"{of}[{dims}]") for of, dims in _SHAPE.findall(instruction.shape)]
+        apart = instruction.op.endswith("-start") and kind in ("all-gather", "collective-permute")
+        size = max(sizes, default=0) if apart else sum(sizes)
+        if kind == "all-reduce" and "all-reduce-scatter" in name:
+            kind = "reduce-scatter"
+        elif kind == "reduce-scatter":
+            size *= _group_size(instruction)
+        what = f"{instruction.shape.split('{')[0]} {instruction.source}"
+        yield Collective(kind, _axes(instruction), program.runs[name], size, what)
+
+
+def _axes(instruction: Instruction) -> str:
+    named = re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", instruction.rest)
+    if named:
+        return "*".join(re.findall(r"\w+", named[1]))
+    groups = re.search(r"replica_groups=(\[[^ ]*?\](?:<=\[[^\]]*\])?(?:T\([^)]*\))?|\{\{[^}]*\})", instruction.rest)
+    return groups[1][:40] if groups else "?"
+
+
+def _group_size(instruction: Instruction) -> int:
+    """Devices of a group of a collective; 1 where the text does not say."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.rest):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest):
+        sizes = dict(re.findall(r"(\w+)'?=(\d+)", found[1]))
+        count = 1
+        for axis in re.findall(r"\w+", found[2]):
+            count *= int(sizes.get(axis, 1))
+        return count
+    return 1
+
+
+def kernels(program: Program) -> dict[str, int]:
+    """Times a step that each Pallas TPU kernel runs, by name."""
+    found: Counter = Counter()
+    for name, instructions in program.computations.items():
+        for instruction in instructions:
+            if instruction.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
+                found[re.sub(r"\.\d+$", "", instruction.name)] += program.runs[name]
+    return {name: runs for name, runs in sorted(found.items()) if runs}
+
+
+class Large(NamedTuple):
+    """An array that some instruction makes."""
+
+    bytes: int
+    shape: str
+    """Type and dims."""
+    source: str
+    """See `Instruction.source`."""
+
+
+def largest(program: Program, count: int = 12) -> list[Large]:
+    """The largest arrays in memory, one for each type and shape; what lives inside a fusion is not in memory."""
+    found: dict[str, Large] = {}
+    for name, instructions in program.computations.items():
+        if not program.runs[name] or name.startswith(("fused", "bitcast_fusion", "wrapped", "region")):
+            continue
+        for instruction in instructions:
+            if instruction.op in _NO_ARRAY or instruction.op.endswith("-done"):
+                continue
+            for kind, dims in _SHAPE.findall(instruction.shape):
+                shape = f"{kind}[{dims}]"
+                found.setdefault(shape, Large(n_bytes(shape), shape, instruction.source))
+    return sorted(found.values(), key=lambda large: -large.bytes)[:count]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look-ups in a table that a mesh splits: those of a whole one, gradients included, and nothing whole on a device."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm import sharding
+from hybridlm.config import MeshConfig
+from hybridlm.layers import vocabulary
+from hybridlm.sharding import STREAM, make_mesh
+from hybridlm.train.loss import cross_entropy
+from tests.model.model_support import QUICK
+from tests.tolerances import check_close
+
+V, D, B, T, CHUNK = 88, 24, 8, 16, 8
+ONE = MeshConfig(1)
+MESHES = {
+    "fsdp": replace(ONE, fsdp=8),
+    "tensor": replace(ONE, tensor=8),
+    "data": replace(ONE, data=8),
+    "fsdp, tensor": replace(ONE, fsdp=2, tensor=4),
+    "data, fsdp, context": replace(ONE, data=2, fsdp=2, context=2),
+    "fsdp, tensor, context": replace(ONE, fsdp=2, tensor=2, context=2),
+    "expert, fsdp": replace(ONE, expert=4, fsdp=2),
+}
+SHAPES = {
+    "": (B, T, V),
+    "one row": (1, T, V),
+    "tokens that tensor does not divide": (B, 6, V),
+    "vocabulary that tensor does not divide": (B, T, V - 1),
+}
+CASES = [(mesh, "") for mesh in MESHES] + [("fsdp, tensor", shape) for shape in SHAPES if shape]
+
+
+def inputs(shape, dtype):
+    batch, tokens, vocab = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    table_VD = rng.normal(size=(vocab, D)).astype(np.float32)
+    ids_BT = rng.integers(0, vocab, (batch, tokens)).astype(np.int32)
+    ids_BT[0, :5] = (0, vocab - 1, 7, 8, 8)  # ends, both sides of a chunk's edge, the same twice
+    return table_VD, ids_BT, jnp.asarray(rng.normal(size=(batch, tokens, D)), dtype)
+
+
+def on_mesh(mesh, table_VD, run):
+    """`run(placed table)` jitted on the mesh: results, and the program's text."""
+    with jax.set_mesh(mesh):
+        axes = [sharding.split_axes(name, size) or None for name, size in zip(vocabulary.TABLE, table_VD.shape)]
+        at = jax.NamedSharding(mesh, jax.P(*axes))
+        compiled = jax.jit(run).lower(jax.ShapeDtypeStruct(table_VD.shape, jnp.float32, sharding=at)).compile(QUICK)
+        return compiled(jax.device_put(table_VD, at)), compiled.as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_look_up(name, shape, dtype):
+    table_VD, ids_BT, weight_BTD = inputs(shape, dtype)
+
+    def run(table_VD, chunk=CHUNK):
+        look_up = lambda w_VD: vocabulary.look_up(w_VD, ids_BT, dtype, 1.7, chunk)
+        x_BTD, pull = jax.vjp(look_up, table_VD)
+        return x_BTD, pull(weight_BTD)[0]
+
+    (x_BTD, grad), _ = on_mesh(make_mesh(MESHES[name]), table_VD, run)
+    np.testing.assert_array_equal(x_BTD, (1.7 * table_VD)[ids_BT].astype(jnp.dtype(dtype)))
+    expected = np.zeros_like(table_VD, dtype=np.float64)
+    np.add.at(expected, ids_BT.reshape(-1), 1.7 * np.asarray(weight_BTD, np.float64).reshape(-1, D))
+    check_close(grad, expected, dtype="float32", what="gradient of the table")
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_cross_entropy(name, shape):
+    table_VD, targets_BT, x_BTD = inputs(shape, "float32")
+    targets_BT[0, 3] = -1
+
+    def run(table_VD, chunk=CHUNK):
+        def loss(x_BTD, w_VD):
+            sums = cross_entropy(x_BTD, w_VD, targets_BT, chunk=chunk, multiplier=0.5, softcap=3.0)
+            return sums.nats + 0.1 * sums.z
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, table_VD)
+
+    (loss, grads), _ = on_mesh(make_mesh(MESHES[name]), table_VD, run)
+    one, one_grads = jax.jit(run, compiler_options=QUICK)(table_VD)
+    check_close(loss, one, dtype="float32", what="loss")
+    for what, grad, expected in zip(("x", "w"), grads, one_grads, strict=True):
+        check_close(grad, expected, dtype="float32", what=f"gradient of {what}")
+
+
+def test_nothing_is_whole():
+    """Neither table nor gradient: no array of the program has the rows of a device with all their columns."""
+    table_VD, ids_BT, _ = inputs("", "float32")
+
+    def run(table_VD):
+        def loss(w_VD):
+            x_BTD = sharding.constrain(vocabulary.look_up(w_VD, ids_BT, "float32", 1.0, CHUNK), *STREAM)
+            return cross_entropy(x_BTD, w_VD, ids_BT, chunk=CHUNK).nats
+
+        return jax.value_and_grad(loss)(table_VD)
+
+    (_, grad), text = on_mesh(make_mesh(MESHES["fsdp, tensor"]), table_VD, run)
+    assert grad.addressable_shards[0].data.shape == (V // 4, D // 2)
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    tokens = [B * T // 8 * D * n for n in (1, 4)]  # of the stream; of the table's part, 4 times as many
+    assert max(size for size in sizes if size not in tokens) < V // 4 * D
