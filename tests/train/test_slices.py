@@ -40,8 +40,13 @@ def steps_of(mesh: MeshConfig, *overrides: str):
     return seen, jax.device_get(state["params"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "fsdp" else [pytest.mark.slow]) for n in MESHES])
+QUICK = ("fsdp", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [pytest.param(n, k, marks=() if (n, k) == QUICK else pytest.mark.slow) for n in MESHES for k in (1, 2)],
+)
 def test_slices_equal_one_device(name, accumulate):
     words = [f"--optim.accumulate={accumulate}"]
     expected, params = steps_of(MeshConfig(data=1), *words)
@@ -82,14 +87,24 @@ def groups_of(line: str) -> list[list[int]]:
     return ids.reshape(shape).tolist()
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_gradients_cross_once_a_step(accumulate):
-    """Whatever the microbatches: an all-reduce of each gradient's shard, in the program's entry, in no loop."""
+    """Whatever the microbatches: of every gradient a device's shard, and no more, in no loop."""
     config, mesh, program = program_of(MESHES["fsdp"], f"--optim.accumulate={accumulate}")
-    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=program.batch_sharding)
-             for k, v in make_batch(config, 0).items()}  # fmt: skip
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=program.batch_sharding)
+        for name, value in make_batch(config, 0).items()
+    }
     with jax.set_mesh(mesh):
         text = program.train_step.lower(program.state_like, batch).compile().as_text()
-    found = crossing(text, 2, 8)
+    found = crossing(text, n_slices=2, n_devices=8)
     assert set(found) == {"ENTRY"}, found
-    print(found)
+    params = jax.tree.leaves(program.state_like["params"])
+    shards = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in params)
+    assert shards <= sum(map(elements, found["ENTRY"])) <= shards + 100, found  # and a few sums of tokens
+
+
+def elements(operation: str) -> int:
+    """Numbers in the results of `all-reduce (f32[2,3], f32[])`."""
+    shapes = re.findall(r"\w+\[([\d,]*)\]", operation)
+    return sum(int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes)
