@@ -302,7 +302,8 @@ def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], out
     in_specs = tuple(_divisible_spec(names, array.shape, mesh) for array, names in zip(arrays, axes, strict=True))
     spec = lambda out: _divisible_spec(*out, mesh)
     out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+    names = {axis for axis in mesh.axis_names if _is_auto(axis, mesh)}
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)(*arrays)
 
 
 def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, weight_axes: Sequence[tuple], out_axes):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hybridlm.config import Config, ConfigError
 from hybridlm.config.mesh import check_config
+from hybridlm.config.pods import read_topology
 from hybridlm.sharding import make_mesh
 from hybridlm.train.step import Program, make_program
 from pallas_kernels import platform
@@ -39,12 +40,14 @@ class Described:
 
 
 def slice_devices(topology: str) -> list:
-    """Devices of a described TPU slice, in JAX's order. topology: "v5p:8x8x16", "v5e:16x16", ...
+    """Devices of described TPU slices, in JAX's order. topology: "v5p:8x8x16", "2xv5e:16x16", ...
 
     ConfigError where libtpu knows no such slice or is not installed.
     """
+    wanted = read_topology(topology)
+    several = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=wanted.name, **several).devices)
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise ConfigError(f"topology ({topology!r}): {reason[0] if reason else type(error).__name__}") from error

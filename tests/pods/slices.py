@@ -3,9 +3,7 @@
 
 from functools import cache
 
-from jax.experimental import topologies
-
-from hybridlm.config.pods import read_topology
+from hybridlm.plan.described import slice_devices
 
 LARGEST = ("v5p:8x8x16",)
 SMALL = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2", "tpu7x:2x2x1")
@@ -25,9 +23,5 @@ ROWS = (
 """(slice, mesh, rows of a batch)."""
 
 
-@cache
-def devices(words: str) -> list:
-    """Those of `v5p:8x8x16`, or of several slices, `2xv5e:16x16`."""
-    topology = read_topology(words)
-    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices)
+devices = cache(slice_devices)
+"""Those of `v5p:8x8x16`, or of several slices, `2xv5e:16x16`."""
