@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from hybridlm.config import MeshConfig
+from hybridlm.plan import hlo
+from hybridlm.plan.collectives import KINDS
+from hybridlm.plan.described import described, slice_devices
 from hybridlm.sharding import make_mesh
 from hybridlm.train.step import make_program
 from tests.train.conftest import make_batch, small_config
@@ -57,34 +60,36 @@ def test_slices_equal_one_device(name, accumulate):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
 
 
-def crossing(text: str, n_slices: int, n_devices: int) -> dict[str, list[str]]:
-    """Collectives of a compiled program that join slices, by the computation that they are in."""
-    per_slice, found, here = n_devices // n_slices, {}, ""
-    for line in text.splitlines():
-        if re.match(r"(ENTRY )?%?[\w.\-]+ .*\{$", line):
-            here = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
-            here = "ENTRY" if line.startswith("ENTRY") else here
-        op = re.search(
-            r" = (\S+) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(-start)?\(", line
-        )
-        if op and any(len({d // per_slice for d in group}) > 1 for group in groups_of(line)):
-            found.setdefault(here, []).append(f"{op[2]} {op[1]}")
+def crossing(text: str, n_slices: int, n_devices: int) -> dict[int, list[hlo.Instruction]]:
+    """Collectives of a compiled program that join slices, by how often a step they run."""
+    program, of_slice, found = hlo.parse(text), n_devices // n_slices, {}
+    for name, instructions in program.computations.items():
+        for instruction in instructions:
+            if instruction.op.removesuffix("-start") not in KINDS or not program.runs[name]:
+                continue
+            if any(len({device // of_slice for device in group}) > 1 for group in groups_of(instruction.rest)):
+                found.setdefault(program.runs[name], []).append(instruction)
     return found
 
 
-def groups_of(line: str) -> list[list[int]]:
-    """Devices that a collective joins, of the two ways in which HLO writes them."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        return [[int(d) for d in pair.split(",")] for pair in re.findall(r"\{?([\d,]+)", pairs[1])]
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+def groups_of(text: str) -> list[list[int]]:
+    """Devices that a collective joins, of the ways in which HLO writes them."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
+        return [[int(d) for d in pair] for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
         return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    assert iota, line
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"(\w+)'?=(\d+)", named[1])}
+        joined = re.findall(r"\w+", named[2])
+        order = [axis for axis in sizes if axis not in joined] + joined
+        ids = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        ids = ids.transpose([list(sizes).index(axis) for axis in order])
+        return ids.reshape(-1, int(np.prod([sizes[axis] for axis in joined]))).tolist()
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert iota, text
     shape, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
     ids = np.arange(np.prod(dims)).reshape(dims)
-    if iota[3]:
-        ids = ids.transpose([int(d) for d in iota[3].split(",")])
-    return ids.reshape(shape).tolist()
+    return (ids.transpose([int(d) for d in iota[3].split(",")]) if iota[3] else ids).reshape(shape).tolist()
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
@@ -98,13 +103,36 @@ def test_gradients_cross_once_a_step(accumulate):
     with jax.set_mesh(mesh):
         text = program.train_step.lower(program.state_like, batch).compile().as_text()
     found = crossing(text, n_slices=2, n_devices=8)
-    assert set(found) == {"ENTRY"}, found
-    params = jax.tree.leaves(program.state_like["params"])
-    shards = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in params)
-    assert shards <= sum(map(elements, found["ENTRY"])) <= shards + 100, found  # and a few sums of tokens
+    assert set(found) == {1}, found
+    leaves = jax.tree.leaves(program.state_like["params"])
+    shards = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
+    crossed = sum(hlo.n_bytes(instruction.shape) for instruction in found[1])
+    assert shards <= crossed <= shards + 400, found  # and a few sums over tokens
 
 
-def elements(operation: str) -> int:
-    """Numbers in the results of `all-reduce (f32[2,3], f32[])`."""
-    shapes = re.findall(r"\w+\[([\d,]*)\]", operation)
-    return sum(int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes)
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_gradients_cross_once_a_step_between_tpus():
+    """What the TPU compiler sends through hosts, from slice to slice, it sends outside of the loop over microbatches."""
+    config = replace(
+        small_config("--data.batch_size=64", "--optim.accumulate=4"),
+        mesh=MeshConfig(data=1, fsdp=4, tensor=2, slice=2),
+    )
+    with described(config, slice_devices("2xv5e:2x4")) as run:
+        program = hlo.parse(run.trace().lower().compile().as_text())
+        leaves = jax.tree.leaves(run.program.state_like["params"])
+    shards = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
+    sent = [
+        (program.runs[name], hlo.n_bytes(instruction.shape))
+        for name, instructions in program.computations.items()
+        for instruction in instructions
+        if instruction.op == "send" and "megascale" in instruction.rest
+    ]
+    assert sent and all(runs == 1 for runs, _ in sent), sent
+    assert shards / 2 <= sum(size for _, size in sent) <= 2 * shards + 10_000, (sent, shards)  # padded to tiles
+
+
+def test_groups_are_read():
+    assert groups_of("replica_groups={{0,2},{1,3}}, a") == groups_of("replica_groups=[2,2]<=[2,2]T(1,0), a")
+    assert groups_of("replica_groups=mesh['a'=2,'b'=2] {'a'}, b={0}") == [[0, 2], [1, 3]]
+    assert groups_of("source_target_pairs={{0,1},{1,0}}, c") == [[0, 1], [1, 0]]
