@@ -45,6 +45,7 @@ def test_what_computes_the_same_may_change():
         "--name=other", "--init.hf=None", "--mesh.fsdp=2", "--mesh.data=1", "--model.remat=full", "--data.workers=1",
         "--data.prefetch=9", "--data.cache_dir=x", "--optim.accumulate=2", "--optim.max_skipped=3", "--run.steps=7",
         "--run.profile_steps", "1", "2", "--run.keep=9", "--run.dir=there", "--model.blocks.M.chunk=32",
+        "--cluster.coordinator=host:1", "--cluster.processes=4", "--cluster.index=3", "--cluster.off=True",
     ]  # fmt: skip
     assert changed(load_config("hybrid_tiny"), *words) == []
 

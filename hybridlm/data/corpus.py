@@ -233,23 +233,23 @@ def find_corpus(config: DataConfig, key: str, stats: dict) -> Corpus | None:
 def copy_corpus(config: DataConfig, key: str, stats: dict, parts: Iterator[tuple[str, bytes]]) -> None:
     """Writes the entry of another host's corpus to this host's cache, whole or not at all.
 
-    parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written.
+    parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written. No lock
+    is taken: who waited for one would hold up all that the parts come from.
     """
     cache = Path(config.cache_dir).expanduser()
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{key}.lock"):
-            scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{key}-{socket.gethostname()}-", dir=cache))
-            try:
-                with contextlib.ExitStack() as opened:
-                    files = {name: opened.enter_context(open(scratch / name, "wb")) for name in stats["files"]}
-                    for name, part in parts:
-                        files[name].write(part)
-                (scratch / "stats.json").write_text(json.dumps(stats, indent=1))
-                scratch.chmod(0o755)
-                _publish(scratch, cache / key)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".copy-{key}-{socket.gethostname()}-", dir=cache))
+        try:
+            with contextlib.ExitStack() as opened:
+                files = {name: opened.enter_context(open(scratch / name, "wb")) for name in stats["files"]}
+                for name, part in parts:
+                    files[name].write(part)
+            (scratch / "stats.json").write_text(json.dumps(stats, indent=1))
+            scratch.chmod(0o755)
+            _publish(scratch, cache / key)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         if _read_entry(cache / key) is None:
             raise OSError(errno.EIO, "the entry vanished after it was written")
 

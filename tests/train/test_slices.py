@@ -113,7 +113,7 @@ def test_gradients_cross_once_a_step(accumulate):
 @pytest.mark.slow
 @pytest.mark.libtpu
 def test_gradients_cross_once_a_step_between_tpus():
-    """What the TPU compiler sends through hosts, from slice to slice, it sends outside of the loop over microbatches."""
+    """What the TPU compiler sends through hosts, from slice to slice, it sends outside of the loop of microbatches."""
     config = replace(
         small_config("--data.batch_size=64", "--optim.accumulate=4"),
         mesh=MeshConfig(data=1, fsdp=4, tensor=2, slice=2),
