@@ -44,6 +44,7 @@ SPLITS = ("train", "val")
 BATCH_CHARACTERS = 4 << 20
 BATCH_DOCUMENTS = 4096
 LOG_EVERY_SECONDS = 30.0
+ABANDONED_SECONDS = 3600.0
 
 logger = logging.getLogger("hybridlm.data")
 
@@ -233,13 +234,17 @@ def find_corpus(config: DataConfig, key: str, stats: dict) -> Corpus | None:
 def copy_corpus(config: DataConfig, key: str, stats: dict, parts: Iterator[tuple[str, bytes]]) -> None:
     """Writes the entry of another host's corpus to this host's cache, whole or not at all.
 
-    parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written. No lock
-    is taken: who waited for one would hold up all that the parts come from.
+    parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written. No
+    lock is taken: who waited for one would hold up all that the parts come from.
     """
-    cache = Path(config.cache_dir).expanduser()
+    cache, prefix = Path(config.cache_dir).expanduser(), f".copy-{key}-{socket.gethostname()}-"
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".copy-{key}-{socket.gethostname()}-", dir=cache))
+        for former in cache.glob(f"{prefix}*"):
+            written = max(path.stat().st_mtime for path in [former, *former.iterdir()])
+            if time.time() - written > ABANDONED_SECONDS:  # a killed process left it
+                shutil.rmtree(former, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
         try:
             with contextlib.ExitStack() as opened:
                 files = {name: opened.enter_context(open(scratch / name, "wb")) for name in stats["files"]}
@@ -247,11 +252,13 @@ def copy_corpus(config: DataConfig, key: str, stats: dict, parts: Iterator[tuple
                     files[name].write(part)
             (scratch / "stats.json").write_text(json.dumps(stats, indent=1))
             scratch.chmod(0o755)
-            _publish(scratch, cache / key)
+            whole = _read_entry(scratch) is not None
+            if whole:
+                _publish(scratch, cache / key)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        if _read_entry(cache / key) is None:
-            raise OSError(errno.EIO, "the entry vanished after it was written")
+        if not whole or _read_entry(cache / key) is None:
+            raise OSError(errno.EIO, "what the first host sent is not all there")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from hybridlm.config import DataConfig
 from hybridlm.data import corpus as corpus_module
 from hybridlm.data import open_corpus
-from hybridlm.data.corpus import in_validation
+from hybridlm.data.corpus import copy_corpus, find_corpus, in_validation
 from hybridlm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,44 @@ def test_processes_that_build_at_once_agree(config, locks):
     outputs = {process.communicate()[0] for process in running}
     assert [process.returncode for process in running] == [0, 0, 0] and len(outputs) == 1
     assert len(entries(config())) == 1
+
+
+def test_a_copy_is_the_entry_and_leaves_nothing_half_written(config, tmp_path):
+    """What another host gets sent: `train.corpora` sends it, tests/pods/test_together.py by real processes."""
+    original = open_corpus(config())
+    key, stats = original.folder.name, json.loads(json.dumps(original.stats))
+    there = config(cache_dir=str(tmp_path / "there"))
+
+    def parts(until: int):
+        for name in list(stats["files"])[:until]:
+            content = (original.folder / name).read_bytes()
+            yield name, content[:7]
+            yield name, content[7:]
+
+    assert find_corpus(there, key, stats) is None
+    with pytest.raises(ConfigError, match=r"cannot write the token cache under .*there .*is not all there"):
+        copy_corpus(there, key, stats, parts(2))
+    assert list(Path(there.cache_dir).iterdir()) == []
+    killed, at_work = (tmp_path / "there" / f".copy-{key}-{socket.gethostname()}-{name}" for name in "ab")
+    for folder in (killed, at_work):
+        folder.mkdir()
+    os.utime(killed, (0, 0))
+    copy_corpus(there, key, stats, parts(9))
+    found = find_corpus(there, key, stats)
+    assert found.fingerprint == original.fingerprint and found.stats == original.stats
+    np.testing.assert_array_equal(found.split("val").tokens, original.split("val").tokens)
+    assert set(Path(there.cache_dir).iterdir()) == {found.folder, at_work}
+
+
+def test_another_corpus_than_the_first_host_has_is_told(config, tmp_path):
+    corpus = open_corpus(config())
+    key, stats = corpus.folder.name, corpus.stats
+    with pytest.raises(ConfigError, match=r"data.tokenizer \(byte\) is another one on this host than on the first"):
+        find_corpus(config(), key, stats | {"fingerprint": "0"})
+    other = json.loads((corpus.folder / "stats.json").read_text())
+    (corpus.folder / "stats.json").write_text(json.dumps(other | {"fingerprint": "0"}))
+    with pytest.raises(ConfigError, match=f"{corpus.folder} holds other tokens on this host than on the first: remove"):
+        find_corpus(config(), key, stats)
 
 
 def test_large_vocabularies_take_four_bytes(config, tmp_path):
