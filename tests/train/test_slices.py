@@ -24,40 +24,42 @@ MESHES = {
 }
 
 
-def program_of(mesh: MeshConfig, *overrides: str):
-    config = replace(small_config("--data.batch_size=16", *overrides), mesh=mesh)
-    devices = jax.devices()[: int(np.prod([abs(size) for size in vars(mesh).values()]))]
-    made = make_mesh(mesh, devices)
-    return config, made, make_program(config, made)
-
-
 def steps_of(mesh: MeshConfig, *overrides: str):
-    """Metrics of three steps, and the parameters after them."""
-    config, made, program = program_of(mesh, *overrides)
+    """Metrics of three steps, the parameters after them, bytes of a device's shards of them, the compiled step."""
+    config = replace(small_config("--data.batch_size=16", *overrides), mesh=mesh)
+    made = make_mesh(mesh, jax.devices()[: int(np.prod(list(vars(mesh).values())))])
     with jax.set_mesh(made):
+        program = make_program(config, made)
+        batches = [jax.device_put(make_batch(config, step), program.batch_sharding) for step in range(3)]
+        step = program.train_step.lower(program.state_like, batches[0]).compile()
         state, seen = program.init(), []
-        for step in range(3):
-            batch = jax.device_put(make_batch(config, step), program.batch_sharding)
-            state, metrics = program.train_step(state, batch)
+        for batch in batches:
+            state, metrics = step(state, batch)
             seen.append({name: float(metric.value()) for name, metric in jax.device_get(metrics).items()})
-    return seen, jax.device_get(state["params"])
+    leaves = jax.tree.leaves(program.state_like["params"])
+    shards = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
+    return seen, jax.device_get(state["params"]), shards, step.as_text()
 
 
-QUICK = ("fsdp", 2)
+CASES = [("fsdp", 2, "M-"), *((name, accumulate, "M*-") for name in MESHES for accumulate in (1, 4))]
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate"),
-    [pytest.param(n, k, marks=() if (n, k) == QUICK else pytest.mark.slow) for n in MESHES for k in (1, 2)],
+    ("name", "accumulate", "pattern"), [CASES[0], *(pytest.param(*c, marks=pytest.mark.slow) for c in CASES[1:])]
 )
-def test_slices_equal_one_device(name, accumulate):
-    words = [f"--optim.accumulate={accumulate}"]
-    expected, params = steps_of(MeshConfig(data=1), *words)
-    found, split = steps_of(MESHES[name], *words)
+def test_slices_equal_one_device_and_gradients_cross_once(name, accumulate, pattern):
+    """Of every gradient a device's shard crosses from slice to slice, whatever the microbatches, in no loop."""
+    mesh, words = MESHES[name], [f"--optim.accumulate={accumulate}", f"--model.pattern={pattern}"]
+    expected, params, _, _ = steps_of(MeshConfig(data=1), *words)
+    found, split, shards, text = steps_of(mesh, *words)
     for a, b in zip(found, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
+    crossed = crossing(text, mesh.slice, 8)
+    assert set(crossed) == {1}, crossed
+    n_bytes = sum(hlo.n_bytes(instruction.shape) for instruction in crossed[1])
+    assert shards <= n_bytes <= shards + 400, crossed  # and a few sums over tokens
 
 
 def crossing(text: str, n_slices: int, n_devices: int) -> dict[int, list[hlo.Instruction]]:
@@ -90,24 +92,6 @@ def groups_of(text: str) -> list[list[int]]:
     shape, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
     ids = np.arange(np.prod(dims)).reshape(dims)
     return (ids.transpose([int(d) for d in iota[3].split(",")]) if iota[3] else ids).reshape(shape).tolist()
-
-
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_gradients_cross_once_a_step(accumulate):
-    """Whatever the microbatches: of every gradient a device's shard, and no more, in no loop."""
-    config, mesh, program = program_of(MESHES["fsdp"], f"--optim.accumulate={accumulate}")
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=program.batch_sharding)
-        for name, value in make_batch(config, 0).items()
-    }
-    with jax.set_mesh(mesh):
-        text = program.train_step.lower(program.state_like, batch).compile().as_text()
-    found = crossing(text, n_slices=2, n_devices=8)
-    assert set(found) == {1}, found
-    leaves = jax.tree.leaves(program.state_like["params"])
-    shards = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)
-    crossed = sum(hlo.n_bytes(instruction.shape) for instruction in found[1])
-    assert shards <= crossed <= shards + 400, found  # and a few sums over tokens
 
 
 @pytest.mark.slow
