@@ -41,7 +41,7 @@ def steps_of(mesh: MeshConfig, *overrides: str):
     return seen, jax.device_get(state["params"]), shards, step.as_text()
 
 
-CASES = [("fsdp", 2, "M-"), *((name, accumulate, "M*-") for name in MESHES for accumulate in (1, 4))]
+CASES = [("fsdp", 2, "*"), *((name, accumulate, "M*-") for name in MESHES for accumulate in (1, 4))]
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,24 @@ def groups_of(text: str) -> list[list[int]]:
         return [[int(d) for d in pair] for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
         return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\]\S*)\))? \{([^}]*)\}", text):
         sizes = {axis: int(size) for axis, size in re.findall(r"(\w+)'?=(\d+)", named[1])}
-        joined = re.findall(r"\w+", named[2])
+        joined = re.findall(r"\w+", named[3])
         order = [axis for axis in sizes if axis not in joined] + joined
-        ids = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        ids = iota(named[2] or f"[{np.prod(list(sizes.values()))}]").reshape(list(sizes.values()))
         ids = ids.transpose([list(sizes).index(axis) for axis in order])
         return ids.reshape(-1, int(np.prod([sizes[axis] for axis in joined]))).tolist()
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    assert iota, text
-    shape, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
+    counted = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    assert counted, text
+    return iota(counted[2]).reshape([int(d) for d in counted[1].split(",")]).tolist()
+
+
+def iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: 0 to 7 in that shape, its dims in that order, in a row."""
+    dims, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    dims = [int(d) for d in dims.split(",")]
     ids = np.arange(np.prod(dims)).reshape(dims)
-    return (ids.transpose([int(d) for d in iota[3].split(",")]) if iota[3] else ids).reshape(shape).tolist()
+    return (ids.transpose([int(d) for d in order.split(",")]) if order else ids).reshape(-1)
 
 
 @pytest.mark.slow
@@ -119,4 +125,6 @@ def test_gradients_cross_once_a_step_between_tpus():
 def test_groups_are_read():
     assert groups_of("replica_groups={{0,2},{1,3}}, a") == groups_of("replica_groups=[2,2]<=[2,2]T(1,0), a")
     assert groups_of("replica_groups=mesh['a'=2,'b'=2] {'a'}, b={0}") == [[0, 2], [1, 3]]
+    turned = "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, c"
+    assert groups_of(turned) == [[0, 1], [2, 3]]
     assert groups_of("source_target_pairs={{0,1},{1,0}}, c") == [[0, 1], [1, 0]]
