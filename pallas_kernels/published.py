@@ -182,6 +182,16 @@ def mamba3_block(a: Mapping, options: Mapping, implementation: str) -> dict:
     return {"out": y.reshape(n_batch, n_tokens, H * P) @ a["out_proj"].T}
 
 
+def hyena(a: Mapping, options: Mapping, implementation: str) -> dict:
+    """Hyena of order 2 between its projections: the last two parts meet first, the first gates the result."""
+    if options.get("order", 2) != 2:
+        raise NotImplementedError(f"order ({options['order']}) of hyena not 2")
+    parts = ops.causal_conv1d(a["u"], a["short_w"], a["short_b"], implementation=implementation)
+    x0, x1, v = jnp.split(parts, 3, axis=-1)
+    y = ops.long_conv(v * x1, a["h"], skip=a["h_bias"], segment_ids=a.get("segment_ids"), implementation=implementation)
+    return {"y": y * x0}
+
+
 def mlstm(a: Mapping, options: Mapping, implementation: str) -> dict:
     given = {f"initial_{name}": a[f"{name}0"] for name in ("c", "n", "m") if f"{name}0" in a}
     h, c, n, m = ops.mlstm(a["q"], a["k"], a["v"], a["i"], a["f"], eps=options.get("eps", 1e-6),
@@ -248,6 +258,7 @@ FUNCTIONS: dict[str, Callable[[Mapping, Mapping, str], dict]] = {
     "gla": linear_attention,
     "hgrn": hgrn,
     "hgrn2": hgrn2,
+    "hyena": hyena,
     "kda": gated_delta_rule,
     "mamba3_block": mamba3_block,
     "mamba3_mimo": mamba3,

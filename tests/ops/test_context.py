@@ -31,7 +31,7 @@ TOKENS = {
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
 SPLIT = tuple(TOKENS)
-RECURRENCES = tuple(name for name, op in OPS.items() if op.states and op.context and name not in TOKENS)
+RECURRENCES = tuple(name for name, op in OPS.items() if op.context and name not in TOKENS)
 TOKENS |= {name: (*OPS[name].tokens, "segment_ids") for name in RECURRENCES}
 
 
@@ -161,7 +161,8 @@ def test_recurrences(op, layout, n):
 def test_recurrences_from_nothing(op):
     """Without initial states, outputs alone."""
     inputs, settings = small_case(op, batch=4, tokens=64, initial=False)
-    check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings | {"return_final_state": False})
+    settings |= {"return_final_state": False} if OPS[op].states else {}
+    check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -208,7 +209,7 @@ SMALL = {
 @functools.cache
 def compiled(op: str, n: int):
     """Outputs and gradients, split over n devices or (n = 0) the reference, of arrays and ids given at run time."""
-    options = SMALL[op][1] or ({} if op == "attention" else {"return_final_state": True})
+    options = SMALL[op][1] or ({"return_final_state": True} if OPS[op].states else {})
     run = split_over(op, n) if n else ops.function(op)
 
     def loss(arrays, ids):
