@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `gated_delta_rule`, `gated_delta_product`, `rwkv7`,
-`rwkv4`, `linear_attention`, `linear_scan`, `mamba3`, `mlstm`, `slstm`; `attention`; convolutions: `causal_conv1d`,
-`long_conv`; `grouped_dot` for experts; `cache_write` for decoding. `assume_platform` traces them for another platform
-than the one at hand.
+"""Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `mamba3`, `gated_delta_rule`, `gated_delta_product`,
+`rwkv7`, `rwkv4`, `linear_attention`, `linear_scan`, `mlstm`, `slstm`, `titans`; `attention`; convolutions:
+`causal_conv1d`, `long_conv`; `grouped_dot` for experts; `cache_write` for decoding. `assume_platform` traces them for
+another platform than the one at hand.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm.
 
@@ -34,6 +34,7 @@ from pallas_kernels.ops.rwkv7.api import rwkv7  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
 from pallas_kernels.ops.slstm.api import slstm  # noqa: E402
 from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
+from pallas_kernels.ops.titans.api import titans  # noqa: E402
 from pallas_kernels.platform import assume_platform  # noqa: E402
 
 MovedModules(MOVED).install()
@@ -56,4 +57,5 @@ __all__ = [
     "selective_scan",
     "slstm",
     "ssd",
+    "titans",
 ]

@@ -26,6 +26,7 @@ NAMES = (
     "selective_scan",
     "slstm",
     "ssd",
+    "titans",
 )
 
 OPS: dict[str, Op] = {name: importlib.import_module("." + name, __name__).OP for name in NAMES}

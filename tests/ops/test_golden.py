@@ -29,19 +29,24 @@ BY_DEFAULT = (
     "kda-t70-strongdecay", "mamba3_block-siso-heavytail", "mamba3_mimo-r2-t17-fusednorm-half",
     "mamba3_siso-t17-packed", "mingru-t17-plain", "minlstm-t17-plain", "mlstm-t17-state", "retention-t17",
     "rg_lru-t70-resets", "rwkv6-t17", "rwkv7-t17-packed", "selective_scan-", "slstm-t17-state", "ssd-",
+    "titans-chunk2-batch4-t17",
 )  # fmt: skip
 """How the names of files begin that are compared each time; the others are slow."""
 
 
-def of_served(paths):
-    """Of ops that are here; slow ones marked."""
-    served = [path for path in paths if path.stem.partition("-")[0] in published.FUNCTIONS]
-    marks = lambda path: [pytest.mark.quick if path.stem.startswith(BY_DEFAULT) else pytest.mark.slow]
-    return [pytest.param(path, marks=marks(path), id=path.stem) for path in served]
+def runs(path: Path) -> list:
+    """Of a file by both implementations; slow ones marked. Of recurrences the contract has xla equal reference."""
+    both = (("xla", "float32"), ("reference", "float64"))
+    here = path.stem.startswith(BY_DEFAULT)
+    each_time = {"xla": here, "reference": here and path.stem.startswith(("ssd-", "sel", "causal", "hgrn-", "kda-t17"))}
+    return [
+        pytest.param(path, *how, marks=[pytest.mark.quick if each_time[how[0]] else pytest.mark.slow],
+                     id=f"{path.stem}-{how[0]}")
+        for how in both
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("implementation", "dtype"), [("reference", "float64"), ("xla", "float32")])
-@pytest.mark.parametrize("path", of_served(FILES))
+@pytest.mark.parametrize(("path", "implementation", "dtype"), [run for path in FILES for run in runs(path)])
 def test_golden(path, implementation, dtype):
     name, out, grads, parts = vectors.evaluate(path, implementation, dtype, QUICK)
     if name in published.LOOSE and dtype == "float32":
@@ -58,7 +63,7 @@ def test_golden(path, implementation, dtype):
 def test_every_golden_file_is_here():
     names = [path.stem.partition("-")[0] for path in FILES]
     assert {name: names.count(name) for name in COUNTS} == COUNTS
-    assert published.FUNCTIONS.keys() <= COUNTS.keys()
+    assert published.FUNCTIONS.keys() == COUNTS.keys()
     assert all(any(path.stem.startswith(start) for path in FILES) for start in BY_DEFAULT)
 
 

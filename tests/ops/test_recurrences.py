@@ -26,6 +26,7 @@ BY_DEFAULT = {
     "rwkv4": ("large_keys",),
     "rwkv7": ("mixed",),
     "slstm": ("slabs",),
+    "titans": ("refreshed", "scattered"),
 }
 """By op: cases that the contract's own does not show and that are compared each time; the others are slow."""
 
@@ -70,10 +71,10 @@ def test_cases_named_here_are_there():
     chunk=st.sampled_from([1, 4, 16, None]),
     seed=st.integers(0, 10**6),
 )
-@pytest.mark.parametrize("name", [*CHUNKED, "linear_scan", "long_conv", "rwkv4", "slstm"])
+@pytest.mark.parametrize("name", [*CHUNKED, "linear_scan", "long_conv", "rwkv4", "slstm", "titans"])
 def test_equals_the_recurrence_on_drawn_shapes(name, tokens, layout, decay, chunk, seed):
     changes = {"tokens": tokens, "layout": layout, "seed": seed}
-    changes |= {"decay": decay} if name not in ("mlstm", "slstm", "long_conv") else {}
+    changes |= {"decay": decay} if name not in ("mlstm", "slstm", "long_conv", "titans") else {}
     more = {"chunk": chunk} if name in CHUNKED else {}
     check_against_oracle(name, inputs_of(name, **changes), implementation="xla", **settings_of(name, **more))
 
@@ -156,7 +157,7 @@ def test_a_one_percent_error_is_seen(part, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CHUNKED, "linear_scan", "long_conv", "rwkv4", "slstm"])
+@pytest.mark.parametrize("name", [*CHUNKED, "linear_scan", "long_conv", "rwkv4", "slstm", "titans"])
 def test_memory_is_linear(name):
     """Of forward and backward: twice the tokens, at most 2.2 times the memory; nothing is [T, T] or [T, N, P]."""
     module = OPS[name].cases_module()
@@ -213,6 +214,17 @@ def error_cases():
     ]
     others = {
         "gated_delta_product": [({"k": zeros(2, 24, 3, 2, 8)}, ValueError, "k_BTRGN has shape")],
+        "titans": [
+            (
+                {"refresh_every": 5, "store_every": 2},
+                ValueError,
+                r"refresh_every \(5\) not a multiple of store_every \(2\)",
+            ),
+            ({"W2": zeros(2, 4, 4)}, ValueError, r"W2_HFP has shape \[2, 4, 4\], expected \[2, 4, 3\]"),
+            ({"initial_state": zeros(2, 2, 9)}, ValueError, r"expected \[2, 2, 111\]"),
+        ],
+        "long_conv": [({"h": zeros(0, 4)}, ValueError, "h_SD has 0 lags, at least 1 is needed")],
+        "rwkv4": [({"g": zeros(5)}, ValueError, r"g_D has shape \[5\], expected \[4\]")],
         "rwkv7": [({"a": zeros(2, 24, 2, 7)}, ValueError, "a_BTHN has shape")],
         "linear_scan": [({"g": zeros(2, 24, 5)}, ValueError, "g_BTD has shape")],
         "mlstm": [({"initial_m": None}, ValueError, "initial_m is None, the other initial states are not")],
