@@ -25,7 +25,7 @@ from tests.ops.support import QUICK, served_by
 
 # Dims of arrays by name and op that have a token axis, as second.
 TOKENS = {
-    "ssd": ("x", "dt", "B", "C", "segment_ids"),
+    "ssd": ("x", "dt", "B", "C", "decay", "segment_ids"),
     "selective_scan": ("x", "dt", "B", "C", "segment_ids"),
     "causal_conv1d": ("x", "segment_ids"),
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
@@ -94,6 +94,12 @@ def test_ssd(layout, n):
     case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "HP", True, True)
     inputs = ssd_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
     check("ssd", inputs, n, implementation="xla", return_final_state=True, chunk=8)
+
+
+def test_ssd_with_decays_of_their_own():
+    case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "H", True, True, apart=True)
+    inputs = ssd_cases.make_inputs(case) | {"segment_ids": EDGES}
+    check("ssd", inputs, 4, implementation="xla", return_final_state=True, chunk=8)
 
 
 @pytest.mark.parametrize("n", [2, 8])
