@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `gated_delta_rule`, `gated_delta_product`, `rwkv7`,
-`linear_attention`, `linear_scan`, `mamba3`, `mlstm`, `slstm`; `attention`, `causal_conv1d`; `grouped_dot` for experts;
-`cache_write` for decoding. `assume_platform` traces them for another platform than the one at hand.
+"""Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `mamba3`, `gated_delta_rule`, `gated_delta_product`,
+`rwkv7`, `rwkv4`, `linear_attention`, `linear_scan`, `mlstm`, `slstm`, `titans`; `attention`; convolutions:
+`causal_conv1d`, `long_conv`; `grouped_dot` for experts; `cache_write` for decoding. `assume_platform` traces them for
+another platform than the one at hand.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm.
 
@@ -25,12 +26,15 @@ from pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule  # noqa: E4
 from pallas_kernels.ops.grouped_dot.api import grouped_dot  # noqa: E402
 from pallas_kernels.ops.linear_attention.api import linear_attention  # noqa: E402
 from pallas_kernels.ops.linear_scan.api import linear_scan  # noqa: E402
+from pallas_kernels.ops.long_conv.api import long_conv  # noqa: E402
 from pallas_kernels.ops.mamba3.api import mamba3  # noqa: E402
 from pallas_kernels.ops.mlstm.api import mlstm  # noqa: E402
+from pallas_kernels.ops.rwkv4.api import rwkv4  # noqa: E402
 from pallas_kernels.ops.rwkv7.api import rwkv7  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
 from pallas_kernels.ops.slstm.api import slstm  # noqa: E402
 from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
+from pallas_kernels.ops.titans.api import titans  # noqa: E402
 from pallas_kernels.platform import assume_platform  # noqa: E402
 
 MovedModules(MOVED).install()
@@ -45,10 +49,13 @@ __all__ = [
     "grouped_dot",
     "linear_attention",
     "linear_scan",
+    "long_conv",
     "mamba3",
     "mlstm",
+    "rwkv4",
     "rwkv7",
     "selective_scan",
     "slstm",
     "ssd",
+    "titans",
 ]

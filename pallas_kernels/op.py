@@ -126,7 +126,7 @@ def select(op: Op, implementation: str, args: tuple, kwargs: dict) -> Implementa
         raise NotImplementedError(
             f"implementation ({implementation!r}) of {op.name} needs that platform, the default is {here!r}"
         )
-    if reason := _limit(op, implementation, args, kwargs):
+    if reason := limit(op, implementation, args, kwargs):
         raise NotImplementedError(f"implementation ({implementation!r}) of {op.name} cannot serve this call: {reason}")
     return op.implementations[implementation]
 
@@ -138,7 +138,7 @@ def _choose(op: Op, here: str, args: tuple, kwargs: dict) -> tuple[str, str]:
         return "xla", _why_no_kernel(op, here)
     if axes := _automatic_axes():
         return "xla", f"outside of a shard_map over mesh axes ({', '.join(axes)}) a kernel cannot be split"
-    if reason := _limit(op, here, args, kwargs):
+    if reason := limit(op, here, args, kwargs):
         return "xla", f"the {here} kernel cannot serve this call: {reason}"
     slower = op.implementations[here].slower
     if reason := slower and _load(slower)(*args, **kwargs):
@@ -160,7 +160,7 @@ def _why_no_kernel(op: Op, here: str) -> str:
     return f"no {here} kernel of it is proven faster"
 
 
-def _limit(op: Op, name: str, args: tuple, kwargs: dict) -> str | None:
+def limit(op: Op, name: str, args: tuple, kwargs: dict) -> str | None:
     """Why the kernel `name` cannot serve the call, or None if it can."""
     kernel = op.implementations.get(name)
     if kernel is None:

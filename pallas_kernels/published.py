@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import pallas_kernels as ops
 from pallas_kernels.ops.mamba3.api import decay_rates
+from pallas_kernels.ops.titans.api import memory_of
 
 
 def gated_delta_rule(a: Mapping, options: Mapping, implementation: str) -> dict:
@@ -182,6 +183,16 @@ def mamba3_block(a: Mapping, options: Mapping, implementation: str) -> dict:
     return {"out": y.reshape(n_batch, n_tokens, H * P) @ a["out_proj"].T}
 
 
+def hyena(a: Mapping, options: Mapping, implementation: str) -> dict:
+    """Hyena of order 2 between its projections: the last two parts meet first, the first gates the result."""
+    if options.get("order", 2) != 2:
+        raise NotImplementedError(f"order ({options['order']}) of hyena not 2")
+    parts = ops.causal_conv1d(a["u"], a["short_w"], a["short_b"], implementation=implementation)
+    x0, x1, v = jnp.split(parts, 3, axis=-1)
+    y = ops.long_conv(v * x1, a["h"], skip=a["h_bias"], segment_ids=a.get("segment_ids"), implementation=implementation)
+    return {"y": y * x0}
+
+
 def mlstm(a: Mapping, options: Mapping, implementation: str) -> dict:
     given = {f"initial_{name}": a[f"{name}0"] for name in ("c", "n", "m") if f"{name}0" in a}
     h, c, n, m = ops.mlstm(a["q"], a["k"], a["v"], a["i"], a["f"], eps=options.get("eps", 1e-6),
@@ -198,6 +209,33 @@ def slstm(a: Mapping, options: Mapping, implementation: str) -> dict:
     y, _, c, n, m = ops.slstm(a["x"], a["R"], a.get("b"), segment_ids=a.get("segment_ids"), **given,
                               return_final_state=True, implementation=implementation)  # fmt: skip
     return {"y": y, "final_c": c, "final_n": n, "final_m": m}
+
+
+def titans(a: Mapping, options: Mapping, implementation: str) -> dict:
+    """The memory of Titans between its projections, as titans-pytorch has it."""
+    x, n_heads = a["x"], a["init_g"].shape[0]
+    eps = jnp.finfo(x.dtype).eps
+    normed = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+    stored, asked = (normed * a[name][None, None] for name in ("store_norm", "retrieve_norm"))
+    heads = lambda array: array.reshape(*x.shape[:2], n_heads, -1)
+    gate = lambda name: jnp.einsum("btd,hd->bth", stored, a[f"w_{name}"]) + a[f"b_{name}"][None, None]
+    learned = tuple(a[f"init_{name}"] for name in ("g", "W1", "W2"))
+    y, state = ops.titans(
+        heads(asked @ a["w_q"].T), heads(stored @ a["w_k"].T), heads(stored @ a["w_v"].T),
+        options["max_lr"] * jax.nn.sigmoid(gate("lr")), gate("mom") if options["momentum"] else None, gate("dec"),
+        *learned, store_every=options["chunk_size"], refresh_every=options["batch_size"],
+        segment_ids=a.get("segment_ids"), return_final_state=True, implementation=implementation,
+    )  # fmt: skip
+    if "w_gate" in a:
+        y = y * jax.nn.sigmoid(jnp.einsum("btd,hd->bth", asked, a["w_gate"]))[..., None]
+    y = y.reshape(x.shape)
+    weights, momentum = memory_of(state, *learned)
+    names = ("g", "W1", "W2")
+    return {
+        "y": y @ a["w_comb"].T if "w_comb" in a else y,
+        **{f"final_{name}": array for name, array in zip(names, weights, strict=True)},
+        **{f"final_momentum_{name}": array for name, array in zip(names, momentum, strict=True)},
+    }
 
 
 def ssd(a: Mapping, options: Mapping, implementation: str) -> dict:
@@ -248,6 +286,7 @@ FUNCTIONS: dict[str, Callable[[Mapping, Mapping, str], dict]] = {
     "gla": linear_attention,
     "hgrn": hgrn,
     "hgrn2": hgrn2,
+    "hyena": hyena,
     "kda": gated_delta_rule,
     "mamba3_block": mamba3_block,
     "mamba3_mimo": mamba3,
@@ -263,6 +302,7 @@ FUNCTIONS: dict[str, Callable[[Mapping, Mapping, str], dict]] = {
     "simple_gla": linear_attention,
     "slstm": slstm,
     "ssd": ssd,
+    "titans": titans,
 }
 """By the name that vectors call the op."""
 

@@ -207,8 +207,10 @@ def test_an_op_is_named_in_its_folder():
     """Elsewhere an op is a value, not a word: a new one must not need a row in somebody's table."""
     wrong = []
     for module in sources():
-        if module in ("pallas_kernels.ops", "pallas_kernels.bench", *PACKAGES):
+        if module in ("pallas_kernels.ops", "pallas_kernels.bench", "pallas_kernels.published", *PACKAGES):
             continue
+        if module.startswith("hybridlm.hf."):
+            continue  # published words, some of them the same
         for node in strings(module):
             name = node.value
             if name in ops() and not module.startswith(f"pallas_kernels.ops.{name}"):

@@ -18,12 +18,15 @@ NAMES = (
     "grouped_dot",
     "linear_attention",
     "linear_scan",
+    "long_conv",
     "mamba3",
     "mlstm",
+    "rwkv4",
     "rwkv7",
     "selective_scan",
     "slstm",
     "ssd",
+    "titans",
 )
 
 OPS: dict[str, Op] = {name: importlib.import_module("." + name, __name__).OP for name in NAMES}

@@ -63,7 +63,7 @@ def find_blocks(text: str) -> list[Block]:
     return blocks
 
 
-SIZES = {"B": 2, "T": 16, "S": 16, "D": 16, "H": 4, "K": 2, "P": 8, "G": 2, "N": 8, "E": 4, "V": 256, "W": 4}
+SIZES = {"B": 2, "T": 16, "S": 16, "D": 16, "H": 4, "K": 2, "P": 8, "G": 2, "N": 8, "E": 4, "V": 256, "W": 4, "R": 2}
 """Of the legend's axes, see hybridlm.shapes; T divides by 8 devices."""
 
 

@@ -159,8 +159,18 @@ def compiling_anew():
         _compiled.cache_clear()
 
 
+_ORACLES: dict[tuple, dict] = {}
+"""What was asked of the float64 reference before: most implementations are shown the same."""
+
+
 def _oracle(subject: Subject, inputs: dict, weights=None) -> dict:
-    return oracle.oracle(subject.name, inputs, weights=weights, compiler_options=QUICK, **subject.settings)
+    given = [*sorted(inputs.items()), *enumerate(weights or ())]
+    arrays = tuple((name, np.asarray(a).tobytes(), np.shape(a), str(a.dtype)) for name, a in given)
+    key = (subject.name, str(sorted(subject.settings.items(), key=str)), arrays)
+    if key not in _ORACLES:
+        settings = {**subject.settings, "compiler_options": QUICK}
+        _ORACLES[key] = oracle.oracle(subject.name, inputs, weights=weights, **settings)
+    return _ORACLES[key]
 
 
 def _layout(subject: Subject, layout: str, n_tokens: int | None = None) -> dict:

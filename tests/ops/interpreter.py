@@ -95,7 +95,7 @@ def _sizes(op: str) -> list:
         kernels = importlib.import_module("pallas_kernels.ops.causal_conv1d.gpu.kernels")
         block = max(sizes[0] for sizes in (*api.FORWARD, *api.BACKWARD))
         return [(api, {"MARGIN": kernels.SEEN + block, "WIDTH_MULTIPLE": kernels.CHANNELS})]
-    if op == "ssd":
+    if op in ("ssd", "linear_attention", "mamba3"):  # the latter two by the kernels of the former
         return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
     return []
 

@@ -25,13 +25,14 @@ from tests.ops.support import QUICK, served_by
 
 # Dims of arrays by name and op that have a token axis, as second.
 TOKENS = {
-    "ssd": ("x", "dt", "B", "C", "segment_ids"),
+    "ssd": ("x", "dt", "B", "C", "decay", "segment_ids"),
     "selective_scan": ("x", "dt", "B", "C", "segment_ids"),
     "causal_conv1d": ("x", "segment_ids"),
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
 SPLIT = tuple(TOKENS)
-RECURRENCES = tuple(name for name, op in OPS.items() if op.states and op.context and name not in TOKENS)
+RECURRENCES = tuple(name for name, op in OPS.items() if op.context and name not in TOKENS)
+ALIKE = ("gated_delta_product", "linear_scan", "rwkv4", "rwkv7", "titans")  # exchange as others that run each time do
 TOKENS |= {name: (*OPS[name].tokens, "segment_ids") for name in RECURRENCES}
 
 
@@ -95,6 +96,12 @@ def test_ssd(layout, n):
     check("ssd", inputs, n, implementation="xla", return_final_state=True, chunk=8)
 
 
+def test_ssd_with_decays_of_their_own():
+    case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "H", True, True, apart=True)
+    inputs = ssd_cases.make_inputs(case) | {"segment_ids": EDGES}
+    check("ssd", inputs, 4, implementation="xla", return_final_state=True, chunk=8)
+
+
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("layout", ["dense", "documents"])
 def test_selective_scan(layout, n):
@@ -144,7 +151,7 @@ def small_case(op: str, **changes) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     ("op", "layout", "n"),
     [
-        pytest.param(op, layout, n, marks=[pytest.mark.slow] * ((layout, n) != ("documents", 4)))
+        pytest.param(op, layout, n, marks=[pytest.mark.slow] * ((layout, n) != ("documents", 4) or op in ALIKE))
         for op in RECURRENCES
         for layout in ("dense", "documents")
         for n in (2, 4, 8)
@@ -161,7 +168,8 @@ def test_recurrences(op, layout, n):
 def test_recurrences_from_nothing(op):
     """Without initial states, outputs alone."""
     inputs, settings = small_case(op, batch=4, tokens=64, initial=False)
-    check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings | {"return_final_state": False})
+    settings |= {"return_final_state": False} if OPS[op].states else {}
+    check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -208,7 +216,7 @@ SMALL = {
 @functools.cache
 def compiled(op: str, n: int):
     """Outputs and gradients, split over n devices or (n = 0) the reference, of arrays and ids given at run time."""
-    options = SMALL[op][1] or ({} if op == "attention" else {"return_final_state": True})
+    options = SMALL[op][1] or ({"return_final_state": True} if OPS[op].states else {})
     run = split_over(op, n) if n else ops.function(op)
 
     def loss(arrays, ids):

@@ -14,12 +14,22 @@ WITH_KERNELS = [name for name, op in OPS.items() if op.implementations.keys() & 
 """Ops whose plain implementations, beside which kernels stand, are held to everything each time."""
 
 
+BORROWED = ("linear_attention", "mamba3")  # ops that run on another's kernels
+TRACED = (contract.check_no_rows, contract.check_float64, contract.check_x64_flag,
+          contract.check_traces_in_a_checked_shard_map, contract.check_traces_under_checkpoint)  # fmt: skip
+
+
+def is_slow(subject, check) -> bool:
+    """Of kernels: what asks for many compilations, or is shown for the op whose kernels they are."""
+    return check in contract.REST or (subject.name in BORROWED and check not in (contract.check_oracle, *TRACED))
+
+
 def on_kernels(platform: str):
     """Every kernel of a platform with every property that its interpreter can show."""
     return pytest.mark.parametrize(
         ("subject", "check"),
         [
-            pytest.param(subject, check, marks=[pytest.mark.slow] * (check in contract.REST),
+            pytest.param(subject, check, marks=[pytest.mark.slow] * is_slow(subject, check),
                          id=f"{subject}-{check.__name__}")
             for subject in contract.subjects()
             for check in (*contract.ESSENTIAL, *contract.REST)
@@ -30,7 +40,8 @@ def on_kernels(platform: str):
 
 
 def by_default(subject, check=None) -> bool:
-    return subject.name in WITH_KERNELS or check in contract.FIRST
+    """Of the other ops what xla does, which the oracle's check compares with the reference."""
+    return subject.name in WITH_KERNELS or (check in contract.FIRST and subject.implementation != "reference")
 
 
 @pytest.mark.parametrize(

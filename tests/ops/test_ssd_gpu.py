@@ -116,7 +116,9 @@ def check_interpreted(case):
 
 @needs_gpu_interpreter
 @pytest.mark.quick
-@pytest.mark.parametrize("case", [cases.CASES["scattered"], PIECES], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [cases.CASES["scattered"], cases.CASES["apart_scattered"], PIECES], ids=lambda case: case.name
+)
 def test_kernels_interpreted(case):
     check_interpreted(case)
 

@@ -3,7 +3,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.ops.gated_delta_rule.xla import gated_delta_rule_xla
+from pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule
 
 
 def gated_delta_product_xla(
@@ -28,7 +28,7 @@ def gated_delta_product_xla(
         around = ((0, 0), (0, 0), (place, n_updates - 1 - place), *((0, 0) for _ in array_BT.shape[2:]))
         return flat(jnp.pad(array_BT[:, :, None], around))
 
-    y, final_state_BHNP = gated_delta_rule_xla(
+    y, final_state_BHNP = gated_delta_rule(
         spread(q_BTGN, n_updates - 1),
         flat(k_BTRGN),
         flat(v_BTRHP),
@@ -36,6 +36,7 @@ def gated_delta_product_xla(
         None if g is None else spread(g, 0),
         segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, n_updates, axis=1),
         return_final_state=True,
+        implementation="xla",
         **options,
     )
     y_BTHP = y.reshape(n_batch, n_tokens, n_updates, *y.shape[2:])[:, :, -1]

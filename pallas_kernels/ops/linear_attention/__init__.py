@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.linear_attention`."""
 
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="linear_attention",
@@ -20,5 +20,11 @@ OP = Op(
             "pallas_kernels.ops.linear_attention.reference:linear_attention_reference", forward_mode=True
         ),
         "xla": Implementation("pallas_kernels.ops.linear_attention.xla:linear_attention_xla", forward_mode=True),
+        "gpu": Implementation(
+            "pallas_kernels.ops.linear_attention.gpu.api:linear_attention_gpu",
+            "pallas_kernels.ops.linear_attention.gpu.api:supports",
+            oldest_jax=(0, 11),
+            capability=HOPPER,
+        ),
     },
 )

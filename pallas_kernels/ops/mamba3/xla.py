@@ -10,6 +10,7 @@ With rank R a token has R queries and keys, which stand side by side in the prod
 """
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,38 @@ def mamba3_xla(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS,
     return (y_BTHP, *states) if return_final_state else y_BTHP
 
 
-def _slab(tokens, marks: chunks.Marks, states, *, q_bias, k_bias, D, mimo_v, rotary_pairs, dtype, chunk,
-          **more):  # fmt: skip
+def _slab(tokens, marks: chunks.Marks, states, *, q_bias, k_bias, D, mimo_v, rotary_pairs, dtype, chunk, **more):
     """(y, leaving states) of one slab."""
-    y_dtype, n_heads = tokens[2].dtype, tokens[2].shape[2]
-    q, k, v, adt_BTH, dt_BTH, trap_BTH, angles, z = (a if a is None else a.astype(dtype) for a in tokens)
+    y_dtype = tokens[2].dtype
+    tokens = tuple(None if array is None else array.astype(dtype) for array in tokens)
+    weights = {"q_bias": q_bias, "k_bias": k_bias, "mimo_v": mimo_v}
+    written = prepare(tokens, states, marks, **weights, rotary_pairs=rotary_pairs)
+    y_BTHRP, left_BHNP = _read(written, tokens[3], marks, chunk)
+    if D is not None:
+        y_BTHRP += D.astype(dtype)[None, None, :, None, None] * written.v_BTHRP
+    y_BTHP = parts.output(y_BTHRP, tokens[7], **more).astype(y_dtype)
+    angle_BHS, k_BHRN, v_BHRP = written.last
+    return y_BTHP, (angle_BHS, left_BHNP.swapaxes(-1, -2), k_BHRN, v_BHRP)
+
+
+class Written(typing.NamedTuple):
+    """What tokens write to the state and read it by."""
+
+    q_BTHRN: jax.Array  # turned, as are the keys
+    k_BTHRN: jax.Array
+    v_BTHRP: jax.Array
+    now_BTH: jax.Array  # weight of a token's product at the token
+    later_BTH: jax.Array  # what the next one adds to it
+    state_BHNP: jax.Array  # that enters, with the first token's share of the last product before
+    last: tuple  # angle, k and v of the last real token
+
+
+def prepare(tokens, states, marks: chunks.Marks, *, q_bias, k_bias, mimo_v, rotary_pairs: str) -> Written:
+    """Of tokens without anything in padding, all in the dtype that is computed in."""
+    q, k, v, _, dt_BTH, trap_BTH, angles, _ = tokens
     angle_BHS, ssm_BHPN, k_state_BHRN, v_state_BHRP = states
-    turns_BTHS = dt_BTH[..., None] * jnp.pi * jnp.tanh(angles)
-    angle_BTHS = _angles(turns_BTHS, angle_BHS, marks)
+    dtype, n_heads = v.dtype, v.shape[2]
+    angle_BTHS = _angles(dt_BTH[..., None] * jnp.pi * jnp.tanh(angles), angle_BHS, marks)
 
     def turned(array_BTRGN, bias_HRN):
         array_BTRHN = jnp.repeat(array_BTRGN, n_heads // array_BTRGN.shape[3], axis=3)
@@ -55,39 +80,34 @@ def _slab(tokens, marks: chunks.Marks, states, *, q_bias, k_bias, D, mimo_v, rot
     q_BTHRN, k_BTHRN = turned(q, q_bias), turned(k, k_bias)
     v_BTHRP = v[:, :, :, None] if mimo_v is None else v[:, :, :, None] * mimo_v.astype(dtype)[None, None]
     now_BTH, lag_BTH = (share * dt_BTH for share in (jax.nn.sigmoid(trap_BTH), jax.nn.sigmoid(-trap_BTH)))
-    next_lag_BTH, first_lag_BH = _lags(lag_BTH, marks)
-    entering = jnp.einsum("bhrp,bhrn->bhnp", v_state_BHRP, k_state_BHRN) * first_lag_BH[..., None, None]
-    entering += ssm_BHPN.swapaxes(-1, -2)
-    weights = (adt_BTH, now_BTH, now_BTH + next_lag_BTH)
-    y_BTHRP, left = _read(q_BTHRN, k_BTHRN, v_BTHRP, weights, marks, entering, chunk)
-    if D is not None:
-        y_BTHRP += D.astype(dtype)[None, None, :, None, None] * v_BTHRP
-    y_BTHP = parts.output(y_BTHRP, z, **more).astype(y_dtype)
-    last = (_last(array, state, marks) for array, state in ((angle_BTHS, angle_BHS), (k_BTHRN, k_state_BHRN),
-                                                            (v_BTHRP, v_state_BHRP)))  # fmt: skip
-    angle_BHS, k_BHRN, v_BHRP = last
-    return y_BTHP, (angle_BHS, left.swapaxes(-1, -2), k_BHRN, v_BHRP)
+    later_BTH, first_lag_BH = _lags(lag_BTH, marks)
+    state_BHNP = jnp.einsum("bhrp,bhrn->bhnp", v_state_BHRP, k_state_BHRN) * first_lag_BH[..., None, None]
+    state_BHNP += ssm_BHPN.swapaxes(-1, -2)
+    pairs = ((angle_BTHS, angle_BHS), (k_BTHRN, k_state_BHRN), (v_BTHRP, v_state_BHRP))
+    last = tuple(_last(array, state, marks) for array, state in pairs)
+    return Written(q_BTHRN, k_BTHRN, v_BTHRP, now_BTH, later_BTH, state_BHNP, last)
 
 
-def _read(q_BTHRN, k_BTHRN, v_BTHRP, weights, marks: chunks.Marks, state_BHNP, chunk: int):
-    """(y of each rank, leaving state): keys and values written with weights, read by queries."""
-    n_rank = k_BTHRN.shape[3]
+def _read(written: Written, adt_BTH, marks: chunks.Marks, chunk: int):
+    """(y of each rank, leaving state) of what is written."""
+    n_rank = written.k_BTHRN.shape[3]
     cut = lambda array: chunks.cut(array, chunk)  # [B, C, H, Q, ...]
     flat = lambda array: array.reshape(*array.shape[:3], chunk * n_rank, array.shape[-1])
     by_rank = lambda array_BCHQ1: jnp.repeat(array_BCHQ1, n_rank, axis=-2)
-    q, k, v = (flat(cut(array)) for array in (q_BTHRN, k_BTHRN, v_BTHRP))
+    q, k, v = (flat(cut(array)) for array in (written.q_BTHRN, written.k_BTHRN, written.v_BTHRP))
+    weights = (adt_BTH, written.now_BTH, written.now_BTH + written.later_BTH)
     adt, now, weight = (cut(array) for array in weights)
     decays = chunks.decays_of(adt[..., None], chunks.seen_of(marks, chunk))
     is_own = jnp.expand_dims(jnp.eye(chunk, dtype=bool), (0, 1, 2))
     pairs = jnp.where(is_own, now[..., None, :], chunks.weights(decays) * weight[..., None, :])
     pairs = jnp.repeat(jnp.repeat(pairs, n_rank, axis=-2), n_rank, axis=-1)
-    written = chunks.dot_tokens(k * by_rank(decays.after_BCHQZ * weight[..., None]), v)
+    added = chunks.dot_tokens(k * by_rank(decays.after_BCHQZ * weight[..., None]), v)
 
     def step(state_BHNP, chunk):
-        written, through_BH1 = chunk
-        return through_BH1[..., None] * state_BHNP + written, state_BHNP
+        added, through_BH1 = chunk
+        return through_BH1[..., None] * state_BHNP + added, state_BHNP
 
-    entering, state_BHNP = chunks.carry(step, state_BHNP, (written, decays.through_BCHZ))
+    entering, state_BHNP = chunks.carry(step, written.state_BHNP, (added, decays.through_BCHZ))
     y = chunks.dot(chunks.dot(q, jnp.swapaxes(k, -1, -2)) * pairs, v)
     y += chunks.dot(q * by_rank(decays.upto_BCHQZ), entering)
     return chunks.uncut(y.reshape(*y.shape[:3], chunk, n_rank, y.shape[-1])), state_BHNP

@@ -33,7 +33,7 @@ TEST_CASES = (
     Case("one_token", 2, 1, 4, 8, 2, 8),
     Case("no_state", 1, 33, 2, 8, 2, 8, initial=False, final=False),
     Case("groups", 2, 40, 4, 8, 2, 16),
-    Case("large_gates", 2, 50, 2, 8, 2, 8, spread=8.0),
+    Case("large_gates", 2, 50, 2, 8, 2, 8, spread=2.5),
     Case("packed", 2, 50, 2, 8, 2, 8, layout="packed"),
     Case("scattered", 2, 50, 2, 8, 1, 8, spread=3.0, layout="scattered"),
 )

@@ -14,11 +14,12 @@ STATES = (None, "recompute", "bfloat16", "float32")
 def ssd(
     x_BTHP: jax.Array,
     dt_BTH: jax.Array,
-    A_H: jax.Array,
+    A_H: jax.Array | None,
     B_BTGN: jax.Array,
     C_BTGN: jax.Array,
     *,
     D: jax.Array | None = None,
+    decay: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     return_final_state: bool = False,
@@ -32,9 +33,10 @@ def ssd(
     Args:
       x_BTHP: inputs, bfloat16, float16, float32 or float64.
       dt_BTH: step sizes after softplus, >= 0, float32.
-      A_H: decay rates, negative, float32.
+      A_H: decay rates, negative, float32; None with `decay`.
       B_BTGN, C_BTGN: input and output maps of the G groups; G divides H.
       D: skip weights [H] or [H, P], or None.
+      decay: log decays [B, T, H] <= 0 in place of dt A, float32; dt weighs the inputs alone then. None: dt A.
       segment_ids: int32 [B, T], or None for one document a row; the contract stands in the package docstring.
       initial_state: float32 [B, H, P, N], continues the first document of each row; None is zeros.
       return_final_state: also return the state after the last real token.
@@ -55,7 +57,7 @@ def ssd(
     named implementation cannot serve the call. Forward mode (jax.jvp) goes through reference alone; of xla its gradient
     can be differentiated so.
     """
-    _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state)
+    _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, decay, initial_state)
     if segment_ids is not None:
         segment_ids = check_segment_ids("segment_ids", segment_ids, x_BTHP.shape[:2], "batch, tokens of x_BTHP")
     if initial_state is not None:
@@ -67,6 +69,7 @@ def ssd(
     args = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN)
     kwargs = {
         "D": D,
+        "decay": decay,
         "segment_ids": segment_ids,
         "initial_state": initial_state,
         "return_final_state": return_final_state,
@@ -76,14 +79,21 @@ def ssd(
     return call(OP, implementation, args, kwargs, context_axis=context_axis)
 
 
-def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state) -> None:
+def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, decay, initial_state) -> None:
     """Raises ValueError or TypeError unless they fit together."""
     check_shape("x_BTHP", x_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
     if n_tokens < 1:
         raise ValueError(f"x_BTHP has {n_tokens} tokens, at least 1 is needed")
     check_shape("dt_BTH", dt_BTH, (n_batch, n_tokens, n_heads), "batch, tokens, heads of x_BTHP")
-    check_shape("A_H", A_H, (n_heads,), "heads of x_BTHP")
+    if (A_H is None) == (decay is None):
+        raise ValueError(f"A_H and decay are {'both None' if decay is None else 'both given'}: give one of them")
+    if decay is None:
+        check_shape("A_H", A_H, (n_heads,), "heads of x_BTHP")
+        check_float("A_H", A_H, minimum_bits=32)
+    else:
+        check_shape("decay", decay, dt_BTH.shape, "shape of dt_BTH")
+        check_float("decay", decay, minimum_bits=32)
     check_shape("B_BTGN", B_BTGN, (n_batch, n_tokens, None, None), "batch, tokens of x_BTHP, groups, state size")
     check_shape("C_BTGN", C_BTGN, B_BTGN.shape, "shape of B_BTGN")
     n_groups, d_state = B_BTGN.shape[2:]
@@ -92,7 +102,6 @@ def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, initial_state) -> None
     for name, array in (("x_BTHP", x_BTHP), ("B_BTGN", B_BTGN), ("C_BTGN", C_BTGN)):
         check_float(name, array)
     check_float("dt_BTH", dt_BTH, minimum_bits=32)
-    check_float("A_H", A_H, minimum_bits=32)
     if D is not None:
         if D.ndim != 1:
             check_shape("D", D, (n_heads, d_head), "heads, head width of x_BTHP; or [heads]")

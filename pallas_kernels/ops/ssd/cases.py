@@ -28,6 +28,7 @@ class Case:
     initial: bool = False
     final: bool = False
     seed: int = 0
+    apart: bool = False  # log decays of their own in place of dt A
 
 
 # Small shapes: every property of the contract at least once.
@@ -49,6 +50,8 @@ TEST_CASES = (
     Case("interior", 2, 70, 2, 16, 1, 16, layout="interior", initial=True, final=True),
     Case("scattered", 2, 70, 2, 16, 2, 16, layout="scattered", decay="mixed", skip="HP", initial=True, final=True),
     Case("empty", 2, 40, 2, 16, 1, 16, layout="empty", initial=True, final=True),
+    Case("apart", 2, 100, 4, 16, 2, 16, decay="mixed", initial=True, final=True, apart=True),
+    Case("apart_scattered", 2, 70, 2, 16, 1, 16, "scattered", "mixed", None, True, True, apart=True),
 )
 
 # Shapes the kernels must serve in full width (state and head widths), still small enough to interpret.
@@ -108,15 +111,19 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
         dropped = rng.random(shape) < 1 / 3
         dt = np.where(dropped, 0.0, dt)
         x = np.where(rng.random(shape)[..., None] < 1 / 3, 0.0, x)
+    decay = dt * a
+    if case.apart:
+        dt = rng.uniform(0.1, 1.0, shape)
     skip_shape = {None: None, "H": (case.heads,), "HP": (case.heads, case.width)}[case.skip]
     state_shape = (case.batch, case.heads, case.width, case.state)
     return {
         "x": np.asarray(x).astype(jnp.dtype(dtype)),
         "dt": dt.astype(np.float32),
-        "A": a.astype(np.float32),
+        "A": None if case.apart else a.astype(np.float32),
         "B": b.astype(jnp.dtype(dtype)),
         "C": c.astype(jnp.dtype(dtype)),
         "D": None if skip_shape is None else rng.standard_normal(skip_shape, np.float32),
+        "decay": decay.astype(np.float32) if case.apart else None,
         "segment_ids": make_segment_ids(case.layout, case.batch, case.tokens, seed=case.seed),
         "initial_state": rng.standard_normal(state_shape, np.float32) if case.initial else None,
     }

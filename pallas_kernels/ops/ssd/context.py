@@ -24,13 +24,13 @@ from pallas_kernels.segments import document_numbers
 
 def ssd_context(scan: Callable, args: tuple, *, context_axis: str, **options):
     """`scan(*args, **options)`, an implementation of ssd, on tokens of which each device of the axis has a share."""
-    decay_BH, state_BHPN = _local(*args[:4], options["segment_ids"])
+    decay_BH, state_BHPN = _local(*args[:4], options["decay"], options["segment_ids"])
     own = context.StateMap(decay_BH[:, :, None, None], state_BHPN, context.describe(options["segment_ids"]))
     return context.scan_from_entering(scan, args, own, context_axis=context_axis, **options)
 
 
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-def _local(x_BTHP, dt_BTH, A_H, B_BTGN, segment_ids):
+def _local(x_BTHP, dt_BTH, A_H, B_BTGN, decay, segment_ids):
     """(decay_BH, state_BHPN) of one device's tokens."""
     n_batch, n_tokens, n_heads, d_head = x_BTHP.shape
     n_groups = B_BTGN.shape[2]
@@ -38,14 +38,14 @@ def _local(x_BTHP, dt_BTH, A_H, B_BTGN, segment_ids):
     product_dtype = jnp.result_type(x_BTHP, B_BTGN)
     starts_B = None
     dt_BTH = dt_BTH.astype(dtype)
+    log_BTH = dt_BTH * A_H.astype(dtype)[None, None] if decay is None else decay.astype(dtype)
     if segment_ids is not None:
         document_BT = document_numbers(segment_ids)
         real_BT = segment_ids != 0
         last_BT = real_BT & (document_BT == document_BT[:, -1:])
         starts_B = document_BT[:, -1] > 0
-        dt_BTH = jnp.where(real_BT[:, :, None], dt_BTH, 0)
+        dt_BTH, log_BTH = (jnp.where(real_BT[:, :, None], array, 0) for array in (dt_BTH, log_BTH))
         x_BTHP, B_BTGN = (jnp.where(last_BT[:, :, None, None], array, 0) for array in (x_BTHP, B_BTGN))
-    log_BTH = dt_BTH * A_H.astype(dtype)[None, None]
     until_BTH = jax.lax.cumsum(log_BTH, axis=1, reverse=True)
     after_BTH = jnp.pad(until_BTH[:, 1:], ((0, 0), (0, 1), (0, 0)))
     weighed_BTHP = (x_BTHP * (jnp.exp(after_BTH) * dt_BTH)[..., None]).astype(product_dtype)

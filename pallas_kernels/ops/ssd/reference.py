@@ -15,6 +15,7 @@ def ssd_reference(
     C_BTGN,
     *,
     D=None,
+    decay=None,
     segment_ids=None,
     initial_state=None,
     return_final_state=False,
@@ -31,7 +32,7 @@ def ssd_reference(
     if initial_state is None:
         initial_state = jnp.zeros((n_batch, n_heads, d_head, d_state), dtype)
     skip_HP = jnp.zeros((n_heads, 1), dtype) if D is None else D.astype(dtype).reshape(n_heads, -1)
-    A_H = A_H.astype(dtype)
+    decay = dt_BTH.astype(dtype) * A_H.astype(dtype)[None, None] if decay is None else decay
 
     def mask(array):
         real = (segment_ids != 0).reshape(segment_ids.shape + (1,) * (array.ndim - 2))
@@ -39,20 +40,20 @@ def ssd_reference(
 
     def step(carry, token):
         state_BHPN, last_id_B = carry
-        x_BHP, dt_BH, B_BGN, C_BGN, id_B = token
+        x_BHP, dt_BH, B_BGN, C_BGN, decay_BH, id_B = token
         real_B = id_B != 0
         new_document_B = real_B & (last_id_B != 0) & (id_B != last_id_B)
         state_BHPN = jnp.where(new_document_B[:, None, None, None], 0, state_BHPN)
         B_BHN = jnp.repeat(B_BGN, n_heads // n_groups, axis=1)
         C_BHN = jnp.repeat(C_BGN, n_heads // n_groups, axis=1)
         update_BHPN = jnp.einsum("bh,bhp,bhn->bhpn", dt_BH, x_BHP, B_BHN)
-        stepped_BHPN = jnp.exp(dt_BH * A_H[None])[:, :, None, None] * state_BHPN + update_BHPN
+        stepped_BHPN = jnp.exp(decay_BH)[:, :, None, None] * state_BHPN + update_BHPN
         state_BHPN = jnp.where(real_B[:, None, None, None], stepped_BHPN, state_BHPN)
         y_BHP = jnp.einsum("bhpn,bhn->bhp", state_BHPN, C_BHN) + skip_HP[None] * x_BHP
         y_BHP = jnp.where(real_B[:, None, None], y_BHP, 0)
         return (state_BHPN, jnp.where(real_B, id_B, last_id_B)), y_BHP
 
-    tokens = [jnp.moveaxis(array, 1, 0) for array in (*map(mask, (x_BTHP, dt_BTH, B_BTGN, C_BTGN)), segment_ids)]
+    tokens = [jnp.moveaxis(array, 1, 0) for array in (*map(mask, (x_BTHP, dt_BTH, B_BTGN, C_BTGN, decay)), segment_ids)]
     start = (initial_state.astype(dtype), jnp.zeros(n_batch, jnp.int32))
     (final_state_BHPN, _), y_TBHP = jax.lax.scan(step, *vary_alike((start, tuple(tokens))))
     y_BTHP = jnp.moveaxis(y_TBHP, 0, 1).astype(x_BTHP.dtype)

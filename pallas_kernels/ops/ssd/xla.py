@@ -35,12 +35,13 @@ class _Tokens(typing.NamedTuple):
     dt_BTH: jax.Array
     B_BTGN: jax.Array
     C_BTGN: jax.Array
+    decay_BTH: jax.Array | None  # in place of dt A
 
 
 class _Weights(typing.NamedTuple):
     """The arguments without one; gradients come in the same form."""
 
-    A_H: jax.Array
+    A_H: jax.Array | None
     D: jax.Array | None
 
 
@@ -60,6 +61,7 @@ def ssd_xla(
     C_BTGN,
     *,
     D=None,
+    decay=None,
     segment_ids=None,
     initial_state=None,
     return_final_state=False,
@@ -77,7 +79,7 @@ def ssd_xla(
     if segment_ids is not None:
         document_BT = segments.document_numbers(segment_ids)
         marks = _Marks(segment_ids != 0, document_BT, jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0))))
-    tokens = _Tokens(x_BTHP, dt_BTH, B_BTGN, C_BTGN)
+    tokens = _Tokens(x_BTHP, dt_BTH, B_BTGN, C_BTGN, decay)
     chunk = _chunk_size(chunk, n_tokens, d_head, d_state)
     y_BTHP, final_state_BHPN = _ssd(tokens, _Weights(A_H, D), marks, initial_state.astype(dtype), chunk)
     return (y_BTHP, final_state_BHPN) if return_final_state else y_BTHP
@@ -224,9 +226,12 @@ def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -
     dt_BCQGR = split(tokens.dt_BTH, dtype, n_groups, n_heads // n_groups)
     B_BCQGN = split(tokens.B_BTGN, product_dtype, n_groups)
     C_BCQGN = split(tokens.C_BTGN, product_dtype, n_groups)
-    A_GR = weights.A_H.astype(dtype).reshape(n_groups, -1)
+    if tokens.decay_BTH is None:
+        steps_BCQGR = dt_BCQGR * weights.A_H.astype(dtype).reshape(n_groups, -1)[None, None, None]
+    else:
+        steps_BCQGR = split(tokens.decay_BTH, dtype, n_groups, n_heads // n_groups)
 
-    sums = _cumulative_sums(dt_BCQGR * A_GR[None, None, None])  # two of [B, C, G, R, Q]
+    sums = _cumulative_sums(steps_BCQGR)  # two of [B, C, G, R, Q]
     within = functools.reduce(jnp.add, (s[..., :, None] - s[..., None, :] for s in sums))
     head = functools.reduce(jnp.add, sums)
     tail = functools.reduce(jnp.add, (s[..., -1:] - s for s in sums))
@@ -380,16 +385,22 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
         dx_BCQGRP += _skip(weights.D, c) * dy_BCQGRP
         dD = jnp.sum(c.x_BCQGRP.astype(dtype) * dy_BCQGRP, axis=(0, 1, 2))
         dD = (dD if weights.D.ndim == 2 else dD.sum(-1)).reshape(weights.D.shape)
-    A_GR = weights.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
-    ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1) + dsteps_BCQGR * A_GR[None, None, None]
-    dA_GR = jnp.sum(dsteps_BCQGR * c.dt_BCQGR, axis=(0, 1, 2))
+    ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1)
+    dA = ddecay = None
+    if tokens.decay_BTH is None:
+        A_GR = weights.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
+        ddt_BCQGR += dsteps_BCQGR * A_GR[None, None, None]
+        dA = jnp.sum(dsteps_BCQGR * c.dt_BCQGR, axis=(0, 1, 2)).reshape(-1)
+    else:
+        ddecay = _where_real(marks, dsteps_BCQGR.reshape(tokens.decay_BTH.shape))
     dtokens = _Tokens(
         dx_BCQGRP.reshape(tokens.x_BTHP.shape).astype(tokens.x_BTHP.dtype),
         _where_real(marks, ddt_BCQGR.reshape(tokens.dt_BTH.shape)),
         dB_BCQGN.reshape(tokens.B_BTGN.shape),
         dC_BCQGN.reshape(tokens.C_BTGN.shape),
+        ddecay,
     )
-    return dtokens, _Weights(dA_GR.reshape(-1), dD), dstate_BGRPN.reshape(state_BHPN.shape)
+    return dtokens, _Weights(dA, dD), dstate_BGRPN.reshape(state_BHPN.shape)
 
 
 def _straddling_sums(products_BCGRQQ):

@@ -36,11 +36,13 @@ def _round_up(n, m):
 def decay_vectors(dt, a_log2, chunks, begun=None):
     """Cumulative log2 decay ``a`` and ``a - log2(dt)`` within chunks: ``[B, chunks, H, 2, 64]`` (dt ``[B, T, H]``).
 
-    ``begun [B, chunks, 64]``: documents that begin in the chunk up to each token; each takes all weight away.
+    ``a_log2``: rates ``[H]`` that dt is multiplied with, or log2 decays ``[B, T, H]`` of their own. ``begun [B, chunks,
+    64]``: documents that begin in the chunk up to each token; each takes all weight away.
     """
     dt = _chunked(dt, chunks)
+    steps = dt * a_log2[:, None][None, None] if a_log2.ndim == 1 else _chunked(a_log2, chunks)
     lower = jnp.tril(jnp.ones((TILE, TILE), F32))
-    a = jnp.einsum("bchj,ij->bchi", dt * a_log2[:, None][None, None], lower, precision=lax.Precision.HIGHEST)
+    a = jnp.einsum("bchj,ij->bchi", steps, lower, precision=lax.Precision.HIGHEST)
     if begun is not None:
         a -= gpu_decay.BETWEEN_DOCUMENTS * begun[:, :, None]
     return jnp.stack([a, a - jnp.log2(dt)], axis=3)
@@ -66,11 +68,9 @@ def document_vectors(segment_ids, chunks):
     return real, jnp.cumsum(first.astype(F32), axis=-1)
 
 
-def supports(
-    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None, states=None
-):
+def supports(x, dt, A, B, C, *, states=None, **more):
     """None if the kernels can serve the call, else the reason."""
-    del dt, A, D, segment_ids, initial_state, return_final_state, chunk
+    del dt, A, more
     if states == "float32":
         return "states ('float32'): they are kept in bfloat16 or recomputed"
     for name, array in (("x_BTHP", x), ("B_BTGN", B), ("C_BTGN", C)):
@@ -163,7 +163,8 @@ def _cleared(v, ids):
 def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
     """y and final state (None unless ``with_final``) for widths the kernels take.
 
-    P = 64, N a multiple of 64, T of 8; d [H], [H, 64] or None; init may be None.
+    P = 64, N a multiple of 64, T of 8; a [H], or log decays [B, T, H] in place of dt a; d [H], [H, 64] or None; init
+    may be None.
     """
     return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, False)[:2]
 
@@ -171,11 +172,12 @@ def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
 def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, emit_states):
     cfg = _config(x, b_mat, d, ids)
     cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
-    if cfg.heads % gpu_decay.HEADS == 0:
+    if a.ndim == 1 and cfg.heads % gpu_decay.HEADS == 0:
         ab, real = gpu_decay.decays(dt, a, ids, cfg.chunks)
     else:
         real, begun = (None, None) if ids is None else document_vectors(ids, cfg.chunks)
-        ab = decay_vectors(_real_dt(dt, ids), a * LOG2E, cfg.chunks, begun)
+        rates = a if a.ndim == 1 else _real_dt(a, ids)
+        ab = decay_vectors(_real_dt(dt, ids), rates * LOG2E, cfg.chunks, begun)
     y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, real, None if d is None else d.astype(F32), init)
     return y, final, states, ab, real
 
@@ -244,7 +246,7 @@ def _joined(parts, tokens, odd=None):
 
 
 def _dt_grads(out, dt, a, ids):
-    """``gpu_decay.gradients`` by XLA, for any number of heads."""
+    """``gpu_decay.gradients`` by XLA, for any number of heads and for log decays ``a [B, T, H]``."""
     batch, tokens, heads = dt.shape
     source = out["source"]
     x_v, x_v_state = source[:, :, :, 0], source[:, :, :, 1]
@@ -256,10 +258,13 @@ def _dt_grads(out, dt, a, ids):
         return v.reshape(batch, -1, heads)[:, :tokens]
 
     log_decay = by_token(_decay_grads(net, end))
-    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, gpu_decay.SMALLEST_DT) + a[None, None] * log_decay
-    if ids is not None:
-        d_dt = jnp.where((ids != 0)[..., None], d_dt, 0.0)
-    d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))
+    d_dt = by_token(x_v.swapaxes(2, 3)) / jnp.maximum(dt, gpu_decay.SMALLEST_DT)
+    if a.ndim == 1:
+        d_dt += a[None, None] * log_decay
+        d_a = (_real_dt(dt, ids) * log_decay).sum((0, 1))
+    else:
+        d_a = _real_dt(log_decay, ids)
+    d_dt = _real_dt(d_dt, ids)
     return d_dt, d_a, (source[:, :, :, 2].sum((0, 1, 3)) if source.shape[3] == 3 else None)
 
 
@@ -287,7 +292,7 @@ def _core_bwd(with_final, residuals, cotangents):
     if init is not None:
         rows, state = _rounded_start(init, dy, c_mat, ab, ids, r_states)
         out["target"], out["state"] = out["target"].at[:, :2].add(rows), out["state"].at[:, 0, :, 0].add(state)
-    if heads % gpu_decay.HEADS == 0:
+    if a.ndim == 1 and heads % gpu_decay.HEADS == 0:
         sums = (out["source"], out["target"], out["cross"], out["state"])
         d_dt, d_a, d_d = gpu_decay.gradients(*sums, dt, a, ids, cfg.has_d)
     else:
@@ -312,6 +317,7 @@ def ssd_gpu(
     C,
     *,
     D=None,
+    decay=None,
     segment_ids=None,
     initial_state=None,
     return_final_state=False,
@@ -345,7 +351,8 @@ def ssd_gpu(
     if D is not None:
         D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
-    dt, A = split(pad(dt, 0, pad_t, 0), 2), split(A, 0)
+    dt = split(pad(dt, 0, pad_t, 0), 2)
+    A = split(A, 0) if decay is None else split(pad(decay.astype(F32), 0, pad_t, 0), 2)
     core = jax.checkpoint(_core, static_argnums=(8,)) if states == "recompute" else _core
     y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]

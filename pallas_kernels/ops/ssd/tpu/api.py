@@ -52,11 +52,11 @@ def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int
     return found
 
 
-def supports(
-    x, dt, A, B, C, *, D=None, segment_ids=None, initial_state=None, return_final_state=False, chunk=None, states=None
-) -> str | None:
+def supports(x, dt, A, B, C, *, decay=None, **more) -> str | None:
     """Why the TPU kernel cannot serve this call of `ssd`, or None if it can."""
-    del A, D, segment_ids, initial_state, return_final_state, chunk, states
+    del A, more
+    if decay is not None:
+        return "decay: the kernel decays by dt A"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x has dtype {x.dtype}, the kernel takes bfloat16 and float32"
     if B.dtype != x.dtype or C.dtype != x.dtype:
@@ -84,6 +84,7 @@ def ssd_tpu(
     C,
     *,
     D=None,
+    decay=None,
     segment_ids=None,
     initial_state=None,
     return_final_state=False,
@@ -100,7 +101,7 @@ def ssd_tpu(
     Raises NotImplementedError, naming argument and limit, where `supports` gives a reason.
     """
     del chunk
-    if reason := supports(x, dt, A, B, C):
+    if reason := supports(x, dt, A, B, C, decay=decay):
         raise NotImplementedError(reason)
     stored = str(x.dtype) if states in (None, "recompute") else states
     plan = make_plan(x.shape, B.shape, heads_per_block, chunks_per_step, stored, interpret)
