@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hybridlm.config import Config, ConfigError
 from hybridlm.config.mesh import check_config
+from hybridlm.config.pods import read_topology
 from hybridlm.sharding import make_mesh
 from hybridlm.train.step import Program, make_program
 from pallas_kernels import platform
@@ -38,16 +39,19 @@ class Described:
         return self.program.train_step.trace(self.program.state_like, self.batch())
 
 
-def slice_devices(topology: str) -> list:
-    """Devices of a described TPU slice, in JAX's order. topology: "v5p:8x8x16", "v5e:16x16", ...
+def slice_devices(words: str) -> list:
+    """Devices of described TPU slices, in JAX's order. words: "v5p:8x8x16", "2xv5e:16x16", as of `config.pods`.
 
-    ConfigError where libtpu knows no such slice or is not installed.
+    ConfigError for words that name none, and where libtpu knows no such slice or is not installed.
     """
+    topology = read_topology(words)
+    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()
-        raise ConfigError(f"topology ({topology!r}): {reason[0] if reason else type(error).__name__}") from error
+        raise ConfigError(f"topology ({words!r}): {reason[0] if reason else type(error).__name__}") from error
+    return list(described.devices)
 
 
 @contextlib.contextmanager
