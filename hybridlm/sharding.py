@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import numpy as np
@@ -271,8 +271,14 @@ def per_device(
         P() if array is None else spec(names[: array.ndim]) for array, names in zip(arrays, axes, strict=True)
     )
     fn = fn if "context" in indivisible else partial(fn, context_axis="context")
+    return shard_map(fn, in_specs, out_specs)(*arrays)
+
+
+def shard_map(fn: Callable, in_specs, out_specs) -> Callable:
+    """`jax.shard_map` over all axes of the mesh that are not taken by `per_slice`."""
+    mesh = _current_mesh()
     names = {axis for axis in mesh.axis_names if _is_auto(axis, mesh)}
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)(*arrays)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
 
 def per_slice(fn: Callable, whole, rows):
@@ -288,84 +294,6 @@ def per_slice(fn: Callable, whole, rows):
 
     specs = {"in_specs": (P(), P("slice")), "out_specs": (P("slice"), P())}
     return jax.shard_map(of_slice, **specs, axis_names={"slice"}, check_vma=False)(whole, rows)
-
-
-def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> jax.Array | tuple:
-    """`fn(*arrays)`, run by every device on its shards, which fn exchanges itself: by `gather`, `scatter` and `add`.
-
-    axes: the logical axes of each array; outs: (logical axes, shape) of the result, or a list of those. Dims that do
-    not divide are whole on every device, as with `constrain`. Without a mesh: `fn(*arrays)`.
-    """
-    mesh = _current_mesh()
-    if mesh is None:
-        return fn(*arrays)
-    in_specs = tuple(_divisible_spec(names, array.shape, mesh) for array, names in zip(arrays, axes, strict=True))
-    spec = lambda out: _divisible_spec(*out, mesh)
-    out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
-    names = {axis for axis in mesh.axis_names if _is_auto(axis, mesh)}
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)(*arrays)
-
-
-def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, weight_axes: Sequence[tuple], out_axes):
-    """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
-
-    out_axes: of the result (a tuple of names) or of the results (a list). What the names ask for is exchanged once for
-    all products, in the type of the arrays:
-    - weights are gathered over the axes that split d_model, and their gradients scattered over them;
-    - tokens of the stream are gathered where the results have whole `tokens`, and their gradient scattered;
-    - sums over what `tensor` splits of x are scattered over the tokens where the result is the stream.
-    """
-    mesh = _current_mesh()
-    if mesh is None:
-        return fn(x, *weights)
-    several = isinstance(out_axes, list)
-    results = jax.eval_shape(fn, x, *weights)
-    names = out_axes if several else [out_axes]
-    stream, tokens = (_dividing(name, x.shape[1], mesh) for name in ("stream", "tokens"))
-    over_tokens = tuple(axis for axis in stream if axis not in tokens)
-    entering = over_tokens if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
-    summed = tuple(a for name, n in zip(x_axes[2:], x.shape[2:], strict=True) for a in _dividing(name, n, mesh))
-    if x_axes[1] == "tokens" and not summed:
-        names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
-
-    sharded = [
-        [(dim, _dividing(name, w.shape[dim], mesh)) for dim, name in enumerate(axes) if name == "d_model"]
-        for w, axes in zip(weights, weight_axes, strict=True)
-    ]
-
-    def run(x, *weights):
-        x = gather(x, entering, 1)
-        whole = [reduce(lambda w, at: gather(w, at[1], at[0]), dims, w) for w, dims in zip(weights, sharded)]
-        result = fn(x, *whole)
-        if not summed:
-            return tuple(result) if several else result
-        return scatter(result, summed, 1) if set(summed) == set(over_tokens) else add(result, summed)
-
-    shapes = [result.shape for result in (results if several else [results])]
-    outs = list(zip(names, shapes, strict=True))
-    return manual(run, [x, *weights], [x_axes, *weight_axes], outs if several else outs[0])
-
-
-def gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-    """Inside `manual`: shards of a dim put together over mesh axes, outermost first; the gradient is scattered."""
-    axes = _wide(axes)
-    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
-
-
-def scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-    """Inside `manual`: sums over mesh axes of which each device keeps its shard of a dim."""
-    axes = _wide(axes)
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
-
-
-def add(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Inside `manual`: sums over mesh axes."""
-    axes = _wide(axes)
-    return jax.lax.psum(x, axes) if axes else x
-
-
-def _wide(axes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
 
 
 def _current_mesh():

@@ -146,6 +146,18 @@ def tpu_generation() -> str | None:
     return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
 
 
+def torus_side(n_devices: int) -> int:
+    """Devices along the last dimension, the longest, of a TPU slice of n_devices, a power of two.
+
+    Slices of v5e and v6e are planes, others have three dimensions; their sides differ by a factor of two at most. A
+    chip of TPU7x is two devices, the innermost.
+    """
+    generation = tpu_generation()
+    dims, per_chip = 2 if generation in ("v2", "v3", "v5e", "v6e") else 3, 2 if generation == "7x" else 1
+    doublings = (n_devices // per_chip).bit_length() - 1
+    return per_chip * 2 ** -(-doublings // dims)
+
+
 def tpu_chip() -> TpuChip | None:
     """The TPU that a kernel is compiled for; None where it is interpreted on another platform.
 

@@ -7,9 +7,10 @@ Needs libtpu. Bytes are of one device and one step.
 """
 
 import argparse
+import contextlib
 import json
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,47 +20,18 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import jax
 import numpy as np
 
-from hybridlm.config import Config, MeshConfig
-from hybridlm.config.find import read_config
+from hybridlm.config.find import pod_names, read_config
 from hybridlm.plan import collectives, hlo
 from hybridlm.plan.described import Described, described, slice_devices
 
 FILE = Path(__file__).with_suffix(".json")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A config on a slice."""
-
-    config: str
-    topology: str
-    mesh: MeshConfig
-    batch_size: int
-    accumulate: int = 1
-
-    @property
-    def name(self) -> str:
-        """ "hybrid_8b:v5p:8x8x16"."""
-        return f"{self.config}:{self.topology}"
-
-    def read(self) -> Config:
-        """The config with the setting's mesh and batch."""
-        config = read_config(self.config)
-        data = replace(config.data, batch_size=self.batch_size)
-        return replace(config, mesh=self.mesh, data=data, optim=replace(config.optim, accumulate=self.accumulate))
-
-
-ONE = MeshConfig(data=1)
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("hybrid_125m", "v5p:2x2x1", replace(ONE, fsdp=4), 32, 4),
-        Setting("hybrid_1b", "v5e:16x16", replace(ONE, fsdp=256), 256),
-        Setting("hybrid_1b", "v6e:16x16", replace(ONE, fsdp=256), 256),
-        Setting("hybrid_8b", "v5p:8x8x16", replace(ONE, fsdp=128, tensor=8), 768),
-    )
-}
-"""Published settings by name."""
+@contextlib.contextmanager
+def setting(name: str) -> Iterator[Described]:
+    """The run of a published pod setting, "hybrid_8b:v5p:8x8x16", on the slices that it is for."""
+    with described(read_config(name), slice_devices(name.partition(":")[2])) as run:
+        yield run
 
 
 def traced(run: Described) -> tuple[dict, jax.stages.Traced]:
@@ -102,13 +74,12 @@ def read() -> dict[str, dict[str, dict[str, int]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SETTINGS)}; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(pod_names())}; none: all")
     parser.add_argument("--compiled", action="store_true", help="compile them too: minutes each")
     args = parser.parse_args()
     budgets = read() if FILE.exists() else {}
-    for name in args.names or SETTINGS:
-        setting = SETTINGS[name]
-        with described(setting.read(), slice_devices(setting.topology)) as run:
+    for name in args.names or pod_names():
+        with setting(name) as run:
             figures, step = traced(run)
             kept = budgets.get(name, {}).get("compiled", {})
             budgets[name] = {"traced": figures, "compiled": compiled(step) if args.compiled else kept}

@@ -4,7 +4,7 @@ the figures anew where that is meant."""
 
 import pytest
 
-from hybridlm.plan.described import described, slice_devices
+from hybridlm.config.find import pod_names
 from tests import budgets
 
 pytestmark = pytest.mark.libtpu
@@ -12,17 +12,13 @@ QUICK = ("hybrid_125m:v5p:2x2x1", "hybrid_8b:v5p:8x8x16")
 """Compiled whenever the compiler is there; the others are slow tests."""
 
 
-@pytest.mark.parametrize("name", budgets.SETTINGS)
+@pytest.mark.parametrize("name", pod_names())
 def test_traced(name):
-    setting = budgets.SETTINGS[name]
-    with described(setting.read(), slice_devices(setting.topology)) as run:
+    with budgets.setting(name) as run:
         assert budgets.raised(budgets.traced(run)[0], budgets.read()[name]["traced"]) == []
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in budgets.SETTINGS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in pod_names()])
 def test_compiled(name):
-    setting = budgets.SETTINGS[name]
-    with described(setting.read(), slice_devices(setting.topology)) as run:
+    with budgets.setting(name) as run:
         assert budgets.raised(budgets.compiled(run.trace()), budgets.read()[name]["compiled"]) == []

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridlm", "pallas_kernels")
 
 BESIDE_SHARDING = {"errors", "lazy", "shapes"}
-LOW = BESIDE_SHARDING | {"sharding"}
+LOW = BESIDE_SHARDING | {"sharding", "exchange"}
 MIDDLE = LOW | {"layers", "model", "hf", "data", "optim"}
 ABOVE_TRAIN = {"eval", "probes", "plan", "infer", "study"}
 MAY_IMPORT = {
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "lazy": set(),
     "shapes": set(),
     "sharding": BESIDE_SHARDING,
+    "exchange": BESIDE_SHARDING | {"sharding"},
     "storage": BESIDE_SHARDING,
     "cluster": BESIDE_SHARDING,
     "layers": LOW,

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from pallas_kernels import grouped_dot
 
 
@@ -39,7 +39,7 @@ def routed_per_device(
 
     def run(x_BTD, experts_BTk, weights_BTk, w_in, w_out, context_axis=None):
         width, is_stream = x_BTD.shape[-1], x_BTD.shape[1] != experts_BTk.shape[1]
-        x_BTD = sharding.gather(x_BTD, ("tensor",), 1) if is_stream else x_BTD
+        x_BTD = exchange.gather(x_BTD, ("tensor",), 1) if is_stream else x_BTD
         w_in, w_out = (_whole(w, dim, width) for w, dim in ((w_in, 1), (w_out, 2)))
         flat = [a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, weights_BTk)]
         apply = feed_forward(w_in, w_out, activation)
@@ -49,7 +49,7 @@ def routed_per_device(
             y_MD, kept_Mk = routed_experts_over("expert", *flat, apply, n_experts=n_experts, capacity=capacity)
         y_BTD = y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
         if is_stream:
-            y_BTD = sharding.scatter(y_BTD, ("tensor",), 1)
+            y_BTD = exchange.scatter(y_BTD, ("tensor",), 1)
         elif w_out.shape[1] != d_ff:
             y_BTD = jax.lax.psum(y_BTD, "tensor")
         return y_BTD, kept_Mk.reshape(experts_BTk.shape)
@@ -64,7 +64,7 @@ def routed_per_device(
 
 def _whole(w, dim: int, width: int):
     """Inside `per_device`: a weight put together over the axes that split d_model."""
-    return w if w.shape[dim] == width else sharding.gather(w, sharding.RULES["d_model"], dim)
+    return w if w.shape[dim] == width else exchange.gather_weight(w, sharding.RULES["d_model"], dim)
 
 
 def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:

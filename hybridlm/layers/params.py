@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink"]
 
@@ -114,16 +114,16 @@ def projections(x_BTD: jax.Array, *pairs: tuple[nnx.Param, nnx.Param | None]) ->
 
 
 def enter(fn: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param], out_axes):
-    """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `sharding.products`."""
+    """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`."""
     values = [weight[...].astype(x_BTD.dtype) for weight in weights]
     axes = [weight.get_metadata()["axes"] for weight in weights]
-    return sharding.products(fn, x_BTD, values, x_axes=sharding.STREAM, weight_axes=axes, out_axes=out_axes)
+    return exchange.products(fn, x_BTD, values, x_axes=sharding.STREAM, weight_axes=axes, out_axes=out_axes)
 
 
 def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream."""
     axes = weight.get_metadata()["axes"]
-    out = sharding.products(
+    out = exchange.products(
         lambda y, w: jnp.tensordot(y, w, len(axes) - 1), y, [weight[...].astype(y.dtype)],
         x_axes=("batch", "tokens", *axes[:-1]), weight_axes=[axes], out_axes=sharding.STREAM,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 
 CHUNK = 4096
 """Rows of a chunk, per shard of the vocabulary."""
@@ -26,7 +26,7 @@ TABLE = ("vocab", "d_model")
 class Places(NamedTuple):
     """How a mesh splits a table and the tokens that meet it: mesh axes, () where it splits nothing.
 
-    Its methods are for use inside `sharding.manual`, and change nothing where nothing is split.
+    Its methods are for use inside `exchange.manual`, and change nothing where nothing is split.
     """
 
     rows: tuple[str, ...] = ()
@@ -49,22 +49,22 @@ class Places(NamedTuple):
 
     def enter(self, x_BTD: jax.Array) -> jax.Array:
         """Tokens of the stream as they meet the table."""
-        return sharding.gather(x_BTD, self.stream, 1)
+        return exchange.gather(x_BTD, self.stream, 1)
 
     def leave(self, x_BTD: jax.Array) -> jax.Array:
         """Sums over devices with different rows, as tokens of the stream."""
-        return sharding.scatter(x_BTD, self.stream, 1) if self.stream else sharding.add(x_BTD, self.rows)
+        return exchange.scatter(x_BTD, self.stream, 1) if self.stream else exchange.add(x_BTD, self.rows)
 
     def whole_rows(self, w: jax.Array) -> jax.Array:
         """Rows with all their columns, the last dim."""
-        return sharding.gather(w, self.columns, w.ndim - 1)
+        return exchange.gather_weight(w, self.columns, w.ndim - 1)
 
     def sum_rows(self, dw: jax.Array) -> jax.Array:
         """This device's columns of a gradient of whole rows, summed over all tokens."""
         if not set(self.columns) <= set(self.tokens):  # all devices of a row of the mesh have the same tokens
             dw = dw / lax.axis_size(self.columns)
-        dw = sharding.scatter(dw, self.columns, dw.ndim - 1)
-        return sharding.add(dw, tuple(axis for axis in self.tokens if axis not in self.columns))
+        dw = exchange.scatter_weight(dw, self.columns, dw.ndim - 1)
+        return exchange.add(dw, tuple(axis for axis in self.tokens if axis not in self.columns))
 
 
 def places(tokens_shape: tuple[int, int], table_shape: tuple[int, int]) -> Places:
@@ -116,7 +116,7 @@ def _look_up(w_VD, tokens_BT, dtype, multiplier, chunk):
 
     d_model = w_VD.shape[1]
     out = (sharding.STREAM, (*tokens_BT.shape, d_model))
-    return sharding.manual(run, (w_VD, tokens_BT), (TABLE, where.at), out)
+    return exchange.manual(run, (w_VD, tokens_BT), (TABLE, where.at), out)
 
 
 def _look_up_forward(w_VD, tokens_BT, dtype, multiplier, chunk):
@@ -150,7 +150,7 @@ def _look_up_backward(dtype, multiplier, chunk, saved, dx_BTD):
         return dw_CRD.reshape(-1, dw_CRD.shape[-1])[:n_rows] * multiplier
 
     axes = (where.at, sharding.STREAM)
-    return sharding.manual(run, (tokens_BT, dx_BTD), axes, (TABLE, w_VD.shape)), None
+    return exchange.manual(run, (tokens_BT, dx_BTD), axes, (TABLE, w_VD.shape)), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -39,18 +39,19 @@ class Described:
         return self.program.train_step.trace(self.program.state_like, self.batch())
 
 
-def slice_devices(topology: str) -> list:
-    """Devices of described TPU slices, in JAX's order. topology: "v5p:8x8x16", "2xv5e:16x16", ...
+def slice_devices(words: str) -> list:
+    """Devices of described TPU slices, in JAX's order. words: "v5p:8x8x16", "2xv5e:16x16", as of `config.pods`.
 
-    ConfigError where libtpu knows no such slice or is not installed.
+    ConfigError for words that name none, and where libtpu knows no such slice or is not installed.
     """
-    wanted = read_topology(topology)
-    several = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
+    topology = read_topology(words)
+    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=wanted.name, **several).devices)
-    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()
-        raise ConfigError(f"topology ({topology!r}): {reason[0] if reason else type(error).__name__}") from error
+        raise ConfigError(f"topology ({words!r}): {reason[0] if reason else type(error).__name__}") from error
+    return list(described.devices)
 
 
 @contextlib.contextmanager

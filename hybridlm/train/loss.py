@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.layers.vocabulary import CHUNK, TABLE, Places, layout, places
 
 
@@ -89,7 +89,7 @@ def _forward(x_BTD, w_VD, targets_BT, spec: _Spec):
         return _local_forward(where.enter(x_BTD), w_VD, targets_BT, spec, where)
 
     axes, of_token = (sharding.STREAM, TABLE, where.at), (where.at, targets_BT.shape)
-    nats_BT, lse_BT = sharding.manual(run, (x_BTD, w_VD, targets_BT), axes, [of_token, of_token])
+    nats_BT, lse_BT = exchange.manual(run, (x_BTD, w_VD, targets_BT), axes, [of_token, of_token])
     return (nats_BT, lse_BT), (x_BTD, w_VD, targets_BT, lse_BT)
 
 
@@ -115,9 +115,9 @@ def _local_forward(x_BTD, w_VD, targets_BT, spec: _Spec, where: Places):
     (max_BTS, sum_BTS, target_BTS), _ = lax.scan(step, start, _chunks(w_VD, x_BTD.dtype, spec))
     max_BT = max_BTS.max(-1)
     max_BT = lax.pmax(max_BT, where.rows) if where.rows else max_BT
-    sum_BT = sharding.add((sum_BTS * jnp.exp(max_BTS - max_BT[..., None])).sum(-1), where.rows)
+    sum_BT = exchange.add((sum_BTS * jnp.exp(max_BTS - max_BT[..., None])).sum(-1), where.rows)
     lse_BT = max_BT + jnp.log(sum_BT)
-    return lse_BT - sharding.add(target_BTS.sum(-1), where.rows), lse_BT
+    return lse_BT - exchange.add(target_BTS.sum(-1), where.rows), lse_BT
 
 
 def _backward(spec: _Spec, saved, cotangents):
@@ -131,7 +131,7 @@ def _backward(spec: _Spec, saved, cotangents):
     arrays = (x_BTD, w_VD, targets_BT, lse_BT, *cotangents)
     axes = (sharding.STREAM, TABLE, *[where.at] * 4)
     outs = [(sharding.STREAM, x_BTD.shape), (TABLE, w_VD.shape)]
-    return *sharding.manual(run, arrays, axes, outs), None
+    return *exchange.manual(run, arrays, axes, outs), None
 
 
 def _local_backward(x_BTD, w_VD, targets_BT, lse_BT, cotangents, spec: _Spec, where: Places):

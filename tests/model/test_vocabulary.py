@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.config import MeshConfig
 from hybridlm.layers import vocabulary
 from hybridlm.sharding import STREAM, make_mesh
 from hybridlm.train.loss import cross_entropy
+from pallas_kernels import platform
 from tests.model.model_support import QUICK
 from tests.tolerances import check_close
 
@@ -107,3 +108,22 @@ def test_nothing_is_whole():
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     tokens = [B * T // 8 * D * n for n in (1, 4)]  # of the stream; of the table's part, 4 times as many
     assert max(size for size in sizes if size not in tokens) < V // 4 * D
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "7x"])
+def test_an_axis_over_a_whole_slice(generation, monkeypatch):
+    """In two stages, of different sides on planes, cubes and chips of two devices; on each of two slices by itself."""
+    monkeypatch.setattr(exchange, "WHOLE_SLICE", 4)
+    table_VD, ids_BT, weight_BTD = inputs("", "float32")
+
+    def run(table_VD):
+        x_BTD, pull = jax.vjp(lambda w_VD: vocabulary.look_up(w_VD, ids_BT, "float32", 1.0, CHUNK), table_VD)
+        return x_BTD, pull(weight_BTD)[0]
+
+    for mesh in (replace(ONE, fsdp=8), replace(ONE, fsdp=4, slice=2)):
+        with platform.assume_platform("tpu", generation=generation):
+            (x_BTD, grad), text = on_mesh(make_mesh(mesh), table_VD, run)
+        (_, expected), at_once = on_mesh(make_mesh(mesh), table_VD, run)
+        np.testing.assert_array_equal(x_BTD, table_VD[ids_BT])
+        check_close(grad, expected, dtype="float32", what="gradient of the table")
+        assert text.count("all-gather(") == 2 * at_once.count("all-gather(") > 0

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What devices exchange around products of activations with parameters, written out: gathers, scatters and sums.
+
+The compiler could find them from shardings alone. Written out, a gradient is scattered while it is a partial sum, the
+products of one input exchange it once, and a traced program says what it sends.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hybridlm import sharding
+from hybridlm.sharding import split_axes
+from pallas_kernels import platform
+
+
+def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> jax.Array | tuple:
+    """`fn(*arrays)`, run by every device on its shards, which fn exchanges itself: by `gather`, `scatter` and `add`.
+
+    axes: the logical axes of each array; outs: (logical axes, shape) of the result, or a list of those. Dims that do
+    not divide are whole on every device, as with `constrain`. Without a mesh: `fn(*arrays)`.
+    """
+    if not sharding.is_split():
+        return fn(*arrays)
+    in_specs = tuple(_spec(names, array.shape) for array, names in zip(arrays, axes, strict=True))
+    out_specs = tuple(_spec(*out) for out in outs) if isinstance(outs, list) else _spec(*outs)
+    return sharding.shard_map(fn, in_specs, out_specs)(*arrays)
+
+
+def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, weight_axes: Sequence[tuple], out_axes):
+    """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
+
+    out_axes: of the result (a tuple of names) or of the results (a list). What the names ask for is exchanged once for
+    all products, in the type of the arrays:
+    - weights are gathered over the axes that split d_model, and their gradients scattered over them;
+    - tokens of the stream are gathered where the results have whole `tokens`, and their gradient scattered;
+    - sums over what `tensor` splits of x are scattered over the tokens where the result is the stream.
+    """
+    if not sharding.is_split():
+        return fn(x, *weights)
+    several = isinstance(out_axes, list)
+    results = jax.eval_shape(fn, x, *weights)
+    names = out_axes if several else [out_axes]
+    stream, tokens = (split_axes(name, x.shape[1]) for name in ("stream", "tokens"))
+    over_tokens = tuple(axis for axis in stream if axis not in tokens)
+    entering = over_tokens if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
+    summed = tuple(a for name, n in zip(x_axes[2:], x.shape[2:], strict=True) for a in split_axes(name, n))
+    if x_axes[1] == "tokens" and not summed:
+        names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
+
+    sharded = [
+        [(dim, split_axes(name, w.shape[dim])) for dim, name in enumerate(axes) if name == "d_model"]
+        for w, axes in zip(weights, weight_axes, strict=True)
+    ]
+
+    def run(x, *weights):
+        x = gather(x, entering, 1)
+        whole = [reduce(lambda w, at: gather_weight(w, at[1], at[0]), dims, w) for w, dims in zip(weights, sharded)]
+        result = fn(x, *whole)
+        if not summed:
+            return tuple(result) if several else result
+        return scatter(result, summed, 1) if set(summed) == set(over_tokens) else add(result, summed)
+
+    shapes = [result.shape for result in (results if several else [results])]
+    outs = list(zip(names, shapes, strict=True))
+    return manual(run, [x, *weights], [x_axes, *weight_axes], outs if several else outs[0])
+
+
+def gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    """Inside `manual`: shards of a dim put together over mesh axes, outermost first; the gradient is scattered."""
+    axes = _wide(axes)
+    for groups in reversed(_stages(axes)):
+        x = jax.lax.all_gather(x, axes, axis=dim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    """Inside `manual`: sums over mesh axes of which each device keeps its shard of a dim."""
+    axes = _wide(axes)
+    for groups in _stages(axes):
+        x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def gather_weight(w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    """`gather` of a parameter. Its shards may be thin: as rows, in front, a TPU need not pad them to tiles."""
+    return jnp.moveaxis(gather(jnp.moveaxis(w, dim, 0), axes, 0), 0, dim)
+
+
+def scatter_weight(w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    """`scatter` of a parameter's gradient, likewise."""
+    return jnp.moveaxis(scatter(jnp.moveaxis(w, dim, 0), axes, 0), 0, dim)
+
+
+def add(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Inside `manual`: sums over mesh axes."""
+    axes = _wide(axes)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _wide(axes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+
+
+WHOLE_SLICE = 16
+"""Devices of a slice from which on an axis over all of it is exchanged in two stages."""
+
+
+def _stages(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
+    """Groups of devices for each stage of a scatter over the axes (None: all at once); a gather has them reversed.
+
+    Over all dimensions of a slice at once the TPU compiler makes an all-reduce of a gather as of a scatter: twice the
+    bytes, and never behind other work. Over some dimensions of the torus after the others both stay what they are.
+    """
+    if not axes:
+        return []
+    n, mesh = jax.lax.axis_size(axes), jax.sharding.get_abstract_mesh()
+    is_whole = n * mesh.shape.get("slice", 1) == mesh.size
+    if len(axes) > 1 or n < WHOLE_SLICE or not is_whole or n & (n - 1) or platform.platform() != "tpu":
+        return [None]
+    side = platform.torus_side(n)
+    rows, columns = range(n // side), range(side)
+    across = [[row * side + column for row in rows] for column in columns]
+    along = [[row * side + column for column in columns] for row in rows]
+    return [across, along]
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    return P(*(split_axes(name, size) or None for name, size in zip(axes, shape, strict=True)))

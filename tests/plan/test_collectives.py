@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What traced and compiled programs exchange: counted by hand, and the one against the other."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from hybridlm.plan import collectives, hlo
+from hybridlm.plan.collectives import Totals, totals
+from hybridlm.plan.described import slice_devices
+
+TRIPS, N = 3, 4
+
+
+@pytest.fixture(scope="module")
+def program():
+    """A loop that gathers rows over one axis and scatters sums over another, and one sum at the end."""
+    mesh = jax.make_mesh((2, N), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def body(x, _):
+        whole = lax.all_gather(x, "b", axis=0, tiled=True)  # f32[32, 16] of f32[8, 16]
+        return lax.psum_scatter(jnp.sin(whole), "b", scatter_dimension=0, tiled=True), None
+
+    def run(x):
+        y = lax.scan(body, x, None, length=TRIPS)[0]
+        y = lax.cond(y[0, 0] > 0, lambda y: lax.psum(y, ("a", "b")), lambda y: lax.ppermute(y, "b", [(0, 1)]), y)
+        return y + lax.psum(y[:1], "a")
+
+    with jax.set_mesh(mesh):
+        sharded = jax.shard_map(run, in_specs=P(("a", "b")), out_specs=P(("a", "b")), check_vma=False)
+        traced = jax.jit(sharded).trace(jax.ShapeDtypeStruct((64, 16), jnp.float32))
+        yield traced, traced.lower().compile().as_text()
+
+
+def test_traced(program):
+    rows = 8 * 16 * 4
+    assert totals(collectives.of_traced(program[0])) == {
+        "all-gather b": Totals(1, TRIPS, TRIPS * N * rows),
+        "reduce-scatter b": Totals(1, TRIPS, TRIPS * N * rows),
+        "all-reduce a*b": Totals(1, 1, rows),
+        "all-reduce a": Totals(1, 1, rows // 8),
+    }
+
+
+def test_compiled_agrees(program):
+    """Loops count their trips; of a choice both branches are in the text."""
+    traced = totals(collectives.of_traced(program[0]), by_axes=False)
+    compiled = totals(hlo.collectives(hlo.parse(program[1])), by_axes=False)
+    for kind in ("all-gather", "reduce-scatter"):
+        assert (compiled[kind].runs, compiled[kind].bytes) == (traced[kind].runs, traced[kind].bytes)
+    assert compiled["all-reduce"].bytes == traced["all-reduce"].bytes
+    assert compiled["collective-permute"].runs == 1
+
+
+TPU = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.1 (input: bf16[2240,4096]) -> bf16[512,4096] {
+  %input = bf16[2240,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[2240,4096]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = bf16[512,4096]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1)
+}
+
+%body (p: (s32[], bf16[16,128])) -> (s32[], bf16[16,128]) {
+  %p = (s32[], bf16[16,128]{1,0}) parameter(0)
+  %kernel.3 = bf16[64,128]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+  %fusion.1 = bf16[512,4096]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %gather = bf16[64,128]{1,0} all-gather(%kernel.3), replica_groups=mesh['fsdp'=4,'tensor'=2] {'fsdp'}, dimensions={0}
+  ROOT %scatter = bf16[16,128]{1,0} reduce-scatter(%gather), replica_groups=mesh['fsdp'=4,'tensor'=2] {'fsdp','tensor'}
+}
+
+%condition (p.1: (s32[], bf16[16,128])) -> pred[] {
+  %p.1 = (s32[], bf16[16,128]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%p.1, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[16,128]) -> bf16[16,128] {
+  %x = bf16[16,128]{1,0} parameter(0)
+  ROOT %loop = (s32[], bf16[16,128]{1,0}) while(%x), condition=%condition, body=%body, metadata={op_name="step/while"}
+}
+"""
+
+
+def test_text_of_a_tpu():
+    """Fused scatters, mesh axes as groups, kernels, and a loop whose trips its condition alone says."""
+    parsed = hlo.parse(TPU)
+    found = {(c.kind, c.axes): (c.runs, c.bytes) for c in hlo.collectives(parsed)}
+    assert found == {
+        ("reduce-scatter", "{{0,1,2,3}}"): (5, 2240 * 4096 * 2),
+        ("all-gather", "fsdp"): (5, 64 * 128 * 2),
+        ("reduce-scatter", "fsdp*tensor"): (5, 8 * 16 * 128 * 2),
+    }
+    assert hlo.kernels(parsed) == {"kernel": 5} and parsed.unknown == []
+    assert hlo.largest(parsed, 1)[0][:2] == (512 * 4096 * 2, "bf16[512,4096]")
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("nothing")
+
+
+@pytest.mark.libtpu
+def test_unknown_slices_are_one_line():
+    from hybridlm.errors import ConfigError
+
+    assert len(slice_devices("v5e:2x2")) == 4
+    with pytest.raises(ConfigError, match=r"^topology \('v5e:3x5'\): [^\n]+$"):
+        slice_devices("v5e:3x5")
