@@ -132,6 +132,7 @@ def _run(
                     checkpoints.save(step, state, to_dict(config), loop)
                 meter.resume()
 
+        reports.flush()
         if stopping or not validation.read(step, state["params"]):
             checkpoints.wait()
             return step, None
