@@ -65,6 +65,10 @@ class TrainStep:
         """As of every jitted function."""
         return self.jitted.lower(state, batch, self.lengths)
 
+    def trace(self, state, batch):
+        """As of every jitted function."""
+        return self.jitted.trace(state, batch, self.lengths)
+
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
