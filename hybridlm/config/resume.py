@@ -39,11 +39,13 @@ NUMBERS = ("optim.rule",)
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names that differ, with both values, but for two ways to say the same of a block."""
+    """Dotted names that differ, with both values, but for two ways to say the same of a block, and for who takes part:
+    the address of a cluster is another one at each start."""
     free = may_change(new)
     same = tuple(f"model.blocks.{symbol}." for symbol in new.model.pattern if _same_block(symbol, old, new, free))
     found = differences(old, new).items()
-    return {name: values for name, values in found if free(name) or not name.startswith(same)}
+    others = {name: values for name, values in found if not name.startswith("cluster")}
+    return {name: values for name, values in others.items() if free(name) or not name.startswith(same)}
 
 
 def refused(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -213,7 +213,8 @@ def _record_start(
     changed = folder.changed(step)
     folder.write_config()
     folder.write_history(step, changed)
-    log.write("start", step, start_record(command, mesh) | ({"init": origin} if origin else {}))
+    if folder.owner:
+        log.write("start", step, start_record(command, mesh) | ({"init": origin} if origin else {}))
     if step == 0 and log.n_dropped:
         display.say(
             f"no checkpoint yet: starts again; the {log.n_dropped} records of before are in {folder.superseded}"

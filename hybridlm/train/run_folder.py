@@ -225,7 +225,7 @@ class RunFolder:
         try:
             before = history.read_bytes().splitlines() if history.exists() else []
             with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
-                if parse_json(before[-1])["config"] == config:
+                if parse_json(before[-1])["config"] | {"cluster": None} == config | {"cluster": None}:
                     return
             with open(history, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

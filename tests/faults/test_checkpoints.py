@@ -187,6 +187,20 @@ def test_a_damaged_record_is_a_damaged_checkpoint(copied, kind):
     assert found[0] == 1 and [path.name.split("-")[0] for path in (copied.parent / "broken").iterdir()] == ["2"]
 
 
+def test_arrays_of_before_that_cannot_be_read(copied, caplog):
+    """Where no manifest tells, what the storage says is one short line."""
+    for step in (1, 2):
+        (copied / str(step) / NAME).unlink()
+        text = json.dumps({"data": OF_BEFORE | {"step": step}, "meter": {}})
+        (copied / str(step) / "loop" / "metadata").write_text(text)
+    for path in (copied / "2" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert restore(copied)[0] == 1
+    (line,) = [r.getMessage() for r in caplog.records if "going back" in r.getMessage()]
+    assert len(line) < 250 and "\n" not in line and "<bound" not in line and "source locations" not in line
+
+
 def test_the_step_of_the_arrays_counts_too(copied):
     """A folder that was renamed."""
     (copied / "2").rename(copied / "3")
