@@ -72,7 +72,7 @@ def test_a_stop_in_the_start_leaves_what_can_be_resumed(mini, capsys, monkeypatc
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for name in ("open_corpus", "make_program", "Checkpoints", "Meter"):
+    for name in ("open_together", "make_program", "Checkpoints", "Meter"):
         with monkeypatch.context() as patch:
             patch.setattr(loop, name, stop)
             assert train(mini, *words) == 130
@@ -105,7 +105,7 @@ def test_a_run_from_another_runs_parameters(mini, capsys, monkeypatch):
         return params, step
 
     monkeypatch.setattr(loop, "params_of_run", seen)
-    other = ["--data.seq_len=16", "--data.batch_size=4", "--optim.schedule=cosine", "--optim.rule=Muon"]
+    other = ["--data.seq_len=16", "--data.batch_size=4", "--optim.schedule=cosine"]
     assert train(mini, f"--init.run={run}@2", f"--run.dir={new}", "--run.steps=2", *other) == 0
     checkpoints = Checkpoints(run / "checkpoints", keep=1, read_only=True)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
