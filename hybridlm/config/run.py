@@ -23,9 +23,15 @@ class RunConfig:
     eval_batches: int = 0
     """Validation batches an evaluation reads; 0: all."""
     save_every: int = 500
-    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    """Steps between checkpoints; 0: only at the end and on Ctrl-C; -1: never, not then either."""
     keep: int = 2
     """Checkpoints kept, newest first."""
+    keep_every: int = 0
+    """Checkpoints of multiples of so many steps are kept, too; 0: none on that account."""
+    keep_best: int = 0
+    """So many checkpoints of the lowest validation loss are kept, too; those of steps with an evaluation count."""
+    from_step: int | None = None
+    """Step of the checkpoint to go back to, once; later ones move to superseded/. 0: begins again; None: the newest."""
     sample_prompt: str = ""
     """Start of the text written at the end of the run."""
     sample_tokens: int = 0
@@ -38,9 +44,17 @@ class RunConfig:
     def __post_init__(self):
         for name in ("steps", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"run.{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("eval_batches", "save_every", "sample_tokens", "seed"):
+        for name in ("eval_batches", "keep_every", "keep_best", "sample_tokens", "seed"):
             require(getattr(self, name) >= 0, f"run.{name} ({getattr(self, name)}) must not be negative")
-        require(self.eval_every >= -1, f"run.eval_every ({self.eval_every}) must be -1, 0 or positive")
+        for name in ("eval_every", "save_every"):
+            require(getattr(self, name) >= -1, f"run.{name} ({getattr(self, name)}) must be -1, 0 or positive")
+        at = self.from_step
+        require(at is None or at >= 0, f"run.from_step ({at}) must not be negative")
+        every, saved = self.keep_every, self.save_every
+        require(
+            saved <= 0 or every % saved == 0,
+            f"run.keep_every ({every}) must be a multiple of run.save_every ({saved}): no other checkpoints are there",
+        )
 
 
 @dataclass(frozen=True)
@@ -49,3 +63,10 @@ class InitConfig:
 
     hf: str | None = None
     """Folder of a published checkpoint, which gives the model, too; None: drawn from run.seed; empty: to be given."""
+    run: str | None = None
+    """Folder of another run to take parameters from, alone: RUN, of its newest checkpoint, or RUN@STEP; None: none."""
+
+    def __post_init__(self):
+        require(
+            not (self.hf and self.run), f"init.hf ({self.hf}) and init.run ({self.run}) exclude each other: give one"
+        )

@@ -3,44 +3,53 @@
 
 import dataclasses
 import json
+import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hybridlm.config import Config
-from hybridlm.config.tree import children, field_types, old_words, to_dict, variants, walk
-from hybridlm.errors import ConfigError
+from hybridlm.config.tree import children, field_types, is_union, old_words, to_dict, variants, walk
+from hybridlm.errors import ConfigError, require
 
 
 def from_dict(values: Mapping[str, Any], hint=Config, like: Config | None = None):
     """The inverse of to_dict, for what this version and those before it wrote.
 
     like: a config whose classes are known, too: those of a user's own blocks. Raises ConfigError, one line, for a key
-    or a class that is not known.
+    or a class that is not known and for a value that is none of its field's.
     """
     nodes = [] if like is None else [node for _, node in walk(like) if dataclasses.is_dataclass(node)]
-    return _read(values, hint, {type(node).__name__: type(node) for node in nodes})
+    return _read(values, hint, {type(node).__name__: type(node) for node in nodes}, "")
 
 
-def _read(values, hint, own: Mapping[str, type]):
+def _read(values, hint, own: Mapping[str, type], at: str):
+    """at: the dotted name of what is read, for errors."""
     known = variants(hint)
-    if known and values is not None and not isinstance(values, str):  # a name: the class above it knows what that is
-        return _read_dataclass(values, known, own)
+    if known and not (at and isinstance(values, str)):  # a name: the class above it knows what that is
+        require(values is not None or "None" in known, f"stored config: {at} (None) must be {' or '.join(known)}")
+        return None if values is None else _read_dataclass(values, known, own, at)
     if typing.get_origin(hint) is dict:
-        return {k: _read(v, typing.get_args(hint)[1], own) for k, v in values.items()}
+        require(isinstance(values, Mapping), f"stored config: {at} ({values!r:.40}) must be an object")
+        return {k: _read(v, typing.get_args(hint)[1], own, f"{at}.{k}") for k, v in values.items()}
     if isinstance(values, list):
         args = typing.get_args(hint)
         tuples = [a for a in args if typing.get_origin(a) is tuple]
         inner = typing.get_args(tuples[0]) if tuples else args
-        return tuple(_read(v, inner[0], own) for v in values)
-    return float(values) if isinstance(values, str) and hint is float else values
+        values = tuple(_read(v, inner[0] if inner else Any, own, f"{at}[{i}]") for i, v in enumerate(values))
+    if hint is float and values in ("inf", "-inf", "nan"):
+        values = float(values)
+    require(known or fits(values, hint), f"stored config: {at} ({values!r:.40}) is of another type than its field")
+    return values
 
 
-def _read_dataclass(values: Mapping[str, Any], known: Mapping[str, Any], own: Mapping[str, type]):
+def _read_dataclass(values, known: Mapping[str, Any], own: Mapping[str, type], at: str):
+    require(isinstance(values, Mapping), f"stored config: {at or 'it'} ({values!r:.40}) must be an object")
     kind = values.get("type", next(iter(known)))
+    require(isinstance(kind, str), f"stored config: {at}.type ({kind!r:.40}) must be a name".replace(" .", " "))
     cls = known.get(kind) or (own.get(kind) if len(known) > 1 else None)
-    if cls is None:
+    if not dataclasses.is_dataclass(cls):
         raise ConfigError(
             f"stored config has a {kind!r}, which is none of {', '.join(known)}: "
             "give the config file that defines it (--config FILE.py)"
@@ -49,7 +58,35 @@ def _read_dataclass(values: Mapping[str, Any], known: Mapping[str, Any], own: Ma
     unknown = [k for k in values if k != "type" and k not in words]
     if unknown:
         raise ConfigError(f"stored config has the key {unknown[0]!r}, which {kind} of this version does not know")
-    return cls(**{k: _read(v, words[k], own) for k, v in values.items() if k != "type"})
+    prefix = f"{at}." if at else ""
+    by_name = getattr(cls, "BY_NAME", ())
+    for k, v in values.items():
+        named = isinstance(v, str) and k in words and variants(words[k])
+        require(not named or k in by_name, f"stored config: {prefix}{k} ({v!r:.40}) must be an object")
+    fields = {k: _read(v, words[k], own, prefix + k) for k, v in values.items() if k != "type"}
+    try:
+        return cls(**fields)
+    except ConfigError:
+        raise
+    except Exception as error:  # values of the right types that no check of the class was written for
+        raise ConfigError(f"stored config: {at or kind} cannot be built: {error}") from error
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is one of an annotation; of those that are not plain, any is."""
+    if is_union(hint):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        expected = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(expected) and all(map(fits, value, expected))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else True
 
 
 def save_config(config: Config, path: Path) -> None:

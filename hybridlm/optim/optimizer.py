@@ -5,7 +5,7 @@ Only matrices (`kind == "matrix"` in the model's table of parameters) are decaye
 embeddings, norms, biases, convolutions, sinks and recurrence parameters take Adam without decay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import optax
 
@@ -13,14 +13,16 @@ from hybridlm.optim.config import OptimConfig
 from hybridlm.optim.schedule import make_schedule
 
 
-def make_optimizer(optim: OptimConfig, steps: int, info) -> tuple[optax.GradientTransformation, Callable]:
+def make_optimizer(
+    optim: OptimConfig, steps: int, info, lengths: Sequence | None = None
+) -> tuple[optax.GradientTransformation, Callable]:
     """The transformation from mean gradients to updates, and the schedule of optim.lr.
 
-    info: tree like the parameters with the model's ParamInfo at each leaf.
+    info: tree like the parameters with the model's ParamInfo at each leaf. lengths: see make_schedule.
     """
 
     def rate(peak: float) -> optax.Schedule:
-        return make_schedule(optim, steps, peak)
+        return make_schedule(optim, steps, peak, lengths)
 
     clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
     return optax.chain(clip, optim.rule.transform(rate, optim.lr, optim.weight_decay, info)), rate(optim.lr)

@@ -1,114 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: written by Orbax in the background, newest few kept, broken ones never loaded.
+"""Checkpoints of a run: written by Orbax in the background, valid or not as a whole, broken ones never loaded.
 
 One checkpoint is one folder named after its step with the arrays of the train state in two items (the parameters;
-optimizer, counters and random key) and two JSON records: the resolved config, and the loop's (position in the data,
-running means).
+optimizer, counters and random key), two JSON records (the resolved config, and the loop's: position in the data,
+running means), and the manifest of all its files, which is written before the folder gets its name. Before any value
+is used, the hosts verify the files in shares, and the step in the folder's name, the arrays and the record are
+compared.
 """
 
 import logging
-import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import LatestN
+from etils import epath
 
-from hybridlm.errors import RunError
+from hybridlm.errors import ConfigError, RunError
+from hybridlm.train.keep import Keep
+from hybridlm.train.manifest import is_sealed, verify
+from hybridlm.train.records import finished_steps, move_aside, read_json
+from hybridlm.train.sealed_path import TMP_SUFFIX, SealedPath, seal_own
+from hybridlm.train.together import from_first, gathered, one_problem
 
 log = logging.getLogger(__name__)
+
+STAMP = "checkpoint"
+"""Key of the loop's record under which a checkpoint says what it is: {"format": 2, "step": step}."""
+FORMAT = 2
+Check = Callable[[dict], None]
+"""Raises for a loop record that cannot be gone on from. A ConfigError is the user's to mend, all else is damage."""
 
 
 class Checkpoints:
     """The checkpoints under a folder; one process (or one of each host) has them open."""
 
-    def __init__(self, folder: Path, keep: int, read_only: bool = False):
-        """Opens the folder and, unless read_only, makes it and clears what unfinished writes left there."""
+    def __init__(self, folder: Path, keep: int, read_only: bool = False, every: int = 0, best: int = 0):
+        """Opens the folder and, unless read_only, makes it and clears what unfinished writes left there.
+
+        keep: the newest so many stay; and, where not 0, those of every `every`-th step, and the `best` of those whose
+        validation loss is known (`rate`). RunError where the folder cannot be used.
+        """
         self.folder = folder.resolve()
-        self._read_only = read_only
         self._pending: int | None = None
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep), read_only=read_only, create=not read_only,
-            cleanup_tmp_directories=not read_only, enable_background_delete=True,
-        )  # fmt: skip
-        self._manager = self._guard("open", lambda: ocp.CheckpointManager(self.folder, options=options))
+        self._began = 0.0
+        self._keep = Keep(keep, every, best, lambda: finished_steps(self.folder))
+        self._manager = None if read_only else self._guard("open", self._open)
         self.newest: int | None = None
         """Step of the checkpoint that was restored or, in the background, written last."""
+        self.on_saved: Callable[[int, float], None] | None = None
+        """Called with the step and the seconds of each save once it is complete on disk."""
+        if best and not read_only:
+            for step, loss in from_first(self._stored_losses):
+                self.rate(step, loss)
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps of the finished checkpoints, oldest first, as the first process sees them."""
+        return from_first(lambda: finished_steps(self.folder))
+
+    def rate(self, step: int, loss: float) -> None:
+        """Takes the validation loss of the parameters after a step, for those that are kept as the best."""
+        self._keep.rate(step, loss)
 
     def save(self, step: int, state, config: dict, loop: dict) -> None:
-        """Starts writing; returns when the arrays are copied from the devices. RunError where a save failed."""
+        """Starts writing; returns when the arrays are copied from the devices. RunError where a save failed.
+
+        loop: the loop's record, JSON; its `val_loss`, if it has one, is that of these parameters.
+        """
         self.wait()
+        self.rate(step, loop.get("val_loss"))
         params, trainer = _split(state)
         items = {"trainer": ocp.args.StandardSave(trainer)} if trainer else {}
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params), **items, config=ocp.args.JsonSave(config),
-            loop=ocp.args.JsonSave(loop),
+            loop=ocp.args.JsonSave(loop | {STAMP: {"format": FORMAT, "step": step}}),
         )  # fmt: skip
-        self._pending = step
+        self._pending, self._began = step, time.monotonic()
         self._guard("write", lambda: self._manager.save(step, args=args, force=True))
         self.newest = step
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; RunError, one line, where it failed."""
+        if self._manager is None:
+            return
         self._guard("write", self._manager.wait_until_finished)
-        self._pending = None
+        step, self._pending = self._pending, None
+        if step is not None and self.on_saved is not None:
+            self.on_saved(step, time.monotonic() - self._began)
 
-    def restore_latest(self, like, steps: list[int] | None = None) -> tuple[int, Any, dict] | None:
-        """(step, state, loop record) of the newest checkpoint that can be read whole; None where there is none.
+    def restore_latest(
+        self, like, steps: list[int] | None = None, check: Check | None = None
+    ) -> tuple[int, Any, dict] | None:
+        """(step, state, loop record) of the newest checkpoint that is valid as a whole; None where there is none.
+
+        All processes take the same one: what one of them cannot read is broken for all. Those that are broken are moved
+        to `broken/` with a warning once an older one could be read; RunError, with nothing moved, where none can.
 
         like: the state's shapes, types and shardings, which may be those of another mesh than the one that saved.
-        Those that cannot be read are moved to `broken/` with a warning once an older one could be; RunError, with
-        nothing moved, where none can. steps: those to choose from; None: all.
+        steps: those to choose from; None: all. check: what else a record has to hold.
         """
+        self.wait()
         broken: dict[int, str] = {}
         for step in reversed(self.steps() if steps is None else steps):
-            try:
-                state, loop = self.restore(step, like)
-            except Exception as error:  # whatever Orbax and its storage raise for missing, cut or altered files
-                broken[step] = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            (state, record), problem = self._read(step, like, check)
+            if problem is not None:
+                broken[step] = problem
                 continue
             for bad, reason in broken.items():
                 log.warning("checkpoint of step %d cannot be read (%s): going back to step %d", bad, reason, step)
-                self._set_aside(bad)
+                self._move(bad, "broken")
             self.newest = step
-            return step, state, loop
+            return step, state, record
         if broken:
             step, reason = next(iter(broken.items()))
             raise RunError(f"none of the checkpoints in {self.folder} can be read; that of step {step}: {reason}")
         return None
 
-    def restore(self, step: int, like) -> tuple[Any, dict]:
-        """(state, loop record) of one checkpoint; raises what Orbax raises where it cannot be read.
+    def restore(self, step: int, like, check: Check | None = None) -> tuple[Any, dict]:
+        """(state, loop record) of one checkpoint; RunError, one line, where it is not valid.
 
         like: as for restore_latest; {"params": ...} alone reads the parameters alone.
         """
-        params, trainer = _split(like)
-        items = {"params": ocp.args.StandardRestore(params), "loop": ocp.args.JsonRestore()}
-        if trainer:
-            items["trainer"] = ocp.args.StandardRestore(trainer)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {"params": restored["params"], **(restored["trainer"] if trainer else {})}, restored["loop"]
+        self.wait()
+        found, problem = self._read(step, like, check)
+        if problem is not None:
+            raise RunError(f"checkpoint of step {step} in {self.folder} cannot be read: {problem}")
+        return found
+
+    def supersede(self, after: int) -> list[int]:
+        """Moves the checkpoints of later steps to `superseded/`; which they were."""
+        self.wait()
+        later = [step for step in self.steps() if step > after]
+        for step in later:
+            self._move(step, "superseded")
+        return later
 
     def close(self) -> None:
         """Waits for the last save and lets the folder go; RunError where that save failed."""
+        self.on_saved = None
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if self._manager is not None:
+                self._manager.close()
 
-    def _set_aside(self, step: int) -> None:
-        """Moves a broken checkpoint out of the way of the one that will be written at its step again."""
-        if self._read_only or jax.process_index() != 0:
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep, cleanup_tmp_directories=True, enable_background_delete=True,
+            lightweight_initialize=True, temporary_path_class=SealedPath,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier()),
+        )  # fmt: skip
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _barrier(self) -> Callable | None:
+        """Where processes wait for each other during a save: each first says what it wrote; None with one process."""
+        if jax.process_count() == 1:
+            return None
+        wait = ocp.multihost.get_barrier_sync_fn()
+
+        def sync(*, key: str, timeout_ms: int) -> None:
+            if "async_write_complete" in key:  # else the first process reads all: slower, and as right
+                try:
+                    seal_own(self.folder / f"{self._pending}{TMP_SUFFIX}", jax.process_index())
+                except OSError as error:
+                    log.warning("the files of process %d are left to the first: %s", jax.process_index(), error)
+            wait(key=key, timeout_ms=timeout_ms)
+
+        return sync
+
+    def _stored_losses(self) -> list[tuple[int, float]]:
+        """Validation losses in the records that are there, as far as they can be read."""
+        found = []
+        for step in finished_steps(self.folder):
+            try:
+                found.append((step, read_json(self.folder / str(step) / "loop" / "metadata").get("val_loss")))
+            except (OSError, ValueError, AttributeError):
+                continue  # a broken one has no loss, and is set aside when it is read
+        return found
+
+    def _read(self, step: int, like, check: Check | None) -> tuple[tuple[Any, dict], str | None]:
+        """((state, loop record), what is wrong or None), the latter the same in all processes, none of which waits for
+        one that has failed."""
+        folder = self.folder / str(step)
+        record, problem = _attempt(lambda: _verified_record(folder, step, check, complete="opt_state" in like))
+        problem = one_problem(problem)
+        state = None
+        if problem is None:
+            state, problem = _attempt(lambda: _arrays(folder, step, like))
+            problem = one_problem(problem)
+        return (state, record), problem
+
+    def _move(self, step: int, where: str) -> None:
+        """Moves a checkpoint out of the way of the one that will be written at its step again, on the first process."""
+        if self._manager is None:
             return
-        broken = self.folder.parent / "broken" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-        broken.parent.mkdir(exist_ok=True)
-        shutil.move(self.folder / str(step), broken)
+        from_first(lambda: move_aside(self.folder / str(step), self.folder.parent / where))
+        gathered(None)
         self._manager.reload()
 
     def _guard(self, verb: str, action):
@@ -124,19 +214,91 @@ class Checkpoints:
             raise RunError(f"cannot {verb} the {what} in {self.folder}: {_storage_reason(error)}{safe}") from error
 
 
+class _Damaged(Exception):
+    """What is wrong with a checkpoint, in a few words."""
+
+
+def _verified_record(folder: Path, step: int, check: Check | None, complete: bool) -> dict:
+    """The loop's record of a checkpoint whose files are as they were written.
+
+    complete: the whole train state is asked for, not the parameters alone.
+    """
+    problem = verify(folder, (jax.process_index(), jax.process_count())) if is_sealed(folder) else None
+    if problem is not None:
+        raise _Damaged(problem)
+    record = read_json(folder / "loop" / "metadata")
+    if not isinstance(record, dict):
+        raise _Damaged("its loop record is no object")
+    stamp = record.pop(STAMP, None)
+    if stamp is not None and not is_sealed(folder):
+        raise _Damaged("manifest.json is missing")
+    if complete and not (folder / "trainer").is_dir():
+        raise _Damaged("it holds parameters alone: --init.run=RUN starts a new run from them")
+    said = stamp["step"] if stamp is not None else _step_of_old(record, complete)
+    if said is not None and said != step:
+        raise _Damaged(f"its loop record is of step {said}")
+    if stamp is None and jax.process_index() == 0:
+        log.warning("%s was written before checkpoints had checksums: its arrays are taken as they are", folder)
+    if check is not None:
+        check(record)
+    return record
+
+
+def _step_of_old(record: dict, complete: bool) -> int | None:
+    """The step in a record of before there were stamps: the number of the next batch was that of the steps taken."""
+    if not complete and "data" not in record:
+        return None  # parameters of a published checkpoint
+    data = record["data"]
+    missing = {"split", "seed", "batch_size", "seq_len", "fingerprint"} - data.keys()
+    if missing:
+        raise _Damaged(f"its loop record lacks data.{min(missing)}")
+    return data["step"]
+
+
+def _arrays(folder: Path, step: int, like) -> dict:
+    """The train state, or its parameters."""
+    params, trainer = _split(like)
+    state = {"params": _item(folder / "params", params)}
+    if trainer:
+        state |= _item(folder / "trainer", trainer)
+    if "step" in state and (said := int(np.asarray(jax.device_get(state["step"])))) != step:
+        raise _Damaged(f"its arrays are of step {said}")
+    return state
+
+
+def _item(folder: Path, like):
+    """The arrays of one item. Not through Orbax's manager, in which all processes would wait for one that fails."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(epath.Path(folder), args=ocp.args.StandardRestore(like))
+    finally:
+        handler.close()
+
+
+def _attempt(action: Callable) -> tuple[Any, str | None]:
+    """(what it gives, None), or (None, why it failed); a ConfigError is the user's, not the checkpoint's."""
+    try:
+        return action(), None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever Orbax and its storage raise for missing, cut or altered files
+        text = str(error).strip()
+        line = text.splitlines()[0] if text else ""
+        line = line.partition(" [source locations")[0].partition("<bound method")[0].strip()
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            line = f"{Path(error.filename).name}: {error.strerror}"
+        return None, line[:160] or type(error).__name__
+
+
 def _split(state: dict) -> tuple[Any, dict]:
     """Parameters, and the rest of the train state: generation reads the first alone."""
     return state["params"], {key: value for key, value in state.items() if key != "params"}
 
 
-def finished_steps(folder: Path) -> list[int]:
-    """Steps whose folders have their final name, oldest first."""
-    return sorted(int(f.name) for f in folder.glob("*") if f.name.isdigit()) if folder.is_dir() else []
-
-
 _STORAGE_WORDS = (
     "No space left", "RESOURCE_EXHAUSTED", "Permission denied", "PERMISSION_DENIED", "Read-only file system",
-    "Not a directory", "File too large", "Disk quota", "Input/output error", "File exists",
+    "Not a directory", "File too large", "Disk quota", "Input/output error", "File exists", "No such file",
+    "NOT_FOUND",
 )  # fmt: skip
 
 

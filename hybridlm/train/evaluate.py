@@ -44,6 +44,8 @@ class Validation:
         self._log, self._display, self._stop = log, display, stop
         self.result: str | None = None
         """What the last evaluation found, in words."""
+        self.losses: dict[int, float] = {}
+        """What each found, by step."""
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows this step; the one after the last step belongs to the end of the run."""
@@ -65,6 +67,7 @@ class Validation:
             return False
         loss = metrics["loss"].value()
         bits, bigram = bits_per_byte(loss, self._stats["val"]["bytes_per_pair"]), self._stats["bigram_bits_per_byte"]
+        self.losses[step] = loss
         self._log.write("val", step, {"loss": loss, "bits_per_byte": bits})
         beside = "" if bigram is None else f" (byte bigram: {bigram:.3f})"
         self.result = f"validation {bits:.3f} bits per byte{beside}"

@@ -17,19 +17,23 @@ from hybridlm.data import Corpus
 from hybridlm.errors import RunError, require
 from hybridlm.sharding import make_mesh
 from hybridlm.train.batches import Batches
-from hybridlm.train.checkpoint import Checkpoints, finished_steps
+from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.commands import hybridlm_command
 from hybridlm.train.corpora import open_together
 from hybridlm.train.evaluate import Validation
+from hybridlm.train.init_run import check_init_run, params_of_run
 from hybridlm.train.meter import Meter
-from hybridlm.train.metrics_log import read_metrics
+from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.plot import plot_loss
 from hybridlm.train.progress import Display, clock, printable, short
+from hybridlm.train.provenance import start_record
 from hybridlm.train.report import Reports
-from hybridlm.train.run_folder import RunFolder
+from hybridlm.train.run_folder import Found, RunFolder
 from hybridlm.train.sample import sample_text
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.stop import StopRequest
+from hybridlm.train.together import from_first
+from hybridlm.train.tokenizer_copy import IDENTITY, keep_tokenizer
 from hybridlm.train.trace import Trace
 from pallas_kernels.platform import device_name
 
@@ -46,18 +50,20 @@ def train(config: Config, command: str = "python train.py --config CONFIG", stop
     """
     display, last = Display(config.run.steps), config.run.steps
     with RunFolder(config, owner=jax.process_index() == 0) as folder:
-        saved = finished_steps(folder.checkpoints)
-        folder.check_config(has_checkpoint=bool(saved))
-        if saved and saved[-1] >= last and folder.is_closed(saved[-1]):
-            display.say(f"{folder.path} is complete: {saved[-1]} steps")
-            display.say(_next_lines(folder, saved[-1], command))
+        found = folder.look()
+        if found.complete:
+            display.say(f"{folder.path} is complete: {found.steps[-1]} steps")
+            display.say(_next_lines(folder, found.steps[-1], command))
             return 0
+        if not found.steps or found.back_to == 0:
+            from_first(lambda: check_init_run(config))
         mesh = make_mesh(config.mesh)
         check_config(config, mesh)
         with jax.set_mesh(mesh), nullcontext(stop) if stop else StopRequest() as stop, _memory_explained():
-            step, reached = _run(config, folder, mesh, display, stop)
+            step, reached = _run(config, folder, found, mesh, display, stop, command)
             if reached is None:
-                display.say(f"stopped and saved at step {step} of {last}; to resume: {command}")
+                saved = "stopped and saved" if config.run.save_every >= 0 else "stopped, unsaved (run.save_every=-1),"
+                display.say(f"{saved} at step {step} of {last}; to resume: {command}")
                 return 128 + (stop.signum or 0)
             display.say(reached)
             display.say(f"files: {folder.plot}, {folder.metrics}, {folder.checkpoints}")
@@ -65,7 +71,9 @@ def train(config: Config, command: str = "python train.py --config CONFIG", stop
             return 0
 
 
-def _run(config: Config, folder: RunFolder, mesh: Mesh, display: Display, stop: StopRequest) -> tuple[int, str | None]:
+def _run(
+    config: Config, folder: RunFolder, found: Found, mesh: Mesh, display: Display, stop: StopRequest, command: str
+) -> tuple[int, str | None]:
     """Opens, restores, steps to the end, closes: (the last step, what was reached or None where a signal stopped it).
 
     A step is dispatched before the metrics of the one before it are read: the device never waits for this loop, but
@@ -78,19 +86,18 @@ def _run(config: Config, folder: RunFolder, mesh: Mesh, display: Display, stop: 
         _check_vocabulary(config, corpus, display)
         program = make_program(config, mesh)
         batches, held_out = _open_batches(config, corpus, program, opened)
-        checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, run.keep)))
+        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best}
+        checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         meter = Meter(config, mesh, corpus.stats["train"]["bytes_per_pair"])
+        from_first(lambda: keep_tokenizer(config.data, folder.path))
 
-        found = checkpoints.restore_latest(program.state_like)
-        if found is None:
-            step, state = 0, _first_state(config, program, mesh, folder, display)
-        else:
-            step, state, record = found
-            batches.loader.set_state(record["data"])
-            meter.set_state(record["meter"])
-            display.say(f"{folder.path}: going on from the checkpoint of step {step}")
-        folder.write_config()
+        restored = _restored(program, folder, found, checkpoints, batches, meter, display)
+        step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step)))
+        _record_start(config, mesh, folder, log, display, command, step, origin)
+        checkpoints.on_saved = lambda at, seconds: log.write("save", at, {"seconds": round(seconds, 2)})
+        for at, loss in log.values("val", "loss").items():
+            checkpoints.rate(at, loss)
         reports = opened.enter_context(closing(Reports(config, display, log, meter, checkpoints)))
         trace = opened.enter_context(closing(Trace(run.profile_steps, folder.profile)))
         validation = Validation(config, corpus.stats, program.eval_step, held_out, log, display, stop)
@@ -111,17 +118,21 @@ def _run(config: Config, folder: RunFolder, mesh: Mesh, display: Display, stop: 
             reports.add(step, metrics)
             stopping = stop.agreed(step, run.log_every)
             evaluating = validation.due(step) and not stopping
-            saving = _due(run.save_every, step) or step == run.steps or stopping
+            saving = run.save_every >= 0 and (_due(run.save_every, step) or step == run.steps or stopping)
             if evaluating or saving or trace.turns(step):
                 reports.flush()
                 trace.turn(step)
                 if evaluating:
                     stopping = not validation.read(step, state["params"])
-                if saving or stopping:
+                if saving or (stopping and run.save_every >= 0):
+                    for at, loss in validation.losses.items():
+                        checkpoints.rate(at, loss)
                     loop = {"data": batches.loader.get_state(), "meter": meter.state()}
+                    loop |= {IDENTITY: corpus.tokenizer.fingerprint, "val_loss": validation.losses.get(step)}
                     checkpoints.save(step, state, to_dict(config), loop)
                 meter.resume()
 
+        reports.flush()
         if stopping or not validation.read(step, state["params"]):
             checkpoints.wait()
             return step, None
@@ -149,10 +160,40 @@ def _open_batches(
     return batches, opened.enter_context(Batches(config, corpus, "val", n_rows // config.optim.accumulate, at))
 
 
-def _first_state(config: Config, program: Program, mesh: Mesh, folder: RunFolder, display: Display) -> dict:
-    """Parameters drawn from the seed, or those of a published checkpoint, whose small files the run keeps."""
+def _restored(
+    program: Program, folder: RunFolder, found: Found, checkpoints: Checkpoints, batches: Batches, meter: Meter,
+    display: Display,
+) -> tuple[int, dict, dict | None] | None:  # fmt: skip
+    """(step, state, None) of the checkpoint to go on from, with batches and meter set to it; None where there is none.
+
+    Where the user asked to go back, checkpoints of later steps are moved away.
+    """
+
+    def resumable(record: dict) -> None:
+        meter.set_state(record["meter"])
+        batches.loader.set_state(record["data"])
+
+    steps = [step for step in found.steps if found.back_to in (None, step)]
+    restored = checkpoints.restore_latest(program.state_like, steps, resumable)
+    if found.back_to is not None and (later := checkpoints.supersede(after=found.back_to)):
+        display.say(f"checkpoints of step {', '.join(map(str, later))} are now in {folder.superseded}")
+    if restored is None:
+        return None
+    display.say(f"{folder.path}: going on from the checkpoint of step {restored[0]}")
+    return *restored[:2], None
+
+
+def _first_state(
+    config: Config, program: Program, mesh: Mesh, folder: RunFolder, display: Display
+) -> tuple[int, dict, dict | None]:
+    """(0, state, where its parameters come from or None): drawn from the seed, or those of another run, or those of a
+    published checkpoint, whose small files the run keeps."""
+    if config.init.run is not None:
+        params, step = params_of_run(config, program.state_like["params"])
+        display.say(f"parameters of step {step} of {config.init.run}")
+        return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
-        return program.init()
+        return 0, program.init(), None
     from hybridlm.hf.load import load_params  # reads files with an extra
     from hybridlm.hf.save import copy_small_files
 
@@ -161,7 +202,27 @@ def _first_state(config: Config, program: Program, mesh: Mesh, folder: RunFolder
     if folder.owner:
         copy_small_files(source, folder.published)
     display.say(f"parameters of {source}")
-    return program.init_from(params)
+    return 0, program.init_from(params), {"hf": str(source)}
+
+
+def _record_start(
+    config: Config, mesh: Mesh, folder: RunFolder, log: MetricsLog, display: Display, command: str, step: int,
+    origin: dict | None,
+) -> None:  # fmt: skip
+    """What this start is, and what it changes in the run, in its records."""
+    changed = folder.changed(step)
+    folder.write_config()
+    folder.write_history(step, changed)
+    if folder.owner:
+        log.write("start", step, start_record(command, mesh) | ({"init": origin} if origin else {}))
+    if step == 0 and log.n_dropped:
+        display.say(
+            f"no checkpoint yet: starts again; the {log.n_dropped} records of before are in {folder.superseded}"
+        )
+    if changed:
+        log.write("config", step, {"changed": changed})
+        shown = [f"{key} {a} -> {b}" for key, (a, b) in changed.items()]
+        display.say(f"changed since step {step}: {', '.join(shown[:6])}{', ...' if len(shown) > 6 else ''}")
 
 
 def _introduce(

@@ -1,46 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """The records of a run: metrics.jsonl, and TensorBoard beside it."""
 
+import errno
 import json
 import logging
+import math
+import os
 from pathlib import Path
 
 from hybridlm.errors import RunError
+from hybridlm.train.records import parse_json
 
 log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard: one record a line, appended; `kind` is train, val or end."""
+    """metrics.jsonl and TensorBoard: one record a line, appended.
 
-    def __init__(self, path: Path, step: int, owner: bool = True, tensorboard: Path | None = None):
+    `kind` is train, val or end, or an event: start (what a start of the run was), config (what it changed), save.
+    """
+
+    def __init__(
+        self, path: Path, step: int, owner: bool = True, tensorboard: Path | None = None, dropped: Path | None = None
+    ):
         """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped.
 
-        owner: this process writes. tensorboard: folder of TensorBoard files; None: none.
+        owner: this process writes. tensorboard: folder of TensorBoard files; None: none. dropped: file that takes the
+        dropped lines and those that are no records; None: they are lost. RunError where it cannot be written.
         """
         self._path, self._owner = path, owner
-        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
-        self._seen = {(r["kind"], r["step"]) for r in kept}
+        lines = _lines(self._path)
+        kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
+        self._values = {(r["kind"], r["step"]): r for _, r in kept}
+        self.n_dropped = len(lines) - len(kept)
+        """Lines of before that are not gone on from."""
         if not self._owner:
             return
-        part = self._path.with_suffix(".jsonl.part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        part.replace(self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        try:
+            if dropped is not None and self.n_dropped:
+                dropped.parent.mkdir(exist_ok=True)
+                rest = [line for line, record in lines if record is None or record["step"] > step]
+                with open(dropped, "ab") as file:
+                    file.write(b"".join(line + b"\n" for line in rest))
+            part = self._path.with_suffix(".jsonl.part")
+            part.write_bytes(b"".join(line + b"\n" for line, _ in kept))
+            part.replace(self._path)
+            # unbuffered, so that closing it has nothing left to fail at
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in close())
+        except OSError as error:
+            raise RunError(f"cannot write {error.filename or self._path}: {error.strerror}") from error
         self._board = None if tensorboard is None else _open_board(tensorboard, step)
 
     def has(self, kind: str, step: int) -> bool:
         """Whether the run that is resumed wrote a record of the kind at the step."""
-        return (kind, step) in self._seen
+        return (kind, step) in self._values
+
+    def values(self, kind: str, name: str) -> dict[int, object]:
+        """A value by step, of the records of a kind that the run that is resumed wrote."""
+        return {step: r[name] for (of, step), r in self._values.items() if of == kind and name in r}
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """Appends a record and hands its numbers to TensorBoard."""
+        """Appends a record and hands its numbers to TensorBoard. A number that is not finite is null in the file."""
         if not self._owner:
             return
-        record = {"kind": kind, "step": step, **values}
+        record = {"kind": kind, "step": step, **{name: _strict(value) for name, value in values.items()}}
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}") from error
         if self._board is not None:
@@ -58,16 +85,40 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
-    if not path.exists():
+    """The records of a metrics.jsonl; a line that is none, as the last one of a crash, is left out with a warning."""
+    lines = _lines(path)
+    bad = [number for number, (_, record) in enumerate(lines, start=1) if record is None]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        log.warning("%s: left out line %d%s, which is no record", path, bad[0], more)
+    return [record for _, record in lines if record is not None]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict | None]]:
+    """(line, its record or None where it is no record) of a metrics.jsonl."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s: left out a line that is not JSON: %.60s", path, line)
-    return records
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    return [(line, _record(line)) for line in content.split(b"\n") if line.strip()]
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    step = record.get("step")
+    return record if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
+def _strict(value):
+    """The value as JSON has it: without NaN and infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_board(folder: Path, step: int):

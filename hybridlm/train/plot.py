@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """loss.png: training and validation loss of a run in bits per byte, and the bigram baseline."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 
 def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path) -> None:
-    """Draws the records of a metrics.jsonl; bigram: bits per byte of the baseline on the validation text, if known."""
+    """Draws the records of a metrics.jsonl; bigram: bits per byte of the baseline on the validation text, if known.
+
+    A record without a finite number, as of an interval in which all steps were skipped, is a gap.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = np.array([(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == "train"], float).reshape(-1, 2)
-    val = np.array([(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == "val"], float).reshape(-1, 2)
+    train, val = _curve(records, "train"), _curve(records, "val")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(*train.T, color="tab:blue", linewidth=1.2, label="train")
     if len(val):
@@ -31,3 +34,10 @@ def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path)
     figure.savefig(part, dpi=120)
     pyplot.close(figure)
     part.replace(path)
+
+
+def _curve(records: list[dict], kind: str) -> np.ndarray:
+    """(step, bits per byte) of the records of a kind: [records, 2]."""
+    pairs = [(r["step"], r.get("bits_per_byte")) for r in records if r["kind"] == kind]
+    numbers = [(step, y) for step, y in pairs if isinstance(y, int | float) and math.isfinite(y)]
+    return np.array(numbers, float).reshape(-1, 2)

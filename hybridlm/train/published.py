@@ -16,6 +16,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.run_folder import RunFolder, stored_config
 from hybridlm.train.sample import load_run
+from hybridlm.train.tokenizer_copy import IDENTITY, keep_tokenizer, kept_tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all) as from_hf and to_hf call it."""
@@ -34,12 +35,14 @@ def run_from_published(source: Path, target: Path, progress: Progress | None = N
     init, run = InitConfig(str(source.resolve())), RunConfig(dir=str(target))
     config = Config(name=source.resolve().name, model=model.config, init=init, data=data, run=run)
     with RunFolder(config) as folder:
-        copy_small_files(source, folder.published)
         folder.write_config()
+        copy_small_files(source, folder.published)
+        tokenizer = kept_tokenizer(data, target, None)
+        keep_tokenizer(data, target)
         checkpoints = Checkpoints(folder.checkpoints, keep=1)
         try:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            checkpoints.save(0, {"params": params}, to_dict(config), {})
+            checkpoints.save(0, {"params": params}, to_dict(config), {IDENTITY: tokenizer.fingerprint})
         finally:
             checkpoints.close()
     return model

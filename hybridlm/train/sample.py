@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.config import Config
-from hybridlm.data import load_tokenizer
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
 from hybridlm.model.generation import generate
@@ -16,6 +15,7 @@ from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.train.checkpoint import Checkpoints, finished_steps
 from hybridlm.train.run_folder import stored_config
+from hybridlm.train.tokenizer_copy import IDENTITY, kept_tokenizer
 
 
 def sample_text(
@@ -51,13 +51,13 @@ def load_run(path: Path, step: int | None = None, like: Config | None = None) ->
     steps = finished_steps(path / "checkpoints")
     require(bool(steps), f"{path} has no checkpoint yet")
     require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")
-    tokenizer = load_tokenizer(config.data.tokenizer, bos=config.data.bos_token, eos=config.data.eos_token)
     graphdef, shapes, _ = abstract(config.model)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
     try:
-        found, state, _ = checkpoints.restore_latest({"params": like}, steps if step is None else [step])
+        found, state, record = checkpoints.restore_latest({"params": like}, steps if step is None else [step])
     finally:
         checkpoints.close()
+    tokenizer = kept_tokenizer(config.data, path, record.get(IDENTITY))
     return nnx.merge(graphdef, state["params"]), tokenizer, found

@@ -6,11 +6,13 @@ them not applied), `skipped_in_row`, and `key` (random state, as raw bits). Batc
 """
 
 from collections.abc import Callable
-from functools import reduce
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -21,6 +23,7 @@ from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
@@ -46,10 +49,32 @@ class Program(NamedTuple):
     """The model without its parameters: nnx.merge(graphdef, state["params"])."""
 
 
+@dataclass(frozen=True)
+class TrainStep:
+    """(state, batch) -> (state, metrics): a jitted step that takes what hangs on the length of the run beside them, so
+    that more steps are not another program."""
+
+    jitted: Callable
+    lengths: np.ndarray
+
+    def __call__(self, state, batch):
+        """A step."""
+        return self.jitted(state, batch, self.lengths)
+
+    def lower(self, state, batch):
+        """As of every jitted function."""
+        return self.jitted.lower(state, batch, self.lengths)
+
+    def trace(self, state, batch):
+        """As of every jitted function."""
+        return self.jitted.trace(state, batch, self.lengths)
+
+
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
     graphdef, _, info = abstract(config.model)
-    optimizer, schedule = make_optimizer(config.optim, config.run.steps, info)
+    steps = config.run.steps
+    optimizer, _ = make_optimizer(config.optim, steps, info)
 
     def keys():
         return jax.random.split(jax.random.key(config.run.seed))  # of the parameters, of the run
@@ -71,14 +96,18 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     grads_at = jax.tree.map(lambda at: at.spec, shardings["params"]) if apart else shardings["params"]
-    step = make_train_step(objective, optimizer, schedule, config.optim.accumulate, grads_at, apart)
+    rule = partial(make_optimizer, config.optim, steps, info)
+    step = make_train_step(objective, rule, config.optim.accumulate, grads_at, apart)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
         init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        train_step=TrainStep(
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+            np.array(schedule_lengths(config.optim, steps), np.int32),
+        ),
         eval_step=jax.jit(lambda params, batch: objective(params, batch)[1]),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
@@ -114,19 +143,22 @@ def like_params(opt_state, params, values, default):
 
 
 def make_train_step(
-    objective: Callable, optimizer, schedule: Callable, n_micro: int = 1, params_at=None, apart: bool = False
+    objective: Callable, make_rule: Callable, n_micro: int = 1, params_at=None, apart: bool = False
 ) -> Callable:
-    """(state, batch) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if finite.
+    """(state, batch, lengths) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if
+    finite.
 
-    objective: see `make_objective`. With n_micro > 1 the gradients of that many microbatches are summed in float32 one
-    after the other; the result is that of the whole batch, but for losses that blocks take of each microbatch, such as
-    the load balance of experts. Where the loss or the gradient is not finite, parameters and optimizer stay as they
-    were, the step counts as skipped, and the objective's metrics are left out. apart: each slice of the mesh sums its
-    own gradients, which cross from slice to slice once a step; otherwise the compiler has them cross when it sees fit.
+    objective: see `make_objective`. make_rule: (lengths) -> (optimizer, schedule), see `make_optimizer`. With
+    n_micro > 1 the gradients of that many microbatches are summed in float32 one after the other; the result is that of
+    the whole batch, but for losses that blocks take of each microbatch, such as the load balance of experts. Where the
+    loss or the gradient is not finite, parameters and optimizer stay as they were, the step counts as skipped, and the
+    objective's metrics are left out. apart: each slice of the mesh sums its own gradients, which cross from slice to
+    slice once a step; otherwise the compiler has them cross when it sees fit.
     """
     gradients = _make_gradients(objective, n_micro, params_at, apart)
 
-    def train_step(state, batch) -> tuple[dict, Metrics]:
+    def train_step(state, batch, lengths) -> tuple[dict, Metrics]:
+        optimizer, schedule = make_rule(lengths)
         with jax.named_scope("gradients"):
             loss, metrics, grads = gradients(state["params"], batch)
         with jax.named_scope("optimizer"):

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import json
 import math
+import os
 
 import chex
 import jax
@@ -155,12 +156,12 @@ def test_another_config_is_refused(mini, stop_at, capsys):
     assert train(mini) == 130
     before = {f: f.read_bytes() for f in (mini.parent / "run").rglob("*") if f.is_file() and f.name != "lock"}
     capsys.readouterr()
-    assert train(mini, "--model.d_model=32", "--optim.lr=1e-3", "--run.log_every=1") == 2
+    assert train(mini, "--model.d_model=32", "--run.seed=5", "--optim.lr=1e-3", "--run.log_every=1") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error
-    assert "model.d_model (16 there, 32 now), optim.lr (0.01 there, 0.001 now)" in error and "--run.dir=NEW" in error
-    assert "log_every" not in error
-    assert train(mini, "--run.seed=5") == 2 and "run.seed (0 there, 5 now)" in capsys.readouterr().err
+    assert "model.d_model (16 there, 32 now), run.seed (0 there, 5 now)" in error and "--run.dir=NEW" in error
+    assert "log_every" not in error and "optim.lr" not in error
+    assert train(mini, "--optim.rule=Muon") == 2 and "optim.rule (AdamW" in capsys.readouterr().err
     assert before == {f: f.read_bytes() for f in before}
     stop_at(None)
     assert train(mini, "--optim.max_skipped=5", "--run.log_every=1", "--run.keep=1", "--data.prefetch=1") == 0
@@ -187,6 +188,11 @@ def test_a_broken_checkpoint_costs_its_steps_alone(mini, states, stop_at, caplog
 def test_two_processes_in_one_folder(mini, capsys):
     run = mini.parent / "run"
     run.mkdir()
+    folder = os.open(run, os.O_RDONLY)  # as a running process has it, whose lock file was deleted
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert train(mini) == 1 and "is in use by another process" in capsys.readouterr().err
+    assert list(run.iterdir()) == []
+    os.close(folder)
     with open(run / "lock", "w") as lock:
         lock.write("process 123 on elsewhere")
         lock.flush()

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints of a run stay: Orbax's policies, any of which is enough."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
+
+
+class Keep:
+    """What Orbax asks of a `preservation_policy`: the newest few, those of every so many steps, the best few."""
+
+    def __init__(self, newest: int, every: int, best: int, finished: Callable[[], Sequence[int]]):
+        """every, best: 0: none on that account. finished: steps of the checkpoints that are there."""
+        policies = [LatestN(newest), *([EveryNSteps(every)] if every else [])]
+        self._by_step = AnyPreservationPolicy(policies)
+        self._by_loss = BestN(get_metric_fn=lambda loss: loss, reverse=True, n=best)
+        self._finished = finished
+        self.losses: dict[int, float] = {}
+        """Validation loss at a step; a step without one is not among the best."""
+
+    def rate(self, step: int, loss: Any) -> None:
+        """Takes the validation loss of a step; what is no finite number is none."""
+        if isinstance(loss, int | float) and not isinstance(loss, bool) and math.isfinite(loss):
+            self.losses[step] = float(loss)
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        """Which of the checkpoints, oldest first, the last of them being written, stay.
+
+        A folder that Orbax takes for a checkpoint and that is none of a run's stays and does not count.
+        """
+        finished = {*self._finished(), *(info.step for info in checkpoints[-1:])}
+        ours = [info for info in checkpoints if info.step in finished]
+        rated = [replace(info, metrics=self.losses[info.step]) for info in ours if info.step in self.losses]
+        staying = {info.step for info in checkpoints} - finished
+        for policy, infos in ((self._by_step, ours), (self._by_loss, rated)):
+            flags = policy.should_preserve(infos, context=context) if infos else []
+            staying |= {info.step for info, stays in zip(infos, flags, strict=True) if stays}
+        return [info.step in staying for info in checkpoints]
