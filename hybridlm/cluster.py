@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm.errors import ConfigError, RunError, require
+from hybridlm.errors import ConfigError, Exit, RunError, print_line, require
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +32,6 @@ VARIABLES = {
 }
 """Field -> the variable that is read where it is not given."""
 Joining = Callable[[], AbstractContextManager[dict[str, Any]]]
-START_AGAIN = 75
-"""Exit code: nothing has to change. sysexits.h: EX_TEMPFAIL."""
 LATER_SECONDS = 60
 """JAX's own end of waiting comes so much after ours."""
 MESSAGE_BYTES = 600
@@ -115,8 +112,8 @@ def join(config: ClusterConfig | None = None, joining: Joining = lambda: nullcon
 
 def _leave(problem: str) -> None:
     """The main thread is inside of JAX, which nothing interrupts."""
-    print(f"error: {problem}", file=sys.stderr, flush=True)
-    os._exit(START_AGAIN)
+    print_line(f"error: {problem}")
+    os._exit(Exit.AGAIN)
 
 
 def find_place(config: ClusterConfig) -> Place | None:

@@ -1,12 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can mend: one line each, naming what, its value and the limit."""
+"""Errors that a user can mend: one line each, naming what, its value and the limit; and the exit codes of commands."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from typing import TextIO
+
+
+class Exit(IntEnum):
+    """The exit codes of every command; 128 + signal besides: stopped by it, and saved."""
+
+    COMPLETE = 0
+    FAILED = 1
+    """The run failed: its line says why."""
+    CHANGE = 2
+    """The user has to change something first."""
+    AGAIN = 75
+    """Nothing has to change (a process was lost, no step finished): start the same again. sysexits.h: EX_TEMPFAIL."""
 
 
 class ConfigError(ValueError):
     """A configuration, a path or a file that the user has to change; its text is one clear line."""
+
+    exit_code = Exit.CHANGE
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).splitlines()))
@@ -29,3 +46,24 @@ def within(prefix: str) -> Iterator[None]:
 
 class RunError(RuntimeError):
     """A run that cannot go on (disk full, folder in use, loss not finite); its text is one clear line."""
+
+    exit_code = Exit.FAILED
+
+
+class AgainError(RunError):
+    """A run that ended through nothing that anybody has to change; its text is one clear line."""
+
+    exit_code = Exit.AGAIN
+
+
+def print_line(line: str, stream: TextIO | None = None) -> None:
+    """Prints to a stream (standard error) whatever the text holds, and whether or not anybody reads there."""
+    stream = sys.stderr if stream is None else stream
+    if stream is None:  # closed before Python began
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except (OSError, ValueError):  # the reader has gone, the stream is closed
+        pass

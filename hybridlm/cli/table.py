@@ -5,13 +5,15 @@ A new one is a file with its Command, and a word in COMMANDS.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
 from hybridlm.cli.convert import CONVERT
+from hybridlm.cli.ending import explained
 from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.train import TRAIN
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import Exit, print_line
 
 COMMANDS = (TRAIN, GENERATE, CONVERT)
 
@@ -21,18 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if words else 2
+        return Exit.COMPLETE if words else Exit.CHANGE
     commands = {command.name: command for command in COMMANDS}
     if words[0] not in commands:
-        print(f"hybridlm: no command {words[0]!r}: there are {', '.join(commands)}", file=sys.stderr)
-        return 2
+        print_line(f"hybridlm: no command {words[0]!r}: there are {', '.join(commands)}")
+        return Exit.CHANGE
     return _run(lambda: commands[words[0]].run(words[1:], f"hybridlm {words[0]}"))
 
 
 def train_main(argv: list[str] | None = None) -> int:
     """`python train.py ...`; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    return _run(lambda: TRAIN.run(words, "python train.py"))
+    words, script = (sys.argv[1:], sys.argv[0]) if argv is None else (argv, "train.py")
+    return _run(lambda: TRAIN.run(words, f"python {shlex.quote(script)}"))
 
 
 def usage() -> str:
@@ -44,23 +46,17 @@ def usage() -> str:
 
 
 def _run(command: Callable[[], int]) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a name of a file may hold bytes that are no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
-    except ConfigError as error:
-        return _fail(error, 2)
-    except RunError as error:
-        return _fail(error, 1)
     except BrokenPipeError:  # the reader of our output, as `| head`, has gone
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is flushed at exit goes there)
-        return 1
-    except OSError as error:
-        if error.strerror is None:
+        return Exit.FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = explained(error)
+        if line is None:
             raise
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-
-
-def _fail(error, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return code
+        print_line(f"error: {line}")
+        return code

@@ -4,6 +4,7 @@
 import shlex
 
 from hybridlm.cli.command import Command
+from hybridlm.cli.ending import ended_together
 from hybridlm.cli.start import start
 from hybridlm.errors import ConfigError
 
@@ -21,19 +22,34 @@ def run(words: list[str], prog: str) -> int:
     config = load_config(name, overrides)
     if config.init.hf == "":
         raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
-    from hybridlm.train.commands import hybridlm_command, python_command
     from hybridlm.train.stop import StopRequest
 
-    typed = prog.replace("python", python_command()).replace("hybridlm", hybridlm_command())
-    again = [*typed.split(), "--config", name, *_without(overrides, "--run.steps")]
+    typed = _typed(prog)
+    again = f"{typed} {shlex.join(['--config', name, *overrides])}"
+    longer = f"{typed} {shlex.join(['--config', name, *_without(overrides, '--run.steps')])}"
     with StopRequest() as stop:
-        start(config.cluster)
-        from hybridlm.train.loop import train
+        from hybridlm.train.peers import Peers
 
-        return train(config, shlex.join(again), stop)
+        peers = Peers(config.run.heartbeat, again)
+        start(config.cluster, peers.joining)
+        stop.join(peers)
+        with ended_together(peers):
+            from hybridlm.train.loop import train
+
+            code = train(config, longer, stop, peers, again)
+            peers.close(code)
+            return code
 
 
 TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or resume, a run"),), run)
+
+
+def _typed(prog: str) -> str:
+    """The program as it has to be typed here."""
+    from hybridlm.train.commands import hybridlm_command, python_command
+
+    first, _, rest = prog.partition(" ")
+    return f"{python_command() if first == 'python' else hybridlm_command()} {rest}"
 
 
 def _print_help(name: str, prog: str) -> None:

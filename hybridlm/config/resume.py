@@ -30,7 +30,7 @@ FREE = {
     "what holds it back": ("optim.weight_decay", "optim.clip_norm", "optim.z_loss"),
     "what it reads": ("data.path", "data.text_key"),
     "how much it reads a step": ("data.seq_len", "data.batch_size", "optim.accumulate"),
-    "when it gives up": ("optim.max_skipped",),
+    "when it gives up": ("optim.max_skipped", "run.watchdog", "run.heartbeat"),
 }  # fmt: skip
 """Meaning -> dotted names, of whole sub-configs too. Blocks say the same of their fields by FREE."""
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run itself, and where its first parameters come from."""
 
+import math
 from dataclasses import dataclass
 
 from hybridlm.errors import require
@@ -40,6 +41,11 @@ class RunConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     profile_steps: tuple[int, int] | None = None
     """First and last step of a jax.profiler trace; None: none."""
+    watchdog: float = 600.0
+    """Seconds without a finished step, or five times the longest step if that is more, after which the run ends with
+    the stacks of its threads in a file, to be started again; 0: never. Ten times as long where it compiles or saves."""
+    heartbeat: float = 30.0
+    """Seconds without a sign of life after which a process of several counts as lost and the others end."""
 
     def __post_init__(self):
         for name in ("steps", "log_every", "keep"):
@@ -55,6 +61,14 @@ class RunConfig:
             saved <= 0 or every % saved == 0,
             f"run.keep_every ({every}) must be a multiple of run.save_every ({saved}): no other checkpoints are there",
         )
+        require(0 <= self.watchdog < math.inf, f"run.watchdog ({self.watchdog}) must be 0 (never) or seconds")
+        require(1 <= self.heartbeat <= 3600, f"run.heartbeat ({self.heartbeat}) must be between 1 and 3600 seconds")
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            require(
+                1 <= first <= last,
+                f"run.profile_steps ({first} {last}) must be a first step of at least 1 and a last step not before it",
+            )
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,11 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-import jax
-
 from hybridlm.config import Config
 from hybridlm.train.batches import Batches
 from hybridlm.train.metrics import Metrics, bits_per_byte, merge, on_host
 from hybridlm.train.metrics_log import MetricsLog
 from hybridlm.train.progress import Display
-from hybridlm.train.stop import StopRequest
 
 
 def evaluate(
@@ -36,9 +33,10 @@ class Validation:
 
     def __init__(
         self, config: Config, stats: dict, eval_step: Callable, batches: Batches | None, log: MetricsLog,
-        display: Display, stop: StopRequest,
+        display: Display, stop: Callable[[], bool],
     ):  # fmt: skip
-        """stats: the corpus's. batches: of the validation text; None: never evaluate. stop: cuts one short."""
+        """stats: the corpus's. batches: of the validation text; None: never evaluate. stop: asked before each batch,
+        by every process of a run; True cuts the evaluation short."""
         self._run, self._stats = config.run, stats
         self._eval_step, self._batches = eval_step, batches
         self._log, self._display, self._stop = log, display, stop
@@ -62,7 +60,7 @@ class Validation:
             return True
         began = time.monotonic()
         self._batches.loader.reset()
-        metrics = evaluate(self._eval_step, params, self._batches, self._run.eval_batches, self._interrupted)
+        metrics = evaluate(self._eval_step, params, self._batches, self._run.eval_batches, self._stop)
         if metrics is None:
             return False
         loss = metrics["loss"].value()
@@ -73,7 +71,3 @@ class Validation:
         self.result = f"validation {bits:.3f} bits per byte{beside}"
         self._display.say(f"step {step}: {self.result}, loss {loss:.4f}, {time.monotonic() - began:.1f} s")
         return True
-
-    def _interrupted(self) -> bool:
-        """A process of several goes on: it has to take the steps that the others take."""
-        return jax.process_count() == 1 and self._stop.signum is not None

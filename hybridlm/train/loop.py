@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training run: build or resume, step, evaluate, save, close."""
 
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -12,18 +14,19 @@ from jax.sharding import Mesh
 
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
-from hybridlm.config.tree import to_dict
 from hybridlm.data import Corpus
-from hybridlm.errors import RunError, require
+from hybridlm.errors import Exit, RunError, require
 from hybridlm.sharding import make_mesh
 from hybridlm.train.batches import Batches
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.commands import hybridlm_command
 from hybridlm.train.corpora import open_together
 from hybridlm.train.evaluate import Validation
+from hybridlm.train.feed import Feed
 from hybridlm.train.init_run import check_init_run, params_of_run
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
+from hybridlm.train.peers import Peers
 from hybridlm.train.plot import plot_loss
 from hybridlm.train.progress import Display, clock, printable, short
 from hybridlm.train.provenance import start_record
@@ -31,55 +34,67 @@ from hybridlm.train.report import Reports
 from hybridlm.train.run_folder import Found, RunFolder
 from hybridlm.train.sample import sample_text
 from hybridlm.train.step import Program, make_program
+from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
 from hybridlm.train.together import from_first
-from hybridlm.train.tokenizer_copy import IDENTITY, keep_tokenizer
+from hybridlm.train.tokenizer_copy import keep_tokenizer
 from hybridlm.train.trace import Trace
+from hybridlm.train.watchdog import Watchdog
 from pallas_kernels.platform import device_name
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
+FEED_PATIENCE = 0.8
+"""Share of run.watchdog that a batch may take: what waits for one ends before the watchdog does, and saves."""
 
 
-def train(config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None) -> int:
+def train(
+    config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None,
+    peers: Peers | None = None, resume: str | None = None,
+) -> int:  # fmt: skip
     """Trains, or resumes, the run of the config's folder; returns the exit code.
 
-    0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, for the lines that
-    say what to type next. stop: the signals, where the caller has them already. Raises ConfigError for what the user
-    has to change and RunError for what ended the run.
+    0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, and resume: with it
+    (None: the same), for the lines that say what to type next. stop: the signals, where the caller has them already.
+    peers: the other processes of the run. Raises ConfigError for what the user has to change and RunError for what
+    ended the run.
     """
-    display, last = Display(config.run.steps), config.run.steps
-    with RunFolder(config, owner=jax.process_index() == 0) as folder:
-        found = folder.look()
-        if found.complete:
-            display.say(f"{folder.path} is complete: {found.steps[-1]} steps")
-            display.say(_next_lines(folder, found.steps[-1], command))
-            return 0
-        if not found.steps or found.back_to == 0:
-            from_first(lambda: check_init_run(config))
-        mesh = make_mesh(config.mesh)
-        check_config(config, mesh)
-        with jax.set_mesh(mesh), nullcontext(stop) if stop else StopRequest() as stop, _memory_explained():
-            step, reached = _run(config, folder, found, mesh, display, stop, command)
+    resume, peers = resume or command, peers or Peers()
+    with nullcontext(stop) if stop else StopRequest() as stop:
+        display = Display(config.run.steps, nobody_reads=lambda: stop.ask(signal.SIGHUP))
+        with RunFolder(config, owner=jax.process_index() == 0) as folder:
+            found = folder.look()
+            if found.complete:
+                display.say(f"{folder.path} is complete: {found.steps[-1]} steps")
+                display.say(_next_lines(folder, found.steps[-1], command))
+                return Exit.COMPLETE
+            if not found.steps or found.back_to == 0:
+                from_first(lambda: check_init_run(config))
+            mesh = make_mesh(config.mesh)
+            check_config(config, mesh)
+            stacks = folder.path / f"stacks-{jax.process_index()}.txt"
+            with jax.set_mesh(mesh), Watchdog(config.run.watchdog, stacks, resume) as watchdog, _memory_explained():
+                step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume)
             if reached is None:
-                saved = "stopped and saved" if config.run.save_every >= 0 else "stopped, unsaved (run.save_every=-1),"
-                display.say(f"{saved} at step {step} of {last}; to resume: {command}")
+                display.say(_stopped(config, step, resume))
                 return 128 + (stop.signum or 0)
             display.say(reached)
             display.say(f"files: {folder.plot}, {folder.metrics}, {folder.checkpoints}")
             display.say(_next_lines(folder, step, command))
-            return 0
+            return Exit.COMPLETE
 
 
 def _run(
-    config: Config, folder: RunFolder, found: Found, mesh: Mesh, display: Display, stop: StopRequest, command: str
-) -> tuple[int, str | None]:
-    """Opens, restores, steps to the end, closes: (the last step, what was reached or None where a signal stopped it).
-
-    A step is dispatched before the metrics of the one before it are read: the device never waits for this loop, but
-    for evaluations and saves.
-    """
+    config: Config, folder: RunFolder, found: Found, mesh: Mesh, display: Display, stop: StopRequest, peers: Peers,
+    watchdog: Watchdog, resume: str,
+) -> tuple[int, str | None]:  # fmt: skip
+    """Opens, restores, steps to the end, closes: (last step, what was reached or None where a signal stopped it)."""
     run, began = config.run, time.monotonic()
+
+    def may_write() -> None:
+        peers.check()
+        folder.check_there()
+
     with ExitStack() as opened:
         opened.callback(display.stop)
         corpus = open_together(config.data)
@@ -93,60 +108,37 @@ def _run(
 
         restored = _restored(program, folder, found, checkpoints, batches, meter, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
-        log = opened.enter_context(closing(folder.open_log(after=step)))
-        _record_start(config, mesh, folder, log, display, command, step, origin)
+        log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
+        _record_start(config, mesh, folder, log, display, resume, step, origin)
         checkpoints.on_saved = lambda at, seconds: log.write("save", at, {"seconds": round(seconds, 2)})
         for at, loss in log.values("val", "loss").items():
             checkpoints.rate(at, loss)
         reports = opened.enter_context(closing(Reports(config, display, log, meter, checkpoints)))
         trace = opened.enter_context(closing(Trace(run.profile_steps, folder.profile)))
-        validation = Validation(config, corpus.stats, program.eval_step, held_out, log, display, stop)
+        feed = opened.enter_context(closing(_open_feed(batches, run.watchdog, stop, peers, display)))
+        between = lambda: (watchdog.progress(), stop.agreed())[1]
+        validation = Validation(config, corpus.stats, program.eval_step, held_out, log, display, between)
+        steps = Steps(
+            config, program, feed, meter, checkpoints, validation, reports, trace, stop, watchdog, display, may_write,
+            tokenizer=corpus.tokenizer.fingerprint, single=peers.count == 1,
+        )  # fmt: skip
         _introduce(config, program, mesh, corpus, folder, display)
-
-        first = step + 1
         display.start(step)
-        stopping = validation.missed(step) and not validation.read(step, state["params"])
-        trace.turn(step)
-        while step < run.steps and not stopping:
-            fetched = time.monotonic()
-            state, metrics = program.train_step(state, next(batches))
-            step += 1
-            if step == first:
-                now = time.monotonic()
-                display.say(f"first step after {now - began:.1f} s, {now - fetched:.1f} s of them compilation")
-                stop.arm()
-            reports.add(step, metrics)
-            stopping = stop.agreed(step, run.log_every)
-            evaluating = validation.due(step) and not stopping
-            saving = run.save_every >= 0 and (_due(run.save_every, step) or step == run.steps or stopping)
-            if evaluating or saving or trace.turns(step):
-                reports.flush()
-                trace.turn(step)
-                if evaluating:
-                    stopping = not validation.read(step, state["params"])
-                if saving or (stopping and run.save_every >= 0):
-                    for at, loss in validation.losses.items():
-                        checkpoints.rate(at, loss)
-                    loop = {"data": batches.loader.get_state(), "meter": meter.state()}
-                    loop |= {IDENTITY: corpus.tokenizer.fingerprint, "val_loss": validation.losses.get(step)}
-                    checkpoints.save(step, state, to_dict(config), loop)
-                meter.resume()
 
-        reports.flush()
-        if stopping or not validation.read(step, state["params"]):
-            checkpoints.wait()
+        step, state, stopping = steps.take(step, state, began)
+        if stopping or not steps.evaluate(step, state):
+            with watchdog.during("saving"):
+                checkpoints.wait()
+            feed.leave_if_stuck(128 + (stop.signum or 0), _stopped(config, step, resume), sys.stdout)
             return step, None
+        watchdog.rest()
         _draw(config, corpus, folder)
         _sample(config, program, corpus, folder, state, step, display)
-        checkpoints.wait()
+        with watchdog.during("saving"):
+            checkpoints.wait()
         seconds = time.monotonic() - began
         log.write("end", step, {"seconds": round(seconds, 1)})
         return step, f"done: {step} steps in {clock(seconds)}" + (f"; {validation.result}" if validation.result else "")
-
-
-def _due(every: int, step: int) -> bool:
-    """Whether what comes every so many steps (0: never) follows this step."""
-    return every > 0 and step % every == 0
 
 
 def _open_batches(
@@ -158,6 +150,12 @@ def _open_batches(
     if config.run.eval_every < 0:
         return batches, None
     return batches, opened.enter_context(Batches(config, corpus, "val", n_rows // config.optim.accumulate, at))
+
+
+def _open_feed(batches: Batches, watchdog: float, stop: StopRequest, peers: Peers, display: Display) -> Feed:
+    """The batches as the loop takes them. One process of several stops where all do, not where it waits for text."""
+    stopped = lambda: peers.count == 1 and stop.signum is not None
+    return Feed(batches, FEED_PATIENCE * watchdog, stopped, display.say)
 
 
 def _restored(
@@ -263,6 +261,11 @@ def _sample(
         folder.sample.write_text(text + "\n", encoding="utf-8")
     display.say(f"sample ({folder.sample}):")
     display.say("\n".join("    " + printable(line) for line in text.splitlines()))
+
+
+def _stopped(config: Config, step: int, resume: str) -> str:
+    saved = "stopped and saved" if config.run.save_every >= 0 else "stopped, unsaved (run.save_every=-1),"
+    return f"{saved} at step {step} of {config.run.steps}; to resume: {resume}"
 
 
 def _next_lines(folder: RunFolder, step: int, command: str) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from hybridlm.errors import RunError
@@ -21,14 +22,16 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path, step: int, owner: bool = True, tensorboard: Path | None = None, dropped: Path | None = None
-    ):
+        self, path: Path, step: int, owner: bool = True, tensorboard: Path | None = None, dropped: Path | None = None,
+        may_write: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped.
 
         owner: this process writes. tensorboard: folder of TensorBoard files; None: none. dropped: file that takes the
-        dropped lines and those that are no records; None: they are lost. RunError where it cannot be written.
+        dropped lines and those that are no records; None: they are lost. may_write: called before each record, which
+        is not written where it raises. RunError where the file cannot be written.
         """
-        self._path, self._owner = path, owner
+        self._path, self._owner, self._may_write = path, owner, may_write
         lines = _lines(self._path)
         kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
         self._values = {(r["kind"], r["step"]): r for _, r in kept}
@@ -63,6 +66,7 @@ class MetricsLog:
         """Appends a record and hands its numbers to TensorBoard. A number that is not finite is null in the file."""
         if not self._owner:
             return
+        self._may_write()
         record = {"kind": kind, "step": step, **{name: _strict(value) for name, value in values.items()}}
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         try:

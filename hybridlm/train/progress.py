@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run shows: a live line on a terminal, plain lines elsewhere. Process 0 alone speaks."""
 
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -29,9 +34,12 @@ def printable(line: str) -> str:
 class Display:
     """Progress of a run of `steps` steps."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, nobody_reads: Callable[[], None] = lambda: None):
+        """nobody_reads: called once where standard output is closed, as by `| head` or with a terminal."""
         self._steps = steps
         self._console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
+        self._console.on_broken_pipe = self._closed  # rich's own ends the process
+        self._nobody_reads = nobody_reads
         self._bar = None
 
     def start(self, step: int) -> None:
@@ -44,13 +52,28 @@ class Display:
 
     def stop(self) -> None:
         """Takes the live line away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError):
+                bar.stop()
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, markup=False)
+        try:
+            self._console.print(line, markup=False)
+        except OSError:  # the terminal has gone
+            self._closed()
+
+    def _closed(self) -> None:
+        """Says nothing from here on, nor at exit, when Python flushes what it holds."""
+        if self._console.quiet:
+            return
+        self._console.quiet = True
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        self._nobody_reads()
 
     def update(self, step: int, values: dict, log: bool) -> None:
         """A step's loss and speed; off a terminal a line appears where `log`."""

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,10 +188,16 @@ class RunFolder:
         """Whether the end of the run at this step or later was written: a crash may come after the last save."""
         return any(r["kind"] == "end" and r["step"] >= step for r in read_metrics(self.metrics))
 
-    def open_log(self, after: int) -> MetricsLog:
-        """The records, to be continued after a step; those of later steps go to superseded/."""
+    def open_log(self, after: int, may_write: Callable[[], None] = lambda: None) -> MetricsLog:
+        """The records, to be continued after a step; those of later steps go to superseded/. may_write: see there."""
         board = self.path / "tensorboard" if self.config.run.tensorboard else None
-        return MetricsLog(self.metrics, after, self.owner, board, dropped=self.superseded / "metrics.jsonl")
+        dropped = self.superseded / "metrics.jsonl"
+        return MetricsLog(self.metrics, after, self.owner, board, dropped, may_write)
+
+    def check_there(self) -> None:
+        """RunError where the folder was deleted, or moved away, while the run wrote to it."""
+        if self.owner and not self._config_file.exists():
+            raise RunError(f"{self.path} was deleted while the run wrote to it: what it held is lost")
 
     def write_config(self) -> None:
         """Stores the resolved config, whole or not at all. One that cannot be read is kept in broken/."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command line says: help, and one line for what the user has to change."""
 
+import os
 import subprocess
 import sys
 import types
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from hybridlm.cli import main, train_main
+from hybridlm.cli.ending import explained
 from hybridlm.cli.start import without_late_writes
 from hybridlm.cli.table import COMMANDS
+from hybridlm.errors import AgainError, ConfigError, Exit, RunError
 from hybridlm.train.progress import Display, clock, short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +58,11 @@ def test_impossible_combinations(capsys, mini):
         capsys, ["--config", mini, "--model.blocks.*.n_heads=3", "--model.blocks.*.n_kv_heads=2"], "n_heads (3)"
     )
     check_fails(capsys, ["--config", mini, "--data.path=nothing/*.txt"], "nothing/*.txt")
+    for first, last in ((5, 2), (-3, -1), (0, 4)):
+        words = ["--config", mini, "--run.profile_steps", str(first), str(last)]
+        check_fails(capsys, words, f"run.profile_steps ({first} {last}) must be a first step of at least 1")
+    check_fails(capsys, ["--config", mini, "--run.watchdog=-1"], "run.watchdog (-1.0) must be 0 (never) or seconds")
+    check_fails(capsys, ["--config", mini, "--run.heartbeat=nan"], "run.heartbeat (nan) must be between 1 and 3600")
     check_fails(capsys, ["--config", mini, "--run.dir=/dev/null/x"], "run.dir (/dev/null/x) cannot be written")
 
 
@@ -106,6 +114,32 @@ def test_as_a_process(words):
         [sys.executable, *words, "--config", "hybrid_tny"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_error_lines_are_always_printable(tmp_path):
+    """Whatever a word holds, and whether or not anybody reads; the exit code says the same."""
+    words = [sys.executable, "train.py", "--config", b"hybrid_tiny", b"--data.path=\xff\x1b.txt"]
+    for env in ({}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+        assert b"udcff" in done.stderr
+    for closed in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        command = f"exec {sys.executable} train.py --config nothing {closed}"
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
+def test_exit_codes():
+    assert (Exit.COMPLETE, Exit.FAILED, Exit.CHANGE, Exit.AGAIN) == (0, 1, 2, 75)
+    errors = {
+        ConfigError("a\nb"): (2, "a b"),
+        RunError("a\nb"): (1, "a b"),
+        AgainError("a"): (75, "a"),
+        FileNotFoundError(2, "No such file", "x"): (1, "x: No such file"),
+        KeyboardInterrupt(): (130, "interrupted"),
+        ValueError("a"): (1, None),
+    }
+    assert {error: explained(error) for error in errors} == errors
 
 
 def test_times_and_numbers():

@@ -86,7 +86,8 @@ def test_a_run_that_never_saves(mini, capsys, monkeypatch):
     assert train(mini, "--run.steps=3", "--run.save_every=-1") == 0
     assert finished_steps(run / "checkpoints") == [] and len(of_kind(run, "train")) == 1
     capsys.readouterr()
-    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self, now, every: setattr(self, "signum", 2) or now == 2)
+    turns = iter((False, True))
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: setattr(self, "signum", 2) or next(turns))
     (run / "metrics.jsonl").unlink()
     assert train(mini, "--run.steps=3", "--run.save_every=-1") == 130
     assert "stopped, unsaved (run.save_every=-1), at step 2 of 3" in capsys.readouterr().out

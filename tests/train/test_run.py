@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from hybridlm.cli import main, train_main
-from hybridlm.train import loop
+from hybridlm.train import loop, report
 from hybridlm.train import step as step_module
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics
@@ -44,9 +44,17 @@ def states(monkeypatch):
 def stop_at(monkeypatch):
     """Makes a run stop after a step as if Ctrl-C had come during it."""
 
+    now, add = [None], report.Reports.add
+
+    def add_and_note(self, step, metrics):
+        now[0] = step
+        add(self, step, metrics)
+
+    monkeypatch.setattr(report.Reports, "add", add_and_note)
+
     def arrange(step):
-        def agreed(self, now, every):
-            self.signum = 2 if now == step else None
+        def agreed(self):
+            self.signum = 2 if step is not None and now[0] == step else None
             return self.signum is not None
 
         monkeypatch.setattr(loop.StopRequest, "agreed", agreed)

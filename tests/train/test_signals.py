@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM sent to a real process."""
+"""Ctrl-C, SIGTERM and SIGHUP sent to a real process."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -56,19 +57,37 @@ def read_until(process, words, seconds=120):
     raise AssertionError(f"no {words!r} in:\n{''.join(lines)}")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_resume(mini, start, signum, code):
-    process = start("--run.steps=100000", "--run.eval_every=-1", "--run.save_every=0")
+    """The line is what was typed, to the word: typed again, it goes on to the same length."""
+    typed = ["--run.steps=100000", "--run.eval_every=-1", "--run.save_every=0", "--run.sample_prompt=it's a"]
+    process = start(*typed)
     read_until(process, "step 5/")
     process.send_signal(signum)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    assert "finishing this step, then saving" in output and "to resume: " in output and "Traceback" not in output
+    assert "finishing this step, then saving" in output and "Traceback" not in output
     run = mini.parent / "run"
     saved = finished_steps(run / "checkpoints")
     assert len(saved) == 1 and saved[0] >= 5
     steps = [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
     assert steps == list(range(1, saved[0] + 1))
+    assert f"stopped and saved at step {saved[0]} of 100000; to resume: " in output
+    python, *words = shlex.split(output.rpartition("; to resume: ")[2])
+    assert words == [str(ROOT / "train.py"), "--config", str(mini), "--run.log_every=1", *typed]
+    assert (mini.parent / python).resolve() == Path(sys.executable).resolve() or python == "python"
+
+
+def test_an_ignored_hangup_stays_ignored(start_python):
+    """As under nohup; Ctrl-C works there."""
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + LONG_STEP
+    process = start_python("-c", code)
+    read_until(process, "ready")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    read_until(process, "finishing this step, then saving")
+    assert process.poll() is None
 
 
 LONG_STEP = """

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command ends: the exit code and the line of an error, for one process and for all of a run."""
+
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hybridlm.errors import ConfigError, Exit, RunError
+
+
+def explained(error: BaseException) -> tuple[int, str | None]:
+    """(exit code, the line that says what happened); no line where the traceback has to say it."""
+    if isinstance(error, ConfigError | RunError):
+        return error.exit_code, _one_line(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        return Exit.FAILED, _one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    return Exit.FAILED, None
+
+
+@contextmanager
+def ended_together(peers) -> Iterator[None]:
+    """Around a command of several processes (train/peers.py): an error in one ends all, with its line and code."""
+    try:
+        yield
+    except BaseException as error:
+        if peers.count == 1:
+            raise
+        code, line = explained(error)
+        if _in_a_computation(error):
+            peers.await_verdict()
+        if line is None:
+            traceback.print_exception(error)
+        peers.fail(code, line or _one_line(f"{type(error).__name__}: {error}")[:500])
+
+
+def _one_line(text) -> str:
+    return " ".join(str(text).split())
+
+
+def _in_a_computation(error: BaseException | None) -> bool:
+    """Whether JAX raised it: where a process is lost, what the others compute with it fails."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of the training text for the loop, which can stop while one is waited for, and outlives a dead reader."""
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, TextIO
+
+from hybridlm.errors import AgainError, ConfigError, RunError
+from hybridlm.train.batches import Batches
+from hybridlm.train.ending import leave
+
+ATTEMPTS = 3
+"""Of reading one batch; each begins with fresh workers."""
+LOOKS = 0.05  # seconds between two looks for a stop
+
+
+class Feed:
+    """The batches of a run, one after the other, read in a thread of its own.
+
+    A batch that cannot be read, because a worker process died, is read again by new workers. One that does not come
+    within half of `patience` seconds is, too: the workers are killed. Where that does not help, RunError or, where it
+    just does not come, AgainError; the state of the run is whole then, and can be saved.
+    """
+
+    def __init__(self, batches: Batches, patience: float, stopped: Callable[[], bool], say: Callable[[str], None]):
+        """patience: seconds for a batch; 0: for ever. stopped: whether the run was told to stop. say: shows a line."""
+        self._batches, self._patience, self._stopped, self._say = batches, patience, stopped, say
+        self._asked, self._given = SimpleQueue(), SimpleQueue()
+        self._state = batches.loader.get_state()
+        self.stuck = False
+        """Whether the reader still waits for a batch that nobody wants any more."""
+        threading.Thread(target=self._read, name="feed", daemon=True).start()
+
+    def next(self) -> dict[str, Any] | None:
+        """The next batch, on the devices; None where the run was told to stop before it came."""
+        for attempt in range(ATTEMPTS):
+            batch, error = self._fetch()
+            if error is None:
+                if batch is not None:
+                    self._state = self._batches.loader.get_state()
+                    batch = self._batches.put(batch)
+                return batch
+            if isinstance(error, ConfigError | RunError):
+                raise error
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if attempt + 1 < ATTEMPTS:
+                self._say(f"a batch cannot be read ({reason}): once more with new workers")
+        raise RunError(f"a batch cannot be read, {ATTEMPTS} times in a row ({reason})") from error
+
+    def state(self) -> dict:
+        """The loader's, without a batch that was read but not handed out."""
+        return self._state
+
+    def leave_if_stuck(self, code: int, line: str, stream: TextIO | None = None) -> None:
+        """Ends the process where its orderly end would wait for the reader, too; see `leave`."""
+        if self.stuck:
+            _kill_workers()
+            leave(code, line, stream)
+
+    def close(self) -> None:
+        """Ends the thread, once it has what it waits for."""
+        self._asked.put(False)
+
+    def _fetch(self) -> tuple[Any, Exception | None]:
+        self._asked.put(True)
+        began, killed, self.stuck = time.monotonic(), False, True
+        while True:
+            try:
+                answer = self._given.get(timeout=LOOKS)
+            except Empty:
+                waited = time.monotonic() - began
+                if self._stopped():
+                    return None, None
+                if self._patience and waited > self._patience / 2 and not killed:
+                    _kill_workers()
+                    killed = True
+                if self._patience and waited > self._patience:
+                    raise AgainError(f"no batch of text came for {waited:.0f} s (run.watchdog)") from None
+            else:
+                self.stuck = False
+                return answer
+
+    def _read(self) -> None:
+        while self._asked.get():
+            try:
+                answer = next(self._batches.loader), None
+            except Exception as error:
+                answer = None, error
+            self._given.put(answer)
+
+
+def _kill_workers() -> None:
+    """Kills the processes that read text: one that stands still takes no other signal."""
+    for process in multiprocessing.active_children():
+        process.kill()

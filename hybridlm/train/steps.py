@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a run, one after the other, with what happens between them."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from hybridlm.config import Config
+from hybridlm.config.tree import to_dict
+from hybridlm.errors import RunError
+from hybridlm.train.checkpoint import Checkpoints
+from hybridlm.train.evaluate import Validation
+from hybridlm.train.feed import Feed
+from hybridlm.train.meter import Meter
+from hybridlm.train.progress import Display
+from hybridlm.train.report import Reports
+from hybridlm.train.step import Program
+from hybridlm.train.stop import StopRequest
+from hybridlm.train.tokenizer_copy import IDENTITY
+from hybridlm.train.trace import Trace
+from hybridlm.train.watchdog import Watchdog
+
+
+@dataclass
+class Steps:
+    """What the steps of a run need; opened and closed by the run."""
+
+    config: Config
+    program: Program
+    feed: Feed
+    meter: Meter
+    checkpoints: Checkpoints
+    validation: Validation
+    reports: Reports
+    trace: Trace
+    stop: StopRequest
+    watchdog: Watchdog
+    display: Display
+    may_write: Callable[[], None]
+    tokenizer: str
+    """Its fingerprint, which every checkpoint holds."""
+    single: bool
+    """Whether this process is the only one of the run: it can save without the others."""
+
+    def take(self, step: int, state: dict, began: float) -> tuple[int, dict, bool]:
+        """From a step to the last one: (step, state, whether it was stopped before). A checkpoint of that step is being
+        written, unless the run has none. began: when the run did, by time.monotonic().
+
+        A step is dispatched before the metrics of the one before it are read: the device never waits for this loop, but
+        for evaluations and saves.
+        """
+        run, validation, first = self.config.run, self.validation, step + 1
+        stopping = validation.missed(step) and not self.evaluate(step, state)
+        self.trace.turn(step)
+        while step < run.steps and not stopping:
+            fetched = time.monotonic()
+            batch = self._fetch(step, state)
+            if batch is None:
+                self._save_now(step, state)
+                return step, state, True
+            with self.watchdog.during("compiling") if step + 1 == first else nullcontext():
+                state, metrics = self.program.train_step(state, batch)
+            step += 1
+            if step == first:
+                now = time.monotonic()
+                self.display.say(f"first step after {now - began:.1f} s, {now - fetched:.1f} s of them compilation")
+                self.stop.arm()
+            self.reports.add(step, metrics)
+            self.watchdog.step()
+            stopping = self.stop.agreed()
+            evaluating = validation.due(step) and not stopping
+            saving = run.save_every >= 0 and (_due(run.save_every, step) or step == run.steps or stopping)
+            if evaluating or saving or self.trace.turns(step):
+                self.reports.flush()
+                self.trace.turn(step)
+                if evaluating:
+                    stopping = not self.evaluate(step, state)
+                if saving or stopping:
+                    self._save(step, state)
+                self.meter.resume()
+        self.reports.flush()
+        return step, state, stopping
+
+    def evaluate(self, step: int, state: dict) -> bool:
+        """Reads the validation text with the parameters after a step; False where that was cut short."""
+        with self.watchdog.during("the evaluation"):
+            return self.validation.read(step, state["params"])
+
+    def _save(self, step: int, state: dict) -> None:
+        if self.config.run.save_every < 0:
+            return
+        self.may_write()
+        with self.watchdog.during("saving"):
+            for at, loss in self.validation.losses.items():
+                self.checkpoints.rate(at, loss)
+            loop = {"data": self.feed.state(), "meter": self.meter.state()}
+            loop |= {IDENTITY: self.tokenizer, "val_loss": self.validation.losses.get(step)}
+            self.checkpoints.save(step, state, to_dict(self.config), loop)
+
+    def _save_now(self, step: int, state: dict) -> None:
+        """The steps so far, where they are not saved yet and no next one is coming."""
+        self.reports.flush()
+        if step not in (0, self.checkpoints.newest):
+            self._save(step, state)
+
+    def _fetch(self, step: int, state: dict) -> dict | None:
+        """The next batch; where there is none to be had, the steps so far are saved before the run ends."""
+        try:
+            return self.feed.next()
+        except RunError as error:
+            if not self.single:
+                raise
+            self._save_now(step, state)
+            self.checkpoints.wait()
+            saved = self.checkpoints.newest
+            line = f"{error}; " + ("nothing was saved" if saved is None else f"the last checkpoint is of step {saved}")
+            self.feed.leave_if_stuck(error.exit_code, f"error: {line}")
+            raise type(error)(line) from error
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether what comes every so many steps (0: never) follows this step."""
+    return every > 0 and step % every == 0
