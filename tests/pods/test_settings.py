@@ -10,7 +10,6 @@ from hybridlm.config.mesh import check_config
 from hybridlm.config.pods import Pod, Topology, read_topology
 from hybridlm.errors import ConfigError
 from hybridlm.sharding import RULES, MeshConfig, make_mesh
-from tests import budgets
 from tests.pods.slices import devices
 
 SIZED = """
@@ -57,11 +56,6 @@ def test_it_lies_on_the_described_slices(name):
     mesh = make_mesh(config.mesh, devices(name.partition(":")[2]))
     check_config(config, mesh)
     assert mesh.size == read_topology(name.partition(":")[2]).devices
-
-
-@pytest.mark.parametrize("name", budgets.SETTINGS)
-def test_what_has_a_budget_is_what_is_published(name):
-    assert budgets.SETTINGS[name].read() == read_config(name)
 
 
 def test_a_name_with_a_pod_takes_overrides_and_the_bare_one_stays():
