@@ -100,7 +100,6 @@ def iota(text: str) -> np.ndarray:
     return (ids.transpose([int(d) for d in order.split(",")]) if order else ids).reshape(-1)
 
 
-@pytest.mark.slow
 @pytest.mark.libtpu
 def test_gradients_cross_once_a_step_between_tpus():
     """What the TPU compiler sends through hosts, from slice to slice, it sends outside of the loop of microbatches."""
