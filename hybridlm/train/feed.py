@@ -43,6 +43,8 @@ class Feed:
                     self._state = self._batches.loader.get_state()
                     batch = self._batches.put(batch)
                 return batch
+            if self._stopped():  # a signal to the whole group ends the workers, too
+                return None
             if isinstance(error, ConfigError | RunError):
                 raise error
             reason = " ".join(str(error).split())[:200] or type(error).__name__

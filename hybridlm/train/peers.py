@@ -31,6 +31,7 @@ from hybridlm.train.ending import leave
 SIGNS = 6
 """Signs of life in a heartbeat."""
 END, STOP, SIGN, MEET = "hybridlm/end", "hybridlm/stop", "hybridlm/sign", "hybridlm/meet"
+NCCL = "--xla_gpu_nccl_terminate_on_error"
 FOR_EVER = 7 * 24 * 3600 * 1000  # milliseconds
 
 
@@ -54,6 +55,9 @@ class Peers:
     def joining(self) -> Iterator[dict]:
         """Around `jax.distributed.initialize`, with these options: what it does on a failure is ours."""
         jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would replace train/stop.py's
+        flags = os.environ.get("XLA_FLAGS", "")
+        if NCCL not in flags:  # on GPUs XLA aborts the process where NCCL fails
+            os.environ["XLA_FLAGS"] = f"{flags} {NCCL}=false".strip()
         connect = _jax.get_distributed_runtime_client
         told = functools.partial(connect, missed_heartbeat_callback=lambda *_: self._service_failed())
         _jax.get_distributed_runtime_client = told  # initialize() does not hand a callback on

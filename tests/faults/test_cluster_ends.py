@@ -46,6 +46,7 @@ def check_lost(processes: Processes, which: int, end: int) -> None:
         assert clean(text) and text.count("error: ") == 1 and "to resume" in text, processes.said()
 
 
+@pytest.mark.quick
 def test_a_run_of_two_processes_ends_and_goes_on(nano, undisturbed):
     """Stopped by a signal to one, then without process 0, which hosts JAX's service, then gone on with by one alone."""
     run, moment = nano.parent / "run", random.Random(11)

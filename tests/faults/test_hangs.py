@@ -139,9 +139,10 @@ def test_a_batch_that_does_not_come():
     time.sleep(0.6)
     assert feed.state() == {"step": 1}
     feed.close()
-    stopping = Feed(Text({0: [wait]}), 0, lambda: True, print)
-    assert stopping.next() is None and stopping.state() == {"step": 0}
-    stopping.close()
+    for act in (wait, fail):
+        stopping = Feed(Text({0: [act]}), 0, lambda: True, print)
+        assert stopping.next() is None and stopping.state() == {"step": 0}
+        stopping.close()
 
 
 def worker_of(pid: int) -> int:
