@@ -80,7 +80,11 @@ class RunFolder:
             self._check_is_run()
             self._lock_file()
         except OSError as error:
+            self.__exit__()
             raise ConfigError(f"run.dir ({self.path}) cannot be written: {error.strerror}") from error
+        except (ConfigError, RunError):
+            self.__exit__()
+            raise
 
     def _lock_folder(self) -> None:
         """Locks the folder itself, where that can be done: unlike a file in it, nobody deletes that by mistake."""
@@ -107,7 +111,6 @@ class RunFolder:
         lock.flush()
 
     def _in_use(self) -> None:
-        self.__exit__()
         try:
             holder = (self.path / "lock").read_text(encoding="utf-8", errors="replace").strip()[:80]
         except OSError:
@@ -219,7 +222,11 @@ class RunFolder:
         """What the config changes in the run of the checkpoint of a step, with the values before and now."""
         if not _config_of(self.path, step).exists():
             return {}
-        stored = _first_readable([_config_of(self.path, step), self._config_file], self.config)
+        try:
+            stored = _first_readable([_config_of(self.path, step), self._config_file], self.config)
+        except ConfigError as error:
+            log.warning("%s: what changes since step %d is not recorded", error, step)
+            return {}
         return {key: (to_dict(a), to_dict(b)) for key, (a, b) in changes(stored, self.config).items()}
 
     def write_history(self, step: int, changed: dict[str, tuple[Any, Any]]) -> None:

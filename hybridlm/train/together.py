@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import AgainError, ConfigError, RunError
 
-ERRORS = {kind.__name__: kind for kind in (ConfigError, RunError)}
+ERRORS = {kind.__name__: kind for kind in (ConfigError, RunError, AgainError)}
 
 
 def gathered(value) -> list:

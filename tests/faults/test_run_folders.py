@@ -137,12 +137,14 @@ def test_checkpoints_of_a_run_of_before_are_gone(run):
 
 
 def test_config_and_checkpoints_are_gone(run):
-    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").rename(run.parent / "kept")
     (run / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has files but no run .*there is metrics.jsonl\): choose --run.dir=NEW"):
         resume(run)
     with pytest.raises(ConfigError, match="holds no run"):
         stored_config(run)
+    (run.parent / "kept").rename(run / "checkpoints")
+    assert resume(run) == ([1, 2], 2)  # who was refused holds no lock
 
 
 def test_what_a_stopped_start_of_before_left_is_no_obstacle(tmp_path):
