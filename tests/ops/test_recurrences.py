@@ -227,7 +227,7 @@ def error_cases():
         "rwkv4": [({"g": zeros(5)}, ValueError, r"g_D has shape \[5\], expected \[4\]")],
         "rwkv7": [({"a": zeros(2, 24, 2, 7)}, ValueError, "a_BTHN has shape")],
         "linear_scan": [({"g": zeros(2, 24, 5)}, ValueError, "g_BTD has shape")],
-        "mlstm": [({"initial_m": None}, ValueError, "initial_m is None, the other initial states are not")],
+        "mlstm": [({"initial_m": None}, ValueError, "initial_m is None, other initial states are not")],
         "slstm": [({"R": zeros(2, 3, 4, 4)}, ValueError, r"R_HGPP has shape \[2, 3, 4, 4\], expected \[2, 4, 4, 4\]")],
     }
     for name, found in {"gated_delta_rule": delta, "linear_attention": linear, "mamba3": mamba3, **others}.items():
