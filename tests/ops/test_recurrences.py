@@ -220,8 +220,8 @@ def error_cases():
                 ValueError,
                 r"refresh_every \(5\) not a multiple of store_every \(2\)",
             ),
-            ({"W2": zeros(2, 4, 4)}, ValueError, r"W2_HFP has shape \[2, 4, 4\], expected \[2, 4, 3\]"),
-            ({"initial_state": zeros(2, 2, 9)}, ValueError, r"expected \[2, 2, 111\]"),
+            ({"W2": zeros(2, 4, 4)}, ValueError, r"W2_HFP has shape \[2, 4, 4\], expected \[2, 4, 8\]"),
+            ({"initial_state": zeros(2, 2, 9)}, ValueError, r"expected \[2, 2, 291\]"),
         ],
         "long_conv": [({"h": zeros(0, 4)}, ValueError, "h_SD has 0 lags, at least 1 is needed")],
         "rwkv4": [({"g": zeros(5)}, ValueError, r"g_D has shape \[5\], expected \[4\]")],
@@ -234,7 +234,7 @@ def error_cases():
         yield from (pytest.param(name, *case, id=f"{name}-{i}") for i, case in enumerate(found))
 
 
-@pytest.mark.parametrize(("name", "change", "error", "message"), error_cases())
+@pytest.mark.parametrize(("name", "change", "error", "message"), list(error_cases()))
 def test_errors_name_argument_value_and_limit(name, change, error, message):
     arguments = {**inputs_of(name), **settings_of(name), **change}
     positional = [arguments.pop(key) for key in OPS[name].positional]
