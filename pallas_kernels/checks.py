@@ -67,3 +67,11 @@ def check_state(name: str, state, expected: tuple, legend: str):
     check_shape(name, state, expected, legend)
     check_float(name, state)
     return state.astype(jnp.promote_types(state.dtype, jnp.float32))
+
+
+def check_states(states: dict) -> dict:
+    """Of {name: (state or None, expected shape, legend)} the states as `check_state` gives them: all or none."""
+    absent = [name for name, (state, *_) in states.items() if state is None]
+    if 0 < len(absent) < len(states):
+        raise ValueError(f"{absent[0]} is None, other initial states are not: give all or none")
+    return {name: check_state(name, *given) for name, given in states.items()}

@@ -10,11 +10,13 @@ from tests.ops import contract
 from tests.ops.interpreter import LIMITS, needs_gpu_interpreter
 
 PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
-WITH_KERNELS = [name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}] + ["selective_scan"]
-"""Ops whose plain implementations, beside which kernels stand, are held to everything each time."""
-
-
 BORROWED = ("linear_attention", "mamba3")  # ops that run on another's kernels
+EACH_TIME = {name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}} - {*BORROWED} | {
+    "selective_scan"
+}
+"""Ops whose plain implementations are held to everything each time: beside most of them kernels stand."""
+
+
 TRACED = (contract.check_no_rows, contract.check_float64, contract.check_x64_flag,
           contract.check_traces_in_a_checked_shard_map, contract.check_traces_under_checkpoint)  # fmt: skip
 
@@ -41,7 +43,7 @@ def on_kernels(platform: str):
 
 def by_default(subject, check=None) -> bool:
     """Of the other ops what xla does, which the oracle's check compares with the reference."""
-    return subject.name in WITH_KERNELS or (check in contract.FIRST and subject.implementation != "reference")
+    return subject.name in EACH_TIME or (check in contract.FIRST and subject.implementation != "reference")
 
 
 @pytest.mark.parametrize(

@@ -30,22 +30,24 @@ def linear_scan_xla(x_BTD, g_BTD, *, segment_ids=None, initial_state=None, retur
     return (h_BTD, final_state_BD) if return_final_state else h_BTD
 
 
-@jax.custom_vjp
-def _scan(x_BTD, g_BTD, start_BD):
+def _states(x_BTD, g_BTD, start_BD):
     """h of all tokens."""
     a_BTD = jnp.exp(g_BTD)
     first_BD = a_BTD[:, 0] * start_BD + x_BTD[:, 0]
     return _associative(a_BTD, jnp.concatenate([first_BD[:, None], x_BTD[:, 1:]], axis=1))
 
 
+_scan = jax.custom_vjp(_states)
+
+
 def _forward(x_BTD, g_BTD, start_BD):
-    return _scan(x_BTD, g_BTD, start_BD), (x_BTD, g_BTD, start_BD)
+    return _states(x_BTD, g_BTD, start_BD), (x_BTD, g_BTD, start_BD)
 
 
 def _backward(kept, dh_BTD):
     x_BTD, g_BTD, start_BD = kept
     a_BTD = jnp.exp(g_BTD)
-    before_BTD = jnp.concatenate([start_BD[:, None], _scan(x_BTD, g_BTD, start_BD)[:, :-1]], axis=1)
+    before_BTD = jnp.concatenate([start_BD[:, None], _states(x_BTD, g_BTD, start_BD)[:, :-1]], axis=1)
     after_BTD = jnp.concatenate([a_BTD[:, 1:], jnp.zeros_like(a_BTD[:, :1])], axis=1)
     dx_BTD = _associative(after_BTD, dh_BTD, reverse=True)
     return dx_BTD, dx_BTD * a_BTD * before_BTD, dx_BTD[:, 0] * a_BTD[:, 0]

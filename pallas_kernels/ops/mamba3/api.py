@@ -20,7 +20,7 @@ from pallas_kernels.checks import (
     check_positive_int,
     check_segment_ids,
     check_shape,
-    check_state,
+    check_states,
 )
 from pallas_kernels.op import call
 from pallas_kernels.ops.mamba3 import OP
@@ -163,10 +163,9 @@ def _checked_states(initial: dict, v_shape: tuple, d_key: int, n_angles: int, ra
     }
     if unknown := initial.keys() - shapes.keys():
         raise TypeError(f"mamba3() got an unexpected argument {min(unknown)!r}, not one of {', '.join(shapes)}")
-    absent = [name for name in shapes if initial.get(name) is None]
-    if 0 < len(absent) < len(shapes):
-        raise ValueError(f"{absent[0]} is None, other initial states are not: give all or none")
-    return {
-        name: check_state(name, initial.get(name), (n_batch, n_heads, *shape), f"batch, heads, {legend}")
-        for name, (shape, legend) in shapes.items()
-    }
+    return check_states(
+        {
+            name: (initial.get(name), (n_batch, n_heads, *shape), f"batch, heads, {legend}")
+            for name, (shape, legend) in shapes.items()
+        }
+    )

@@ -9,7 +9,7 @@ from pallas_kernels.checks import (
     check_positive_int,
     check_segment_ids,
     check_shape,
-    check_state,
+    check_states,
 )
 from pallas_kernels.op import call
 from pallas_kernels.ops.mlstm import OP
@@ -67,14 +67,10 @@ def mlstm(
         check_float(name, array, minimum_bits=32)
     if segment_ids is not None:
         segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of v_BTHP")
-    states = {"initial_c": initial_c, "initial_n": initial_n, "initial_m": initial_m}
-    absent = [name for name, state in states.items() if state is None]
-    if 0 < len(absent) < len(states):
-        raise ValueError(f"{absent[0]} is None, the other initial states are not: give all or none")
     sizes = {"batch": n_batch, "heads": n_heads, "key width": d_key, "head width": d_head}
-    for name, rank in (("initial_c", 4), ("initial_n", 3), ("initial_m", 2)):
-        expected, legend = tuple(sizes.values())[:rank], ", ".join(tuple(sizes)[:rank])
-        states[name] = check_state(name, states[name], expected, legend)
+    shape = lambda rank: (tuple(sizes.values())[:rank], ", ".join(tuple(sizes)[:rank]))
+    states = {"initial_c": (initial_c, *shape(4)), "initial_n": (initial_n, *shape(3))}
+    states = check_states(states | {"initial_m": (initial_m, *shape(2))})
     if chunk is not None:
         check_positive_int("chunk", chunk)
     kwargs = {

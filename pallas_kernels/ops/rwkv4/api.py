@@ -3,7 +3,7 @@
 
 import jax
 
-from pallas_kernels.checks import check_float, check_segment_ids, check_shape, check_state
+from pallas_kernels.checks import check_float, check_segment_ids, check_shape, check_states
 from pallas_kernels.op import call
 from pallas_kernels.ops.rwkv4 import OP
 
@@ -57,10 +57,7 @@ def rwkv4(
     if segment_ids is not None:
         segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of v_BTD")
     states = {"initial_a": initial_a, "initial_b": initial_b, "initial_m": initial_m}
-    absent = [name for name, state in states.items() if state is None]
-    if 0 < len(absent) < len(states):
-        raise ValueError(f"{absent[0]} is None, the other initial states are not: give all or none")
-    states = {name: check_state(name, state, (n_batch, n_channels), "batch, channels of v_BTD")
-              for name, state in states.items()}  # fmt: skip
+    shape, legend = (n_batch, n_channels), "batch, channels of v_BTD"
+    states = check_states({name: (state, shape, legend) for name, state in states.items()})
     kwargs = {"segment_ids": segment_ids, **states, "return_final_state": return_final_state}
     return call(OP, implementation, (k_BTD, v_BTD, g_D, bonus_D), kwargs, context_axis=context_axis)

@@ -3,7 +3,7 @@
 
 import jax
 
-from pallas_kernels.checks import check_float, check_segment_ids, check_shape, check_state
+from pallas_kernels.checks import check_float, check_segment_ids, check_shape, check_states
 from pallas_kernels.op import call
 from pallas_kernels.ops.slstm import OP
 
@@ -63,10 +63,7 @@ def slstm(
     if segment_ids is not None:
         segment_ids = check_segment_ids("segment_ids", segment_ids, (n_batch, n_tokens), "batch, tokens of x_BTGHP")
     states = {"initial_y": initial_y, "initial_c": initial_c, "initial_n": initial_n, "initial_m": initial_m}
-    absent = [name for name, state in states.items() if state is None]
-    if 0 < len(absent) < len(states):
-        raise ValueError(f"{absent[0]} is None, the other initial states are not: give all or none")
     shape, legend = (n_batch, n_heads, d_head), "batch, heads, head width"
-    states = {name: check_state(name, state, shape, legend) for name, state in states.items()}
+    states = check_states({name: (state, shape, legend) for name, state in states.items()})
     kwargs = {"segment_ids": segment_ids, **states, "return_final_state": return_final_state}
     return call(OP, implementation, (x_BTGHP, R_HGPP, b_GHP), kwargs, context_axis=context_axis)

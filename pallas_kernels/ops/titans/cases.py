@@ -31,12 +31,12 @@ class Case:
 
 # Small shapes: every property of the contract at least once.
 TEST_CASES = (
-    Case("one_token", 2, 1, 2, 4, 8),
-    Case("chunks", 2, 22, 2, 4, 8, store=4, initial=False),
-    Case("refreshed", 1, 30, 2, 4, 8, store=3, refresh=6, initial=False),
-    Case("no_momentum", 1, 20, 2, 4, 8, store=4, refresh=4, momentum=False, initial=False, final=False),
-    Case("packed", 2, 40, 1, 4, 8, store=4, layout="packed"),
-    Case("scattered", 2, 40, 1, 4, 8, store=2, refresh=4, layout="scattered"),
+    Case("one_token", 2, 1, 2, 8, 8),
+    Case("chunks", 2, 22, 2, 8, 8, store=4, initial=False),
+    Case("refreshed", 1, 30, 2, 8, 8, store=3, refresh=6, initial=False),
+    Case("no_momentum", 1, 20, 2, 8, 8, store=4, refresh=4, momentum=False, initial=False, final=False),
+    Case("packed", 2, 40, 1, 8, 8, store=4, layout="packed"),
+    Case("scattered", 2, 40, 1, 8, 8, store=2, refresh=4, layout="scattered"),
 )
 
 # The rows that are timed.
@@ -47,11 +47,14 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 # Each token stores, so that each has a part in its own output, by all of its gates.
-CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 2, 3, 4, refresh=2))
+CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 2, 8, 4, refresh=2))
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
-    """Arguments by name; q, k, v have `dtype`, the rest float32. The state is one between two chunks."""
+    """Arguments by name; q, k, v have `dtype`, the rest float32. The state is one between two chunks.
+
+    Rates are small and much is forgotten: what a memory learns from what it has learnt grows, rounding too.
+    """
     rng = np.random.default_rng(case.seed)
     shape, heads = (case.batch, case.tokens, case.heads), (case.heads, case.width)
     sizes = Sizes(case.width, case.hidden)
@@ -62,9 +65,9 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     return {
         **{name: normal(*shape, case.width).astype(jnp.dtype(dtype)) for name in ("q", "k", "v")},
-        "rate": rng.uniform(0.01, 0.1, shape).astype(np.float32),
+        "rate": rng.uniform(0.002, 0.02, shape).astype(np.float32),
         "eta": normal(*shape) if case.momentum else None,
-        "alpha": normal(*shape) - 3,
+        "alpha": normal(*shape) - 1,
         "g": 0.1 * normal(*heads),
         "W1": normal(*heads, case.hidden) / np.sqrt(case.width).astype(np.float32),
         "W2": normal(case.heads, case.hidden, case.width) / np.sqrt(case.hidden).astype(np.float32),
