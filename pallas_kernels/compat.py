@@ -51,3 +51,14 @@ def avoid_faulty_cpu_fusions() -> None:
             f"results; import pallas_kernels or hybridlm first, set XLA_FLAGS={flag}, or use jaxlib 0.11",
             stacklevel=3,
         )
+
+
+def quick_cpu_flags() -> str:
+    """Flags by which XLA compiles programs for CPUs in the least time, half or less, and runs them slower: for tests.
+
+    jaxlib 0.10 can also leave out its emitters of fusions; 0.11 knows no other.
+    """
+    flags = "--xla_backend_optimization_level=0"
+    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    return flags

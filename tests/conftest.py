@@ -23,6 +23,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import pallas_kernels  # noqa: F401  before anything computes: see pallas_kernels.compat
+from pallas_kernels.compat import quick_cpu_flags
+
+if "COMPILE_AS_SHIPPED" not in os.environ:  # read when JAX first computes, and by the processes that tests start
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_cpu_flags()}".strip()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
