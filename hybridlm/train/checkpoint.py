@@ -38,17 +38,23 @@ Check = Callable[[dict], None]
 class Checkpoints:
     """The checkpoints under a folder; one process (or one of each host) has them open."""
 
-    def __init__(self, folder: Path, keep: int, read_only: bool = False, every: int = 0, best: int = 0):
+    def __init__(
+        self, folder: Path, keep: int, read_only: bool = False, every: int = 0, best: int = 0,
+        may_finish: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         """Opens the folder and, unless read_only, makes it and clears what unfinished writes left there.
 
         keep: the newest so many stay; and, where not 0, those of every `every`-th step, and the `best` of those whose
-        validation loss is known (`rate`). RunError where the folder cannot be used.
+        validation loss is known (`rate`). may_finish: see SealedPath. RunError where the folder cannot be used.
         """
         self.folder = folder.resolve()
         self._pending: int | None = None
         self._began = 0.0
         self._keep = Keep(keep, every, best, lambda: finished_steps(self.folder))
-        self._manager = None if read_only else self._guard("open", self._open)
+        self._manager = None
+        if not read_only:
+            SealedPath.may_finish = staticmethod(may_finish)
+            self._manager = self._guard("open", self._open)
         self.newest: int | None = None
         """Step of the checkpoint that was restored or, in the background, written last."""
         self.on_saved: Callable[[int, float], None] | None = None

@@ -101,7 +101,7 @@ def _run(
         _check_vocabulary(config, corpus, display)
         program = make_program(config, mesh)
         batches, held_out = _open_batches(config, corpus, program, opened)
-        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best}
+        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         meter = Meter(config, mesh, corpus.stats["train"]["bytes_per_pair"])
         from_first(lambda: keep_tokenizer(config.data, folder.path))

@@ -193,7 +193,8 @@ class Peers:
     def _end(self, text: str) -> None:
         code, _, line = text.partition(" ")
         if not line.startswith(f"process {self.index}:"):
-            leave(int(code), f"error: {line}")
+            about_me = line.startswith(f"lost process {self.index} ")
+            leave(int(code), f"error: {'given up by the others, who ' if about_me else ''}{line}")
 
     # Endings ------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from orbax.checkpoint.path import atomicity
@@ -17,6 +18,10 @@ class SealedPath:
 
     Orbax uses it for a checkpoint and for each item inside; the folder of a checkpoint, named by its step, is sealed.
     """
+
+    may_finish: Callable[[], None] = staticmethod(lambda: None)
+    """Called, in a thread, before anything gets its final name, and does not return where this process may not write
+    any more. Of the class: Orbax makes the objects."""
 
     def __init__(self, renamed: atomicity.AtomicRenameTemporaryPath, in_place: atomicity.CommitFileTemporaryPath):
         """renamed: the folder as Orbax makes it. in_place: the same, to be completed without a change of its name."""
@@ -63,12 +68,14 @@ class SealedPath:
 
     async def finalize(self) -> None:
         """Seals a checkpoint and gives it its name; on the first process alone."""
+        await asyncio.to_thread(self.may_finish)
         if not self.get_final().name.isdecimal():
             await self._renamed.finalize()
             return
         await self._in_place.finalize()  # the time, and that it is whole
         folder = Path(os.fspath(self.get()))
         await asyncio.to_thread(seal, folder)
+        await asyncio.to_thread(self.may_finish)
         await asyncio.to_thread(folder.rename, os.fspath(self.get_final()))
 
 

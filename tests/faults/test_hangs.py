@@ -147,7 +147,8 @@ def test_a_batch_that_does_not_come():
 
 def worker_of(pid: int) -> int:
     """The data worker among the children of a process."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [child for thread in threads for child in thread.read_text().split()]
     found = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
     assert found, "no data worker"
     return found[0]
@@ -193,7 +194,7 @@ def test_a_closed_pipe_saves_and_ends(nano):
     assert saved >= 3 and list(losses(nano.parent / "run")) == list(range(1, saved + 1))
 
 
-def test_a_folder_that_was_deleted(nano, monkeypatch, capsys):
+def test_a_folder_that_was_deleted(nano, one_device, monkeypatch, capsys):
     """Noticed at the next record or save."""
     add = report.Reports.add
 
@@ -203,7 +204,7 @@ def test_a_folder_that_was_deleted(nano, monkeypatch, capsys):
         add(self, step, metrics)
 
     monkeypatch.setattr(report.Reports, "add", add_and_delete)
-    assert train_main(["--config", str(nano), "--data.batch_size=8"]) == 1
+    assert train_main(["--config", str(nano)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "was deleted while the run wrote" in error
     assert not (nano.parent / "run" / "metrics.jsonl").exists()

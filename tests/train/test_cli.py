@@ -62,7 +62,7 @@ def test_impossible_combinations(capsys, mini):
         words = ["--config", mini, "--run.profile_steps", str(first), str(last)]
         check_fails(capsys, words, f"run.profile_steps ({first} {last}) must be a first step of at least 1")
     check_fails(capsys, ["--config", mini, "--run.watchdog=-1"], "run.watchdog (-1.0) must be 0 (never) or seconds")
-    check_fails(capsys, ["--config", mini, "--run.heartbeat=nan"], "run.heartbeat (nan) must be between 1 and 3600")
+    check_fails(capsys, ["--config", mini, "--run.heartbeat=0.5"], "run.heartbeat (0.5) must be between 1 and 3600")
     check_fails(capsys, ["--config", mini, "--run.dir=/dev/null/x"], "run.dir (/dev/null/x) cannot be written")
 
 
