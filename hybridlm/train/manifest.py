@@ -18,7 +18,7 @@ NAME = "manifest.json"
 FORMAT = 1
 BLOCK = 32 << 20
 """Bytes of a file that one checksum covers."""
-PIECE = 1 << 20
+PIECE = 512 << 10
 """Bytes that are read at once: they are still in a core's cache when they are hashed."""
 THREADS = 4
 PART = "manifest-{}.part"

@@ -4,6 +4,7 @@
 A train state of float32 noise (what compresses least), Adam's shape: parameters and two of each. Five saves.
 """
 
+import argparse
 import shutil
 import sys
 import time
@@ -26,9 +27,13 @@ def noise(gigabytes: float) -> dict:
     return {"params": tree(), "opt_state": (tree(), tree()), "step": jax.numpy.int32(1)}
 
 
-def main(folder: Path, gigabytes: float) -> None:
+def main(words: list[str]) -> None:
     """Prints a line a save: seconds in all, of the manifest, the share; then those of a restore."""
-    state = noise(gigabytes)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.seal_cost")
+    parser.add_argument("folder", type=Path, help="where to write, on the disk in question")
+    parser.add_argument("gigabytes", type=float, nargs="?", default=1.6, help="of the train state (1.6)")
+    args = parser.parse_args(words)
+    folder, state = args.folder, noise(args.gigabytes)
     n_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     seal, spent = sealed_path.seal, []
 
@@ -63,4 +68,4 @@ def main(folder: Path, gigabytes: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 1.6)
+    main(sys.argv[1:])
