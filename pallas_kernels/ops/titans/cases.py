@@ -47,7 +47,7 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 # Each token stores, so that each has a part in its own output, by all of its gates.
-CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 2, 8, 4, refresh=2))
+CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 2, 8, 16, refresh=2))
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
