@@ -86,13 +86,21 @@ def scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
 
 
 def gather_weight(w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-    """`gather` of a parameter. Its shards may be thin: as rows, in front, a TPU need not pad them to tiles."""
-    return jnp.moveaxis(gather(jnp.moveaxis(w, dim, 0), axes, 0), 0, dim)
+    """`gather` of a parameter, as a matrix whose rows are split: other shards, padded to tiles, a TPU all-reduces."""
+    return _as_rows(gather, w, axes, dim)
 
 
 def scatter_weight(w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     """`scatter` of a parameter's gradient, likewise."""
-    return jnp.moveaxis(scatter(jnp.moveaxis(w, dim, 0), axes, 0), 0, dim)
+    return _as_rows(scatter, w, axes, dim)
+
+
+def _as_rows(exchange: Callable, w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+    if not _wide(axes):
+        return w
+    w = jnp.moveaxis(w, dim, 0)
+    rows = exchange(w.reshape(w.shape[0], -1), axes, 0)
+    return jnp.moveaxis(rows.reshape(-1, *w.shape[1:]), 0, dim)
 
 
 def add(x: jax.Array, axes: Sequence[str]) -> jax.Array:

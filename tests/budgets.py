@@ -83,7 +83,8 @@ def main() -> None:
             figures, step = traced(run)
             kept = budgets.get(name, {}).get("compiled", {})
             budgets[name] = {"traced": figures, "compiled": compiled(step) if args.compiled else kept}
-        FILE.write_text(json.dumps(budgets, indent=1) + "\n", encoding="utf-8")
+        known = {name: budgets[name] for name in pod_names() if name in budgets}
+        FILE.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(name, json.dumps(budgets[name], indent=1))
 
 

@@ -7,18 +7,40 @@ import pytest
 from hybridlm.config.find import pod_names
 from tests import budgets
 
-pytestmark = pytest.mark.libtpu
+BUDGETS = budgets.read()
 QUICK = ("hybrid_125m:v5p:2x2x1", "hybrid_8b:v5p:8x8x16")
 """Compiled whenever the compiler is there; the others are slow tests."""
 
 
-@pytest.mark.parametrize("name", pod_names())
+def slow_but(name: str):
+    return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+
+
+def test_every_setting_has_a_budget():
+    assert list(BUDGETS) == pod_names()
+    assert {name for name, budget in BUDGETS.items() if budget["compiled"]} >= set(QUICK)
+
+
+def test_what_is_raised():
+    budget = {"peak bytes": 100, "all-gather fsdp runs": 4}
+    assert budgets.raised({"peak bytes": 102, "all-gather fsdp runs": 1}, budget) == []
+    figures = {"peak bytes": 103, "all-gather fsdp runs": 5, "all-reduce tensor bytes": 7}
+    assert budgets.raised(figures, budget) == [
+        "peak bytes: 103, budget 100",
+        "all-gather fsdp runs: 5, budget 4",
+        "all-reduce tensor bytes: 7, budget 0",
+    ]
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("name", BUDGETS)
 def test_traced(name):
     with budgets.setting(name) as run:
-        assert budgets.raised(budgets.traced(run)[0], budgets.read()[name]["traced"]) == []
+        assert budgets.raised(budgets.traced(run)[0], BUDGETS[name]["traced"]) == []
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in pod_names()])
+@pytest.mark.libtpu
+@pytest.mark.parametrize("name", [slow_but(name) for name, budget in BUDGETS.items() if budget["compiled"]])
 def test_compiled(name):
     with budgets.setting(name) as run:
-        assert budgets.raised(budgets.compiled(run.trace()), budgets.read()[name]["compiled"]) == []
+        assert budgets.raised(budgets.compiled(run.trace()), BUDGETS[name]["compiled"]) == []

@@ -7,7 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from hybridlm.sharding import per_device
+from hybridlm import exchange
+from hybridlm.sharding import STREAM, per_device, split_axes
 from pallas_kernels.segments import document_numbers
 
 
@@ -45,7 +46,7 @@ def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tup
     moved = [None if a is None else _take(a, order_BT) for a in (segment_ids_BT, *arrays_BT)]
 
     def restore(x_BTD: jax.Array) -> jax.Array:
-        return jax.lax.cond(scattered, lambda x: _take(x, place_BT[:, :, None]), lambda x: x, x_BTD)
+        return jax.lax.cond(scattered, lambda x: _take_vectors(x, place_BT[:, :, None]), lambda x: x, x_BTD)
 
     return moved, restore
 
@@ -55,3 +56,10 @@ def _take(x: jax.Array, place: jax.Array) -> jax.Array:
     this inside of `sharding.per_slice`."""
     rows = ("batch", None, None)[: x.ndim]
     return per_device(partial(jnp.take_along_axis, axis=1), [x, place], [rows, rows], rows)
+
+
+def _take_vectors(x_BTD: jax.Array, place_BT1: jax.Array) -> jax.Array:
+    """The same of the residual stream: each device takes its own tokens from the whole rows."""
+    axes = split_axes("stream", x_BTD.shape[1])
+    run = lambda x_BTD, place_BT1: jnp.take_along_axis(exchange.gather(x_BTD, axes, 1), place_BT1, axis=1)
+    return exchange.manual(run, [x_BTD, place_BT1], [STREAM, STREAM], (STREAM, x_BTD.shape))

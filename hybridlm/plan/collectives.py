@@ -81,7 +81,7 @@ def kernels_of_traced(traced: jax.stages.Traced) -> dict[str, int]:
     found: dict[str, int] = {}
     for eqn, runs, _ in _equations(traced.jaxpr.jaxpr, 1, {}):
         if eqn.primitive.name == "pallas_call":
-            name = str(eqn.params["name_and_src_info"]).split(" ")[0]
+            name = eqn.params["name"]
             found[name] = found.get(name, 0) + runs
     return dict(sorted(found.items()))
 

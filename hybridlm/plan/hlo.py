@@ -150,11 +150,10 @@ def _collectives(program: Program, name: str) -> Iterator[Collective]:
 
 
 def _axes(instruction: Instruction) -> str:
-    named = re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", instruction.rest)
-    if named:
+    """Mesh axes, as compilers name them for whole axes; else how large the groups are."""
+    if named := re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", instruction.rest):
         return "*".join(re.findall(r"\w+", named[1]))
-    groups = re.search(r"replica_groups=(\[[^ ]*?\](?:<=\[[^\]]*\])?(?:T\([^)]*\))?|\{\{[^}]*\})", instruction.rest)
-    return groups[1][:40] if groups else "?"
+    return f"groups of {_group_size(instruction)}"
 
 
 def _group_size(instruction: Instruction) -> int:
@@ -195,8 +194,10 @@ class Large(NamedTuple):
 def largest(program: Program, count: int = 12) -> list[Large]:
     """The largest arrays in memory, one for each type and shape; what lives inside a fusion is not in memory."""
     found: dict[str, Large] = {}
+    every = [i for instructions in program.computations.values() for i in instructions]
+    fused = {_CALLED.search(i.rest)[1] for i in every if i.op == "fusion"}
     for name, instructions in program.computations.items():
-        if not program.runs[name] or name.startswith(("fused", "bitcast_fusion", "wrapped", "region")):
+        if not program.runs[name] or name in fused:
             continue
         for instruction in instructions:
             if instruction.op in _NO_ARRAY or instruction.op.endswith("-done"):

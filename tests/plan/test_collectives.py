@@ -26,7 +26,8 @@ def program():
 
     def run(x):
         y = lax.scan(body, x, None, length=TRIPS)[0]
-        y = lax.cond(y[0, 0] > 0, lambda y: lax.psum(y, ("a", "b")), lambda y: lax.ppermute(y, "b", [(0, 1)]), y)
+        first = lambda y: y.at[:1].set(lax.ppermute(y[:1], "b", [(0, 1)]))
+        y = lax.cond(y[0, 0] > 0, lambda y: lax.psum(y, ("a", "b")), first, y)
         return y + lax.psum(y[:1], "a")
 
     with jax.set_mesh(mesh):
@@ -53,6 +54,20 @@ def test_compiled_agrees(program):
         assert (compiled[kind].runs, compiled[kind].bytes) == (traced[kind].runs, traced[kind].bytes)
     assert compiled["all-reduce"].bytes == traced["all-reduce"].bytes
     assert compiled["collective-permute"].runs == 1
+
+
+def test_kernels_by_name():
+    from jax.experimental import pallas as pl
+
+    def double(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    def run(x):
+        call = pl.pallas_call(double, out_shape=x, name="double", interpret=True)
+        return lax.scan(lambda x, _: (call(x), None), call(x), None, length=TRIPS)[0]
+
+    traced = jax.jit(run).trace(jax.ShapeDtypeStruct((8,), jnp.float32))
+    assert collectives.kernels_of_traced(traced) == {"double": 1 + TRIPS} and collectives.of_traced(traced) == []
 
 
 TPU = """HloModule jit_step, is_scheduled=true
@@ -89,7 +104,7 @@ def test_text_of_a_tpu():
     parsed = hlo.parse(TPU)
     found = {(c.kind, c.axes): (c.runs, c.bytes) for c in hlo.collectives(parsed)}
     assert found == {
-        ("reduce-scatter", "{{0,1,2,3}}"): (5, 2240 * 4096 * 2),
+        ("reduce-scatter", "groups of 4"): (5, 2240 * 4096 * 2),
         ("all-gather", "fsdp"): (5, 64 * 128 * 2),
         ("reduce-scatter", "fsdp*tensor"): (5, 8 * 16 * 128 * 2),
     }
