@@ -123,6 +123,8 @@ def _run(
             tokenizer=corpus.tokenizer.fingerprint, single=peers.count == 1,
         )  # fmt: skip
         _introduce(config, program, mesh, corpus, folder, display)
+        if config.data.packing != "split":
+            display.say(f"rows are {batches.loader.fill:.2%} full")
         display.start(step)
 
         step, state, stopping = steps.take(step, state, began)
@@ -167,9 +169,12 @@ def _restored(
     Where the user asked to go back, checkpoints of later steps are moved away.
     """
 
+    changed = ""
+
     def resumable(record: dict) -> None:
+        nonlocal changed
         meter.set_state(record["meter"])
-        batches.loader.set_state(record["data"])
+        changed = batches.loader.set_state(record["data"])
 
     steps = [step for step in found.steps if found.back_to in (None, step)]
     restored = checkpoints.restore_latest(program.state_like, steps, resumable)
@@ -178,6 +183,8 @@ def _restored(
     if restored is None:
         return None
     display.say(f"{folder.path}: going on from the checkpoint of step {restored[0]}")
+    if changed:
+        display.say(f"other batches from step {restored[0]} on: {changed}")
     return *restored[:2], None
 
 

@@ -28,7 +28,7 @@ class Meter:
         self._n_devices = mesh.size
         self._device_kind = platform.device_name() if config.model.compute_dtype == "bfloat16" else "float32"
         self._metrics: Metrics = {}
-        self._seconds, self._timed_steps = 0.0, 0
+        self._seconds, self._timed_steps, self._waited = 0.0, 0, 0.0
         self._clock = clock
         self._since: float | None = None
 
@@ -39,7 +39,12 @@ class Meter:
     def restart(self) -> None:
         """Begins the next interval."""
         self._metrics = {}
-        self._seconds, self._timed_steps = 0.0, 0
+        self._seconds, self._timed_steps, self._waited = 0.0, 0, 0.0
+
+    def wait(self, seconds: float) -> None:
+        """The loop waited so long for a batch."""
+        if self._since is not None:
+            self._waited += seconds
 
     def add(self, metrics: Metrics, completed: float) -> None:
         """A step's metrics on the host, and when it was completed."""
@@ -50,7 +55,8 @@ class Meter:
         self._metrics = merge(self._metrics, metrics)
 
     def values(self, step: int) -> dict:
-        """The record of the interval so far. loss: nats per token; NaN where every step of it was skipped."""
+        """The record of the interval so far. loss: nats per token; NaN where every step of it was skipped. data_wait:
+        share of the time in which the loop waited for batches."""
         values = {name: metric.value() for name, metric in self._metrics.items()}
         loss = values.pop("loss", math.nan)
         speed = self._tokens_per_step * self._timed_steps / self._seconds if self._seconds else None
@@ -60,6 +66,7 @@ class Meter:
             **values,
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": speed,
+            "data_wait": min(self._waited / self._seconds, 1.0) if self._seconds else None,
             "mfu": mfu(speed, self._flops_per_token, self._device_kind, self._n_devices) if speed else None,
             "seconds_left": (self._steps_total - step) * self._tokens_per_step / speed if speed else None,
         }
