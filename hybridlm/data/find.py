@@ -37,7 +37,7 @@ def find(patterns: Sequence[str], argument: str) -> Found:
         if folders:
             continue
         for path in _files(pattern, argument):
-            if path.suffix == SUFFIX or path.name == MANIFEST or path.with_suffix(SUFFIX).is_file():
+            if path.suffix == SUFFIX or path.name == MANIFEST or path.suffix == ".index":
                 shards[path.parent] = None
             elif path.suffix == ".bin":
                 files[path] = None

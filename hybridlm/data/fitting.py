@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hybridlm.data.documents import Documents
-from hybridlm.data.order import make_order, pieces
-from hybridlm.data.packing import lay_out
+from hybridlm.data.order import Order, make_order, pieces
+from hybridlm.data.packing import lay_out, mapped_from, reopen
 
 
 class Slot(NamedTuple):
@@ -40,23 +40,26 @@ class FitRows:
     """Rows of whole documents, and of pieces of longer ones. Memory: 16 bytes a piece, which are mapped from `cache`
     where there are millions."""
 
-    def __init__(self, documents: Documents, seq_len: int, seed: int, cache: Path | None = None, identity: str = ""):
-        """cache: folder of large indices. identity: that of the documents, by which such an index is found again."""
+    def __init__(
+        self, documents: Documents, seq_len: int, seed: int, cache: Path | None = None, identity: str = "",
+        order: Order | None = None,
+    ):  # fmt: skip
+        """cache: folder of large indices. identity: that of the documents, by which such an index is found again.
+        order: the index, where it is there."""
         if seq_len < 1:
             raise ValueError(f"seq_len ({seq_len}) must be at least 1")
         self.documents, self.seq_len, self.seed = documents, seq_len, seed
-        self._cache, self._identity = cache, identity
-        made = make_order(lambda: pieces(documents, seed, seq_len), ["fit", seq_len, seed, identity], cache)
-        order, counts_by_rank = made
+        make = lambda: make_order(lambda: pieces(documents, seed, seq_len), ["fit", seq_len, seed, identity], cache)
+        self._order = order = order or make()
         self._starts = order.starts
         self.n_pairs = int(order.ends[-1]) if len(order.ends) else 0
         counts = np.zeros(seq_len + 1, np.int64)  # by length; the order has the longest first
-        counts[seq_len - np.arange(len(counts_by_rank))] = counts_by_rank
+        counts[seq_len - np.arange(len(order.counts))] = order.counts
         self._first_of_length = counts[::-1].cumsum()[::-1] - counts
         self._plan = best_fit(counts)
 
     def __reduce__(self):
-        return FitRows, (self.documents, self.seq_len, self.seed, self._cache, self._identity)
+        return reopen, (FitRows, self.documents, self.seq_len, self.seed, *mapped_from(self._order))
 
     def __len__(self) -> int:
         return int(self._plan.row_ends[-1]) if len(self._plan.row_ends) else 0

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a file is: a hash of its bytes, never its name, its size or its date.
 
-The hash is BLAKE2b over the hashes of pieces, so that threads share one large file. Hashing again what was hashed at an
-earlier start can be left out where the system itself tells of every change: see `Remembered`.
+The hash is XXH3 (128 bits) over those of pieces, so that threads share one large file: faster than any disk, and as
+good as any against what happens by itself. Hashing again what was hashed at an earlier start can be left out where the
+system tells of every change: see `Remembered`.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+
+from xxhash import xxh3_128
 
 from hybridlm.errors import ConfigError
 
@@ -62,10 +65,13 @@ def content_hashes(
         }
         try:
             for index in missing:
-                found[index] = hashlib.blake2b(b"".join(p.result() for p in pending[index]), digest_size=16).hexdigest()
+                found[index] = xxh3_128(b"".join(piece.result() for piece in pending[index])).hexdigest()
         except OSError as error:
             pool.shutdown(cancel_futures=True)
             raise ConfigError(f"cannot read {error.filename or files[index]}: {error.strerror or error}") from error
+        except BaseException:  # Ctrl-C does not wait for what was not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for index in missing:
         after = _status(files[index])
         if _facts(after) != _facts(before[index]):
@@ -81,7 +87,7 @@ def content_hash(file: Path) -> str:
 
 
 def _hash_piece(file: Path, start: int, progress: Callable[[int], None]) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
+    state = xxh3_128()
     with open(file, "rb", buffering=0) as stream:
         stream.seek(start)
         left, buffer = PIECE, memoryview(bytearray(READ))

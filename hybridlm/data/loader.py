@@ -97,6 +97,9 @@ class Plan(Protocol):
     def skip(self, step: int, n: int) -> None:
         """Leaves out n batches from a step on."""
 
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding included, of all batches before a step."""
+
     def at_end(self, step: int) -> str:
         """What to say where there is no batch for a step; "" for the end of a pass."""
 
@@ -128,6 +131,10 @@ class Loader:
     def fill(self) -> float:
         """Share of the tokens of the rows that are not padding."""
         return self._plan.fill
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding included, of all batches before a step, whatever sizes they were of."""
+        return self._plan.tokens_before(step)
 
     def __len__(self) -> int:
         """Batches of a pass over validation; training has no end."""

@@ -21,6 +21,7 @@ from hybridlm.data.identity import digest_of
 BUCKET = 1 << 22
 """Most items that are sorted at once, 32 bytes each and as much again to sort."""
 FORMAT = 1
+ARRAYS = ("starts", "ends")
 
 
 class Order(NamedTuple):
@@ -30,6 +31,10 @@ class Order(NamedTuple):
     """Position of each one's first token, int64."""
     ends: np.ndarray
     """Pairs up to the end of each, int64: a prefix sum."""
+    counts: np.ndarray
+    """How many there are of each rank, int64."""
+    folder: Path | None = None
+    """Where both are mapped from; None: in memory."""
 
 
 class Items(NamedTuple):
@@ -60,8 +65,13 @@ def pieces(documents: Documents, seed: int, seq_len: int) -> Iterator[Items]:
         yield Items(seq_len - lengths, permutation_keys(starts, seed), starts, lengths)
 
 
-def make_order(items: Callable[[], Iterator[Items]], identity: list, cache: Path | None) -> tuple[Order, np.ndarray]:
-    """(the order of all items, the number of those of each rank).
+def open_order(folder: Path, counts: np.ndarray) -> Order:
+    """One that make_order has made in a folder."""
+    return Order(*(map_array(folder / f"{name}.int64", "int64") for name in ARRAYS), counts, folder)
+
+
+def make_order(items: Callable[[], Iterator[Items]], identity: list, cache: Path | None) -> Order:
+    """The order of all items.
 
     items: gives the chunks, the same each time. identity: JSON that says all that they depend on. cache: folder for
     orders of more than BUCKET items; None: everything in memory.
@@ -75,12 +85,12 @@ def make_order(items: Callable[[], Iterator[Items]], identity: list, cache: Path
         chunks = list(items())
         whole = Items(*(np.concatenate([chunk[field] for chunk in chunks]) for field in range(4))) if chunks else None
         if whole is None:
-            return Order(np.zeros(0, np.int64), np.zeros(0, np.int64)), counts
+            return Order(np.zeros(0, np.int64), np.zeros(0, np.int64), counts)
         whole = _sorted(whole)
-        return Order(whole.starts, np.cumsum(whole.lengths)), counts
+        return Order(whole.starts, np.cumsum(whole.lengths), counts)
     key = "order-" + digest_of([FORMAT, *identity])
     folder, _ = find_or_build(cache, key, functools.partial(_write, items, counts))
-    return Order(*(map_array(folder / f"{name}.int64", "int64") for name in Order._fields)), counts
+    return open_order(folder, counts)
 
 
 def permutation_keys(indices: np.ndarray, seed: int) -> np.ndarray:
@@ -118,7 +128,7 @@ def _write(items: Callable[[], Iterator[Items]], counts: np.ndarray, folder: Pat
             cuts = np.searchsorted(bucket_of[by_bucket], np.arange(1, n_buckets))
             for bucket, part in zip(buckets, np.split(rows, cuts)):
                 bucket.write(part.tobytes())
-        starts, ends = (opened.enter_context(open(folder / f"{name}.int64", "wb")) for name in Order._fields)
+        starts, ends = (opened.enter_context(open(folder / f"{name}.int64", "wb")) for name in ARRAYS)
         end = 0
         for bucket in buckets:
             bucket.seek(0)

@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from hybridlm.data.documents import Documents, Tokens
-from hybridlm.data.order import make_order, permutation_keys, whole_documents
+from hybridlm.data.order import Order, make_order, open_order, permutation_keys, whole_documents
 
-__all__ = ["FIELDS", "PairRows", "Rows", "empty_row", "lay_out", "permutation_keys"]
+__all__ = ["FIELDS", "PairRows", "Rows", "empty_row", "lay_out", "mapped_from", "permutation_keys", "reopen"]
 
 FIELDS = ("tokens", "targets", "segment_ids", "positions")
 
@@ -40,18 +40,21 @@ class PairRows:
     """Rows of documents laid end to end and cut. Only the last row is padded. Memory: 16 bytes a document, which are
     mapped from `cache` where there are millions."""
 
-    def __init__(self, documents: Documents, seq_len: int, seed: int, cache: Path | None = None, identity: str = ""):
-        """cache: folder of large indices. identity: that of the documents, by which such an index is found again."""
+    def __init__(
+        self, documents: Documents, seq_len: int, seed: int, cache: Path | None = None, identity: str = "",
+        order: Order | None = None,
+    ):  # fmt: skip
+        """cache: folder of large indices. identity: that of the documents, by which such an index is found again.
+        order: the index, where it is there."""
         if seq_len < 1:
             raise ValueError(f"seq_len ({seq_len}) must be at least 1")
         self.documents, self.seq_len, self.seed = documents, seq_len, seed
-        self._cache, self._identity = cache, identity
-        order, _ = make_order(lambda: whole_documents(documents, seed), ["pairs", seed, identity], cache)
-        self._first_token, self._ends = order
+        self._order = order or make_order(lambda: whole_documents(documents, seed), ["pairs", seed, identity], cache)
+        self._first_token, self._ends = self._order.starts, self._order.ends
         self.n_pairs = int(self._ends[-1]) if len(self._ends) else 0
 
     def __reduce__(self):
-        return PairRows, (self.documents, self.seq_len, self.seed, self._cache, self._identity)
+        return reopen, (PairRows, self.documents, self.seq_len, self.seed, *mapped_from(self._order))
 
     def __len__(self) -> int:
         return -(-self.n_pairs // self.seq_len)
@@ -68,6 +71,16 @@ class PairRows:
         lengths = np.minimum(ends, stop) - np.maximum(starts, start)
         first_token = self._first_token[first : last + 1] + np.maximum(start - starts, 0)
         return lay_out(self.documents.tokens, first_token, lengths, self.seq_len)
+
+
+def mapped_from(order: Order) -> tuple[Path | None, np.ndarray | None]:
+    """What `reopen` needs of an order to map it again; one in memory is made again."""
+    return (None, None) if order.folder is None else (order.folder, order.counts)
+
+
+def reopen(kind: type, documents: Documents, seq_len: int, seed: int, folder: Path | None, counts) -> Rows:
+    """Rows in another process."""
+    return kind(documents, seq_len, seed, order=None if folder is None else open_order(folder, counts))
 
 
 def lay_out(tokens: Tokens, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:

@@ -90,6 +90,12 @@ class TrainPlan:
         """See Plan."""
         self._entries = skipping(self._entries, step, n)
 
+    def tokens_before(self, step: int) -> int:
+        """See Plan."""
+        ends = [*(entry.step for entry in self._entries[1:]), step]
+        spans = [(max(min(end, step) - entry.step, 0), entry) for entry, end in zip(self._entries, ends)]
+        return sum(n * entry.batch_size * entry.seq_len for n, entry in spans)
+
     def at_end(self, step: int) -> str:
         """See Plan."""
         return f"data.epochs {self._config.epochs} end the data at step {step}: raise them, or lower run.steps"
@@ -142,6 +148,10 @@ class ValPlan:
     def skip(self, step: int, n: int) -> None:
         """A pass leaves nothing out."""
         raise ValueError("batches of validation are not left out")
+
+    def tokens_before(self, step: int) -> int:
+        """See Plan."""
+        return step * self._batch_size * self._rows.seq_len
 
     def at_end(self, step: int) -> str:
         """See Plan."""

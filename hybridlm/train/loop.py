@@ -103,7 +103,8 @@ def _run(
         batches, held_out = _open_batches(config, corpus, program, opened)
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
-        meter = Meter(config, mesh, corpus.stats["train"]["bytes_per_pair"])
+        bytes_per_token = corpus.stats["train"]["bytes_per_pair"]
+        meter = Meter(config, mesh, bytes_per_token, tokens_before=batches.loader.tokens_before)
         from_first(lambda: keep_tokenizer(config.data, folder.path))
 
         restored = _restored(program, folder, found, checkpoints, batches, meter, display)

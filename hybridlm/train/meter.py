@@ -19,14 +19,19 @@ class Meter:
     first step, which compiles. The metrics travel in the checkpoint, so that a resumed run writes the same records.
     """
 
-    def __init__(self, config: Config, mesh, bytes_per_token: float, clock: Callable[[], float] = time.monotonic):
-        """bytes_per_token: of the training text, for bits per byte. clock: seconds, that of `add`'s `completed` too."""
+    def __init__(
+        self, config: Config, mesh, bytes_per_token: float, clock: Callable[[], float] = time.monotonic,
+        tokens_before: Callable[[int], int] | None = None,
+    ):  # fmt: skip
+        """bytes_per_token: of the training text, for bits per byte. clock: seconds, that of `add`'s `completed` too.
+        tokens_before: of all batches before a step, which may have been of other sizes; None: they were not."""
         self._steps_total = config.run.steps
         self._tokens_per_step = config.data.batch_size * config.data.seq_len
         self._bytes_per_token = bytes_per_token
         self._flops_per_token = train_flops(config.model, config.data.seq_len)
         self._n_devices = mesh.size
         self._device_kind = platform.device_name() if config.model.compute_dtype == "bfloat16" else "float32"
+        self._tokens_before = tokens_before or (lambda step: step * self._tokens_per_step)
         self._metrics: Metrics = {}
         self._seconds, self._timed_steps, self._waited = 0.0, 0, 0.0
         self._clock = clock
@@ -64,7 +69,7 @@ class Meter:
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, self._bytes_per_token),
             **values,
-            "tokens": step * self._tokens_per_step,
+            "tokens": self._tokens_before(step),
             "tokens_per_second": speed,
             "data_wait": min(self._waited / self._seconds, 1.0) if self._seconds else None,
             "mfu": mfu(speed, self._flops_per_token, self._device_kind, self._n_devices) if speed else None,

@@ -83,7 +83,7 @@ def test_a_large_index_is_sorted_in_files_and_is_the_same(kind, tmp_path, monkey
     in_memory = kind(documents, 32, 7)
     monkeypatch.setattr("hybridlm.data.order.BUCKET", 300)
     monkeypatch.setattr("hybridlm.data.documents.in_chunks.__defaults__", (170,))
-    mapped = kind(documents, 32, 7, tmp_path, "these")
+    mapped = pickle.loads(pickle.dumps(kind(documents, 32, 7, tmp_path, "these")))  # as a worker gets it
     assert len(mapped) == len(in_memory) and [entry.name for entry in tmp_path.glob("order-*") if entry.is_dir()]
     for r in range(len(mapped)):
         for field, value in in_memory[r].items():

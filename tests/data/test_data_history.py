@@ -150,6 +150,7 @@ def test_another_batch_size_goes_on_with_the_next_row(config):
         assert loader.set_state(state) == "batch_size 4 -> 6" and loader.step == 3
         got = rows_of([next(loader) for _ in range(5)])
         state = loader.get_state()
+        assert [loader.tokens_before(step) for step in (0, 2, 3, 5)] == [64 * n for n in (0, 8, 12, 24)]
     for a, b in zip(got, rows[12:], strict=False):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
     with make_loader(config(), seed=1, corpus=corpus) as loader:  # and back
