@@ -118,6 +118,8 @@ class Loader:
         self._open_iterators = []  # at most one
         self._until = sys.maxsize
         self._closed = False
+        self.changed = ""
+        """What a new entry changed when the newest state was set, in words."""
         # at the interpreter's exit too, before what grain needs to stop its processes is taken down
         multiprocessing.util.Finalize(self, _close_all, args=(self._open_iterators,), exitpriority=EXIT_PRIORITY)
         self.reset(step)
@@ -175,9 +177,9 @@ class Loader:
         step = state.get("step") if isinstance(state, Mapping) else None
         if type(step) is not int or not 0 <= step < 2**62:
             raise ConfigError(f"the checkpoint's record of the data has no step ({step!r})")
-        changed = self._plan.set_state(state, step) if strict else ""
+        self.changed = self._plan.set_state(state, step) if strict else ""
         self.reset(step)
-        return changed
+        return self.changed
 
     def skip(self, n: int) -> None:
         """Leaves out the next n batches: the one that would have followed them comes next, at this step. The state

@@ -111,6 +111,9 @@ def _run(
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
         _record_start(config, mesh, folder, log, display, resume, step, origin)
+        if batches.loader.changed:
+            display.say(f"other batches from step {step} on: {batches.loader.changed}")
+            log.write("data", step, {"changed": batches.loader.changed})
         checkpoints.on_saved = lambda at, seconds: log.write("save", at, {"seconds": round(seconds, 2)})
         for at, loss in log.values("val", "loss").items():
             checkpoints.rate(at, loss)
@@ -170,12 +173,9 @@ def _restored(
     Where the user asked to go back, checkpoints of later steps are moved away.
     """
 
-    changed = ""
-
     def resumable(record: dict) -> None:
-        nonlocal changed
         meter.set_state(record["meter"])
-        changed = batches.loader.set_state(record["data"])
+        batches.loader.set_state(record["data"])
 
     steps = [step for step in found.steps if found.back_to in (None, step)]
     restored = checkpoints.restore_latest(program.state_like, steps, resumable)
@@ -184,8 +184,6 @@ def _restored(
     if restored is None:
         return None
     display.say(f"{folder.path}: going on from the checkpoint of step {restored[0]}")
-    if changed:
-        display.say(f"other batches from step {restored[0]} on: {changed}")
     return *restored[:2], None
 
 

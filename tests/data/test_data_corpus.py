@@ -249,3 +249,21 @@ def test_importing_the_package_is_light():
     heavy = "('flax', 'grain', 'pyarrow', 'tokenizers', 'torch')"
     code = f"import sys, hybridlm.data; print([name for name in {heavy} if name in sys.modules])"
     assert python(code).communicate()[0].strip() == "[]"
+
+
+def test_a_long_document_is_tokenised_in_pieces(config, tmp_path, monkeypatch):
+    """Of a few times its text in memory, and to the tokens that it has at once."""
+    import tracemalloc
+
+    n = 8_000_000
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "words and " * (n // 10)}) + "\n")
+    long = config(path=(f"{tmp_path}/long.jsonl",), val_fraction=0.0)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1 << 20)
+    tracemalloc.start()
+    corpus = open_corpus(long)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7 * n, f"{peak / n:.1f} bytes a character"
+    monkeypatch.undo()
+    at_once = open_corpus(config(path=(f"{tmp_path}/long.jsonl",), val_fraction=0.0, cache_dir=str(tmp_path / "two")))
+    assert at_once.stats == corpus.stats and corpus.stats["train"]["bytes"] == n
