@@ -181,8 +181,13 @@ class _Opener:
             )
         for split in SPLITS:
             check_shards(folder, manifest, split)
-        stats = {key: manifest[key] for key in ("bigram_bits_per_byte", "skipped_files", "empty_documents", "dtype")}
-        stats |= {split: {k: v for k, v in manifest["splits"][split].items() if k != "shards"} for split in SPLITS}
+        stats: dict = {key: manifest[key] for key in ("skipped_files", "empty_documents", "dtype")}
+        bits = manifest.get("bigram_bits_per_byte")
+        stats["bigram_bits_per_byte"] = bits if isinstance(bits, float) else None
+        for split in SPLITS:
+            about = manifest["splits"][split]
+            stats[split] = _counts(*(about[key] for key in ("documents", "bytes", "tokens", "pairs")))
+            stats[split]["fingerprint"] = about["fingerprint"]
         stats |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         stats["fingerprint"] = digest_of([stats[split]["fingerprint"] for split in SPLITS])
         return Part(str(folder), {split: ShardSplit(folder, split, manifest) for split in SPLITS}, stats)

@@ -18,6 +18,7 @@ import json
 import threading
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,9 +46,47 @@ def read_manifest(folder: Path) -> dict:
         raise ConfigError(f"{file} is no manifest of hybridlm tokenize: make the shards again") from None
     if check != digest_of(stored):
         raise ConfigError(f"{file} is not as it was written: make the shards again, or copy it again")
-    if stored["format"] != FORMAT:
-        raise ConfigError(f"{file} is of format {stored['format']}, this version reads {FORMAT}")
+    if stored.get("format") != FORMAT:
+        raise ConfigError(f"{file} is of format {stored.get('format')}, this version reads {FORMAT}")
+    if wrong := _what_is_wrong(stored):
+        raise ConfigError(f"{file}: {wrong}: make the shards again")
     return stored
+
+
+def _what_is_wrong(manifest: Any) -> str:
+    """The first thing that a manifest lacks or has of another kind; "" where all is there."""
+    for path, kind in _KINDS.items():
+        *above, last = path.split(".")
+        nodes = [manifest]
+        for name in above:
+            nodes = [
+                child for node in nodes for child in (node[name] if isinstance(node[name], list) else [node[name]])
+            ]
+        for node in nodes:
+            if not isinstance(node, dict) or not isinstance(node.get(last), kind) or isinstance(node[last], bool):
+                return f'"{path}" is missing or no {kind.__name__}'
+            if kind is int and not 0 <= node[last] < 2**62:
+                return f'"{path}" ({node[last]}) is no count'
+            if last == "file" and Path(node[last]).name != node[last]:
+                return f'"{path}" ({node[last]!r}) is no name of a file of the folder'
+    if manifest["dtype"] not in ("uint16", "uint32") or not manifest["record_tokens"]:
+        return f"dtype {manifest['dtype']!r} and record_tokens {manifest['record_tokens']} cannot be"
+    return ""
+
+
+_KINDS: dict[str, type] = {
+    "dtype": str, "record_tokens": int, "plan": str, "tokenizer": dict, "tokenizer.name": str,
+    "tokenizer.fingerprint": str, "skipped_files": int, "empty_documents": int, "splits": dict,
+} | {
+    f"splits.{split}{name}": kind
+    for split in ("train", "val")
+    for name, kind in {
+        "": dict, ".documents": int, ".bytes": int, ".tokens": int, ".pairs": int, ".fingerprint": str, ".shards": list,
+        ".shards.file": str, ".shards.documents": int, ".shards.records": int, ".shards.tokens": int,
+        ".shards.size": int, ".shards.index_hash": str,
+    }.items()
+}  # fmt: skip
+"""What a manifest has, by dotted names; a list stands for each of its members."""
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -65,6 +104,9 @@ def check_shards(folder: Path, manifest: dict, split: str) -> None:
         if hashed != shard["index_hash"]:
             raise ConfigError(f"{index} is not as it was written: copy it again, or make the shards again")
         _check_size(folder / shard["file"], shard["size"])
+        _check_size(index, 8 * (shard["documents"] + 1) + 4 * shard["records"])
+        if shard["records"] != -(-shard["tokens"] // manifest["record_tokens"]):
+            raise ConfigError(f"{folder / MANIFEST}: {shard['file']} cannot have {shard['records']} records")
 
 
 def _check_size(file: Path, size: int) -> None:

@@ -322,6 +322,22 @@ def test_a_shard_that_breaks_in_mid_run_ends_it_in_one_line(config, out):
             break  # the file is broken for good
 
 
+@pytest.mark.parametrize("value", [None, [], "x", -1, 2**80, {}, True, "../other.array_record"])
+def test_manifests_with_other_values_are_told(config, out, value):
+    """Sound in themselves, as another program might write them."""
+    good = read_manifest(out)
+    first = good["splits"]["train"]["shards"][0]
+    for node in (good, good["tokenizer"], good["splits"], good["splits"]["train"], first):
+        for key in [key for key in node if key not in ("hash", "made", "text_key", "val_fraction")]:
+            kept, node[key] = node[key], value
+            write_manifest(out, good)
+            try:
+                open_corpus(config(path=(str(out),)))
+            except ConfigError as error:
+                assert "\n" not in str(error) and str(out) in str(error), key
+            node[key] = kept
+
+
 def test_manifests_of_other_formats_are_told(config, out):
     manifest = read_manifest(out)
     write_manifest(out, manifest | {"format": 7})

@@ -42,6 +42,7 @@ def test_another_mixture_on_resume_is_recorded_and_exact(mini, capsys):
     assert [entry["step"] for entry in record["data"]["entries"]] == [0, 2]
 
 
+@pytest.mark.slow
 def test_shards_train_as_their_text_does(mini, capsys):
     from hybridlm.cli import main
 
