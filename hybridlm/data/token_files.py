@@ -104,36 +104,48 @@ def _in_threads(tokens: np.ndarray, of_chunk: Callable[[int, np.ndarray], np.nda
 def _open_megatron(path: Path, index: Path) -> TokenFile:
     """Megatron-LM, indexed_dataset.py: magic, version 1, dtype, counts; int32 lengths and int64 places of sequences;
     int64 numbers of the sequences that documents start with."""
-    raw = index.read_bytes()
-    if raw[:9] != MEGATRON_MAGIC or len(raw) < 34:
+    size = index.stat().st_size
+    raw = map_array(index, "uint8")
+    if size < 34 or raw[:9].tobytes() != MEGATRON_MAGIC:
         raise ConfigError(f"{index} is no index of Megatron's (MMIDIDX), or cut")
-    version, code = int.from_bytes(raw[9:17], "little"), raw[17]
-    n_sequences, n_marks = (int.from_bytes(raw[at : at + 8], "little") for at in (18, 26))
+    number = lambda at: int.from_bytes(raw[at : at + 8].tobytes(), "little")
+    version, code, n_sequences, n_marks = number(9), int(raw[17]), number(18), number(26)
     if version != 1 or code not in MEGATRON_TYPES:
         raise ConfigError(
             f"{index} has version {version} and type {code}: version 1 and types of whole numbers are read"
         )
-    size = 34 + 12 * n_sequences + 8 * n_marks
-    if len(raw) not in (size, size + n_sequences):  # one byte each more where sequences have modes
+    whole = 34 + 12 * n_sequences + 8 * n_marks
+    if size not in (whole, whole + n_sequences):  # one byte each more where sequences have modes
         raise ConfigError(
-            f"{index} has {len(raw)} bytes instead of {size} for {n_sequences} sequences and {n_marks} marks: it is cut"
+            f"{index} has {size} bytes instead of {whole} for {n_sequences} sequences and {n_marks} marks: it is cut"
         )
     dtype = MEGATRON_TYPES[code]
     width = np.dtype(dtype).itemsize
     lengths = np.frombuffer(raw, "<i4", n_sequences, 34)
     places = np.frombuffer(raw, "<i8", n_sequences, 34 + 4 * n_sequences)
     marks = np.frombuffer(raw, "<i8", n_marks, 34 + 12 * n_sequences)
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if (lengths < 0).any() or (places != starts[:-1] * width).any():
-        raise ConfigError(f"{index}: its sequences do not lie end to end in {path.name}")
-    if not n_marks or marks[0] != 0 or marks[-1] != n_sequences or (np.diff(marks) < 0).any():
+    n_tokens = 0
+    for low in range(0, n_sequences, CHUNK):  # an index of any size takes little memory
+        some = lengths[low : low + CHUNK].astype(np.int64)
+        starts = n_tokens + np.cumsum(some) - some
+        if (some < 0).any() or (places[low : low + CHUNK] != starts * width).any():
+            raise ConfigError(f"{index}: its sequences do not lie end to end in {path.name}")
+        n_tokens += int(some.sum())
+    ascending = all((np.diff(marks[low : low + CHUNK + 1]) >= 0).all() for low in range(0, n_marks, CHUNK))
+    if not n_marks or marks[0] != 0 or marks[-1] != n_sequences or not ascending:
         raise ConfigError(f"{index}: its documents do not ascend from sequence 0 to {n_sequences}")
-    if path.stat().st_size != starts[-1] * width:
+    if path.stat().st_size != n_tokens * width:
         raise ConfigError(
-            f"{path} has {path.stat().st_size} bytes, its index tells of {starts[-1]} tokens of {width}: one is cut"
+            f"{path} has {path.stat().st_size} bytes, its index tells of {n_tokens} tokens of {width}: one is cut"
         )
-    documents = starts[marks]
-    return TokenFile(path, dtype, 0, int(starts[-1]), lambda tokenizer: documents, (index,))
+    if not n_tokens:
+        raise ConfigError(f"{path} holds no tokens")
+
+    def documents(_) -> np.ndarray:
+        first = places[np.minimum(marks, n_sequences - 1)] // width
+        return np.where(marks < n_sequences, first, n_tokens)
+
+    return TokenFile(path, dtype, 0, n_tokens, documents, (index,))
 
 
 def split_documents(offsets: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
