@@ -66,7 +66,8 @@ class Guarded:
         """Stops the processes; kills those that do not stop soon, as one that hangs, for which Grain waits longer."""
         killer = threading.Timer(CLOSE_SECONDS, kill_workers)
         killer.daemon = True
-        killer.start()
+        with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread begins
+            killer.start()
         self._iterator.close()
         killer.cancel()
 
