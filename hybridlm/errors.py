@@ -50,6 +50,10 @@ class RunError(RuntimeError):
     exit_code = Exit.FAILED
 
 
+class DataError(RunError):
+    """Data that cannot be read on: the state of the run is whole and worth saving first."""
+
+
 class AgainError(RunError):
     """A run that ended through nothing that anybody has to change; its text is one clear line."""
 

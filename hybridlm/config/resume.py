@@ -28,8 +28,8 @@ FREE = {
     "how it is evaluated": ("run.eval_every", "run.eval_batches", "data.val_path", "data.val_fraction"),
     "how fast it learns": ("optim.lr", "optim.schedule", "optim.warmup_steps"),
     "what holds it back": ("optim.weight_decay", "optim.clip_norm", "optim.z_loss"),
-    "what it reads": ("data.path", "data.text_key"),
-    "how much it reads a step": ("data.seq_len", "data.batch_size", "optim.accumulate"),
+    "what it reads": ("data.path", "data.weights", "data.epochs", "data.text_key"),
+    "how much it reads a step": ("data.seq_len", "data.batch_size", "data.packing", "optim.accumulate"),
     "when it gives up": ("optim.max_skipped", "run.watchdog", "run.heartbeat"),
 }  # fmt: skip
 """Meaning -> dotted names, of whole sub-configs too. Blocks say the same of their fields by FREE."""

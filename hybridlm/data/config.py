@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text, its tokens, and the rows that they are packed into."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from hybridlm.errors import require
+
+MAX_WORKERS = 64
+MAX_PREFETCH = 1024
 
 
 @dataclass(frozen=True)
@@ -11,9 +16,16 @@ class DataConfig:
     """Text, its tokens, and the rows that they are packed into."""
 
     path: tuple[str, ...] = ()
-    """Glob patterns of .txt, .jsonl or .parquet files; empty: the embedded corpus (Python's standard library)."""
+    """Glob patterns of text (.txt, .jsonl, .parquet), or of tokens: folders of `hybridlm tokenize`, Megatron's .bin
+    with .idx, nanoGPT's .bin. Empty: the embedded corpus (Python's standard library)."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows that each pattern of path gives, in their order, as a mixture; empty: all of path is one
+    corpus."""
+    epochs: tuple[float, ...] = ()
+    """Most passes over each pattern of path; 0, or empty: without end. What one no longer gives, the others do."""
     val_path: tuple[str, ...] = ()
-    """Glob patterns of validation files; empty: a share of the training files, chosen by a hash of their names."""
+    """Glob patterns of validation files; empty: a share of the training files, chosen by a hash of their names (of
+    tokens: what was held out when they were made, or the end of each file)."""
     val_fraction: float = 0.02
     """Share of the documents held out where val_path is empty."""
     text_key: str = "text"
@@ -24,6 +36,8 @@ class DataConfig:
     """Token put before each document; None: found among the tokenizer's special tokens."""
     eos_token: str | None = None
     """Token put after each document; None: found among the tokenizer's special tokens."""
+    packing: Literal["split", "best_fit"] = "split"
+    """How documents fill rows: laid end to end and cut, or whole where a row can hold them, with some padding."""
     seq_len: int = 4096
     """Tokens T of a row."""
     batch_size: int = 16
@@ -39,5 +53,25 @@ class DataConfig:
         require(self.seq_len > 0, f"data.seq_len ({self.seq_len}) must be positive")
         require(self.batch_size > 0, f"data.batch_size ({self.batch_size}) must be positive")
         require(0 <= self.val_fraction < 1, f"data.val_fraction ({self.val_fraction}) must be in [0, 1)")
-        require(self.workers >= 0, f"data.workers ({self.workers}) must not be negative")
-        require(self.prefetch >= 1, f"data.prefetch ({self.prefetch}) must be at least 1")
+        require(
+            0 <= self.workers <= MAX_WORKERS,
+            f"data.workers ({self.workers}) must be 0..{MAX_WORKERS} processes of each host",
+        )
+        require(
+            1 <= self.prefetch <= MAX_PREFETCH,
+            f"data.prefetch ({self.prefetch}) must be 1..{MAX_PREFETCH} batches: each host holds as many",
+        )
+        for name, values in (("weights", self.weights), ("epochs", self.epochs)):
+            require(
+                len(values) in (0, len(self.path)),
+                f"data.{name} has {len(values)} numbers for the {len(self.path)} patterns of data.path: give one each",
+            )
+            for value in values:
+                require(0 <= value < math.inf, f"data.{name} ({value}) must be a number from 0 on")
+        require(
+            all(w > 0 for w in self.weights), f"data.weights {self.weights} must be positive: leave out what has none"
+        )
+        require(
+            not self.epochs or bool(self.weights) or len(self.path) == 1,
+            "data.epochs counts passes over each pattern of data.path: give data.weights too",
+        )

@@ -1,127 +1,268 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenised corpus on disk: built once, then memory-mapped.
+"""The documents that a config names, as tokens: text, tokenised once into the cache, or what was tokenised before.
 
-An entry of the cache is a folder `CACHE_DIR/KEY/` with, for each split, `SPLIT.tokens` (uint16 or uint32) and
-`SPLIT.offsets` (int64, where each document starts), and `stats.json`. The key is a hash of the tokenizer, the split and
-every file's name, size and modification time; the fingerprint in the stats is a hash of the tokens themselves, so that
-machines whose copies differ in time alone agree.
-
-An entry is written in a temporary folder and renamed into place when whole; a lock lets one process build what several
-ask for, and where locks do not work the first rename wins. An interrupted build leaves nothing that is ever read.
+A corpus is one source, or several with weights. A source is text, folders of tokenised shards, or token files of other
+programs; its fingerprint is a hash of its tokens (or of hashes of them), so that machines whose copies differ in name
+and time alone agree. An entry of the cache is keyed by hashes of what it was made from, see `hybridlm.data.cache`.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
-import hashlib
-import json
 import logging
-import os
-import shutil
-import socket
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-
-from hybridlm.data.bigram import BigramCounter, cross_entropy_bits
+from hybridlm.data.cache import find_or_build
 from hybridlm.data.config import DataConfig
-from hybridlm.data.formats import Source, open_source
+from hybridlm.data.documents import Documents, Joint, Piece, Split
+from hybridlm.data.find import Found, find
+from hybridlm.data.formats import Source, in_validation, open_source
+from hybridlm.data.identity import content_hashes, digest_of
+from hybridlm.data.shards import ShardSplit, check_shards, read_manifest
+from hybridlm.data.token_files import TokenFile, open_token_file, split_documents, write_split
+from hybridlm.data.tokenise import SPLITS, write_texts
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: no lock, the first rename wins
-    fcntl = None
+__all__ = ["SPLITS", "Corpus", "Part", "Split", "in_validation", "open_corpus"]
 
-FORMAT = 1
-SPLITS = ("train", "val")
-BATCH_CHARACTERS = 4 << 20
-BATCH_DOCUMENTS = 4096
-LOG_EVERY_SECONDS = 30.0
-ABANDONED_SECONDS = 3600.0
+FORMAT = 2
 
 logger = logging.getLogger("hybridlm.data")
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """The documents of one split, memory-mapped on first use; pickles as its path, not as its content."""
+class Part:
+    """One source of a corpus: its documents by split, its counts, and its share in the mixture."""
 
-    folder: Path
     name: str
-    dtype: str
-
-    @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        """Ids of all documents in a row, [tokens]."""
-        return _map(self.folder / f"{self.name}.tokens", self.dtype)
-
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        """Where each document starts in `tokens`, and the end: int64 [documents + 1]."""
-        return _map(self.folder / f"{self.name}.offsets", "int64")
-
-    def __reduce__(self):
-        return Split, (self.folder, self.name, self.dtype)
+    documents: Mapping[str, Documents]
+    stats: dict
+    weight: float = 1.0
+    epochs: float = 0.0
+    """Most passes over its training split; 0: without end."""
+    entries: tuple[tuple[Path, dict], ...] = ()
+    """(folder, stats) of its entries of the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus: its splits, its tokenizer and its counts.
+    """A tokenised corpus: its parts, its tokenizer and its counts.
 
     `stats` is JSON: for "train" and "val" the counts `documents`, `bytes`, `tokens` (bos and eos included), `pairs`
     (targets), `bytes_per_token`, `bytes_per_pair` and a `fingerprint`; `bigram_bits_per_byte` of the validation split
-    (None if it is empty); `skipped_files`, `empty_documents`, `tokenizer`, `vocab_size`, `fingerprint`.
+    (None if it is empty, or no text); `skipped_files`, `empty_documents`, `tokenizer`, `vocab_size`, `fingerprint`.
     """
 
-    folder: Path
     tokenizer: Tokenizer
-    stats: dict
+    parts: tuple[Part, ...]
+
+    @functools.cached_property
+    def stats(self) -> dict:
+        """Counts of all parts together."""
+        return self.parts[0].stats if len(self.parts) == 1 else _together(self.parts)
 
     @property
     def fingerprint(self) -> str:
         """Identity of the tokens of both splits, the same on every machine."""
         return self.stats["fingerprint"]
 
-    def split(self, name: str) -> Split:
-        """The documents of "train" or "val"."""
+    @property
+    def folder(self) -> Path | None:
+        """The cache's entry, where there is one alone."""
+        folders = [folder for part in self.parts for folder, _ in part.entries]
+        return folders[0] if len(folders) == 1 else None
+
+    def split(self, name: str) -> Documents:
+        """The documents of "train" or "val", of all parts."""
         if name not in SPLITS:
             raise ValueError(f'split ({name!r}) must be "train" or "val"')
-        return Split(self.folder, name, self.stats["dtype"])
+        held = [part.documents[name] for part in self.parts if name in part.documents]
+        return held[0] if len(held) == 1 else Joint(tuple(held))
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `config` describes, tokenised now unless the cache holds it.
+    """The corpus that `config` describes; text is tokenised now unless the cache holds it.
 
     Raises:
       ConfigError: the text, the tokenizer or the cache folder cannot be used; nothing half-written stays.
     """
     tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
-    train = open_source(config.path, text_key=config.text_key)
-    held_out = None
+    opener = _Opener(config, tokenizer)
+    epochs = config.epochs or (0.0,) * len(config.path)
+    if not config.weights:
+        part = opener.open(config.path, held_out_by=config.val_path)
+        return Corpus(tokenizer, (dataclasses.replace(part, epochs=epochs[0] if config.path else 0.0),))
+    parts = [
+        dataclasses.replace(opener.open((pattern,), validate=not config.val_path), weight=weight, epochs=n)
+        for pattern, weight, n in zip(config.path, config.weights, epochs)
+    ]
     if config.val_path:
-        held_out = open_source(config.val_path, text_key=config.text_key, argument="data.val_path")
-        _leave_out(train, held_out)
-    build = functools.partial(_write_entry, train, held_out, config.val_fraction, tokenizer)
-    key = _digest(
-        [
-            FORMAT,
-            tokenizer.fingerprint,
-            config.text_key,
-            train.identity(),
-            held_out.identity() if held_out else config.val_fraction,
-        ]
-    )
-    cache = Path(config.cache_dir).expanduser()
-    with _cache_errors(cache):
-        folder, stats = _find_or_build(cache, key, build)
-    return Corpus(folder, tokenizer, stats)
+        parts.append(opener.open_held_out(config.val_path))
+    return Corpus(tokenizer, tuple(parts))
+
+
+class _Opener:
+    """Makes parts of patterns of paths."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.cache = Path(config.cache_dir).expanduser()
+
+    def open(self, patterns: Sequence[str], held_out_by: Sequence[str] = (), validate: bool = True) -> Part:
+        """A part to train on. held_out_by: patterns of what validates it; none: a share of it, where `validate`."""
+        found = find(patterns, "data.path")
+        name = " ".join(patterns) or "embedded"
+        fraction = self.config.val_fraction if validate and not held_out_by else 0.0
+        if not found.tokens:
+            if not held_out_by or not find(held_out_by, "data.val_path").tokens:
+                return self._text(name, patterns, held_out_by, fraction)
+            part = self._text(name, patterns, (), 0.0)
+        else:
+            part = self._tokens(name, found, fraction)
+        if not held_out_by:
+            return part if validate else _trained(part)
+        held_out = self.open_held_out(held_out_by)
+        documents = {"train": part.documents["train"], "val": held_out.documents["val"]}
+        stats = part.stats | {"val": held_out.stats["val"], "bigram_bits_per_byte": None}
+        stats["fingerprint"] = digest_of([stats[split]["fingerprint"] for split in SPLITS])
+        return dataclasses.replace(part, documents=documents, stats=stats, entries=part.entries + held_out.entries)
+
+    def open_held_out(self, patterns: Sequence[str]) -> Part:
+        """A part of validation documents alone."""
+        found = find(patterns, "data.val_path")
+        if found.tokens:
+            part = self._tokens(" ".join(patterns), found, 0.0)
+            split = "val" if part.stats["val"]["documents"] else "train"
+        else:
+            part, split = self._text(" ".join(patterns), patterns, (), 0.0, "data.val_path"), "train"
+        nothing = _counts(0, 0, 0, 0) | {"fingerprint": ""}
+        stats = part.stats | {"val": part.stats[split], "train": nothing, "bigram_bits_per_byte": None}
+        return dataclasses.replace(part, documents={"val": part.documents[split]}, stats=stats, weight=0.0)
+
+    def _text(
+        self, name: str, patterns: Sequence[str], held_out_by: Sequence[str], fraction: float, argument="data.path"
+    ) -> Part:
+        config, tokenizer = self.config, self.tokenizer
+        train = open_source(patterns, text_key=config.text_key, argument=argument)
+        held_out = None
+        if held_out_by:
+            held_out = open_source(held_out_by, text_key=config.text_key, argument="data.val_path")
+            _leave_out(train, held_out)
+        made_from = [source.identity(self.cache) for source in (train, held_out) if source]
+        build = functools.partial(write_texts, train, held_out, fraction, tokenizer)
+        key = digest_of(
+            [FORMAT, tokenizer.fingerprint, config.text_key, made_from[0], made_from[1] if held_out else fraction]
+        )
+        folder, stats = find_or_build(self.cache, key, build)
+        documents = {
+            split: Split((Piece(folder / f"{split}.tokens", stats["dtype"]),), folder / f"{split}.offsets")
+            for split in SPLITS
+        }
+        return Part(name, documents, stats, entries=((folder, stats),))
+
+    def _tokens(self, name: str, found: Found, fraction: float) -> Part:
+        parts = [self._shards(folder) for folder in found.shards]
+        if found.files:
+            parts.append(self._files([open_token_file(file) for file in found.files], fraction))
+        if len(parts) == 1:
+            return dataclasses.replace(parts[0], name=name)
+        documents = {split: Joint(tuple(part.documents[split] for part in parts)) for split in SPLITS}
+        entries = tuple(entry for part in parts for entry in part.entries)
+        return Part(name, documents, _together(parts, mixed=False), entries=entries)
+
+    def _shards(self, folder: Path) -> Part:
+        manifest = read_manifest(folder)
+        made_with, tokenizer = manifest["tokenizer"], self.tokenizer
+        if made_with["fingerprint"] != tokenizer.fingerprint:
+            raise ConfigError(
+                f"{folder} was tokenised with {made_with['name']} and data.tokenizer is {tokenizer.name}: "
+                + ("set data.tokenizer=byte" if made_with["name"] == "byte" else f"set data.tokenizer={folder}")
+            )
+        for split in SPLITS:
+            check_shards(folder, manifest, split)
+        stats: dict = {key: manifest[key] for key in ("skipped_files", "empty_documents", "dtype")}
+        bits = manifest.get("bigram_bits_per_byte")
+        stats["bigram_bits_per_byte"] = bits if isinstance(bits, float) else None
+        for split in SPLITS:
+            about = manifest["splits"][split]
+            stats[split] = _counts(*(about[key] for key in ("documents", "bytes", "tokens", "pairs")))
+            stats[split]["fingerprint"] = about["fingerprint"]
+        stats |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+        stats["fingerprint"] = digest_of([stats[split]["fingerprint"] for split in SPLITS])
+        return Part(str(folder), {split: ShardSplit(folder, split, manifest) for split in SPLITS}, stats)
+
+    def _files(self, files: list[TokenFile], fraction: float) -> Part:
+        paths = [path for file in files for path in (file.path, *file.beside)]
+        hashes = content_hashes(paths, self.cache)
+        key = digest_of([FORMAT, "files", self.tokenizer.fingerprint, hashes, fraction])
+        folder, stats = find_or_build(self.cache, key, functools.partial(self._find_documents, files, fraction, hashes))
+        documents = {
+            split: Split(
+                tuple(files[i].piece(start, stop) for i, start, stop in stats["pieces"][split]),
+                folder / f"{split}.offsets",
+            )
+            for split in SPLITS
+        }
+        return Part(str(files[0].path), documents, stats, entries=((folder, stats),))
+
+    def _find_documents(self, files: list[TokenFile], fraction: float, hashes: list[str], folder: Path) -> dict:
+        offsets = [split_documents(file.find_documents(self.tokenizer), fraction) for file in files]
+        stats: dict = {"pieces": {}}
+        for number, split in enumerate(SPLITS):
+            parts = [both[number] for both in offsets]
+            counts, ranges = write_split(files, parts, self.tokenizer, folder / f"{split}.offsets")
+            stats[split] = counts | {"fingerprint": digest_of([hashes, ranges])}
+            stats["pieces"][split] = ranges
+        return stats | {
+            "bigram_bits_per_byte": None,
+            "skipped_files": 0,
+            "empty_documents": 0,
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "dtype": files[0].dtype,
+            "fingerprint": digest_of([FORMAT, hashes, fraction]),
+        }
+
+
+def _trained(part: Part) -> Part:
+    """Without the documents that it holds out."""
+    return dataclasses.replace(part, documents={"train": part.documents["train"]})
+
+
+def _counts(documents: int, n_bytes: int, tokens: int, pairs: int) -> dict:
+    return {
+        "documents": documents,
+        "bytes": n_bytes,
+        "tokens": tokens,
+        "pairs": pairs,
+        "bytes_per_token": n_bytes / max(tokens, 1),
+        "bytes_per_pair": n_bytes / max(pairs, 1),
+    }
+
+
+def _together(parts: Sequence[Part], mixed: bool = True) -> dict:
+    """Counts of several parts. mixed: bytes a token of the training text are those of the mixture."""
+    stats = {}
+    for split in SPLITS:
+        held = [part.stats[split] for part in parts if split in part.documents]
+        stats[split] = _counts(*(sum(one[key] for one in held) for key in ("documents", "bytes", "tokens", "pairs")))
+        stats[split]["fingerprint"] = digest_of([one["fingerprint"] for one in held])
+    total = sum(part.weight for part in parts)
+    for key in ("bytes_per_token", "bytes_per_pair") if mixed else ():
+        stats["train"][key] = sum(part.weight * part.stats["train"][key] for part in parts) / total
+    held = [p for p in parts if "val" in p.documents and p.stats["val"]["bytes"]]
+    known = bool(held) and all(part.stats["bigram_bits_per_byte"] is not None for part in held)
+    bits = sum(part.stats["bigram_bits_per_byte"] * part.stats["val"]["bytes"] for part in held) if known else 0.0
+    return stats | {
+        "bigram_bits_per_byte": bits / stats["val"]["bytes"] if known else None,
+        "skipped_files": sum(part.stats["skipped_files"] for part in parts),
+        "empty_documents": sum(part.stats["empty_documents"] for part in parts),
+        "tokenizer": parts[0].stats["tokenizer"],
+        "vocab_size": parts[0].stats["vocab_size"],
+        "dtype": "uint32" if any(part.stats["dtype"] != "uint16" for part in parts) else "uint16",
+        "fingerprint": digest_of([part.stats["fingerprint"] for part in parts]),
+    }
 
 
 def _leave_out(train: Source, held_out: Source) -> None:
@@ -133,241 +274,3 @@ def _leave_out(train: Source, held_out: Source) -> None:
     if len(kept) < len(train.files):
         logger.info("%d files of data.val_path are left out of training", len(train.files) - len(kept))
     train.files = kept
-
-
-def in_validation(document_id: str, fraction: float) -> bool:
-    """Whether a document is held out: a hash of its id alone decides, so every machine and every run agrees."""
-    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _digest(value) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-
-
-def _map(path: Path, dtype: str) -> np.ndarray:
-    # an empty file cannot be mapped
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def _read_entry(folder: Path) -> dict | None:
-    """The stats of a whole entry; None if it is missing or any of its files lacks a byte."""
-    try:
-        stats = json.loads((folder / "stats.json").read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in stats["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return stats if whole else None
-
-
-def _find_or_build(cache: Path, key: str, build) -> tuple[Path, dict]:
-    entry = cache / key
-    stats = _read_entry(entry)
-    if stats is not None:
-        return entry, stats
-    cache.mkdir(parents=True, exist_ok=True)
-    prefix = f".tmp-{key}-{socket.gethostname()}-"
-    with _lock(cache / f"{key}.lock") as locked:
-        stats = _read_entry(entry)  # built while this process waited
-        if stats is not None:
-            return entry, stats
-        if locked:  # nobody else on this machine builds this entry: what is there, a killed process left
-            for stale in cache.glob(f"{prefix}*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
-        try:
-            stats = build(scratch)
-            scratch.chmod(0o755)
-            _publish(scratch, entry)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    stats = _read_entry(entry)
-    if stats is None:
-        raise OSError(errno.EIO, "the entry vanished after it was written")
-    return entry, stats
-
-
-def _publish(scratch: Path, entry: Path) -> None:
-    try:
-        os.replace(scratch, entry)
-    except OSError:
-        if _read_entry(entry) is not None:
-            return  # another machine was faster
-        shutil.rmtree(entry, ignore_errors=True)  # a damaged entry
-        os.replace(scratch, entry)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Holds an exclusive lock on a file, released by the system if the process dies; False where locks do not work."""
-    with open(path, "a") as file:
-        locked = False
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                locked = True
-            except OSError as error:
-                logger.info(
-                    "no file locks under %s (%s): several processes may tokenise the same text", path.parent, error
-                )
-        yield locked
-
-
-def find_corpus(config: DataConfig, key: str, stats: dict) -> Corpus | None:
-    """The corpus that another host has opened, `stats` its own, from this host's cache; None where that lacks it.
-
-    key: name of its folder. Raises ConfigError where this host's tokenizer or entry is another one.
-    """
-    tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
-    if _fingerprint(tokenizer, stats) != stats["fingerprint"]:
-        raise ConfigError(f"data.tokenizer ({config.tokenizer}) is another one on this host than on the first")
-    folder = Path(config.cache_dir).expanduser() / key
-    found = _read_entry(folder)
-    if found is None:
-        return None
-    if found["fingerprint"] != stats["fingerprint"]:
-        raise ConfigError(f"{folder} holds other tokens on this host than on the first: remove it here, or there")
-    return Corpus(folder, tokenizer, found)
-
-
-def copy_corpus(config: DataConfig, key: str, stats: dict, parts: Iterator[tuple[str, bytes]]) -> None:
-    """Writes the entry of another host's corpus to this host's cache, whole or not at all.
-
-    parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written. No
-    lock is taken: who waited for one would hold up all that the parts come from.
-    """
-    cache, prefix = Path(config.cache_dir).expanduser(), f".copy-{key}-{socket.gethostname()}-"
-    with _cache_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        for former in cache.glob(f"{prefix}*"):
-            written = max(path.stat().st_mtime for path in [former, *former.iterdir()])
-            if time.time() - written > ABANDONED_SECONDS:  # a killed process left it
-                shutil.rmtree(former, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
-        try:
-            with contextlib.ExitStack() as opened:
-                files = {name: opened.enter_context(open(scratch / name, "wb")) for name in stats["files"]}
-                for name, part in parts:
-                    files[name].write(part)
-            (scratch / "stats.json").write_text(json.dumps(stats, indent=1))
-            scratch.chmod(0o755)
-            whole = _read_entry(scratch) is not None
-            if whole:
-                _publish(scratch, cache / key)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if not whole or _read_entry(cache / key) is None:
-            raise OSError(errno.EIO, "what the first host sent is not all there")
-
-
-@contextlib.contextmanager
-def _cache_errors(cache: Path) -> Iterator[None]:
-    """An OSError inside as the ConfigError that says what to change."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(
-                f"no space left for the token cache under {cache}: free some or set data.cache_dir"
-            ) from error
-        raise ConfigError(
-            f"cannot write the token cache under {cache} ({error.strerror or error}): set data.cache_dir"
-        ) from error
-
-
-def _fingerprint(tokenizer: Tokenizer, stats: dict) -> str:
-    """Identity of the tokens of both splits."""
-    return _digest([FORMAT, tokenizer.fingerprint, *(stats[name]["fingerprint"] for name in SPLITS)])
-
-
-class _SplitWriter:
-    """Appends tokenised documents to the two files of a split."""
-
-    def __init__(self, tokens: BinaryIO, offsets: BinaryIO, dtype: np.dtype):
-        self._tokens, self._offsets, self._dtype = tokens, offsets, dtype
-        self._offsets.write(np.zeros(1, np.int64).tobytes())
-        self._hashes = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-        self.documents = self.bytes = self.n_tokens = self.pairs = 0
-        self.bigrams = BigramCounter()
-
-    def add(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
-        tokens, lengths = tokenizer.encode_batch(texts)
-        raw = tokens.astype(self._dtype).tobytes()
-        offsets = (self.n_tokens + np.cumsum(lengths)).astype(np.int64).tobytes()
-        self._tokens.write(raw)
-        self._offsets.write(offsets)
-        self._hashes[0].update(raw)
-        self._hashes[1].update(offsets)
-        encoded = [text.encode() for text in texts]
-        self.bigrams.add(encoded)
-        self.documents += len(texts)
-        self.bytes += sum(map(len, encoded))
-        self.n_tokens += int(lengths.sum())
-        self.pairs += int(np.maximum(lengths - 1, 0).sum())
-
-    def stats(self) -> dict:
-        return {
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "tokens": self.n_tokens,
-            "pairs": self.pairs,
-            "bytes_per_token": self.bytes / max(self.n_tokens, 1),
-            "bytes_per_pair": self.bytes / max(self.pairs, 1),
-            "fingerprint": self._hashes[0].hexdigest() + self._hashes[1].hexdigest(),
-        }
-
-
-def _write_entry(
-    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, folder: Path
-) -> dict:
-    began = logged = time.monotonic()
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    with contextlib.ExitStack() as stack:
-        writers = {}
-        for name in SPLITS:
-            tokens = stack.enter_context(open(folder / f"{name}.tokens", "wb"))
-            offsets = stack.enter_context(open(folder / f"{name}.offsets", "wb"))
-            writers[name] = _SplitWriter(tokens, offsets, dtype)
-        for name, texts in _batches(train, held_out, val_fraction):
-            writers[name].add(texts, tokenizer)
-            if time.monotonic() - logged > LOG_EVERY_SECONDS:
-                logged = time.monotonic()
-                done = sum(writer.bytes for writer in writers.values())
-                logger.info("tokenised %.0f MB in %.0f s", done / 1e6, logged - began)
-    n_documents = sum(writer.documents for writer in writers.values())
-    if n_documents == 0:
-        raise ConfigError(f"data.path: the {len(train.files)} files hold no text")
-    sources = [train, held_out] if held_out else [train]
-    stats = {name: writer.stats() for name, writer in writers.items()}
-    stats |= {
-        "bigram_bits_per_byte": cross_entropy_bits(writers["train"].bigrams, writers["val"].bigrams),
-        "skipped_files": sum(source.skipped for source in sources),
-        "empty_documents": sum(source.empty for source in sources),
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": _fingerprint(tokenizer, stats),
-        "dtype": dtype.name,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-    }
-    (folder / "stats.json").write_text(json.dumps(stats, indent=1))
-    n_bytes = sum(writer.bytes for writer in writers.values())
-    logger.info("tokenised %d documents, %.1f MB, in %.1f s", n_documents, n_bytes / 1e6, time.monotonic() - began)
-    return stats
-
-
-def _batches(train: Source, held_out: Source | None, val_fraction: float) -> Iterator[tuple[str, list[str]]]:
-    """(split, texts) in batches of bounded size, documents in order."""
-    pending: dict[str, list[str]] = {name: [] for name in SPLITS}
-    characters = dict.fromkeys(SPLITS, 0)
-    for source, fixed in ((train, "train" if held_out else None), (held_out or (), "val")):
-        for document_id, text in source:
-            name = fixed or ("val" if in_validation(document_id, val_fraction) else "train")
-            pending[name].append(text)
-            characters[name] += len(text)
-            if characters[name] >= BATCH_CHARACTERS or len(pending[name]) >= BATCH_DOCUMENTS:
-                yield name, pending[name]
-                pending[name], characters[name] = [], 0
-    for name in SPLITS:
-        if pending[name]:
-            yield name, pending[name]

@@ -11,10 +11,13 @@ Memory: JSON lines are read line by line and Parquet row group by row group; a t
 whole.
 """
 
+import contextlib
 import dataclasses
 import glob
 import gzip
+import hashlib
 import importlib
+import io
 import json
 import os
 import sysconfig
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hybridlm.data.identity import content_hashes
 from hybridlm.errors import ConfigError
 
 BINARY_SUFFIXES = frozenset((
@@ -91,16 +95,11 @@ class Source:
                     raise
                 self.skipped += 1
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """(name, size, modification time in ns) of each file: what a cache of their content is keyed by."""
-        rows = []
-        for file in self.files:
-            try:
-                status = file.path.stat()
-            except OSError as error:
-                raise ConfigError(f"cannot read {file.path}: {error.strerror}") from error
-            rows.append((file.name, status.st_size, status.st_mtime_ns))
-        return rows
+    def identity(self, memory: Path | None = None) -> list[tuple[str, str]]:
+        """(name, hash of the bytes) of each file: what a cache of their content is keyed by. memory: see
+        `content_hashes`."""
+        hashes = content_hashes([file.path for file in self.files], memory)
+        return [(file.name, digest) for file, digest in zip(self.files, hashes)]
 
 
 def open_source(
@@ -117,12 +116,18 @@ def open_source(
         return Source(_embedded_files(), text_key, lenient=True)
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
-        for file in _match(pattern, argument):
+        for file in match(pattern, argument):
             found.setdefault(os.path.abspath(file.path), file)
     files = tuple(sorted(found.values(), key=lambda file: (file.name, str(file.path))))
     for file in files:
         _check_kind(file.path)
     return Source(files, text_key)
+
+
+def in_validation(document_id: str, fraction: float) -> bool:
+    """Whether a document is held out: a hash of its id alone decides, so every machine and every run agrees."""
+    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def embedded_folder() -> Path:
@@ -149,7 +154,8 @@ def _walk(base: Path) -> Iterator[SourceFile]:
                 yield SourceFile(path, path.relative_to(base).as_posix())
 
 
-def _match(pattern: str, argument: str) -> list[SourceFile]:
+def match(pattern: str, argument: str) -> list[SourceFile]:
+    """The files that a file, a folder or a glob pattern names; ConfigError where there is none."""
     expanded = Path(pattern).expanduser()
     if expanded.is_file():
         return [SourceFile(expanded, expanded.name)]
@@ -211,17 +217,43 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
 
 
 def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document]:
-    opener = gzip.open if file.path.suffix.lower() == ".gz" else open
     index = 0
-    with opener(file.path, "rb") as lines:
-        try:
-            for number, raw in enumerate(lines, start=1):
-                if raw.strip():
-                    text = _parse_line(raw, f"line {number} of {file.path}", text_key, first=number == 1)
-                    yield Document(f"{file.name}:{index}", _encodable(text))
-                    index += 1
-        except (EOFError, zlib.error) as error:
-            raise ConfigError(f"{file.path} is not a whole gzip file ({error})") from error
+    with _open_lines(file.path) as lines:
+        numbered = enumerate(lines, start=1)
+        while True:
+            try:
+                number, raw = next(numbered, (0, b""))
+            except (EOFError, zlib.error) as error:
+                raise ConfigError(f"{file.path} is not a whole gzip file ({error})") from error
+            except OSError as error:
+                if file.path.suffix.lower() != ".zst":
+                    raise
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"{file.path} is not a whole zstandard file ({reason})") from error
+            if not number:
+                return
+            if raw.strip():
+                text = _parse_line(raw, f"line {number} of {file.path}", text_key, first=number == 1)
+                yield Document(f"{file.name}:{index}", _encodable(text))
+                index += 1
+
+
+def _open_lines(path: Path):
+    """A file of lines as a context manager that iterates over them, decompressed by what its name says."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".zst":
+        return _open_zstandard(path)
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def _open_zstandard(path: Path) -> Iterator[io.BufferedReader]:
+    import pyarrow
+
+    with open(path, "rb") as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
+        yield io.BufferedReader(stream, 1 << 20)
 
 
 def _parse_line(raw: bytes, where: str, text_key: str, *, first: bool) -> str:
@@ -229,6 +261,8 @@ def _parse_line(raw: bytes, where: str, text_key: str, *, first: bool) -> str:
         record = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(_not_utf8(where, error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} nests deeper than can be read; give one flat JSON object a line") from error
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}); give one JSON object a line") from error
     if not isinstance(record, dict):
@@ -267,7 +301,11 @@ def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
             if str(value_kind) not in ("string", "large_string", "string_view"):
                 raise ConfigError(f'{file.path}: column "{text_key}" is {kind}, not a string')
             for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError as error:
+                    raise ConfigError(_not_utf8(_first_not_utf8(batch.column(0), index, file.path), error)) from error
+                for text in texts:
                     if text is None:
                         raise ConfigError(f'row {index + 1} of {file.path}: column "{text_key}" is null, not a string')
                     yield Document(f"{file.name}:{index}", text)
@@ -275,6 +313,16 @@ def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{file.path} is not a readable Parquet file ({reason})") from error
+
+
+def _first_not_utf8(column, index: int, path: Path) -> str:
+    """Which row of a batch, whose first one has this number, is no text."""
+    for number, value in enumerate(column, start=index + 1):
+        try:
+            value.as_py()
+        except UnicodeDecodeError:
+            return f"row {number} of {path}"
+    return str(path)
 
 
 def _no_field(where: str, text_key: str, fields) -> str:
@@ -291,6 +339,7 @@ FORMATS = (
     Format(
         (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"), ".jsonl, .jsonl.gz", _read_json_lines
     ),
+    Format((".jsonl.zst", ".json.zst", ".ndjson.zst"), ".jsonl.zst", _read_json_lines, needs=("pyarrow",)),
     Format((".parquet",), ".parquet", _read_parquet, needs=("pyarrow.parquet",)),
 )
 """Every format but text, which a file of any other name is taken for."""

@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of packed rows: batch n is a function of (seed, data, n) alone.
+"""Batches of packed rows: batch n is a function of (seed, the list of the run's data, n) alone.
 
-Grain's `MapDataset` shuffles the rows anew each epoch, repeats and batches them, and reads ahead in threads or worker
-processes. Every stage is random access, so the whole state is the number of the next batch: it holds no trace of hosts,
-workers or devices, and a run resumes exactly on another number of any of them. Grain's own packers are not used for
-that reason: they fill rows from a sequential iterator, their state is that of the shard each host or worker reads, and
-with another number of shards other rows come out.
+Grain's `MapDataset` shuffles the rows of each source anew each epoch, repeats and batches them, and reads ahead in
+threads or worker processes. Every stage is random access, so the whole state is the number of the next batch and the
+list of what batches are made of (`hybridlm.data.history`): it holds no trace of hosts, workers or devices, and a run
+resumes exactly on another number of any of them. Grain's own packers are not used for that reason: they fill rows from
+a sequential iterator, their state is that of the shard each host or worker reads, and with another number of shards
+other rows come out.
 
 Validation is one pass in an order that no seed changes; rows of padding fill the last batch, so that all hosts take the
 same number of steps.
 """
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
-import weakref
-from collections.abc import Sequence
+import multiprocessing.util
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from hybridlm.data.config import DataConfig
 from hybridlm.data.corpus import Corpus, open_corpus
-from hybridlm.data.packing import PairRows, empty_row, permutation_keys
-from hybridlm.errors import ConfigError
+from hybridlm.data.guard import Guarded
+from hybridlm.data.plan import TrainPlan, ValPlan
+from hybridlm.errors import ConfigError, DataError
 
-VALIDATION_SEED = 0
 MAX_THREADS = 4
+EXIT_PRIORITY = 100
+
 Batch = dict[str, np.ndarray]
 
 
@@ -57,7 +57,7 @@ def make_loader(
     Args:
       config: where the text is and how it is cut; `batch_size` and `seq_len` override its fields.
       seed: permutes documents and rows of the training split; has no effect on validation.
-      split: "train", endless, or "val", one pass.
+      split: "train", endless unless `config.epochs` ends all sources, or "val", one pass.
       start_step: number of the first batch.
       rows: which rows of the global batch to read: a tuple (low, high) or a slice for [low, high); a list, range or
         array for rows one by one, ascending; None reads all.
@@ -70,37 +70,58 @@ def make_loader(
     corpus = corpus or open_corpus(config)
     batch_size, seq_len = batch_size or config.batch_size, seq_len or config.seq_len
     rows = _check_rows(rows, batch_size)
-    seed = seed if split == "train" else VALIDATION_SEED
-    packed = PairRows(corpus.split(split), seq_len, seed)
-    if len(packed) == 0:
-        raise ConfigError(_nothing(split, corpus, config))
-    identity = {
-        "split": split,
-        "seed": seed,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "fingerprint": corpus.stats[split]["fingerprint"],
-    }
-    batches = _batches(packed, seed, split == "train", batch_size, rows)
+    plan = (TrainPlan if split == "train" else ValPlan)(config, corpus, seed, batch_size, seq_len, rows)
     workers = config.workers if split == "train" else 0  # a pass over validation is shorter than starting processes
-    return Loader(batches, identity, step=start_step, workers=workers, prefetch=config.prefetch)
+    return Loader(plan, step=start_step, workers=workers, prefetch=config.prefetch)
+
+
+class Plan(Protocol):
+    """What the batches of a split are."""
+
+    fill: float
+    """Share of the tokens of its rows that are not padding."""
+
+    def __len__(self) -> int:
+        """Batches of a pass; sys.maxsize: without end."""
+
+    def dataset(self, step: int) -> tuple[Any, int, int]:
+        """(grain.MapDataset of batches, the one of them that belongs to a step, the first step that another dataset
+        serves)."""
+
+    def state(self) -> dict:
+        """What a checkpoint keeps beside the step: JSON, the same on every host."""
+
+    def set_state(self, state: Mapping[str, Any], step: int) -> str:
+        """Goes on from a checkpoint's state; what is not as it was then, in words, or ""."""
+
+    def skip(self, step: int, n: int) -> None:
+        """Leaves out n batches from a step on."""
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding included, of all batches before a step."""
+
+    def at_end(self, step: int) -> str:
+        """What to say where there is no batch for a step; "" for the end of a pass."""
 
 
 class Loader:
-    """Iterator over batches whose state is the number of the next one.
+    """Iterator over batches whose state is the number of the next one, and what batches are made of.
 
     Use it as a context manager or call `close()`; an iterator left open does not keep the interpreter from ending. An
-    exception in `next()`, KeyboardInterrupt included, leaves the step unchanged and the loader usable.
+    exception in `next()`, KeyboardInterrupt included, leaves the step unchanged and the loader usable: where a worker
+    died, the next call starts others. DataError where the data ends or cannot be read.
     """
 
-    def __init__(self, batches, identity: dict, *, step: int = 0, workers: int = 0, prefetch: int = 4):
-        """`batches` is a grain.MapDataset; make_loader builds it."""
-        self._batches, self._identity = batches, identity
-        self._workers, self._prefetch = workers, prefetch
+    def __init__(self, plan: Plan, *, step: int = 0, workers: int = 0, prefetch: int = 4):
+        """`make_loader` makes the plan."""
+        self._plan, self._workers, self._prefetch = plan, workers, prefetch
         self._open_iterators = []  # at most one
+        self._until = sys.maxsize
         self._closed = False
-        # at the interpreter's exit too, while what grain needs to stop its processes still exists
-        weakref.finalize(self, _close_all, self._open_iterators)
+        self.changed = ""
+        """What a new entry changed when the newest state was set, in words."""
+        # at the interpreter's exit too, before what grain needs to stop its processes is taken down
+        multiprocessing.util.Finalize(self, _close_all, args=(self._open_iterators,), exitpriority=EXIT_PRIORITY)
         self.reset(step)
 
     @property
@@ -108,9 +129,18 @@ class Loader:
         """Number of the batch that `next()` gives."""
         return self._step
 
+    @property
+    def fill(self) -> float:
+        """Share of the tokens of the rows that are not padding."""
+        return self._plan.fill
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding included, of all batches before a step, whatever sizes they were of."""
+        return self._plan.tokens_before(step)
+
     def __len__(self) -> int:
         """Batches of a pass over validation; training has no end."""
-        return len(self._batches)
+        return len(self._plan)
 
     def __iter__(self) -> "Loader":
         return self
@@ -118,11 +148,13 @@ class Loader:
     def __next__(self) -> Batch:
         if self._closed:
             raise ValueError("the loader is closed")
-        if not self._open_iterators:
-            self._open_iterators.append(self._open())
         try:
-            batch = next(self._open_iterators[0])
+            batch = next(self._iterator())
             self._step += 1
+        except StopIteration:
+            if told := self._plan.at_end(self._step):
+                raise DataError(told) from None
+            raise
         except BaseException:  # an interrupted grain iterator has lost a batch: start it again at this step
             _close_all(self._open_iterators)
             raise
@@ -131,22 +163,32 @@ class Loader:
 
     def get_state(self) -> dict:
         """What a checkpoint keeps: JSON, the same on every host."""
-        return {"step": self._step, **self._identity}
+        return {"step": self._step, **self._plan.state()}
 
-    def set_state(self, state: dict, *, strict: bool = True) -> None:
-        """Goes on from a checkpoint's state, exactly.
+    def set_state(self, state: Mapping[str, Any], *, strict: bool = True) -> str:
+        """Goes on from a checkpoint's state, exactly; returns what has changed since, in words, or "".
+
+        Other data, mixture, packing, batch or row size are a new entry of the list from this step on.
 
         Raises:
-          ConfigError: the state is of other data, another seed, batch or row size, so that an exact continuation does
-            not exist; `strict=False` takes over its step alone.
+          ConfigError: the state is none, or of another seed or split, so that a continuation does not exist;
+            `strict=False` takes over its step alone.
         """
-        changed = [name for name, value in self._identity.items() if state.get(name) != value]
-        if strict and changed:
-            shown = ", ".join(f"{name} {state.get(name)!r} -> {self._identity[name]!r}" for name in changed)
-            raise ConfigError(
-                f"data changed since the checkpoint ({shown}): restore the former data or start a new run"
-            )
-        self.reset(int(state["step"]))
+        step = state.get("step") if isinstance(state, Mapping) else None
+        if type(step) is not int or not 0 <= step < 2**62:
+            raise ConfigError(f"the checkpoint's record of the data has no step ({step!r})")
+        self.changed = self._plan.set_state(state, step) if strict else ""
+        self.reset(step)
+        return self.changed
+
+    def skip(self, n: int) -> None:
+        """Leaves out the next n batches: the one that would have followed them comes next, at this step. The state
+        tells of it."""
+        if n < 0:
+            raise ValueError(f"n ({n}) must not be negative")
+        if n:
+            self._plan.skip(self._step, n)
+            self.reset(self._step)
 
     def reset(self, step: int = 0) -> None:
         """Goes to a step; before each pass over validation, to 0."""
@@ -166,66 +208,34 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _open(self):
+    def _iterator(self):
+        if self._open_iterators and self._step >= self._until:
+            _close_all(self._open_iterators)
+        if not self._open_iterators:
+            dataset, first, self._until = self._plan.dataset(self._step)
+            self._open_iterators.append(self._open(dataset, first))
+        return self._open_iterators[0]
+
+    def _open(self, dataset, first: int):
         import grain
 
         ahead = self._prefetch
         options = grain.ReadOptions(num_threads=min(ahead, MAX_THREADS), prefetch_buffer_size=ahead)
-        dataset = self._batches.slice(slice(self._step, None)).to_iter_dataset(options)
-        if self._workers:
-            from absl import flags
+        dataset = dataset.slice(slice(first, None)).to_iter_dataset(options)
+        if not self._workers:
+            return iter(dataset)
+        from absl import flags
 
-            if not flags.FLAGS.is_parsed():  # grain reads flags when it starts processes; ours come from elsewhere
-                flags.FLAGS.mark_as_parsed()
-            share = -(-ahead // self._workers)
-            spread = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=share)
-            dataset = dataset.mp_prefetch(spread, worker_init_fn=_start_worker)
-        return iter(dataset)
+        if not flags.FLAGS.is_parsed():  # grain reads flags when it starts processes; ours come from elsewhere
+            flags.FLAGS.mark_as_parsed()
+        share = -(-ahead // self._workers)
+        spread = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=share)
+        return Guarded(iter(dataset.mp_prefetch(spread)))
 
 
 def _close_all(iterators: list) -> None:
     while iterators:
         iterators.pop().close()
-
-
-def _batches(packed: PairRows, seed: int, train: bool, batch_size: int, rows: np.ndarray):
-    import grain
-
-    if train:
-        row_seed = int(permutation_keys(np.arange(1), seed)[0] >> np.uint64(32))  # grain adds the epoch to it
-        ordered = grain.MapDataset.source(packed).shuffle(seed=row_seed).repeat()
-    else:
-        ordered = _PaddedRows(packed, batch_size)
-    return grain.MapDataset.source(_HostRows(ordered, batch_size, rows)).batch(len(rows))
-
-
-class _HostRows:
-    """The rows of each batch that a host reads, batch after batch."""
-
-    def __init__(self, rows, batch_size: int, read: np.ndarray):
-        """rows: of all batches, one after the other. read: numbers within a batch."""
-        self.rows, self.batch_size, self.read = rows, batch_size, read
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.batch_size * len(self.read)
-
-    def __getitem__(self, index: int) -> Batch:
-        batch, row = divmod(index, len(self.read))
-        return self.rows[batch * self.batch_size + int(self.read[row])]
-
-
-class _PaddedRows:
-    """Rows followed by as many rows of padding as fill the last batch."""
-
-    def __init__(self, rows: PairRows, batch_size: int):
-        self.rows = rows
-        self.length = -(-len(rows) // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.rows[index] if index < len(self.rows) else empty_row(self.rows.seq_len)
 
 
 def _check_rows(rows, batch_size: int) -> np.ndarray:
@@ -247,32 +257,3 @@ def _check_rows(rows, batch_size: int) -> np.ndarray:
     if rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any():
         raise ValueError(f"rows ({rows[0]}..{rows[-1]}) must ascend, none twice, within the batch of {batch_size}")
     return rows
-
-
-def _nothing(split: str, corpus: Corpus, config: DataConfig) -> str:
-    counts = {name: corpus.stats[name]["documents"] for name in ("train", "val")}
-    total = sum(counts.values())
-    if counts[split]:
-        return f"the {counts[split]} documents of the {split} split are too short to predict a token: give more text"
-    if split == "val" and not config.val_path:
-        return (
-            f"data.val_fraction ({config.val_fraction}) holds out none of the {total} documents: raise it, set"
-            " data.val_path, or turn evaluation off with run.eval_every=-1"
-        )
-    if split == "val":
-        return "data.val_path holds no text: set it to files with text, or turn evaluation off with run.eval_every=-1"
-    return (
-        f"data.val_fraction ({config.val_fraction}) holds out all {total} documents, none is left to train on: lower it"
-    )
-
-
-def _start_worker(index: int, count: int) -> None:
-    """In a worker process: leave Ctrl-C to the parent, and end when the parent does, however it ends."""
-    del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back: raw bytes, or any `tokenizer.json` of the tokenizers library."""
 
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +44,14 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Whole documents: int32 ids of all of them in a row, bos and eos included, and the number of ids of each."""
 
+    def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
+        """The ids of one whole document, bos and eos included, end to end in arrays; of about `size` characters where
+        the ids of a text are those of its parts."""
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int64 [vocab_size]; 0 for what is no text. Exact for byte-level
+        vocabularies; else as the vocabulary spells the token."""
+
     def decode(self, ids) -> str:
         """The text of ids; bos, eos and ids outside the vocabulary are dropped, invalid UTF-8 becomes U+FFFD."""
 
@@ -63,6 +73,13 @@ class ByteTokenizer:
         parts = [text.encode("utf-8", "replace") for text in texts]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return _frame(np.frombuffer(b"".join(parts), np.uint8), lengths, self.bos_id, self.eos_id)
+
+    def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, max(len(text), 1), size):
+            yield self.encode(text[start : start + size], bos=start == 0, eos=start + size >= len(text))
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) < 256).astype(np.int64)
 
     def decode(self, ids) -> str:
         ids = np.asarray(ids).reshape(-1)
@@ -88,6 +105,7 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._is_byte_level = _is_byte_level(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size < 2:
@@ -98,6 +116,9 @@ class FileTokenizer:
         self.eos_id = _find_end("eos_token", eos, declared, EOS_NAMES, special, vocabulary, path)
         if self.bos_id is None:  # one token for both ends, as GPT-2 has it
             self.bos_id = self.eos_id
+        words = {i: word for word, i in vocabulary.items()}
+        self.path, self.bos_token, self.eos_token = path, words.get(self.bos_id), words.get(self.eos_id)
+        self._spelled = {i: word for i, word in words.items() if word not in special}
         self._known = np.zeros(self.vocab_size, bool)
         self._known[list(vocabulary.values())] = True
         self._known[[i for i in (self.bos_id, self.eos_id) if i is not None]] = False
@@ -107,19 +128,31 @@ class FileTokenizer:
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
         text = text.encode("utf-8", "replace").decode()
-        ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with _explained(self.name):
+            ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         return _frame(ids, np.array([len(ids)]), self.bos_id if bos else None, self.eos_id if eos else None)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _explained(self.name):
+            rows = [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
         return _frame(ids, lengths, self.bos_id, self.eos_id)
 
+    def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
+        yield self.encode(text, bos=True, eos=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for i, word in self._spelled.items():
+            lengths[i] = len(word) if self._is_byte_level else _spelled_bytes(word)
+        return lengths
+
     def decode(self, ids) -> str:
         ids = np.asarray(ids).reshape(-1)
         ids = ids[(ids >= 0) & (ids < self.vocab_size)]
-        return self._tokenizer.decode(ids[self._known[ids]].tolist(), skip_special_tokens=True)
+        with _explained(self.name):
+            return self._tokenizer.decode(ids[self._known[ids]].tolist(), skip_special_tokens=True)
 
 
 def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | None = None) -> Tokenizer:
@@ -139,6 +172,17 @@ def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | Non
         return ByteTokenizer()
     path = Path(spec).expanduser()
     return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, bos=bos, eos=eos)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes what `load_tokenizer(folder)` needs to give this tokenizer again, ends included; nothing for bytes."""
+    if tokenizer.name == ByteTokenizer.name:
+        return
+    ends = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    target = folder / "tokenizer.json"
+    if tokenizer.path.resolve() != target.resolve():
+        target.write_bytes(_read(tokenizer.path))
+    (folder / "tokenizer_config.json").write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
 
 
 def _frame(ids: np.ndarray, lengths: np.ndarray, bos: int | None, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -169,10 +213,31 @@ def _read(path: Path) -> bytes:
 def _parse(path: Path, content: bytes):
     from tokenizers import Tokenizer as Backend
 
-    try:
+    with _explained(str(path), f"data.tokenizer ({str(path)!r}) is no tokenizer.json"):
         return Backend.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise ConfigError(f"data.tokenizer ({str(path)!r}) is no tokenizer.json: {error}") from error
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str | None = None) -> Iterator[None]:
+    """What the library raises, as one line: bare Exceptions, and panics, which are no Exceptions at all."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        told = what or f"data.tokenizer {name} cannot tokenise (a vocabulary without the token for unknown text?)"
+        raise ConfigError(f"{told}: {error}") from None
+
+
+def _is_byte_level(content: bytes) -> bool:
+    """Whether each character of a token in a tokenizer.json, which was parsed before, stands for a byte."""
+    settings = json.loads(content)
+    return any('"ByteLevel"' in json.dumps(settings.get(part)) for part in ("pre_tokenizer", "decoder"))
+
+
+def _spelled_bytes(word: str) -> int:
+    """Of a token as SentencePiece spells it: `▁` is a space, `<0x0A>` a byte."""
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", word) else len(word.replace("▁", " ").encode())
 
 
 def _declared_ends(path: Path) -> dict:
@@ -182,12 +247,17 @@ def _declared_ends(path: Path) -> dict:
         settings = json.loads(beside.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{beside} is not readable JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{beside} is a JSON {type(settings).__name__}, not an object")
     declared = {}
     for key in ("bos_token", "eos_token"):
         value = settings.get(key)
-        declared[key] = value.get("content") if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(value, str | None):
+            raise ConfigError(f'{beside}: "{key}" is {type(value).__name__}, not a token')
+        declared[key] = value
     return declared
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from hybridlm.cluster import broadcast, from_first, gather, on_all
 from hybridlm.data import Corpus, open_corpus
+from hybridlm.data.abroad import describe, rebuild
+from hybridlm.data.cache import copy_entry, find_entry
 from hybridlm.data.config import DataConfig
-from hybridlm.data.corpus import copy_corpus, find_corpus
 
 CHUNK = 32 << 20
 """Bytes that are sent at once."""
@@ -32,32 +33,33 @@ def open_together(config: DataConfig) -> Corpus:
         return open_corpus(config)
     opened: list[Corpus] = []
 
-    def open_first() -> tuple[str, dict]:
+    def open_first() -> dict:
         opened.append(open_corpus(config))
-        return opened[0].folder.name, opened[0].stats
+        return describe(opened[0])
 
-    key, stats = from_first(open_first)
-    find = lambda: opened[0] if opened else find_corpus(config, key, stats)
-    corpus = on_all(find)
-    while (writing := _writers(config, lacking=corpus is None)).any():
-        parts = _parts(opened[0].folder if opened else None, stats["files"])
-        on_all(partial(_copy, config, key, stats, parts, writing[jax.process_index()]))
-        corpus = on_all(find)
-    return corpus
+    about = from_first(open_first)
+    cache = Path(config.cache_dir).expanduser()
+    for key, stats in about["entries"].items():
+        find = partial(find_entry, cache, key, stats)
+        folder = on_all(find)
+        while (writing := _writers(cache, lacking=folder is None)).any():
+            parts = _parts(folder if opened else None, stats["files"])
+            on_all(partial(_copy, cache, key, stats, parts, writing[jax.process_index()]))
+            folder = on_all(find)
+    return on_all(lambda: opened[0] if opened else rebuild(config, about))
 
 
-def _writers(config: DataConfig, lacking: bool) -> np.ndarray:
+def _writers(cache: Path, lacking: bool) -> np.ndarray:
     """Which processes write an entry that they lack: one for each cache, by its host and folder."""
-    cache = Path(config.cache_dir).expanduser().resolve()
-    place = np.uint32(zlib.crc32(f"{socket.gethostname()}:{cache}".encode()))
+    place = np.uint32(zlib.crc32(f"{socket.gethostname()}:{cache.resolve()}".encode()))
     lack, places = gather(np.array([lacking, place], np.uint32)).T
     first = {p: i for i, p in reversed(list(enumerate(places))) if lack[i]}
     return np.array([bool(lack[i]) and first[p] == i for i, p in enumerate(places)])
 
 
-def _parts(folder: Path | None, sizes: dict[str, int]) -> Iterator[tuple[str, bytes]]:
+def _parts(folder: Path | None, files: dict[str, list]) -> Iterator[tuple[str, bytes]]:
     """The files of the first process's entry, part by part, on all processes, which have to take them all."""
-    for name, size in sizes.items():
+    for name, (size, _) in files.items():
         for start in range(0, size, CHUNK):
             part = np.zeros(min(CHUNK, size - start), np.uint8)
             if folder is not None:
@@ -67,10 +69,10 @@ def _parts(folder: Path | None, sizes: dict[str, int]) -> Iterator[tuple[str, by
             yield name, broadcast(part).tobytes()
 
 
-def _copy(config: DataConfig, key: str, stats: dict, parts: Iterator[tuple[str, bytes]], writing: bool) -> None:
+def _copy(cache: Path, key: str, stats: dict, parts: Iterator[tuple[str, bytes]], writing: bool) -> None:
     try:
         if writing:
-            copy_corpus(config, key, stats, parts)
+            copy_entry(cache, key, stats, parts)
     finally:  # one that cannot write takes what is sent as well: no process waits for it
         for _ in parts:
             pass

@@ -103,13 +103,17 @@ def _run(
         batches, held_out = _open_batches(config, corpus, program, opened)
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
-        meter = Meter(config, mesh, corpus.stats["train"]["bytes_per_pair"])
+        bytes_per_token = corpus.stats["train"]["bytes_per_pair"]
+        meter = Meter(config, mesh, bytes_per_token, tokens_before=batches.loader.tokens_before)
         from_first(lambda: keep_tokenizer(config.data, folder.path))
 
         restored = _restored(program, folder, found, checkpoints, batches, meter, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
         _record_start(config, mesh, folder, log, display, resume, step, origin)
+        if batches.loader.changed:
+            display.say(f"other batches from step {step} on: {batches.loader.changed}")
+            log.write("data", step, {"changed": batches.loader.changed})
         checkpoints.on_saved = lambda at, seconds: log.write("save", at, {"seconds": round(seconds, 2)})
         for at, loss in log.values("val", "loss").items():
             checkpoints.rate(at, loss)
@@ -123,6 +127,8 @@ def _run(
             tokenizer=corpus.tokenizer.fingerprint, single=peers.count == 1,
         )  # fmt: skip
         _introduce(config, program, mesh, corpus, folder, display)
+        if config.data.packing != "split":
+            display.say(f"rows are {batches.loader.fill:.2%} full")
         display.start(step)
 
         step, state, stopping = steps.take(step, state, began)

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 class MetricsLog:
     """metrics.jsonl and TensorBoard: one record a line, appended.
 
-    `kind` is train, val or end, or an event: start (what a start of the run was), config (what it changed), save.
+    `kind` is train, val or end, or an event: start (what a start of the run was), config and data (what it changed),
+    save.
     """
 
     def __init__(

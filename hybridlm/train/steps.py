@@ -59,6 +59,7 @@ class Steps:
             if batch is None:
                 self._save_now(step, state)
                 return step, state, True
+            self.meter.wait(time.monotonic() - fetched)
             with self.watchdog.during("compiling") if step + 1 == first else nullcontext():
                 state, metrics = self.program.train_step(state, batch)
             step += 1

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 
 from hybridlm.config import DataConfig
 from hybridlm.data import corpus as corpus_module
-from hybridlm.data import open_corpus
-from hybridlm.data.corpus import copy_corpus, find_corpus, in_validation
+from hybridlm.data import open_corpus, tokenise
+from hybridlm.data.cache import copy_entry, find_entry
+from hybridlm.data.corpus import in_validation
 from hybridlm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -43,12 +45,9 @@ def python(code, *arguments):
 
 OPEN = """
 import os, sys
-from types import SimpleNamespace
-from hybridlm.data import corpus
-config = SimpleNamespace(
-    path=(sys.argv[1],), val_path=(), val_fraction=0.2, text_key="text", tokenizer="byte",
-    bos_token=None, eos_token=None, cache_dir=sys.argv[2],
-)
+from hybridlm.data import cache, corpus, tokenise
+from hybridlm.data.config import DataConfig
+config = DataConfig(path=(sys.argv[1],), val_fraction=0.2, cache_dir=sys.argv[2])
 """
 
 
@@ -96,15 +95,17 @@ def test_bigram_baseline_against_counting(config):
 def test_cache_is_reused_and_keyed_by_content(config, folder, monkeypatch):
     first = open_corpus(config())
     built = []
-    write = corpus_module._write_entry
-    monkeypatch.setattr(corpus_module, "_write_entry", lambda *a: built.append(1) or write(*a))
+    write = corpus_module.write_texts
+    monkeypatch.setattr(corpus_module, "write_texts", lambda *a: built.append(1) or write(*a))
     assert open_corpus(config()).stats == first.stats and not built
     assert open_corpus(config(val_fraction=0.5)).fingerprint != first.fingerprint and len(built) == 1
     os.utime(folder / "a.jsonl", ns=(1, 1))
-    assert open_corpus(config()).fingerprint == first.fingerprint and len(built) == 2  # another key, the same tokens
+    shutil.copytree(folder, folder.parent / "elsewhere")
+    for path in (folder, folder.parent / "elsewhere"):  # neither the time nor the place of a file matters
+        assert open_corpus(config(path=(f"{path}/*.jsonl",))).stats == first.stats and len(built) == 1
     with open(folder / "a.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    assert open_corpus(config()).fingerprint != first.fingerprint and len(built) == 3
+    assert open_corpus(config()).fingerprint != first.fingerprint and len(built) == 2
 
 
 def test_val_path_holds_out_whole_files_and_no_leak(config, folder, texts):
@@ -136,7 +137,7 @@ def test_a_failed_build_leaves_nothing(config, monkeypatch, error, expected):
     def fail(self, documents):
         raise error
 
-    monkeypatch.setattr(corpus_module.BigramCounter, "add", fail)
+    monkeypatch.setattr(tokenise.BigramCounter, "add", fail)
     with pytest.raises(ConfigError if expected else KeyboardInterrupt) as caught:
         open_corpus(config())
     assert expected is None or (expected in str(caught.value) and "data.cache_dir" in str(caught.value))
@@ -158,7 +159,7 @@ def test_unusable_cache_folder(config, tmp_path):
 
 
 def test_a_killed_build_is_not_read_and_is_cleaned_up(config):
-    code = OPEN + "corpus.BigramCounter.add = lambda *a: os._exit(9)\ncorpus.open_corpus(config)"
+    code = OPEN + "tokenise.BigramCounter.add = lambda *a: os._exit(9)\ncorpus.open_corpus(config)"
     killed = python(code, config().path[0], config().cache_dir)
     killed.communicate()
     assert killed.returncode == 9
@@ -187,7 +188,7 @@ def test_a_damaged_entry_is_rebuilt(config, damage):
 @pytest.mark.parametrize("locks", [True, False])
 def test_processes_that_build_at_once_agree(config, locks):
     code = OPEN + (
-        "corpus.fcntl = corpus.fcntl if sys.argv[3] == 'True' else None\n"
+        "cache.fcntl = cache.fcntl if sys.argv[3] == 'True' else None\n"
         "made = corpus.open_corpus(config)\nprint(made.fingerprint, made.split('train').tokens.sum())"
     )
     running = [python(code, config().path[0], config().cache_dir, str(locks)) for _ in range(3)]
@@ -199,39 +200,28 @@ def test_processes_that_build_at_once_agree(config, locks):
 def test_a_copy_is_the_entry_and_leaves_nothing_half_written(config, tmp_path):
     """What another host gets sent: `train.corpora` sends it, tests/pods/test_together.py by real processes."""
     original = open_corpus(config())
-    key, stats = original.folder.name, json.loads(json.dumps(original.stats))
-    there = config(cache_dir=str(tmp_path / "there"))
+    key, stats, there = original.folder.name, json.loads(json.dumps(original.stats)), tmp_path / "there"
 
-    def parts(until: int):
+    def parts(until: int, changed: bytes = b""):
         for name in list(stats["files"])[:until]:
             content = (original.folder / name).read_bytes()
             yield name, content[:7]
-            yield name, content[7:]
+            yield name, changed or content[7:]
 
-    assert find_corpus(there, key, stats) is None
-    with pytest.raises(ConfigError, match=r"cannot write the token cache under .*there .*is not all there"):
-        copy_corpus(there, key, stats, parts(2))
-    assert list(Path(there.cache_dir).iterdir()) == []
-    killed, at_work = (tmp_path / "there" / f".copy-{key}-{socket.gethostname()}-{name}" for name in "ab")
+    assert find_entry(there, key, stats) is None
+    for sent in (parts(2), parts(9, b"other")):
+        with pytest.raises(ConfigError, match=r"cannot write the token cache under .*there .*is not all there"):
+            copy_entry(there, key, stats, sent)
+        assert list(there.iterdir()) == []
+    killed, at_work = (there / f".copy-{key}-{socket.gethostname()}-{name}" for name in "ab")
     for folder in (killed, at_work):
         folder.mkdir()
     os.utime(killed, (0, 0))
-    copy_corpus(there, key, stats, parts(9))
-    found = find_corpus(there, key, stats)
-    assert found.fingerprint == original.fingerprint and found.stats == original.stats
-    np.testing.assert_array_equal(found.split("val").tokens, original.split("val").tokens)
-    assert set(Path(there.cache_dir).iterdir()) == {found.folder, at_work}
-
-
-def test_another_corpus_than_the_first_host_has_is_told(config, tmp_path):
-    corpus = open_corpus(config())
-    key, stats = corpus.folder.name, corpus.stats
-    with pytest.raises(ConfigError, match=r"data.tokenizer \(byte\) is another one on this host than on the first"):
-        find_corpus(config(), key, stats | {"fingerprint": "0"})
-    other = json.loads((corpus.folder / "stats.json").read_text())
-    (corpus.folder / "stats.json").write_text(json.dumps(other | {"fingerprint": "0"}))
-    with pytest.raises(ConfigError, match=f"{corpus.folder} holds other tokens on this host than on the first: remove"):
-        find_corpus(config(), key, stats)
+    copy_entry(there, key, stats, parts(9))
+    found = find_entry(there, key, stats)
+    for name in stats["files"]:
+        assert (found / name).read_bytes() == (original.folder / name).read_bytes()
+    assert set(there.iterdir()) == {found, at_work}
 
 
 def test_large_vocabularies_take_four_bytes(config, tmp_path):
@@ -259,3 +249,21 @@ def test_importing_the_package_is_light():
     heavy = "('flax', 'grain', 'pyarrow', 'tokenizers', 'torch')"
     code = f"import sys, hybridlm.data; print([name for name in {heavy} if name in sys.modules])"
     assert python(code).communicate()[0].strip() == "[]"
+
+
+def test_a_long_document_is_tokenised_in_pieces(config, tmp_path, monkeypatch):
+    """Of a few times its text in memory, and to the tokens that it has at once."""
+    import tracemalloc
+
+    n = 8_000_000
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "words and " * (n // 10)}) + "\n")
+    long = config(path=(f"{tmp_path}/long.jsonl",), val_fraction=0.0)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1 << 20)
+    tracemalloc.start()
+    corpus = open_corpus(long)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7 * n, f"{peak / n:.1f} bytes a character"
+    monkeypatch.undo()
+    at_once = open_corpus(config(path=(f"{tmp_path}/long.jsonl",), val_fraction=0.0, cache_dir=str(tmp_path / "two")))
+    assert at_once.stats == corpus.stats and corpus.stats["train"]["bytes"] == n

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch n is a function of (seed, data, n): of no host, worker, thread or restart."""
 
-import itertools
 import json
 import os
 import signal
@@ -15,36 +14,9 @@ import pytest
 from hybridlm.data import host_rows, make_loader, open_corpus
 from hybridlm.data.packing import FIELDS, PairRows
 from hybridlm.errors import ConfigError
+from tests.data.support import all_pairs, check_equal, join, pairs_of, take
 
 ROOT = Path(__file__).parents[2]
-
-
-def take(loader, n):
-    with loader:
-        return list(itertools.islice(loader, n))
-
-
-def check_equal(actual, expected):
-    assert len(actual) == len(expected)
-    for n, (a, b) in enumerate(zip(actual, expected)):
-        for field in FIELDS:
-            np.testing.assert_array_equal(a[field], b[field], f"batch {n}, {field}")
-
-
-def join(parts):
-    """The global batches of the batches of each host."""
-    return [{field: np.concatenate([part[field] for part in hosts]) for field in FIELDS} for hosts in zip(*parts)]
-
-
-def pairs_of(batches):
-    tokens, targets = (np.concatenate([batch[field].ravel() for batch in batches]) for field in ("tokens", "targets"))
-    real = targets >= 0
-    return sorted(zip(tokens[real].tolist(), targets[real].tolist()))
-
-
-def all_pairs(split):
-    documents = np.split(split.tokens, split.offsets[1:-1])
-    return sorted(pair for d in documents for pair in zip(d[:-1].tolist(), d[1:].tolist()))
 
 
 def test_shapes_and_an_epoch_holds_every_pair_once(config):
@@ -141,18 +113,24 @@ def test_worker_processes_change_nothing(config):
         check_equal([next(loader) for _ in range(7)], expected)
 
 
-def test_state_of_other_data_is_refused(config):
+def test_rows_need_not_be_neighbours(config):
+    corpus = open_corpus(config())
+    whole = take(make_loader(config(), seed=1, corpus=corpus), 9)
+    read = take(make_loader(config(), seed=1, rows=[0, 2, 3], corpus=corpus), 9)
+    check_equal(read, [{field: value[[0, 2, 3]] for field, value in batch.items()} for batch in whole])
+
+
+def test_a_state_of_another_seed_or_split_is_refused(config):
     with make_loader(config(), seed=1) as loader:
-        state = loader.get_state()
-    changes = [(dict(batch_size=8), 1, "batch_size 4 -> 8"), (dict(seq_len=32), 1, "seq_len 64 -> 32")]
-    changes += [({}, 2, "seed 1 -> 2"), (dict(val_fraction=0.5), 1, "fingerprint")]
-    for fields, seed, expected in changes:
-        with make_loader(config(**fields), seed=seed) as loader:
-            with pytest.raises(ConfigError, match=f"data changed since the checkpoint.*{expected}"):
-                loader.set_state(state | {"step": 5})
-            assert loader.step == 0
-            loader.set_state(state | {"step": 5}, strict=False)
-            assert loader.step == 5
+        state = loader.get_state() | {"step": 5}
+    with make_loader(config(), seed=2) as loader:
+        with pytest.raises(ConfigError, match=r"data changed since the checkpoint.*seed 1 -> 2"):
+            loader.set_state(state)
+        assert loader.step == 0
+        loader.set_state(state, strict=False)
+        assert loader.step == 5
+    with make_loader(config(), seed=1, split="val") as loader, pytest.raises(ConfigError, match="'train' -> 'val'"):
+        loader.set_state(state)
 
 
 @pytest.mark.parametrize("batch_size", [3, 5, 7])
@@ -248,13 +226,12 @@ def test_an_exception_leaves_the_step_and_the_order(config, monkeypatch):
 
 END_OF_PROCESS = """
 import os, signal, sys, threading
-from types import SimpleNamespace
 from hybridlm.data import make_loader
+from hybridlm.data.config import DataConfig
 if __name__ == "__main__":
     path, cache, workers, how = sys.argv[1:]
-    config = SimpleNamespace(
-        path=(path,), val_path=(), val_fraction=0.2, text_key="text", tokenizer="byte", bos_token=None, eos_token=None,
-        seq_len=64, batch_size=4, cache_dir=cache, workers=int(workers), prefetch=4,
+    config = DataConfig(
+        path=(path,), val_fraction=0.2, seq_len=64, batch_size=4, cache_dir=cache, workers=int(workers)
     )
     loader = make_loader(config)
     next(loader)

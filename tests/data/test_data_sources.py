@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from hybridlm.data import formats
 from hybridlm.data.formats import embedded_folder, open_source
 from hybridlm.errors import ConfigError
+from tests.data.support import mutate
 
 
 def read(path, **keywords):
@@ -170,4 +172,51 @@ def test_a_new_format_is_a_row(tmp_path, monkeypatch):
     assert "reading .down needs no_such_module: pip install no_such_module" in error_of(tmp_path / "A.DOWN")
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS[:-1], dataclasses.replace(row, needs=())))
     assert read(tmp_path / "A.DOWN") == ["cba"] and read(tmp_path / "b.zip") == ["zyx"]
-    assert error_of(tmp_path / "c.docx").endswith(".jsonl, .jsonl.gz, .parquet or .down")
+    assert error_of(tmp_path / "c.docx").endswith(".jsonl, .jsonl.gz, .jsonl.zst, .parquet or .down")
+
+
+def test_zstandard_reads_alike_and_tells_of_damage(tmp_path, texts):
+    write_lines(tmp_path / "a.jsonl", texts)
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    frames = [bytes(pa.Codec("zstd").compress(part)) for part in (raw[:5000], raw[5000:])]
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
+    assert tuple(read(tmp_path / "b.jsonl.zst")) == texts
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames)[:-7])
+    assert f"{tmp_path / 'c.jsonl.zst'} is not a whole zstandard file" in error_of(tmp_path / "c.jsonl.zst")
+    (tmp_path / "d.jsonl.zst").write_bytes(b"plain")
+    assert "is not a whole zstandard file" in error_of(tmp_path / "d.jsonl.zst")
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"text": ' + "[" * 200_000, '{"a":' * 50_000])
+def test_deep_json_is_one_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
+    assert f"line 2 of {tmp_path / 'a.jsonl'} nests deeper" in error_of(tmp_path / "a.jsonl")
+
+
+def test_parquet_text_that_is_no_utf8_is_one_line(tmp_path):
+    raw = pa.array([b"fine", b"caf\xe9", b"fine"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": raw}), tmp_path / "a.parquet")
+    assert f"row 2 of {tmp_path / 'a.parquet'} is not UTF-8 text (byte 0xe9" in error_of(tmp_path / "a.parquet")
+
+
+def test_mutated_text_files_are_told_or_read(tmp_path, texts):
+    rng = np.random.default_rng(0)
+    write_lines(tmp_path / "a.jsonl", texts[:30])
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "a.jsonl.zst").write_bytes(bytes(pa.Codec("zstd").compress(raw)))
+    pq.write_table(pa.table({"text": texts[:30]}), tmp_path / "a.parquet", row_group_size=7)
+    (tmp_path / "a.txt").write_text("".join(texts[:30]))
+    names = sorted(file.name for file in tmp_path.iterdir())
+    told = 0
+    for number in range(120):
+        name = names[number % len(names)]
+        changed = tmp_path / f"changed-{number}" / name
+        changed.parent.mkdir()
+        changed.write_bytes(mutate((tmp_path / name).read_bytes(), rng))
+        try:
+            read(changed)
+        except ConfigError as error:
+            assert "\n" not in str(error) and str(changed) in str(error)
+            told += 1
+    assert told > 60

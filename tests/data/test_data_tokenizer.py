@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from hybridlm.data.tokenizer import ByteTokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
+from tests.data.support import mutate
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 
@@ -111,3 +112,63 @@ def test_errors_are_one_line(tmp_path, bpe_path):
         with pytest.raises(ConfigError) as caught:
             load_tokenizer(*arguments, **keywords)
         assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["[]", "null", "3", '{"bos_token": [1]}', '{"eos_token": 7}', "[" * 100_000])
+def test_other_tokenizer_configs_are_one_line(tmp_path, config):
+    train_bpe(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizers_that_fail_on_text_are_one_line(tmp_path):
+    """Vocabularies without unknown text raise bare Exceptions, and some settings panic, which is no Exception."""
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], None, False))
+    unigram.save(str(tmp_path / "unigram.json"))
+    train_bpe(tmp_path / "bpe.json")
+    settings = json.loads((tmp_path / "bpe.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": ""}, "content": "x"}
+    (tmp_path / "replace.json").write_text(json.dumps(settings))
+    told = 0
+    for name in ("words", "unigram", "replace"):
+        try:
+            tokenizer = load_tokenizer(str(tmp_path / f"{name}.json"))
+            tokenizer.encode("zz zz")
+            tokenizer.encode_batch(["zz", "a"])
+        except ConfigError as error:
+            assert "\n" not in str(error) and "data.tokenizer" in str(error)
+            told += 1
+    assert told >= 2
+
+
+def test_bytes_of_ids_are_those_of_the_text(bpe_path):
+    texts = ["the thesis", "äß \U0001f40d there\n", ""]
+    for tokenizer in (ByteTokenizer(), load_tokenizer(str(bpe_path))):
+        ids, _ = tokenizer.encode_batch(texts)
+        assert tokenizer.byte_lengths()[ids].sum() == sum(len(text.encode()) for text in texts)
+
+
+@given(text=TEXT, size=st.integers(1, 9))
+def test_a_document_in_pieces_is_the_document(text, size):
+    pieces = list(ByteTokenizer().encode_pieces(text, size))
+    np.testing.assert_array_equal(np.concatenate(pieces), ByteTokenizer().encode(text, bos=True, eos=True))
+
+
+def test_mutated_tokenizers_are_told_or_work(tmp_path, bpe_path):
+    rng = np.random.default_rng(0)
+    raw = bpe_path.read_bytes()
+    told = 0
+    for _ in range(60):
+        (tmp_path / "tokenizer.json").write_bytes(mutate(raw, rng))
+        try:
+            tokenizer = load_tokenizer(str(tmp_path))
+            tokenizer.decode(tokenizer.encode("the theme\n"))
+        except ConfigError as error:
+            assert "\n" not in str(error)
+            told += 1
+    assert told > 30

@@ -17,7 +17,7 @@ from hybridlm.train import step as step_module
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics
 
-TIMES = {"tokens_per_second", "seconds_left", "seconds", "mfu"}
+TIMES = {"tokens_per_second", "seconds_left", "seconds", "mfu", "data_wait"}
 
 
 @pytest.fixture(autouse=True)
