@@ -12,10 +12,11 @@ from collections.abc import Callable
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.generate import GENERATE
+from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CONVERT)
+COMMANDS = (TRAIN, GENERATE, CONVERT, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:

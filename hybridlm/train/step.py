@@ -28,6 +28,7 @@ from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_sl
 from hybridlm.train.layout import SUMS, Layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
+from hybridlm.train.xla import options
 from pallas_kernels.platform import platform_of
 
 
@@ -101,16 +102,17 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     rule = partial(make_optimizer, config.optim, steps, info)
     step = make_train_step(objective, rule, config.optim.accumulate, layout)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
-    on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"
+    platform = platform_of(mesh.devices.flat[0])
+    on_cpu, often = platform == "cpu", options(platform)
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
         init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
         train_step=TrainStep(
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often),
             np.array(schedule_lengths(config.optim, steps), np.int32),
         ),
-        eval_step=jax.jit(lambda params, batch: objective(layout.stack(params), batch)[1]),
+        eval_step=jax.jit(lambda params, batch: objective(layout.stack(params), batch)[1], compiler_options=often),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
