@@ -5,6 +5,7 @@
 programs that the trace holds, of which it gives nothing: they are read here from the wire format of protocol buffers.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,13 @@ def find(folder: Path) -> Path | None:
 
 def read(path: Path) -> tuple[list[Event], str | None]:
     """The kernels of all devices, and what a device calls itself (None: it does not)."""
-    names, data = op_names(path.read_bytes()), jax.profiler.ProfileData.from_file(str(path))
+    names = op_names(path.read_bytes())
+    with warnings.catch_warnings():  # Python's, of types that jaxlib makes
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _events(jax.profiler.ProfileData.from_file(str(path)), names)
+
+
+def _events(data, names: dict[str, dict[str, str]]) -> tuple[list[Event], str | None]:
     events, kind = [], None
     planes = [plane for plane in data.planes if plane.name.startswith("/device:") and "CUSTOM" not in plane.name]
     for device, plane in enumerate(planes):
