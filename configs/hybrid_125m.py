@@ -2,7 +2,8 @@
 """A 125M-class hybrid for ablations: 10 Mamba-2 and 2 gated attention mixers, each followed by a SwiGLU MLP.
 
 Command: python train.py --config hybrid_125m --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json
-Hardware: one accelerator with 24 GB or more; --mesh.fsdp=8 or the default data parallelism on a host of eight.
+Hardware: one accelerator with 40 GB or more (24 GB: --optim.accumulate=4); --mesh.fsdp=8 or the default data
+parallelism on a host of eight.
 Expected: 130 million parameters; 10,000 steps of 65,536 tokens are 0.66 billion tokens.
 """
 

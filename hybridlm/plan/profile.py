@@ -19,7 +19,7 @@ CLASSES = (
     ("matrix products", r"gemm|nvjet|cublas|cutlass|xmma|convolution|\bdot\b|dot_general"),
     ("copies", r"memcpy|^copy|^wrapped_copy"),
     ("fills", r"memset|broadcast|iota"),
-    ("slices and updates", r"slice|gather|scatter|concatenate|pad"),
+    ("slices and updates", r"slice|gather|scatter|pad"),
     ("reductions", r"reduce"),
     ("conversions", r"convert"),
 )
