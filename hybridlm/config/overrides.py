@@ -48,7 +48,7 @@ def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Confi
 
     folder = Path(config.init.hf).expanduser()
     published = open_checkpoint(folder).config
-    kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat")}
+    kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat", "unroll")}
     data = config.data
     if data.tokenizer == "byte" and (folder / "tokenizer.json").is_file():
         data = dataclasses.replace(data, tokenizer=str(folder))

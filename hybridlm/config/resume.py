@@ -18,6 +18,7 @@ FREE = {
     "where its first parameters came from": ("init",),
     "how devices share the work": ("mesh", "cluster"),
     "what the backward recomputes": ("model.remat",),
+    "how the program is written": ("model.unroll",),
     "how text is read": ("data.workers", "data.prefetch", "data.cache_dir"),
     "how long it is": ("run.steps",),
     "what it writes, and when": (

@@ -9,8 +9,8 @@ from hybridlm.hf.family import Family
 from hybridlm.model.config import ModelConfig
 
 FREE = frozenset({
-    "compute_dtype", "remat", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "A_init",
-    "blocks", "pattern", "balance_weight", "z_weight", "capacity",
+    "compute_dtype", "remat", "unroll", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale",
+    "A_init", "blocks", "pattern", "balance_weight", "z_weight", "capacity",
 })  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
 

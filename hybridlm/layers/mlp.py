@@ -2,6 +2,7 @@
 """Feed-forward sublayers: SwiGLU (Shazeer 2020), GELU, squared ReLU (So et al. 2021)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -120,10 +121,8 @@ class FeedForward(nnx.Module):
             h = h if added is None else h + added
             h = checkpoint_name(sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff"), "mlp_in")
         with jax.named_scope("mlp_hidden"):
-            activation = ACTIVATIONS[GATED.get(self.config.activation, self.config.activation)]
-            before = h[:, :, 0] if self.config.gated else h
-            before = before if self.config.gate_multiplier == 1 else before * self.config.gate_multiplier
-            h_BTF = activation(before) * h[:, :, 1] if self.config.gated else activation(before)
+            run = gated if self.config.gated else _activated
+            h_BTF = run(h, GATED.get(self.config.activation, self.config.activation), self.config.gate_multiplier)
             h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
         with jax.named_scope("mlp_out"):
             y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
@@ -138,3 +137,30 @@ class FeedForward(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """`mix`: the past does not matter."""
         return self.mix(x_BTD, Tokens()).y_BTD, cache
+
+
+def _activated(h: jax.Array, activation: str, multiplier: float) -> jax.Array:
+    """activation(multiplier * h)."""
+    return ACTIVATIONS[activation](h if multiplier == 1 else h * multiplier)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gated(h_BTcF: jax.Array, activation: str, multiplier: float) -> jax.Array:
+    """activation(multiplier * gate) * up, [B, T, F], of both in one array [B, T, 2, F].
+
+    The gradient is written out: its two halves are put together, where they would be padded to the whole and added.
+    """
+    return _activated(h_BTcF[:, :, 0], activation, multiplier) * h_BTcF[:, :, 1]
+
+
+def _gated_fwd(h_BTcF, activation, multiplier):
+    return gated(h_BTcF, activation, multiplier), h_BTcF
+
+
+def _gated_bwd(activation, multiplier, h_BTcF, d_BTF):
+    gate, up = h_BTcF[:, :, 0], h_BTcF[:, :, 1]
+    active, back = jax.vjp(lambda gate: _activated(gate, activation, multiplier), gate)
+    return (jnp.stack([back(d_BTF * up)[0], d_BTF * active], axis=2),)
+
+
+gated.defvjp(_gated_fwd, _gated_bwd)

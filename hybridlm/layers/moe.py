@@ -181,7 +181,7 @@ class MoEFeedForward(nnx.Module):
         self.config, self.dtype = config, dtype
         out_std = init_std if out_std is None else out_std
         D, E, F, R = d_model, config.n_experts, config.d_ff, config.d_latent or d_model
-        self.router = params.matrix(rngs, (D, E), ("d_model", None), init_std)
+        self.router = params.matrix(rngs, (D, E), ("d_model", None), init_std, exact=True)
         self.selection_bias = params.zeros((E,), (None,), "bias") if config.router.selection_bias else None
         latent, bias = config.d_latent is not None, config.latent_bias
         self.latent_in = params.matrix(rngs, (D, R), ("d_model", None), init_std) if latent else None

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm.layers import params
+from pallas_kernels.platform import platform
 
 
 def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
@@ -52,17 +53,30 @@ def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype
 
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, saved, d_out):
     y_BTHP, z_BTHP, weight_HP, root_BTG = saved
+    weight = weight_HP.astype(jnp.float32)[None, None]
+    parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate)
+    mean_BTG = _group_mean(parts["d_normed"] * weight * parts["normed"], n_groups)
+    if platform() == "gpu":  # two passes over the inputs: XLA would keep the first one's float32 for the second
+        again = jax.lax.optimization_barrier((y_BTHP, z_BTHP, d_out, mean_BTG))
+        parts, mean_BTG = _parts_of_gradient(*again[:3], root_BTG, before_gate), again[3]
+    root = _per_channel(root_BTG, y_BTHP.shape)
+    d_weight = (parts["d_normed"] * parts["normed"]).sum((0, 1))
+    d_u = root * (parts["d_normed"] * weight - parts["normed"] * _per_channel(mean_BTG, y_BTHP.shape))
+    if before_gate:
+        d_y, d_z = d_u, parts["d_out"] * parts["normed"] * weight * parts["d_gate"]
+    else:
+        d_y, d_z = d_u * parts["gate"], d_u * parts["y"] * parts["d_gate"]
+    return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
+
+
+def _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate: bool) -> dict[str, jax.Array]:
+    """What the gradient is made of, token by token, float32."""
     y, z, d_out = (a.astype(jnp.float32) for a in (y_BTHP, z_BTHP, d_out))
-    weight, sigmoid = weight_HP.astype(jnp.float32)[None, None], jax.nn.sigmoid(z)
+    sigmoid = jax.nn.sigmoid(z)
     gate, d_gate = z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
     u, d_normed = (y, d_out * gate) if before_gate else (y * gate, d_out)
-    root = _per_channel(root_BTG, y.shape)
-    normed = u * root
-    d_weight = (d_normed * normed).sum((0, 1))
-    d_u = d_normed * weight
-    d_u = root * (d_u - normed * _per_channel(_group_mean(d_u * normed, n_groups), y.shape))
-    d_y, d_z = (d_u, d_out * normed * weight * d_gate) if before_gate else (d_u * gate, d_u * y * d_gate)
-    return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
+    normed = u * _per_channel(root_BTG, y.shape)
+    return {"y": y, "d_out": d_out, "gate": gate, "d_gate": d_gate, "normed": normed, "d_normed": d_normed}
 
 
 gated_rms_norm.defvjp(_gated_rms_norm, _gated_rms_norm_bwd)

@@ -8,6 +8,8 @@ stacks the values of its repeats along a leading axis that is not counted):
 - kind: matrix, embedding, norm, bias, recurrence, conv or sink.
 - n_in: of a matrix, how many axes are contracted: the first, fused ones aside; the others are its outputs.
 - fused_axes: of a matrix, axes that count independent matrices stored together.
+- exact: of a matrix, that it is used in float32. Others reach a layer in the type of the computation already where all
+  are cast at once: once a step in training, once a text in decoding.
 """
 
 import math
@@ -40,6 +42,8 @@ class ParamInfo:
     """The value has a leading axis over the repeats of a scanned group."""
     shape: tuple[int, ...]
     """Shape of the value, the stacked axis included."""
+    exact: bool = False
+    """A matrix that is used in float32, whatever the type of the computation."""
 
 
 def param_info(params):
@@ -56,22 +60,37 @@ def param_info(params):
 def _info(variable: nnx.Variable) -> ParamInfo:
     meta, shape = variable.get_metadata(), tuple(variable.get_value().shape)
     stacked = len(shape) == len(meta["axes"]) + 1
-    return ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape)
+    exact = meta.get("exact", False)
+    return ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, exact)
 
 
 def make(
-    value: jax.Array, axes: tuple[str | None, ...], kind: Kind, *, n_in: int = 0, fused_axes: tuple = ()
+    value: jax.Array, axes: tuple[str | None, ...], kind: Kind, *, n_in: int = 0, fused_axes: tuple = (), **more: bool
 ) -> nnx.Param:
     """A parameter with its metadata; float32."""
     if value.ndim != len(axes):
         raise ValueError(f"axes ({axes}) must name the {value.ndim} axes of shape {value.shape}")
-    return nnx.Param(value.astype(jnp.float32), axes=axes, kind=kind, n_in=n_in, fused_axes=fused_axes)
+    return nnx.Param(value.astype(jnp.float32), axes=axes, kind=kind, n_in=n_in, fused_axes=fused_axes, **more)
 
 
-def matrix(rngs: nnx.Rngs, shape, axes, std: float, *, n_in: int = 1, fused_axes: tuple = ()) -> nnx.Param:
+def matrix(
+    rngs: nnx.Rngs, shape, axes, std: float, *, n_in: int = 1, fused_axes: tuple = (), exact: bool = False
+) -> nnx.Param:
     """A matrix drawn from a normal distribution of standard deviation `std`."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return make(value, axes, "matrix", n_in=n_in, fused_axes=fused_axes)
+    return make(value, axes, "matrix", n_in=n_in, fused_axes=fused_axes, **({"exact": True} if exact else {}))
+
+
+def in_type(values, info, dtype):
+    """Matrices in the type of the computation, but exact ones; the same numbers, as each use would cast them first.
+
+    values: tree like `info`, the tree of ParamInfo.
+    """
+
+    def cast(value, leaf):
+        return value.astype(dtype) if leaf.kind == "matrix" and not leaf.exact else value
+
+    return jax.tree.map(cast, values, info)
 
 
 def zeros(shape, axes, kind: Kind) -> nnx.Param:

@@ -36,6 +36,9 @@ class ModelConfig:
     """Standard deviation of embeddings and matrices; a sublayer's last one is divided by sqrt(number of sublayers)."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of matrices at use; parameters are float32."""
+    unroll: int | None = None
+    """Loops over depth of up to so many repeats are written out: faster steps on GPUs, which then copy nothing in and
+    out of stacks, for more to compile. None: in training on a GPU all (`train.layout`), elsewhere none."""
     remat: str = "none"
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
 
@@ -43,6 +46,7 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "norm_eps", "init_std", "logit_softcap"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
+        require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")
         require(len(self.pattern) > 0, "model.pattern ('') must have at least one symbol")
         for symbol in self.blocks:
             require(len(symbol) == 1, f"model.blocks key ({symbol!r}) must be one character")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm.layers.params import param_info
+from hybridlm.layers.params import in_type, param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import Cache, HybridLM
 
@@ -65,8 +65,8 @@ def _prefill(graphdef, params, tokens_BT, lengths_B, max_len: int) -> tuple[jax.
 @partial(jax.jit, static_argnums=(1, 7, 8, 9, 10), donate_argnums=0)
 def _decode(cache, graphdef, params, x_BD, key, temperature, top_p, n_new: int, greedy: bool, top_k, eos_id):
     """The loop; each step draws a token of the logits at hand and reads it into the (donated) cache."""
-    model = nnx.merge(graphdef, params)
-    model = nnx.merge(graphdef, _in_compute_dtype(params, model.config))
+    config = nnx.merge(graphdef, params).config
+    model = nnx.merge(graphdef, _in_compute_dtype(params, config)).stacked()
     batch = x_BD.shape[0]
     fill = 0 if eos_id is None else eos_id
 
@@ -109,13 +109,12 @@ def _filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) 
 
 
 def _in_compute_dtype(params, config: ModelConfig):
-    """Matrices cast once instead of in every step; the same numbers, as each use would cast them first."""
-    kinds = ("matrix", "embedding") if config.embedding_multiplier == 1 else ("matrix",)
-
-    def cast(value, info):
-        return value.astype(config.compute_dtype) if info.kind in kinds else value
-
-    return jax.tree.map(cast, params, param_info(params))
+    """Matrices and embeddings cast once instead of in every step; the same numbers, as each use would cast them."""
+    info = param_info(params)
+    cast = in_type(params, info, config.compute_dtype)
+    if config.embedding_multiplier != 1:
+        return cast
+    return jax.tree.map(lambda a, leaf: a.astype(config.compute_dtype) if leaf.kind == "embedding" else a, cast, info)
 
 
 def _check_prompt(model: HybridLM, tokens_BT, lengths) -> tuple[np.ndarray, np.ndarray]:

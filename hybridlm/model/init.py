@@ -35,7 +35,16 @@ class Abstract(NamedTuple):
 @functools.cache
 def abstract(config: ModelConfig) -> Abstract:
     """The model of a config without its values, made once for each config."""
-    model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
+    return _without_values(nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def stacked(config: ModelConfig) -> Abstract:
+    """The same of `HybridLM.stacked()`, the model as its program reads it."""
+    return _without_values(nnx.eval_shape(lambda model: model.stacked(), abstract(config).model()))
+
+
+def _without_values(model: HybridLM) -> Abstract:
     graphdef, params = nnx.split(model, nnx.Param)
     shapes = nnx.to_pure_dict(params)
     info = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(param_info(params)))

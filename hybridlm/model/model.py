@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HybridLM: embedding, scanned groups of pre-norm residual sublayers, final norm, unembedding.
+"""HybridLM: embedding, nested loops over pre-norm residual sublayers, final norm, unembedding.
 
-Axis letters: B batch, T tokens, D model, V vocabulary, L repeats of a group.
+Axis letters: B batch, T tokens, D model, V vocabulary, L depths of a sublayer of the program.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from hybridlm.layers.block import Tokens, shares
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within
-from hybridlm.model import pattern, remat
+from hybridlm.model import depth, pattern, remat, stacks
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.sublayer import Sublayer, make_options
 from pallas_kernels.segments import document_ids
@@ -34,7 +34,7 @@ class Cache:
     length_B: jax.Array
     """int32 [B]: tokens read of each row."""
     groups: list[list]
-    """Of each group, of each sublayer of its unit: what its mixer remembers, arrays [L, B, ...]."""
+    """Of each loop of the program, of each of its sublayers: what its mixer remembers, arrays [L, B, ...]."""
     limit: int | None = field(default=None, metadata={"static": True})
     """Tokens that a row can have; None: any number, as no sublayer's cache grows."""
 
@@ -43,14 +43,14 @@ class HybridLM(nnx.Module):
     """A language model from a pattern string: `HybridLM(config, rngs=nnx.Rngs(0))(tokens_BT) -> logits_BTV`.
 
     Sublayers live in `groups[g][position]`, a Sublayer whose parameters have a leading axis over the repeats of group
-    g; `pattern.places(config.pattern)` says where each symbol of the pattern is. What the depths of a
-    symbol share lives in `shared[symbol]`.
+    g; `pattern.places(config.pattern)` says where each symbol of the pattern is. They are run as `pattern.loops` says,
+    for which every call stacks them anew, see `stacked`. What the depths of a symbol share lives in `shared[symbol]`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """ConfigError for an unknown remat policy."""
         remat.check(config.remat, config.blocks.values())
-        self.config, self.source = config, None
+        self.config, self.source, self.is_stacked = config, None, False
         V, D, std = config.vocab_size, config.d_model, config.init_std
         key = rngs.params
         self.embedding = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
@@ -67,6 +67,25 @@ class HybridLM(nnx.Module):
             self.output = None
         else:
             self.output = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
+
+    def stacked(self) -> "HybridLM":
+        """The same model with its parameters laid out as the program reads them: what every call would do first.
+
+        Its `groups` are the program's sublayers (`pattern.spots`), each with a leading axis over its depths.
+        """
+        graphdef, state = nnx.split(self)
+        model = nnx.merge(graphdef, state)
+        parts = [nnx.merge(nnx.graphdef(s), of) for s, of in zip(self._sublayers(), self._states(), strict=True)]
+        model.groups, model.is_stacked = nnx.List(parts), True
+        return model
+
+    @property
+    def _loops(self) -> tuple[pattern.Loop, ...]:
+        return pattern.loops(self.config.pattern, self.config.unroll or 1)
+
+    @property
+    def _spots(self) -> list[pattern.Spot]:
+        return pattern.spots(self.config.pattern, self.config.unroll or 1)
 
     @property
     def logit_scale(self) -> float:
@@ -92,9 +111,10 @@ class HybridLM(nnx.Module):
         return self.hidden_with_stats(tokens_BT, segment_ids, positions)[0]
 
     def hidden_with_stats(
-        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None, sums=None
     ) -> tuple[jax.Array, list[list[dict[str, jax.Array]]]]:
-        """`hidden`, and what mixers report: of each group, of each sublayer of its unit, arrays [L, ...] by name."""
+        """`hidden`, and what mixers report: of each loop of the program, of each of its sublayers, arrays [L, ...] by
+        name. sums: of a stacked model, by the number of the sublayer, see `depth.run`."""
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
         tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
         restore = None
@@ -103,14 +123,13 @@ class HybridLM(nnx.Module):
             rows = ("batch", None)  # all tokens of a row on each of its devices: nothing is exchanged to find documents
             segment_ids, within = sharding.per_device(_documents, [segment_ids], [rows], [rows, rows])
             positions = within if positions is None else sharding.constrain(positions, *rows)
-        x_BTD, stats = self._embed(tokens_BT), []
+        x_BTD = self._embed(tokens_BT)
         tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False)
-        for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
-            x_BTD, of_group = self._run(group, sublayers, x_BTD, tokens)
-            stats.append(of_group)
+        x_BTD, stats = self._through(x_BTD, tokens, sums)
         with jax.named_scope("norm"):
             x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
-        return x_BTD if restore is None else sharding.constrain(restore(x_BTD), *sharding.STREAM), stats
+        x_BTD = x_BTD if restore is None else sharding.constrain(restore(x_BTD), *sharding.STREAM)
+        return x_BTD, self._by_loop(stats)
 
     def unembedding(self) -> jax.Array:
         """w_VD, float32: the embedding itself where tied."""
@@ -131,12 +150,12 @@ class HybridLM(nnx.Module):
         for name, value in (("batch", batch), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name} ({value}) must be positive")
-        stacked, limit = [], None
-        for group, sublayers in zip(pattern.groups(self.config.pattern), self.groups, strict=True):
-            caches = [sublayer.init_cache(batch, max_len) for sublayer in sublayers]
-            stacked.append(jax.tree.map(lambda a, n=group.repeats: jnp.zeros((n, *a.shape), a.dtype), caches))
-            limit = max_len if any(sublayer.cache_grows for sublayer in sublayers) else limit
-        return Cache(jnp.zeros((batch,), jnp.int32), stacked, limit)
+        caches, limit, sublayers = [], None, self._sublayers()
+        for spot, sublayer in zip(self._spots, sublayers, strict=True):
+            cache, n = sublayer.init_cache(batch, max_len), len(spot.depths)
+            caches.append(jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), cache))
+            limit = max_len if sublayer.cache_grows else limit
+        return Cache(jnp.zeros((batch,), jnp.int32), self._by_loop(caches), limit)
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
@@ -164,67 +183,68 @@ class HybridLM(nnx.Module):
         added_B = tokens_BT.shape[1] if real_BT is None else real_BT.sum(axis=1, dtype=jnp.int32)
         length_B = cache.length_B + added_B
         fits_B = _check_length(cache.limit, length_B)
-        x_BTD, new_groups = self._embed(tokens_BT), []
+        x_BTD = self._embed(tokens_BT)
         tokens = Tokens(embedded_BTD=x_BTD, gaps=False)
-        groups = pattern.groups(self.config.pattern)
-        for group, sublayers, caches in zip(groups, self.groups, cache.groups, strict=True):
-            x_BTD, new = self._extend(group, sublayers, x_BTD, caches, cache.length_B, real_BT, tokens)
-            new_groups.append(new)
+        caches = [of_spot for of_loop in cache.groups for of_spot in of_loop]
+        x_BTD, caches = self._extend(x_BTD, caches, cache.length_B, real_BT, tokens)
         with jax.named_scope("norm"):
             x_BTD = self.norm(x_BTD)
         if fits_B is not None:
             x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
         x_BTD = x_BTD if restore is None else restore(x_BTD)
-        return x_BTD, Cache(length_B, new_groups, cache.limit)
+        return x_BTD, Cache(length_B, self._by_loop(caches), cache.limit)
 
     @jax.named_scope("embedding")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         dtype, multiplier = self.config.compute_dtype, self.config.embedding_multiplier
         return vocabulary.look_up(self.embedding[...], tokens_BT, dtype, multiplier)
 
-    def _run(self, group: pattern.Group, sublayers, x_BTD, tokens: Tokens):
-        """One scan over the repeats of a group."""
-        shared = self._shared_states(group)
-        calls, states = self._by_symbol(group, sublayers, Sublayer.__call__)
-        blocks, policy, in_loop = self.config.blocks, self.config.remat, group.repeats > 1
-        runs = {s: remat.wrap(call, policy, blocks[s], in_loop=in_loop) for s, call in calls.items()}
+    def _by_loop(self, values: list) -> list[list]:
+        """Values of the program's sublayers, by its outermost loops."""
+        return [[values[spot.number] for spot in loop.spots()] for loop in self._loops]
 
-        def unit(x_BTD, states):
-            stats = []
-            for symbol, state in zip(group.unit, states, strict=True):
-                x_BTD, of_sublayer = runs[symbol](state, shared.get(symbol), x_BTD, tokens)
-                stats.append(of_sublayer)
-            return x_BTD, stats
+    def _through(self, x_BTD, tokens: Tokens, sums):
+        """The residual stream behind all sublayers, and the statistics of each of the program, [depths, ...]."""
+        calls, weights = self._of_spots(Sublayer.__call__)
+        blocks, wrapped = self.config.blocks, {}
+        for n, spot in enumerate(self._spots):
+            in_loop = len(spot.depths) > 1
+            kind = spot.symbol, in_loop
+            if kind not in wrapped:
+                wrapped[kind] = remat.wrap(calls[n], self.config.remat, blocks[spot.symbol], in_loop=in_loop)
+            calls[n] = wrapped[kind]
+        shared = {symbol: nnx.state(module) for symbol, module in self.shared.items()}
+        if sums is not None:
+            sums = [jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(sums[n])) for n, w in enumerate(weights)]
+        return depth.run(self._loops, calls, weights, x_BTD, shared, tokens, sums)
 
-        return jax.lax.scan(unit, x_BTD, states)
+    def _extend(self, x_BTD, caches: list, length_B, real_BT, tokens: Tokens):
+        """All sublayers; stacked caches are carried, each depth writes its own entries in place."""
+        calls, weights = self._of_spots(Sublayer.extend)
 
-    def _extend(self, group: pattern.Group, sublayers, x_BTD, caches: list, length_B, real_BT, tokens: Tokens):
-        """One scan over the repeats; stacked caches are carried, each layer writes its own entries in place."""
-        shared = self._shared_states(group)
-        extends, all_states = self._by_symbol(group, sublayers, Sublayer.extend)
-
-        def unit(carry, layer_states):
+        def visit(spot, index, carry):
             x_BTD, caches = carry
-            layer, states = layer_states
-            new = []
-            for symbol, state, cache in zip(group.unit, states, caches, strict=True):
-                args = (x_BTD, cache, length_B, real_BT, layer, tokens)
-                x_BTD, cache = extends[symbol](state, shared.get(symbol), *args)
-                new.append(cache)
-            return (x_BTD, new), None
+            n, layer = spot.number, jnp.int32(index)
+            state = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), weights[n])
+            shared = nnx.state(self.shared[spot.symbol]) if spot.symbol in self.shared else None
+            x_BTD, new = calls[n](state, shared, x_BTD, caches[n], length_B, real_BT, layer, tokens)
+            return x_BTD, [*caches[:n], new, *caches[n + 1 :]]
 
-        return jax.lax.scan(unit, (x_BTD, caches), (jnp.arange(group.repeats), all_states))[0]
+        return depth.walk(self._loops, visit, (x_BTD, caches))
 
-    def _by_symbol(self, group: pattern.Group, sublayers, method: Callable) -> tuple[dict[str, Callable], list]:
-        """Of each symbol the method of its sublayers, traced once for all of them; and the state of every sublayer.
+    def _of_spots(self, method: Callable) -> tuple[list[Callable], list]:
+        """Of each sublayer of the program the method, traced once for each symbol, and the stacked parameters.
 
         The functions take a sublayer's state, that of what the symbol's depths share or None, and the method's
         arguments, of which the last are the Tokens.
         """
-        calls, states = {}, []
-        for symbol, sublayer in zip(group.unit, sublayers, strict=True):
-            graphdef, state = nnx.split(sublayer)
-            states.append(state)
+        calls = {}
+        spots = self._spots
+        for spot, sublayer in zip(spots, self._sublayers(), strict=True):
+            symbol = spot.symbol
+            if symbol in calls:
+                continue
+            graphdef = nnx.graphdef(sublayer)
             scope = f"{symbol}.{type(self.config.blocks[symbol]).__name__}"  # what a profile calls the sublayer
 
             def call(state, shared_state, *args, graphdef=graphdef, symbol=symbol, scope=scope):
@@ -233,12 +253,22 @@ class HybridLM(nnx.Module):
                 with jax.named_scope(scope):
                     return method(nnx.merge(graphdef, state), *args, tokens)
 
-            calls.setdefault(symbol, jax.jit(call))
-        return calls, states
+            calls[symbol] = jax.jit(call)
+        return [calls[spot.symbol] for spot in spots], self._states()
 
-    def _shared_states(self, group: pattern.Group) -> dict[str, nnx.State]:
-        """Parameters of what the depths of the group's symbols share, by symbol."""
-        return {symbol: nnx.state(self.shared[symbol]) for symbol in group.unit if symbol in self.shared}
+    def _sublayers(self) -> list[Sublayer]:
+        """Of each sublayer of the program one that is built like it."""
+        if self.is_stacked:
+            return list(self.groups)
+        first = [pattern.places(self.config.pattern)[spot.depths[0]] for spot in self._spots]
+        return [self.groups[place.group][place.position] for place in first]
+
+    def _states(self) -> list[nnx.State]:
+        """The parameters of each sublayer of the program, [depths, ...]."""
+        if self.is_stacked:
+            return [nnx.state(sublayer) for sublayer in self.groups]
+        stored = [[nnx.state(sublayer) for sublayer in group] for group in self.groups]
+        return stacks.stack(self.config.pattern, self.config.unroll or 1, stored)
 
     def _merge_shared(self, symbol: str, state: nnx.State | None) -> nnx.Module | None:
         return None if state is None else nnx.merge(nnx.graphdef(self.shared[symbol]), state)
@@ -251,8 +281,8 @@ def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:
     drawing compiles as fast for a long unit as for a short one.
     """
     depths: dict[str, dict] = {symbol: {} for symbol in config.pattern}
-    for depth, (symbol, place) in enumerate(zip(config.pattern, pattern.places(config.pattern), strict=True)):
-        depths[symbol].setdefault((place.group, place.position), []).append(depth)
+    for i, (symbol, place) in enumerate(zip(config.pattern, pattern.places(config.pattern), strict=True)):
+        depths[symbol].setdefault((place.group, place.position), []).append(i)
     sublayers = {}
     for symbol, spots in depths.items():
         all_depths = jnp.array([depth for spot in spots.values() for depth in spot])

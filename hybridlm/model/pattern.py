@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pattern strings as groups of repeated units: what the model scans over, so that programs do not grow with depth."""
+"""Pattern strings as groups of repeated units and as nested loops, so that programs do not grow with depth.
 
+Groups say where parameters are stored: a stored run's parameters depend on `groups` and `places`. Loops say how the
+model is run, and may be cut otherwise: a unit may itself hold runs, so fewer sublayers are compiled.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count, groupby
 
 
 @dataclass(frozen=True)
@@ -73,3 +79,108 @@ def places(pattern: str) -> tuple[Place, ...]:
         for repeat in range(group.repeats)
         for position in range(len(group.unit))
     )
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A sublayer of the program: compiled once, run at several depths."""
+
+    symbol: str
+    """What it is."""
+    depths: tuple[int, ...]
+    """Indices into the pattern, in the order in which they are run."""
+    number: int
+    """Index among the spots of the program."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Parts that are run one after the other, `repeats` times."""
+
+    parts: tuple["Loop | Spot", ...]
+    repeats: int
+
+    def spots(self) -> list[Spot]:
+        """The sublayers inside, in the order in which the first repeat runs them."""
+        return [spot for part in self.parts for spot in (part.spots() if isinstance(part, Loop) else [part])]
+
+
+@cache
+def loops(pattern: str, unroll: int = 1) -> tuple[Loop, ...]:
+    """The program of a pattern: nested loops with the fewest spots, of such with the fewest loops.
+
+    unroll: loops of up to so many repeats are written out.
+    """
+    parts = _unrolled(_nest(pattern)[1], unroll)
+    numbers = count()
+    program, start = [], 0
+    for repeats, inside in _merged(parts):
+        program.append(_placed(inside, repeats, [start], numbers))
+        start += repeats * _length(inside)
+    return tuple(program)
+
+
+def spots(pattern: str, unroll: int = 1) -> list[Spot]:
+    """The sublayers of the program, by their numbers."""
+    return [spot for loop in loops(pattern, unroll) for spot in loop.spots()]
+
+
+@cache
+def _nest(pattern: str) -> tuple[tuple[int, int], tuple]:
+    """((spots, loops), parts) of the cheapest program; a part is a symbol or (repeats, parts)."""
+    n = len(pattern)
+    best = [((0, 0), ())] * (n + 1)  # of each suffix
+    for start in reversed(range(n)):
+        (n_spots, n_loops), rest = best[start + 1]
+        candidates = [((n_spots + 1, n_loops), (pattern[start], *rest))]
+        for length in range(1, (n - start) // 2 + 1):
+            unit, stop = pattern[start : start + length], start + length
+            while pattern[stop : stop + length] == unit:
+                stop += length
+                (unit_spots, unit_loops), inside = _nest(unit)
+                (n_spots, n_loops), rest = best[stop]
+                part = ((stop - start) // length, inside)
+                candidates.append(((unit_spots + n_spots, unit_loops + n_loops + 1), (part, *rest)))
+        best[start] = min(candidates, key=lambda candidate: candidate[0])
+    return best[0]
+
+
+def _unrolled(parts: tuple, unroll: int) -> tuple:
+    """Parts with the loops of up to so many repeats written out."""
+    made = []
+    for part in parts:
+        if isinstance(part, str):
+            made.append(part)
+            continue
+        repeats, inside = part[0], _unrolled(part[1], unroll)
+        made += inside * repeats if repeats <= unroll else [(repeats, inside)]
+    return tuple(made)
+
+
+def _merged(parts: tuple) -> list:
+    """Neighbouring symbols as one loop of one repeat."""
+    return [
+        part
+        for is_symbol, run in groupby(parts, lambda part: isinstance(part, str))
+        for part in ([(1, tuple(run))] if is_symbol else run)
+    ]
+
+
+def _length(parts: tuple) -> int:
+    """Sublayers run by parts."""
+    return sum(1 if isinstance(part, str) else part[0] * _length(part[1]) for part in parts)
+
+
+def _placed(parts: tuple, repeats: int, starts: list[int], numbers: Iterator[int]) -> Loop:
+    """Parts as a loop that is begun at each of the depths `starts`."""
+    size, made = _length(parts), []
+    starts = [start + i * size for start in starts for i in range(repeats)]
+    offset = 0
+    for part in parts:
+        here = [start + offset for start in starts]
+        if isinstance(part, str):
+            made.append(Spot(part, tuple(here), next(numbers)))
+        else:
+            made.append(_placed(part[1], part[0], here, numbers))
+        offset += _length((part,))
+    return Loop(tuple(made), repeats)

@@ -6,7 +6,8 @@ full     everything in a sublayer but its input.
 dots     everything but the results of matrix products without batch dims: the projections are kept.
 mixer    everything inside sequence mixers, of which only the input is kept; feed-forward sublayers keep theirs.
 kernels  everything but what matrix products, scans and attention give: nothing that is slow to make again.
-a,b,...  everything but a sublayer's input and the intermediates with these names, see `kept`.
+a,b,...  everything but a sublayer's input and the intermediates with these names, see `kept`; `kernels` among them
+         stands for what that policy keeps.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,7 @@ def check(remat: str, blocks: Iterable[Block] = ()) -> None:
     """ConfigError for what is neither a policy nor a list of known names."""
     if remat in POLICIES:
         return
-    names = kept(blocks)
+    names = ("kernels", *kept(blocks))
     for name in remat.split(","):
         if name.strip() not in names:
             known = f"{', '.join(POLICIES)}, or a comma-separated list of {', '.join(names)}"
@@ -48,10 +49,10 @@ def wrap(function: Callable, remat: str, block: Block, *, in_loop: bool) -> Call
         policy = policies.nothing_saveable
     elif remat == "dots":
         policy = policies.dots_with_no_batch_dims_saveable
-    elif remat == "kernels":
-        policy = policies.save_only_these_names(*_of_kernels(kept([block])))
     else:
-        policy = policies.save_only_these_names(*(name.strip() for name in remat.split(",")))
+        names = [name.strip() for name in remat.split(",")]
+        names += _of_kernels(kept([block])) if "kernels" in names else []
+        policy = policies.save_only_these_names(*names)
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from hybridlm.layers.block import Block, Statistic, walk
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.pattern import groups
+from hybridlm.model.pattern import loops
 
 MERGE = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}
 """Statistic.layers -> how an array of all layers' values becomes one."""
@@ -21,9 +21,9 @@ def statistics(config: ModelConfig) -> dict[str, Statistic]:
 def summarise(config: ModelConfig, stats) -> dict[str, jax.Array]:
     """The values of `statistics(config)` from what `HybridLM.hidden_with_stats` gives, layers merged."""
     values: dict[Statistic, list[jax.Array]] = {}
-    for group, of_group in zip(groups(config.pattern), stats, strict=True):
-        for symbol, of_sublayer in zip(group.unit, of_group, strict=True):
-            known = _by_key(config.blocks[symbol])
+    for loop, of_loop in zip(loops(config.pattern, config.unroll or 1), stats, strict=True):
+        for spot, of_sublayer in zip(loop.spots(), of_loop, strict=True):
+            known = _by_key(config.blocks[spot.symbol])
             for name, array in sorted(of_sublayer.items()):
                 values.setdefault(known[name.rsplit(".", 1)[-1]], []).append(array.reshape(-1))
     return {s.name: MERGE[s.layers](jnp.concatenate(arrays)) for s, arrays in values.items()}

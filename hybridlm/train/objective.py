@@ -8,6 +8,7 @@ from flax import nnx
 
 from hybridlm.config import Config
 from hybridlm.model.statistics import statistics, summarise
+from hybridlm.train.layout import SUMS
 from hybridlm.train.loss import cross_entropy
 from hybridlm.train.metrics import Mean, Metrics, Sum
 
@@ -16,12 +17,14 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
     """(params, batch) -> (objective, metrics): summed over the tokens that have a target, so that batches add up.
 
     The objective is cross entropy, optim.z_loss times the squared log-partition, and the losses of blocks, in nats.
+    params: of the graphdef's model; beside them the sums of gradients of `layout.SUMS`, where there are some.
     """
     kinds = statistics(config.model)
 
     def objective(params, batch) -> tuple[jax.Array, Metrics]:
-        model = nnx.merge(graphdef, params)
-        x_BTD, stats = model.hidden_with_stats(batch["tokens"], batch["segment_ids"], batch["positions"])
+        model = nnx.merge(graphdef, {name: value for name, value in params.items() if name != SUMS})
+        where = batch["segment_ids"], batch["positions"]
+        x_BTD, stats = model.hidden_with_stats(batch["tokens"], *where, params.get(SUMS))
         with jax.named_scope("loss"):
             sums = cross_entropy(
                 x_BTD, model.unembedding(), batch["targets"], multiplier=model.logit_scale,

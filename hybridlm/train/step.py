@@ -6,7 +6,7 @@ them not applied), `skipped_in_row`, and `key` (random state, as raw bits). Batc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -19,14 +19,16 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config
-from hybridlm.model.init import abstract
+from hybridlm.model.init import abstract, stacked
 from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
+from hybridlm.train.layout import SUMS, Layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
+from hybridlm.train.xla import options
 from pallas_kernels.platform import platform_of
 
 
@@ -92,23 +94,25 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
     like = _state_like(jax.eval_shape(init), info, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    objective = make_objective(config, graphdef)
     # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
-    grads_at = jax.tree.map(lambda at: at.spec, shardings["params"]) if apart else shardings["params"]
+    model = unrolled(config.model, mesh)
+    objective = make_objective(replace(config, model=model), stacked(model).graphdef)
+    layout = Layout(model, mesh, apart)
     rule = partial(make_optimizer, config.optim, steps, info)
-    step = make_train_step(objective, rule, config.optim.accumulate, grads_at, apart)
+    step = make_train_step(objective, rule, config.optim.accumulate, layout)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
-    on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"
+    platform = platform_of(mesh.devices.flat[0])
+    on_cpu, often = platform == "cpu", options(platform)
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     return Program(
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
         init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
         train_step=TrainStep(
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often),
             np.array(schedule_lengths(config.optim, steps), np.int32),
         ),
-        eval_step=jax.jit(lambda params, batch: objective(params, batch)[1]),
+        eval_step=jax.jit(lambda params, batch: objective(layout.stack(params), batch)[1], compiler_options=often),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
@@ -142,20 +146,17 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_train_step(
-    objective: Callable, make_rule: Callable, n_micro: int = 1, params_at=None, apart: bool = False
-) -> Callable:
+def make_train_step(objective: Callable, make_rule: Callable, n_micro: int, layout: Layout) -> Callable:
     """(state, batch, lengths) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if
     finite.
 
-    objective: see `make_objective`. make_rule: (lengths) -> (optimizer, schedule), see `make_optimizer`. With
-    n_micro > 1 the gradients of that many microbatches are summed in float32 one after the other; the result is that of
-    the whole batch, but for losses that blocks take of each microbatch, such as the load balance of experts. Where the
-    loss or the gradient is not finite, parameters and optimizer stay as they were, the step counts as skipped, and the
-    objective's metrics are left out. apart: each slice of the mesh sums its own gradients, which cross from slice to
-    slice once a step; otherwise the compiler has them cross when it sees fit.
+    objective: see `make_objective`; of parameters as `layout` stacks them. make_rule: (lengths) -> (optimizer,
+    schedule), see `make_optimizer`. With n_micro > 1 the gradients of that many microbatches are summed in float32 one
+    after the other; the result is that of the whole batch, but for losses that blocks take of each microbatch, such as
+    the load balance of experts. Where the loss or the gradient is not finite, parameters and optimizer stay as they
+    were, the step counts as skipped, and the objective's metrics are left out.
     """
-    gradients = _make_gradients(objective, n_micro, params_at, apart)
+    gradients = _make_gradients(objective, n_micro, layout)
 
     def train_step(state, batch, lengths) -> tuple[dict, Metrics]:
         optimizer, schedule = make_rule(lengths)
@@ -182,42 +183,47 @@ def make_train_step(
     return train_step
 
 
-def _make_gradients(objective: Callable, n_micro: int, params_at, apart: bool) -> Callable:
+def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callable:
     """(params, batch) -> (mean loss of the batch, the objective's metrics, gradient of the mean loss)."""
 
     def gradients(params, batch):
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
-        if not apart:
-            return of_rows(params, batch, n_tokens)
+        weights = layout.stack(params)
+        if not layout.apart:
+            loss, metrics, grads = of_rows(weights, batch, n_tokens)
+            return loss, metrics, layout.spread(grads)
 
         def of_slice(whole, rows):
             loss, metrics, grads = of_rows(whole[0], rows, whole[1])
-            return metrics, (loss, grads)
+            return metrics, (loss, jax.tree.map(lambda a: a.astype(jnp.float32), grads))
 
-        metrics, (loss, grads) = per_slice(of_slice, (params, n_tokens), batch)
+        metrics, (loss, grads) = per_slice(of_slice, (weights, n_tokens), batch)
         of_slices = [jax.tree.map(lambda x, i=i: x[i], metrics) for i in range(axis_size("slice"))]
-        return loss, reduce(merge, of_slices), grads
+        return loss, reduce(merge, of_slices), layout.spread(grads)
 
-    def of_rows(params, batch, n_tokens):
-        def mean_loss(params, micro):
-            total, metrics = objective(params, micro)
+    def of_rows(weights, batch, n_tokens):
+        def mean_loss(weights, micro):
+            total, metrics = objective(weights, micro)
             return total / n_tokens, metrics
 
-        def of_micro(micro):
-            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, micro)
-            return loss, metrics, _as_params(grads, params_at)
-
         if n_micro == 1:
-            return of_micro(batch)
+            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(weights, batch)
+            return loss, metrics, grads
+        groups, rest = {"groups": weights["groups"]}, {k: v for k, v in weights.items() if k != "groups"}
 
         def add(total, micro):
-            loss, metrics, grads = of_micro(micro)
-            return (total[0] + loss, merge(total[1], metrics), jax.tree.map(jnp.add, total[2], grads)), None
+            """The groups' gradients are added where they arise, in the backward; the sums' own gradient is the sums."""
+            loss, metrics, sums = total
+            of_micro = jax.value_and_grad(lambda w: mean_loss(w | groups, micro), has_aux=True)
+            (more, of_batch), grads = of_micro(rest | {SUMS: sums["groups"]})
+            grouped = {"groups": grads.pop(SUMS)}
+            sums = jax.tree.map(jnp.add, {k: sums[k] for k in grads}, grads) | grouped
+            return (loss + more, merge(metrics, of_batch), layout.placed(sums)), None
 
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        _, metrics = jax.eval_shape(objective, params, jax.tree.map(lambda x: x[0], micros))
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return lax.scan(add, (jnp.float32(0.0), empty(metrics), _as_params(zeros, params_at)), micros)[0]
+        _, metrics = jax.eval_shape(objective, weights, jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
+        return lax.scan(add, (jnp.float32(0.0), empty(metrics), layout.placed(zeros)), micros)[0]
 
     return gradients
 
@@ -225,11 +231,6 @@ def _make_gradients(objective: Callable, n_micro: int, params_at, apart: bool) -
 def _microbatches(x_BT, n_micro: int):
     """[n_micro, B / n_micro, T]: every n_micro-th row, so that each device splits the rows that it has."""
     return x_BT.reshape(x_BT.shape[0] // n_micro, n_micro, *x_BT.shape[1:]).swapaxes(0, 1)
-
-
-def _as_params(grads, params_at):
-    """Gradients laid out like their parameters."""
-    return grads if params_at is None else lax.with_sharding_constraint(grads, params_at)
 
 
 def _choose(condition, yes, no):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patterns as groups: they spell the pattern, compile the least, and keep one scan for what is periodic."""
+"""Patterns as groups and as nested loops: they spell the pattern, and compile the least."""
 
+import functools
 import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridlm.model.pattern import Group, groups, places, shortest_period
+from hybridlm.config.find import read_config
+from hybridlm.model.pattern import Group, Loop, groups, loops, places, shortest_period, spots
 
 NEMOTRON_H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
@@ -77,3 +79,62 @@ def test_depth_does_not_change_what_is_compiled():
 def test_places_name_repeats():
     found = [(p.group, p.position, p.repeat) for p in places("ababa")]
     assert found == [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0)]
+
+
+def steps(program, depth_of):
+    """Symbols and depths in the order in which the program runs them; depth_of: how often each spot was run before."""
+    for part in program:
+        if isinstance(part, Loop):
+            for _ in range(part.repeats):
+                yield from steps(part.parts, depth_of)
+        else:
+            yield part.symbol, part.depths[depth_of.setdefault(part.number, 0)]
+            depth_of[part.number] += 1
+
+
+@functools.cache
+def fewest_spots(pattern: str) -> int:
+    """By cutting every piece in two at every place, and taking one repeat of every piece that is periodic."""
+    costs = [fewest_spots(pattern[:i]) + fewest_spots(pattern[i:]) for i in range(1, len(pattern))]
+    period = shortest_period(pattern)
+    return min(
+        [1] if len(pattern) == 1 else costs + ([fewest_spots(pattern[:period])] if period < len(pattern) else [])
+    )
+
+
+@given(st.text("M*-", min_size=1, max_size=24), st.integers(1, 6))
+def test_loops_run_the_pattern(pattern, unroll):
+    program = loops(pattern, unroll)
+    assert list(steps(program, {})) == [(symbol, depth) for depth, symbol in enumerate(pattern)]
+    assert [spot.number for spot in spots(pattern, unroll)] == list(range(len(spots(pattern, unroll))))
+    repeats = [part.repeats for part in _loops_of(program) if part.repeats > 1]
+    assert all(n > unroll for n in repeats)
+
+
+def _loops_of(parts):
+    for part in parts:
+        if isinstance(part, Loop):
+            yield part
+            yield from _loops_of(part.parts)
+
+
+@given(st.text("ab", min_size=1, max_size=12))
+def test_loops_compile_the_least(pattern):
+    assert len(spots(pattern)) == fewest_spots(pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_groups", "n_spots"),
+    [
+        ("hybrid_1b", 16, 4),
+        ("hybrid_125m", 12, 4),
+        ("hybrid_8b", 13, 7),
+        ("nemotron_h:47b", 24, 20),
+        ("mamba2_1b", 1, 1),
+    ],
+)
+def test_sublayers_compiled(name, n_groups, n_spots):
+    pattern = read_config(name).model.pattern
+    assert sum(len(group.unit) for group in groups(pattern)) == n_groups
+    assert len(spots(pattern)) == n_spots
+    assert len(spots(pattern, unroll=len(pattern))) == len(pattern)

@@ -16,7 +16,7 @@ from hybridlm.model.pattern import groups, places
 from tests.model.model_support import QUICK, build, log_likelihoods, named, packed_rows, small
 from tests.tolerances import check_close
 
-PATTERN = "M*-" * 2 + "a"
+PATTERN = "MM*-" * 2 + "a"
 PACKED = packed_rows()
 
 

@@ -34,7 +34,7 @@ def steps_of(mesh: MeshConfig, *overrides: str):
         step = program.train_step.lower(program.state_like, batches[0]).compile()
         state, seen = program.init(), []
         for batch in batches:
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, program.train_step.lengths)
             seen.append({name: float(metric.value()) for name, metric in jax.device_get(metrics).items()})
     leaves = jax.tree.leaves(program.state_like["params"])
     shards = sum(4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running the sublayers of a program (`pattern.loops`), forward and backward, by indices into stacked arrays.
+
+`lax.scan` within `lax.scan` would copy: the inner loop's slice of the parameters out of the outer one's, and what the
+forward keeps for the backward into the outer one's stack. Here each sublayer of the program has one stack over all its
+depths, for its parameters and for each array that it keeps. Loops of any nesting carry the stacks and write in place,
+and the backward is written out: it adds each depth's gradient straight to the sums of the microbatches before.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hybridlm.layers.block import Tokens
+from hybridlm.model.pattern import Loop, Spot
+
+Call = Callable[[Any, Any, jax.Array, Tokens], tuple[jax.Array, dict]]
+"""(parameters of a depth, what the symbol's depths share, x_BTD, tokens) -> (x_BTD behind the sublayer, statistics)."""
+
+
+def walk(program: Sequence[Loop | Spot], visit: Callable, carry, *, index=0, reverse: bool = False):
+    """The carry behind all visits: visit(spot, index, carry) -> carry, index: of the depth among the spot's."""
+    for part in reversed(program) if reverse else program:
+        carry = visit(part, index, carry) if isinstance(part, Spot) else _repeat(part, visit, carry, index, reverse)
+    return carry
+
+
+def _repeat(loop: Loop, visit: Callable, carry, index, reverse: bool):
+    def body(i, carry):
+        i = loop.repeats - 1 - i if reverse else i
+        return walk(loop.parts, visit, carry, index=index * loop.repeats + i, reverse=reverse)
+
+    return body(0, carry) if loop.repeats == 1 else lax.fori_loop(0, loop.repeats, body, carry)
+
+
+def run(
+    program: Sequence[Loop], calls: Sequence[Call], weights: Sequence, x_BTD: jax.Array, shared: dict[str, Any],
+    tokens: Tokens, sums: Sequence | None = None,
+) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
+    """The residual stream behind the program, and of each spot its statistics, [depths, ...].
+
+    calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
+    some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
+    sums is the sums themselves plus the gradient of the weights, in the type of the sums.
+    """
+    spots = [spot for loop in program for spot in loop.spots()]
+    consts = _Consts({"": tokens, **shared})
+    step = _Step(spots, calls, consts)
+
+    @jax.custom_vjp
+    def through(weights, sums, x_BTD, floats, ints):
+        def visit(spot, index, carry):
+            x_BTD, stats = carry
+            x_BTD, of_spot = step(spot, _at(weights[spot.number], index), x_BTD, floats, ints)
+            return x_BTD, _put_all(stats, spot.number, of_spot, index)
+
+        shapes = [
+            jax.eval_shape(partial(step, spot), *_of_depth(weights, spot), x_BTD, floats, ints)[1] for spot in spots
+        ]
+        return walk(program, visit, (x_BTD, _empty(shapes, spots)))
+
+    def forward(weights, sums, x_BTD, floats, ints):
+        # jit traces and lowers each kind once; its inputs are different arrays, though the first x is the embedding
+        kinds = {_kind(spot, calls): jax.jit(partial(step.vjp, spot)) for spot in spots}
+        vjps = [kinds[_kind(spot, calls)] for spot in spots]
+
+        def visit(spot, index, carry):
+            x_BTD, stats, kept = carry
+            arrays = (_at(weights[spot.number], index), x_BTD, floats, ints)
+            x_BTD, of_spot, arrays, _ = vjps[spot.number](*arrays)
+            return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
+
+        shapes = [jax.eval_shape(vjps[spot.number], *_of_depth(weights, spot), x_BTD, floats, ints) for spot in spots]
+        _, stats, kept, pull = zip(*shapes, strict=True)
+        x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
+        return (x_BTD, stats), (weights, sums, floats, ints, kept, pull)
+
+    def backward(saved, cotangents):
+        weights, sums, floats, ints, kept, pull = saved
+        dx_BTD, d_stats = cotangents
+
+        kinds = {_kind(spot, calls): jax.jit(pull[spot.number].back) for spot in spots}
+
+        def visit(spot, index, carry):
+            n = spot.number
+            dx_BTD, grads, d_floats = carry
+            inputs = (_at(weights[n], index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
+            dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
+                _at(kept[n], index), inputs, (dx_BTD, _at(d_stats[n], index))
+            )
+            if sums is not None:
+                dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), _at(grads[n], index), dw)
+            d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
+            return dx_BTD, _put_all(grads, n, dw, index), d_floats
+
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        start = (dx_BTD, zeros if sums is None else sums, jax.tree.map(jnp.zeros_like, floats))
+        dx_BTD, grads, d_floats = walk(program, visit, start, reverse=True)
+        d_weights, d_sums = (grads, None) if sums is None else (zeros, grads)
+        return d_weights, d_sums, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
+
+    through.defvjp(forward, backward)
+    return through(list(weights), None if sums is None else list(sums), x_BTD, consts.floats, consts.ints)
+
+
+def _kind(spot: Spot, calls: Sequence[Call]) -> tuple:
+    """Equal for spots that compute the same function."""
+    return spot.symbol, calls[spot.number]
+
+
+class _Consts:
+    """Trees that all depths read, by key, taken apart into leaves that have gradients and those that have none."""
+
+    def __init__(self, trees: dict[str, Any]):
+        self.floats, self.ints, self._defs = {}, {}, {}
+        for key, tree in trees.items():
+            leaves, treedef = jax.tree.flatten(tree)
+            is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+            self.floats[key] = [leaf for leaf, yes in zip(leaves, is_float, strict=True) if yes]
+            self.ints[key] = [leaf for leaf, yes in zip(leaves, is_float, strict=True) if not yes]
+            self._defs[key] = treedef, is_float
+
+    def of(self, symbol: str, leaves: dict[str, list]) -> dict[str, list]:
+        """What a symbol reads."""
+        return {key: leaves[key] for key in ("", symbol) if key in leaves}
+
+    def join(self, key: str, floats: dict[str, list], ints: dict[str, list]):
+        """A tree again; None for a key that is not there."""
+        if key not in self._defs:
+            return None
+        treedef, is_float = self._defs[key]
+        of_type = {True: iter(floats[key]), False: iter(ints[key])}
+        return treedef.unflatten([next(of_type[yes]) for yes in is_float])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Pull:
+    """The backward function of a spot without its arrays; a pytree without leaves."""
+
+    treedef: Any = field(metadata={"static": True})
+    inputs: tuple[int | None, ...] = field(metadata={"static": True})
+    """Of each leaf which leaf of the inputs it is; None: an array of its own."""
+
+    def back(self, arrays: list, inputs, cotangents):
+        """The function, from the arrays that were kept and the inputs of the forward, at the cotangents."""
+        leaves, arrays = jax.tree.leaves(inputs), iter(arrays)
+        return self.treedef.unflatten([next(arrays) if i is None else leaves[i] for i in self.inputs])(cotangents)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One depth of a spot."""
+
+    spots: list[Spot]
+    calls: Sequence[Call]
+    consts: _Consts
+
+    def __call__(self, spot: Spot, weights, x_BTD, floats, ints):
+        join = self.consts.join
+        y_BTD, stats = self.calls[spot.number](weights, join(spot.symbol, floats, ints), x_BTD, join("", floats, ints))
+        return y_BTD, dict(stats)
+
+    def vjp(self, spot: Spot, weights, x_BTD, floats, ints):
+        """(x, statistics, the arrays that the backward needs beside the inputs, the backward)."""
+        floats, ints = self.consts.of(spot.symbol, floats), self.consts.of(spot.symbol, ints)
+        (x_BTD, stats), pull = jax.vjp(lambda w, x, f: self(spot, w, x, f, ints), weights, x_BTD, floats)
+        leaves, treedef = jax.tree.flatten(pull)
+        inputs = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, floats, ints)))}
+        known = tuple(inputs.get(id(leaf)) for leaf in leaves)
+        arrays = [leaf for leaf, i in zip(leaves, known, strict=True) if i is None]
+        return x_BTD, stats, arrays, _Pull(treedef, known)
+
+
+def _of_depth(weights, spot: Spot) -> tuple:
+    """Shapes of a spot's parameters at one depth."""
+    return (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), weights[spot.number]),)
+
+
+def _empty(shapes: Sequence, spots: Sequence[Spot]) -> list:
+    """Stacks over each spot's depths."""
+    counts = [len(spot.depths) for spot in spots]
+    return [
+        jax.tree.map(lambda s, n=n: jnp.zeros((n, *s.shape), s.dtype), of_spot)
+        for n, of_spot in zip(counts, shapes, strict=True)
+    ]
+
+
+def _at(tree, index):
+    """One depth of a stack; of arrays without a gradient the zeros that stand for it."""
+    return jax.tree.map(
+        lambda a: np.zeros(a.shape[1:], a.dtype) if a.dtype == jax.dtypes.float0
+        else lax.dynamic_index_in_dim(a, index, keepdims=False), tree,
+    )  # fmt: skip
+
+
+def _put_all(stacks: list, number: int, values, index) -> list:
+    """The stacks, the spot's with the values of one depth."""
+    put = jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), stacks[number], values)
+    return [*stacks[:number], put, *stacks[number + 1 :]]
+
+
+def _no_gradient(a) -> np.ndarray:
+    return np.zeros(jnp.shape(a), jax.dtypes.float0)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters as they are stored, stacked over the repeats of groups, and as the program reads them, over its spots.
+
+Stored: `trees[g][position]`, arrays [repeats, ...] (`pattern.groups`). Stacked: `trees[number]` of each spot, arrays
+[depths, ...] (`pattern.spots`). Both hold the numbers of every depth once.
+"""
+
+from collections.abc import Hashable, Sequence
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+from hybridlm.model.pattern import groups, places, spots
+
+Row = tuple[Hashable, int]
+"""Which stack, and its index there."""
+
+
+def stack(pattern: str, unroll: int, stored) -> list:
+    """The trees of spots from those of groups."""
+    return [_take(rows, lambda key: stored[key[0]][key[1]]) for rows in _sources(pattern, unroll)]
+
+
+def spread(pattern: str, unroll: int, stacked) -> list[list]:
+    """The trees of groups from those of spots: the inverse of `stack`."""
+    return [[_take(rows, lambda key: stacked[key]) for rows in group] for group in _targets(pattern, unroll)]
+
+
+@cache
+def _sources(pattern: str, unroll: int) -> list[list[Row]]:
+    """Of each spot where its depths are stored."""
+    rows = [((place.group, place.position), place.repeat) for place in places(pattern)]
+    return [[rows[depth] for depth in spot.depths] for spot in spots(pattern, unroll)]
+
+
+@cache
+def _targets(pattern: str, unroll: int) -> list[list[list[Row]]]:
+    """Of each sublayer of each group where its repeats are in the spots' stacks."""
+    made = [[[(None, 0)] * group.repeats for _ in group.unit] for group in groups(pattern)]
+    for number, of_spot in enumerate(_sources(pattern, unroll)):
+        for index, ((group, position), repeat) in enumerate(of_spot):
+            made[group][position][repeat] = (number, index)
+    return made
+
+
+def _take(rows: Sequence[Row], tree_of) -> object:
+    """The tree whose arrays are these rows, one after the other."""
+    keys = list(dict.fromkeys(key for key, _ in rows))
+    rounds = len(rows) // len(keys)
+    if len(keys) > 1 and list(rows) == [(key, i) for i in range(rounds) for key in keys]:  # in turn: no slices
+        trees = [tree_of(key) for key in keys]
+        return jax.tree.map(lambda *a: jnp.stack([x[:rounds] for x in a], 1).reshape(-1, *a[0].shape[1:]), *trees)
+    pieces = _progressions(rows)
+    trees = [tree_of(key) for key, _ in pieces]
+    return jax.tree.map(lambda *a: _concatenated([_cut(x, r) for x, (_, r) in zip(a, pieces, strict=True)]), *trees)
+
+
+def _progressions(rows: Sequence[Row]) -> list[tuple[Hashable, range]]:
+    """The rows as few slices."""
+    made: list[tuple[Hashable, range]] = []
+    for key, i in rows:
+        last, indices = made[-1] if made else (None, range(0))
+        step = i - indices[-1] if last == key and len(indices) else 0
+        if step > 0 and (len(indices) == 1 or step == indices.step):
+            made[-1] = key, range(indices.start, i + 1, step)
+        else:
+            made.append((key, range(i, i + 1)))
+    return made
+
+
+def _cut(array: jax.Array, rows: range) -> jax.Array:
+    return array if rows == range(array.shape[0]) else array[rows.start : rows.stop : rows.step]
+
+
+def _concatenated(arrays: list[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)

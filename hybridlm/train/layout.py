@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters as the train state and checkpoints hold them, and as the program of a step reads them.
+
+Once a step, not in every microbatch, they are stacked over the depths of the program's sublayers and cast; the
+gradients come back in the order and type of the state.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from hybridlm.layers.params import in_type
+from hybridlm.model import stacks
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.init import Abstract, abstract, stacked
+from hybridlm.sharding import param_shardings
+from pallas_kernels.platform import platform_of
+
+SUMS = "gradient_sums"
+"""Key, beside those of the parameters, of sums that the backward adds the gradients of `groups` to."""
+
+
+UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
+"""`model.unroll` in training where it is None."""
+
+
+def unrolled(model: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The model with the loops written out that its config or else the platform wants so."""
+    unroll = UNROLL[platform_of(mesh.devices.flat[0])] if model.unroll is None else model.unroll
+    return replace(model, unroll=unroll)
+
+
+class Layout(NamedTuple):
+    """From the one to the other; all arguments are nested dicts like the parameters."""
+
+    config: ModelConfig
+    mesh: Mesh
+    apart: bool = False
+    """Each slice of the mesh sums its own gradients, which cross from slice to slice once a step; otherwise the
+    compiler has them cross when it sees fit."""
+
+    def stack(self, params: dict) -> dict:
+        """Parameters as the program reads them."""
+        groups = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
+        groups = in_type(groups, stacked(self.config).info["groups"], self.config.compute_dtype)
+        return lax.with_sharding_constraint(params | {"groups": groups}, self._at(stacked(self.config)))
+
+    def placed(self, weights: dict) -> dict:
+        """Stacked gradients laid out on the mesh like their parameters, within the slice where slices are apart."""
+        at = self._at(stacked(self.config))
+        return lax.with_sharding_constraint(weights, jax.tree.map(lambda a: a.spec, at) if self.apart else at)
+
+    def spread(self, grads: dict) -> dict:
+        """Gradients of stacked parameters as those of the state's, float32."""
+        by_group = stacks.spread(self.config.pattern, self.config.unroll, grads["groups"])
+        grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
+        grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
+        return lax.with_sharding_constraint(grads, self._at(abstract(self.config)))
+
+    def _at(self, model: Abstract) -> dict:
+        return param_shardings(model.info, self.mesh)

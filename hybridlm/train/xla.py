@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the compiler for the programs that are run again and again. Each is here for a measurement, beside it."""
+
+OPTIONS = {
+    # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
+    # instead of 47 s without a GPU; see docs/results/training.md.
+    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},
+}
+"""By platform."""
+
+
+def options(platform: str) -> dict | None:
+    """For `jax.jit(compiler_options=...)`; None where there are none."""
+    return OPTIONS.get(platform)

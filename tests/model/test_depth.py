@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program of loops against its sublayers one after the other, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm.layers.block import Output, Tokens
+from hybridlm.model import depth
+from hybridlm.model.pattern import loops, spots
+from tests.tolerances import check_close
+
+B, T, D = 2, 3, 4
+PATTERN = "aab" * 2 + "c"
+
+
+def toy(weights, shared, x_BTD, tokens):
+    """A sublayer that reads all it can: its weights, what its symbol shares, the tokens' ids and the embedding."""
+    more = 0.0 if shared is None else shared["s"]
+    gate = jnp.tanh(x_BTD * weights["w"][None, None] + tokens.embedded_BTD * more + tokens.positions[:, :, None])
+    return Output(x_BTD + gate * weights["v"], {"n": jnp.sum(tokens.positions), "mean": jnp.mean(gate)})
+
+
+def inputs(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    n = len(PATTERN)
+    weights = {"w": rng.normal(size=(n, D)).astype(np.float32), "v": rng.normal(size=n).astype(np.float32)}
+    x_BTD = rng.normal(size=(B, T, D)).astype(np.float32)
+    shared = {"b": {"s": np.float32(0.3)}}
+    positions = rng.integers(0, 2, (B, T)).astype(np.int32)
+    return weights, x_BTD, shared, positions
+
+
+def one_by_one(weights, x_BTD, shared, positions):
+    tokens, means = Tokens(positions=positions, embedded_BTD=x_BTD), []
+    for i, symbol in enumerate(PATTERN):
+        out = toy(jax.tree.map(lambda a, i=i: a[i], weights), shared.get(symbol), x_BTD, tokens)
+        x_BTD = out.y_BTD
+        means.append(out.stats["mean"])
+    return jnp.sum(jnp.sin(x_BTD)) + jnp.sum(jnp.stack(means) * jnp.arange(1.0, len(PATTERN) + 1))
+
+
+def in_loops(weights, x_BTD, shared, positions, *, unroll, sums=None):
+    of_spot = spots(PATTERN, unroll)
+    stacked = [jax.tree.map(lambda a, s=spot: a[np.array(s.depths)], weights) for spot in of_spot]
+    tokens = Tokens(positions=positions, embedded_BTD=x_BTD)
+    x_BTD, stats = depth.run(loops(PATTERN, unroll), [toy] * len(of_spot), stacked, x_BTD, shared, tokens, sums)
+    factors = [jnp.array([depth + 1.0 for depth in spot.depths]) for spot in of_spot]
+    assert all(s["n"].shape == (len(spot.depths),) for s, spot in zip(stats, of_spot, strict=True))
+    return jnp.sum(jnp.sin(x_BTD)) + sum(jnp.sum(s["mean"] * f) for s, f in zip(stats, factors, strict=True))
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 9])
+def test_equals_one_by_one(unroll):
+    *floats, positions = inputs()
+    expected = jax.jit(jax.value_and_grad(one_by_one, (0, 1, 2)))(*floats, positions)
+    value = jax.jit(jax.value_and_grad(lambda *a: in_loops(*a, positions, unroll=unroll), (0, 1, 2)))(*floats)
+    assert jax.tree.structure(value) == jax.tree.structure(expected)
+    for path, want in jax.tree_util.tree_leaves_with_path(expected):
+        got = dict(jax.tree_util.tree_leaves_with_path(value))[path]
+        check_close(got, want, dtype="float32", what=jax.tree_util.keystr(path))
+    plain = jax.jit(lambda *a: in_loops(*a, positions, unroll=unroll))(*floats)
+    check_close(plain, expected[0], dtype="float32", what="value without a gradient")
+
+
+def test_gradients_are_added_to_sums_in_their_type():
+    weights, x_BTD, shared, positions = inputs()
+    of_spot = spots(PATTERN)
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
+    start = [jax.tree.map(lambda a, s=s: np.ones((len(s.depths), *a.shape[1:]), np.float32), weights) for s in of_spot]
+
+    def loss(weights, sums):
+        return in_loops(weights, x_BTD, shared, positions, unroll=1, sums=sums)
+
+    of_weights, of_sums = jax.jit(jax.grad(loss, (0, 1)))(low, start)
+    alone = jax.jit(jax.grad(lambda w: in_loops(w, x_BTD, shared, positions, unroll=1)))(low)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_weights))
+    for spot, total in zip(of_spot, of_sums, strict=True):
+        for name, array in total.items():
+            assert array.dtype == np.float32
+            expected = 1.0 + np.asarray(alone[name], np.float32)[np.array(spot.depths)]
+            np.testing.assert_array_equal(array, expected, err_msg=f"{spot} {name}")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters as the program of a step reads them: stacked and cast once, gradients back in the state's order."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm.config import MLP, Mamba2, MeshConfig, ModelConfig, MoE, Router
+from hybridlm.model.init import abstract, stacked
+from hybridlm.sharding import make_mesh
+from hybridlm.train.layout import UNROLL, Layout, unrolled
+
+MODEL = ModelConfig(
+    vocab_size=16, d_model=8, pattern="MM-" * 2 + "E",
+    blocks={"M": Mamba2(d_state=4, d_head=4), "-": MLP(8), "E": MoE(2, 8, router=Router(1))},
+)  # fmt: skip
+
+
+def layout_of(model: ModelConfig) -> tuple[Layout, dict]:
+    """On one device, with parameters of different numbers."""
+    layout = Layout(model, make_mesh(MeshConfig(1), jax.devices()[:1]))
+    rng, shapes = np.random.default_rng(0), abstract(model).shapes
+    return layout, jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("unroll", [1, 8])
+def test_there_and_back(unroll):
+    model = replace(MODEL, unroll=unroll, compute_dtype="float32")
+    layout, params = layout_of(model)
+    weights = layout.stack(params)
+    like = jax.tree.map(lambda a: (a.shape, a.dtype), stacked(model).shapes)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), weights) == like
+    back = layout.spread(weights)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_matrices_of_sublayers_alone_are_cast():
+    layout, params = layout_of(replace(MODEL, unroll=1))
+    weights, info = layout.stack(params), stacked(layout.config).info
+    for (path, weight), leaf in zip(jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(info), strict=True):
+        path = jax.tree_util.keystr(path)
+        low = "groups" in path and leaf.kind == "matrix" and "router" not in path
+        assert weight.dtype == (jnp.bfloat16 if low else jnp.float32), path
+    grads = layout.spread(weights)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_written_out_on_gpus_unless_the_config_says():
+    mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
+    assert unrolled(MODEL, mesh).unroll == UNROLL["cpu"] == 1 < UNROLL["gpu"]
+    assert unrolled(replace(MODEL, unroll=3), mesh).unroll == 3
