@@ -178,7 +178,7 @@ def test_float64(implementation):
     case = ssd_cases.Case("wide", 4, 64, 2, 3, 1, 5, "dense", "mixed", "H", True, True)
     inputs = ssd_cases.make_inputs(case) | {"segment_ids": EDGES}
     with enable_x64():
-        wide = {k: v if k == "segment_ids" else v.astype(np.float64) for k, v in inputs.items()}
+        wide = {k: v if k == "segment_ids" or v is None else v.astype(np.float64) for k, v in inputs.items()}
         check("ssd", wide, 4, implementation=implementation, return_final_state=True)
 
 

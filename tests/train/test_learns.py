@@ -19,5 +19,5 @@ def test_loss_falls_on_the_embedded_corpus(tmp_path, capsys, one_device, name):
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [r["loss"] for r in records if r["kind"] == "train"]
     assert losses[0] > 3 and np.all(np.diff(losses[:4]) < 0) and losses[-1] < 0.6 * losses[0]
-    assert records[-2]["kind"] == "val" and records[-2]["bits_per_byte"] < 4.0
+    assert [r["bits_per_byte"] for r in records if r["kind"] == "val"][-1] < 4.0
     assert "byte bigram: 3." in capsys.readouterr().out

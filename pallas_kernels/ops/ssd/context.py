@@ -38,14 +38,15 @@ def _local(x_BTHP, dt_BTH, A_H, B_BTGN, decay, segment_ids):
     product_dtype = jnp.result_type(x_BTHP, B_BTGN)
     starts_B = None
     dt_BTH = dt_BTH.astype(dtype)
-    log_BTH = dt_BTH * A_H.astype(dtype)[None, None] if decay is None else decay.astype(dtype)
     if segment_ids is not None:
         document_BT = document_numbers(segment_ids)
         real_BT = segment_ids != 0
         last_BT = real_BT & (document_BT == document_BT[:, -1:])
         starts_B = document_BT[:, -1] > 0
-        dt_BTH, log_BTH = (jnp.where(real_BT[:, :, None], array, 0) for array in (dt_BTH, log_BTH))
+        dt_BTH = jnp.where(real_BT[:, :, None], dt_BTH, 0)
+        decay = None if decay is None else jnp.where(real_BT[:, :, None], decay, 0)
         x_BTHP, B_BTGN = (jnp.where(last_BT[:, :, None, None], array, 0) for array in (x_BTHP, B_BTGN))
+    log_BTH = dt_BTH * A_H.astype(dtype)[None, None] if decay is None else decay.astype(dtype)
     until_BTH = jax.lax.cumsum(log_BTH, axis=1, reverse=True)
     after_BTH = jnp.pad(until_BTH[:, 1:], ((0, 0), (0, 1), (0, 0)))
     weighed_BTHP = (x_BTHP * (jnp.exp(after_BTH) * dt_BTH)[..., None]).astype(product_dtype)

@@ -32,7 +32,6 @@ def ssd_reference(
     if initial_state is None:
         initial_state = jnp.zeros((n_batch, n_heads, d_head, d_state), dtype)
     skip_HP = jnp.zeros((n_heads, 1), dtype) if D is None else D.astype(dtype).reshape(n_heads, -1)
-    decay = dt_BTH.astype(dtype) * A_H.astype(dtype)[None, None] if decay is None else decay
 
     def mask(array):
         real = (segment_ids != 0).reshape(segment_ids.shape + (1,) * (array.ndim - 2))
@@ -53,7 +52,9 @@ def ssd_reference(
         y_BHP = jnp.where(real_B[:, None, None], y_BHP, 0)
         return (state_BHPN, jnp.where(real_B, id_B, last_id_B)), y_BHP
 
-    tokens = [jnp.moveaxis(array, 1, 0) for array in (*map(mask, (x_BTHP, dt_BTH, B_BTGN, C_BTGN, decay)), segment_ids)]
+    masked = [*map(mask, (x_BTHP, dt_BTH, B_BTGN, C_BTGN))]
+    masked.append(masked[1] * A_H.astype(dtype)[None, None] if decay is None else mask(decay))
+    tokens = [jnp.moveaxis(array, 1, 0) for array in (*masked, segment_ids)]
     start = (initial_state.astype(dtype), jnp.zeros(n_batch, jnp.int32))
     (final_state_BHPN, _), y_TBHP = jax.lax.scan(step, *vary_alike((start, tuple(tokens))))
     y_BTHP = jnp.moveaxis(y_TBHP, 0, 1).astype(x_BTHP.dtype)
