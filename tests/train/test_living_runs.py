@@ -140,7 +140,7 @@ def test_a_longer_run_is_the_same_program(schedule):
 
 
 def test_a_schedule_of_a_traced_length_is_that_of_the_number():
-    """As it was with optax's own of the number: to the bit as XLA compiles for users, here within a part in a million."""
+    """As it was with optax's own of the number: to the bit as XLA compiles for users, within a millionth here."""
     counts = jnp.arange(0, 900, dtype=jnp.int32)
     for shape in (Cosine(0.1), LinearDecay(0.0), Wsd(0.2, 0.02)):
         for steps in (21, 400, 799, 30):
