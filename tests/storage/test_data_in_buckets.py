@@ -199,6 +199,17 @@ def test_tokens_of_other_programs_in_a_bucket(bucket, tmp_path):
     assert open_corpus(far).fingerprint == open_corpus(here).fingerprint
 
 
+def test_text_in_a_bucket_becomes_the_same_shards(texts, bucket, tmp_path):
+    """Read by two worker processes."""
+    upload(texts, f"{bucket}/texts")
+    made = []
+    for name, source in (("here", texts), ("far", f"{bucket}/texts")):
+        words = ["tokenize", f"{source}/plain", f"{source}/b.jsonl.gz", "--out", str(tmp_path / name), "--workers", "2"]
+        assert main(words) == 0
+        made.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.array_record*")})
+    assert made[0] == made[1] and made[0]
+
+
 def test_shards_are_not_written_to_a_bucket(texts, bucket, capsys):
     assert main(["tokenize", str(texts / "a.jsonl"), "--out", f"{bucket}/shards"]) == 2
     assert "is in a bucket: tokenise into a folder" in capsys.readouterr().err
