@@ -4,6 +4,7 @@
 import argparse
 from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, one_line_errors, parse
 from hybridlm.cli.start import start
 
@@ -14,7 +15,7 @@ def run(words: list[str], prog: str) -> int:
     if args is None:
         return 0
     start()
-    source, target = Path(args.source).expanduser(), Path(args.target).expanduser()
+    source, target = storage.as_path(args.source), storage.as_path(args.target)
     (_from_hf if args.way == "from-hf" else _to_hf)(args, source, target)
     return 0
 
@@ -65,7 +66,7 @@ def _to_hf(args: argparse.Namespace, source: Path, target: Path) -> None:
     from hybridlm.train.published import publish_run
 
     own = None if args.config is None else read_config(args.config)
-    like = None if args.like is None else Path(args.like).expanduser()
+    like = None if args.like is None else storage.as_path(args.like)
     with _Bar("writing") as bar:
         model, step = publish_run(
             source, target, step=args.step, family=args.family, like=like, dtype=args.dtype, overwrite=args.overwrite,

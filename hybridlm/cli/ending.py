@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, Exit, RunError
 
 
@@ -17,6 +18,8 @@ def explained(error: BaseException) -> tuple[int, str | None]:
         return Exit.FAILED, _one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
+    if (why := storage.reason(error)) is not None:  # what the client of a bucket raises where nothing told it otherwise
+        return Exit.FAILED, why
     return Exit.FAILED, None
 
 

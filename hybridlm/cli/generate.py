@@ -2,8 +2,8 @@
 """`hybridlm generate`: text from the model of a run."""
 
 import argparse
-from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
 from hybridlm.errors import ConfigError
@@ -26,7 +26,7 @@ def run(words: list[str], prog: str) -> int:
     from hybridlm.train.sample import load_run, sample_text
 
     like = None if args.config is None else read_config(args.config)
-    model, tokenizer, _ = load_run(Path(args.run), args.step, like)
+    model, tokenizer, _ = load_run(storage.as_path(args.run), args.step, like)
     text = sample_text(
         model, tokenizer, args.prompt, key=jax.random.key(args.seed), max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,

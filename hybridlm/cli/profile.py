@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hybridlm profile`: where the time of a traced run's steps went."""
 
-from pathlib import Path
-
+from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 
 
@@ -17,10 +16,13 @@ def run(words: list[str], prog: str) -> int:
     from hybridlm.plan.profile import as_html, as_text, profile
     from hybridlm.train.run_folder import stored_config
 
-    folder = Path(args.run).expanduser()
-    found = profile(folder, stored_config(folder))
-    page = folder / "profile.html" if args.html is None else Path(args.html).expanduser()
-    page.write_text(as_html(found), encoding="utf-8")
+    folder = here = storage.as_path(args.run)
+    config = stored_config(folder)
+    if storage.in_bucket(folder):
+        here = storage.mirror(folder, [f"profile/{name}" for name in storage.listing(folder / "profile")])
+    found = profile(here, config)
+    page = folder / "profile.html" if args.html is None else storage.as_path(args.html)
+    storage.write_text(page, as_html(found))
     print(as_text(found))
     print(f"\nas a page: {page}")
     return 0

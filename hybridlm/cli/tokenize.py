@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.errors import require
 
@@ -63,7 +64,8 @@ def _tokenize(args: argparse.Namespace) -> None:
     from hybridlm.data.make_shards import WORK, Job, check_plan, make_shards
     from hybridlm.data.tokenizer import keep_tokenizer, load_tokenizer
 
-    folder = Path(args.out).expanduser()
+    folder = storage.as_path(args.out)
+    require(not storage.in_bucket(folder), f"{args.out} is in a bucket: tokenise into a folder and copy that there")
     train = open_source(args.text, text_key=args.text_key, argument="TEXT")
     held_out = open_source(args.val, text_key=args.text_key, argument="--val") if args.val else None
     sources = [source for source in (train, held_out) if source]
@@ -71,7 +73,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     given = None if args.train_bpe is not None else load_tokenizer(spec, bos=args.bos_token, eos=args.eos_token)
     with _Bar() as bar:
         files = [file for source in sources for file in source.files]
-        sizes = sum(file.path.stat().st_size for file in files)
+        sizes = sum(size for size, _ in storage.versions(file.path for file in files))
         bar.begin("reading", sizes)
         memory = folder / WORK if folder.is_dir() else None
         hashes = content_hashes([file.path for file in files], memory, progress=bar.advance)

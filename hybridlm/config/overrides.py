@@ -7,11 +7,11 @@ import io
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
 
+from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.keys import choice, hint_of, is_choice, resolve, type_name, variant
 from hybridlm.config.tree import children, variants
@@ -46,7 +46,7 @@ def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Confi
         return config
     from hybridlm.hf.checkpoint import open_checkpoint
 
-    folder = Path(config.init.hf).expanduser()
+    folder = storage.as_path(config.init.hf)
     published = open_checkpoint(folder).config
     kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat", "unroll")}
     data = config.data

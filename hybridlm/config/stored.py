@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.tree import children, field_types, is_union, old_words, to_dict, variants, walk
 from hybridlm.errors import ConfigError, require
@@ -90,8 +91,8 @@ def fits(value, hint) -> bool:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved config as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Writes the resolved config as JSON, whole or not at all."""
+    storage.write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def differences(old, new) -> dict[str, tuple[Any, Any]]:

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridlm.data.cache import find_entry
+from hybridlm import storage
+from hybridlm.data.cache import find_entry, local_cache
 from hybridlm.data.config import DataConfig
 from hybridlm.data.corpus import Corpus, Part
 from hybridlm.data.documents import Documents, Joint, Piece, Split
+from hybridlm.data.find import find
 from hybridlm.data.identity import content_hashes
 from hybridlm.data.shards import ShardSplit, check_shards, read_manifest
 from hybridlm.data.tokenizer import load_tokenizer
@@ -44,9 +46,12 @@ def rebuild(config: DataConfig, about: Mapping[str, Any]) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
     if tokenizer.fingerprint != about["tokenizer"]:
         raise ConfigError(f"data.tokenizer ({config.tokenizer}) is another one on this host than on the first")
-    cache = Path(config.cache_dir).expanduser()
+    for patterns, argument in ((config.path, "data.path"), (config.val_path, "data.val_path")):
+        if any(storage.in_bucket(storage.as_path(pattern)) for pattern in patterns):
+            find(patterns, argument)  # this host's copies of tokens
+    cache = storage.as_path(config.cache_dir)
     files = [Path(file) for file in about["files"]]
-    for file, digest in zip(files, content_hashes(files, cache)):
+    for file, digest in zip(files, content_hashes(files, local_cache(cache))):
         if digest != about["files"][str(file)]:
             raise ConfigError(f"{file} is another one on this host than on the first: copy it again")
     entries = {}

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hybridlm import storage
 from hybridlm.data.identity import content_hashes, digest_of
 from hybridlm.errors import ConfigError
 
@@ -41,7 +42,14 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], dict]) -> tuple
     Raises ConfigError where the cache folder cannot be written; nothing half-written stays.
     """
     with _cache_errors(cache):
+        if storage.in_bucket(cache):
+            return _find_in_bucket(cache, key, build)
         return _find_or_build(cache, key, build)
+
+
+def local_cache(cache: Path) -> Path:
+    """The folder of this machine that holds a cache, or the copies of one in a bucket."""
+    return storage.scratch("tokens", cache) if storage.in_bucket(cache) else cache
 
 
 def find_entry(cache: Path, key: str, stats: dict) -> Path | None:
@@ -49,6 +57,10 @@ def find_entry(cache: Path, key: str, stats: dict) -> Path | None:
 
     Raises ConfigError where this host's entry is another one.
     """
+    if storage.in_bucket(cache):
+        with _cache_errors(cache):
+            _copy_of_bucket(cache, key)
+        cache = local_cache(cache)
     found = _sound_entry(cache / key)
     if found is not None and found != stats:
         raise ConfigError(f"{cache / key} holds other tokens on this host than on the first: remove it here, or there")
@@ -61,7 +73,7 @@ def copy_entry(cache: Path, key: str, stats: dict, parts: Iterator[tuple[str, by
     parts: (name, the next bytes) of its files, one file after the other. ConfigError where it cannot be written. No
     lock is taken: who waited for one would hold up all that the parts come from.
     """
-    prefix = f".copy-{key}-{socket.gethostname()}-"
+    cache, prefix = local_cache(cache), f".copy-{key}-{socket.gethostname()}-"
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         for former in cache.glob(f"{prefix}*"):
@@ -190,6 +202,41 @@ def _find_or_build(cache: Path, key: str, build: Callable[[Path], dict]) -> tupl
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return entry, stats
+
+
+def _find_in_bucket(cache: Path, key: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
+    """The copy on this machine of an entry in a bucket, which gets it where it has none, or a damaged one."""
+    storage.check(cache, "data.cache_dir")
+    if whole := _copy_of_bucket(cache, key):
+        return whole
+
+    def check_and_build(folder: Path) -> dict:
+        storage.check(cache, "data.cache_dir", write=True)
+        return build(folder)
+
+    found = _find_or_build(local_cache(cache), key, check_and_build)
+    storage.publish(found[0], cache / key)
+    return found
+
+
+def _copy_of_bucket(cache: Path, key: str) -> tuple[Path, dict] | None:
+    """(folder, stats) of the copy on this machine of an entry that a bucket has, copied now unless it is there."""
+    here = local_cache(cache)
+    if not storage.is_published(cache / key):
+        return None
+    stats = _sound_entry(here / key)
+    if stats is None:
+        here.mkdir(parents=True, exist_ok=True)
+        with _lock(here / f"{key}.lock"):
+            scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{key}-{socket.gethostname()}-", dir=here))
+            try:
+                if storage.fetch(cache / key, scratch) and _sound_entry(scratch) is not None:
+                    scratch.chmod(0o755)
+                    _publish(scratch, here / key)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        stats = _sound_entry(here / key)
+    return None if stats is None else (here / key, stats)
 
 
 def _publish(scratch: Path, entry: Path) -> None:

@@ -17,7 +17,8 @@ class DataConfig:
 
     path: tuple[str, ...] = ()
     """Glob patterns of text (.txt, .jsonl, .parquet), or of tokens: folders of `hybridlm tokenize`, Megatron's .bin
-    with .idx, nanoGPT's .bin. Empty: the embedded corpus (Python's standard library)."""
+    with .idx, nanoGPT's .bin; in buckets, too (s3://, gs://). Empty: the embedded corpus (Python's standard
+    library)."""
     weights: tuple[float, ...] = ()
     """Share of the rows that each pattern of path gives, in their order, as a mixture; empty: all of path is one
     corpus."""
@@ -43,7 +44,7 @@ class DataConfig:
     batch_size: int = 16
     """Rows B of an optimizer step, over all devices and accumulated microbatches."""
     cache_dir: str = "~/.cache/hybridlm"
-    """Folder of tokenised corpora."""
+    """Folder of tokenised corpora; of one in a bucket, each machine makes a copy."""
     workers: int = 0
     """Grain worker processes; 0: threads of this process. Batches do not depend on it."""
     prefetch: int = 4

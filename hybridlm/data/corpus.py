@@ -12,7 +12,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hybridlm.data.cache import find_or_build
+from hybridlm import storage
+from hybridlm.data.cache import find_or_build, local_cache
 from hybridlm.data.config import DataConfig
 from hybridlm.data.documents import Documents, Joint, Piece, Split
 from hybridlm.data.find import Found, find
@@ -107,7 +108,7 @@ class _Opener:
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.cache = Path(config.cache_dir).expanduser()
+        self.cache = storage.as_path(config.cache_dir)
 
     def open(self, patterns: Sequence[str], held_out_by: Sequence[str] = (), validate: bool = True) -> Part:
         """A part to train on. held_out_by: patterns of what validates it; none: a share of it, where `validate`."""
@@ -149,7 +150,7 @@ class _Opener:
         if held_out_by:
             held_out = open_source(held_out_by, text_key=config.text_key, argument="data.val_path")
             _leave_out(train, held_out)
-        made_from = [source.identity(self.cache) for source in (train, held_out) if source]
+        made_from = [source.identity(local_cache(self.cache)) for source in (train, held_out) if source]
         build = functools.partial(write_texts, train, held_out, fraction, tokenizer)
         key = digest_of(
             [FORMAT, tokenizer.fingerprint, config.text_key, made_from[0], made_from[1] if held_out else fraction]
@@ -194,7 +195,7 @@ class _Opener:
 
     def _files(self, files: list[TokenFile], fraction: float) -> Part:
         paths = [path for file in files for path in (file.path, *file.beside)]
-        hashes = content_hashes(paths, self.cache)
+        hashes = content_hashes(paths, local_cache(self.cache))
         key = digest_of([FORMAT, "files", self.tokenizer.fingerprint, hashes, fraction])
         folder, stats = find_or_build(self.cache, key, functools.partial(self._find_documents, files, fraction, hashes))
         documents = {
@@ -267,8 +268,8 @@ def _together(parts: Sequence[Part], mixed: bool = True) -> dict:
 
 def _leave_out(train: Source, held_out: Source) -> None:
     """No validation file is trained on, even where the pattern of the training files matches it."""
-    taken = {file.path.resolve() for file in held_out.files}
-    kept = tuple(file for file in train.files if file.path.resolve() not in taken)
+    taken = {storage.absolute(file.path) for file in held_out.files}
+    kept = tuple(file for file in train.files if storage.absolute(file.path) not in taken)
     if not kept:
         raise ConfigError("data.path: data.val_path matches all of its files, none is left to train on")
     if len(kept) < len(train.files):

@@ -24,8 +24,9 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from hybridlm import storage
 from hybridlm.data.identity import content_hashes
 from hybridlm.errors import ConfigError
 
@@ -46,7 +47,7 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file on this machine and its name relative to the folder that its pattern starts in."""
+    """A file, of this machine or in a bucket, and its name relative to the folder that its pattern starts in."""
 
     path: Path
     name: str
@@ -156,10 +157,12 @@ def _walk(base: Path) -> Iterator[SourceFile]:
 
 def match(pattern: str, argument: str) -> list[SourceFile]:
     """The files that a file, a folder or a glob pattern names; ConfigError where there is none."""
-    expanded = Path(pattern).expanduser()
-    if expanded.is_file():
+    expanded = storage.as_path(pattern)
+    if storage.in_bucket(expanded):
+        files = _match_in_bucket(expanded, pattern, argument)
+    elif expanded.is_file():
         return [SourceFile(expanded, expanded.name)]
-    if expanded.is_dir():
+    elif expanded.is_dir():
         files = list(_walk(expanded))
     else:
         plain = []  # the folders before the first one with a wildcard
@@ -173,6 +176,16 @@ def match(pattern: str, argument: str) -> list[SourceFile]:
     if not files:
         raise ConfigError(f"{argument} ({pattern!r}): no file matches")
     return files
+
+
+def _match_in_bucket(path: Path, pattern: str, argument: str) -> list[SourceFile]:
+    storage.check(path, argument)
+    try:
+        base, found = storage.find(pattern)
+    except OSError as error:
+        raise ConfigError(f"{argument} ({pattern!r}) cannot be listed: {error.strerror}") from error
+    named = [SourceFile(file, file.relative_to(base).as_posix()) for file in found]
+    return [file for file in named if not any(part.startswith(".") for part in file.name.split("/"))]
 
 
 def _format_of(path: Path) -> Format | None:
@@ -207,7 +220,7 @@ def _read_file(file: SourceFile, text_key: str) -> Iterator[Document]:
 
 
 def _read_text(file: SourceFile) -> Iterator[Document]:
-    raw = file.path.read_bytes()
+    raw = storage.read_bytes(file.path)
     if b"\0" in raw[:4096]:
         raise ConfigError(f"{file.path} is not text (it holds zero bytes); {_readable()}")
     try:
@@ -218,7 +231,7 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
 
 def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document]:
     index = 0
-    with _open_lines(file.path) as lines:
+    with storage.reading(file.path) as stored, _decompressed(file.path, stored) as lines:
         numbered = enumerate(lines, start=1)
         while True:
             try:
@@ -238,21 +251,19 @@ def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document]:
                 index += 1
 
 
-def _open_lines(path: Path):
-    """A file of lines as a context manager that iterates over them, decompressed by what its name says."""
+def _decompressed(path: Path, stored: BinaryIO):
+    """The lines of an open file as a context manager that iterates over them, decompressed by what its name says."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        return _open_zstandard(path)
-    return open(path, "rb")
+        return gzip.open(stored, "rb")
+    return _zstandard(stored) if suffix == ".zst" else contextlib.nullcontext(stored)
 
 
 @contextlib.contextmanager
-def _open_zstandard(path: Path) -> Iterator[io.BufferedReader]:
+def _zstandard(stored: BinaryIO) -> Iterator[io.BufferedReader]:
     import pyarrow
 
-    with open(path, "rb") as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
+    with pyarrow.CompressedInputStream(stored, "zstd") as stream:
         yield io.BufferedReader(stream, 1 << 20)
 
 
@@ -292,7 +303,7 @@ def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
 
     index = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
+        with storage.reading(file.path) as stored, pyarrow.parquet.ParquetFile(stored) as table:
             schema = table.schema_arrow
             if text_key not in schema.names:
                 raise ConfigError(_no_field(str(file.path), text_key, schema.names))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError
 
 PIECE = 64 << 20
@@ -49,8 +50,11 @@ def content_hashes(
     """The hash of each file's bytes, read in threads.
 
     memory: folder of what earlier calls found; None: read all. progress: called with the numbers of bytes read. Raises
-    ConfigError, one line, for a file that cannot be read or is written to meanwhile.
+    ConfigError, one line, for a file that cannot be read or is written to meanwhile. Of an object in a bucket, nothing
+    is read: its store keeps a hash, or what else changes with the content.
     """
+    if any(map(storage.in_bucket, files)):
+        return _object_hashes(files)
     known = Remembered(memory)
     before = [_status(file) for file in files]
     found = [known.get(status) for status in before]
@@ -79,6 +83,15 @@ def content_hashes(
         known.add(after, found[index])
     known.save()
     return found
+
+
+def _object_hashes(files: Sequence[Path]) -> list[str]:
+    """Of files some of which are in buckets."""
+    try:
+        versions = iter(storage.versions(file for file in files if storage.in_bucket(file)))
+        return [digest_of(next(versions)) if storage.in_bucket(file) else content_hash(file) for file in files]
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def content_hash(file: Path) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hybridlm import storage
+from hybridlm.data.cache import local_cache
 from hybridlm.data.config import DataConfig
 from hybridlm.data.corpus import Corpus, Part
 from hybridlm.data.fitting import FitRows
@@ -172,7 +174,7 @@ def make_rows(part: Part, split: str, packing: str, seq_len: int, seed: int, con
 
 
 def _cache(config: DataConfig) -> Path:
-    return Path(config.cache_dir).expanduser()
+    return local_cache(storage.as_path(config.cache_dir))
 
 
 def _identity(corpus: Corpus, split: str) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError
 
 # What published tokenizers call the token before and after a document, most specific first.
@@ -99,7 +100,7 @@ class FileTokenizer:
         Raises:
           ConfigError: the file is missing or no tokenizer, or it has no token of a given name.
         """
-        path = Path(path).expanduser()
+        path = storage.as_path(path)
         content = _read(path)
         self._tokenizer = _parse(path, content)
         self._tokenizer.no_truncation()
@@ -170,7 +171,8 @@ def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | Non
                 "data.bos_token and data.eos_token belong to a tokenizer.json; the byte tokenizer has its own"
             )
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = storage.as_path(spec)
+    storage.check(path, "data.tokenizer")
     return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, bos=bos, eos=eos)
 
 
@@ -180,7 +182,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         return
     ends = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     target = folder / "tokenizer.json"
-    if tokenizer.path.resolve() != target.resolve():
+    if storage.absolute(tokenizer.path) != target.resolve():
         target.write_bytes(_read(tokenizer.path))
     (folder / "tokenizer_config.json").write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
 
@@ -203,7 +205,7 @@ def _frame(ids: np.ndarray, lengths: np.ndarray, bos: int | None, eos: int | Non
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return storage.read_bytes(path)
     except OSError as error:
         raise ConfigError(
             f'data.tokenizer ({str(path)!r}): {error.strerror}; give "byte" or the path of a tokenizer.json'
@@ -244,7 +246,7 @@ def _declared_ends(path: Path) -> dict:
     """bos_token and eos_token of the `tokenizer_config.json` beside the file, as far as it names them."""
     beside = path.with_name("tokenizer_config.json")
     try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
+        settings = json.loads(storage.read_bytes(beside))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.config_json import load_json, read_values
 from hybridlm.hf.families import family_of
@@ -83,8 +84,10 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The checkpoint of a folder with config.json and safetensors. ConfigError names what is not supported."""
-    folder = Path(folder)
+    """The checkpoint of a folder, also in a bucket, with config.json and safetensors. ConfigError names what is not
+    supported."""
+    folder = storage.as_path(folder)
+    storage.check(folder, "the published checkpoint")
     file = folder / "config.json"
     values = load_json(file)
     require("model_type" in values, f"{file}: model_type is missing")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.compare import difference_of
 from hybridlm.hf.families import KNOWN
@@ -53,7 +54,7 @@ def find_family(config: ModelConfig) -> Family:
 def load_json(file: Path) -> dict[str, Any]:
     """A config.json's values; infinities may be written as `Infinity` or as `{"__float__": "Infinity"}`."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = storage.read_bytes(file).decode("utf-8")
         values = json.loads(text, object_hook=lambda d: float(d["__float__"]) if set(d) == {"__float__"} else d)
     except FileNotFoundError:
         raise ConfigError(f"{file.parent} has no config.json: it is no published checkpoint") from None
@@ -75,4 +76,4 @@ def save_json(values: dict[str, Any], file: Path) -> None:
             return {"__float__": "Infinity" if value > 0 else "-Infinity"}
         return value
 
-    file.write_text(json.dumps(plain(values), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    storage.write_text(file, json.dumps(plain(values), indent=2, sort_keys=True) + "\n")

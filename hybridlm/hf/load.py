@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A published checkpoint as a model: tensors go from the file to their devices one at a time."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from hybridlm import storage
 from hybridlm.errors import require
 from hybridlm.hf.axes import Piece
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
@@ -37,6 +39,8 @@ def from_hf(
     progress: Progress | None = None,
 ) -> HybridLM:
     """The model of a published checkpoint: a folder with config.json and safetensors, as `save_pretrained` writes it.
+
+    folder: on this machine or in a bucket (s3://, gs://).
 
     mesh: parameters are made on its devices, sharded; None: on the first device. dtype: of matrices and embeddings
     (norms, biases, convolutions and recurrence parameters are always float32). compute_dtype: of activations; None:
@@ -93,6 +97,7 @@ class _Fill:
     def __init__(self, plan: Plan, entries: dict[str, Entry], progress: Progress | None):
         self.plan, self.entries, self.progress = plan, entries, progress
         self.done, self.total = 0, sum(entry.n_bytes for entry in entries.values())
+        self.far = any(storage.in_bucket(entry.file) for entry in entries.values())
         self.sources: dict[str, list[tuple[Tensor, slice, Piece]]] = {}
         for tensor in plan.tensors.values():
             for rows, part in tensor.rows():
@@ -102,11 +107,13 @@ class _Fill:
         """The whole parameter; each shard is put on its device before the next is made, equal shards once."""
         shape = self.plan.infos[path].shape
         made: dict[tuple, jax.Array] = {}
+        # shards are cut from the same tensors, of which none is to come from a bucket twice
+        read = functools.cache(self._rows) if self.far else self._rows
         arrays = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
             if key not in made:
-                made[key] = jax.device_put(self._shard(path, key, dtype), device)
+                made[key] = jax.device_put(self._shard(path, key, dtype, read), device)
             arrays.append(jax.device_put(made[key], device))
         if self.progress is not None:
             self._report(path)
@@ -119,8 +126,12 @@ class _Fill:
             self.done += self.entries[tensor.name].n_bytes * (rows.stop - rows.start) // n_rows
             self.progress(tensor.name, self.done, self.total)
 
-    def _shard(self, path: str, bounds: tuple[tuple[int, int], ...], dtype) -> np.ndarray:
-        """The part of a parameter within `bounds`, (start, stop) of each axis."""
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a published tensor."""
+        return self.entries[name].open_rows(slice(start, stop))
+
+    def _shard(self, path: str, bounds: tuple[tuple[int, int], ...], dtype, read: Callable) -> np.ndarray:
+        """The part of a parameter within `bounds`, (start, stop) of each axis; read: as `_rows`."""
         buffer = np.empty([stop - start for start, stop in bounds], dtype)
         for tensor, rows, part in self.sources[path]:
             target, wanted = [], []
@@ -133,7 +144,6 @@ class _Fill:
                 else:
                     break
             else:
-                whole = self.entries[tensor.name].open()
-                ours = part.to_ours(whole[rows] if tensor.shape else whole.reshape(1))
+                ours = part.to_ours(read(tensor.name, rows.start, rows.stop))
                 buffer[tuple(target)] = ours[tuple(wanted)]
         return buffer

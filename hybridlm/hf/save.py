@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a published checkpoint: config.json, safetensors and the tokenizer's files."""
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.config_json import find_family, save_json, write_values
@@ -38,7 +38,7 @@ def to_hf(
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Writes what the published implementation loads with no missing and no unexpected key.
+    """Writes what the published implementation loads with no missing and no unexpected key, into a folder or a bucket.
 
     family: model_type to write; None: that of `like`, else the first that can express the model. like: a published
     checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
@@ -49,7 +49,7 @@ def to_hf(
 
     Tensors are made and written one at a time. ConfigError, one line, where the family cannot express the model.
     """
-    folder = Path(folder)
+    folder = storage.as_path(folder)
     require(dtype is None or dtype in DTYPES, f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
     require(max_shard_bytes > 0, f"max_shard_bytes ({max_shard_bytes}) must be positive")
     like = _like(model, like)
@@ -64,11 +64,11 @@ def to_hf(
     kinds = _dtypes(tensors, plan, params, dtype, alike)
     carried = {} if alike is None else _carried(alike)
     for file in old:
-        file.unlink()
+        storage.remove(file)
     sources = [_source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()]
     write_tensors(folder, sources, max_shard_bytes, progress)
     save_json({**carried, **values, "dtype": dtype or str(kinds[of.embedding])}, folder / "config.json")
-    if like is not None and like.folder.resolve() != folder.resolve():
+    if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
         copy_tokenizer(like.folder, folder)
 
 
@@ -76,14 +76,14 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     """Copies the tokenizer's files, and says which."""
     files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        storage.copy(file, folder / file.name)
     return [file.name for file in files]
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
     """Copies config.json and the tokenizer's files: what `like` needs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "config.json", folder / "config.json")
+    storage.make_folder(folder)
+    storage.copy(source / "config.json", folder / "config.json")
     copy_tokenizer(source, folder)
 
 
@@ -92,7 +92,7 @@ def _like(model, like: str | Path | None) -> Checkpoint | None:
     source = model.source if like is None else like
     if source is None:
         return None
-    if like is None and not (Path(source) / "config.json").is_file():
+    if like is None and not (storage.as_path(source) / "config.json").is_file():
         raise ConfigError(f"the checkpoint that the model was loaded from ({source}) is gone: name one with like=")
     return open_checkpoint(source)
 
@@ -105,8 +105,9 @@ def _carried(like: Checkpoint) -> dict:
 
 def _prepare(folder: Path, overwrite: bool) -> list[Path]:
     """Makes the folder; the files of a checkpoint that is there, to be removed."""
+    storage.check(folder, "FOLDER", write=True)
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file, where a folder is to be written")
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     old = [*folder.glob("model*.safetensors"), *folder.glob(INDEX)]
     require(overwrite or not old, f"{folder} holds a checkpoint already ({', '.join(f.name for f in old[:3])})")
     return old

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safetensors files, read and written one tensor at a time.
 
+Of a file in a bucket, header and tensors are read by their ranges.
+
 A file is eight bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
 
@@ -10,11 +12,12 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, require
 
 DTYPES = {
@@ -36,10 +39,23 @@ class Entry:
     shape: tuple[int, ...]
 
     def open(self) -> np.ndarray:
-        """The tensor, mapped from the file: nothing is read before it is used, nothing stays after it is dropped."""
-        if 0 in self.shape:
-            return np.zeros(self.shape, DTYPES[self.dtype])
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape or (1,)).reshape(self.shape)
+        """The tensor, mapped from the file: nothing is read before it is used, nothing stays after it is dropped.
+
+        From a bucket, it is read.
+        """
+        return self.open_rows(slice(0, self.shape[0])) if self.shape else self.open_rows(slice(0, 1)).reshape(())
+
+    def open_rows(self, rows: slice) -> np.ndarray:
+        """As `open`, but these rows (along axis 0) alone; the single number of a tensor without axes is its row."""
+        n_rows, *row = self.shape or (1,)
+        shape, dtype = (len(range(n_rows)[rows]), *row), DTYPES[self.dtype]
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        if not storage.in_bucket(self.file):
+            return np.memmap(self.file, dtype, "r", self.offset, (n_rows, *row))[rows]
+        start = self.offset + range(n_rows)[rows].start * math.prod(row) * dtype.itemsize
+        content = storage.read_range(self.file, start, start + math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(shape)
 
     @property
     def n_bytes(self) -> int:
@@ -87,7 +103,7 @@ def _files(folder: Path) -> dict[Path, frozenset[str] | None]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file of an index; ConfigError for files that are not in its folder."""
     try:
-        values = json.loads(index.read_text(encoding="utf-8"))
+        values = json.loads(storage.read_bytes(index))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{index} cannot be read: {error}") from error
     files = values.get("weight_map") if isinstance(values, dict) else None
@@ -102,10 +118,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one file. ConfigError where it is damaged."""
     require(file.is_file(), f"{file} is no file")
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length <= size - 8 else None
+        size = storage.size(file)
+        (length,) = struct.unpack("<Q", storage.read_range(file, 0, 8))
+        header = json.loads(storage.read_range(file, 8, 8 + length)) if length <= size - 8 else None
     except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     require(length <= size - 8, f"{file} is cut short or no safetensors file")
@@ -164,20 +179,19 @@ def write_tensors(
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     done, total = 0, sum(tensor.n_bytes for shard in shards for tensor in shard)
     for name, shard in zip(names, shards, strict=True):
-        part = folder / f"{name}.part"
-        for tensor in _write_file(part, shard):
-            done += tensor.n_bytes
-            if progress is not None:
-                progress(tensor.name, done, total)
-        part.replace(folder / name)
+        with storage.writing(folder / name) as stream:
+            for tensor in _write_file(stream, shard):
+                done += tensor.n_bytes
+                if progress is not None:
+                    progress(tensor.name, done, total)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        storage.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(file: Path, shard: list[Source]) -> Iterator[Source]:
-    """Writes one file; yields each tensor when it is written."""
+def _write_file(stream: BinaryIO, shard: list[Source]) -> Iterator[Source]:
+    """Writes the content of one file; yields each tensor when it is written."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
         offsets = [offset, offset + tensor.n_bytes]
@@ -185,11 +199,10 @@ def _write_file(file: Path, shard: list[Source]) -> Iterator[Source]:
         offset += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for tensor in shard:
-            array = np.ascontiguousarray(tensor.make().astype(tensor.dtype, copy=False))
-            fits = array.shape == tensor.shape
-            require(fits, f"tensor {tensor.name}: {array.shape} was made where {tensor.shape} was announced")
-            stream.write(array.reshape(-1).view(np.uint8).data)
-            yield tensor
+    stream.write(struct.pack("<Q", len(text)) + text)
+    for tensor in shard:
+        array = np.ascontiguousarray(tensor.make().astype(tensor.dtype, copy=False))
+        fits = array.shape == tensor.shape
+        require(fits, f"tensor {tensor.name}: {array.shape} was made where {tensor.shape} was announced")
+        stream.write(array.reshape(-1).view(np.uint8).data)
+        yield tensor

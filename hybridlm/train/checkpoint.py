@@ -19,11 +19,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.train.keep import Keep
 from hybridlm.train.manifest import is_sealed, verify
+from hybridlm.train.orbax_s3 import teach_s3
 from hybridlm.train.records import finished_steps, move_aside, read_json
-from hybridlm.train.sealed_path import TMP_SUFFIX, SealedPath, seal_own
+from hybridlm.train.sealed_path import TMP_SUFFIX, SealedObjects, SealedPath, seal_own
 from hybridlm.train.together import from_first, gathered, one_problem
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,9 @@ class Checkpoints:
         keep: the newest so many stay; and, where not 0, those of every `every`-th step, and the `best` of those whose
         validation loss is known (`rate`). may_finish: see SealedPath. RunError where the folder cannot be used.
         """
-        self.folder = folder.resolve()
+        self.folder = storage.absolute(folder)
+        if storage.scheme_of(folder) == "s3":
+            teach_s3()
         self._pending: int | None = None
         self._began = 0.0
         self._keep = Keep(keep, every, best, lambda: finished_steps(self.folder))
@@ -156,14 +160,15 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._keep, cleanup_tmp_directories=True, enable_background_delete=True,
-            lightweight_initialize=True, temporary_path_class=SealedPath,
+            lightweight_initialize=True,
+            temporary_path_class=SealedObjects if storage.in_bucket(self.folder) else SealedPath,
             async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier()),
         )  # fmt: skip
         return ocp.CheckpointManager(self.folder, options=options)
 
     def _barrier(self) -> Callable | None:
         """Where processes wait for each other during a save: each first says what it wrote; None with one process."""
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or storage.in_bucket(self.folder):
             return None
         wait = ocp.multihost.get_barrier_sync_fn()
 
@@ -238,7 +243,7 @@ def _verified_record(folder: Path, step: int, check: Check | None, complete: boo
     stamp = record.pop(STAMP, None)
     if stamp is not None and not is_sealed(folder):
         raise _Damaged("manifest.json is missing")
-    if complete and not (folder / "trainer").is_dir():
+    if complete and not storage.exists(folder / "trainer"):
         raise _Damaged("it holds parameters alone: --init.run=RUN starts a new run from them")
     said = stamp["step"] if stamp is not None else _step_of_old(record, complete)
     if said is not None and said != step:
@@ -304,7 +309,7 @@ def _split(state: dict) -> tuple[Any, dict]:
 _STORAGE_WORDS = (
     "No space left", "RESOURCE_EXHAUSTED", "Permission denied", "PERMISSION_DENIED", "Read-only file system",
     "Not a directory", "File too large", "Disk quota", "Input/output error", "File exists", "No such file",
-    "NOT_FOUND",
+    "NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED",
 )  # fmt: skip
 
 
@@ -315,7 +320,8 @@ def _chain(error: BaseException):
 
 
 def _is_storage_error(error: BaseException) -> bool:
-    return any(isinstance(e, OSError) or any(w in str(e) for w in _STORAGE_WORDS) for e in _chain(error))
+    told = storage.reason(error) is not None
+    return told or any(isinstance(e, OSError) or any(w in str(e) for w in _STORAGE_WORDS) for e in _chain(error))
 
 
 def _storage_reason(error: BaseException) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from hybridlm import storage
 from hybridlm.cluster import broadcast, from_first, gather, on_all
 from hybridlm.data import Corpus, open_corpus
 from hybridlm.data.abroad import describe, rebuild
-from hybridlm.data.cache import copy_entry, find_entry
+from hybridlm.data.cache import copy_entry, find_entry, local_cache
 from hybridlm.data.config import DataConfig
 
 CHUNK = 32 << 20
@@ -38,7 +39,7 @@ def open_together(config: DataConfig) -> Corpus:
         return describe(opened[0])
 
     about = from_first(open_first)
-    cache = Path(config.cache_dir).expanduser()
+    cache = storage.as_path(config.cache_dir)
     for key, stats in about["entries"].items():
         find = partial(find_entry, cache, key, stats)
         folder = on_all(find)
@@ -51,7 +52,7 @@ def open_together(config: DataConfig) -> Corpus:
 
 def _writers(cache: Path, lacking: bool) -> np.ndarray:
     """Which processes write an entry that they lack: one for each cache, by its host and folder."""
-    place = np.uint32(zlib.crc32(f"{socket.gethostname()}:{cache.resolve()}".encode()))
+    place = np.uint32(zlib.crc32(f"{socket.gethostname()}:{local_cache(cache).resolve()}".encode()))
     lack, places = gather(np.array([lacking, place], np.uint32)).T
     first = {p: i for i, p in reversed(list(enumerate(places))) if lack[i]}
     return np.array([bool(lack[i]) and first[p] == i for i, p in enumerate(places)])

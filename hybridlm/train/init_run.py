@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.resume import refused
 from hybridlm.errors import ConfigError, require
@@ -19,9 +20,9 @@ and a stage of longer rows wants others."""
 def split_run(text: str) -> tuple[Path, int | None]:
     """(folder, step or None) of RUN or RUN@STEP; a folder of the whole name comes first."""
     folder, at, step = text.rpartition("@")
-    if at and step.isascii() and step.isdecimal() and not Path(text).expanduser().exists():
-        return Path(folder).expanduser(), int(step)
-    return Path(text).expanduser(), None
+    if at and step.isascii() and step.isdecimal() and not storage.exists(storage.as_path(text)):
+        return storage.as_path(folder), int(step)
+    return storage.as_path(text), None
 
 
 def check_init_run(config: Config) -> None:
@@ -29,7 +30,11 @@ def check_init_run(config: Config) -> None:
     if config.init.run is None:
         return
     run, step = split_run(config.init.run)
-    require(run.resolve() != Path(config.run_dir).expanduser().resolve(), f"init.run ({run}) is run.dir itself")
+    storage.check(run, "init.run")
+    require(
+        storage.absolute(run) != storage.absolute(storage.as_path(config.run_dir)),
+        f"init.run ({run}) is run.dir itself",
+    )
     steps = finished_steps(run / "checkpoints")
     require(bool(steps), f"init.run ({run}) has no checkpoint")
     require(step is None or step in steps, f"init.run ({config.init.run}): step {step} has no checkpoint, only {steps}")

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from pathlib import Path
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus
@@ -72,7 +72,8 @@ def train(
                 from_first(lambda: check_init_run(config))
             mesh = make_mesh(config.mesh)
             check_config(config, mesh)
-            stacks = folder.path / f"stacks-{jax.process_index()}.txt"
+            here = storage.scratch("stacks", folder.path) if storage.in_bucket(folder.path) else folder.path
+            stacks = here / f"stacks-{jax.process_index()}.txt"
             with jax.set_mesh(mesh), Watchdog(config.run.watchdog, stacks, resume) as watchdog, _memory_explained():
                 step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume)
             if reached is None:
@@ -123,8 +124,9 @@ def _run(
         between = lambda: (watchdog.progress(), stop.agreed())[1]
         validation = Validation(config, corpus.stats, program.eval_step, held_out, log, display, between)
         steps = Steps(
-            config, program, feed, meter, checkpoints, validation, reports, trace, stop, watchdog, display, may_write,
-            tokenizer=corpus.tokenizer.fingerprint, single=peers.count == 1,
+            config, program, feed, meter, checkpoints, validation, reports, trace, stop, watchdog, display,
+            may_write=lambda: (may_write(), log.flush()), tokenizer=corpus.tokenizer.fingerprint,
+            single=peers.count == 1,
         )  # fmt: skip
         _introduce(config, program, mesh, corpus, folder, display)
         if config.data.packing != "split":
@@ -201,7 +203,7 @@ def _first_state(
     from hybridlm.hf.load import load_params  # reads files with an extra
     from hybridlm.hf.save import copy_small_files
 
-    source = Path(config.init.hf).expanduser()
+    source = storage.as_path(config.init.hf)
     params = load_params(source, config.model, mesh)
     if folder.owner:
         copy_small_files(source, folder.published)
@@ -264,7 +266,7 @@ def _sample(
         temperature=SAMPLE_TEMPERATURE, top_k=None, top_p=SAMPLE_TOP_P,
     )  # fmt: skip
     if folder.owner:
-        folder.sample.write_text(text + "\n", encoding="utf-8")
+        storage.write_text(folder.sample, text + "\n")
     display.say(f"sample ({folder.sample}):")
     display.say("\n".join("    " + printable(line) for line in text.splitlines()))
 

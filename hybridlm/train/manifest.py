@@ -4,15 +4,22 @@
 It is two lines, an object and the checksum of that line, so that it vouches for itself too. A file has one XXH3
 checksum for each BLOCK of it: threads share a large file, and so do the hosts of a cluster, each of which reads every
 n-th block.
+
+Of a checkpoint that is written to a bucket, nothing is read again: the store's own tags, which change with the content,
+stand for the checksums.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from xxhash import xxh3_64
+
+from hybridlm import storage
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -23,9 +30,11 @@ PIECE = 512 << 10
 THREADS = 4
 PART = "manifest-{}.part"
 """What one host found of the files that it wrote, until the manifest is written."""
+OBJECTS = "objects"
+"""The format of a manifest that has the store's tags."""
 
 Sums = dict[str, list]
-"""File name, relative to the checkpoint -> [bytes, [checksum of each block]]."""
+"""File name, relative to the checkpoint -> [bytes, [checksum of each block]]; of an object, [bytes, tag]."""
 
 
 def seal(folder: Path) -> None:
@@ -33,13 +42,16 @@ def seal(folder: Path) -> None:
 
     What hosts said of their own files by `seal_part` is taken over.
     """
+    if storage.in_bucket(folder):
+        files = {name: found for name, found in storage.listing(folder).items() if name != NAME}
+        storage.write_bytes(folder / NAME, _vouched({"format": OBJECTS, "files": files}))
+        return
     told = _collect_parts(folder)
     names = list(_files(folder))
     told = {name: told[name] for name in names if name in told and (folder / name).stat().st_size == told[name][0]}
     sums = told | checksums(folder, [name for name in names if name not in told])
-    line = json.dumps({"format": FORMAT, "block": BLOCK, "files": dict(sorted(sums.items()))}).encode()
     with open(folder / NAME, "wb") as file:
-        file.write(line + b"\n" + _checksum(line).encode() + b"\n")
+        file.write(_vouched({"format": FORMAT, "block": BLOCK, "files": dict(sorted(sums.items()))}))
         file.flush()
         os.fsync(file.fileno())
 
@@ -63,31 +75,51 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     opened, is looked at in each. FileNotFoundError where there is no manifest.
     """
     try:
-        files = _read(folder)
-        sizes = {name: _size(folder, name) for name in files}
+        values = _read(folder)
+        files = values["files"]
+        found = storage.listing(folder) if storage.in_bucket(folder) else None
+        sizes = {name: _size(folder, name, found) for name in files}
     except _Damaged as damaged:
         return str(damaged)
     for name, (length, _) in files.items():
         if sizes[name] != length:
             return f"{name} has {sizes[name]} bytes instead of {length}"
-    blocks = [(name, i, of_block) for name, (_, sums) in files.items() for i, of_block in enumerate(sums)]
-    mine = blocks[share[0] :: share[1]]
+    if values["format"] == OBJECTS:
+        tags = None if found is None else {name: tag for name, (_, tag) in found.items()}
+        parts = [(name, tag) for name, (_, tag) in files.items()]
+        differs = lambda name, tag: not _is_object(folder / name, tag, None if tags is None else tags[name])
+    else:
+        parts = [(name, (i, of_block)) for name, (_, sums) in files.items() for i, of_block in enumerate(sums)]
+        length = lambda name, i: min(BLOCK, sizes[name] - i * BLOCK)
+        differs = lambda name, part: _block(folder / name, part[0] * BLOCK, length(name, part[0])) != part[1]
 
-    def differs(block: tuple[str, int, str]) -> str | None:
-        name, i, expected = block
+    def problem(part: tuple[str, Any]) -> str | None:
         try:
-            found = _block(folder / name, i * BLOCK, min(BLOCK, sizes[name] - i * BLOCK))
+            return f"{part[0]} differs from its checksum" if differs(*part) else None
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
-        return None if found == expected else f"{name} differs from its checksum"
+            return f"{part[0]} cannot be read: {error.strerror or error}"
 
     with ThreadPoolExecutor(_threads()) as pool:
-        return next((problem for problem in pool.map(differs, mine) if problem), None)
+        return next((told for told in pool.map(problem, parts[share[0] :: share[1]]) if told), None)
+
+
+def _is_object(path: Path, tag: str, found: str | None) -> bool:
+    """Whether a file is the object that had a tag. found: its tag now, which another store may have made anew; None: it
+    is on a disk, where a tag that is no checksum of the content says nothing."""
+    if found == tag:
+        return True
+    if not tag.startswith("md5:"):
+        return found is None
+    digest = hashlib.md5(usedforsecurity=False)
+    with storage.reading(path) as file:
+        while part := file.read(PIECE):
+            digest.update(part)
+    return f"md5:{digest.hexdigest()}" == tag
 
 
 def is_sealed(folder: Path) -> bool:
     """Whether the folder has a manifest, sound or not."""
-    return (folder / NAME).exists()
+    return storage.exists(folder / NAME)
 
 
 def checksums(folder: Path, names: Iterable[str]) -> Sums:
@@ -106,10 +138,16 @@ class _Damaged(Exception):
     """What is wrong, in a few words."""
 
 
-def _read(folder: Path) -> Mapping[str, tuple[int, list[str]]]:
-    """The files that the manifest lists."""
+def _vouched(values: dict) -> bytes:
+    """A manifest's content."""
+    line = json.dumps(values).encode()
+    return line + b"\n" + _checksum(line).encode() + b"\n"
+
+
+def _read(folder: Path) -> dict:
+    """What the manifest says."""
     try:
-        content = (folder / NAME).read_bytes()
+        content = storage.read_bytes(folder / NAME)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -118,13 +156,17 @@ def _read(folder: Path) -> Mapping[str, tuple[int, list[str]]]:
     if rest != _checksum(line).encode() + b"\n":
         raise _Damaged(f"{NAME} is damaged")
     values = json.loads(line)  # as it was written: its checksum says so
-    if values["format"] != FORMAT or values["block"] != BLOCK:
+    if values["format"] != OBJECTS and (values["format"] != FORMAT or values["block"] != BLOCK):
         raise _Damaged(f"{NAME} is of format {values['format']}, which this version does not read")
-    return values["files"]
+    return values
 
 
-def _size(folder: Path, name: str) -> int:
-    """Bytes of a file that can be opened and read."""
+def _size(folder: Path, name: str, found: Mapping[str, tuple[int, str]] | None) -> int:
+    """Bytes of a file that can be opened and read; of an object, as it was found in its bucket."""
+    if found is not None:
+        if name not in found:
+            raise _Damaged(f"{name} is missing")
+        return found[name][0]
     try:
         with open(folder / name, "rb", buffering=0) as file:
             file.read(1)
@@ -159,6 +201,8 @@ def _checksum(content: bytes) -> str:
 
 def _block(path: Path, start: int, length: int) -> str:
     """Checksum of a range of a file, or of what is there of it."""
+    if storage.in_bucket(path):
+        return _checksum(storage.read_range(path, start, start + length))
     digest, buffer = xxh3_64(), memoryview(bytearray(min(PIECE, length)))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)

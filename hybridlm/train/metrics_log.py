@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of a run: metrics.jsonl, and TensorBoard beside it."""
+"""The records of a run: metrics.jsonl, in a bucket an object for each start, and TensorBoard beside it."""
 
 import errno
 import json
@@ -9,8 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.errors import RunError
-from hybridlm.train.records import parse_json
+from hybridlm.train.objects import Objects, Outbox, read_parts
+from hybridlm.train.records import move_aside, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,12 @@ class MetricsLog:
         """Lines of before that are not gone on from."""
         if not self._owner:
             return
+        self._far: Objects | None = None
+        if storage.in_bucket(path):
+            outbox = None if tensorboard is None else Outbox(tensorboard)
+            self._board = None if outbox is None else _open_board(outbox.folder, step)
+            self._far = self._file = Objects(path, step, outbox)
+            return
         try:
             if dropped is not None and self.n_dropped:
                 dropped.parent.mkdir(exist_ok=True)
@@ -49,6 +57,8 @@ class MetricsLog:
             part = self._path.with_suffix(".jsonl.part")
             part.write_bytes(b"".join(line + b"\n" for line, _ in kept))
             part.replace(self._path)
+            if (objects := path.with_suffix("")).is_dir():  # what they held is in the file now
+                move_aside(objects, path.parent / "superseded")
             # unbuffered, so that closing it has nothing left to fail at
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in close())
         except OSError as error:
@@ -80,13 +90,20 @@ class MetricsLog:
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    def flush(self) -> None:
+        """Returns when all records are where they are kept: to a bucket, they are sent from time to time."""
+        if self._owner and self._far is not None:
+            if self._board is not None:
+                self._board.flush()
+            self._far.flush()
+
     def close(self) -> None:
         """Flushes and closes both."""
         if not self._owner:
             return
-        self._file.close()
         if self._board is not None:
             self._board.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -100,14 +117,20 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict | None]]:
-    """(line, its record or None where it is no record) of a metrics.jsonl."""
+    """(line, its record or None where it is no record) of a metrics.jsonl, or of a folder of objects in a bucket."""
     try:
-        content = path.read_bytes()
+        objects = storage.in_bucket(path) or path.with_suffix("").is_dir()  # it may have been in a bucket
+        parts = read_parts(path.with_suffix("")) if objects else [(None, path.read_bytes())]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
-    return [(line, _record(line)) for line in content.split(b"\n") if line.strip()]
+    lines: list[tuple[bytes, dict | None]] = []
+    for after, content in parts:
+        if after is not None:  # the start that wrote this went on from there
+            lines = [(line, record) for line, record in lines if record is not None and record["step"] <= after]
+        lines += [(line, _record(line)) for line in content.split(b"\n") if line.strip()]
+    return lines
 
 
 def _record(line: bytes) -> dict | None:

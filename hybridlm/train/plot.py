@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hybridlm import storage
+
 
 def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path) -> None:
     """Draws the records of a metrics.jsonl; bigram: bits per byte of the baseline on the validation text, if known.
@@ -30,10 +32,9 @@ def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path)
         axes.set_ylim(0, 1.05 * max(train[:, 1].max(), bigram or 0.0))
     axes.grid(alpha=0.3)
     axes.legend()
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=120)
+    with storage.writing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    part.replace(path)
 
 
 def _curve(records: list[dict], kind: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from hybridlm import storage
 from hybridlm.config import Config, DataConfig, InitConfig, RunConfig
 from hybridlm.config.tree import to_dict
 from hybridlm.errors import require
@@ -27,13 +28,15 @@ def run_from_published(source: Path, target: Path, progress: Progress | None = N
 
     ConfigError where the target is not empty or the source cannot be read.
     """
-    require(not target.exists() or not any(target.iterdir()), f"{target} is not empty: choose a new folder")
+    storage.check(target, "RUN", write=True)
+    require(not storage.names(target) and not target.is_file(), f"{target} is not empty: choose a new folder")
     model = from_hf(source, progress=progress)
     data = DataConfig()
     if (source / "tokenizer.json").is_file():
-        data = replace(data, tokenizer=str((target / "published").resolve()))
-    init, run = InitConfig(str(source.resolve())), RunConfig(dir=str(target))
-    config = Config(name=source.resolve().name, model=model.config, init=init, data=data, run=run)
+        data = replace(data, tokenizer=str(storage.absolute(target / "published")))
+    source = storage.absolute(source)
+    init, run = InitConfig(str(source)), RunConfig(dir=str(target))
+    config = Config(name=source.name, model=model.config, init=init, data=data, run=run)
     with RunFolder(config) as folder:
         folder.write_config()
         copy_small_files(source, folder.published)
@@ -68,8 +71,8 @@ def publish_run(
     """
     if like is None:
         origin = stored_config(source, own).init.hf
-        folders = [*([Path(origin)] if origin else []), source / "published"]
-        like = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        folders = [*([storage.as_path(origin)] if origin else []), source / "published"]
+        like = next((folder for folder in folders if storage.exists(folder / "config.json")), None)
     model, _, step = load_run(source, step, own)
     to_hf(model, target, family=family, like=like, dtype=dtype, overwrite=overwrite, progress=progress)
     return model, step

@@ -4,6 +4,9 @@
 A run that goes on from a published checkpoint has published/ too, with that one's config.json and tokenizer. What is
 damaged is moved to broken/, what is gone back behind to superseded/; config_history.jsonl has each config in turn.
 
+In a bucket, metrics/ has an object for each start of the run, and the lock is a lease, which runs out. What is damaged
+or gone back behind is marked, and stays until the run writes another in its place.
+
 A folder belongs to one config and one process at a time. A run found in it is resumed, never overwritten. The config is
 written first, so that a stop at any later moment leaves a run that can be resumed.
 """
@@ -19,11 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.resume import changes, refused
 from hybridlm.config.stored import from_dict, save_config
 from hybridlm.config.tree import to_dict
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.train.lease import Lease
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.records import finished_steps, move_aside, parse_json, read_json
 from hybridlm.train.together import from_first
@@ -52,9 +57,9 @@ class RunFolder:
     def __init__(self, config: Config, owner: bool = True):
         """owner: this process writes; of a cluster's, the first alone."""
         self.config, self.owner = config, owner
-        self.path = Path(config.run_dir).expanduser()
+        self.path = storage.as_path(config.run_dir)
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / ("metrics" if storage.in_bucket(self.path) else "metrics.jsonl")
         self.plot = self.path / "loss.png"
         self.sample = self.path / "sample.txt"
         self.published = self.path / "published"
@@ -62,6 +67,7 @@ class RunFolder:
         self.superseded = self.path / "superseded"
         self._config_file = self.path / "config.json"
         self._locks = []
+        self._lease: Lease | None = None
 
     def __enter__(self):
         """Makes and locks the folder. ConfigError where it cannot be written or is no run; RunError where in use."""
@@ -72,9 +78,15 @@ class RunFolder:
         for lock in self._locks:
             lock.close()  # releases; a process that dies releases too
         self._locks = []
+        if self._lease is not None:
+            self._lease.__exit__()
+            self._lease = None
 
     def _take(self) -> None:
         try:
+            if storage.in_bucket(self.path):
+                self._take_lease()
+                return
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_folder()
             self._check_is_run()
@@ -85,6 +97,11 @@ class RunFolder:
         except (ConfigError, RunError):
             self.__exit__()
             raise
+
+    def _take_lease(self) -> None:
+        storage.check(self.path, "run.dir", write=True)
+        self._check_is_run()
+        self._lease = Lease(self.path / "lock").__enter__()
 
     def _lock_folder(self) -> None:
         """Locks the folder itself, where that can be done: unlike a file in it, nobody deletes that by mistake."""
@@ -118,9 +135,9 @@ class RunFolder:
         raise RunError(f"{self.path} is in use by {holder or 'another process'}; another run goes to --run.dir=NEW")
 
     def _check_is_run(self) -> None:
-        if self._config_file.exists() or finished_steps(self.checkpoints):
+        if storage.exists(self._config_file) or finished_steps(self.checkpoints):
             return
-        there = sorted({f.name for f in self.path.iterdir()} - OF_A_START)
+        there = sorted(set(storage.names(self.path)) - OF_A_START)
         if there:
             shown = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
             raise ConfigError(
@@ -148,7 +165,7 @@ class RunFolder:
             shown = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"run.from_step ({back_to}) has no checkpoint in {self.path}: there are {shown}")
         complete = bool(steps) and back_to is None and steps[-1] >= self.config.run.steps and self._is_closed(steps[-1])
-        if not self._config_file.exists():
+        if not storage.exists(self._config_file):
             self.write_config()
         return Found(steps, back_to, complete)
 
@@ -175,12 +192,12 @@ class RunFolder:
         """ConfigError where records say that there were checkpoints; a run that was stopped before its first is new."""
         records = read_metrics(self.metrics)
         saved = max((r["step"] for r in records if r["kind"] in ("save", "end")), default=0)
-        if not saved and self._config_file.exists() and records:  # a run of before saves were recorded
+        if not saved and storage.exists(self._config_file) and records:  # a run of before saves were recorded
             with contextlib.suppress(ConfigError):
                 every, last = stored_config(self.path, self.config).run.save_every, max(r["step"] for r in records)
                 saved = last // every * every if 0 < every < last / 2 else 0
         if saved:
-            left = ", ".join(sorted(f.name for f in self.path.iterdir() if f.name not in ("lock", "checkpoints")))
+            left = ", ".join(name for name in storage.names(self.path) if name not in ("lock", "checkpoints"))
             raise ConfigError(
                 f"{self.path} holds a run whose checkpoints are gone: by its metrics.jsonl it had one of step {saved}, "
                 f"left is {left}; put checkpoints/ back to resume it, begin it again by --run.from_step=0, or choose "
@@ -198,8 +215,10 @@ class RunFolder:
         return MetricsLog(self.metrics, after, self.owner, board, dropped, may_write)
 
     def check_there(self) -> None:
-        """RunError where the folder was deleted, or moved away, while the run wrote to it."""
-        if self.owner and not self._config_file.exists():
+        """RunError where the folder was deleted, moved away or taken over while the run wrote to it."""
+        if self._lease is not None:
+            self._lease.check()
+        elif self.owner and not self._config_file.exists():
             raise RunError(f"{self.path} was deleted while the run wrote to it: what it held is lost")
 
     def write_config(self) -> None:
@@ -207,20 +226,18 @@ class RunFolder:
         if not self.owner:
             return
         try:
-            if self._config_file.exists():
+            if storage.exists(self._config_file):
                 try:
                     _first_readable([self._config_file], self.config)
                 except ConfigError:
                     move_aside(self._config_file, self.path / "broken")
-            part = self._config_file.with_suffix(".json.part")
-            save_config(self.config, part)
-            part.replace(self._config_file)
+            save_config(self.config, self._config_file)
         except OSError as error:
             raise RunError(f"cannot write {self._config_file}: {error.strerror}") from error
 
     def changed(self, step: int) -> dict[str, tuple[Any, Any]]:
         """What the config changes in the run of the checkpoint of a step, with the values before and now."""
-        if not _config_of(self.path, step).exists():
+        if not storage.exists(_config_of(self.path, step)):
             return {}
         try:
             stored = _first_readable([_config_of(self.path, step), self._config_file], self.config)
@@ -237,12 +254,11 @@ class RunFolder:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         line = {"step": step, "time": now, "changed": changed, "config": config}
         try:
-            before = history.read_bytes().splitlines() if history.exists() else []
+            before = storage.read_bytes(history).splitlines() if storage.exists(history) else []
             with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
                 if parse_json(before[-1])["config"] | {"cluster": None} == config | {"cluster": None}:
                     return
-            with open(history, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            storage.append(history, (json.dumps(line) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write {history}: {error.strerror}") from error
 
@@ -274,7 +290,7 @@ def stored_config(path: Path, like: Config | None = None) -> Config:
     """
     file = path / "config.json"
     copies = [_config_of(path, step) for step in reversed(finished_steps(path / "checkpoints"))]
-    if not file.exists() and not copies:
+    if not storage.exists(file) and not copies:
         raise ConfigError(f"{path} holds no run (no config.json)")
     return _first_readable([file, *copies], like)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
@@ -47,6 +48,7 @@ def load_run(path: Path, step: int | None = None, like: Config | None = None) ->
 
     like: a config whose own classes the run may have used; see from_dict.
     """
+    storage.check(path, "the run's folder")
     config = stored_config(path, like)
     steps = finished_steps(path / "checkpoints")
     require(bool(steps), f"{path} has no checkpoint yet")

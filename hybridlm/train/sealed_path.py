@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How Orbax makes a checkpoint final here: all of it written, then its manifest, then its name."""
+"""How Orbax makes a checkpoint final here: all of it written, then its manifest, then, where that can be, its name."""
 
 import asyncio
 import os
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from orbax.checkpoint.path import atomicity
 
-from hybridlm.train.manifest import seal, seal_part
+from hybridlm import storage
+from hybridlm.train.manifest import NAME, seal, seal_part
+from hybridlm.train.records import ASIDE
 
 TMP_SUFFIX = atomicity.TMP_DIR_SUFFIX
 
@@ -77,6 +79,65 @@ class SealedPath:
         await asyncio.to_thread(seal, folder)
         await asyncio.to_thread(self.may_finish)
         await asyncio.to_thread(folder.rename, os.fspath(self.get_final()))
+
+
+class SealedObjects:
+    """The same in a bucket, where nothing is renamed: it is written in its place, and final once it has its manifest,
+    which is the last of its objects. What was set aside is neither being written nor final."""
+
+    def __init__(self, in_place: atomicity.CommitFileTemporaryPath):
+        """in_place: as Orbax writes to buckets; an item inside of a checkpoint has its own mark of being whole."""
+        self._in_place = in_place
+
+    @classmethod
+    async def validate(cls, temporary_path) -> None:
+        """ValidationError where it is not one that is being written, or that was left unfinished."""
+        if set(await _names(temporary_path)) & {NAME, ASIDE}:
+            raise atomicity.ValidationError(f"{temporary_path} is whole, or was set aside")
+
+    @classmethod
+    async def validate_final(cls, final_path) -> None:
+        """ValidationError where it is not final."""
+        there = await _names(final_path)
+        if NAME not in there or ASIDE in there:
+            raise atomicity.ValidationError(f"{final_path} is not whole, or was set aside")
+
+    @classmethod
+    def from_temporary(cls, temporary_path, *, file_options=None, snapshot_type=None) -> "SealedObjects":
+        """One that a process left behind."""
+        del snapshot_type
+        return cls(atomicity.CommitFileTemporaryPath.from_temporary(temporary_path, file_options=file_options))
+
+    @classmethod
+    def from_final(
+        cls, final_path, *, checkpoint_metadata_store=None, file_options=None, snapshot_type=None
+    ) -> "SealedObjects":
+        """One to be made."""
+        del snapshot_type
+        given = {"checkpoint_metadata_store": checkpoint_metadata_store, "file_options": file_options}
+        return cls(atomicity.CommitFileTemporaryPath.from_final(final_path, **given))
+
+    def get(self):
+        """Where it is written."""
+        return self._in_place.get()
+
+    def get_final(self):
+        """The same."""
+        return self._in_place.get_final()
+
+    async def create(self):
+        """Begins it; on the first process alone."""
+        return await self._in_place.create()
+
+    async def finalize(self) -> None:
+        """Makes it final; on the first process alone."""
+        await self._in_place.finalize()
+        if self.get_final().name.isdecimal():
+            await asyncio.to_thread(seal, storage.as_path(self.get_final()))
+
+
+async def _names(path) -> list[str]:
+    return await asyncio.to_thread(storage.names, storage.as_path(path))
 
 
 def seal_own(folder: Path, process: int) -> None:

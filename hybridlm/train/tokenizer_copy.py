@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer of a run: its own copy, and its identity in every checkpoint."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.data import load_tokenizer
 from hybridlm.data.config import DataConfig
 from hybridlm.data.tokenizer import Tokenizer
@@ -16,21 +16,20 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def keep_tokenizer(data: DataConfig, run: Path) -> None:
-    """Copies the tokenizer's files to `tokenizer/` in the run's folder, unless they are there. RunError: cannot."""
+    """Copies the tokenizer's files to `tokenizer/` in the run's folder, unless they are there. RunError: cannot.
+
+    tokenizer.json comes last: without it, the folder holds no tokenizer.
+    """
     copy = run / "tokenizer"
-    if data.tokenizer == "byte" or (copy / FILES[0]).exists():
+    if data.tokenizer == "byte" or storage.exists(copy / FILES[0]):
         return
-    given = Path(data.tokenizer).expanduser()
+    given = storage.as_path(data.tokenizer)
     source = given / FILES[0] if given.is_dir() else given
-    part = run / "tokenizer.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        shutil.copyfile(source, part / FILES[0])
-        if source.with_name(FILES[1]).is_file():
-            shutil.copyfile(source.with_name(FILES[1]), part / FILES[1])
-        shutil.rmtree(copy, ignore_errors=True)  # without a tokenizer.json it was none
-        part.replace(copy)
+        storage.make_folder(copy)
+        if storage.exists(source.with_name(FILES[1])):
+            storage.copy(source.with_name(FILES[1]), copy / FILES[1])
+        storage.copy(source, copy / FILES[0])
     except OSError as error:
         raise RunError(f"cannot copy the tokenizer {source} to {copy}: {error.strerror}") from error
 
@@ -41,7 +40,7 @@ def kept_tokenizer(data: DataConfig, run: Path, identity: str | None) -> Tokeniz
     identity: what a checkpoint says that it is; None: one of before they said so. ConfigError where it is another.
     """
     copy = run / "tokenizer" / FILES[0]
-    data = replace(data, tokenizer=str(copy)) if data.tokenizer != "byte" and copy.is_file() else data
+    data = replace(data, tokenizer=str(copy)) if data.tokenizer != "byte" and storage.exists(copy) else data
     return check_tokenizer(data, identity, run)
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import jax
 
+from hybridlm import storage
+from hybridlm.train.objects import Outbox
+
 
 class Trace:
     """Traces the steps from the first to the last of run.profile_steps, into the run's folder."""
@@ -13,6 +16,7 @@ class Trace:
         """steps: None traces nothing."""
         self._first, self._last = steps or (0, 0)
         self._folder = folder
+        self._outbox = Outbox(folder) if storage.in_bucket(folder) else None
         self._running = False
 
     def turns(self, step: int) -> bool:
@@ -24,7 +28,7 @@ class Trace:
         if self._running and step >= self._last:
             self.close()
         elif step + 1 == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._outbox.folder if self._outbox else self._folder))
             self._running = True
 
     def close(self) -> None:
@@ -32,3 +36,5 @@ class Trace:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._outbox is not None:
+                self._outbox.send()
