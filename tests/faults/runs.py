@@ -155,7 +155,7 @@ def newest(run: Path) -> int:
 def clean(text: str) -> bool:
     """Whether what a process said holds neither a Python traceback nor a native stack."""
     return not any(
-        words in text for words in ("Traceback", "Check failure", "Fatal Python error", "    @  ", "terminate")
+        words in text for words in ("Traceback", "Check failure", "Fatal Python error", "    @  ", "terminate called")
     )
 
 
