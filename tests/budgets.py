@@ -72,11 +72,11 @@ def read() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(pod_names())}; none: all")
     parser.add_argument("--compiled", action="store_true", help="compile them too: minutes each")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     budgets = read() if FILE.exists() else {}
     for name in args.names or pod_names():
         with setting(name) as run:

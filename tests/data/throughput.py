@@ -4,9 +4,9 @@
 Text of documents with log-normal lengths (median 400 bytes, mean 670), byte tokenizer, rows of 4,096 tokens.
 """
 
+import argparse
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 
@@ -48,8 +48,14 @@ def rate(config: DataConfig, what: str) -> None:
         )
 
 
-def main(folder: Path, megabytes: int) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints a line each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where the text, its shards and its cache go")
+    parser.add_argument("megabytes", type=int, nargs="?", default=200, help="of text (200)")
+    args = parser.parse_args(argv)
+    folder, megabytes = args.folder, args.megabytes
+    folder.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.INFO)
     text = folder / "text.jsonl"
     write_text(text, megabytes)
@@ -70,4 +76,4 @@ def main(folder: Path, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200)
+    main()
