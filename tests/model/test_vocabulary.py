@@ -48,11 +48,15 @@ def inputs(shape, dtype):
 
 
 def on_mesh(mesh, table_VD, run):
-    """`run(placed table)` jitted on the mesh: results, and the program's text."""
+    """`run(placed table)` jitted on the mesh, traced anew: results, and the program's text."""
     with jax.set_mesh(mesh):
         axes = [sharding.split_axes(name, size) or None for name, size in zip(vocabulary.TABLE, table_VD.shape)]
         at = jax.NamedSharding(mesh, jax.P(*axes))
-        compiled = jax.jit(run).lower(jax.ShapeDtypeStruct(table_VD.shape, jnp.float32, sharding=at)).compile(QUICK)
+        compiled = (
+            jax.jit(lambda table_VD: run(table_VD))
+            .lower(jax.ShapeDtypeStruct(table_VD.shape, jnp.float32, sharding=at))
+            .compile(QUICK)
+        )
         return compiled(jax.device_put(table_VD, at)), compiled.as_text()
 
 
