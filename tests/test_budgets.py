@@ -8,7 +8,7 @@ from hybridlm.config.find import pod_names
 from tests import budgets
 
 BUDGETS = budgets.read()
-QUICK = ("hybrid_8b:v5p:8x8x16",)
+QUICK = ("hybrid_125m:v5p:2x2x1", "hybrid_8b:v5p:8x8x16")
 """Compiled whenever the compiler is there; the others are slow tests."""
 
 
