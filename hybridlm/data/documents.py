@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from hybridlm.data.cache import map_array
+from hybridlm.errors import DataError
 
 
 class Tokens(Protocol):
@@ -28,9 +30,9 @@ class Offsets(Protocol):
 
 
 class Documents(Protocol):
-    """Document d is tokens[offsets[d]:offsets[d + 1]]. Pickles as paths, never as content."""
+    """Document d is reader[offsets[d]:offsets[d + 1]]. Pickles as paths, never as content."""
 
-    tokens: Tokens
+    reader: Tokens
     offsets: Offsets
 
 
@@ -45,6 +47,11 @@ class Piece:
     """None: to the end."""
     header: int = 0
     """Bytes before the first token."""
+
+    def __len__(self) -> int:
+        if self.length is not None:
+            return self.length
+        return (self.path.stat().st_size - self.header) // np.dtype(self.dtype).itemsize - self.start
 
     def map(self) -> np.ndarray:
         """The tokens, mapped and not read."""
@@ -61,8 +68,15 @@ class Split:
     offsets_file: Path
 
     @functools.cached_property
-    def tokens(self) -> Tokens:
-        """Ids of all documents in a row, [tokens]."""
+    def reader(self) -> Tokens:
+        """What batches are read by."""
+        readers = [FileTokens(piece) for piece in self.pieces]
+        return readers[0] if len(readers) == 1 else Joined(readers)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray | Tokens:
+        """Ids of all documents in a row, [tokens], mapped: to look at. Where the disk fails, or somebody cuts the file,
+        a mapped file ends the process."""
         mapped = [piece.map() for piece in self.pieces]
         return mapped[0] if len(mapped) == 1 else Joined(mapped)
 
@@ -73,6 +87,32 @@ class Split:
 
     def __reduce__(self):
         return Split, (self.pieces, self.offsets_file)
+
+
+class FileTokens:
+    """The tokens of a piece of a file, read and not mapped: what cannot be read is an error in one line."""
+
+    def __init__(self, piece: Piece):
+        self._piece, self.dtype, self._length = piece, np.dtype(piece.dtype), len(piece)
+        self._file = open(piece.path, "rb", buffering=0)  # noqa: SIM115 (it is open as long as this)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, where: np.ndarray) -> np.ndarray:
+        if not len(where):
+            return np.zeros(0, self.dtype)
+        width, handle = self.dtype.itemsize, self._file.fileno()
+        firsts = np.concatenate([[0], np.flatnonzero(np.diff(where) != 1) + 1, [len(where)]])  # of runs
+        sizes = (np.diff(firsts) * width).tolist()
+        places = (self._piece.header + (self._piece.start + where[firsts[:-1]]) * width).tolist()
+        try:
+            raw = b"".join([os.pread(handle, size, place) for size, place in zip(sizes, places)])
+        except OSError as error:
+            raise DataError(f"cannot read {self._piece.path}: {error.strerror}") from error
+        if len(raw) != len(where) * width:
+            raise DataError(f"{self._piece.path} was cut while it was read")
+        return np.frombuffer(raw, self.dtype)
 
 
 class Joined:
@@ -131,15 +171,20 @@ class Joint:
     parts: tuple[Documents, ...]
 
     @functools.cached_property
+    def reader(self) -> Tokens:
+        """What batches are read by."""
+        return Joined([part.reader for part in self.parts])
+
+    @property
     def tokens(self) -> Tokens:
         """Ids of all documents in a row."""
-        return Joined([part.tokens for part in self.parts])
+        return self.reader
 
     @functools.cached_property
     def offsets(self) -> JoinedOffsets:
         """Where each document starts: int64 [documents + 1]."""
         documents = [len(part.offsets) - 1 for part in self.parts]
-        tokens = [len(part.tokens) for part in self.parts]
+        tokens = [len(part.reader) for part in self.parts]
         return JoinedOffsets(documents, tokens, lambda place: self.parts[place].offsets)
 
     def __reduce__(self):

@@ -75,7 +75,7 @@ class FitRows:
         first = self._first_of_length[lengths] + bases + number * counts
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = self._starts[np.repeat(first, counts) + within]
-        return lay_out(self.documents.tokens, starts, np.repeat(lengths, counts), self.seq_len)
+        return lay_out(self.documents.reader, starts, np.repeat(lengths, counts), self.seq_len)
 
 
 def best_fit(counts: np.ndarray) -> Plan:

@@ -70,7 +70,7 @@ class PairRows:
         starts = np.concatenate([[self._ends[first - 1] if first else 0], ends[:-1]])
         lengths = np.minimum(ends, stop) - np.maximum(starts, start)
         first_token = self._first_token[first : last + 1] + np.maximum(start - starts, 0)
-        return lay_out(self.documents.tokens, first_token, lengths, self.seq_len)
+        return lay_out(self.documents.reader, first_token, lengths, self.seq_len)
 
 
 def mapped_from(order: Order) -> tuple[Path | None, np.ndarray | None]:

@@ -129,12 +129,12 @@ def index_bytes(document_starts: np.ndarray, checks: np.ndarray) -> bytes:
 
 
 class _Index:
-    """The index of one shard, mapped."""
+    """The index of one shard."""
 
     def __init__(self, file: Path, documents: int):
-        whole = np.memmap(file, np.uint8, mode="r")
         cut = 8 * (documents + 1)
-        self.document_starts, self.checks = whole[:cut].view("<i8"), whole[cut:].view("<u4")
+        self.document_starts = np.memmap(file, "<i8", mode="r", shape=(documents + 1,))
+        self.checks = np.fromfile(file, "<u4", offset=cut)  # few, and read at every batch
 
 
 class ShardSplit:
@@ -156,8 +156,13 @@ class ShardSplit:
         return ShardSplit, (self.folder, self.name)
 
     @property
-    def tokens(self) -> "ShardSplit":
+    def reader(self) -> "ShardSplit":
         """By position: see __getitem__."""
+        return self
+
+    @property
+    def tokens(self) -> "ShardSplit":
+        """The same."""
         return self
 
     @property

@@ -40,7 +40,7 @@ def naive_rows(documents: list[list[int]], seq_len: int, seed: int) -> list[dict
 
 def lay(documents: list[list[int]], dtype=np.uint16):
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
-    return SimpleNamespace(tokens=np.array([t for d in documents for t in d], dtype), offsets=offsets)
+    return SimpleNamespace(reader=np.array([t for d in documents for t in d], dtype), offsets=offsets)
 
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40)), max_size=60)
@@ -101,7 +101,7 @@ def test_a_row_of_many_tiny_documents_is_fast():
     import time
 
     n = 1_000_000
-    documents = SimpleNamespace(tokens=np.ones(2 * n, np.uint16), offsets=np.arange(0, 2 * n + 1, 2))
+    documents = SimpleNamespace(reader=np.ones(2 * n, np.uint16), offsets=np.arange(0, 2 * n + 1, 2))
     rows = PairRows(documents, 4096, seed=0)
     began = time.perf_counter()
     for r in range(100):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of tokens of other programs give the batches that the text itself gives."""
 
+import os
+
 import numpy as np
 import pytest
 
 from hybridlm.data import make_loader, open_corpus
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, DataError
 from tests.data.support import check_equal, mutate, take, write_megatron, write_nanogpt
 
 
@@ -117,6 +119,17 @@ def test_cut_nanogpt_files_are_named_in_one_line(config, documents, tmp_path):
     for name, expected in (("cut", "behind a header that says"), ("odd", "no whole uint16"), ("empty", "no tokens")):
         with pytest.raises(ConfigError, match=rf"{name}.bin .*{expected}"):
             open_files(config, tmp_path / f"{name}.bin")
+
+
+def test_a_file_that_is_cut_in_mid_run_is_one_line(config, documents, tmp_path):
+    """Mapped, it would end the process by a signal."""
+    write_nanogpt(tmp_path / "a.bin", documents[0])
+    with make_loader(config(val_fraction=0.0), corpus=open_files(config, tmp_path / "a.bin")) as loader:
+        next(loader)
+        os.truncate(tmp_path / "a.bin", 100)
+        with pytest.raises(DataError, match=r"a.bin was cut while it was read$"):
+            for _ in range(50):
+                next(loader)
 
 
 def test_mutated_files_are_told_or_read(config, documents, tmp_path):
