@@ -155,6 +155,9 @@ class Loader:
             if told := self._plan.at_end(self._step):
                 raise DataError(told) from None
             raise
+        except DataError as error:  # Grain adds lines of its own
+            _close_all(self._open_iterators)
+            raise DataError(str(error).splitlines()[0]) from error
         except BaseException:  # an interrupted grain iterator has lost a batch: start it again at this step
             _close_all(self._open_iterators)
             raise

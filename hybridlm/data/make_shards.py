@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from hybridlm import storage
 from hybridlm.data.bigram import BigramCounter, cross_entropy_bits
 from hybridlm.data.formats import Source, SourceFile, in_validation
 from hybridlm.data.guard import guarded
@@ -71,7 +72,7 @@ def units_of(train: Source, held_out: Source | None) -> list[Unit]:
         group, size = [], 0
         for file in source.files if source else ():
             group.append(file)
-            size += file.path.stat().st_size
+            size += storage.size(file.path)
             if size >= UNIT_BYTES:
                 units.append(Unit(len(units), tuple(group), split))
                 group, size = [], 0
@@ -189,7 +190,7 @@ def _tokenise_unit(unit: Unit) -> None:
     """Tokenises what is left of a unit; its record tells what is done."""
     record = _sound_record(_job.folder, unit)
     if record["done"]:
-        _done[unit.number] = sum(file.path.stat().st_size for file in unit.files)
+        _done[unit.number] = sum(storage.size(file.path) for file in unit.files)
         return
     writer = _UnitWriter(_job, unit, record, _tokenizer)
     source = Source(unit.files, _job.text_key, lenient=_job.lenient)

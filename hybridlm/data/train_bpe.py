@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hybridlm import storage
 from hybridlm.data.formats import Source, in_validation
 from hybridlm.errors import require
 
@@ -28,7 +29,7 @@ def train_bpe(source: Source, vocab_size: int, target: Path, most_bytes: int, te
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    total = sum(file.path.stat().st_size for file in source.files)
+    total = sum(storage.size(file.path) for file in source.files)
     share = min(1.0, most_bytes / max(total, 1))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
