@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm.errors import ConfigError, Exit, RunError, print_line, require
+from hybridlm.errors import AgainError, ConfigError, DataError, Exit, RunError, print_line, require
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ VARIABLES = {
 Joining = Callable[[], AbstractContextManager[dict[str, Any]]]
 LATER_SECONDS = 60
 """JAX's own end of waiting comes so much after ours."""
-MESSAGE_BYTES = 600
+ERRORS = {kind.__name__: kind for kind in (ConfigError, RunError, DataError, AgainError)}
+"""What is raised on all processes as it was on the first."""
 LONGEST_WAIT = 7 * 24 * 3600
 """Seconds that processes wait for the first one."""
 _calls = itertools.count()
@@ -190,25 +191,48 @@ def _first_line(error: BaseException) -> str:
 def from_first(make: Callable[[], Any]) -> Any:
     """What `make()` gives on process 0, on all processes: JSON values. The others wait, for hours if need be.
 
-    A ConfigError or RunError of process 0 is raised on all of them.
+    An error of process 0 is raised on all of them, with its line, so that none waits for one that has left.
     """
     if jax.process_count() == 1:
         return make()
     from orbax.checkpoint import multihost
 
-    said: dict[str, Any] = {}
+    said, raised = {}, None
     if jax.process_index() == 0:
         try:
             said = {"value": make()}
-        except (ConfigError, RunError) as error:
-            said = {type(error).__name__: str(error)}
+        except Exception as error:  # whatever it is, the others hear of it before it ends this process
+            kind = type(error).__name__
+            said = {"error": [kind, str(error)] if kind in ERRORS else ["RunError", f"{kind}: {error}"]}
+            raised = error
     # no device is kept waiting, whose collectives time out; a barrier's name is used once
     multihost.get_barrier_sync_fn()(key=f"hybridlm-first-{next(_calls)}", timeout_ms=1000 * LONGEST_WAIT)
     said = json.loads(_broadcast(json.dumps(said).encode()))
-    for kind in (ConfigError, RunError):
-        if kind.__name__ in said:
-            raise kind(said[kind.__name__])
+    if raised is not None:
+        raise raised
+    if "error" in said:
+        kind, message = said["error"]
+        raise ERRORS[kind](message)
     return said["value"]
+
+
+def gathered(value) -> list:
+    """The JSON values of all processes, in the order of the processes; each has to call it."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = gather(np.int32(len(raw)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(raw)] = raw
+    return [json.loads(row[:size].tobytes()) for row, size in zip(gather(padded), sizes, strict=True)]
+
+
+def one_problem(mine: str | None) -> str | None:
+    """A problem that any process has, for all of them; None where none has one."""
+    for process, problem in enumerate(gathered(mine)):
+        if problem is not None:
+            return problem if jax.process_count() == 1 else f"{problem}, says process {process}"
+    return None
 
 
 def agree(problem: str | None) -> None:
@@ -216,12 +240,8 @@ def agree(problem: str | None) -> None:
     if jax.process_count() == 1:
         require(problem is None, problem or "")
         return
-    said = (problem or "").encode()[:MESSAGE_BYTES]
-    buffer = np.zeros(MESSAGE_BYTES, np.uint8)
-    buffer[: len(said)] = np.frombuffer(said, np.uint8)
-    for index, text in enumerate(gather(buffer)):
-        message = text.tobytes().rstrip(b"\0").decode(errors="replace")
-        require(not message, f"process {index} of {jax.process_count()}: {message}")
+    for index, message in enumerate(gathered(problem)):
+        require(message is None, f"process {index} of {jax.process_count()}: {message}")
 
 
 def on_all(make: Callable[[], Any]) -> Any:

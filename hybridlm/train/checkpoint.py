@@ -20,13 +20,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from hybridlm import storage
+from hybridlm.cluster import from_first, gathered, one_problem
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.train.keep import Keep
 from hybridlm.train.manifest import is_sealed, verify
 from hybridlm.train.orbax_s3 import teach_s3
 from hybridlm.train.records import finished_steps, move_aside, read_json
 from hybridlm.train.sealed_path import TMP_SUFFIX, SealedObjects, SealedPath, seal_own
-from hybridlm.train.together import from_first, gathered, one_problem
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hybridlm import storage
+from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus
@@ -36,7 +37,6 @@ from hybridlm.train.sample import sample_text
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
-from hybridlm.train.together import from_first
 from hybridlm.train.tokenizer_copy import keep_tokenizer
 from hybridlm.train.trace import Trace
 from hybridlm.train.watchdog import Watchdog

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridlm import storage
+from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.resume import changes, refused
 from hybridlm.config.stored import from_dict, save_config
@@ -31,7 +32,6 @@ from hybridlm.errors import ConfigError, RunError
 from hybridlm.train.lease import Lease
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.records import finished_steps, move_aside, parse_json, read_json
-from hybridlm.train.together import from_first
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
+from hybridlm.cluster import from_first, gathered, one_problem  # noqa: E402
 from hybridlm.errors import ConfigError, RunError  # noqa: E402
 from hybridlm.train import checkpoint, manifest  # noqa: E402
 from hybridlm.train.checkpoint import Checkpoints  # noqa: E402
-from hybridlm.train.together import from_first, gathered, one_problem  # noqa: E402
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 split, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())

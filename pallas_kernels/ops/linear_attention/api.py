@@ -62,7 +62,7 @@ def linear_attention(
       context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
         initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
         y_BTHP is this device's share.
-      implementation: "auto", "reference" or "xla".
+      implementation: "auto", "reference", "xla", or "gpu" for at most one decay a head; "auto" does not take the last.
 
     Returns:
       y_BTHP in the dtype of v, or (y_BTHP, final_state_BHNP) with the state in float32 (float64 if an input is).
