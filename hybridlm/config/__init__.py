@@ -19,6 +19,7 @@ from hybridlm.layers import (
     Attention,
     Block,
     Branch,
+    GatedDeltaNet,
     GatedNorm,
     InnerNorm,
     Linear,
@@ -38,8 +39,8 @@ from hybridlm.sharding import MeshConfig
 
 __all__ = [
     "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
-    "DataConfig", "GatedNorm", "InitConfig", "InnerNorm", "Linear", "LinearDecay", "Llama3", "MLP", "Mamba1", "Mamba2",
-    "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig", "Parallel", "Rope", "Router", "RunConfig", "Shared",
+    "DataConfig", "GatedDeltaNet", "GatedNorm", "InitConfig", "InnerNorm", "Linear", "LinearDecay", "Llama3", "MLP",
+    "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig", "Parallel", "Rope", "Router", "RunConfig", "Shared",
     "Wsd", "YaRN",
 ]  # fmt: skip
 

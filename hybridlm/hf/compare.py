@@ -10,7 +10,7 @@ from hybridlm.model.config import ModelConfig
 
 FREE = frozenset({
     "compute_dtype", "remat", "unroll", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale",
-    "A_init", "blocks", "pattern", "balance_weight", "z_weight", "capacity",
+    "A_init", "blocks", "pattern", "norm_before", "norm_after", "balance_weight", "z_weight", "capacity",
 })  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
 
@@ -26,6 +26,8 @@ def difference_of(family: Family, ours: ModelConfig, published: ModelConfig) -> 
     for depth, (a, b) in enumerate(zip(ours.pattern, published.pattern, strict=True)):
         blocks = ours.blocks[a].resolved(ours.d_model), published.blocks[b].resolved(published.d_model)
         found = found or _differs(*blocks, f"blocks.{a}")
+        if found is None and ours.norms(a) != published.norms(b):
+            found = f"norm_before, norm_after: where the norms of {a} stand"
         if found is None and b in family.shared and ours.pattern.index(a) != published.pattern.index(b):
             found = f"pattern: what sublayer {depth} shares weights with"
     return found

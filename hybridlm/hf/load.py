@@ -137,8 +137,12 @@ class _Fill:
             target, wanted = [], []
             for at, (start, stop) in zip(part.index, bounds, strict=True):
                 if isinstance(at, slice):
-                    target.append(slice(None))
-                    wanted.append(slice(start, stop))
+                    first = at.start or 0
+                    low, high = max(start, first), stop if at.stop is None else min(stop, at.stop)
+                    if low >= high:
+                        break
+                    target.append(slice(low - start, high - start))
+                    wanted.append(slice(low - first, high - first))
                 elif start <= at < stop:
                     target.append(at - start)
                 else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flax.traverse_util import flatten_dict
 
-from hybridlm.hf.axes import Piece, parse, piece
+from hybridlm.hf.axes import Move, Piece, parse, piece
 from hybridlm.hf.family import FIRST, OUTPUT, Family
 from hybridlm.layers.params import ParamInfo
 from hybridlm.model.config import ModelConfig
@@ -122,7 +122,7 @@ def _tensors(
     name: str, specs: str | list[str], infos: Mapping[str, ParamInfo], values: dict[str, int], at: _Depth | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a table's entry, one for each index of the axis that its name counts; {} where the model has not
-    all of its parameters.
+    all of its parameters. Where the name counts nothing, the rows come again for each index.
 
     values: of the name's placeholders; at: the sublayer, None outside of layers.
     """
@@ -134,14 +134,29 @@ def _tensors(
     shapes = [infos[path].shape[of_stack:] for path, of_stack in zip(paths, stacked, strict=True)]
     repeats = [at.repeat if at and of_stack else None for of_stack in stacked]
     counted = moves[0].counted()
+    n_counted = _n_counted(moves, shapes, infos, at) if counted else None
+    indices = range(n_counted or 1)
+    apart = counted is not None and f"{{{counted}}}" in name
     made = {}
-    for i in range(shapes[0][moves[0].right.index(counted)] if counted else 1):
-        full = name.format(**values, **({counted: i} if counted else {}))
-        parts = zip(moves, paths, shapes, repeats, strict=True)
-        pieces = tuple(piece(move, path, shape, repeat, i) for move, path, shape, repeat in parts)
+    for of_tensor in [[i] for i in indices] if apart else [list(indices)]:
+        full = name.format(**values, **({counted: of_tensor[0]} if apart else {}))
+        parts = [(i, *part) for i in of_tensor for part in zip(moves, paths, shapes, repeats, strict=True)]
+        pieces = tuple(piece(move, path, shape, repeat, i, n_counted) for i, move, path, shape, repeat in parts)
         rows = sum(part.shape[0] if part.shape else 1 for part in pieces)
         made[full] = Tensor(full, (rows, *pieces[0].shape[1:]) if pieces[0].shape else (), pieces)
     return made
+
+
+def _n_counted(moves: list[Move], shapes: list[tuple], infos: Mapping[str, ParamInfo], at: _Depth | None) -> int:
+    """Size of the counted axis."""
+    for move, shape in zip(moves, shapes, strict=True):
+        if move.count_of is not None:
+            path, axis = move.count_of
+            info = infos[_our_path(path, at)]
+            return info.shape[axis + info.stacked]
+        if (move.counted(),) in move.right:
+            return shape[move.right.index((move.counted(),))]
+    raise ValueError(f"{moves[0].path}: nothing says how many {moves[0].counted()} there are")
 
 
 def _our_path(path: str, at: _Depth | None) -> str:

@@ -150,11 +150,13 @@ def _source(name: str, tensor: Tensor, params: dict, dtype: np.dtype) -> Source:
 def _make(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray:
     """The published tensor, of the parts of parameters that it is made of."""
     out = np.empty(tensor.shape or (1,), dtype)
+    here: dict[tuple, np.ndarray] = {}  # a tensor may be made of many parts of one parameter
     for rows, part in tensor.rows():
         array, index = params[part.path][...], part.index
-        if index and isinstance(index[0], int):  # a layer of a stacked parameter: it alone leaves its devices
-            array, index = _layer(array, index[0]), index[1:]
-        out[rows] = part.to_theirs(np.asarray(array)[index]).reshape(out[rows].shape)
+        layer, index = (index[0], index[1:]) if index and isinstance(index[0], int) else (None, index)
+        if (part.path, layer) not in here:  # a layer of a stacked parameter: it alone leaves its devices
+            here[part.path, layer] = np.asarray(array if layer is None else _layer(array, layer))
+        out[rows] = part.to_theirs(here[part.path, layer][index]).reshape(out[rows].shape)
     return out.reshape(tensor.shape)
 
 

@@ -39,6 +39,10 @@ class Attention:
     """RMS norm of each query and key head before the rotation."""
     qk_norm_eps: float = 1e-6
     """Added to the mean square in qk_norm."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """qk_norm is taken of each head by itself, or of all heads together (OLMo)."""
+    qk_norm_offset: float = 0.0
+    """Added to the weights of qk_norm (1: Qwen3-Next)."""
     window: int | None = None
     """A token sees itself and the window - 1 tokens before it; None: all before it."""
     scale: float | None = None
@@ -49,6 +53,8 @@ class Attention:
     """A learned logit per head in the softmax denominator."""
     gate: Literal["elementwise", "head"] | None = None
     """Sigmoid output gate from the layer's input: per element of a head, per head, or none."""
+    gate_bias: bool = False
+    """Bias of the gate's projection."""
     qkv_bias: bool = False
     """Bias of the query, key and value projections."""
     out_bias: bool = False
@@ -77,6 +83,7 @@ class Attention:
         require(
             self.n_heads % self.kv_heads == 0, f"n_heads ({self.n_heads}) not divisible by n_kv_heads ({self.kv_heads})"
         )
+        require(not self.gate_bias or self.gate is not None, "gate_bias needs a gate")
         if self.rope is not None:
             self.rope.d_rotated(self.d_head)
 
@@ -105,10 +112,10 @@ class Attention:
         return projections + 4.0 * d_queries * mean_visible(seq_len, self.window)
 
     def resolved(self, d_model: int) -> "Attention":
-        """With the number of key/value heads and the scale; qk_norm_eps is 1 where it is not used."""
+        """With the number of key/value heads and the scale; without qk_norm its options are those of none, eps 1."""
         scale = self.d_head**-0.5 if self.scale is None else self.scale
-        eps = self.qk_norm_eps if self.qk_norm else 1.0
-        return replace(self, n_kv_heads=self.kv_heads, scale=scale, qk_norm_eps=eps)
+        norm = {} if self.qk_norm else {"qk_norm_eps": 1.0, "qk_norm_over": "head", "qk_norm_offset": 0.0}
+        return replace(self, n_kv_heads=self.kv_heads, scale=scale, **norm)
 
 
 def mean_visible(seq_len: int, window: int | None) -> float:
@@ -145,11 +152,13 @@ class AttentionMixer(nnx.Module):
         self.b_v = params.zeros((K, P), key, "bias") if config.qkv_bias else None
         gate_shape = {None: None, "elementwise": (H, P), "head": (H,)}[config.gate]
         if gate_shape is None:
-            self.w_gate = None
+            self.w_gate = self.b_gate = None
         else:
-            self.w_gate = params.matrix(rngs, (D, *gate_shape), ("d_model", *query[: len(gate_shape)]), init_std)
-        self.q_norm = RMSNorm(P, config.qk_norm_eps, axis="d_head") if config.qk_norm else None
-        self.k_norm = RMSNorm(P, config.qk_norm_eps, axis="d_head") if config.qk_norm else None
+            gate_axes = query[: len(gate_shape)]
+            self.w_gate = params.matrix(rngs, (D, *gate_shape), ("d_model", *gate_axes), init_std)
+            self.b_gate = params.zeros(gate_shape, gate_axes, "bias") if config.gate_bias else None
+        self.q_norm = _qk_norm(config, H, query) if config.qk_norm else None
+        self.k_norm = _qk_norm(config, K, key) if config.qk_norm else None
         self.sinks = params.zeros((H,), ("heads",), "sink") if config.sinks else None
         out_std = init_std if out_std is None else out_std
         self.w_o = params.matrix(rngs, (H, P, d_out), (*query, "d_model"), out_std, n_in=2)
@@ -229,7 +238,7 @@ class AttentionMixer(nnx.Module):
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
         x_BTD = x_BTD.astype(self.dtype)
         pairs = [(self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v)]
-        pairs += [] if self.w_gate is None else [(self.w_gate, None)]
+        pairs += [] if self.w_gate is None else [(self.w_gate, self.b_gate)]
         q, k, v, *gate = params.projections(x_BTD, *pairs)
         if added is not None:
             q, k, v = (a + more for a, more in zip((q, k, v), added, strict=True))
@@ -255,6 +264,12 @@ class AttentionMixer(nnx.Module):
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
         return params.leave(y_BTHP, self.w_o, self.b_o)
+
+
+def _qk_norm(config: Attention, n_heads: int, axes: tuple[str, str]) -> RMSNorm:
+    """Of queries or keys [B, T, n_heads, P]."""
+    width, axis = (config.d_head, axes[1]) if config.qk_norm_over == "head" else ((n_heads, config.d_head), axes)
+    return RMSNorm(width, config.qk_norm_eps, axis=axis, offset=config.qk_norm_offset)
 
 
 def cache_grows(config: Attention) -> bool:

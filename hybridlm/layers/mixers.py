@@ -4,12 +4,13 @@
 from typing import Union
 
 from hybridlm.layers.attention import Attention
+from hybridlm.layers.gated_delta_net import GatedDeltaNet
 from hybridlm.layers.mamba1 import Mamba1
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.moe import MoE
 
-MIXERS = (Mamba1, Mamba2, Attention, MLP, MoE)
+MIXERS = (Mamba1, Mamba2, Attention, MLP, MoE, GatedDeltaNet)
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
 AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)
 """Their union, for annotations."""

@@ -12,38 +12,58 @@ from hybridlm.layers import params
 from pallas_kernels.platform import platform
 
 
-def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
-    """`x` over its root mean square along the last axis; float32."""
+def rms_normalise(x: jax.Array, eps: float, n_axes: int = 1) -> jax.Array:
+    """`x` over its root mean square along the last n_axes axes; float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    axes = tuple(range(-n_axes, 0))
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight along the last axis; the result has the type of the input."""
+    """x / rms(x) * (offset + weight) along the last axis or axes; the result has the type of the input."""
 
-    def __init__(self, width: int, eps: float = 1e-5, *, axis: str | None = "d_model"):
-        """width: size of the last axis; axis: its logical name, for sharding."""
-        self.eps = eps
-        self.weight = params.ones((width,), (axis,), "norm")
+    def __init__(
+        self,
+        width: int | tuple[int, ...],
+        eps: float = 1e-5,
+        *,
+        axis: str | tuple[str | None, ...] | None = "d_model",
+        offset: float = 0.0,
+    ):
+        """width: size of the last axis, or sizes of the last axes; axis: their logical names, for sharding; offset: is
+        added to the weights, which start at 1 - offset."""
+        self.eps, self.offset = eps, offset
+        width, axes = (width, axis) if isinstance(width, tuple) else ((width,), (axis,))
+        self.weight = params.make(jnp.full(width, 1.0 - offset), axes, "norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = params.use(self.weight, jnp.float32)
-        return (rms_normalise(x, self.eps) * jnp.expand_dims(weight, range(x.ndim - 1))).astype(x.dtype)
+        n_axes = weight.ndim
+        weight = jnp.expand_dims(weight if self.offset == 0 else self.offset + weight, range(x.ndim - n_axes))
+        return (rms_normalise(x, self.eps, n_axes) * weight).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps: float, n_groups: int, before_gate: bool, dtype) -> jax.Array:
+GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+"""What a gated norm multiplies by, of z."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def gated_rms_norm(
+    y_BTHP, z_BTHP, weight_HP, eps: float, n_groups: int, before_gate: bool, dtype, gating: str = "silu"
+) -> jax.Array:
     """norm(y * silu(z)) * weight, or norm(y) * weight * silu(z) with `before_gate`: [B, T, H, P] in `dtype`.
+
+    gating: "silu", or "sigmoid" in its place.
 
     The norm is taken over each of n_groups equal parts of the channels H * P, everything in float32. Mamba-2's output
     (Dao & Gu 2024, section 7). The gradient is written out: it keeps y, z and the roots, of which everything else
     follows in one pass over y, z and the cotangent for each kind of sum and one for dy and dz.
     """
-    return _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype)[0]
+    return _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)[0]
 
 
-def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype):
-    y, gate = y_BTHP.astype(jnp.float32), jax.nn.silu(z_BTHP.astype(jnp.float32))
+def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating):
+    y, gate = y_BTHP.astype(jnp.float32), GATES[gating](z_BTHP.astype(jnp.float32))
     u = y if before_gate else y * gate
     root_BTG = checkpoint_name(jax.lax.rsqrt(_group_mean(jnp.square(u), n_groups) + eps), "mamba_root")
     out = u * _per_channel(root_BTG, u.shape) * weight_HP.astype(jnp.float32)[None, None]
@@ -51,14 +71,14 @@ def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype
     return out.astype(dtype), (y_BTHP, z_BTHP, weight_HP, root_BTG)
 
 
-def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, saved, d_out):
+def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out):
     y_BTHP, z_BTHP, weight_HP, root_BTG = saved
     weight = weight_HP.astype(jnp.float32)[None, None]
-    parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate)
+    parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate, gating)
     mean_BTG = _group_mean(parts["d_normed"] * weight * parts["normed"], n_groups)
     if platform() == "gpu":  # two passes over the inputs: XLA would keep the first one's float32 for the second
         again = jax.lax.optimization_barrier((y_BTHP, z_BTHP, d_out, mean_BTG))
-        parts, mean_BTG = _parts_of_gradient(*again[:3], root_BTG, before_gate), again[3]
+        parts, mean_BTG = _parts_of_gradient(*again[:3], root_BTG, before_gate, gating), again[3]
     root = _per_channel(root_BTG, y_BTHP.shape)
     d_weight = (parts["d_normed"] * parts["normed"]).sum((0, 1))
     d_u = root * (parts["d_normed"] * weight - parts["normed"] * _per_channel(mean_BTG, y_BTHP.shape))
@@ -69,11 +89,14 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, saved, d_out):
     return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
 
 
-def _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate: bool) -> dict[str, jax.Array]:
+def _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate: bool, gating: str) -> dict[str, jax.Array]:
     """What the gradient is made of, token by token, float32."""
     y, z, d_out = (a.astype(jnp.float32) for a in (y_BTHP, z_BTHP, d_out))
     sigmoid = jax.nn.sigmoid(z)
-    gate, d_gate = z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
+    if gating == "silu":
+        gate, d_gate = z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
+    else:
+        gate, d_gate = sigmoid, sigmoid * (1.0 - sigmoid)
     u, d_normed = (y, d_out * gate) if before_gate else (y * gate, d_out)
     normed = u * _per_channel(root_BTG, y.shape)
     return {"y": y, "d_out": d_out, "gate": gate, "d_gate": d_gate, "normed": normed, "d_normed": d_normed}

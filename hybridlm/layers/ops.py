@@ -58,6 +58,25 @@ def selective_scan(
     return _with_state(run, arrays, names, tokens, state, keep)
 
 
+def gated_delta_rule(
+    q_BTGN, k_BTGN, v_BTHP, beta_BTH, g, *, segment_ids, initial_state, chunk: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.gated_delta_rule` of keys of unit length: (y [B, T, H, P], state [B, H, N, P])."""
+    keep = initial_state is not None
+    q_BTGN, k_BTGN = (sharding.repeat_for_heads(a, 2, v_BTHP.shape[2]) for a in (q_BTGN, k_BTGN))
+
+    def run(q, k, v, beta, g, segment_ids, initial_state, context_axis=None):
+        return pallas_kernels.gated_delta_rule(
+            q, k, v, beta, g, normalize=True, segment_ids=segment_ids, initial_state=initial_state,
+            return_final_state=keep, chunk=chunk, context_axis=context_axis,
+        )  # fmt: skip
+
+    groups, heads, state = (*ROWS, "groups", None), (*ROWS, "heads", None), ("batch", "heads", None, None)
+    arrays = (q_BTGN, k_BTGN, v_BTHP, beta_BTH, g, segment_ids, initial_state)
+    names = (groups, groups, heads, heads[:3], heads, ROWS, state)
+    return _with_state(run, arrays, names, heads, state, keep)
+
+
 def causal_conv1d(
     x, weight, bias, *, channels: tuple, activation: str | None, segment_ids, initial_state, gaps: bool
 ) -> tuple[jax.Array, jax.Array | None]:

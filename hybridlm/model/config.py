@@ -10,7 +10,7 @@ from hybridlm.layers import MLP, Attention, Block, Mamba2
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model: a pattern string with one symbol per pre-norm residual sublayer, and what each symbol is."""
+    """A language model: a pattern string with one symbol per residual sublayer, and what each symbol is."""
 
     vocab_size: int = 50_304
     """Rows V of the embedding; at least the tokenizer's vocabulary."""
@@ -22,6 +22,12 @@ class ModelConfig:
     """What each symbol of the pattern is."""
     norm_eps: float = 1e-5
     """Added to the mean square in the RMS norms of the residual stream."""
+    norm_offset: float = 0.0
+    """Added to the weights of these norms: 1 where they are published as what is above 1 (Qwen3-Next, Gemma)."""
+    norm_before: str | None = None
+    """Symbols whose mixers' inputs are normed; None: all."""
+    norm_after: str = ""
+    """Symbols whose mixers' outputs are normed before they are added (OLMo)."""
     tie_embeddings: bool = True
     """The output projection is the embedding itself."""
     embedding_multiplier: float = 1.0
@@ -55,9 +61,18 @@ class ModelConfig:
                 symbol in self.blocks,
                 f"model.pattern has the symbol {symbol!r}, which is no key of model.blocks ({' '.join(self.blocks)})",
             )
+        known = " ".join(self.blocks)
+        for name in ("norm_before", "norm_after"):
+            for symbol in getattr(self, name) or "":
+                said = f"model.{name} has the symbol {symbol!r}, which is no key of model.blocks ({known})"
+                require(symbol in self.blocks, said)
         for symbol in dict.fromkeys(self.pattern):
             with within(f"model.blocks.{symbol}."):
                 self.blocks[symbol].check(self.d_model)
+
+    def norms(self, symbol: str) -> tuple[bool, bool]:
+        """Whether a symbol's sublayers have a norm before the mixer, and whether they have one after it."""
+        return self.norm_before is None or symbol in self.norm_before, symbol in self.norm_after
 
     def __hash__(self):
         return hash((self.vocab_size, self.d_model, self.pattern, tuple(self.blocks.items())))

@@ -62,7 +62,7 @@ class HybridLM(nnx.Module):
                 if shares(block) and symbol in config.pattern
             }
         )
-        self.norm = RMSNorm(D, config.norm_eps)
+        self.norm = RMSNorm(D, config.norm_eps, offset=config.norm_offset)
         if config.tie_embeddings:
             self.output = None
         else:
@@ -286,7 +286,7 @@ def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:
     sublayers = {}
     for symbol, spots in depths.items():
         all_depths = jnp.array([depth for spot in spots.values() for depth in spot])
-        stacked, start = _draw(config.blocks[symbol], config, key, all_depths), 0
+        stacked, start = _draw(symbol, config, key, all_depths), 0
         for spot, of_spot in spots.items():
             stop = start + len(of_spot)
             sublayers[spot] = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], stacked)
@@ -296,9 +296,10 @@ def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _draw(block, config: ModelConfig, key: jax.Array, depths_L: jax.Array) -> Sublayer:
+def _draw(symbol: str, config: ModelConfig, key: jax.Array, depths_L: jax.Array) -> Sublayer:
     """Sublayers of one kind at several depths, stacked."""
-    return jax.vmap(lambda depth: Sublayer(block, config, rngs=nnx.Rngs(jax.random.fold_in(key, depth))))(depths_L)
+    make = lambda depth: Sublayer(symbol, config, rngs=nnx.Rngs(jax.random.fold_in(key, depth)))
+    return jax.vmap(make)(depths_L)
 
 
 def _check_length(limit: int | None, length_B: jax.Array) -> jax.Array | None:

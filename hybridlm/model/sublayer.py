@@ -2,6 +2,7 @@
 """One symbol of the pattern: norm, mixer, residual stream. Axis letters: B batch, T tokens, D model."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
-from hybridlm.layers.block import Block, Make, Output, Tokens, shares
+from hybridlm.layers.block import Make, Output, Tokens, shares
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
@@ -22,16 +23,19 @@ def make_options(config: ModelConfig, rngs: nnx.Rngs) -> Make:
 
 
 class Sublayer(nnx.Module):
-    """x + residual_multiplier * mixer(norm(x)).
+    """x + residual_multiplier * mixer(norm(x)); also after_norm(mixer(...)), see `ModelConfig.norms`.
 
     Where the block's depths share weights, the mixer reads norm(x + link(x, tokens)).
     """
 
-    def __init__(self, block: Block, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, symbol: str, config: ModelConfig, *, rngs: nnx.Rngs):
         """rngs: parameters follow from it, in this order: mixer, link."""
-        make = make_options(config, rngs)
+        make, block = make_options(config, rngs), config.blocks[symbol]
         self.residual_multiplier = config.residual_multiplier
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        norm = partial(RMSNorm, config.d_model, config.norm_eps, offset=config.norm_offset)
+        before, after = config.norms(symbol)
+        self.norm = norm() if before else None
+        self.after_norm = norm() if after else None
         self.mixer = block.build(config.d_model, make)
         self.link = block.build_link(config.d_model, make) if shares(block) else None
 
@@ -69,8 +73,9 @@ class Sublayer(nnx.Module):
 
     @jax.named_scope("norm")
     def _normed(self, x_BTD):
-        return checkpoint_name(self.norm(x_BTD), "sublayer_norm")
+        return x_BTD if self.norm is None else checkpoint_name(self.norm(x_BTD), "sublayer_norm")
 
     @jax.named_scope("add")
     def _add(self, x_BTD, y_BTD):
+        y_BTD = y_BTD if self.after_norm is None else self.after_norm(y_BTD)
         return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), *sharding.STREAM)

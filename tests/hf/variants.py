@@ -30,6 +30,14 @@ ZAMBA = {
     "mamba_dt_rank": 3, "n_mamba_heads": 2,
 }  # fmt: skip
 
+QWEN_DELTA = {
+    **LLAMA, "num_hidden_layers": 4, "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+QWEN_NEXT = {
+    **QWEN_DELTA, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+}  # fmt: skip
 MAMBA = {**WIDTHS, "num_hidden_layers": 2, "state_size": 6}
 JAMBA = {
     **WIDTHS, "num_hidden_layers": 5, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -193,6 +201,17 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"num_mem_blocks": 3, "use_mem_rope": True, "mamba_expand": 3, "mamba_d_conv": 3},
             {"use_mem_rope": True, "time_step_min": 0.3, "num_attention_heads": 2, "intermediate_size": None},
             {"layers_block_type": ["mamba"] * 3 + ["hybrid"] + ["mamba"] * 2, "use_mem_rope": True, **LLAMA3},
+        )
+    ],
+    "qwen3_next": [
+        (QWEN_NEXT, change)
+        for change in (
+            {"attention_bias": True, "tie_word_embeddings": True, "linear_num_key_heads": 4, "hidden_act": "gelu"},
+            {"linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_value_head_dim": 6, "rms_norm_eps": 1e-2},
+            {"mlp_only_layers": [0, 2], "linear_conv_kernel_dim": 3, "norm_topk_prob": False, "num_key_value_heads": 1},
+            {"decoder_sparse_step": 2, "layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": 8},
+            {"num_experts": 0, "hidden_act": "relu", **rope("yarn", **YARN, partial_rotary_factor=0.5)},
+            {"num_hidden_layers": 5, "num_experts_per_tok": 4, "linear_key_head_dim": 3, **rope("default")},
         )
     ],
     "zamba": [

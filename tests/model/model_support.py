@@ -12,6 +12,7 @@ from hybridlm.config import (
     MLP,
     Attention,
     Branch,
+    GatedDeltaNet,
     GatedNorm,
     InnerNorm,
     Llama3,
@@ -66,6 +67,18 @@ VARIANTS = {
         router=Router(3, "sigmoid", renormalise=True, scaling=1.5, selection_bias=True, n_groups=3, top_groups=2),
     ),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
+    "delta": GatedDeltaNet(n_heads=4, n_key_heads=2, d_key=6, d_head=5, chunk=8),
+    "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, activation="gelu", neg_eigval=True),
+    "norm_of_all": Attention(
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=4,
+        qk_norm=True,
+        qk_norm_over="all",
+        qk_norm_offset=1.0,
+        gate="elementwise",
+        gate_bias=True,
+    ),
 }
 BRANCHES = {"mamba": Branch(MAMBA, 1.2, 0.7), "attention": Branch(VARIANTS["attention"], 0.9, 1.1)}
 VARIANTS["parallel"] = Parallel(BRANCHES)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from hybridlm.config import Attention, Mamba1, Mamba2, MeshConfig, MoE, Parallel, Shared
+from hybridlm.config import Attention, GatedDeltaNet, Mamba1, Mamba2, MeshConfig, MoE, Parallel, Shared
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import free_fields, walk
+from hybridlm.layers.gated_delta_net import delta_flops
 from hybridlm.layers.mamba2 import ssd_flops
 from hybridlm.model.init import abstract
 from tests.model import properties
@@ -17,7 +18,7 @@ from tests.model.model_support import HYBRID as HYBRID_BLOCKS
 from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
-FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "shared")
+FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "shared", "delta")
 """One example of each class: what is compiled by the minute runs for these alone, for the others in the slow tests."""
 
 
@@ -131,6 +132,8 @@ def of_ops(block, seq_len: int) -> float:
         return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
     if isinstance(block, Mamba2):
         return ssd_flops(block.heads(properties.D), block.d_head, block.n_groups, block.d_state, seq_len)
+    if isinstance(block, GatedDeltaNet):
+        return delta_flops(block.n_heads, block.d_head, block.d_key, seq_len)
     return 0.0
 
 
@@ -149,6 +152,10 @@ def test_ops_by_hand():
     assert mean_visible(4, 2) == (1 + 2 + 2 + 2) / 4
     assert mean_visible(4, 100) == mean_visible(4, None)
     mean_seen = (32 + 1) / 2  # one chunk of 32 tokens, its causal half
+    inverse = sum(i * i for i in range(1, 33)) / 32  # by rows, of a system of 32 equations
+    seen_twice = 2 * 2 * mean_seen * 16  # keys and queries with keys
+    of_values = 2 * mean_seen * (16 + 2 * 8) + 3 * 2 * 16 * 8
+    assert delta_flops(3, 8, 16, 32) == pytest.approx(3 * (seen_twice + inverse + of_values), rel=0.05)
     assert ssd_flops(4, 8, 2, 16, 32) == 2 * mean_seen * (2 * 16 + 4 * 8) + 2 * 2 * 4 * 8 * 16
 
 

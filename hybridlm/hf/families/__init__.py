@@ -14,6 +14,7 @@ from hybridlm.hf.families import (
     nemotron_h,
     qwen2,
     qwen3,
+    qwen3_next,
     zamba,
     zamba2,
 )
@@ -23,7 +24,7 @@ KNOWN: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
-        zamba, zamba2,
+        zamba, zamba2, qwen3_next,
     )
 }  # fmt: skip
 """Every family by its model_type; of those that can express a model the first is written."""

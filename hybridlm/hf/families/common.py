@@ -6,7 +6,7 @@ from typing import Any
 
 from hybridlm.errors import ConfigError
 from hybridlm.hf.keys import Keys
-from hybridlm.layers import MLP, Attention, GatedNorm, Mamba1, Mamba2, MoE, Parallel, Shared
+from hybridlm.layers import MLP, Attention, GatedDeltaNet, GatedNorm, Mamba1, Mamba2, MoE, Parallel, Shared
 from hybridlm.model.config import ModelConfig
 
 GATED = {
@@ -21,7 +21,7 @@ PLAIN = {
 """hidden_act of MLPs without a gate."""
 TYPES = {
     Mamba1: "linear_attention", Mamba2: "linear_attention", Attention: "full_attention", MLP: "mlp", MoE: "moe",
-    Shared: "hybrid", Parallel: "hybrid",
+    Shared: "hybrid", Parallel: "hybrid", GatedDeltaNet: "linear_attention",
 }  # fmt: skip
 """Block -> layer type, as files write it."""
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}

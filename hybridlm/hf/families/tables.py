@@ -16,6 +16,12 @@ ATTENTION = {
     "o_proj.bias": "mixer.b_o: D",
 }
 """Attention as separate projections."""
+GATED_ATTENTION = {
+    **ATTENTION,
+    "q_proj.weight": ["mixer.w_q: P D -> D h P", "mixer.w_gate: P D -> D h P"],
+    "q_proj.bias": ["mixer.b_q: P -> h P", "mixer.b_gate: P -> h P"],
+}
+"""The same where a query and its gate follow each other, head by head."""
 
 GATED_MLP = {
     "gate_proj.weight": "mixer.w_in: F D -> D 0 F",
@@ -38,6 +44,14 @@ PLAIN_MLP = {
     "down_proj.bias": "mixer.b_out: D",
 }
 """An MLP without a gate."""
+
+EXPERTS = {
+    "gate.weight": "mixer.router: E D -> D E",
+    "experts.{e}.gate_proj.weight": "mixer.w_in: F D -> e D 0 F",
+    "experts.{e}.up_proj.weight": "mixer.w_in: F D -> e D 1 F",
+    "experts.{e}.down_proj.weight": "mixer.w_out: D F -> e F D",
+}
+"""A mixture of gated experts, a tensor for each matrix of each."""
 
 MAMBA2 = {
     "in_proj.weight": [
