@@ -22,6 +22,8 @@ from hybridlm.layers import (
     GatedDeltaNet,
     GatedNorm,
     InnerNorm,
+    KimiDelta,
+    LatentAttention,
     Linear,
     Llama3,
     Mamba1,
@@ -38,10 +40,10 @@ from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConf
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
-    "DataConfig", "GatedDeltaNet", "GatedNorm", "InitConfig", "InnerNorm", "Linear", "LinearDecay", "Llama3", "MLP",
-    "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig", "Parallel", "Rope", "Router", "RunConfig", "Shared",
-    "Wsd", "YaRN",
+    "MLP", "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
+    "DataConfig", "GatedDeltaNet", "GatedNorm", "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear",
+    "LinearDecay", "Llama3", "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig",
+    "Parallel", "Rope", "Router", "RunConfig", "Shared", "Wsd", "YaRN",
 ]  # fmt: skip
 
 

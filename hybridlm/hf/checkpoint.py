@@ -13,7 +13,7 @@ from hybridlm.hf.config_json import load_json, read_values
 from hybridlm.hf.families import family_of
 from hybridlm.hf.family import OUTPUT, Family
 from hybridlm.hf.plan import Plan
-from hybridlm.hf.tensors import DTYPES, Entry, read_entries
+from hybridlm.hf.tensors import DTYPES, Entry, Rows, read_entries, recut
 from hybridlm.model.config import ModelConfig
 
 
@@ -49,7 +49,7 @@ class Checkpoint:
         """Type of the weights by config.json."""
         return str(self.values.get("dtype") or self.values.get("torch_dtype") or "float32")
 
-    def matched(self, plan: Plan) -> dict[str, Entry]:
+    def matched(self, plan: Plan) -> dict[str, Entry | Rows]:
         """The tensors by their names in the plan; ConfigError that names all that do not fit."""
         problems = {"missing": [], "unknown": [], "misshapen": [], "unequal": []}
         found, again = {}, {}
@@ -59,11 +59,15 @@ class Checkpoint:
                 found[known] = entry
             elif known in plan.copies:
                 again[known] = entry
-            elif not plan.family.skips(known):
+            elif not plan.skips(known):
                 problems["unknown"].append(name)
         for name, original in plan.copies.items():
             if name in again and original not in found:
                 found[original] = again.pop(name)
+        for names in plan.recut():
+            if all(name in found for name in names):
+                there, shapes = [found[name] for name in names], [plan.tensors[name].shape for name in names]
+                found |= zip(names, recut(there, shapes), strict=True)
         entries = {}
         for name, tensor in plan.tensors.items():
             entry = found.get(name)

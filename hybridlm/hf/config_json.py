@@ -42,6 +42,8 @@ def find_family(config: ModelConfig) -> Family:
     """The first family that can express a config; ConfigError where none can."""
     reasons = []
     for model_type, family in KNOWN.items():
+        if family.written_as is not None:
+            continue
         try:
             write_values(family, config)
         except ConfigError as error:

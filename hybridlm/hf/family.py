@@ -50,6 +50,14 @@ class Family:
     tied output is written as a tensor of its own too."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Prefixes that files may have, and what the tables have in their place."""
+    recut: tuple[tuple[str, ...], ...] = ()
+    """Names, behind the layer's prefix, of tensors whose rows stand one after the other and may be cut elsewhere."""
+    extra_layers: bool = False
+    """Files may have layers behind the last of the model, which predict further tokens; they are skipped."""
+    other_names: tuple[tuple[str, str], ...] = ()
+    """(pattern, replacement) as of re.sub: what else a tensor may be called, where the tables have not that name."""
+    written_as: str | None = None
+    """model_type of the family that models of this one are written as; None: this one. Of models of more than text."""
     skipped: tuple[str, ...] = field(default=(r"rotary_emb\.inv_freq$",))
     """Patterns (re.search) of names of tensors that hold nothing to load."""
 
@@ -70,7 +78,9 @@ class Family:
                 name = new + name.removeprefix(old)
                 break
         full = f"{self.layer.split('.')[0]}.{name}"  # files of the inner model alone leave the prefix out
-        return full if name not in known and full in known else name
+        name = full if name not in known and full in known else name
+        others = [re.sub(pattern, other, name) for pattern, other in self.other_names]
+        return name if name in known else next((other for other in others if other in known), name)
 
     def skips(self, name: str) -> bool:
         """Whether a tensor holds nothing to load."""

@@ -19,7 +19,7 @@ from hybridlm.hf.axes import Piece
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.compare import difference_of
 from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
-from hybridlm.hf.tensors import Entry
+from hybridlm.hf.tensors import Entry, Rows
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import abstract, check_model
 from hybridlm.model.model import HybridLM
@@ -94,7 +94,7 @@ def read_params(
 class _Fill:
     """Makes parameters of the tensors in files."""
 
-    def __init__(self, plan: Plan, entries: dict[str, Entry], progress: Progress | None):
+    def __init__(self, plan: Plan, entries: dict[str, Entry | Rows], progress: Progress | None):
         self.plan, self.entries, self.progress = plan, entries, progress
         self.done, self.total = 0, sum(entry.n_bytes for entry in entries.values())
         self.far = any(storage.in_bucket(entry.file) for entry in entries.values())

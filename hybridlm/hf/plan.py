@@ -2,6 +2,7 @@
 """From a family's tables and a model to the list of its published tensors and the pieces that each is made of."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -47,10 +48,26 @@ class Plan:
     infos: dict[str, ParamInfo]
     """Of the model's parameters, by dotted path."""
     family: Family
+    n_layers: int
+    """Published layers of the model."""
+
+    def recut(self) -> Iterator[tuple[str, ...]]:
+        """Names of tensors whose rows may be cut elsewhere in a file, in their order."""
+        for layer in range(self.n_layers):
+            for group in self.family.recut:
+                names = tuple(self.family.layer.format(layer=layer) + name for name in group)
+                if names[0] in self.tensors:
+                    yield names
 
     def canonical(self, name: str) -> str:
         """The name in the tables of a tensor's name in a file."""
         return self.family.canonical(name, self.tensors)
+
+    def skips(self, name: str) -> bool:
+        """Whether a tensor, by its name in the tables, holds nothing to load."""
+        layer = re.match(re.escape(self.family.layer).replace(re.escape("{layer}"), r"(\d+)"), name)
+        behind = self.family.extra_layers and layer is not None and int(layer[1]) >= self.n_layers
+        return behind or self.family.skips(name)
 
     def is_float32(self, path: str) -> bool:
         """Whether a parameter is float32 in every model: norms, biases, convolutions and recurrence parameters are."""
@@ -104,7 +121,7 @@ def make_plan(family: Family, config: ModelConfig, published_pattern: str) -> Pl
     if config.tie_embeddings:
         copies[OUTPUT] = family.embedding
         doubled |= set() if family.ties else {OUTPUT}
-    return Plan(tensors, copies, frozenset(doubled), infos, family)
+    return Plan(tensors, copies, frozenset(doubled), infos, family, len(depths) // family.per_layer)
 
 
 def _depths(family: Family, pattern: str, published_pattern: str) -> list[_Depth]:

@@ -54,6 +54,7 @@ def to_hf(
     require(max_shard_bytes > 0, f"max_shard_bytes ({max_shard_bytes}) must be positive")
     like = _like(model, like)
     of = find_family(model.config) if family is None and like is None else family_of(family or like.family.model_type)
+    of = of if of.written_as is None else family_of(of.written_as)
     alike = like if like is not None and like.family is of else None
     values, published = write_values(of, model.config)
     plan = make_plan(of, model.config, published.pattern)
@@ -65,8 +66,9 @@ def to_hf(
     carried = {} if alike is None else _carried(alike)
     for file in old:
         storage.remove(file)
-    sources = [_source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()]
-    write_tensors(folder, sources, max_shard_bytes, progress)
+    sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
+    sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
+    write_tensors(folder, sources.values(), max_shard_bytes, progress)
     save_json({**carried, **values, "dtype": dtype or str(kinds[of.embedding])}, folder / "config.json")
     if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
         copy_tokenizer(like.folder, folder)
@@ -145,6 +147,30 @@ def _holds(dtype: np.dtype, values: np.ndarray) -> bool:
 
 def _source(name: str, tensor: Tensor, params: dict, dtype: np.dtype) -> Source:
     return Source(name, tensor.shape, dtype, partial(_make, tensor, params, dtype))
+
+
+def _as_cut_in(like: Checkpoint, plan: Plan, sources: dict[str, Source]) -> dict[str, Source]:
+    """Sources of tensors whose rows are cut elsewhere in the checkpoint `like`, cut as there."""
+    if not plan.family.recut or not any(like.folder.glob("*.safetensors")):
+        return {}
+    there, changed = {plan.canonical(name): entry for name, entry in like.entries.items()}, {}
+    for names in plan.recut():
+        if not all(name in there for name in names):
+            continue
+        shapes, ours = [there[name].shape for name in names], [sources[name] for name in names]
+        if sum(shape[0] for shape in shapes) != sum(source.shape[0] for source in ours):
+            continue
+        start = 0
+        for source, shape in zip(ours, shapes, strict=True):
+            make = partial(_cut, ours, slice(start, start + shape[0]))
+            changed[source.name] = Source(source.name, (shape[0], *source.shape[1:]), source.dtype, make)
+            start += shape[0]
+    return changed
+
+
+def _cut(sources: list[Source], rows: slice) -> np.ndarray:
+    """Rows of tensors that stand one behind the other."""
+    return np.concatenate([source.make() for source in sources])[rows]
 
 
 def _make(tensor: Tensor, params: dict, dtype: np.dtype) -> np.ndarray:

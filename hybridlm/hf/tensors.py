@@ -68,6 +68,56 @@ class Entry:
         return alike and np.array_equal(self.open(), other.open())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of several tensors that stand one behind the other, as an Entry of their own."""
+
+    entries: tuple[Entry, ...]
+    start: int
+    """The first of all their rows that is one of these."""
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> Path:
+        """That of the first tensor."""
+        return self.entries[0].file
+
+    @property
+    def dtype(self) -> str:
+        """That of the first tensor."""
+        return self.entries[0].dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of these rows."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def open(self) -> np.ndarray:
+        """All of these rows."""
+        return self.open_rows(slice(0, self.shape[0]))
+
+    def open_rows(self, rows: slice) -> np.ndarray:
+        """Some of these rows."""
+        first, last, parts, before = self.start + rows.start, self.start + rows.stop, [], 0
+        for entry in self.entries:
+            n_rows = entry.shape[0]
+            parts.append(
+                entry.open_rows(slice(min(max(first - before, 0), n_rows), min(max(last - before, 0), n_rows)))
+            )
+            before += n_rows
+        return np.concatenate(parts)
+
+
+def recut(entries: list[Entry], shapes: list[tuple[int, ...]]) -> list[Entry | Rows]:
+    """The rows of tensors as they would be in tensors of these shapes; the tensors themselves where that cannot be."""
+    kinds, row = {entry.dtype for entry in entries}, shapes[0][1:]
+    total = sum(entry.shape[0] for entry in entries if entry.shape[1:] == row)
+    if [entry.shape for entry in entries] == shapes or total != sum(s[0] for s in shapes) or not kinds <= set(DTYPES):
+        return entries
+    starts = [sum(shape[0] for shape in shapes[:i]) for i in range(len(shapes))]
+    return [Rows(tuple(entries), start, shape) for start, shape in zip(starts, shapes, strict=True)]
+
+
 def read_entries(folder: Path) -> dict[str, Entry]:
     """All tensors of a checkpoint folder. ConfigError for missing, cut or overlapping files and doubled names."""
     entries: dict[str, Entry] = {}

@@ -5,6 +5,8 @@ from typing import Union
 
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
+from hybridlm.layers.kimi_delta import KimiDelta
+from hybridlm.layers.latent_attention import LatentAttention
 from hybridlm.layers.mamba1 import InnerNorm, Mamba1
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
 from hybridlm.layers.mixers import MIXERS
@@ -15,8 +17,9 @@ from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
 from hybridlm.layers.shared import Shared
 
 __all__ = [
-    "BLOCKS", "MLP", "Attention", "Block", "Branch", "GatedDeltaNet", "GatedNorm", "InnerNorm", "Linear", "Llama3",
-    "Mamba1", "Mamba2", "MoE", "Parallel", "Rope", "Router", "Shared", "YaRN", "blocks_by_name",
+    "BLOCKS", "MLP", "Attention", "Block", "Branch", "GatedDeltaNet", "GatedNorm", "InnerNorm", "KimiDelta",
+    "LatentAttention", "Linear", "Llama3", "Mamba1", "Mamba2", "MoE", "Parallel", "Rope", "Router", "Shared",
+    "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
 BLOCKS = (*MIXERS, Parallel, Shared)

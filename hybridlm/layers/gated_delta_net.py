@@ -132,22 +132,69 @@ def delta_flops(n_heads: int, d_head: int, d_key: int, seq_len: int) -> float:
     return n_heads * (within + 6.0 * d_key * d_head)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def run_rule(mixer, qkv: list, beta_BTH, g, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
+    """Convolutions and delta rule of all tokens from the cache `old` (None: from nothing): (y [B, T, H, P], new cache).
+
+    mixer: has conv_q, conv_k and conv_v. qkv: before the convolutions. g: log decays, [B, T, H] or [B, T, H, N].
+    """
+    before, new, convolved = old or {}, {}, []
+    with jax.named_scope("convolve"):
+        for a, (name, weight) in zip(qkv, _convolutions(mixer).items(), strict=True):
+            y, new[name] = short_conv.convolve(
+                a, weight, None, mixer.config.activation, segment_ids=tokens.segment_ids, gaps=tokens.gaps,
+                window=before.get(name),
+            )  # fmt: skip
+            convolved.append(checkpoint_name(y, "delta_conv"))
+    with jax.named_scope("rule"):
+        y_BTHP, new["state"] = ops.gated_delta_rule(
+            *convolved, beta_BTH, g, segment_ids=tokens.segment_ids, initial_state=before.get("state"),
+            chunk=mixer.config.chunk,
+        )  # fmt: skip
+        return checkpoint_name(y_BTHP, "delta_rule"), new
+
+
+def step_rule(mixer, qkv: list, beta_BTH, g_BTHN, old: dict) -> tuple[jax.Array, dict]:
+    """The same for one token, by the recurrence as written (the paper's equation 10): (y [B, 1, H, P] in float32, new
+    cache). g: [B, 1, H, N], or [B, 1, H, 1] where it is the head's."""
+    new, convolved = {}, []
+    with jax.named_scope("convolve"):
+        for a, (name, weight) in zip(qkv, _convolutions(mixer).items(), strict=True):
+            y, new[name] = short_conv.step(a, weight, None, mixer.config.activation, old[name])
+            convolved.append(y)
+    with jax.named_scope("rule"):
+        n_heads, v_BHP = mixer.config.n_heads, convolved[2].astype(jnp.float32)
+        q_BHN, k_BHN = (jnp.repeat(_unit(a), n_heads // a.shape[1], axis=1) for a in convolved[:2])
+        state_BHNP = jnp.exp(g_BTHN[:, 0, :, :, None]) * old["state"]
+        read_BHP = (state_BHNP * k_BHN[..., None]).sum(2)
+        state_BHNP += k_BHN[..., None] * (beta_BTH[:, 0, :, None] * (v_BHP - read_BHP))[:, :, None]
+        y_BHP = (state_BHNP * q_BHN[..., None]).sum(2) * q_BHN.shape[-1] ** -0.5
+        return y_BHP[:, None], new | {"state": state_BHNP}
+
+
+def init_cache(mixer, batch: int) -> dict[str, jax.Array]:
+    """What these two read and write: a zero state (float32), and the windows of the convolutions."""
+    c, windows = mixer.config, _convolutions(mixer).items()
+    state = jnp.zeros((batch, c.n_heads, c.d_key, c.d_head), jnp.float32)
+    return {"state": state} | {name: short_conv.init_window(weight, batch, mixer.dtype) for name, weight in windows}
+
+
+def gated_head_norm(mixer, y_BTHP: jax.Array, z_BTHP: jax.Array, gating: str) -> jax.Array:
+    """RMS norm of each head in float32, with one weight [P] for all, times the gate's activation of z."""
+    c, n_heads = mixer.config, y_BTHP.shape[2]
+    weight_HP = jnp.broadcast_to(mixer.norm[...][None], y_BTHP.shape[2:])
+    y_BTHP = gated_rms_norm(y_BTHP, z_BTHP, weight_HP, c.norm_eps, n_heads, True, mixer.dtype, gating)
+    return checkpoint_name(sharding.constrain(y_BTHP, "batch", "tokens", "heads", None), "delta_norm")
+
+
+def _convolutions(mixer) -> dict[str, nnx.Param]:
+    """Weights of the convolutions of q, k and v by the names of their windows."""
+    return {"conv_q": mixer.conv_q, "conv_k": mixer.conv_k, "conv_v": mixer.conv_v}
+
+
+def _unit(x: jax.Array) -> jax.Array:
     """`x` in float32 over its length along the last axis, as the rule normalises queries and keys."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-
-
-def delta_step(q_BHN, k_BHN, v_BHP, beta_BH, decay_BHN, state_BHNP) -> tuple[jax.Array, jax.Array]:
-    """One token of the gated delta rule (the paper's equation 10), float32: (y [B, H, P], the new state).
-
-    decay: [B, H, N], or [B, H, 1] where it is the head's.
-    """
-    q_BHN, k_BHN, v_BHP = unit(q_BHN) * q_BHN.shape[-1] ** -0.5, unit(k_BHN), v_BHP.astype(jnp.float32)
-    state_BHNP = decay_BHN[..., None] * state_BHNP
-    read_BHP = (state_BHNP * k_BHN[..., None]).sum(2)
-    state_BHNP += k_BHN[..., None] * (beta_BH[..., None] * (v_BHP - read_BHP))[:, :, None]
-    return (state_BHNP * q_BHN[..., None]).sum(2), state_BHNP
 
 
 class GatedDeltaNetMixer(nnx.Module):
@@ -194,47 +241,19 @@ class GatedDeltaNetMixer(nnx.Module):
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""
-        c, windows = self.config, self._convolutions
-        state = jnp.zeros((batch, c.n_heads, c.d_key, c.d_head), jnp.float32)
-        return {"state": state} | {name: short_conv.init_window(w, batch, self.dtype) for name, w in windows.items()}
-
-    @property
-    def _convolutions(self) -> dict[str, nnx.Param]:
-        """Weights of the convolutions of q, k and v by the names of their windows."""
-        return {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
+        return init_cache(self, batch)
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
         qkv, z_BTHP, beta_BTH, g_BTH = self._project(x_BTD)
-        before, new, convolved = old or {}, {}, []
-        with jax.named_scope("convolve"):
-            for a, (name, weight) in zip(qkv, self._convolutions.items(), strict=True):
-                y, new[name] = short_conv.convolve(
-                    a, weight, None, self.config.activation, segment_ids=tokens.segment_ids, gaps=tokens.gaps,
-                    window=before.get(name),
-                )  # fmt: skip
-                convolved.append(checkpoint_name(y, "delta_conv"))
-        with jax.named_scope("rule"):
-            y_BTHP, new["state"] = ops.gated_delta_rule(
-                *convolved, beta_BTH, g_BTH, segment_ids=tokens.segment_ids, initial_state=before.get("state"),
-                chunk=self.config.chunk,
-            )  # fmt: skip
-            y_BTHP = checkpoint_name(y_BTHP, "delta_rule")
+        y_BTHP, new = run_rule(self, qkv, beta_BTH, g_BTH, tokens, old)
         return self._output(y_BTHP, z_BTHP), new
 
     def _step(self, x_BTD, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written."""
         qkv, z_BTHP, beta_BTH, g_BTH = self._project(x_BTD)
-        new, convolved = {}, []
-        with jax.named_scope("convolve"):
-            for a, (name, weight) in zip(qkv, self._convolutions.items(), strict=True):
-                y, new[name] = short_conv.step(a, weight, None, self.config.activation, old[name])
-                convolved.append(y)
-        with jax.named_scope("rule"):
-            q_BHN, k_BHN = (jnp.repeat(a, self.config.n_heads // a.shape[1], axis=1) for a in convolved[:2])
-            decay_BH1 = jnp.exp(g_BTH[:, 0, :, None])
-            y_BHP, new["state"] = delta_step(q_BHN, k_BHN, convolved[2], beta_BTH[:, 0], decay_BH1, old["state"])
-        return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new
+        y_BTHP, new = step_rule(self, qkv, beta_BTH, g_BTH[..., None], old)
+        return self._output(y_BTHP.astype(z_BTHP.dtype), z_BTHP), new
 
     @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
@@ -253,9 +272,6 @@ class GatedDeltaNetMixer(nnx.Module):
     def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
         """Norm of each head and gate in float32, output projection."""
         with jax.named_scope("gate_norm"):
-            weight_HP = jnp.broadcast_to(self.norm[...][None], self.out.shape[-3:-1])
-            n_heads, eps = self.config.n_heads, self.config.norm_eps
-            y_BTHP = gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_heads, True, self.dtype, "silu")
-            y_BTHP = checkpoint_name(sharding.constrain(y_BTHP, "batch", "tokens", "heads", None), "delta_norm")
+            y_BTHP = gated_head_norm(self, y_BTHP, z_BTHP, "silu")
         with jax.named_scope("output"):
             return params.leave(y_BTHP, self.out)

@@ -5,12 +5,14 @@ from typing import Union
 
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
+from hybridlm.layers.kimi_delta import KimiDelta
+from hybridlm.layers.latent_attention import LatentAttention
 from hybridlm.layers.mamba1 import Mamba1
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.moe import MoE
 
-MIXERS = (Mamba1, Mamba2, Attention, MLP, MoE, GatedDeltaNet)
+MIXERS = (Mamba1, Mamba2, Attention, MLP, MoE, GatedDeltaNet, KimiDelta, LatentAttention)
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
 AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)
 """Their union, for annotations."""

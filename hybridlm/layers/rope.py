@@ -79,7 +79,7 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding (Su et al. 2021) of the first `fraction` of each head; pairs are (i, i + half)."""
+    """Rotary embedding (Su et al. 2021) of the first `fraction` of each head; pairs are (i, i + half) by default."""
 
     theta: float = 10_000.0
     """Base of the geometric frequency series."""
@@ -87,6 +87,8 @@ class Rope:
     """Share of the head width that is rotated, in (0, 1]."""
     scaling: YaRN | Llama3 | Linear | None = None
     """Frequency scaling for longer contexts."""
+    interleaved: bool = False
+    """Pairs are neighbours, (2 i, 2 i + 1), as in the paper."""
 
     def __post_init__(self):
         require(self.theta > 0, f"rope theta ({self.theta}) must be positive")
@@ -122,9 +124,18 @@ def rotate(x_BTHP: jax.Array, positions_BT: jax.Array, config: Rope) -> jax.Arra
     half = len(freqs)
     angles_BT1R = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.expand_dims(freqs, (0, 1, 2))
     cos, sin = scale * jnp.cos(angles_BT1R), scale * jnp.sin(angles_BT1R)
-    first, second, rest = jnp.split(x_BTHP, (half, 2 * half), axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    if config.interleaved:
+        turning, rest = jnp.split(x_BTHP, (2 * half,), axis=-1)
+        pairs = turning.astype(jnp.float32).reshape(*turning.shape[:-1], half, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second, rest = jnp.split(x_BTHP, (half, 2 * half), axis=-1)
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    if config.interleaved:
+        turned = jnp.stack(turned, axis=-1).reshape(*first.shape[:-1], 2 * half)
+    else:
+        turned = jnp.concatenate(turned, axis=-1)
     return jnp.concatenate([turned.astype(x_BTHP.dtype), rest], axis=-1)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """tests/golden: tiny random checkpoints of published implementations (transformers 5.23) with their outputs."""
 
+import itertools
 import json
 import re
 from functools import cache
@@ -77,10 +78,19 @@ def norms_by_name(plan: Plan, grads) -> dict[str, float]:
     }
 
 
+MEMORY = (
+    (r"\.forget_gate\.", "."),
+    (r"model\.embed_tokens\.", "model.word_embeddings."),
+    (r"\.self_attn\.o_proj\.", ".self_attn.dense."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.mlp\.experts\.", ".block_sparse_moe.experts."),
+)
+"""Parts of names of parameters in memory -> what files have, where they have no such name."""
 EXPERTS = {
-    "experts.gate_up_proj": r"(experts\.\d+\.(gate|up)_proj|input_linear)\.weight",
+    "experts.gate_up_proj": r"(experts\.\d+\.(gate_proj|up_proj|w1|w3)|input_linear)\.weight",
     "experts.up_proj": r"experts\.\d+\.up_proj\.weight",
-    "experts.down_proj": r"(experts\.\d+\.down_proj|output_linear)\.weight",
+    "experts.down_proj": r"(experts\.\d+\.(down_proj|w2)|output_linear)\.weight",
+    "conv1d.weight": r"([qkv]_)?conv1d\.weight",
     "router.weight": r"router(\.layer)?\.weight",
 }
 """Ends of names as the published implementation holds parameters in memory -> as its files have them."""
@@ -88,8 +98,11 @@ EXPERTS = {
 
 def published_norm(plan: Plan, norms: dict[str, float], name: str) -> float:
     """Norm of a parameter of the published implementation, which holds all experts in one; files may have one each."""
-    end = next((end for end in EXPERTS if name.endswith(end)), None)
-    if end is None:
-        return norms[plan.canonical(name)]
-    pattern = re.escape(plan.canonical(name).removesuffix(end)) + EXPERTS[end]
-    return float(np.linalg.norm([norm for key, norm in norms.items() if re.fullmatch(pattern, key)]))
+    end = next((end for end in EXPERTS if name.endswith(end)), "")
+    names = itertools.accumulate(MEMORY, lambda name, part: re.sub(*part, name), initial=name)
+    for known in map(plan.canonical, names):
+        pattern = re.escape(known.removesuffix(end)) + EXPERTS.get(end, "")
+        found = [norm for key, norm in norms.items() if re.fullmatch(pattern, key)]
+        if found:
+            return float(np.linalg.norm(found))
+    raise KeyError(name)

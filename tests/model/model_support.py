@@ -68,7 +68,7 @@ VARIANTS = {
     ),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
     "delta": GatedDeltaNet(n_heads=4, n_key_heads=2, d_key=6, d_head=5, chunk=8),
-    "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, activation="gelu", neg_eigval=True),
+    "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, neg_eigval=True),
     "norm_of_all": Attention(
         n_heads=4,
         n_kv_heads=2,

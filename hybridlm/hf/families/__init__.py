@@ -3,17 +3,22 @@
 
 from hybridlm.errors import ConfigError
 from hybridlm.hf.families import (
+    bailing_hybrid,
     bamba,
     falcon_h1,
     falcon_mamba,
     granitemoehybrid,
     jamba,
+    kimi_linear,
     llama,
     mamba,
     mamba2,
     nemotron_h,
+    olmo_hybrid,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_next,
     zamba,
     zamba2,
@@ -21,11 +26,12 @@ from hybridlm.hf.families import (
 from hybridlm.hf.family import Family
 
 KNOWN: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY
+    family.model_type: family
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
-        zamba, zamba2, qwen3_next,
+        zamba, zamba2, qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, kimi_linear, bailing_hybrid,
     )
+    for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip
 """Every family by its model_type; of those that can express a model the first is written."""
 FAMILIES = tuple(KNOWN)

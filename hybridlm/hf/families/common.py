@@ -6,7 +6,19 @@ from typing import Any
 
 from hybridlm.errors import ConfigError
 from hybridlm.hf.keys import Keys
-from hybridlm.layers import MLP, Attention, GatedDeltaNet, GatedNorm, Mamba1, Mamba2, MoE, Parallel, Shared
+from hybridlm.layers import (
+    MLP,
+    Attention,
+    GatedDeltaNet,
+    GatedNorm,
+    KimiDelta,
+    LatentAttention,
+    Mamba1,
+    Mamba2,
+    MoE,
+    Parallel,
+    Shared,
+)
 from hybridlm.model.config import ModelConfig
 
 GATED = {
@@ -22,6 +34,7 @@ PLAIN = {
 TYPES = {
     Mamba1: "linear_attention", Mamba2: "linear_attention", Attention: "full_attention", MLP: "mlp", MoE: "moe",
     Shared: "hybrid", Parallel: "hybrid", GatedDeltaNet: "linear_attention",
+    KimiDelta: "linear_attention", LatentAttention: "full_attention",
 }  # fmt: skip
 """Block -> layer type, as files write it."""
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}

@@ -22,6 +22,44 @@ GATED_ATTENTION = {
     "q_proj.bias": ["mixer.b_q: P -> h P", "mixer.b_gate: P -> h P"],
 }
 """The same where a query and its gate follow each other, head by head."""
+ATTENTION_NORMED_AS_ONE = {
+    **ATTENTION,
+    "q_norm.weight": "mixer.q_norm.weight: (H P) -> H P",
+    "k_norm.weight": "mixer.k_norm.weight: (K P) -> K P",
+}
+"""The same where one norm is of all queries, and one of all keys."""
+LATENT_ATTENTION = {
+    "q_proj.weight": "mixer.w_q: (H P) D -> D H P",
+    "q_a_proj.weight": "mixer.in_q: R D -> D R",
+    "q_a_proj.bias": "mixer.in_q_bias: R",
+    "q_a_layernorm.weight": "mixer.q_norm.weight: R",
+    "q_b_proj.weight": "mixer.up_q: (H P) R -> R H P",
+    "kv_a_proj_with_mqa.weight": "mixer.in_kv: R D -> D R",
+    "kv_a_proj_with_mqa.bias": "mixer.in_kv_bias: R",
+    "kv_a_layernorm.weight": "mixer.kv_norm.weight: R",
+    "kv_b_proj.weight": "mixer.up_kv: (H P) R -> R H P",
+    "g_proj.weight": "mixer.w_gate: H D -> D H",
+    "o_proj.weight": "mixer.w_o: D (H P) -> H P D",
+    "o_proj.bias": "mixer.b_o: D",
+}
+"""Multi-head latent attention."""
+CONV_QKV = {
+    "q_conv1d.weight": "mixer.conv_q: (G N) 1 W -> G N W",
+    "k_conv1d.weight": "mixer.conv_k: (G N) 1 W -> G N W",
+    "v_conv1d.weight": "mixer.conv_v: (H P) 1 W -> H P W",
+}
+"""Short convolutions of queries, keys and values."""
+KIMI_DELTA = {
+    "q_proj.weight": "mixer.in_q: (H N) D -> D H N",
+    "k_proj.weight": "mixer.in_k: (H N) D -> D H N",
+    "v_proj.weight": "mixer.in_v: (H P) D -> D H P",
+    "b_proj.weight": "mixer.in_b: H D -> D H",
+    "dt_bias": "mixer.dt_bias: (H N) -> H N",
+    "o_norm.weight": "mixer.norm: P",
+    "o_proj.weight": "mixer.out: D (H P) -> H P D",
+    **CONV_QKV,
+}
+"""Kimi Delta Attention, but for A_log and the projections of decays and gate."""
 
 GATED_MLP = {
     "gate_proj.weight": "mixer.w_in: F D -> D 0 F",
@@ -52,6 +90,11 @@ EXPERTS = {
     "experts.{e}.down_proj.weight": "mixer.w_out: D F -> e F D",
 }
 """A mixture of gated experts, a tensor for each matrix of each."""
+FUSED_EXPERTS = {
+    "gate_up_proj": "mixer.w_in: E (c F) D -> E D c F",
+    "down_proj": "mixer.w_out: E D F -> E F D",
+}
+"""The experts of one in one tensor."""
 
 MAMBA2 = {
     "in_proj.weight": [
@@ -95,6 +138,11 @@ def top(embedding: str, norm: str) -> dict[str, str]:
         f"{norm}.weight": "norm.weight: D",
         "lm_head.weight": "output: V D",
     }
+
+
+def renamed(table: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """A table with another start of names."""
+    return {new + name.removeprefix(old) if name.startswith(old) else name: spec for name, spec in table.items()}
 
 
 def at(prefix: str, table: dict[str, Any], own: str = "") -> dict[str, Any]:
