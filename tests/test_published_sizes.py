@@ -48,6 +48,21 @@ PUBLISHED = {
     "zamba2:1.2b": 1_215_064_704,
     "zamba2:2.7b": 2_662_214_560,
     "zamba2:7b": 7_356_749_648,
+    "lfm2:350m": 354_483_968,
+    "lfm2:700m": 742_489_344,
+    "lfm2:1.2b": 1_170_340_608,
+    "lfm2:2.6b": 2_569_272_320,
+    "lfm2:8b-a1b": 8_339_930_560,
+    "lfm3:1.7b": 1_728_801_536,
+    "recurrent_gemma:2b": 2_682_862_080,
+    "recurrent_gemma:9b": 8_579_977_216,
+    "rwkv4:169m": 169_342_464,
+    "rwkv4:430m": 430_397_440,
+    "rwkv4:1.5b": 1_515_106_304,
+    "rwkv4:3b": 2_984_627_200,
+    "rwkv4:7b": 7_392_649_216,
+    "rwkv4:14b": 14_148_597_760,
+    "xlstm:7b": 6_865_424_896,
 }
 """Parameters of the published implementation at the published config.json."""
 NAMES = [name for name in config_names() if ":" in name]
@@ -101,7 +116,8 @@ def test_the_published_implementation_has_the_same_tensors(name):
         )
     theirs.tie_weights()
     tensors = dict(theirs.named_parameters())
-    tensors |= {name: b for name, b in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
+    biases = ("e_score_correction_bias", "expert_bias")
+    tensors |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(biases)}
     assert sum(tensor.numel() for tensor in tensors.values()) == PUBLISHED[name]
     plan = make_plan(family, model, published.pattern)
     shapes = {plan.canonical(name): tuple(tensor.shape) for name, tensor in tensors.items()}

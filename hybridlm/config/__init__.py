@@ -16,9 +16,14 @@ from hybridlm.data.config import DataConfig
 from hybridlm.errors import ConfigError, require
 from hybridlm.layers import (
     MLP,
+    MLSTM,
+    NTK,
+    RGLRU,
+    SLSTM,
     Attention,
     Block,
     Branch,
+    GatedConv,
     GatedDeltaNet,
     GatedNorm,
     InnerNorm,
@@ -30,8 +35,11 @@ from hybridlm.layers import (
     Mamba2,
     MoE,
     Parallel,
+    Proportional,
     Rope,
     Router,
+    Rwkv4,
+    Rwkv4Channel,
     Shared,
     YaRN,
 )  # fmt: skip
@@ -40,10 +48,11 @@ from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConf
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "MLP", "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
-    "DataConfig", "GatedDeltaNet", "GatedNorm", "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear",
-    "LinearDecay", "Llama3", "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig",
-    "Parallel", "Rope", "Router", "RunConfig", "Shared", "Wsd", "YaRN",
+    "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
+    "DataConfig", "GatedConv", "GatedDeltaNet", "GatedNorm", "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention",
+    "Linear", "LinearDecay", "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "Muon",
+    "NTK", "OptimConfig", "Parallel", "Proportional", "RGLRU", "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel",
+    "SLSTM", "Shared", "Wsd", "YaRN",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hybridlm import storage
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.config_json import load_json, read_values
 from hybridlm.hf.families import family_of
-from hybridlm.hf.family import OUTPUT, Family
+from hybridlm.hf.family import Family
 from hybridlm.hf.plan import Plan
 from hybridlm.hf.tensors import DTYPES, Entry, Rows, read_entries, recut
 from hybridlm.model.config import ModelConfig
@@ -38,7 +38,7 @@ class Checkpoint:
         """The model's config: tied only where the tensors are, as the published implementation reads it."""
         if not self.stated.tie_embeddings:
             return self.stated
-        names = (OUTPUT, self.family.embedding)
+        names = (self.family.output, self.family.embedding)
         known = {self.family.canonical(name, names): entry for name, entry in self.entries.items()}
         output, embedding = (known.get(name) for name in names)
         tied = output is None or embedding is None or output.equals(embedding)
@@ -81,7 +81,8 @@ class Checkpoint:
                 entries[name] = entry
         for name, entry in again.items():
             original = plan.copies[name]
-            if name != OUTPUT and original in entries and not entry.equals(entries[original]):  # outputs: see `config`
+            of_output = name == self.family.output  # see `config`
+            if not of_output and original in entries and not entry.equals(entries[original]):
                 problems["unequal"].append(f"{name} to {original}, which it shares")
         _refuse(self.folder, problems)
         return entries

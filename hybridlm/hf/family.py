@@ -10,8 +10,6 @@ from hybridlm.hf.axes import parse
 from hybridlm.hf.keys import Keys
 from hybridlm.model.config import ModelConfig
 
-OUTPUT = "lm_head.weight"
-"""Name of the output projection in every family."""
 FIRST = "first:"
 """Starts the names of tensors that are at the first depth of a symbol and are shared by the others."""
 
@@ -70,6 +68,11 @@ class Family:
     def embedding(self) -> str:
         """Name of the embedding."""
         return next(name for name, spec in self.top.items() if parse(spec).path == "embedding")
+
+    @cached_property
+    def output(self) -> str:
+        """Name of the output projection."""
+        return next(name for name, spec in self.top.items() if parse(spec).path == "output")
 
     def canonical(self, name: str, known: Container[str]) -> str:
         """The name in the tables of a tensor's name in a file. known: names that the tables give."""

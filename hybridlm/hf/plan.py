@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flax.traverse_util import flatten_dict
 
 from hybridlm.hf.axes import Move, Piece, parse, piece
-from hybridlm.hf.family import FIRST, OUTPUT, Family
+from hybridlm.hf.family import FIRST, Family
 from hybridlm.layers.params import ParamInfo
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import abstract
@@ -119,8 +119,8 @@ def make_plan(family: Family, config: ModelConfig, published_pattern: str) -> Pl
     copies = _copies(family, depths, tensors)
     doubled = set() if config.tie_embeddings else set(copies)
     if config.tie_embeddings:
-        copies[OUTPUT] = family.embedding
-        doubled |= set() if family.ties else {OUTPUT}
+        copies[family.output] = family.embedding
+        doubled |= set() if family.ties else {family.output}
     return Plan(tensors, copies, frozenset(doubled), infos, family, len(depths) // family.per_layer)
 
 

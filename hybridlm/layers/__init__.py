@@ -4,6 +4,7 @@
 from typing import Union
 
 from hybridlm.layers.attention import Attention
+from hybridlm.layers.gated_conv import GatedConv
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
 from hybridlm.layers.kimi_delta import KimiDelta
 from hybridlm.layers.latent_attention import LatentAttention
@@ -11,15 +12,20 @@ from hybridlm.layers.mamba1 import InnerNorm, Mamba1
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
 from hybridlm.layers.mixers import MIXERS
 from hybridlm.layers.mlp import MLP
+from hybridlm.layers.mlstm import MLSTM
 from hybridlm.layers.moe import MoE, Router
 from hybridlm.layers.parallel import Branch, Parallel
-from hybridlm.layers.rope import Linear, Llama3, Rope, YaRN
+from hybridlm.layers.rglru import RGLRU
+from hybridlm.layers.rope import NTK, Linear, Llama3, Proportional, Rope, YaRN
+from hybridlm.layers.rwkv4 import Rwkv4
+from hybridlm.layers.rwkv4_channel import Rwkv4Channel
 from hybridlm.layers.shared import Shared
+from hybridlm.layers.slstm import SLSTM
 
 __all__ = [
-    "BLOCKS", "MLP", "Attention", "Block", "Branch", "GatedDeltaNet", "GatedNorm", "InnerNorm", "KimiDelta",
-    "LatentAttention", "Linear", "Llama3", "Mamba1", "Mamba2", "MoE", "Parallel", "Rope", "Router", "Shared",
-    "YaRN", "blocks_by_name",
+    "Attention", "BLOCKS", "Block", "Branch", "GatedConv", "GatedDeltaNet", "GatedNorm", "InnerNorm", "KimiDelta",
+    "LatentAttention", "Linear", "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2", "MoE", "NTK", "Parallel", "Proportional",
+    "RGLRU", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "SLSTM", "Shared", "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
 BLOCKS = (*MIXERS, Parallel, Shared)

@@ -36,13 +36,15 @@ class Attention:
     rope: Rope | None = Rope()  # noqa: RUF009 (frozen)
     """Rotary embedding; None: no positions (NoPE)."""
     qk_norm: bool = False
-    """RMS norm of each query and key head before the rotation."""
+    """RMS norm of each query and key head."""
     qk_norm_eps: float = 1e-6
     """Added to the mean square in qk_norm."""
     qk_norm_over: Literal["head", "all"] = "head"
     """qk_norm is taken of each head by itself, or of all heads together (OLMo)."""
     qk_norm_offset: float = 0.0
     """Added to the weights of qk_norm (1: Qwen3-Next)."""
+    qk_norm_rotated: bool = False
+    """qk_norm comes behind the rotation, not before it (Hunyuan)."""
     window: int | None = None
     """A token sees itself and the window - 1 tokens before it; None: all before it."""
     scale: float | None = None
@@ -114,7 +116,9 @@ class Attention:
     def resolved(self, d_model: int) -> "Attention":
         """With the number of key/value heads and the scale; without qk_norm its options are those of none, eps 1."""
         scale = self.d_head**-0.5 if self.scale is None else self.scale
-        norm = {} if self.qk_norm else {"qk_norm_eps": 1.0, "qk_norm_over": "head", "qk_norm_offset": 0.0}
+        norm = {"qk_norm_rotated": self.qk_norm_rotated and self.rope is not None}
+        if not self.qk_norm:
+            norm = {"qk_norm_eps": 1.0, "qk_norm_over": "head", "qk_norm_offset": 0.0, "qk_norm_rotated": False}
         return replace(self, n_kv_heads=self.kv_heads, scale=scale, **norm)
 
 
@@ -245,13 +249,17 @@ class AttentionMixer(nnx.Module):
         k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier
         q = sharding.constrain(q, "batch", "tokens", "heads", None)
         k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope is not None:
-            q, k = rotate(q, positions_BT, self.config.rope), rotate(k, positions_BT, self.config.rope)
+        q, k = self._placed(q, self.q_norm, positions_BT), self._placed(k, self.k_norm, positions_BT)
         gate = checkpoint_name(gate[0], "attention_gate") if gate else None
         q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
         return q, k, v, gate
+
+    def _placed(self, heads: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array) -> jax.Array:
+        """Queries or keys, normed and rotated."""
+        c = self.config
+        heads = heads if norm is None or c.qk_norm_rotated else norm(heads)
+        heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)
+        return norm(heads) if norm is not None and c.qk_norm_rotated else heads
 
     @jax.named_scope("attend")
     def _attend(self, q, k, v, gate, **places) -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMS norm (Zhang & Sennrich 2019), in float32 whatever the type of its input."""
+"""RMS norm (Zhang & Sennrich 2019) and layer norm (Ba et al. 2016), in float32 whatever the type of their input."""
 
 import functools
 
@@ -19,8 +19,14 @@ def rms_normalise(x: jax.Array, eps: float, n_axes: int = 1) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
 
 
+def layer_normalise(x: jax.Array, eps: float) -> jax.Array:
+    """`x` without its mean along the last axis, over the root of its variance there; float32."""
+    x = x.astype(jnp.float32)
+    return rms_normalise(x - jnp.mean(x, axis=-1, keepdims=True), eps)
+
+
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + weight) along the last axis or axes; the result has the type of the input."""
+    """x / rms(x) * (offset + weight) + bias along the last axis or axes; the result has the type of the input."""
 
     def __init__(
         self,
@@ -29,18 +35,42 @@ class RMSNorm(nnx.Module):
         *,
         axis: str | tuple[str | None, ...] | None = "d_model",
         offset: float = 0.0,
+        bias: bool = False,
     ):
         """width: size of the last axis, or sizes of the last axes; axis: their logical names, for sharding; offset: is
-        added to the weights, which start at 1 - offset."""
+        added to the weights, which start at 1 - offset; bias: whether there is one."""
         self.eps, self.offset = eps, offset
         width, axes = (width, axis) if isinstance(width, tuple) else ((width,), (axis,))
         self.weight = params.make(jnp.full(width, 1.0 - offset), axes, "norm")
+        self.bias = params.zeros(width, axes, "bias") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = params.use(self.weight, jnp.float32)
-        n_axes = weight.ndim
-        weight = jnp.expand_dims(weight if self.offset == 0 else self.offset + weight, range(x.ndim - n_axes))
-        return (rms_normalise(x, self.eps, n_axes) * weight).astype(x.dtype)
+        return _weighed(self, rms_normalise(x, self.eps, len(self.weight.get_metadata()["axes"]))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * (offset + weight) + bias along the last axis; the result has the type of the input."""
+
+    def __init__(
+        self, width: int, eps: float = 1e-5, *, axis: str | None = "d_model", offset: float = 0.0, bias: bool = True
+    ):
+        """As of RMSNorm."""
+        self.eps, self.offset = eps, offset
+        self.weight = params.make(jnp.full((width,), 1.0 - offset), (axis,), "norm")
+        self.bias = params.zeros((width,), (axis,), "bias") if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _weighed(self, layer_normalise(x, self.eps)).astype(x.dtype)
+
+
+def _weighed(norm: RMSNorm | LayerNorm, x: jax.Array) -> jax.Array:
+    """x [..., *axes] times the weights [*axes], plus the bias; float32."""
+    weight = params.use(norm.weight, jnp.float32)
+    weight = weight if norm.offset == 0 else norm.offset + weight
+    x = x * jnp.expand_dims(weight, range(x.ndim - weight.ndim))
+    if norm.bias is None:
+        return x
+    return x + jnp.expand_dims(params.use(norm.bias, jnp.float32), range(x.ndim - weight.ndim))
 
 
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}

@@ -77,6 +77,78 @@ def gated_delta_rule(
     return _with_state(run, arrays, names, heads, state, keep)
 
 
+def linear_scan(x_BT, g_BT, *, channels: tuple, segment_ids, initial_state) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.linear_scan`: (h like x [B, T, *channels], state [B, *channels]).
+
+    channels: their logical axes."""
+    keep, by_token = initial_state is not None, implementation(x_BT, initial_state)
+
+    def run(x, g, segment_ids, state, context_axis=None):
+        shape = (*x.shape[:2], -1)
+        out = pallas_kernels.linear_scan(
+            x.reshape(shape), g.reshape(shape), segment_ids=segment_ids, return_final_state=keep,
+            initial_state=None if state is None else state.reshape(state.shape[0], -1), context_axis=context_axis,
+            implementation=by_token,
+        )  # fmt: skip
+        return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
+
+    tokens, state = (*ROWS, *channels), ("batch", *channels)
+    return _with_state(
+        run, (x_BT, g_BT, segment_ids, initial_state), (tokens, tokens, ROWS, state), tokens, state, keep
+    )
+
+
+def mlstm(
+    q_BTHN, k_BTHN, v_BTHP, i_BTH, f_BTH, *, eps: float, segment_ids, initial: tuple | None, chunk: int | None
+) -> tuple[jax.Array, tuple | None]:
+    """`pallas_kernels.mlstm`: (h [B, T, H, P], (c [B, H, N, P], n [B, H, N], m [B, H]))."""
+    keep, by_token = initial is not None, implementation(v_BTHP, initial)
+
+    def run(q, k, v, i, f, segment_ids, c, n, m, context_axis=None):
+        return pallas_kernels.mlstm(
+            q, k, v, i, f, eps=eps, segment_ids=segment_ids, initial_c=c, initial_n=n, initial_m=m,
+            return_final_state=keep, chunk=chunk, context_axis=context_axis, implementation=by_token,
+        )  # fmt: skip
+
+    heads, states = (*ROWS, "heads", None), [("batch", "heads", None, None)[:n] for n in (4, 3, 2)]
+    arrays = (q_BTHN, k_BTHN, v_BTHP, i_BTH, f_BTH, segment_ids, *(initial or (None,) * 3))
+    names = (heads, heads, heads, heads[:3], heads[:3], ROWS, *states)
+    return _with_states(run, arrays, names, heads, states, keep)
+
+
+def slstm(x_BTGHP, R_HGPP, b_GHP, *, segment_ids, initial: tuple | None) -> tuple[jax.Array, tuple | None]:
+    """`pallas_kernels.slstm`: (y [B, T, H, P], (y, c, n, m) [B, H, P]). G: the gates i, f, z, o."""
+    keep, by_token = initial is not None, implementation(x_BTGHP, initial)
+
+    def run(x, R, b, segment_ids, y, c, n, m, context_axis=None):
+        return pallas_kernels.slstm(
+            x, R, b, segment_ids=segment_ids, initial_y=y, initial_c=c, initial_n=n, initial_m=m,
+            return_final_state=keep, context_axis=context_axis, implementation=by_token,
+        )  # fmt: skip
+
+    gates, state = (*ROWS, None, "heads", None), ("batch", "heads", None)
+    arrays = (x_BTGHP, R_HGPP, b_GHP, segment_ids, *(initial or (None,) * 4))
+    names = (gates, ("heads", None, None, None), (None, "heads", None), ROWS, *[state] * 4)
+    return _with_states(run, arrays, names, (*ROWS, "heads", None), [state] * 4, keep)
+
+
+def rwkv4(k_BTF, v_BTF, g_F, bonus_F, *, segment_ids, initial: tuple | None) -> tuple[jax.Array, tuple | None]:
+    """`pallas_kernels.rwkv4`: (y [B, T, F], (a, b, m) [B, F])."""
+    keep, by_token = initial is not None, implementation(v_BTF, initial)
+
+    def run(k, v, g, bonus, segment_ids, a, b, m, context_axis=None):
+        return pallas_kernels.rwkv4(
+            k, v, g, bonus, segment_ids=segment_ids, initial_a=a, initial_b=b, initial_m=m, return_final_state=keep,
+            context_axis=context_axis, implementation=by_token,
+        )  # fmt: skip
+
+    tokens, state = (*ROWS, "d_inner"), ("batch", "d_inner")
+    arrays = (k_BTF, v_BTF, g_F, bonus_F, segment_ids, *(initial or (None,) * 3))
+    return _with_states(
+        run, arrays, (tokens, tokens, *[("d_inner",)] * 2, ROWS, *[state] * 3), tokens, [state] * 3, keep
+    )
+
+
 def causal_conv1d(
     x, weight, bias, *, channels: tuple, activation: str | None, segment_ids, initial_state, gaps: bool
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -139,7 +211,19 @@ def attention(
     return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
 
 
+def implementation(tokens_BT: jax.Array, initial_state) -> str:
+    """What an op is asked for by mixers without a form of their own for one token: to go through it by its recurrence,
+    where a chunk would be computed for it; through more as the op chooses."""
+    return "reference" if initial_state is not None and tokens_BT.shape[1] == 1 else "auto"
+
+
 def _with_state(run: Callable, arrays: tuple, names: tuple, out: tuple, state: tuple, keep: bool) -> tuple:
     """(result, new state or None) of an op; out, state: their logical axes. A row with a state is not split."""
     result = sharding.per_device(run, arrays, names, [out, state] if keep else out, split_tokens=not keep)
     return result if keep else (result, None)
+
+
+def _with_states(run: Callable, arrays: tuple, names: tuple, out: tuple, states: list[tuple], keep: bool) -> tuple:
+    """The same of an op with several states: (result, new states or None)."""
+    result = sharding.per_device(run, arrays, names, [out, *states] if keep else out, split_tokens=not keep)
+    return (result[0], tuple(result[1:])) if keep else (result, None)

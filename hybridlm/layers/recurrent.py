@@ -3,7 +3,8 @@
 
 Such a mixer has two methods. `_run(x_BTD, tokens, old)` computes all tokens in parallel from the cache `old`, and gives
 (y_BTD, the new cache); old is None for documents from their start, and then the new cache does not matter.
-`_step(x_B1D, old)` computes one token.
+`_step(x_B1D, old)` computes one token. A mixer without it has `extend = recurrent.extend_run`: its `_run` serves one
+token as well, as the op goes through one token by its recurrence (`ops.implementation`), and may read positions.
 
 Axis letters: B batch, T tokens, D model.
 """
@@ -31,4 +32,17 @@ def extend(
     else:
         ids = None if real_BT is None else real_BT.astype(jnp.int32)
         y_BTD, new = mixer._run(x_BTD, Tokens(ids, gaps=gaps), old)
+    return y_BTD, caches.write_all(cache, layer, new)
+
+
+def extend_run(
+    mixer, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+) -> tuple[jax.Array, dict]:
+    """Outputs of the next T tokens and the cache after them, by `_run` alone; see `block.Mixer`."""
+    ids, index_BT = None, jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
+    if real_BT is not None:
+        ids = real_BT.astype(jnp.int32)
+        index_BT = jnp.cumsum(ids, axis=1) - ids
+    tokens = Tokens(ids, length_B[:, None] + index_BT, gaps=gaps)
+    y_BTD, new = mixer._run(x_BTD, tokens, caches.read_all(cache, layer))
     return y_BTD, caches.write_all(cache, layer, new)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embeddings: full, partial, linearly, YaRN and Llama-3 scaled."""
+"""Rotary position embeddings: full, partial, proportional, linearly, NTK, YaRN and Llama-3 scaled."""
 
 import math
 from dataclasses import dataclass
@@ -78,6 +78,28 @@ class Llama3:
 
 
 @dataclass(frozen=True)
+class NTK:
+    """A longer base: theta times alpha ** (d / (d - 2)) for the rotated width d ("NTK-aware" scaling; Hunyuan)."""
+
+    alpha: float = 1000.0
+    """The lowest frequency is divided by this (>= 1), the highest stays."""
+
+    def __post_init__(self):
+        require(self.alpha >= 1, f"ntk alpha ({self.alpha}) must be at least 1")
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """`fraction` counts pairs: the fastest ones of a whole head turn as ever, the others stand (LFM3)."""
+
+    factor: float = 1.0
+    """Divisor of the frequencies (>= 1)."""
+
+    def __post_init__(self):
+        require(self.factor >= 1, f"proportional factor ({self.factor}) must be at least 1")
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary embedding (Su et al. 2021) of the first `fraction` of each head; pairs are (i, i + half) by default."""
 
@@ -85,8 +107,8 @@ class Rope:
     """Base of the geometric frequency series."""
     fraction: float = 1.0
     """Share of the head width that is rotated, in (0, 1]."""
-    scaling: YaRN | Llama3 | Linear | None = None
-    """Frequency scaling for longer contexts."""
+    scaling: YaRN | Llama3 | Linear | NTK | Proportional | None = None
+    """Which frequencies, where they are not the series itself: for longer contexts, or for some of the pairs."""
     interleaved: bool = False
     """Pairs are neighbours, (2 i, 2 i + 1), as in the paper."""
 
@@ -96,7 +118,7 @@ class Rope:
 
     def d_rotated(self, d_head: int) -> int:
         """Width that is rotated of a head of width `d_head`; even, else ConfigError."""
-        d = int(d_head * self.fraction)
+        d = d_head if isinstance(self.scaling, Proportional) else int(d_head * self.fraction)
         if d <= 0 or d % 2:
             raise ConfigError(
                 f"rope fraction ({self.fraction}) of d_head ({d_head}) is {d}: it must be even and positive"
@@ -108,13 +130,20 @@ def frequencies(config: Rope, d_head: int) -> tuple[np.ndarray, float]:
     """Radians a position of each rotated pair, float32 [d_rotated / 2], and the scale of cos and sin."""
     d = config.d_rotated(d_head)
     exponents = np.arange(0, d, 2, dtype=np.float64) / d
-    freqs = config.theta**-exponents
+    theta = config.theta
+    if isinstance(config.scaling, NTK):
+        require(d > 2, f"rope: d_head ({d_head}) leaves a rotated width of {d}: ntk needs more than 2")
+        theta *= config.scaling.alpha ** (d / (d - 2))
+    freqs = theta**-exponents
     if isinstance(config.scaling, YaRN):
         return _yarn(freqs, config.theta, d, config.scaling).astype(np.float32), _yarn_scale(config.scaling)
     if isinstance(config.scaling, Llama3):
         freqs = _llama3(freqs, config.scaling)
     if isinstance(config.scaling, Linear):
         freqs = freqs / config.scaling.factor
+    if isinstance(config.scaling, Proportional):
+        turning = int(config.fraction * d_head // 2)
+        freqs = np.where(np.arange(d // 2) < turning, freqs, 0.0) / config.scaling.factor
     return freqs.astype(np.float32), 1.0
 
 

@@ -35,9 +35,11 @@ def init_window(weight: nnx.Param, batch: int, dtype) -> jax.Array:
 
 
 def convolve(
-    x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str, *, segment_ids, gaps: bool, window=None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Convolution and activation of x [B, T, *channels], and from `window` (None: from nothing) the new window.
+    x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str | None, *, segment_ids, gaps: bool,
+    window=None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """Convolution and activation (None: none) of x [B, T, *channels], and from `window` (None: from nothing) the new
+    window.
 
     gaps: whether padding may stand between a document's tokens. The op knows silu; another activation comes behind it.
     """
@@ -46,14 +48,36 @@ def convolve(
         x_BT, weight[...], None if bias is None else bias[...], channels=weight.get_metadata()["axes"][:-1],
         activation=fused, segment_ids=segment_ids, initial_state=window, gaps=gaps,
     )  # fmt: skip
-    return (y_BT if fused else ACTIVATIONS[activation](y_BT)), window
+    return (y_BT if fused else _activated(y_BT, activation)), window
 
 
 def step(
-    x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str, window: jax.Array
+    x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str | None, window: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The same for one token, x [B, 1, *channels]: the result [B, *channels], and the new window."""
     window = jnp.concatenate([window, x_BT.astype(window.dtype)], axis=1)
     y_B = (window.astype(jnp.float32) * jnp.moveaxis(weight[...], -1, 0)[None]).sum(1)
     y_B = y_B if bias is None else y_B + bias[...][None]
-    return ACTIVATIONS[activation](y_B).astype(x_BT.dtype), window[:, 1:]
+    return _activated(y_B, activation).astype(x_BT.dtype), window[:, 1:]
+
+
+def _activated(y: jax.Array, activation: str | None) -> jax.Array:
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def shift(x_BTD: jax.Array, *, segment_ids, gaps: bool, window=None) -> tuple[jax.Array, jax.Array | None]:
+    """The token before, [B, T, D], zeros before a document's first: the convolution of window 2 with taps 1 and 0.
+
+    window: [B, 1, D], the token before the first; None: zeros, and no new window is made.
+    """
+    taps_DW = jnp.broadcast_to(jnp.array([1.0, 0.0]), (x_BTD.shape[-1], 2))
+    return ops.causal_conv1d(
+        x_BTD,
+        taps_DW,
+        None,
+        channels=(None,),
+        activation=None,
+        segment_ids=segment_ids,
+        initial_state=window,
+        gaps=gaps,
+    )

@@ -20,8 +20,14 @@ class ModelConfig:
     """One symbol per sublayer, first to last."""
     blocks: dict[str, Block] = field(default_factory=lambda: {"M": Mamba2(), "*": Attention(), "-": MLP()})
     """What each symbol of the pattern is."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norms of the residual stream; layer takes the mean off first."""
     norm_eps: float = 1e-5
-    """Added to the mean square in the RMS norms of the residual stream."""
+    """Added to the mean square in these norms."""
+    final_norm_eps: float | None = None
+    """The same of the last one, behind all sublayers; None: norm_eps."""
+    norm_bias: Literal["none", "sublayers", "all"] = "none"
+    """Which of these norms have a bias: none, those of sublayers, or all."""
     norm_offset: float = 0.0
     """Added to the weights of these norms: 1 where they are published as what is above 1 (Qwen3-Next, Gemma)."""
     norm_before: str | None = None
@@ -30,6 +36,8 @@ class ModelConfig:
     """Symbols whose mixers' outputs are normed before they are added (OLMo)."""
     tie_embeddings: bool = True
     """The output projection is the embedding itself."""
+    embedding_norm: bool = False
+    """A norm of the embedded tokens, before the first sublayer (RWKV)."""
     embedding_multiplier: float = 1.0
     """Multiplies the embedded tokens."""
     residual_multiplier: float = 1.0
@@ -49,7 +57,7 @@ class ModelConfig:
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "norm_eps", "init_std", "logit_softcap"):
+        for name in ("vocab_size", "d_model", "norm_eps", "final_norm_eps", "init_std", "logit_softcap"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
         require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")

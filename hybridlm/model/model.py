@@ -15,12 +15,11 @@ from flax import nnx
 from hybridlm import sharding
 from hybridlm.layers import params, vocabulary
 from hybridlm.layers.block import Tokens, shares
-from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within
 from hybridlm.model import depth, pattern, remat, stacks
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.sublayer import Sublayer, make_options
+from hybridlm.model.sublayer import Sublayer, make_options, stream_norm
 from pallas_kernels.segments import document_ids
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
@@ -62,7 +61,8 @@ class HybridLM(nnx.Module):
                 if shares(block) and symbol in config.pattern
             }
         )
-        self.norm = RMSNorm(D, config.norm_eps, offset=config.norm_offset)
+        self.embedding_norm = stream_norm(config, inside=False) if config.embedding_norm else None
+        self.norm = stream_norm(config, inside=False, eps=config.final_norm_eps)
         if config.tie_embeddings:
             self.output = None
         else:
@@ -197,7 +197,8 @@ class HybridLM(nnx.Module):
     @jax.named_scope("embedding")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         dtype, multiplier = self.config.compute_dtype, self.config.embedding_multiplier
-        return vocabulary.look_up(self.embedding[...], tokens_BT, dtype, multiplier)
+        x_BTD = vocabulary.look_up(self.embedding[...], tokens_BT, dtype, multiplier)
+        return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
 
     def _by_loop(self, values: list) -> list[list]:
         """Values of the program's sublayers, by its outermost loops."""

@@ -2,7 +2,6 @@
 """One symbol of the pattern: norm, mixer, residual stream. Axis letters: B batch, T tokens, D model."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.layers.block import Make, Output, Tokens, shares
-from hybridlm.layers.norm import RMSNorm
+from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
 
@@ -20,6 +19,13 @@ def make_options(config: ModelConfig, rngs: nnx.Rngs) -> Make:
     """What every mixer of the model is made with."""
     out_std = config.init_std / math.sqrt(len(config.pattern))
     return Make(rngs, config.init_std, out_std, config.compute_dtype, config.norm_eps)
+
+
+def stream_norm(config: ModelConfig, *, inside: bool, eps: float | None = None) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream. inside: of a sublayer; eps: None: norm_eps."""
+    kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
+    bias = config.norm_bias == "all" or (inside and config.norm_bias == "sublayers")
+    return kind(config.d_model, eps or config.norm_eps, offset=config.norm_offset, bias=bias)
 
 
 class Sublayer(nnx.Module):
@@ -32,10 +38,9 @@ class Sublayer(nnx.Module):
         """rngs: parameters follow from it, in this order: mixer, link."""
         make, block = make_options(config, rngs), config.blocks[symbol]
         self.residual_multiplier = config.residual_multiplier
-        norm = partial(RMSNorm, config.d_model, config.norm_eps, offset=config.norm_offset)
         before, after = config.norms(symbol)
-        self.norm = norm() if before else None
-        self.after_norm = norm() if after else None
+        self.norm = stream_norm(config, inside=True) if before else None
+        self.after_norm = stream_norm(config, inside=True) if after else None
         self.mixer = block.build(config.d_model, make)
         self.link = block.build_link(config.d_model, make) if shares(block) else None
 

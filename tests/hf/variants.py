@@ -48,6 +48,27 @@ NEMOTRON_MOE = {
     **NEMOTRON, "layers_block_type": ["mamba", "moe", "attention", "moe"], "n_routed_experts": 8,
     "num_experts_per_tok": 3, "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 20,
 }  # fmt: skip
+LFM2 = {
+    **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 60,
+    "block_multiple_of": 8, "layer_types": ["conv", "full_attention", "conv"],
+}  # fmt: skip
+LFM2_MOE = {
+    **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
+    "moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_tok": 3, "num_dense_layers": 1,
+    "layer_types": ["full_attention", "conv", "conv"],
+}  # fmt: skip
+LFM3 = {
+    **WIDTHS, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 24, "sliding_window": 4,
+}  # fmt: skip
+GRIFFIN = {
+    **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 48,
+}  # fmt: skip
+RWKV = {**WIDTHS, "num_hidden_layers": 2, "intermediate_size": 56}
+XLSTM = {
+    **WIDTHS, "num_hidden_layers": 2, "num_heads": 4, "ffn_round_up_to_multiple_of": 8,
+    "autocast_kernel_dtype": "float32",
+}  # fmt: skip
 
 
 def rope(kind: str, **values) -> dict:
@@ -221,6 +242,81 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"n_mamba_heads": 1, "mamba_dt_rank": "auto", "num_key_value_heads": 2, "attention_head_dim": 6},
             {"layers_block_type": None, "num_hidden_layers": 8, "attn_layer_period": 3, "attn_layer_offset": 1},
             {"hidden_mamba_act": "gelu", "mamba_d_conv": 3, "mamba_expand": 3, "rms_norm_eps": 1e-2},
+        )
+    ],
+    "lfm2": [
+        (LFM2, change)
+        for change in (
+            {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False, "block_ffn_dim_multiplier": 1.3},
+            {"block_auto_adjust_ff_dim": False, "norm_eps": 1e-2, "num_key_value_heads": 1},
+            {"block_ffn_dim_multiplier": 2, "layer_types": None, "full_attn_idxs": [0, 2], "head_dim": 6},
+            {"layer_types": None, "num_hidden_layers": 2, "conv_L_cache": 2, **rope("yarn", **YARN)},
+            {"layer_types": ["conv"] * 3, "conv_L_cache": 1},
+        )
+    ],
+    "lfm2_moe": [
+        (LFM2_MOE, change)
+        for change in (
+            {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 2.5, "conv_bias": True},
+            {"num_dense_layers": 0, "num_experts_per_tok": 1, "tie_word_embeddings": False, **LLAMA3},
+            {"num_dense_layers": 2, "layer_types": ["conv"] * 3, "num_experts_per_tok": 6, "norm_eps": 1e-2},
+        )
+    ],
+    "lfm3": [
+        (LFM3, change)
+        for change in (
+            {"norm_eps": 1e-2},
+            {"use_sandwich_norm": False, "use_attention_gate": False, "attention_bias": True, "conv_L_cache": 3},
+            {
+                "num_hidden_layers": 2, "layer_types": ["sliding_attention", "conv"], "conv_bias": True,
+                "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
+            },
+            {
+                "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": False,
+                "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+            },
+            {
+                "num_hidden_layers": 2, "layer_types": ["full_attention", "conv"], "head_dim": 12,
+                "rope_parameters": {
+                    "full_attention": {
+                        "rope_type": "proportional", "rope_theta": 50.0, "partial_rotary_factor": 0.7, "factor": 2.0,
+                    },
+                },
+            },
+        )
+    ],
+    "recurrent_gemma": [
+        (GRIFFIN, change)
+        for change in (
+            {"lru_width": 48, "conv1d_width": 3, "attention_bias": True, "logits_soft_cap": 5.0},
+            {"block_types": ["attention", "recurrent"], "hidden_activation": "gelu", "num_key_value_heads": None},
+            {"block_types": ["recurrent"], "tie_word_embeddings": False, "rms_norm_eps": 1e-2},
+            {"num_attention_heads": 2, "num_hidden_layers": 4, **rope("default", partial_rotary_factor=0.25)},
+        )
+    ],
+    "rwkv": [
+        (RWKV, change)
+        for change in (
+            {"attention_hidden_size": 40, "layer_norm_epsilon": 1e-3, "rescale_every": 0},
+            {"tie_word_embeddings": True, "rescale_every": 2},
+            {"num_hidden_layers": 3, "intermediate_size": None, "context_length": 8},
+        )
+    ],
+    "xlstm": [
+        (XLSTM, change)
+        for change in (
+            {"use_bias": True, "qk_dim_factor": 1.0, "norm_eps": 1e-3},
+            {"v_dim_factor": 2.0, "num_heads": 2, "gate_soft_cap": 3.0, "output_logit_soft_cap": 5.0, "chunk_size": 16},
+            {"ffn_proj_factor": 1.5, "ffn_round_up_to_multiple_of": 7, "eps": 1e-2, "tie_word_embeddings": True},
+        )
+    ],
+    "hunyuan_v1_dense": [
+        (LLAMA, change)
+        for change in (
+            {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12, "rms_norm_eps": 1e-2},
+            {"head_dim": 8, "hidden_act": "gelu", **rope("dynamic", alpha=50.0, factor=1.0)},
+            {"head_dim": 8, "num_key_value_heads": None, **rope("yarn", **YARN)},
+            {"head_dim": 8, **rope("proportional", partial_rotary_factor=0.5, factor=2.0)},
         )
     ],
 }  # fmt: skip

@@ -10,8 +10,12 @@ from flax import nnx
 
 from hybridlm.config import (
     MLP,
+    MLSTM,
+    RGLRU,
+    SLSTM,
     Attention,
     Branch,
+    GatedConv,
     GatedDeltaNet,
     GatedNorm,
     InnerNorm,
@@ -23,6 +27,8 @@ from hybridlm.config import (
     Parallel,
     Rope,
     Router,
+    Rwkv4,
+    Rwkv4Channel,
     Shared,
 )
 from hybridlm.model.model import HybridLM
@@ -79,6 +85,12 @@ VARIANTS = {
         gate="elementwise",
         gate_bias=True,
     ),
+    "gated_conv": GatedConv(d_conv=4, d_inner=24, bias=True),
+    "rglru": RGLRU(n_heads=4, d_inner=24),
+    "mlstm": MLSTM(n_heads=2, d_key=6, d_head=8, bias=True, chunk=8),
+    "slstm": SLSTM(n_heads=2),
+    "rwkv4": Rwkv4(d_inner=24),
+    "rwkv4_channel": Rwkv4Channel(d_ff=24),
 }
 BRANCHES = {"mamba": Branch(MAMBA, 1.2, 0.7), "attention": Branch(VARIANTS["attention"], 0.9, 1.1)}
 VARIANTS["parallel"] = Parallel(BRANCHES)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from hybridlm.config import Attention, GatedDeltaNet, Mamba1, Mamba2, MeshConfig, MoE, Parallel, Shared
+from hybridlm.config import MLSTM, Attention, GatedDeltaNet, Mamba1, Mamba2, MeshConfig, MoE, Parallel, Shared
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import free_fields, walk
@@ -18,7 +18,10 @@ from tests.model.model_support import HYBRID as HYBRID_BLOCKS
 from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
-FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "shared", "delta")
+FIRST = (
+    "mamba2", "mamba1", "window", "mlp", "moe", "gated_conv", "rglru", "mlstm", "slstm", "rwkv4", "rwkv4_channel",
+    "parallel", "shared", "delta",
+)  # fmt: skip
 """One example of each class: what is compiled by the minute runs for these alone, for the others in the slow tests."""
 
 
@@ -46,9 +49,8 @@ def seen(name: str) -> np.ndarray:
     everything_before = np.tril(np.ones((T, T), bool))
     if not VARIANTS[name].MIXES_TOKENS:
         return np.eye(T, dtype=bool)
-    if name == "window":  # two layers of self and two before
-        return everything_before & ~np.tril(np.ones((T, T), bool), -5)
-    return everything_before
+    behind = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3}.get(name, T)  # two layers of self and 2, 3 or 1 before
+    return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
 
 
 @pytest.mark.parametrize("name", some(SIMPLE))
@@ -134,6 +136,8 @@ def of_ops(block, seq_len: int) -> float:
         return ssd_flops(block.heads(properties.D), block.d_head, block.n_groups, block.d_state, seq_len)
     if isinstance(block, GatedDeltaNet):
         return delta_flops(block.n_heads, block.d_head, block.d_key, seq_len)
+    if isinstance(block, MLSTM):
+        return ssd_flops(block.n_heads, block.d_head, block.n_heads, block.d_key, seq_len)
     return 0.0
 
 

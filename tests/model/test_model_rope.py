@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm.config import ConfigError, Llama3, Rope, YaRN
+from hybridlm.config import NTK, ConfigError, Llama3, Proportional, Rope, YaRN
 from hybridlm.layers.rope import frequencies, rotate
 from tests.tolerances import check_close
 
@@ -99,3 +99,30 @@ def test_llama3(llama3):
 def test_odd_rotated_width_is_refused():
     with pytest.raises(ConfigError, match="must be even"):
         frequencies(Rope(fraction=0.5), 6)
+
+
+def test_ntk_divides_the_slowest_pair_and_leaves_the_fastest():
+    plain, _ = frequencies(Rope(500.0, 0.5), 32)
+    stretched, scale = frequencies(Rope(500.0, 0.5, NTK(40.0)), 32)
+    assert scale == 1.0
+    assert stretched[0] == plain[0] == 1.0
+    assert stretched[-1] == pytest.approx(plain[-1] / 40.0, rel=1e-6)
+    ratios = stretched[1:] / stretched[:-1]  # still a geometric series
+    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("fraction", "turning"), [(0.5, 4), (0.7, 5), (1.0, 8)])
+def test_proportional_turns_the_fastest_pairs_of_a_whole_head(fraction, turning):
+    rng = np.random.default_rng(0)
+    x_BTHP = rng.normal(size=(1, 6, 2, 16)).astype(np.float32)
+    positions_BT = np.arange(6, dtype=np.int32)[None]
+    freqs = [500.0 ** (-2 * i / 16) / 3 if i < turning else 0.0 for i in range(8)]
+    rope = Rope(500.0, fraction, Proportional(3.0))
+    actual = rotate(jnp.asarray(x_BTHP), jnp.asarray(positions_BT), rope)
+    expected = rotated(x_BTHP, positions_BT, np.float32(freqs), 1.0, 16)
+    check_close(actual, expected, dtype="float32", what="rotated")
+
+
+def test_ntk_needs_a_width_of_more_than_one_pair():
+    with pytest.raises(ConfigError, match=r"^rope: d_head \(8\) leaves a rotated width of 2: ntk needs more than 2$"):
+        frequencies(Rope(fraction=0.25, scaling=NTK()), 8)

@@ -8,8 +8,12 @@ from hybridlm.hf.families import (
     falcon_h1,
     falcon_mamba,
     granitemoehybrid,
+    hunyuan_v1_dense,
     jamba,
     kimi_linear,
+    lfm2,
+    lfm2_moe,
+    lfm3,
     llama,
     mamba,
     mamba2,
@@ -20,6 +24,9 @@ from hybridlm.hf.families import (
     qwen3_5,
     qwen3_5_moe,
     qwen3_next,
+    recurrent_gemma,
+    rwkv,
+    xlstm,
     zamba,
     zamba2,
 )
@@ -30,6 +37,7 @@ KNOWN: dict[str, Family] = {
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
         zamba, zamba2, qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, kimi_linear, bailing_hybrid,
+        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm,
     )
     for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip

@@ -9,6 +9,7 @@ from hybridlm.hf.keys import Keys
 from hybridlm.layers import (
     MLP,
     Attention,
+    GatedConv,
     GatedDeltaNet,
     GatedNorm,
     KimiDelta,
@@ -35,6 +36,7 @@ TYPES = {
     Mamba1: "linear_attention", Mamba2: "linear_attention", Attention: "full_attention", MLP: "mlp", MoE: "moe",
     Shared: "hybrid", Parallel: "hybrid", GatedDeltaNet: "linear_attention",
     KimiDelta: "linear_attention", LatentAttention: "full_attention",
+    GatedConv: "conv",
 }  # fmt: skip
 """Block -> layer type, as files write it."""
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}

@@ -5,12 +5,15 @@ from typing import Any
 
 from hybridlm.errors import ConfigError
 from hybridlm.hf.keys import Keys
-from hybridlm.layers import Attention, Linear, Llama3, Rope, YaRN
+from hybridlm.layers import NTK, Attention, Linear, Llama3, Proportional, Rope, YaRN
 
 
-def read(keys: Keys, max_positions: int, theta: float = 10_000.0, fraction: float | None = None) -> Rope:
+def read(
+    keys: Keys, max_positions: int, theta: float = 10_000.0, fraction: float | None = None, ntk: bool = False
+) -> Rope:
     """rope_parameters, or the older rope_theta and rope_scaling. max_positions: the class's default of
-    max_position_embeddings; fraction: what partial_rotary_factor is without being said (None: it must be 1)."""
+    max_position_embeddings; fraction: what partial_rotary_factor is without being said (None: it must be 1); ntk:
+    whether the class knows the type "dynamic" with an alpha, which is fixed."""
     scaling, current = keys("rope_scaling", None), keys("rope_parameters", None)
     values = dict(scaling or current or {})
     theta = keys.some("rope_theta", theta)
@@ -18,9 +21,11 @@ def read(keys: Keys, max_positions: int, theta: float = 10_000.0, fraction: floa
     outer = keys.only("partial_rotary_factor", 1.0 if fraction is None else fraction, None) or fraction or 1.0
     inner = Keys(values, f"{keys.where}: rope_parameters")
     legacy = inner("type", "default")
-    kind = inner.only("rope_type", "default", "linear", "yarn", "llama3", default=legacy)
+    known = ("default", "linear", "yarn", "llama3", "proportional", *(("dynamic",) if ntk else ()))
+    kind = inner.only("rope_type", *known, default=legacy)
     partial = inner.some("partial_rotary_factor", outer)
-    inner.require(fraction is not None or partial == 1, f"partial_rotary_factor ({partial}) is not supported")
+    partial_ok = fraction is not None or partial == 1 or kind == "proportional"
+    inner.require(partial_ok, f"partial_rotary_factor ({partial}) is not supported")
     made = Rope(float(inner.some("rope_theta", theta)), float(partial), _scaling(inner, kind, length))
     if kind == "default":
         inner.carry("factor", "original_max_position_embeddings")
@@ -28,11 +33,35 @@ def read(keys: Keys, max_positions: int, theta: float = 10_000.0, fraction: floa
     return made
 
 
-def _scaling(keys: Keys, kind: str, length: int) -> YaRN | Llama3 | Linear | None:
+def read_each(
+    keys: Keys, max_positions: int, defaults: dict[str, Rope], fraction: float | None = None
+) -> dict[str, Rope]:
+    """rope_parameters by layer type. defaults: the class's, where none are given; the others as of `read`."""
+    given, length = keys("rope_parameters", None), keys.some("max_position_embeddings", max_positions)
+    if given is None:
+        return defaults
+    ropes = {}
+    for kind in defaults:
+        if given.get(kind) is not None:
+            of_kind = {"rope_parameters": given[kind], "max_position_embeddings": length}
+            inner = Keys(of_kind, f"{keys.where}: rope_parameters.{kind}")
+            ropes[kind] = read(inner, max_positions, fraction=fraction)
+            inner.finish()
+    unknown = [kind for kind, value in given.items() if kind not in (*defaults, "rope_type") and value is not None]
+    keys.require(not unknown, f"rope_parameters ({', '.join(unknown)}): only {', '.join(defaults)}")
+    return ropes
+
+
+def _scaling(keys: Keys, kind: str, length: int) -> YaRN | Llama3 | Linear | NTK | Proportional | None:
     if kind == "default":
         return None
     if kind == "linear":
         return Linear(keys("factor"))
+    if kind == "proportional":
+        return Proportional(keys.some("factor", 1.0))
+    if kind == "dynamic":
+        keys.carry("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings")
+        return NTK(float(keys("alpha")))
     original = keys.some("original_max_position_embeddings", length)
     if kind == "llama3":
         return Llama3(keys("factor"), keys("low_freq_factor"), keys("high_freq_factor"), original)
@@ -53,6 +82,11 @@ def write(config: Rope, always: bool = False) -> dict[str, Any]:
     match config.scaling:
         case Linear(factor):
             values |= {"rope_type": "linear", "factor": factor}
+        case Proportional(factor):
+            values |= {"rope_type": "proportional", "partial_rotary_factor": config.fraction}
+            values |= {} if factor == 1 else {"factor": factor}
+        case NTK(alpha):
+            values |= {"rope_type": "dynamic", "alpha": alpha, "factor": 1.0}
         case Llama3(factor, low, high, original):
             values |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
             values["original_max_position_embeddings"] = original

@@ -95,6 +95,15 @@ FUSED_EXPERTS = {
     "down_proj": "mixer.w_out: E D F -> E F D",
 }
 """The experts of one in one tensor."""
+GATED_CONV = {
+    "in_proj.weight": "mixer.w_in: (c F) D -> D c F",
+    "in_proj.bias": "mixer.b_in: (c F) -> c F",
+    "conv.weight": "mixer.conv: F 1 W -> F W",
+    "conv.bias": "mixer.conv_bias: F",
+    "out_proj.weight": "mixer.w_out: D F -> F D",
+    "out_proj.bias": "mixer.b_out: D",
+}
+"""The gated short convolution of LFM."""
 
 MAMBA2 = {
     "in_proj.weight": [
@@ -131,18 +140,24 @@ MAMBA1 = {
 """Mamba-1 of one head."""
 
 
-def top(embedding: str, norm: str) -> dict[str, str]:
-    """The table of what is outside of layers, with the names of the embedding and of the last norm."""
+def top(embedding: str, norm: str, output: str = "lm_head") -> dict[str, str]:
+    """The table of what is outside of layers, with the names of the embedding, the last norm and the output."""
     return {
         f"{embedding}.weight": "embedding: V D",
         f"{norm}.weight": "norm.weight: D",
-        "lm_head.weight": "output: V D",
+        f"{norm}.bias": "norm.bias: D",
+        f"{output}.weight": "output: V D",
     }
 
 
 def renamed(table: dict[str, Any], old: str, new: str) -> dict[str, Any]:
     """A table with another start of names."""
     return {new + name.removeprefix(old) if name.startswith(old) else name: spec for name, spec in table.items()}
+
+
+def norm(name: str, path: str = "norm") -> dict[str, str]:
+    """The table of a norm of the residual stream."""
+    return {f"{name}.weight": f"{path}.weight: D", f"{name}.bias": f"{path}.bias: D"}
 
 
 def at(prefix: str, table: dict[str, Any], own: str = "") -> dict[str, Any]:
@@ -154,3 +169,9 @@ def at(prefix: str, table: dict[str, Any], own: str = "") -> dict[str, Any]:
         return own + spec.removeprefix("mixer") if own else spec
 
     return {prefix + name: moved(spec) for name, spec in table.items()}
+
+
+def named(table: dict[str, Any], **names: str) -> dict[str, Any]:
+    """A table with other names in place of the first parts of its own: named(ATTENTION, o_proj="out_proj")."""
+    parts = [(*name.partition("."), spec) for name, spec in table.items()]
+    return {names.get(first, first) + dot + rest: spec for first, dot, rest, spec in parts}

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time mixing of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, section 3.1): a mean of values weighed by keys and age.
+
+Axis letters: B batch, T tokens, D model, c of key, value and receptance, F inner width.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
+from hybridlm.errors import require
+from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+
+STATES = ("a", "b", "m")
+
+
+@dataclass(frozen=True)
+class Rwkv4:
+    """Keys, values and receptance of the token mixed with the one before; decay and bonus of each channel."""
+
+    d_inner: int | None = None
+    """Inner width F; None: the model's."""
+
+    FREE = frozenset()
+    KEPT: ClassVar = {
+        "rwkv4_kvr": Kept("RWKV-4: keys, values and receptance", kernels=True),
+        "rwkv4_mean": Kept("RWKV-4: output of the recurrence", kernels=True),
+        "rwkv4_out": Kept("RWKV-4: input of the output projection"),
+    }
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
+    def __post_init__(self):
+        require(self.d_inner is None or self.d_inner > 0, f"d_inner ({self.d_inner}) must be positive")
+
+    def check(self, d_model: int) -> None:
+        """It fits any model width."""
+        require(d_model > 0, f"d_model ({d_model}) must be positive")
+
+    def build(self, d_model: int, make: Make) -> "Rwkv4Mixer":
+        """The mixer of one sublayer."""
+        return make.mixer(Rwkv4Mixer, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """The inner width."""
+        return [("d_inner", self.d_inner or d_model, "d_inner")]
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Projections; the recurrence has no products of matrices and counts nothing."""
+        return 2.0 * 4 * d_model * (self.d_inner or d_model)
+
+    def resolved(self, d_model: int) -> "Rwkv4":
+        """With the inner width."""
+        return replace(self, d_inner=self.d_inner or d_model)
+
+
+class Rwkv4Mixer(nnx.Module):
+    """Output projection of sigmoid(receptance) * mean of the values."""
+
+    cache_grows = False
+    __call__ = on_arrays
+    mix, extend = recurrent.mix, recurrent.extend_run
+
+    def __init__(
+        self,
+        config: Rwkv4,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: str = "bfloat16",
+    ):
+        """init_std, out_std: standard deviations of the input and output projections (None: init_std). Decays are
+        exp(-exp(w)) with w from -5 to 3 over the channels, shares of the token rise from 0 to 1, as published for a
+        first layer."""
+        self.config, self.dtype = config, dtype
+        D, F = d_model, config.d_inner or d_model
+        out_std = init_std if out_std is None else out_std
+        rising_D = jnp.arange(D) / D
+        share = jnp.stack([rising_D, rising_D, jnp.sqrt(rising_D)])
+        self.share = params.make(share, (None, "d_model"), "recurrence")
+        self.w_in = params.matrix(rngs, (D, 3, F), ("d_model", None, "d_inner"), init_std, fused_axes=(1,))
+        channel_F = jnp.arange(F)
+        decay = -5 + 8 * (channel_F / max(F - 1, 1)) ** 0.7
+        self.decay = params.make(decay, ("d_inner",), "recurrence")
+        bonus = jnp.log(0.3) + 0.5 * ((channel_F + 1) % 3 - 1)
+        self.bonus = params.make(bonus, ("d_inner",), "recurrence")
+        self.w_out = params.matrix(rngs, (F, D), ("d_inner", "d_model"), out_std)
+
+    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+        """The token before, and the sums of the recurrence (float32)."""
+        D, _, F = self.w_in.shape[-3:]
+        sums = {name: jnp.zeros((batch, F), jnp.float32) for name in STATES}
+        return {**sums, "before": jnp.zeros((batch, 1, D), self.dtype)}
+
+    def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
+        """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
+        ids, before, initial = tokens.segment_ids, None, None
+        if old is not None:
+            before, initial = old["before"], tuple(old[name] for name in STATES)
+        x_BTD = x_BTD.astype(self.dtype)
+        with jax.named_scope("shift"):
+            shifted_BTD, before = short_conv.shift(x_BTD, segment_ids=ids, gaps=tokens.gaps, window=before)
+            mixed_BTcD = blend(x_BTD, shifted_BTD, self.share)
+        with jax.named_scope("project"):
+            kvr_BTcF = jnp.einsum("BTcD,DcF->BTcF", mixed_BTcD, params.use(self.w_in, self.dtype))
+            kvr_BTcF = checkpoint_name(sharding.constrain(kvr_BTcF, "batch", "tokens", None, "d_inner"), "rwkv4_kvr")
+        with jax.named_scope("mean"):
+            y_BTF, sums = ops.rwkv4(
+                kvr_BTcF[:, :, 0], kvr_BTcF[:, :, 1], -jnp.exp(self.decay[...]), self.bonus[...], segment_ids=ids,
+                initial=initial,
+            )  # fmt: skip
+            y_BTF = checkpoint_name(y_BTF, "rwkv4_mean")
+        with jax.named_scope("output"):
+            y_BTF = sharding.constrain(y_BTF * jax.nn.sigmoid(kvr_BTcF[:, :, 2]), "batch", "tokens", "d_inner")
+            y_BTD = params.leave(checkpoint_name(y_BTF, "rwkv4_out"), self.w_out)
+        return y_BTD, {} if old is None else {**dict(zip(STATES, sums, strict=True)), "before": before}
+
+
+def blend(x_BTD: jax.Array, shifted_BTD: jax.Array, share: nnx.Param) -> jax.Array:
+    """Mixtures [B, T, c, D] of each token and the one before, by the token's shares [c, D]; in the tokens' type."""
+    share_cD = params.use(share, jnp.float32)[None, None]
+    x_BTD, shifted_BTD = x_BTD[:, :, None], shifted_BTD[:, :, None]
+    return (x_BTD * share_cD + shifted_BTD * (1 - share_cD)).astype(x_BTD.dtype)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sLSTM, the scalar memory of xLSTM whose gates read its own output (Beck et al. 2024, arXiv:2405.04517, section 2.2).
+
+The block of the authors' package: a short convolution in front of the input and forget gates, all four gates from the
+head's own channels, a norm of each head; no projection out.
+
+Axis letters: B batch, T tokens, D model, G gates i, f, z, o, H heads, P head width, W convolution window.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
+from hybridlm.errors import require
+from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.norm import layer_normalise
+
+STATES = ("y", "c", "n", "m")
+
+
+@dataclass(frozen=True)
+class SLSTM:
+    """Gates of the input, the last output of the head and a bias; one token after the other; heads of D / H."""
+
+    n_heads: int = 4
+    """Heads H; divides the model width."""
+    d_conv: int = 4
+    """Window W of the convolution in front of the input and forget gates, followed by a silu."""
+    norm_eps: float = 1e-5
+    """Added to the variance in the heads' norm."""
+
+    FREE = frozenset()
+    KEPT: ClassVar = {
+        "slstm_gates": Kept("sLSTM: gates before the recurrence", kernels=True),
+        "slstm_y": Kept("sLSTM: output of the memory", kernels=True),
+    }
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
+    def __post_init__(self):
+        for name in ("n_heads", "d_conv"):
+            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
+        require(self.norm_eps >= 0, f"norm_eps ({self.norm_eps}) must not be negative")
+
+    def check(self, d_model: int) -> None:
+        """ConfigError where the heads do not divide the model width."""
+        require(d_model % self.n_heads == 0, f"d_model ({d_model}) not divisible by n_heads ({self.n_heads})")
+
+    def build(self, d_model: int, make: Make) -> "SLSTMMixer":
+        """The mixer of one sublayer."""
+        return make.mixer(SLSTMMixer, self, d_model)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Heads."""
+        return [("n_heads", self.n_heads, "heads")]
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """Gates from the input and from the last output, and the convolution."""
+        return 2.0 * d_model * (8 * d_model // self.n_heads + self.d_conv)
+
+    def resolved(self, d_model: int) -> "SLSTM":
+        """Nothing is derived."""
+        return self
+
+
+class SLSTMMixer(nnx.Module):
+    """i, f from silu(convolution(x)), z, o from x, head by head; the recurrence; layer norm of each head."""
+
+    cache_grows = False
+    __call__ = on_arrays
+    mix, extend = recurrent.mix, recurrent.extend_run
+
+    def __init__(
+        self,
+        config: SLSTM,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: str = "bfloat16",
+    ):
+        """The authors' start: gates of standard deviation sqrt(2 / (5 D)), no recurrent weights, forget gates from 5
+        down to -7 over the channels of a head. init_std and out_std do not matter."""
+        self.config, self.dtype = config, dtype
+        H, P, heads = config.n_heads, d_model // config.n_heads, ("heads", "d_head")
+        std = math.sqrt(2 / (5 * d_model))
+        self.w_in = params.matrix(rngs, (P, 4, H, P), ("d_head", None, *heads), std, fused_axes=(1, 2))
+        zeros, axes = jnp.zeros((P, 4, H, P)), ("d_head", None, *heads)
+        self.R = params.make(zeros, axes, "matrix", n_in=1, fused_axes=(1, 2), exact=True)
+        channel_P = jnp.arange(P) / max(P - 1, 1)
+        bias = jnp.zeros((4, H, P)).at[1].set(5.0 - 12.0 * channel_P[None] ** 0.3)
+        self.bias = params.make(bias, (None, *heads), "recurrence")
+        draw_conv = params.uniforms(rngs, (H, P, config.d_conv + 1))[0]
+        self.conv, self.conv_bias = short_conv.make(draw_conv, heads, True)
+        self.norm = params.ones((H, P), heads, "norm")
+
+    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+        """Zero states (float32), and the window of the convolution."""
+        states = {name: jnp.zeros((batch, *self.norm.shape[-2:]), jnp.float32) for name in STATES}
+        return {**states, "conv": short_conv.init_window(self.conv, batch, self.dtype)}
+
+    def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
+        """All tokens, from the cache `old` (None: from nothing, and no new one is made)."""
+        ids, window, initial = tokens.segment_ids, None, None
+        if old is not None:
+            window, initial = old["conv"], tuple(old[name] for name in STATES)
+        H, P = self.norm.shape[-2:]
+        x_BTHP = x_BTD.astype(self.dtype).reshape(*x_BTD.shape[:2], H, P)
+        x_BTHP = sharding.constrain(x_BTHP, "batch", "tokens", "heads", None)
+        with jax.named_scope("convolve"):
+            u_BTHP, window = short_conv.convolve(
+                x_BTHP, self.conv, self.conv_bias, "silu", segment_ids=ids, gaps=tokens.gaps, window=window
+            )
+        gates_BTGHP = self._gates(u_BTHP, x_BTHP)
+        with jax.named_scope("memory"):
+            R_HGPP = jnp.transpose(self.R[...], (2, 1, 3, 0))
+            y_BTHP, states = ops.slstm(gates_BTGHP, R_HGPP, self.bias[...], segment_ids=ids, initial=initial)
+            y_BTHP = checkpoint_name(y_BTHP, "slstm_y")
+        with jax.named_scope("norm_heads"):
+            y_BTHP = layer_normalise(y_BTHP, self.config.norm_eps) * self.norm[...][None, None]
+            y_BTD = y_BTHP.astype(self.dtype).reshape(x_BTD.shape)
+            y_BTD = sharding.constrain(y_BTD, *sharding.STREAM)
+        return y_BTD, {} if old is None else {**dict(zip(STATES, states, strict=True)), "conv": window}
+
+    @jax.named_scope("gates")
+    def _gates(self, u_BTHP: jax.Array, x_BTHP: jax.Array) -> jax.Array:
+        """The four gates before recurrence and bias: i and f of u, z and o of x."""
+        w_PGHP = params.use(self.w_in, self.dtype)
+        parts = [
+            jnp.einsum("BTHQ,QGHP->BTGHP", of, w_PGHP[:, gates])
+            for of, gates in ((u_BTHP, slice(2)), (x_BTHP, slice(2, 4)))
+        ]
+        gates_BTGHP = jnp.concatenate(parts, axis=2)
+        return checkpoint_name(sharding.constrain(gates_BTGHP, "batch", "tokens", None, "heads", None), "slstm_gates")
