@@ -23,16 +23,25 @@ from hybridlm.layers import (
     Attention,
     Block,
     Branch,
+    ChannelDecay,
+    ChannelMix,
+    FixedDecay,
+    ForgetDecay,
     GatedConv,
     GatedDeltaNet,
     GatedNorm,
+    GatedScan,
+    HeadDecay,
+    HeadNorm,
     InnerNorm,
     KimiDelta,
     LatentAttention,
     Linear,
+    LinearAttention,
     Llama3,
     Mamba1,
     Mamba2,
+    Mamba3,
     MoE,
     Parallel,
     Proportional,
@@ -40,6 +49,8 @@ from hybridlm.layers import (
     Router,
     Rwkv4,
     Rwkv4Channel,
+    Rwkv6,
+    Rwkv7,
     Shared,
     YaRN,
 )  # fmt: skip
@@ -48,11 +59,12 @@ from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConf
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "AdamW", "Attention", "Block", "Branch", "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine",
-    "DataConfig", "GatedConv", "GatedDeltaNet", "GatedNorm", "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention",
-    "Linear", "LinearDecay", "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2", "MeshConfig", "MoE", "ModelConfig", "Muon",
-    "NTK", "OptimConfig", "Parallel", "Proportional", "RGLRU", "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel",
-    "SLSTM", "Shared", "Wsd", "YaRN",
+    "MLP", "MLSTM", "NTK", "RGLRU", "SLSTM", "AdamW", "Attention", "Block", "Branch", "ChannelDecay", "ChannelMix",
+    "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine", "DataConfig", "FixedDecay", "ForgetDecay",
+    "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "InitConfig", "InnerNorm",
+    "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3", "Mamba1", "Mamba2", "Mamba3",
+    "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig", "Parallel", "Proportional", "Rope", "Router",
+    "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "Shared", "Wsd", "YaRN",
 ]  # fmt: skip
 
 

@@ -4,12 +4,23 @@
 from typing import Union
 
 from hybridlm.layers.attention import Attention
+from hybridlm.layers.channel_mix import ChannelMix
 from hybridlm.layers.gated_conv import GatedConv
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
+from hybridlm.layers.gated_scan import GatedScan
 from hybridlm.layers.kimi_delta import KimiDelta
 from hybridlm.layers.latent_attention import LatentAttention
+from hybridlm.layers.linear_attention import (
+    ChannelDecay,
+    FixedDecay,
+    ForgetDecay,
+    HeadDecay,
+    HeadNorm,
+    LinearAttention,
+)
 from hybridlm.layers.mamba1 import InnerNorm, Mamba1
 from hybridlm.layers.mamba2 import GatedNorm, Mamba2
+from hybridlm.layers.mamba3 import Mamba3
 from hybridlm.layers.mixers import MIXERS
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.mlstm import MLSTM
@@ -19,13 +30,17 @@ from hybridlm.layers.rglru import RGLRU
 from hybridlm.layers.rope import NTK, Linear, Llama3, Proportional, Rope, YaRN
 from hybridlm.layers.rwkv4 import Rwkv4
 from hybridlm.layers.rwkv4_channel import Rwkv4Channel
+from hybridlm.layers.rwkv6 import Rwkv6
+from hybridlm.layers.rwkv7 import Rwkv7
 from hybridlm.layers.shared import Shared
 from hybridlm.layers.slstm import SLSTM
 
 __all__ = [
-    "Attention", "BLOCKS", "Block", "Branch", "GatedConv", "GatedDeltaNet", "GatedNorm", "InnerNorm", "KimiDelta",
-    "LatentAttention", "Linear", "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2", "MoE", "NTK", "Parallel", "Proportional",
-    "RGLRU", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "SLSTM", "Shared", "YaRN", "blocks_by_name",
+    "BLOCKS", "MLP", "MLSTM", "NTK", "RGLRU", "SLSTM", "Attention", "Block", "Branch", "ChannelDecay", "ChannelMix",
+    "FixedDecay", "ForgetDecay", "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm",
+    "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "Llama3", "Mamba1", "Mamba2", "Mamba3",
+    "MoE", "Parallel", "Proportional", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "Shared", "YaRN",
+    "blocks_by_name",
 ]  # fmt: skip
 
 BLOCKS = (*MIXERS, Parallel, Shared)

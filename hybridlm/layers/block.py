@@ -80,6 +80,9 @@ class Make:
     """Type of activations and of matrices at use; parameters are float32."""
     norm_eps: float = 1e-5
     """Added to the mean square in norms of the residual stream."""
+    layer: tuple[Any, int] = (0, 1)
+    """How many sublayers that mix tokens stand before it (perhaps traced), and how many the model has: for parameters
+    that start as others with depth."""
 
     def mixer(self, kind: type, block: Any, d_model: int, **more: Any) -> Any:
         """`kind(block, d_model, ...)` with these options as the keywords that constructors of mixers have."""

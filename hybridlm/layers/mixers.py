@@ -4,23 +4,29 @@
 from typing import Union
 
 from hybridlm.layers.attention import Attention
+from hybridlm.layers.channel_mix import ChannelMix
 from hybridlm.layers.gated_conv import GatedConv
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
+from hybridlm.layers.gated_scan import GatedScan
 from hybridlm.layers.kimi_delta import KimiDelta
 from hybridlm.layers.latent_attention import LatentAttention
+from hybridlm.layers.linear_attention import LinearAttention
 from hybridlm.layers.mamba1 import Mamba1
 from hybridlm.layers.mamba2 import Mamba2
+from hybridlm.layers.mamba3 import Mamba3
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.mlstm import MLSTM
 from hybridlm.layers.moe import MoE
 from hybridlm.layers.rglru import RGLRU
 from hybridlm.layers.rwkv4 import Rwkv4
 from hybridlm.layers.rwkv4_channel import Rwkv4Channel
+from hybridlm.layers.rwkv6 import Rwkv6
+from hybridlm.layers.rwkv7 import Rwkv7
 from hybridlm.layers.slstm import SLSTM
 
 MIXERS = (
-    Mamba1, Mamba2, Attention, MLP, MoE, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv, RGLRU, MLSTM, SLSTM,
-    Rwkv4, Rwkv4Channel,
+    Mamba1, Mamba2, Mamba3, Attention, MLP, MoE, LinearAttention, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv,
+    GatedScan, RGLRU, MLSTM, SLSTM, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7, ChannelMix,
 )  # fmt: skip
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
 AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)

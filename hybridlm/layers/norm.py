@@ -73,6 +73,11 @@ def _weighed(norm: RMSNorm | LayerNorm, x: jax.Array) -> jax.Array:
     return x + jnp.expand_dims(params.use(norm.bias, jnp.float32), range(x.ndim - weight.ndim))
 
 
+def head_layer_norm(y_BTHP: jax.Array, weight_HP: jax.Array, bias_HP: jax.Array, eps: float) -> jax.Array:
+    """Layer norm of each head by itself (a group norm, Wu & He 2018), weight and bias by channel; float32."""
+    return layer_normalise(y_BTHP, eps) * weight_HP[None, None] + bias_HP[None, None]
+
+
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 """What a gated norm multiplies by, of z."""
 

@@ -149,6 +149,69 @@ def rwkv4(k_BTF, v_BTF, g_F, bonus_F, *, segment_ids, initial: tuple | None) -> 
     )
 
 
+def linear_attention(
+    q_BTHN, k_BTHN, v_BTHP, g, bonus_HN=None, *, segment_ids, initial_state, **options
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.linear_attention`: (y [B, T, H, P], state). options: those of the op that are no arrays."""
+    keep, by_token = initial_state is not None, implementation(v_BTHP, initial_state)
+
+    def run(q, k, v, g, bonus, segment_ids, initial_state, context_axis=None):
+        return pallas_kernels.linear_attention(
+            q, k, v, g, bonus=bonus, segment_ids=segment_ids, initial_state=initial_state, return_final_state=keep,
+            context_axis=context_axis, implementation=by_token, **options,
+        )  # fmt: skip
+
+    heads, state, of_head = (*ROWS, "heads", None), ("batch", "heads", None, None), ("heads", None)
+    decays = of_head if g is None or g.ndim == 1 else heads
+    arrays = (q_BTHN, k_BTHN, v_BTHP, g, bonus_HN, segment_ids, initial_state)
+    return _with_state(run, arrays, (heads, heads, heads, decays, of_head, ROWS, state), heads, state, keep)
+
+
+def rwkv7(
+    r_BTHN, g_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN, *, segment_ids, initial_state, chunk: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.rwkv7`: (y [B, T, H, N], state [B, H, N, N])."""
+    keep, by_token = initial_state is not None, implementation(v_BTHN, initial_state)
+
+    def run(r, g, k, v, a, b, segment_ids, initial_state, context_axis=None):
+        return pallas_kernels.rwkv7(
+            r, g, k, v, a, b, segment_ids=segment_ids, initial_state=initial_state, return_final_state=keep,
+            chunk=chunk, context_axis=context_axis, implementation=by_token,
+        )  # fmt: skip
+
+    heads, state = (*ROWS, "heads", None), ("batch", "heads", None, None)
+    arrays = (r_BTHN, g_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN, segment_ids, initial_state)
+    return _with_state(run, arrays, (*(heads,) * 6, ROWS, state), heads, state, keep)
+
+
+def mamba3(
+    tokens: tuple, weights: dict, *, segment_ids, initial: dict | None, chunk: int | None, rotary_pairs: str
+) -> tuple[jax.Array, dict | None]:
+    """`pallas_kernels.mamba3`: (y [B, T, H, P], states by name). tokens: its arrays in order, and z; weights: by name;
+    initial: the states angle, ssm, k and v, or None. With ranks, C and B are [B, T, R, G, N]."""
+    keep, x_BTHP, mimo = initial is not None, tokens[2], tokens[0].ndim == 5
+    C, B = (sharding.repeat_for_heads(a, a.ndim - 2, x_BTHP.shape[2]) for a in tokens[:2])
+    states = ("angle", "ssm", "k", "v")
+    by_token = implementation(x_BTHP, initial)
+
+    def run(C, B, x, adt, dt, trap, angles, z, segment_ids, *arrays, context_axis=None):
+        given = dict(zip(weights, arrays, strict=False))
+        given |= {f"initial_{name}": a for name, a in zip(states, arrays[len(weights) :], strict=True)}
+        return pallas_kernels.mamba3(
+            C, B, x, adt, dt, trap, angles, z=z, **given, rotary_pairs=rotary_pairs, segment_ids=segment_ids,
+            return_final_state=keep, chunk=chunk, context_axis=context_axis, implementation=by_token,
+        )  # fmt: skip
+
+    heads, of_head = (*ROWS, "heads", None), ("heads", None, None)
+    maps = (*ROWS, *(None,) * mimo, "groups", None)
+    of_state, of_last = ("batch", "heads", None, None), ("batch", "heads", *(None,) * (1 + mimo))
+    state = (of_state[:3], of_state, of_last, of_last)
+    arrays = (C, B, *tokens[2:], segment_ids, *weights.values(), *((initial or {}).get(name) for name in states))
+    names = (maps, maps, heads, *(heads[:3],) * 3, heads, heads, ROWS, *(of_head,) * len(weights), *state)
+    out = sharding.per_device(run, arrays, names, [heads, *state] if keep else heads, split_tokens=not keep)
+    return (out[0], dict(zip(states, out[1:], strict=True))) if keep else (out, None)
+
+
 def causal_conv1d(
     x, weight, bias, *, channels: tuple, activation: str | None, segment_ids, initial_state, gaps: bool
 ) -> tuple[jax.Array, jax.Array | None]:

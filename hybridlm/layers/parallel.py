@@ -64,7 +64,7 @@ class Parallel:
 
     def build(self, d_model: int, make: Make) -> "ParallelMixer":
         """The mixer of one sublayer."""
-        return make.mixer(ParallelMixer, self, d_model, norm_eps=make.norm_eps)
+        return make.mixer(ParallelMixer, self, d_model, norm_eps=make.norm_eps, layer=make.layer)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """Those of the branches."""

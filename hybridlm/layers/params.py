@@ -19,6 +19,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hybridlm import exchange, sharding
@@ -103,6 +104,15 @@ def ones(shape, axes, kind: Kind) -> nnx.Param:
     return make(jnp.ones(shape, jnp.float32), axes, kind)
 
 
+def by_layer(layer: tuple, value: Callable[[int, int], np.ndarray]) -> jax.Array:
+    """`value(index, count)` of a layer (`Make.layer`), from a table of all layers where the index is traced: computed
+    in the program, its last bit would depend on how that is compiled, and so on the mesh."""
+    index, count = layer
+    if isinstance(index, int):
+        return jnp.asarray(value(index, count), jnp.float32)
+    return jnp.asarray(np.stack([np.asarray(value(i, count), np.float32) for i in range(count)]))[index]
+
+
 def uniforms(rngs: nnx.Rngs, *shapes: tuple[int, ...]) -> list[jax.Array]:
     """Small arrays drawn uniformly from [0, 1), all at once: each draw of its own is a program to compile."""
     sizes = [math.prod(shape) for shape in shapes]
@@ -127,16 +137,22 @@ def projections(x_BTD: jax.Array, *pairs: tuple[nnx.Param, nnx.Param | None]) ->
     x comes split over tokens like the residual stream, and is put together once for all products whose results are
     split by heads or widths; a product that is not stays split over tokens.
     """
-    weights = [weight for weight, _ in pairs]
-    ys = enter(lambda x, *ws: [jnp.tensordot(x, w, 1) for w in ws], x_BTD, weights, [_results(w) for w in weights])
+    axes = [_results(weight) for weight, _ in pairs]
+    ys = [None] * len(pairs)
+    for tokens in dict.fromkeys(names[1] for names in axes):
+        here = [i for i, names in enumerate(axes) if names[1] == tokens]
+        products = lambda x, *weights: [jnp.tensordot(x, w, 1) for w in weights]
+        found = enter(products, x_BTD, [pairs[i][0] for i in here], [axes[i] for i in here])
+        for i, y in zip(here, found, strict=True):
+            ys[i] = y
     return [y if bias is None else y + use(bias, y.dtype)[None, None] for y, (_, bias) in zip(ys, pairs, strict=True)]
 
 
-def enter(fn: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param], out_axes):
+def enter(fn: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param], out_axes, x_axes: tuple = sharding.STREAM):
     """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`."""
     values = [weight[...].astype(x_BTD.dtype) for weight in weights]
     axes = [weight.get_metadata()["axes"] for weight in weights]
-    return exchange.products(fn, x_BTD, values, x_axes=sharding.STREAM, weight_axes=axes, out_axes=out_axes)
+    return exchange.products(fn, x_BTD, values, x_axes=x_axes, weight_axes=axes, out_axes=out_axes)
 
 
 def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:

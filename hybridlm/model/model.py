@@ -299,8 +299,11 @@ def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:
 @partial(jax.jit, static_argnums=(0, 1))
 def _draw(symbol: str, config: ModelConfig, key: jax.Array, depths_L: jax.Array) -> Sublayer:
     """Sublayers of one kind at several depths, stacked."""
-    make = lambda depth: Sublayer(symbol, config, rngs=nnx.Rngs(jax.random.fold_in(key, depth)))
-    return jax.vmap(make)(depths_L)
+
+    def at(depth: jax.Array) -> Sublayer:
+        return Sublayer(symbol, config, rngs=nnx.Rngs(jax.random.fold_in(key, depth)), depth=depth)
+
+    return jax.vmap(at)(depths_L)
 
 
 def _check_length(limit: int | None, length_B: jax.Array) -> jax.Array | None:

@@ -5,6 +5,8 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -15,10 +17,13 @@ from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
 
 
-def make_options(config: ModelConfig, rngs: nnx.Rngs) -> Make:
-    """What every mixer of the model is made with."""
+def make_options(config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array | int = 0) -> Make:
+    """What every mixer of the model is made with. depth: index into the pattern, perhaps traced."""
     out_std = config.init_std / math.sqrt(len(config.pattern))
-    return Make(rngs, config.init_std, out_std, config.compute_dtype, config.norm_eps)
+    mixing = [config.blocks[symbol].MIXES_TOKENS for symbol in config.pattern]
+    before = np.cumsum(mixing, dtype=np.int32) - mixing
+    layer = jnp.asarray(before, jnp.int32)[depth], max(sum(mixing), 1)
+    return Make(rngs, config.init_std, out_std, config.compute_dtype, config.norm_eps, layer)
 
 
 def stream_norm(config: ModelConfig, *, inside: bool, eps: float | None = None) -> RMSNorm | LayerNorm:
@@ -34,9 +39,9 @@ class Sublayer(nnx.Module):
     Where the block's depths share weights, the mixer reads norm(x + link(x, tokens)).
     """
 
-    def __init__(self, symbol: str, config: ModelConfig, *, rngs: nnx.Rngs):
-        """rngs: parameters follow from it, in this order: mixer, link."""
-        make, block = make_options(config, rngs), config.blocks[symbol]
+    def __init__(self, symbol: str, config: ModelConfig, *, rngs: nnx.Rngs, depth: jax.Array | int = 0):
+        """rngs: parameters follow from it, in this order: mixer, link. depth: index into the pattern."""
+        make, block = make_options(config, rngs, depth), config.blocks[symbol]
         self.residual_multiplier = config.residual_multiplier
         before, after = config.norms(symbol)
         self.norm = stream_norm(config, inside=True) if before else None

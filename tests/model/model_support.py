@@ -15,13 +15,22 @@ from hybridlm.config import (
     SLSTM,
     Attention,
     Branch,
+    ChannelDecay,
+    ChannelMix,
+    FixedDecay,
+    ForgetDecay,
     GatedConv,
     GatedDeltaNet,
     GatedNorm,
+    GatedScan,
+    HeadDecay,
+    HeadNorm,
     InnerNorm,
+    LinearAttention,
     Llama3,
     Mamba1,
     Mamba2,
+    Mamba3,
     ModelConfig,
     MoE,
     Parallel,
@@ -29,6 +38,8 @@ from hybridlm.config import (
     Router,
     Rwkv4,
     Rwkv4Channel,
+    Rwkv6,
+    Rwkv7,
     Shared,
 )
 from hybridlm.model.model import HybridLM
@@ -72,6 +83,35 @@ VARIANTS = {
         shared=MLP(8, "relu2"),
         router=Router(3, "sigmoid", renormalise=True, scaling=1.5, selection_bias=True, n_groups=3, top_groups=2),
     ),
+    "gla": LinearAttention(n_heads=2, d_key=6, d_head=8, decay=ChannelDecay(rank=4, divisor=2.0), chunk=8),
+    "retnet": LinearAttention(n_heads=4, d_key=8, d_head=6, rope=Rope(100.0), norm=HeadNorm(weight=None), chunk=8),
+    "lightning": LinearAttention(
+        n_heads=2, d_key=6, d_head=6, decay=FixedDecay("lightning"), feature_map="silu", value_activation="silu",
+        scale=1.0, norm=HeadNorm(per_head=False, weight="channel"), gate="sigmoid", chunk=8,
+    ),
+    "simple_gla": LinearAttention(n_heads=2, d_key=4, d_head=8, decay=HeadDecay(2.0), gate=None, chunk=8),
+    "hgrn2": LinearAttention(
+        n_heads=2, d_key=8, d_head=6, decay=ForgetDecay(), feature_map="silu", norm=HeadNorm(per_head=False), gate=None,
+        chunk=8,
+    ),
+    "hgrn2_no_bound": LinearAttention(n_heads=2, d_key=4, d_head=6, decay=ForgetDecay(False), norm=None, chunk=8),
+    "based": LinearAttention(
+        n_heads=2, d_key=4, d_head=8, decay=None, feature_map="taylor", normalizer=True, norm=None, gate=None, chunk=8,
+    ),
+    "linear": LinearAttention(
+        n_heads=2, d_key=6, d_head=8, decay=None, feature_map="elu", normalizer=True, norm=None, gate=None, chunk=8,
+    ),
+    "mamba3": Mamba3(d_state=8, d_head=8, n_groups=2, chunk=8),
+    "mamba3_mimo": Mamba3(
+        d_state=8, d_head=8, rank=2, rope_fraction=1.0, A_activation="softplus", out_norm=True, chunk=8,
+    ),
+    "rwkv6": Rwkv6(d_head=8, mix_rank=3, decay_rank=4, chunk=8),
+    "rwkv7": Rwkv7(d_head=4, decay_rank=3, rate_rank=4, gate_rank=5, chunk=8),
+    "mingru": GatedScan(d_conv=3),
+    "minlstm": GatedScan("minlstm", expand=1.5, positive=False),
+    "hgrn": GatedScan("hgrn"),
+    "hgrn_no_bound": GatedScan("hgrn", lower_bound=False),
+    "channel_mix": ChannelMix(d_ff=20, gate=True),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
     "delta": GatedDeltaNet(n_heads=4, n_key_heads=2, d_key=6, d_head=5, chunk=8),
     "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, neg_eigval=True),
@@ -91,9 +131,12 @@ VARIANTS = {
     "slstm": SLSTM(n_heads=2),
     "rwkv4": Rwkv4(d_inner=24),
     "rwkv4_channel": Rwkv4Channel(d_ff=24),
-}
+}  # fmt: skip
 BRANCHES = {"mamba": Branch(MAMBA, 1.2, 0.7), "attention": Branch(VARIANTS["attention"], 0.9, 1.1)}
 VARIANTS["parallel"] = Parallel(BRANCHES)
+VARIANTS["recurrences"] = Parallel(
+    {name: Branch(VARIANTS[name]) for name in ("gla", "mamba3", "rwkv6", "rwkv7", "mingru", "channel_mix")}
+)
 VARIANTS["shared"] = Shared(
     VARIANTS["mamba2_norm_first"], Attention(n_heads=2, d_head=6, scale=0.3), MLP(12, "geglu", bias=True),
     mlp_adapter=3, attention_adapter=2,

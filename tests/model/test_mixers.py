@@ -6,11 +6,25 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from hybridlm.config import MLSTM, Attention, GatedDeltaNet, Mamba1, Mamba2, MeshConfig, MoE, Parallel, Shared
-from hybridlm.layers import BLOCKS
+from hybridlm.config import (
+    MLSTM,
+    Attention,
+    GatedDeltaNet,
+    LinearAttention,
+    Mamba1,
+    Mamba2,
+    Mamba3,
+    MeshConfig,
+    MoE,
+    Rwkv6,
+    Rwkv7,
+    Shared,
+)
+from hybridlm.layers import BLOCKS, mamba3, rwkv7
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import free_fields, walk
 from hybridlm.layers.gated_delta_net import delta_flops
+from hybridlm.layers.linear_attention import scan_flops
 from hybridlm.layers.mamba2 import ssd_flops
 from hybridlm.model.init import abstract
 from tests.model import properties
@@ -20,9 +34,10 @@ from tests.tolerances import check_close
 
 FIRST = (
     "mamba2", "mamba1", "window", "mlp", "moe", "gated_conv", "rglru", "mlstm", "slstm", "rwkv4", "rwkv4_channel",
-    "parallel", "shared", "delta",
+    "parallel", "recurrences", "shared", "delta",
 )  # fmt: skip
-"""One example of each class: what is compiled by the minute runs for these alone, for the others in the slow tests."""
+"""One example of each class, of some side by side: what is compiled by the minute runs for these alone, for the others
+in the slow tests."""
 
 
 def some(names, of=tuple(VARIANTS)) -> list:
@@ -31,17 +46,23 @@ def some(names, of=tuple(VARIANTS)) -> list:
 
 
 EXPENSIVE = some(FIRST)
-SIMPLE = tuple(name for name in FIRST if not isinstance(VARIANTS[name], Parallel | Shared))
+SIMPLE = tuple(name for name in FIRST if name not in ("parallel", "recurrences", "shared"))
 """Without blocks made of other blocks, whose programs are the largest."""
 REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
+ALIKE = (
+    "simple_gla", "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "minlstm", "hgrn",
+    "hgrn_no_bound", "recurrences",
+)  # fmt: skip
+"""Examples that differ from others in a line, or are made of others."""
+EVERY = some([name for name in VARIANTS if name not in ALIKE])
 HYBRID = small("Mm*-aw")
 T = 11
 
 
 def test_every_block_has_examples():
     assert {type(block) for block in VARIANTS.values()} == set(BLOCKS)
-    assert {type(VARIANTS[name]) for name in FIRST} == set(BLOCKS)
+    assert {type(block) for name in FIRST for _, block in walk(VARIANTS[name])} == set(BLOCKS)
 
 
 def seen(name: str) -> np.ndarray:
@@ -49,7 +70,9 @@ def seen(name: str) -> np.ndarray:
     everything_before = np.tril(np.ones((T, T), bool))
     if not VARIANTS[name].MIXES_TOKENS:
         return np.eye(T, dtype=bool)
-    behind = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3}.get(name, T)  # two layers of self and 2, 3 or 1 before
+    behind = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3, "channel_mix": 3}.get(
+        name, T
+    )  # two layers of self and 2, 3 or 1 before
     return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
 
 
@@ -71,7 +94,7 @@ def test_packed_hybrid_equals_separate():
     properties.check_packed(HYBRID)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_padding_anywhere_in_a_mixer_alone(name):
     properties.check_padding(VARIANTS[name])
 
@@ -81,7 +104,7 @@ def test_pieces_equal_the_full_forward(name):
     properties.check_cache(properties.model_of(VARIANTS[name]))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_pieces_with_padding_in_a_mixer_alone(name):
     properties.check_cache_alone(VARIANTS[name])
 
@@ -138,6 +161,15 @@ def of_ops(block, seq_len: int) -> float:
         return delta_flops(block.n_heads, block.d_head, block.d_key, seq_len)
     if isinstance(block, MLSTM):
         return ssd_flops(block.n_heads, block.d_head, block.n_heads, block.d_key, seq_len)
+    if isinstance(block, LinearAttention):
+        n_features = 1 + block.d_key + block.d_key**2 if block.feature_map == "taylor" else block.d_key
+        return scan_flops(block.n_heads, block.d_key, block.d_head, seq_len, n_features)
+    if isinstance(block, Mamba3):
+        return mamba3.scan_flops(block.heads(properties.D), block.d_head, block.d_state, block.rank or 1, seq_len)
+    if isinstance(block, Rwkv6):
+        return scan_flops(block.heads(properties.D), block.d_head, block.d_head, seq_len)
+    if isinstance(block, Rwkv7):
+        return rwkv7.scan_flops(block.heads(properties.D), block.d_head, seq_len)
     return 0.0
 
 
@@ -161,6 +193,11 @@ def test_ops_by_hand():
     of_values = 2 * mean_seen * (16 + 2 * 8) + 3 * 2 * 16 * 8
     assert delta_flops(3, 8, 16, 32) == pytest.approx(3 * (seen_twice + inverse + of_values), rel=0.05)
     assert ssd_flops(4, 8, 2, 16, 32) == 2 * mean_seen * (2 * 16 + 4 * 8) + 2 * 2 * 4 * 8 * 16
+    assert scan_flops(4, 16, 8, 32) == ssd_flops(4, 8, 4, 16, 32)  # as SSD with a group a head
+    assert mamba3.scan_flops(4, 8, 16, 1, 32) == scan_flops(4, 16, 8, 32)
+    assert mamba3.scan_flops(4, 8, 16, 3, 32) == 2 * mean_seen * 4 * 9 * (16 + 8) + 3 * 2 * 2 * 4 * 8 * 16
+    assert rwkv7.scan_flops(4, 8, 32) == 2 * mean_seen * 4 * 8 * 8 + 4 * 2 * 4 * 8 * 8
+    assert scan_flops(4, 2, 8, 32, 7) == 2 * mean_seen * 4 * (2 + 8) + 2 * 2 * 4 * 8 * 7
 
 
 def test_two_ways_to_say_the_same_are_equal_resolved():
