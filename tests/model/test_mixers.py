@@ -70,9 +70,8 @@ def seen(name: str) -> np.ndarray:
     everything_before = np.tril(np.ones((T, T), bool))
     if not VARIANTS[name].MIXES_TOKENS:
         return np.eye(T, dtype=bool)
-    behind = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3, "channel_mix": 3}.get(
-        name, T
-    )  # two layers of self and 2, 3 or 1 before
+    of_two = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3, "channel_mix": 3}  # layers of self and 2, 3 or 1 before
+    behind = of_two.get(name, T)
     return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
 
 
