@@ -117,8 +117,8 @@ def test_the_published_implementation_has_the_same_tensors(name):
         )
     theirs.tie_weights()
     tensors = dict(theirs.named_parameters())
-    biases = ("e_score_correction_bias", "expert_bias")
-    tensors |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(biases)}
+    kept = ("e_score_correction_bias", "expert_bias", "slope_rate")
+    tensors |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(kept)}
     assert sum(tensor.numel() for tensor in tensors.values()) == PUBLISHED[name]
     plan = make_plan(family, model, published.pattern)
     shapes = {plan.canonical(name): tuple(tensor.shape) for name, tensor in tensors.items()}

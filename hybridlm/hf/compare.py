@@ -10,7 +10,8 @@ from hybridlm.model.config import ModelConfig
 
 FREE = frozenset({
     "compute_dtype", "remat", "unroll", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale",
-    "A_init", "blocks", "pattern", "norm_before", "norm_after", "balance_weight", "z_weight", "capacity",
+    "A_init", "blocks", "pattern", "norm_before", "norm_after", "normed_residual",
+    "balance_weight", "z_weight", "capacity",
 })  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
 
@@ -28,6 +29,8 @@ def difference_of(family: Family, ours: ModelConfig, published: ModelConfig) -> 
         found = found or _differs(*blocks, f"blocks.{a}")
         if found is None and ours.norms(a) != published.norms(b):
             found = f"norm_before, norm_after: where the norms of {a} stand"
+        residual = ours.normed_residual.get(a), published.normed_residual.get(b)
+        found = found or _differs(*residual, f"normed_residual.{a}")
         if found is None and b in family.shared and ours.pattern.index(a) != published.pattern.index(b):
             found = f"pattern: what sublayer {depth} shares weights with"
     return found

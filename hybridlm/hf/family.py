@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from hybridlm.hf.axes import parse
 from hybridlm.hf.keys import Keys
@@ -21,6 +24,14 @@ with `first:` behind that of the symbol's first layer, with `{use}` the number o
 paths are those of a Sublayer; `shared.` is what the depths share. An entry is in force where the model has all
 parameters that it names.
 """
+
+
+class Constant(NamedTuple):
+    """A tensor that follows from the config."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+    """Its values, float32."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,9 @@ class Family:
     """(pattern, replacement) as of re.sub: what else a tensor may be called, where the tables have not that name."""
     written_as: str | None = None
     """model_type of the family that models of this one are written as; None: this one. Of models of more than text."""
+    constants: Callable[[ModelConfig], Mapping[str, Constant]] = lambda config: {}
+    """Tensors that follow from the config, in the family's symbols, by name: written, and skipped where files have
+    them."""
     skipped: tuple[str, ...] = field(default=(r"rotary_emb\.inv_freq$",))
     """Patterns (re.search) of names of tensors that hold nothing to load."""
 

@@ -15,10 +15,12 @@ from hybridlm.errors import ConfigError, require
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.config_json import find_family, save_json, write_values
 from hybridlm.hf.families import family_of
+from hybridlm.hf.family import Family
 from hybridlm.hf.keys import Keys
 from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
 from hybridlm.hf.tensors import DTYPES as STORED
 from hybridlm.hf.tensors import INDEX, Source, write_tensors
+from hybridlm.model.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 TOKENIZER_FILES = (
@@ -68,6 +70,7 @@ def to_hf(
         storage.remove(file)
     sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
     sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
+    sources |= _constants(of, published, alike)
     write_tensors(folder, sources.values(), max_shard_bytes, progress)
     save_json({**carried, **values, "dtype": dtype or str(kinds[of.embedding])}, folder / "config.json")
     if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
@@ -166,6 +169,18 @@ def _as_cut_in(like: Checkpoint, plan: Plan, sources: dict[str, Source]) -> dict
             changed[source.name] = Source(source.name, (shape[0], *source.shape[1:]), source.dtype, make)
             start += shape[0]
     return changed
+
+
+def _constants(of: Family, published: ModelConfig, like: Checkpoint | None) -> dict[str, Source]:
+    """Tensors that follow from the config; those that the checkpoint `like` has as it has them."""
+    there = {} if like is None or not any(like.folder.glob("*.safetensors")) else like.entries
+    sources = {}
+    for name, (shape, make) in of.constants(published).items():
+        entry = there.get(name)
+        same = entry is not None and entry.shape == shape and entry.dtype in STORED
+        kind, make = (STORED[entry.dtype], entry.open) if same else (DTYPES["float32"], make)
+        sources[name] = Source(name, shape, kind, make)
+    return sources
 
 
 def _cut(sources: list[Source], rows: slice) -> np.ndarray:

@@ -21,6 +21,7 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.norm import GATES, gated_rms_norm, rms_normalise
 from hybridlm.layers.rope import Rope, rotate
 from hybridlm.layers.segments import positions_within
@@ -81,7 +82,7 @@ class HeadNorm:
 
 
 Decay = FixedDecay | HeadDecay | ChannelDecay | ForgetDecay
-FEATURES = {"silu": jax.nn.silu, "elu": lambda x: jax.nn.elu(x) + 1}
+FEATURES = ACTIVATIONS | {"elu": lambda x: jax.nn.elu(x) + 1}
 """Of queries and keys; the op has the Taylor features itself."""
 
 
@@ -97,9 +98,9 @@ class LinearAttention:
     """Width P of a head's values."""
     decay: Decay | None = FixedDecay()
     """How the state fades; None: never."""
-    feature_map: Literal["silu", "elu", "taylor"] | None = None
+    feature_map: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "elu", "taylor"] | None = None
     """Of queries and keys. elu: elu(x) + 1; taylor: weights 1 + s + s^2 / 2, s = scale q . k, for decays by head."""
-    value_activation: Literal["silu"] | None = None
+    value_activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] | None = None
     """Of the values."""
     normalizer: bool = False
     """Divide by what the same sum gives for values of 1, plus normalizer_eps."""
@@ -261,7 +262,7 @@ class LinearAttentionMixer(nnx.Module):
         if c.feature_map in FEATURES:
             q = FEATURES[c.feature_map](q)
             k = k if isinstance(c.decay, ForgetDecay) else FEATURES[c.feature_map](k)
-        v = v if c.value_activation is None else jax.nn.silu(v)
+        v = v if c.value_activation is None else ACTIVATIONS[c.value_activation](v)
         return q, k, v, found.get("gate"), found.get("decay")
 
     @jax.named_scope("decay")

@@ -34,6 +34,9 @@ class ModelConfig:
     """Symbols whose mixers' inputs are normed; None: all."""
     norm_after: str = ""
     """Symbols whose mixers' outputs are normed before they are added (OLMo)."""
+    normed_residual: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Symbols whose sublayers give a norm(x) + b mixer(norm(x)): the normed input goes on, not x; and their a and b
+    (MiniMax-01)."""
     tie_embeddings: bool = True
     """The output projection is the embedding itself."""
     embedding_norm: bool = False
@@ -74,6 +77,11 @@ class ModelConfig:
             for symbol in getattr(self, name) or "":
                 said = f"model.{name} has the symbol {symbol!r}, which is no key of model.blocks ({known})"
                 require(symbol in self.blocks, said)
+        for symbol in self.normed_residual:
+            said = f"model.normed_residual has the symbol {symbol!r}, which is no key of model.blocks ({known})"
+            require(symbol in self.blocks, said)
+            normed = self.norms(symbol)[0]
+            require(normed, f"model.normed_residual has the symbol {symbol!r}, which model.norm_before leaves out")
         for symbol in dict.fromkeys(self.pattern):
             with within(f"model.blocks.{symbol}."):
                 self.blocks[symbol].check(self.d_model)

@@ -34,7 +34,8 @@ def stream_norm(config: ModelConfig, *, inside: bool, eps: float | None = None) 
 
 
 class Sublayer(nnx.Module):
-    """x + residual_multiplier * mixer(norm(x)); also after_norm(mixer(...)), see `ModelConfig.norms`.
+    """x + residual_multiplier * mixer(norm(x)); also after_norm(mixer(...)), see `ModelConfig.norms`, and a norm(x) + b
+    mixer(norm(x)), see `normed_residual` there.
 
     Where the block's depths share weights, the mixer reads norm(x + link(x, tokens)).
     """
@@ -42,7 +43,7 @@ class Sublayer(nnx.Module):
     def __init__(self, symbol: str, config: ModelConfig, *, rngs: nnx.Rngs, depth: jax.Array | int = 0):
         """rngs: parameters follow from it, in this order: mixer, link. depth: index into the pattern."""
         make, block = make_options(config, rngs, depth), config.blocks[symbol]
-        self.residual_multiplier = config.residual_multiplier
+        self.residual_multiplier, self.of_normed = config.residual_multiplier, config.normed_residual.get(symbol)
         before, after = config.norms(symbol)
         self.norm = stream_norm(config, inside=True) if before else None
         self.after_norm = stream_norm(config, inside=True) if after else None
@@ -60,8 +61,9 @@ class Sublayer(nnx.Module):
         if self.link is not None:
             with jax.named_scope("link"):
                 u_BTD = x_BTD + self.link(x_BTD, tokens)
-        y_BTD, stats = self.mixer.mix(self._normed(u_BTD), tokens)
-        return Output(self._add(x_BTD, y_BTD), stats)
+        u_BTD = self._normed(u_BTD)
+        y_BTD, stats = self.mixer.mix(u_BTD, tokens)
+        return Output(self._add(x_BTD, u_BTD, y_BTD), stats)
 
     def init_cache(self, batch: int, max_len: int) -> Any:
         """The mixer's cache; with a link that and the link's, by name."""
@@ -71,21 +73,28 @@ class Sublayer(nnx.Module):
     def extend(self, x_BTD: jax.Array, cache: Any, length_B, real_BT, layer, tokens: Tokens) -> tuple[jax.Array, Any]:
         """The next T tokens from the cache, and the cache after them."""
         if self.link is None:
-            y_BTD, new = self._extend_mixer(x_BTD, cache, length_B, real_BT, layer, tokens)
-            return self._add(x_BTD, y_BTD), new
+            return self._extend_mixer(x_BTD, x_BTD, cache, length_B, real_BT, layer, tokens)
         with jax.named_scope("link"):
             more_BTD, of_shared = self.link.extend(x_BTD, cache["shared"], length_B, real_BT, layer, tokens)
-        y_BTD, new = self._extend_mixer(x_BTD + more_BTD, cache["mixer"], length_B, real_BT, layer, tokens)
-        return self._add(x_BTD, y_BTD), {"mixer": new, "shared": of_shared}
+        u_BTD = x_BTD + more_BTD
+        x_BTD, new = self._extend_mixer(x_BTD, u_BTD, cache["mixer"], length_B, real_BT, layer, tokens)
+        return x_BTD, {"mixer": new, "shared": of_shared}
 
-    def _extend_mixer(self, u_BTD, cache, length_B, real_BT, layer, tokens: Tokens):
-        return self.mixer.extend(self._normed(u_BTD), cache, length_B, real_BT, layer, gaps=tokens.gaps)
+    def _extend_mixer(self, x_BTD, u_BTD, cache, length_B, real_BT, layer, tokens: Tokens):
+        u_BTD = self._normed(u_BTD)
+        y_BTD, new = self.mixer.extend(u_BTD, cache, length_B, real_BT, layer, gaps=tokens.gaps)
+        return self._add(x_BTD, u_BTD, y_BTD), new
 
     @jax.named_scope("norm")
     def _normed(self, x_BTD):
         return x_BTD if self.norm is None else checkpoint_name(self.norm(x_BTD), "sublayer_norm")
 
     @jax.named_scope("add")
-    def _add(self, x_BTD, y_BTD):
+    def _add(self, x_BTD, u_BTD, y_BTD):
+        """The stream x with the mixer's output y from its input u."""
         y_BTD = y_BTD if self.after_norm is None else self.after_norm(y_BTD)
-        return sharding.constrain(x_BTD + scaled(y_BTD, self.residual_multiplier), *sharding.STREAM)
+        multiplier = self.residual_multiplier
+        if self.of_normed is not None:
+            kept, multiplier = self.of_normed
+            x_BTD = scaled(u_BTD, kept)
+        return sharding.constrain(x_BTD + scaled(y_BTD, multiplier), *sharding.STREAM)

@@ -83,7 +83,7 @@ MEMORY = (
     (r"model\.embed_tokens\.", "model.word_embeddings."),
     (r"\.self_attn\.o_proj\.", ".self_attn.dense."),
     (r"\.self_attn\.", ".attention."),
-    (r"\.mlp\.experts\.", ".block_sparse_moe.experts."),
+    (r"\.mlp\.(experts|gate)\.", r".block_sparse_moe.\1."),
 )
 """Parts of names of parameters in memory -> what files have, where they have no such name."""
 EXPERTS = {

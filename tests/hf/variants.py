@@ -69,6 +69,10 @@ XLSTM = {
     **WIDTHS, "num_hidden_layers": 2, "num_heads": 4, "ffn_round_up_to_multiple_of": 8,
     "autocast_kernel_dtype": "float32",
 }  # fmt: skip
+MINIMAX = {
+    **LLAMA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    "intermediate_size": 12, "block_size": 8,
+}  # fmt: skip
 
 
 def rope(kind: str, **values) -> dict:
@@ -308,6 +312,20 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"use_bias": True, "qk_dim_factor": 1.0, "norm_eps": 1e-3},
             {"v_dim_factor": 2.0, "num_heads": 2, "gate_soft_cap": 3.0, "output_logit_soft_cap": 5.0, "chunk_size": 16},
             {"ffn_proj_factor": 1.5, "ffn_round_up_to_multiple_of": 7, "eps": 1e-2, "tie_word_embeddings": True},
+        )
+    ],
+    "minimax": [
+        (MINIMAX, change)
+        for change in (
+            {"layer_types": None, "num_hidden_layers": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+            {"hidden_act": "gelu", "head_dim": 6, "num_key_value_heads": 1, "block_size": 5, "sliding_window": 4},
+            {
+                "linear_attn_alpha_factor": 1.5, "linear_attn_beta_factor": 0.7, "full_attn_alpha_factor": 2,
+                "full_attn_beta_factor": 0.3, "mlp_alpha_factor": 0.9, "mlp_beta_factor": 1.3, "num_local_experts": 3,
+            },
+            {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": None, "num_experts_per_tok": 1, "hidden_act": "relu"},
+            {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, **LLAMA3},
         )
     ],
     "hunyuan_v1_dense": [

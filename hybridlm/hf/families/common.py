@@ -14,6 +14,7 @@ from hybridlm.layers import (
     GatedNorm,
     KimiDelta,
     LatentAttention,
+    LinearAttention,
     Mamba1,
     Mamba2,
     MoE,
@@ -36,7 +37,7 @@ TYPES = {
     Mamba1: "linear_attention", Mamba2: "linear_attention", Attention: "full_attention", MLP: "mlp", MoE: "moe",
     Shared: "hybrid", Parallel: "hybrid", GatedDeltaNet: "linear_attention",
     KimiDelta: "linear_attention", LatentAttention: "full_attention",
-    GatedConv: "conv",
+    GatedConv: "conv", LinearAttention: "linear_attention",
 }  # fmt: skip
 """Block -> layer type, as files write it."""
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
