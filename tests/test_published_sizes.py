@@ -64,6 +64,7 @@ PUBLISHED = {
     "rwkv4:7b": 7_392_649_216,
     "rwkv4:14b": 14_148_597_760,
     "xlstm:7b": 6_865_424_896,
+    "zaya1:8b": 8_840_489_464,
 }
 """Parameters of the published implementation at the published config.json."""
 NAMES = [name for name in config_names() if ":" in name and name not in COMPOSITIONS]
@@ -117,7 +118,7 @@ def test_the_published_implementation_has_the_same_tensors(name):
         )
     theirs.tie_weights()
     tensors = dict(theirs.named_parameters())
-    kept = ("e_score_correction_bias", "expert_bias", "slope_rate")
+    kept = ("e_score_correction_bias", "expert_bias", "slope_rate", "balancing_biases")
     tensors |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(kept)}
     assert sum(tensor.numel() for tensor in tensors.values()) == PUBLISHED[name]
     plan = make_plan(family, model, published.pattern)

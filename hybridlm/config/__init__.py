@@ -25,6 +25,8 @@ from hybridlm.layers import (
     Branch,
     ChannelDecay,
     ChannelMix,
+    ConvolvedAttention,
+    DepthMoE,
     FixedDecay,
     ForgetDecay,
     GatedConv,
@@ -59,12 +61,12 @@ from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConf
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "MLP", "MLSTM", "NTK", "RGLRU", "SLSTM", "AdamW", "Attention", "Block", "Branch", "ChannelDecay", "ChannelMix",
-    "ClusterConfig", "Config", "ConfigError", "Constant", "Cosine", "DataConfig", "FixedDecay", "ForgetDecay",
-    "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "InitConfig", "InnerNorm",
-    "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3", "Mamba1", "Mamba2", "Mamba3",
-    "MeshConfig", "MoE", "ModelConfig", "Muon", "OptimConfig", "Parallel", "Proportional", "Rope", "Router",
-    "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "Shared", "Wsd", "YaRN",
+    "AdamW", "Attention", "Block", "Branch", "ChannelDecay", "ChannelMix", "ClusterConfig", "Config", "ConfigError",
+    "Constant", "ConvolvedAttention", "Cosine", "DataConfig", "DepthMoE", "FixedDecay", "ForgetDecay", "GatedConv",
+    "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "InitConfig", "InnerNorm", "KimiDelta",
+    "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2",
+    "Mamba3", "MeshConfig", "MoE", "ModelConfig", "Muon", "NTK", "OptimConfig", "Parallel", "Proportional", "RGLRU",
+    "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Wsd", "YaRN",
 ]  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from typing import Union
 
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.channel_mix import ChannelMix
+from hybridlm.layers.convolved_attention import ConvolvedAttention
+from hybridlm.layers.depth_moe import DepthMoE
 from hybridlm.layers.gated_conv import GatedConv
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
 from hybridlm.layers.gated_scan import GatedScan
@@ -36,11 +38,11 @@ from hybridlm.layers.shared import Shared
 from hybridlm.layers.slstm import SLSTM
 
 __all__ = [
-    "BLOCKS", "MLP", "MLSTM", "NTK", "RGLRU", "SLSTM", "Attention", "Block", "Branch", "ChannelDecay", "ChannelMix",
+    "Attention", "BLOCKS", "Block", "Branch", "ChannelDecay", "ChannelMix", "ConvolvedAttention", "DepthMoE",
     "FixedDecay", "ForgetDecay", "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm",
-    "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "Llama3", "Mamba1", "Mamba2", "Mamba3",
-    "MoE", "Parallel", "Proportional", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "Shared", "YaRN",
-    "blocks_by_name",
+    "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "Llama3", "MLP", "MLSTM", "Mamba1",
+    "Mamba2", "Mamba3", "MoE", "NTK", "Parallel", "Proportional", "RGLRU", "Rope", "Router", "Rwkv4", "Rwkv4Channel",
+    "Rwkv6", "Rwkv7", "SLSTM", "Shared", "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
 BLOCKS = (*MIXERS, Parallel, Shared)

@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, S keys, D model, H query heads, K key/value hea
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,39 +203,10 @@ class AttentionMixer(nnx.Module):
 
         Position p is stored in slot p mod S. added: as in `mix`.
         """
-        batch, tokens, _ = x_BTD.shape
-        slots = cache["k"].shape[-3]
-        gaps = gaps and real_BT is not None and tokens > 1
-        real_BT = jnp.ones((batch, tokens), bool) if real_BT is None else real_BT
-        if gaps:
-            index_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT
-        else:
-            index_BT = jnp.arange(tokens, dtype=jnp.int32)[None]
-        position_BT = length_B[:, None] + index_BT
-        end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
-        q, k, v, gate = self._project(x_BTD, position_BT, added)
-        ring = self.config.window is not None
-        stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
-        slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
-        new = {name: caches.write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
-        if not ring:
-            real_BS = jnp.arange(slots)[None] < end_B[:, None]
-            places = {"q_offset": length_B, "layer": layer}
-            if gaps:
-                slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
-                places = {"positions": (position_BT, slot_BS), "layer": layer}
-            k, v = new["k"], new["v"]
-        elif tokens == 1:
-            position_BS, real_BS = _ring_positions(end_B, slots)
-            places = {"positions": (position_BT, position_BS), "layer": layer}
-            k, v = new["k"], new["v"]
-        else:  # the first queries see keys whose slots the last tokens take: the old ring and the new tokens, apart
-            position_BS, real_BS = _ring_positions(length_B, slots)
-            places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
-            real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
-            k, v = (jnp.concatenate([caches.read(cache[n], layer), a], axis=1) for n, a in (("k", k), ("v", v)))
-        ids = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
-        return self._output(self._attend(q, k, v, gate, segment_ids=ids, **places)), new
+        to = Next.tokens(x_BTD, length_B, real_BT, gaps)
+        q, k, v, gate = self._project(x_BTD, to.position_BT, added)
+        k, v, new, places = to.store(self.config, cache, layer, k, v)
+        return self._output(self._attend(q, k, v, gate, **places)), new
 
     @jax.named_scope("project")
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
@@ -290,6 +261,58 @@ def init_cache(config: Attention, batch: int, max_len: int, dtype) -> dict[str, 
     slots = max_len if config.window is None else min(max_len, config.window)
     shape = (batch, slots, config.kv_heads, config.d_head)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+class Next(NamedTuple):
+    """The next tokens of rows whose earlier ones are in a cache."""
+
+    length_B: jax.Array
+    """Tokens in the cache."""
+    real_BT: jax.Array
+    """False for padding."""
+    position_BT: jax.Array
+    """Positions of the real tokens."""
+    gaps: bool
+    """Whether padding may stand in front of real tokens."""
+
+    @classmethod
+    def tokens(cls, x_BTD: jax.Array, length_B: jax.Array, real_BT: jax.Array | None, gaps: bool) -> "Next":
+        """The tokens of x behind `length_B` others; real_BT and gaps as of `block.Mixer.extend`."""
+        shape = x_BTD.shape[:2]
+        gaps = gaps and real_BT is not None and shape[1] > 1
+        real_BT = jnp.ones(shape, bool) if real_BT is None else real_BT
+        before_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT
+        index_BT = before_BT if gaps else jnp.arange(shape[1], dtype=jnp.int32)[None]
+        return cls(length_B, real_BT, length_B[:, None] + index_BT, gaps)
+
+    def store(self, config, cache: dict, layer, k: jax.Array, v: jax.Array) -> tuple:
+        """(keys, values, the cache after them, where queries and keys stand, as `ops.attention` takes it).
+
+        config: with the window. Position p is stored in slot p mod S. k, v: of the tokens, [B, T, K, P]."""
+        ring, slots, (batch, tokens) = config.window is not None, cache["k"].shape[-3], self.real_BT.shape
+        length_B, real_BT, position_BT, gaps = self
+        end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
+        stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
+        slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
+        new = {name: caches.write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
+        if not ring:
+            real_BS = jnp.arange(slots)[None] < end_B[:, None]
+            places = {"q_offset": length_B, "layer": layer}
+            if gaps:
+                slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
+                places = {"positions": (position_BT, slot_BS), "layer": layer}
+            k, v = new["k"], new["v"]
+        elif tokens == 1:
+            position_BS, real_BS = _ring_positions(end_B, slots)
+            places = {"positions": (position_BT, position_BS), "layer": layer}
+            k, v = new["k"], new["v"]
+        else:  # the first queries see keys whose slots the last tokens take: the old ring and the new tokens, apart
+            position_BS, real_BS = _ring_positions(length_B, slots)
+            places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
+            real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
+            k, v = (jnp.concatenate([caches.read(cache[n], layer), a], axis=1) for n, a in (("k", k), ("v", v)))
+        places["segment_ids"] = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
+        return k, v, new, places
 
 
 def _ring_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:

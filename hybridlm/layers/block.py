@@ -120,6 +120,10 @@ class Mixer(Protocol):
 class Block(Protocol):
     """A frozen dataclass: what a mixer is. Its sizes are checked when it is made, its fit to a model by `check`.
 
+    A block that hands something from each of its depths to the next, past the sublayers between them, has
+    `passes(d_model)`: the width R of it. Its mixer takes every token by itself, and has `pass_on(x_BTD, passed_BTR,
+    tokens)`, which gives (Output, passed_BTR): zeros come to the first depth, and `mix` is that of a first depth.
+
     A block that holds others has `parts()`, which gives them by their dotted field names. One whose depths share
     weights has `build_shared(d_model, make)`, the module that they share, and `build_link(d_model, make)`, a `Link` of
     each depth.
@@ -188,6 +192,11 @@ def parts(block: Block) -> dict[str, Block]:
 def shares(block: Block) -> bool:
     """Whether the depths of the block's symbol share weights."""
     return hasattr(block, "build_shared")
+
+
+def passes(block: Block, d_model: int) -> int:
+    """Width of what the block hands from depth to depth; 0: nothing."""
+    return block.passes(d_model) if hasattr(block, "passes") else 0
 
 
 def walk(block: Block, name: str = "") -> Iterator[tuple[str, Block]]:

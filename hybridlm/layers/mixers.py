@@ -5,6 +5,8 @@ from typing import Union
 
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.channel_mix import ChannelMix
+from hybridlm.layers.convolved_attention import ConvolvedAttention
+from hybridlm.layers.depth_moe import DepthMoE
 from hybridlm.layers.gated_conv import GatedConv
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
 from hybridlm.layers.gated_scan import GatedScan
@@ -26,7 +28,7 @@ from hybridlm.layers.slstm import SLSTM
 
 MIXERS = (
     Mamba1, Mamba2, Mamba3, Attention, MLP, MoE, LinearAttention, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv,
-    GatedScan, RGLRU, MLSTM, SLSTM, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7, ChannelMix,
+    GatedScan, RGLRU, MLSTM, SLSTM, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7, ChannelMix, ConvolvedAttention, DepthMoE,
 )  # fmt: skip
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
 AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)

@@ -20,6 +20,16 @@ from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arra
 from hybridlm.layers.experts import routed_per_device
 from hybridlm.layers.mlp import ACTIVATIONS, GATED, MLP, FeedForward
 
+STATISTICS = {
+    "loss": Statistic("router_loss", layers="sum", loss=True),
+    "balance": Statistic("router_balance"),
+    "z": Statistic("router_z"),
+    "entropy": Statistic("router_entropy"),
+    "max_load": Statistic("router_max_load", layers="max"),
+    "dropped": Statistic("router_dropped", layers="sum", batches="sum"),
+}
+"""What a router reports of each batch."""
+
 
 @dataclass(frozen=True)
 class Router:
@@ -91,14 +101,7 @@ class MoE:
         "moe_logits": Kept("MoE: router logits", kernels=True),
         "moe_routed": Kept("MoE: output of the routed experts, weighed and added up", kernels=True),
     }
-    STATISTICS: ClassVar = {
-        "loss": Statistic("router_loss", layers="sum", loss=True),
-        "balance": Statistic("router_balance"),
-        "z": Statistic("router_z"),
-        "entropy": Statistic("router_entropy"),
-        "max_load": Statistic("router_max_load", layers="max"),
-        "dropped": Statistic("router_dropped", layers="sum", batches="sum"),
-    }
+    STATISTICS: ClassVar = STATISTICS
     MIXES_TOKENS = False
 
     def __post_init__(self):
@@ -212,7 +215,8 @@ class MoEFeedForward(nnx.Module):
         with jax.named_scope("shared"):
             y_BTD = y_BTD + self._shared(x_BTD)
         with jax.named_scope("statistics"):
-            return Output(y_BTD, self._statistics(logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk))
+            of_router = statistics(c, c.router.top_k, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk)
+            return Output(y_BTD, of_router)
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""
@@ -248,22 +252,24 @@ class MoEFeedForward(nnx.Module):
             return y_BTD
         return y_BTD * jax.nn.sigmoid(params.project(x_BTD, self.shared_gate))
 
-    def _statistics(self, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk) -> dict[str, jax.Array]:
-        c, top_k = self.config, self.config.router.top_k
-        real_BT1 = real_BT[..., None].astype(jnp.float32)
-        n_real = jnp.maximum(real_BT1.sum(), 1.0)
-        mean = lambda a_BTX: jnp.sum(a_BTX * real_BT1, axis=(0, 1)) / n_real
-        p_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
-        is_it_BTkE = experts_BTk[..., None] == jnp.arange(c.n_experts)[None, None, None]
-        chosen_BTE = jnp.sum(is_it_BTkE, axis=2, dtype=jnp.float32)
-        share_E = mean(chosen_BTE) / top_k
-        balance = c.n_experts * jnp.sum(share_E * mean(p_BTE))
-        z = mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)))[0]
-        entropy = mean(-jnp.sum(jax.scipy.special.xlogy(p_BTE, p_BTE), axis=-1, keepdims=True))[0]
-        dropped = jnp.sum((~kept_BTk).astype(jnp.float32) * real_BT1)
-        loss = c.balance_weight * balance + c.z_weight * z
-        max_load = share_E.max() * c.n_experts
-        return dict(zip(c.STATISTICS, (loss, balance, z, entropy, max_load, dropped), strict=True))
+
+def statistics(config, top_k: int, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk) -> dict[str, jax.Array]:
+    """STATISTICS of a mixture, over the real tokens. config: with the weights of its losses."""
+    n_choices = logits_BTE.shape[-1]
+    real_BT1 = real_BT[..., None].astype(jnp.float32)
+    n_real = jnp.maximum(real_BT1.sum(), 1.0)
+    mean = lambda a_BTX: jnp.sum(a_BTX * real_BT1, axis=(0, 1)) / n_real
+    p_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    is_it_BTkE = experts_BTk[..., None] == jnp.arange(n_choices)[None, None, None]
+    chosen_BTE = jnp.sum(is_it_BTkE, axis=2, dtype=jnp.float32)
+    share_E = mean(chosen_BTE) / top_k
+    balance = n_choices * jnp.sum(share_E * mean(p_BTE))
+    z = mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)))[0]
+    entropy = mean(-jnp.sum(jax.scipy.special.xlogy(p_BTE, p_BTE), axis=-1, keepdims=True))[0]
+    dropped = jnp.sum((~kept_BTk).astype(jnp.float32) * real_BT1)
+    loss = config.balance_weight * balance + config.z_weight * z
+    max_load = share_E.max() * n_choices
+    return dict(zip(STATISTICS, (loss, balance, z, entropy, max_load, dropped), strict=True))
 
 
 def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from hybridlm.errors import require, within
 from hybridlm.layers.attention import Attention
-from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, shares, split_of_parts
+from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, passes, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mixers import AnyMixer
 
@@ -58,6 +58,7 @@ class Parallel:
     def check(self, d_model: int) -> None:
         """Raises ConfigError where a branch cannot be built at the model width."""
         for name, mixer in self.parts().items():
+            require(not passes(mixer, d_model), f"{name} ({type(mixer).__name__}) hands on to depths: no branch can")
             require(not shares(mixer), f"{name} ({type(mixer).__name__}) shares weights over depths: no branch can")
             with within(f"{name}."):
                 mixer.check(d_model)

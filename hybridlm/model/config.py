@@ -6,6 +6,7 @@ from typing import Literal
 
 from hybridlm.errors import require, within
 from hybridlm.layers import MLP, Attention, Block, Mamba2
+from hybridlm.layers.block import passes
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class ModelConfig:
     """A norm of the embedded tokens, before the first sublayer (RWKV)."""
     embedding_multiplier: float = 1.0
     """Multiplies the embedded tokens."""
+    channel_scales: bool = False
+    """Scales and biases of each channel: of a sublayer's output and of the residual stream before they are added, and
+    of the embedded tokens (ZAYA)."""
     residual_multiplier: float = 1.0
     """Multiplies every sublayer's output before it is added."""
     logit_multiplier: float = 1.0
@@ -85,6 +89,13 @@ class ModelConfig:
         for symbol in dict.fromkeys(self.pattern):
             with within(f"model.blocks.{symbol}."):
                 self.blocks[symbol].check(self.d_model)
+        widths = {passes(self.blocks[symbol], self.d_model) for symbol in self.pattern} - {0}
+        require(len(widths) <= 1, f"model.blocks: what they hand from depth to depth has several widths ({widths})")
+
+    @property
+    def passed(self) -> int:
+        """Width of what blocks of the pattern hand from depth to depth; 0: nothing."""
+        return max(passes(self.blocks[symbol], self.d_model) for symbol in self.pattern)
 
     def norms(self, symbol: str) -> tuple[bool, bool]:
         """Whether a symbol's sublayers have a norm before the mixer, and whether they have one after it."""

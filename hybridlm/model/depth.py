@@ -43,7 +43,8 @@ def run(
     program: Sequence[Loop], calls: Sequence[Call], weights: Sequence, x_BTD: jax.Array, shared: dict[str, Any],
     tokens: Tokens, sums: Sequence | None = None,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
-    """The residual stream behind the program, and of each spot its statistics, [depths, ...].
+    """The residual stream behind the program, and of each spot its statistics, [depths, ...]. The stream may be any
+    pytree of arrays, as it is with blocks that hand something from depth to depth.
 
     calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the

@@ -7,6 +7,7 @@ Axis letters: B batch, T tokens, D model, V vocabulary, L depths of a sublayer o
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within
 from hybridlm.model import depth, pattern, remat, stacks
 from hybridlm.model.config import ModelConfig
-from hybridlm.model.sublayer import Sublayer, make_options, stream_norm
+from hybridlm.model.sublayer import ChannelScales, Sublayer, make_options, stream_norm
 from pallas_kernels.segments import document_ids
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
@@ -61,6 +62,7 @@ class HybridLM(nnx.Module):
                 if shares(block) and symbol in config.pattern
             }
         )
+        self.embedding_scales = ChannelScales(D, 1) if config.channel_scales else None
         self.embedding_norm = stream_norm(config, inside=False) if config.embedding_norm else None
         self.norm = stream_norm(config, inside=False, eps=config.final_norm_eps)
         if config.tie_embeddings:
@@ -198,7 +200,15 @@ class HybridLM(nnx.Module):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         dtype, multiplier = self.config.compute_dtype, self.config.embedding_multiplier
         x_BTD = vocabulary.look_up(self.embedding[...], tokens_BT, dtype, multiplier)
+        x_BTD = x_BTD if self.embedding_scales is None else self.embedding_scales(x_BTD)[0]
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+
+    def _stream(self, x_BTD: jax.Array) -> Any:
+        """The residual stream before the first sublayer, with what blocks hand from depth to depth where some do."""
+        width = self.config.passed
+        if not width:
+            return x_BTD
+        return x_BTD, sharding.constrain(jnp.zeros((*x_BTD.shape[:2], width), jnp.float32), *sharding.STREAM)
 
     def _by_loop(self, values: list) -> list[list]:
         """Values of the program's sublayers, by its outermost loops."""
@@ -217,21 +227,23 @@ class HybridLM(nnx.Module):
         shared = {symbol: nnx.state(module) for symbol, module in self.shared.items()}
         if sums is not None:
             sums = [jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(sums[n])) for n, w in enumerate(weights)]
-        return depth.run(self._loops, calls, weights, x_BTD, shared, tokens, sums)
+        x, stats = depth.run(self._loops, calls, weights, self._stream(x_BTD), shared, tokens, sums)
+        return _residual(x), stats
 
     def _extend(self, x_BTD, caches: list, length_B, real_BT, tokens: Tokens):
         """All sublayers; stacked caches are carried, each depth writes its own entries in place."""
         calls, weights = self._of_spots(Sublayer.extend)
 
         def visit(spot, index, carry):
-            x_BTD, caches = carry
+            x, caches = carry
             n, layer = spot.number, jnp.int32(index)
             state = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), weights[n])
             shared = nnx.state(self.shared[spot.symbol]) if spot.symbol in self.shared else None
-            x_BTD, new = calls[n](state, shared, x_BTD, caches[n], length_B, real_BT, layer, tokens)
-            return x_BTD, [*caches[:n], new, *caches[n + 1 :]]
+            x, new = calls[n](state, shared, x, caches[n], length_B, real_BT, layer, tokens)
+            return x, [*caches[:n], new, *caches[n + 1 :]]
 
-        return depth.walk(self._loops, visit, (x_BTD, caches))
+        x, caches = depth.walk(self._loops, visit, (self._stream(x_BTD), caches))
+        return _residual(x), caches
 
     def _of_spots(self, method: Callable) -> tuple[list[Callable], list]:
         """Of each sublayer of the program the method, traced once for each symbol, and the stacked parameters.
@@ -273,6 +285,11 @@ class HybridLM(nnx.Module):
 
     def _merge_shared(self, symbol: str, state: nnx.State | None) -> nnx.Module | None:
         return None if state is None else nnx.merge(nnx.graphdef(self.shared[symbol]), state)
+
+
+def _residual(x: Any) -> jax.Array:
+    """The residual stream alone, of what sublayers give."""
+    return x[0] if isinstance(x, tuple) else x
 
 
 def _build_groups(config: ModelConfig, key: jax.Array) -> nnx.List:

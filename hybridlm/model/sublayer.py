@@ -11,7 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
-from hybridlm.layers.block import Make, Output, Tokens, shares
+from hybridlm.layers import params
+from hybridlm.layers.block import Make, Output, Tokens, passes, shares
 from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
@@ -33,6 +34,19 @@ def stream_norm(config: ModelConfig, *, inside: bool, eps: float | None = None) 
     return kind(config.d_model, eps or config.norm_eps, offset=config.norm_offset, bias=bias)
 
 
+class ChannelScales(nnx.Module):
+    """(x + bias) * scale of each channel, of several arrays; in float32, the results in the types of the inputs."""
+
+    def __init__(self, d_model: int, n: int = 2):
+        """n: how many arrays are scaled."""
+        self.scale = params.ones((n, d_model), (None, "d_model"), "norm")
+        self.bias = params.zeros((n, d_model), (None, "d_model"), "bias")
+
+    def __call__(self, *arrays_BTD: jax.Array) -> list[jax.Array]:
+        scale, bias = (params.use(a, jnp.float32)[:, None, None] for a in (self.scale, self.bias))
+        return [((x + bias[i]) * scale[i]).astype(x.dtype) for i, x in enumerate(arrays_BTD)]
+
+
 class Sublayer(nnx.Module):
     """x + residual_multiplier * mixer(norm(x)); also after_norm(mixer(...)), see `ModelConfig.norms`, and a norm(x) + b
     mixer(norm(x)), see `normed_residual` there.
@@ -47,6 +61,8 @@ class Sublayer(nnx.Module):
         before, after = config.norms(symbol)
         self.norm = stream_norm(config, inside=True) if before else None
         self.after_norm = stream_norm(config, inside=True) if after else None
+        self.scales = ChannelScales(config.d_model) if config.channel_scales else None
+        self.passes = passes(block, config.d_model) > 0
         self.mixer = block.build(config.d_model, make)
         self.link = block.build_link(config.d_model, make) if shares(block) else None
 
@@ -55,9 +71,19 @@ class Sublayer(nnx.Module):
         """The cache grows with the number of tokens."""
         return self.mixer.cache_grows or (self.link is not None and self.link.cache_grows)
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
-        """The residual stream behind the sublayer, and the mixer's statistics."""
-        u_BTD = x_BTD
+    def __call__(self, x, tokens: Tokens) -> Output:
+        """The residual stream behind the sublayer, and the mixer's statistics.
+
+        x: x_BTD, or (x_BTD, passed_BTR) in a model with blocks that hand something on; so is what it gives."""
+        if isinstance(x, tuple):
+            x_BTD, passed_BTR = x
+            if not self.passes:
+                y_BTD, stats = self(x_BTD, tokens)
+                return Output((y_BTD, passed_BTR), stats)
+            u_BTD = self._normed(x_BTD)
+            (y_BTD, stats), passed_BTR = self.mixer.pass_on(u_BTD, passed_BTR, tokens)
+            return Output((self._add(x_BTD, u_BTD, y_BTD), passed_BTR), stats)
+        x_BTD = u_BTD = x
         if self.link is not None:
             with jax.named_scope("link"):
                 u_BTD = x_BTD + self.link(x_BTD, tokens)
@@ -70,8 +96,15 @@ class Sublayer(nnx.Module):
         cache = self.mixer.init_cache(batch, max_len)
         return cache if self.link is None else {"mixer": cache, "shared": self.link.init_cache(batch, max_len)}
 
-    def extend(self, x_BTD: jax.Array, cache: Any, length_B, real_BT, layer, tokens: Tokens) -> tuple[jax.Array, Any]:
-        """The next T tokens from the cache, and the cache after them."""
+    def extend(self, x, cache: Any, length_B, real_BT, layer, tokens: Tokens) -> tuple[Any, Any]:
+        """The next T tokens from the cache, and the cache after them. x: as in a call."""
+        if isinstance(x, tuple):
+            if self.passes:  # every token by itself: there is nothing in the cache
+                ids = None if real_BT is None else real_BT.astype(jnp.int32)
+                return self(x, Tokens(ids, gaps=tokens.gaps)).y_BTD, cache
+            y_BTD, cache = self.extend(x[0], cache, length_B, real_BT, layer, tokens)
+            return (y_BTD, x[1]), cache
+        x_BTD = x
         if self.link is None:
             return self._extend_mixer(x_BTD, x_BTD, cache, length_B, real_BT, layer, tokens)
         with jax.named_scope("link"):
@@ -97,4 +130,5 @@ class Sublayer(nnx.Module):
         if self.of_normed is not None:
             kept, multiplier = self.of_normed
             x_BTD = scaled(u_BTD, kept)
+        x_BTD, y_BTD = (x_BTD, y_BTD) if self.scales is None else self.scales(x_BTD, y_BTD)
         return sharding.constrain(x_BTD + scaled(y_BTD, multiplier), *sharding.STREAM)

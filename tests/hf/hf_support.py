@@ -87,9 +87,9 @@ MEMORY = (
 )
 """Parts of names of parameters in memory -> what files have, where they have no such name."""
 EXPERTS = {
-    "experts.gate_up_proj": r"(experts\.\d+\.(gate_proj|up_proj|w1|w3)|input_linear)\.weight",
+    "experts.gate_up_proj": r"(experts\.gate_up_proj|(experts\.\d+\.(gate_proj|up_proj|w1|w3)|input_linear)\.weight)",
     "experts.up_proj": r"experts\.\d+\.up_proj\.weight",
-    "experts.down_proj": r"(experts\.\d+\.(down_proj|w2)|output_linear)\.weight",
+    "experts.down_proj": r"(experts\.down_proj|(experts\.\d+\.(down_proj|w2)|output_linear)\.weight)",
     "conv1d.weight": r"([qkv]_)?conv1d\.weight",
     "router.weight": r"router(\.layer)?\.weight",
 }

@@ -73,6 +73,10 @@ MINIMAX = {
     **LLAMA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
     "intermediate_size": 12, "block_size": 8,
 }  # fmt: skip
+ZAYA = {
+    **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "moe_intermediate_size": 12, "num_experts": 3, "router_hidden_size": 10,
+}  # fmt: skip
 
 
 def rope(kind: str, **values) -> dict:
@@ -326,6 +330,20 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": None, "num_experts_per_tok": 1, "hidden_act": "relu"},
             {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, **LLAMA3},
+        )
+    ],
+    "zaya": [
+        (ZAYA, change)
+        for change in (
+            {"attention_bias": True, "cca_time0": 3, "cca_time1": 1, "tie_word_embeddings": False},
+            {
+                "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "sliding_window": 4, "cca_time1": 3,
+                "num_key_value_heads": 1, "hidden_act": "gelu", "rms_norm_eps": 1e-2,
+            },
+            {
+                "num_hidden_layers": 1, "num_experts": 5, "cca_time0": 1,
+                "rope_parameters": {"hybrid": {"rope_type": "default", "rope_theta": 50.0}},
+            },
         )
     ],
     "hunyuan_v1_dense": [

@@ -17,6 +17,8 @@ from hybridlm.config import (
     Branch,
     ChannelDecay,
     ChannelMix,
+    ConvolvedAttention,
+    DepthMoE,
     FixedDecay,
     ForgetDecay,
     GatedConv,
@@ -131,6 +133,9 @@ VARIANTS = {
     "slstm": SLSTM(n_heads=2),
     "rwkv4": Rwkv4(d_inner=24),
     "rwkv4_channel": Rwkv4Channel(d_ff=24),
+    "convolved": ConvolvedAttention(n_heads=4, n_kv_heads=2, d_head=8, d_conv=3, bias=True),
+    "convolved_window": ConvolvedAttention(n_heads=2, n_kv_heads=1, d_head=4, d_conv_heads=3, window=4),
+    "depth_moe": DepthMoE(n_experts=4, d_ff=8, d_router=6, top_k=2, balance_weight=0.02, z_weight=0.01),
 }  # fmt: skip
 BRANCHES = {"mamba": Branch(MAMBA, 1.2, 0.7), "attention": Branch(VARIANTS["attention"], 0.9, 1.1)}
 VARIANTS["parallel"] = Parallel(BRANCHES)

@@ -9,6 +9,8 @@ import pallas_kernels
 from hybridlm.config import (
     MLSTM,
     Attention,
+    ConvolvedAttention,
+    DepthMoE,
     GatedDeltaNet,
     LinearAttention,
     Mamba1,
@@ -32,10 +34,9 @@ from tests.model.model_support import HYBRID as HYBRID_BLOCKS
 from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
-FIRST = (
-    "mamba2", "mamba1", "window", "mlp", "moe", "gated_conv", "rglru", "mlstm", "slstm", "rwkv4", "rwkv4_channel",
-    "parallel", "recurrences", "shared", "delta",
-)  # fmt: skip
+BY_FAMILY = ("gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe")
+"""What golden checkpoints hold, by default, to documents in rows, pieces and devices: those tests of them are slow."""
+FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "recurrences", "shared", "delta", "slstm", *BY_FAMILY)
 """One example of each class, of some side by side: what is compiled by the minute runs for these alone, for the others
 in the slow tests."""
 
@@ -45,8 +46,8 @@ def some(names, of=tuple(VARIANTS)) -> list:
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
 
-EXPENSIVE = some(FIRST)
-SIMPLE = tuple(name for name in FIRST if name not in ("parallel", "recurrences", "shared"))
+EXPENSIVE = some([name for name in FIRST if name not in BY_FAMILY])
+SIMPLE = [name for name in FIRST if name not in ("parallel", "recurrences", "shared", *BY_FAMILY)]
 """Without blocks made of other blocks, whose programs are the largest."""
 REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
@@ -129,7 +130,7 @@ def test_remat_changes_nothing(name, policy):
 @pytest.mark.parametrize("name", some(SIMPLE))
 def test_one_device_equals_eight(name):
     """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
-    experts = any(isinstance(block, MoE) for _, block in walk(VARIANTS[name]))
+    experts = any(isinstance(block, MoE | DepthMoE) for _, block in walk(VARIANTS[name]))
     mesh = MeshConfig(1, fsdp=2, tensor=2, expert=2) if experts else MeshConfig(1, fsdp=2, tensor=2, context=2)
     properties.check_devices(VARIANTS[name], mesh)
 
@@ -169,6 +170,8 @@ def of_ops(block, seq_len: int) -> float:
         return scan_flops(block.heads(properties.D), block.d_head, block.d_head, seq_len)
     if isinstance(block, Rwkv7):
         return rwkv7.scan_flops(block.heads(properties.D), block.d_head, seq_len)
+    if isinstance(block, ConvolvedAttention):
+        return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
     return 0.0
 
 
@@ -177,8 +180,9 @@ def test_flops_are_those_of_the_parameters_and_ops(name):
     block = VARIANTS[name]
     ops = sum(of_ops(part, 8) for _, part in walk(block))
     share = {}
-    if isinstance(block, MoE):
-        share = dict.fromkeys(("mixer.w_in", "mixer.w_out"), block.router.top_k / block.n_experts)
+    if isinstance(block, MoE | DepthMoE):
+        top_k = block.router.top_k if isinstance(block, MoE) else block.top_k
+        share = dict.fromkeys(("mixer.w_in", "mixer.w_out"), top_k / block.n_experts)
     assert block.flops(properties.D, 8) == pytest.approx(properties.flops_by_hand(block, ops, share), rel=1e-12)
 
 

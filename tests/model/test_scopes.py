@@ -14,7 +14,7 @@ from tests.model.model_support import VARIANTS, small
 BLOCKS = {"M": VARIANTS["mamba2"], "1": VARIANTS["mamba1"], "*": VARIANTS["gated"], "-": VARIANTS["mlp"],
           "E": VARIANTS["moe"], "P": VARIANTS["parallel"], "S": VARIANTS["shared"], "C": VARIANTS["gated_conv"],
           "R": VARIANTS["rglru"], "X": VARIANTS["mlstm"], "s": VARIANTS["slstm"], "4": VARIANTS["rwkv4"],
-          "r": VARIANTS["rwkv4_channel"]}  # fmt: skip
+          "r": VARIANTS["rwkv4_channel"], "c": VARIANTS["convolved"], "D": VARIANTS["depth_moe"]}  # fmt: skip
 PIECES = {
     "M.Mamba2": ("norm", "project", "convolve", "scan", "gate_norm", "output"),
     "1.Mamba1": ("norm", "project", "convolve", "select", "scan", "gate", "output"),
@@ -28,6 +28,8 @@ PIECES = {
     "X.MLSTM": ("norm", "project", "memory", "norm_gate", "output"),
     "s.SLSTM": ("norm", "convolve", "gates", "memory", "norm_heads"),
     "4.Rwkv4": ("norm", "shift", "project", "mean", "output"),
+    "c.ConvolvedAttention": ("norm", "project", "convolve", "norm_heads", "attend", "output"),
+    "D.DepthMoE": ("norm", "router", "experts"),
     "r.Rwkv4Channel": ("norm", "shift", "mlp_in", "mlp_hidden", "mlp_out"),
 }
 
@@ -44,7 +46,7 @@ def operations_by_scope(function, *args) -> Counter:
 
 
 def test_scopes_by_symbol_and_piece():
-    graphdef, shapes, _ = abstract(small("M1*-EPSCRXs4r", BLOCKS))
+    graphdef, shapes, _ = abstract(small("M1*-EPSCRXs4rcD", BLOCKS))
     tokens_BT = np.zeros((1, 4), np.int32)
     loss = lambda params: nnx.merge(graphdef, params)(tokens_BT).std()
     forward, both = operations_by_scope(loss, shapes), operations_by_scope(jax.grad(loss), shapes)

@@ -30,6 +30,7 @@ from hybridlm.hf.families import (
     xlstm,
     zamba,
     zamba2,
+    zaya,
 )
 from hybridlm.hf.family import Family
 
@@ -38,7 +39,7 @@ KNOWN: dict[str, Family] = {
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
         zamba, zamba2, qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, kimi_linear, bailing_hybrid,
-        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax,
+        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya,
     )
     for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip
