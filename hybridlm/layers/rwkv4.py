@@ -5,10 +5,12 @@ Axis letters: B batch, T tokens, D model, c of key, value and receptance, F inne
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -45,7 +47,7 @@ class Rwkv4:
 
     def build(self, d_model: int, make: Make) -> "Rwkv4Mixer":
         """The mixer of one sublayer."""
-        return make.mixer(Rwkv4Mixer, self, d_model)
+        return make.mixer(Rwkv4Mixer, self, d_model, layer=make.layer)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """The inner width."""
@@ -76,22 +78,22 @@ class Rwkv4Mixer(nnx.Module):
         init_std: float = 0.02,
         out_std: float | None = None,
         dtype: str = "bfloat16",
+        layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std). Decays are
-        exp(-exp(w)) with w from -5 to 3 over the channels, shares of the token rise from 0 to 1, as published for a
-        first layer."""
+        exp(-exp(w)) with w from -5 to 3 over the channels, shares of the token rise from 0 to 1, as published, by depth.
+        layer: as of `Make`; both kinds of mixing count."""
         self.config, self.dtype = config, dtype
         D, F = d_model, config.d_inner or d_model
         out_std = init_std if out_std is None else out_std
-        rising_D = jnp.arange(D) / D
-        share = jnp.stack([rising_D, rising_D, jnp.sqrt(rising_D)])
-        self.share = params.make(share, (None, "d_model"), "recurrence")
+        self.share = params.make(params.by_layer(layer, partial(_shares, D)), (None, "d_model"), "recurrence")
         self.w_in = params.matrix(rngs, (D, 3, F), ("d_model", None, "d_inner"), init_std, fused_axes=(1,))
-        channel_F = jnp.arange(F)
-        decay = -5 + 8 * (channel_F / max(F - 1, 1)) ** 0.7
+        channel_F = np.arange(F)
+        rising_F = channel_F / max(F - 1, 1)
+        decay = params.by_layer(layer, lambda i, n: -5 + 8 * rising_F ** (0.7 + 1.3 * i / max(n - 1, 1)))
         self.decay = params.make(decay, ("d_inner",), "recurrence")
-        bonus = jnp.log(0.3) + 0.5 * ((channel_F + 1) % 3 - 1)
-        self.bonus = params.make(bonus, ("d_inner",), "recurrence")
+        bonus = np.log(0.3) + 0.5 * ((channel_F + 1) % 3 - 1)
+        self.bonus = params.make(jnp.asarray(bonus), ("d_inner",), "recurrence")
         self.w_out = params.matrix(rngs, (F, D), ("d_inner", "d_model"), out_std)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
@@ -122,6 +124,13 @@ class Rwkv4Mixer(nnx.Module):
             y_BTF = sharding.constrain(y_BTF * jax.nn.sigmoid(kvr_BTcF[:, :, 2]), "batch", "tokens", "d_inner")
             y_BTD = params.leave(checkpoint_name(y_BTF, "rwkv4_out"), self.w_out)
         return y_BTD, {} if old is None else {**dict(zip(STATES, sums, strict=True)), "before": before}
+
+
+def _shares(d_model: int, index: int, count: int) -> np.ndarray:
+    """Shares of the token in key, value and receptance at the start of a layer, [c, D]."""
+    left, rising_D = 1 - index / count, np.arange(d_model) / d_model
+    key_D = rising_D**left
+    return np.stack([key_D, key_D + 0.3 * index / max(count - 1, 1), rising_D ** (0.5 * left)])
 
 
 def blend(x_BTD: jax.Array, shifted_BTD: jax.Array, share: nnx.Param) -> jax.Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -44,7 +44,7 @@ class Rwkv4Channel:
 
     def build(self, d_model: int, make: Make) -> "Rwkv4ChannelMixer":
         """The mixer of one sublayer."""
-        return make.mixer(Rwkv4ChannelMixer, self, d_model)
+        return make.mixer(Rwkv4ChannelMixer, self, d_model, layer=make.layer)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """The feed-forward width."""
@@ -75,13 +75,17 @@ class Rwkv4ChannelMixer(nnx.Module):
         init_std: float = 0.02,
         out_std: float | None = None,
         dtype: str = "bfloat16",
+        layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the first matrices and of the last (None: init_std). Shares of the
-        token rise from 0 to 1 over the channels, as published for a first layer."""
+        token rise from 0 to 1 over the channels, as published, by depth. layer: as of `Make`; both kinds of mixing
+        count."""
         self.config, self.dtype = config, dtype
         D, F = d_model, config.d_ff
         out_std = init_std if out_std is None else out_std
-        self.share = params.make(jnp.tile(jnp.arange(D) / D, (2, 1)), (None, "d_model"), "recurrence")
+        rising_D = np.arange(D) / D
+        share = params.by_layer(layer, lambda i, n: np.tile(rising_D ** (1 - i / n), (2, 1)))
+        self.share = params.make(share, (None, "d_model"), "recurrence")
         self.w_in = params.matrix(rngs, (D, F), ("d_model", "d_ff"), init_std)
         self.w_receptance = params.matrix(rngs, (D, D), ("d_model", None), init_std)
         self.w_out = params.matrix(rngs, (F, D), ("d_ff", "d_model"), out_std)

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -55,7 +56,7 @@ class SLSTM:
 
     def build(self, d_model: int, make: Make) -> "SLSTMMixer":
         """The mixer of one sublayer."""
-        return make.mixer(SLSTMMixer, self, d_model)
+        return make.mixer(SLSTMMixer, self, d_model, layer=make.layer)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """Heads."""
@@ -86,17 +87,20 @@ class SLSTMMixer(nnx.Module):
         init_std: float = 0.02,
         out_std: float | None = None,
         dtype: str = "bfloat16",
+        layer: tuple = (0, 1),
     ):
         """The authors' start: gates of standard deviation sqrt(2 / (5 D)), no recurrent weights, forget gates from 5
-        down to -7 over the channels of a head. init_std and out_std do not matter."""
+        down to -7 over the channels of a head, later in deeper layers. init_std and out_std do not matter.
+        layer: as of `Make`."""
         self.config, self.dtype = config, dtype
         H, P, heads = config.n_heads, d_model // config.n_heads, ("heads", "d_head")
         std = math.sqrt(2 / (5 * d_model))
         self.w_in = params.matrix(rngs, (P, 4, H, P), ("d_head", None, *heads), std, fused_axes=(1, 2))
         zeros, axes = jnp.zeros((P, 4, H, P)), ("d_head", None, *heads)
         self.R = params.make(zeros, axes, "matrix", n_in=1, fused_axes=(1, 2), exact=True)
-        channel_P = jnp.arange(P) / max(P - 1, 1)
-        bias = jnp.zeros((4, H, P)).at[1].set(5.0 - 12.0 * channel_P[None] ** 0.3)
+        channel_P = np.arange(P) / max(P - 1, 1)
+        forget_P = params.by_layer(layer, lambda i, n: 5.0 - 12.0 * channel_P ** (0.3 + 1.3 * i / max(n - 1, 1)))
+        bias = jnp.zeros((4, H, P)).at[1].set(forget_P[None])
         self.bias = params.make(bias, (None, *heads), "recurrence")
         draw_conv = params.uniforms(rngs, (H, P, config.d_conv + 1))[0]
         self.conv, self.conv_bias = short_conv.make(draw_conv, heads, True)

@@ -136,8 +136,8 @@ def test_rwkv4_channel():
     check_close(run(tokens()), expected, dtype="float32", what="y")
 
 
-def start(block, d_model: int = 64):
-    build = lambda: nnx.state(block.build(d_model, Make(nnx.Rngs(0), dtype="float32")))
+def start(block, d_model: int = 64, **options):
+    build = lambda: nnx.state(block.build(d_model, Make(nnx.Rngs(0), dtype="float32", **options)))
     state = jax.jit(build, compiler_options=QUICK)()
     return {str(path[0]): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
 
@@ -152,7 +152,14 @@ def test_starts():
     slstm = start(SLSTM(4))
     assert not slstm["R"].any() and not slstm["bias"][[0, 2, 3]].any()
     np.testing.assert_allclose(slstm["bias"][1, :, [0, -1]], [[5.0] * 4, [-7.0] * 4], rtol=1e-6)
+    deeper = start(SLSTM(4), layer=(2, 3))["bias"][1, 0]
+    np.testing.assert_allclose(deeper, 5 - 12 * (np.arange(16) / 15) ** 1.6, rtol=1e-5)
     assert slstm["w_in"].std() == pytest.approx(np.sqrt(2 / (5 * 64)), rel=0.05)
+    first, last = (start(Rwkv4(), layer=(i, 4)) for i in (0, 3))
+    np.testing.assert_allclose(first["share"][0], np.arange(64) / 64, rtol=1e-6)
+    np.testing.assert_allclose(last["share"][1], (np.arange(64) / 64) ** 0.25 + 0.3, rtol=1e-6)
+    np.testing.assert_allclose([first["decay"][[0, -1]], last["decay"][[0, -1]]], [[-5, 3]] * 2, rtol=1e-6)
+    assert first["decay"][32] > last["decay"][32]
 
 
 def test_what_does_not_fit():

@@ -67,7 +67,20 @@ OURS = {
 paper."""
 FREQUENCIES = 3.1
 """Nats a byte of the embedded corpus that their frequencies leave, 3.15, and a little less."""
-TINY = ("based", "gla", "hgrn2", "mamba3", "mamba3_hybrid", "mingru", "retnet", "rwkv6", "rwkv7", "samba")
+TINY = (
+    "based",
+    "gla",
+    "griffin",
+    "hgrn2",
+    "mamba3",
+    "mamba3_hybrid",
+    "mingru",
+    "retnet",
+    "rwkv6",
+    "rwkv7",
+    "samba",
+    "xlstm_7_1",
+)
 EACH_TIME = ("gla", "mingru")
 COMPOSITIONS = {*PUBLISHED, *OURS, *(f"{name}:tiny" for name in TINY)}
 
