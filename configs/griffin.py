@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Griffin (De et al. 2024, arXiv:2402.19427): two recurrent blocks with an RG-LRU to one of local attention, a gated MLP
-behind each. Its published checkpoints are `recurrent_gemma:2b` and `recurrent_gemma:9b`.
+"""Griffin (De et al. 2024, arXiv:2402.19427): two recurrent blocks with an RG-LRU to one of local attention, a gated
+MLP behind each. Its published checkpoints are `recurrent_gemma:2b` and `recurrent_gemma:9b`.
 
 Command: python train.py --config griffin:tiny
 Hardware: two CPU cores.

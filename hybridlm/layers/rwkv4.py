@@ -81,8 +81,8 @@ class Rwkv4Mixer(nnx.Module):
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std). Decays are
-        exp(-exp(w)) with w from -5 to 3 over the channels, shares of the token rise from 0 to 1, as published, by depth.
-        layer: as of `Make`; both kinds of mixing count."""
+        exp(-exp(w)) with w from -5 to 3 over the channels, shares of the token rise from 0 to 1, as published, by
+        depth. layer: as of `Make`; both kinds of mixing count."""
         self.config, self.dtype = config, dtype
         D, F = d_model, config.d_inner or d_model
         out_std = init_std if out_std is None else out_std
