@@ -128,7 +128,7 @@ def read_layers(
 def write_layers(config: ModelConfig) -> dict:
     """The inverse of `read_layers`."""
     moe, types = common.block(config, MoE, False), common.kinds(config)
-    mlp = common.block(config, MLP, moe and common.expect(moe.shared, MLP))
+    mlp = common.block(config, MLP, common.expect(moe.shared, MLP) if moe else None)
     experts = {}
     if moe:
         router, shared = moe.router, common.expect(moe.shared, MLP)
