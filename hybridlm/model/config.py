@@ -90,7 +90,7 @@ class ModelConfig:
             with within(f"model.blocks.{symbol}."):
                 self.blocks[symbol].check(self.d_model)
         widths = {passes(self.blocks[symbol], self.d_model) for symbol in self.pattern} - {0}
-        require(len(widths) <= 1, f"model.blocks: what they hand from depth to depth has several widths ({widths})")
+        require(len(widths) <= 1, f"model.blocks: what they hand on has several widths {tuple(sorted(widths))}")
 
     @property
     def passed(self) -> int:

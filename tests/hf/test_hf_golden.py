@@ -32,6 +32,9 @@ def by_default(*names: str) -> list:
 
 
 every = pytest.mark.parametrize("name", GOLDEN)
+ALIKE = ("lfm2_moe", "lfm3", "hunyuan_v1_dense")
+"""Families whose mixers others have, too: of these the slow tests alone take derivatives and generate."""
+most = pytest.mark.parametrize("name", by_default(*(name for name in GOLDEN if name not in ALIKE)))
 
 
 @every
@@ -46,13 +49,13 @@ def test_packed_logits(name):
     np.testing.assert_allclose(packed_logits(name)[2], golden(name)[1]["packed_logits"], rtol=0, atol=ATOL)
 
 
-@every
+@most
 def test_greedy_tokens(name):
     model, arrays, _ = golden(name)
     np.testing.assert_array_equal(hybridlm.generate(model, tokens(name), max_new_tokens=8), arrays["greedy_ids"])
 
 
-@every
+@most
 def test_loss_and_gradient_norms(name):
     model, arrays, meta = golden(name)
     value, grads = loss_and_gradients(name)(jax.device_get(nnx.state(model)))
@@ -63,7 +66,7 @@ def test_loss_and_gradient_norms(name):
         assert published_norm(plan, norms, published) == pytest.approx(norm, rel=1e-3), published
 
 
-@every
+@most
 def test_twenty_steps_learn(name):
     """All parameters but biases of choices and slopes of fixed decays get a gradient, and the loss of a batch falls."""
     params = nnx.state(golden(name)[0])
