@@ -47,7 +47,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Type of the weights by config.json."""
-        return str(self.values.get("dtype") or self.values.get("torch_dtype") or "float32")
+        said = {**(self.values.get("text_config") or {}), **self.values}
+        return str(said.get("dtype") or said.get("torch_dtype") or "float32")
 
     def matched(self, plan: Plan) -> dict[str, Entry | Rows]:
         """The tensors by their names in the plan; ConfigError that names all that do not fit."""

@@ -64,7 +64,8 @@ def to_hf(
     _check_here(params)
     old = _prepare(folder, overwrite)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
-    kinds = _dtypes(tensors, plan, params, dtype, alike)
+    same = like is not None and of.model_type in (like.family.model_type, like.family.written_as)
+    kinds = _dtypes(tensors, plan, params, dtype, like if same else None)
     carried = {} if alike is None else _carried(alike)
     for file in old:
         storage.remove(file)
@@ -131,7 +132,8 @@ def _dtypes(
     if dtype is None and like is not None:
         named = like.dtype
         if any(like.folder.glob("*.safetensors")):
-            stored = {plan.canonical(name): STORED.get(entry.dtype) for name, entry in like.entries.items()}
+            known = lambda name: like.family.canonical(name, plan.tensors)
+            stored = {known(name): STORED.get(entry.dtype) for name, entry in like.entries.items()}
 
     def of(name: str, tensor: Tensor) -> np.dtype:
         exact = any(plan.is_float32(part.path) for part in tensor.pieces)

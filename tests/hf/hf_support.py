@@ -83,6 +83,7 @@ MEMORY = (
     (r"model\.embed_tokens\.", "model.word_embeddings."),
     (r"\.self_attn\.o_proj\.", ".self_attn.dense."),
     (r"\.self_attn\.", ".attention."),
+    (r"\.e_score_correction_bias$", ".expert_bias"),
     (r"\.mlp\.(experts|gate)\.", r".block_sparse_moe.\1."),
 )
 """Parts of names of parameters in memory -> what files have, where they have no such name."""
@@ -96,11 +97,21 @@ EXPERTS = {
 """Ends of names as the published implementation holds parameters in memory -> as its files have them."""
 
 
+def other_names(plan: Plan, name: str) -> list[str]:
+    """What a parameter in memory may be called in files."""
+    names = itertools.accumulate(MEMORY, lambda name, part: re.sub(*part, name), initial=name)
+    return [plan.canonical(other) for other in names]
+
+
+def in_files(plan: Plan, name: str) -> str:
+    """What a parameter in memory is called in files; its own name where files have it in another form."""
+    return next((other for other in other_names(plan, name) if other in plan.tensors), name)
+
+
 def published_norm(plan: Plan, norms: dict[str, float], name: str) -> float:
     """Norm of a parameter of the published implementation, which holds all experts in one; files may have one each."""
     end = next((end for end in EXPERTS if name.endswith(end)), "")
-    names = itertools.accumulate(MEMORY, lambda name, part: re.sub(*part, name), initial=name)
-    for known in map(plan.canonical, names):
+    for known in other_names(plan, name):
         pattern = re.escape(known.removesuffix(end)) + EXPERTS.get(end, "")
         found = [norm for key, norm in norms.items() if re.fullmatch(pattern, key)]
         if found:

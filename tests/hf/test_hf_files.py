@@ -273,13 +273,33 @@ def test_a_model_of_ones_own_finds_its_family(tmp_path):
         ("w: (H P) 1 W -> H P W", (4, 5, 3), (20, 1, 3)),
         ("w: F D -> e D F", (6, 3, 5), (5, 3)),
         ("w: H", (4,), (4,)),
+        ("w: (r P) D -> D (g r) P", (3, 8, 5), (10, 3)),
     ],
 )
 def test_moves_can_be_undone(spec, ours, theirs):
-    part = piece(parse(spec), "w", ours, 1, 2)
+    part = piece(parse(spec), "w", ours, 1, 2, 4)
     assert part.shape == theirs
     value = np.random.default_rng(0).normal(size=(2, *ours))
     np.testing.assert_array_equal(part.to_ours(part.to_theirs(value[part.index])), value[part.index])
+
+
+def test_rows_that_come_again_by_hand():
+    """Of 2 keys with 2 values each: rows q0 v0 v1, q1 v2 v3."""
+    rows = ["q: N D -> D g N", "v: (r P) D -> D (g r) P; g of q 1"]
+    shapes, start, places = {"q": (1, 2, 1), "v": (1, 4, 1)}, 0, {}
+    for g in range(2):
+        for spec in rows:
+            move = parse(spec)
+            part = piece(move, move.path, shapes[move.path], None, g, 2)
+            places[move.path, g] = start
+            start += part.shape[0]
+            assert part.index[1] == (g if move.path == "q" else slice(2 * g, 2 * g + 2))
+    assert places == {("q", 0): 0, ("v", 0): 1, ("q", 1): 3, ("v", 1): 4}
+    assert parse(rows[1]).count_of == ("q", 1)
+    with pytest.raises(ValueError, match="3 g do not divide"):
+        piece(parse(rows[1]), "v", (1, 4, 1), None, 0, 3)
+    with pytest.raises(ValueError, match="a parenthesis on the right is of the counted axis and one more"):
+        parse("v: (r P) D -> D (r P)")
 
 
 def test_moves_by_hand():

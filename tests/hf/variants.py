@@ -38,6 +38,16 @@ QWEN_NEXT = {
     **QWEN_DELTA, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 20,
 }  # fmt: skip
+OLMO = {**LLAMA, "num_hidden_layers": 4, "num_key_value_heads": None}
+KIMI = {
+    **WIDTHS, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": None, "intermediate_size": 40,
+    "moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_token": 2, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "linear_head_dim": 8, "linear_num_heads": 4,
+}  # fmt: skip
+LING = {
+    **{key: value for key, value in KIMI.items() if not key.startswith("linear_")}, "num_hidden_layers": 4,
+    "head_dim": 8, "layer_group_size": 2, "first_k_dense_replace": 1, "num_expert_group": 3, "topk_group": 2,
+}  # fmt: skip
 MAMBA = {**WIDTHS, "num_hidden_layers": 2, "state_size": 6}
 JAMBA = {
     **WIDTHS, "num_hidden_layers": 5, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -241,6 +251,62 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"decoder_sparse_step": 2, "layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": 8},
             {"num_experts": 0, "hidden_act": "relu", **rope("yarn", **YARN, partial_rotary_factor=0.5)},
             {"num_hidden_layers": 5, "num_experts_per_tok": 4, "linear_key_head_dim": 3, **rope("default")},
+        )
+    ],
+    "qwen3_5_text": [
+        (QWEN_DELTA, change)
+        for change in (
+            {"attention_bias": True, "tie_word_embeddings": True, "linear_num_key_heads": 4, "hidden_act": "gelu"},
+            {"linear_num_value_heads": 6, "linear_value_head_dim": 6, "linear_key_head_dim": 5, "rms_norm_eps": 1e-2},
+            {"layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": 8, "linear_conv_kernel_dim": 2},
+            {"num_hidden_layers": 5, "num_key_value_heads": 1, **rope("default", mrope_section=[1, 1, 0])},
+            {"num_key_value_heads": 4, **rope("linear", factor=4.0, partial_rotary_factor=0.5)},
+        )
+    ],
+    "qwen3_5_moe_text": [
+        (QWEN_NEXT, change)
+        for change in (
+            {"num_experts_per_tok": 6, "shared_expert_intermediate_size": 7, "tie_word_embeddings": True},
+            {"num_experts": 3, "linear_num_value_heads": 2, "hidden_act": "relu", "attention_bias": True},
+        )
+    ],
+    "olmo_hybrid": [
+        (OLMO, change)
+        for change in (
+            {"linear_allow_neg_eigval": False, "num_key_value_heads": 2, **rope("default")},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": None}, "linear_num_key_heads": 2},
+            {"attention_bias": True, "tie_word_embeddings": True, "linear_key_head_dim": 5, "rms_norm_eps": 1e-2},
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"], "num_hidden_layers": 3, **LLAMA3},
+            {"num_hidden_layers": 2, "linear_value_head_dim": 7, "linear_conv_kernel_dim": 3, "hidden_act": "gelu"},
+        )
+    ],
+    "kimi_linear": [
+        (KIMI, change)
+        for change in (
+            {"q_lora_rank": 10, "attention_bias": True, "routed_scaling_factor": 0.7, "rms_norm_eps": 1e-2},
+            {"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 2, "norm_topk_prob": False},
+            {"mlp_layer_types": ["sparse", "dense"] * 2 + ["sparse"], "qk_nope_head_dim": 6, "v_head_dim": 10},
+            {"layer_types": ["full_attention", "linear_attention"], "num_hidden_layers": 2, "hidden_act": "relu"},
+            {"linear_num_heads": 2, "linear_head_dim": 6, "linear_conv_kernel_dim": 3, "num_attention_heads": 3,
+             "num_key_value_heads": 3},
+            {"mlp_layer_types": ["dense"] * 5, "kv_lora_rank": 7, "hidden_act": "gelu"},
+            {"num_hidden_layers": 3, "linear_attn_config": {
+                "kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 2, "head_dim": 8,
+                "short_conv_kernel_size": 4,
+            }},
+        )
+    ],
+    "bailing_hybrid": [
+        (LING, change)
+        for change in (
+            {"q_lora_rank": 10, "attention_bias": True, "kda_lower_bound": -2.5, "rms_norm_eps": 1e-2},
+            {"kda_safe_gate": False, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 5},
+            {"layer_group_size": 3, "num_hidden_layers": 5, "first_k_dense_replace": 2, "moe_renormalize": False},
+            {"num_shared_experts": 2, "qk_nope_head_dim": 6, "v_head_dim": 10, "short_conv_kernel_size": 3},
+            {"mlp_layer_types": ["sparse", "dense", "sparse", "dense"], "rope_theta": 700.0, "head_dim": 6},
+            rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.3),
+            rope("yarn", **YARN, mscale_all_dim=1.2),
+            rope("linear", factor=2.0),
         )
     ],
     "zamba": [

@@ -28,6 +28,8 @@ from hybridlm.config import (
     HeadDecay,
     HeadNorm,
     InnerNorm,
+    KimiDelta,
+    LatentAttention,
     LinearAttention,
     Llama3,
     Mamba1,
@@ -117,6 +119,14 @@ VARIANTS = {
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
     "delta": GatedDeltaNet(n_heads=4, n_key_heads=2, d_key=6, d_head=5, chunk=8),
     "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, neg_eigval=True),
+    "kimi": KimiDelta(n_heads=2, d_key=6, d_head=4, decay_rank=5, gate_rank=3, chunk=8),
+    "kimi_bounded": KimiDelta(
+        n_heads=4, d_key=4, d_head=6, decay_rank=None, gate_rank=None, lower_bound=-5.0, d_conv=3, neg_eigval=True
+    ),
+    "latent": LatentAttention(n_heads=4, d_nope=6, d_rope=4, d_value=5, kv_rank=8, head_gate=True),
+    "latent_queries": LatentAttention(
+        n_heads=2, d_nope=4, d_rope=2, d_value=7, kv_rank=6, q_rank=4, rope=None, scale=0.7, bias=True
+    ),
     "norm_of_all": Attention(
         n_heads=4,
         n_kv_heads=2,

@@ -12,6 +12,8 @@ from hybridlm.config import (
     ConvolvedAttention,
     DepthMoE,
     GatedDeltaNet,
+    KimiDelta,
+    LatentAttention,
     LinearAttention,
     Mamba1,
     Mamba2,
@@ -34,7 +36,7 @@ from tests.model.model_support import HYBRID as HYBRID_BLOCKS
 from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
-BY_FAMILY = ("gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe")
+BY_FAMILY = ("gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe", "kimi", "latent")
 """What golden checkpoints hold, by default, to documents in rows, pieces and devices: those tests of them are slow."""
 FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "recurrences", "shared", "delta", "slstm", *BY_FAMILY)
 """One example of each class, of some side by side: what is compiled by the minute runs for these alone, for the others
@@ -53,7 +55,8 @@ REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
 ALIKE = (
     "simple_gla", "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "minlstm", "hgrn",
-    "hgrn_no_bound", "recurrences", "convolved_window",
+    "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting", "kimi_bounded", "latent_queries",
+    "norm_of_all",
 )  # fmt: skip
 """Examples that differ from others in a line, or are made of others."""
 EVERY = some([name for name in VARIANTS if name not in ALIKE])
@@ -157,7 +160,9 @@ def of_ops(block, seq_len: int) -> float:
         return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
     if isinstance(block, Mamba2):
         return ssd_flops(block.heads(properties.D), block.d_head, block.n_groups, block.d_state, seq_len)
-    if isinstance(block, GatedDeltaNet):
+    if isinstance(block, LatentAttention):
+        return 2.0 * block.n_heads * (block.d_nope + block.d_rope + block.d_value) * mean_visible(seq_len, None)
+    if isinstance(block, GatedDeltaNet | KimiDelta):
         return delta_flops(block.n_heads, block.d_head, block.d_key, seq_len)
     if isinstance(block, MLSTM):
         return ssd_flops(block.n_heads, block.d_head, block.n_heads, block.d_key, seq_len)

@@ -13,13 +13,16 @@ from hybridlm.model.config import ModelConfig
 ONLY = {
     "no_kda_lora": True, "gated_attention_proj_granularity_type": "head_wise", "rope_interleave": True,
     "score_function": "sigmoid", "use_qkv_bias": False, "use_bias": False, "moe_router_enable_expert_bias": True,
+    "linear_attention": "kda", "group_norm_size": 1, "use_rmsnorm": True, "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
 }  # fmt: skip
 """Keys that files have and the config class has not -> the value that it stands for."""
 
 
 def read(keys: Keys) -> ModelConfig:
     kimi_linear.rename(keys)
-    keys.carry("mtp_loss_scaling_factor", "use_qk_norm")
+    keys.carry("mtp_loss_scaling_factor", "use_qk_norm", "router_dtype", "max_window_layers")
+    keys.only("rotary_dim", keys("qk_rope_head_dim", 64), None)
     keys.derived("num_nextn_predict_layers", "num_mtp_layers")  # prediction of several tokens is left out
     for name, value in ONLY.items():
         keys.only(name, value, None)

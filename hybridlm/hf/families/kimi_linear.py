@@ -66,7 +66,7 @@ def read_types(keys: Keys, linear: Keys, n_layers: int) -> list[str]:
 def read_latent(keys: Keys) -> LatentAttention:
     """Latent attention, without positions and gate. Its norms have an epsilon of their own."""
     H = keys("num_attention_heads", 32)
-    keys.only("num_key_value_heads", H, None)
+    keys.carry("num_key_value_heads")  # each head makes its own keys and values of the latent
     keys.only("attention_dropout", 0.0, 0, None)
     keys.derived("qk_head_dim", "head_dim")
     return LatentAttention(
