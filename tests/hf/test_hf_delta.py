@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 import hybridlm
 from hybridlm.errors import ConfigError
-from hybridlm.hf.config_json import read_values
+from hybridlm.hf.config_json import find_family, read_values
 from hybridlm.hf.families import family_of
 from hybridlm.layers import Attention, GatedDeltaNet, KimiDelta, LatentAttention
 from tests.hf.hf_support import FOLDER, golden
-from tests.model.model_support import named
+from tests.model.model_support import VARIANTS, named, small
 
 
 def same_model(folder, name) -> None:
@@ -151,6 +151,15 @@ def test_what_config_json_says_in_other_words():
     latent = next(b for b in blocks("bailing_hybrid", max_position_embeddings=99) if isinstance(b, LatentAttention))
     assert latent.rope.interleaved
     assert latent.rope.theta == 6e6
+
+
+@pytest.mark.parametrize("pattern", ["D", "*D", "-", "K", "L", "D-*", "KEL", "E*D-L-"])
+def test_what_no_family_has(pattern):
+    """Every family is asked, and says no."""
+    blocks = {"D": VARIANTS["delta"], "K": VARIANTS["kimi"], "L": VARIANTS["latent"], "*": VARIANTS["norm_of_all"]}
+    blocks |= {"-": VARIANTS["mlp"], "E": VARIANTS["moe"]}
+    with pytest.raises(ConfigError, match="no published family can express this model"):
+        find_family(small(pattern, blocks))
 
 
 @pytest.mark.parametrize(

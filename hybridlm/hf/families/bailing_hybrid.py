@@ -69,7 +69,7 @@ def write_rope(latent: LatentAttention) -> dict:
     """rope_parameters; of scores that are scaled, with the mscale_all_dim that this follows from."""
     rotary, plain = latent.rope or Rope(), (latent.d_nope + latent.d_rope) ** -0.5
     values, scale = rope.write(rotary), latent.scale or plain
-    if isinstance(rotary.scaling, YaRN) and scale != plain:
+    if isinstance(rotary.scaling, YaRN) and scale != plain and rotary.scaling.factor > 1:
         values["mscale_all_dim"] = (math.sqrt(scale / plain) - 1) / (rotary.scaling.scale_times(1.0) - 1)
     return values
 

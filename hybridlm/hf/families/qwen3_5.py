@@ -41,17 +41,18 @@ def read_layers(keys: Keys, symbol: str, mlp, *, n_layers: int, n_kv_heads: int,
 
 
 def write(config: ModelConfig) -> dict:
-    return {**write_layers(config), "intermediate_size": common.block(config, MLP).d_ff}
+    mlp = common.block(config, MLP)
+    return {**write_layers(config, mlp.activation), "intermediate_size": mlp.d_ff}
 
 
-def write_layers(config: ModelConfig) -> dict:
-    """The inverse of `read_layers`, but for the second sublayers' sizes."""
-    types, second = common.kinds(config), config.blocks[config.pattern[1]]
+def write_layers(config: ModelConfig, activation: str) -> dict:
+    """The inverse of `read_layers`, but for the second sublayers' sizes. activation: theirs."""
+    types = common.kinds(config)
     return {
         **common.write_widths(config, "rms_norm_eps"),
         **qwen3_next.write_attention(common.block(config, Attention, Attention(gate="elementwise"))),
         **qwen3_next.write_delta(common.block(config, GatedDeltaNet, GatedDeltaNet())),
-        "hidden_act": common.name_of(common.GATED, getattr(second, "activation", "")),
+        "hidden_act": common.name_of(common.GATED, activation),
         "num_hidden_layers": len(types) // 2,
         "layer_types": types[::2],
     }

@@ -19,7 +19,8 @@ def read(keys: Keys) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict:
-    return {**qwen3_5.write_layers(config), **qwen3_next.write_experts(common.block(config, MoE))}
+    moe = common.block(config, MoE)
+    return {**qwen3_5.write_layers(config, moe.activation), **qwen3_next.write_experts(moe)}
 
 
 FAMILY = replace(

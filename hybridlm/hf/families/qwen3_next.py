@@ -100,7 +100,7 @@ def write_experts(moe: MoE) -> dict:
 
 def write(config: ModelConfig) -> dict:
     moe, types = common.block(config, MoE, False), common.kinds(config)
-    mlp = common.block(config, MLP, moe and common.expect(moe.shared, MLP))
+    mlp = common.block(config, MLP, common.expect(moe.shared, MLP) if moe else None)
     return {
         **common.write_widths(config, "rms_norm_eps"),
         **write_attention(common.block(config, Attention)),
