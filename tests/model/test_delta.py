@@ -5,17 +5,19 @@ test_mixers.py."""
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from hybridlm import sharding
 from hybridlm.config import ConfigError, GatedDeltaNet, KimiDelta, LatentAttention, MeshConfig, Rope
-from hybridlm.layers.block import Make
+from hybridlm.layers.block import Make, Tokens
 from hybridlm.layers.rope import rotate
 from hybridlm.model import init
+from hybridlm.model.pattern import places
 from tests.model import properties
-from tests.model.model_support import QUICK, VARIANTS, named, small
+from tests.model.model_support import QUICK, VARIANTS, build, named, small
 from tests.tolerances import check_close
 
 D, T = properties.D, 9
@@ -182,3 +184,25 @@ def test_interleaved_pairs_are_the_others_in_another_order():
     apart = rotate(x_BTHP, positions_BT, rope)
     beside = rotate(x_BTHP[..., order], positions_BT, replace(rope, interleaved=True))
     np.testing.assert_array_equal(beside, apart[..., order])
+
+
+def test_where_norms_of_sublayers_stand():
+    """By symbol before, behind, both or none; a norm behind a mixer takes what is added to the length that it says."""
+    blocks = {symbol: VARIANTS["mlp"] for symbol in "abcd"}
+    config = small("abcd", blocks, norm_before="ac", norm_after="bc")
+    model, x_BTD = build(config), np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
+    at = dict(zip("abcd", places("abcd"), strict=True))
+    sublayers = {symbol: model.groups[place.group][place.position] for symbol, place in at.items()}
+    norms = {"a": ("norm",), "b": ("after_norm",), "c": ("norm", "after_norm"), "d": ()}
+    for symbol, names in norms.items():
+        graphdef, state = nnx.split(sublayers[symbol])
+        assert {path for path in named(state) if "norm" in path} == {f"{name}.weight" for name in names}
+        sublayer = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
+        u = normed(x_BTD, sublayer.norm.weight[...], 1e-5) if "norm" in names else x_BTD
+        y = np.asarray(sublayer.mixer(jnp.asarray(u)))
+        y = normed(y, sublayer.after_norm.weight[...], 1e-5) if "after_norm" in names else y
+        check_close(sublayer(jnp.asarray(x_BTD), Tokens()).y_BTD, x_BTD + y, dtype="float32", what=symbol)
+    with pytest.raises(
+        ConfigError, match=r"^model.norm_after has the symbol 'x', which is no key of model.blocks \(a\)$"
+    ):
+        small("a", blocks, norm_after="x")
