@@ -10,9 +10,12 @@ from hybridlm.model.config import ModelConfig
 RUNTIME = (
     "chunkwise_kernel", "sequence_kernel", "step_kernel", "mode", "chunk_size", "return_last_states",
     "autocast_kernel_dtype", "inference_state_dtype", "max_inference_chunksize", "norm_reduction_force_float32",
-    "add_out_norm",
+    "add_out_norm", "add_embedding_dropout", "add_forward_backend_padding", "add_post_blocks_norm", "cell_norm_eps",
+    "force_bos_token_insert", "forward_backend_name", "head_dim", "igate_bias_init_range", "logits_soft_cap",
+    "lm_head_weight_tying", "mlstm_round_up_to_multiple_of", "norm_type",
 )  # fmt: skip
-"""How the published implementation runs; the last norm is there whatever add_out_norm says."""
+"""How the published implementation runs, and what it does not look at: the last norm is there whatever add_out_norm
+says."""
 
 
 def read(keys: Keys) -> ModelConfig:
