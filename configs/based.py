@@ -4,14 +4,15 @@ to a small window, gated convolutions of three tokens between them, an MLP behin
 
 Command: python train.py --config based:tiny
 Hardware: tiny, two CPU cores; 16 bytes a parameter for the other, over all devices, before activations.
-Expected: 96,576 parameters.
+Expected: 398,342,144 parameters.
 """
 
-from hybridlm.config import MLP, Attention, Config, LinearAttention, ModelConfig
+from hybridlm.config import MLP, Attention, Config, GatedConv, LinearAttention, ModelConfig
 from hybridlm.config.composed import TINY, composed
 
 SIZES = {
-    "tiny": dict(d=64, pattern="L-w-", heads=4, d_key=4, ff=128, window=16, **TINY),
+    "tiny": dict(d=64, pattern="c-L-w-", heads=4, d_key=4, ff=128, window=16, **TINY),
+    "360m": dict(d=1024, pattern="c-L-w-c-c-" * 5 + "c-c-", heads=16, ff=2048),
 }
 
 
@@ -20,7 +21,10 @@ def model(*, d: int, pattern: str, heads: int, ff: int, d_key: int = 16, window:
     linear = LinearAttention(
         heads, d_key, d // heads, decay=None, feature_map="taylor", normalizer=True, norm=None, gate=None
     )
-    blocks = {"L": linear, "w": Attention(n_heads=heads, d_head=d // heads, window=window), "-": MLP(ff)}
+    blocks = {
+        "c": GatedConv(d_conv=3, d_inner=2 * d, bias=True), "L": linear,
+        "w": Attention(n_heads=heads, d_head=d // heads, window=window), "-": MLP(ff),
+    }  # fmt: skip
     return ModelConfig(**widths, pattern=pattern, blocks=blocks)
 
 

@@ -121,8 +121,10 @@ class Block(Protocol):
     """A frozen dataclass: what a mixer is. Its sizes are checked when it is made, its fit to a model by `check`.
 
     A block that hands something from each of its depths to the next, past the sublayers between them, has
-    `passes(d_model)`: the width R of it. Its mixer takes every token by itself, and has `pass_on(x_BTD, passed_BTR,
-    tokens)`, which gives (Output, passed_BTR): zeros come to the first depth, and `mix` is that of a first depth.
+    `passes(d_model)`: the width R of it, 0 for nothing. Its mixer has `pass_on(x_BTD, passed_BTR, tokens)`, which gives
+    (Output, passed_BTR): zeros come to the first depth, and `mix` is that of a first depth. Where it does not take
+    every token by itself, it has `extend_on(x_BTD, passed_BTR, cache, length_B, real_BT, layer, *, gaps)`, too, which
+    gives (y_BTD, passed_BTR, the new cache).
 
     A block that holds others has `parts()`, which gives them by their dotted field names. One whose depths share
     weights has `build_shared(d_model, make)`, the module that they share, and `build_link(d_model, make)`, a `Link` of

@@ -39,10 +39,15 @@ def extend_run(
     mixer, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
 ) -> tuple[jax.Array, dict]:
     """Outputs of the next T tokens and the cache after them, by `_run` alone; see `block.Mixer`."""
+    tokens = tokens_behind(x_BTD, length_B, real_BT, gaps)
+    y_BTD, new = mixer._run(x_BTD, tokens, caches.read_all(cache, layer))
+    return y_BTD, caches.write_all(cache, layer, new)
+
+
+def tokens_behind(x_BTD: jax.Array, length_B, real_BT, gaps: bool) -> Tokens:
+    """What is known of tokens that stand behind length_B others of their row's one document."""
     ids, index_BT = None, jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
     if real_BT is not None:
         ids = real_BT.astype(jnp.int32)
         index_BT = jnp.cumsum(ids, axis=1) - ids
-    tokens = Tokens(ids, length_B[:, None] + index_BT, gaps=gaps)
-    y_BTD, new = mixer._run(x_BTD, tokens, caches.read_all(cache, layer))
-    return y_BTD, caches.write_all(cache, layer, new)
+    return Tokens(ids, length_B[:, None] + index_BT, gaps=gaps)

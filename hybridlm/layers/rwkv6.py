@@ -40,7 +40,9 @@ class Rwkv6:
     """Tokens a chunk of the op; None: as it chooses."""
 
     FREE = frozenset({"chunk"})
-    KEPT: ClassVar[dict[str, Kept]] = {name: what for name, what in Rwkv7.KEPT.items() if name != "rwkv_rate"}
+    KEPT: ClassVar[dict[str, Kept]] = {
+        name: what for name, what in Rwkv7.KEPT.items() if name not in ("rwkv_rate", "rwkv_share")
+    }
     STATISTICS: ClassVar = {}
     MIXES_TOKENS = True
 

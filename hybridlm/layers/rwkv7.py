@@ -6,7 +6,7 @@ Axis letters: B batch, T tokens, D model, H heads, N width of a head's keys and 
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params, recurrent, token_shift
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.norm import head_layer_norm
 
 LARGEST_RATE = math.exp(-0.5)
@@ -36,6 +37,11 @@ class Rwkv7:
     """Rank of the in-context learning rate a; None: as decay_rank."""
     gate_rank: int | None = None
     """Rank of the output gate; None: 5 sqrt(d_model), rounded to 32."""
+    values: Literal["own", "first", "mixed"] = "own"
+    """What the state is written with: own, nothing else; first, the same, and they are handed on to later depths;
+    mixed, own ones mixed with those of the first, by shares that depend on the data (the value residual)."""
+    value_rank: int | None = None
+    """Rank of these shares; None: 1.7 sqrt(d_model), rounded to 32."""
     norm_eps: float = 64e-5
     """Added to the variance in the layer norm of each head's output."""
     chunk: int | None = None
@@ -47,6 +53,7 @@ class Rwkv7:
             f"rwkv_{name}": Kept(f"RWKV: {what}", kernels=True)
             for name, what in {
                 "r": "receptances", "k": "keys", "v": "values", "decay": "what the decay is made of",
+                "share": "what the share of first values is made of",
                 "rate": "what the learning rate is made of", "gate": "output gate, RWKV-6 before its silu",
                 "read": "what is read from the state",
             }.items()
@@ -57,7 +64,7 @@ class Rwkv7:
     MIXES_TOKENS = True
 
     def __post_init__(self):
-        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "chunk"):
+        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "value_rank", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")
 
@@ -68,7 +75,7 @@ class Rwkv7:
 
     def ranks(self, d_model: int) -> dict[str, int]:
         """The low ranks for a model width, by field."""
-        default = {"decay_rank": 2.5, "rate_rank": 2.5, "gate_rank": 5.0}
+        default = {"decay_rank": 2.5, "rate_rank": 2.5, "gate_rank": 5.0, "value_rank": 1.7}
         rounded = lambda factor: max(32, round(factor * d_model**0.5 / 32) * 32)
         return {name: getattr(self, name) or rounded(factor) for name, factor in default.items()}
 
@@ -86,12 +93,19 @@ class Rwkv7:
 
     def flops(self, d_model: int, seq_len: int) -> float:
         """Projections and scan."""
-        projections = 4 * d_model**2 + 2 * d_model * sum(self.ranks(d_model).values())
+        ranks = self.ranks(d_model)
+        ranks["value_rank"] *= self.values == "mixed"
+        projections = 4 * d_model**2 + 2 * d_model * sum(ranks.values())
         return 2.0 * projections + scan_flops(self.heads(d_model), self.d_head, seq_len)
 
+    def passes(self, d_model: int) -> int:
+        """Width of the first values; 0 without a value residual."""
+        return 0 if self.values == "own" else d_model
+
     def resolved(self, d_model: int) -> "Rwkv7":
-        """With the ranks."""
-        return replace(self, **self.ranks(d_model))
+        """With the ranks; value_rank is 1 where it is not used."""
+        ranks = self.ranks(d_model)
+        return replace(self, **ranks | ({} if self.values == "mixed" else {"value_rank": 1}))
 
 
 SCAN_CHUNK = 128
@@ -141,6 +155,8 @@ class Rwkv7Mixer(nnx.Module):
         self.decay_down, self.decay_up = pair(ranks["decay_rank"])
         self.rate_down, self.rate_up = pair(ranks["rate_rank"])
         self.gate_down, self.gate_up = pair(ranks["gate_rank"])
+        mixed = config.values == "mixed"
+        self.value_down, self.value_up = pair(ranks["value_rank"]) if mixed else (None, None)
         line, zigzag = np.linspace(-0.5, 0.5, D), np.tile(np.linspace(-1, 1, N), H)
         zigzag *= np.abs(zigzag)
 
@@ -151,6 +167,8 @@ class Rwkv7Mixer(nnx.Module):
         self.decay_bias = params.make(params.by_layer(layer, decay), heads, "recurrence")
         rate = (-0.19 + 0.3 * zigzag + 0.4 * line).reshape(H, N)
         self.rate_bias = params.make(jnp.asarray(rate), heads, "recurrence")
+        share = jnp.asarray((0.73 - 0.4 * line).reshape(H, N)) if mixed else None
+        self.value_bias = params.make(share, heads, "recurrence") if mixed else None
         self.k_k = params.make(jnp.asarray((0.71 - 0.1 * line).reshape(H, N)), heads, "recurrence")
         self.k_a = params.make(jnp.full((H, N), 1.02), heads, "recurrence")
         self.r_k = params.make(jnp.full((H, N), -0.04), heads, "recurrence")
@@ -165,12 +183,32 @@ class Rwkv7Mixer(nnx.Module):
         window = token_shift.init_window(batch, self.d_model, self.dtype)
         return {"state": jnp.zeros(state, jnp.float32), "shift": window}
 
+    def pass_on(self, x_BTD: jax.Array, passed_BTD: jax.Array, tokens: Tokens) -> tuple[Output, jax.Array]:
+        """`mix`, with the values of the first depth, and those for the next."""
+        y_BTD, passed_BTD, _ = self._through(x_BTD, passed_BTD, tokens, None)
+        return Output(y_BTD), passed_BTD
+
+    def extend_on(
+        self, x_BTD: jax.Array, passed_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *,
+        gaps: bool = True,
+    ) -> tuple[jax.Array, jax.Array, dict]:  # fmt: skip
+        """`extend`, with the values of the first depth, and those for the next."""
+        tokens = recurrent.tokens_behind(x_BTD, length_B, real_BT, gaps)
+        y_BTD, passed_BTD, new = self._through(x_BTD, passed_BTD, tokens, caches.read_all(cache, layer))
+        return y_BTD, passed_BTD, caches.write_all(cache, layer, new)
+
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
-        """The tokens from the cache `old` (None: from nothing, and no new one is made)."""
+        """The tokens from the cache `old` (None: from nothing, and no new one is made), as of a first depth."""
+        y_BTD, _, new = self._through(x_BTD, jnp.zeros(x_BTD.shape, jnp.float32), tokens, old)
+        return y_BTD, new
+
+    def _through(self, x_BTD, passed_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, jax.Array, dict]:
+        """(output, the first depth's values, the new cache)."""
         before = old or {}
         with jax.named_scope("shift"):
             pair_BTcD, window = token_shift.with_previous(x_BTD.astype(self.dtype), tokens, before.get("shift"))
-        r, k, v, raw_decay, raw_rate, gate = self._project(pair_BTcD)
+        r, k, v, raw_decay, raw_rate, gate, *share = self._project(pair_BTcD)
+        v, passed_BTD = self._values(v, share, passed_BTD)
         with jax.named_scope("select"):
             weigh = lambda param: params.use(param, jnp.float32)[None, None]
             g = -LARGEST_RATE * jax.nn.sigmoid(raw_decay.astype(jnp.float32) + weigh(self.decay_bias))
@@ -185,26 +223,40 @@ class Rwkv7Mixer(nnx.Module):
                 chunk=self.config.chunk,
             )  # fmt: skip
             y = checkpoint_name(y, "rwkv_read")
-        return self._output(y, r, k, v, gate), {} if old is None else {"state": state, "shift": window}
+        return self._output(y, r, k, v, gate), passed_BTD, {} if old is None else {"state": state, "shift": window}
+
+    def _values(self, v_BTHN, share: list, passed_BTD) -> tuple[jax.Array, jax.Array]:
+        """What the state is written with, and what is handed on. share: what the first values' share is made of."""
+        if self.config.values == "first":
+            return v_BTHN, sharding.constrain(v_BTHN.reshape(passed_BTD.shape).astype(jnp.float32), *sharding.STREAM)
+        if self.config.values == "own":
+            return v_BTHN, passed_BTD
+        first_BTHN = sharding.constrain(passed_BTD.reshape(v_BTHN.shape), "batch", "tokens", "heads", None)
+        share_BTHN = jax.nn.sigmoid(share[0].astype(jnp.float32) + params.use(self.value_bias, jnp.float32)[None, None])
+        v = v_BTHN.astype(jnp.float32)
+        return (v + (first_BTHN - v) * share_BTHN).astype(v_BTHN.dtype), passed_BTD
 
     @jax.named_scope("project")
     def _project(self, pair_BTcD) -> list[jax.Array]:
-        """Receptances, keys and values, what decay and learning rate are made of, and the gate, all [B, T, H, N]."""
+        """Receptances, keys and values, what decay and learning rate are made of, the gate, and what the share of first
+        values is made of, where there is one; all [B, T, H, N]."""
 
         def products(pair, shares, w_r, w_k, w_v, *low):
             r, w, k, v, a, g = (token_shift.mixed(pair, share) for share in shares)
-            decay_down, decay_up, rate_down, rate_up, gate_down, gate_up = low
+            decay_down, decay_up, rate_down, rate_up, gate_down, gate_up, *of_values = low
             times = lambda x, weight: jnp.tensordot(x, weight, 1)
             return [
                 times(r, w_r), times(k, w_k), times(v, w_v), times(jnp.tanh(times(w, decay_down)), decay_up),
                 times(times(a, rate_down), rate_up), times(jax.nn.sigmoid(times(g, gate_down)), gate_up),
+                *([times(times(v, of_values[0]), of_values[1])] if of_values else []),
             ]  # fmt: skip
 
         weights = [self.shares, self.w_r, self.w_k, self.w_v, self.decay_down, self.decay_up]
         weights += [self.rate_down, self.rate_up, self.gate_down, self.gate_up]
+        weights += [] if self.value_down is None else [self.value_down, self.value_up]
+        names = ("r", "k", "v", "decay", "rate", "gate", "share")[: 6 if self.value_down is None else 7]
         heads = ("batch", "tokens", "heads", None)
-        found = params.enter(products, pair_BTcD, weights, [heads] * 6, x_axes=token_shift.PAIR)
-        names = ("r", "k", "v", "decay", "rate", "gate")
+        found = params.enter(products, pair_BTcD, weights, [heads] * len(names), x_axes=token_shift.PAIR)
         return [checkpoint_name(a, f"rwkv_{name}") for name, a in zip(names, found, strict=True)]
 
     def _output(self, y_BTHN, r_BTHN, k_BTHN, v_BTHN, gate_BTHN) -> jax.Array:

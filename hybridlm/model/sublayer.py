@@ -99,6 +99,10 @@ class Sublayer(nnx.Module):
     def extend(self, x, cache: Any, length_B, real_BT, layer, tokens: Tokens) -> tuple[Any, Any]:
         """The next T tokens from the cache, and the cache after them. x: as in a call."""
         if isinstance(x, tuple):
+            if self.passes and hasattr(self.mixer, "extend_on"):
+                u_BTD, at = self._normed(x[0]), (cache, length_B, real_BT, layer)
+                y_BTD, passed_BTR, cache = self.mixer.extend_on(u_BTD, x[1], *at, gaps=tokens.gaps)
+                return (self._add(x[0], u_BTD, y_BTD), passed_BTR), cache
             if self.passes:  # every token by itself: there is nothing in the cache
                 ids = None if real_BT is None else real_BT.astype(jnp.int32)
                 return self(x, Tokens(ids, gaps=tokens.gaps)).y_BTD, cache

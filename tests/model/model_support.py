@@ -111,6 +111,8 @@ VARIANTS = {
     ),
     "rwkv6": Rwkv6(d_head=8, mix_rank=3, decay_rank=4, chunk=8),
     "rwkv7": Rwkv7(d_head=4, decay_rank=3, rate_rank=4, gate_rank=5, chunk=8),
+    "rwkv7_first": Rwkv7(d_head=8, decay_rank=3, rate_rank=4, gate_rank=5, values="first", chunk=8),
+    "rwkv7_mixed": Rwkv7(d_head=8, decay_rank=3, rate_rank=4, gate_rank=5, values="mixed", value_rank=3, chunk=8),
     "mingru": GatedScan(d_conv=3),
     "minlstm": GatedScan("minlstm", expand=1.5, positive=False),
     "hgrn": GatedScan("hgrn"),

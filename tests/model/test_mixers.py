@@ -54,9 +54,9 @@ SIMPLE = [name for name in FIRST if name not in ("parallel", "recurrences", "sha
 REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
 ALIKE = (
-    "simple_gla", "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "minlstm", "hgrn",
-    "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting", "kimi_bounded", "latent_queries",
-    "norm_of_all",
+    "simple_gla", "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first",
+    "rwkv7_mixed", "minlstm", "hgrn", "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting",
+    "kimi_bounded", "latent_queries", "norm_of_all",
 )  # fmt: skip
 """Examples that differ from others in a line, or are made of others."""
 EVERY = some([name for name in VARIANTS if name not in ALIKE])

@@ -8,7 +8,8 @@ from flax import nnx
 
 from hybridlm.config import ChannelMix, ConfigError, Rwkv7
 from hybridlm.layers.block import Make, Tokens
-from tests.model.model_support import QUICK, VARIANTS, named
+from tests.model import properties
+from tests.model.model_support import QUICK, VARIANTS, named, small
 from tests.model.properties import D, mixer_of
 from tests.tolerances import check_close
 
@@ -33,11 +34,13 @@ def group_norm(y, p, eps=64e-5):
     return y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * p["norm_weight"] + p["norm_bias"]
 
 
-def rwkv7(p, x):
-    """RWKV_Tmix_x070.forward, its first layer."""
+def rwkv7(p, x, v_first=None):
+    """RWKV_Tmix_x070.forward; v_first: of a later layer."""
     xx = before(x) - x
     xr, xw, xk, xv, xa, xg = (x + xx * share for share in p["shares"])
     r, k, v = times(xr, p["w_r"]), times(xk, p["w_k"]), times(xv, p["w_v"])
+    if v_first is not None:
+        v = v + (v_first - v) * sigmoid(p["value_bias"] + times(xv @ p["value_down"], p["value_up"]))
     w = p["decay_bias"] + times(np.tanh(xw @ p["decay_down"]), p["decay_up"])
     w = -np.log1p(np.exp(-w)) - 0.5
     a = sigmoid(p["rate_bias"] + times(xa @ p["rate_down"], p["rate_up"]))
@@ -89,6 +92,30 @@ def test_the_published_equations(published):
     check_close(run(state, x_TD[None])[0], published(p, x_TD.astype(np.float64)), dtype="float32", what="output")
 
 
+def test_values_of_the_first_layer():
+    """A later layer mixes them with its own; the first hands on what it writes, later ones what came to them."""
+    x_TD, passed_TD = np.random.default_rng(3).normal(size=(2, T, D)).astype(np.float32)
+    x_1TD, passed_1TD = x_TD[None], passed_TD[None]
+
+    def run(state, graphdef):
+        out, handed_on = nnx.merge(graphdef, state).pass_on(x_1TD, passed_1TD, Tokens())
+        return out.y_BTD[0], handed_on[0]
+
+    for name in ("rwkv7_first", "rwkv7_mixed"):
+        graphdef, state = mixer_of(VARIANTS[name])
+        y_TD, handed_on = jax.jit(lambda state, g=graphdef: run(state, g), compiler_options=QUICK)(state)
+        p, x = {name: value.astype(np.float64) for name, value in named(state).items()}, x_TD.astype(np.float64)
+        v_first = passed_TD.reshape(T, *p["k_k"].shape) if name == "rwkv7_mixed" else None
+        check_close(y_TD, rwkv7(p, x, v_first), dtype="float32", what="output")
+        own = times(x + (before(x) - x) * p["shares"][3], p["w_v"]).reshape(T, D)
+        check_close(handed_on, passed_TD if name == "rwkv7_mixed" else own, dtype="float32", what="handed on")
+
+
+def test_values_of_the_first_layer_in_a_model():
+    """From the cache, in pieces and with padding, as in one call."""
+    properties.check_cache(small("FRR", {"F": VARIANTS["rwkv7_first"], "R": VARIANTS["rwkv7_mixed"]}))
+
+
 def first(block, layer, d_model=D):
     build = lambda: nnx.state(block.build(d_model, Make(nnx.Rngs(0), layer=layer)))
     return named(jax.jit(build, compiler_options=QUICK)())
@@ -115,10 +142,11 @@ def test_rwkv7_starts_as_published():
 
 
 def test_ranks_follow_from_the_width():
-    """Those that the published code suggests, at the widths of the published sizes."""
-    for d_model, low, gate in ((768, 64, 128), (1024, 64, 160), (2048, 128, 224), (2560, 128, 256)):
-        found = Rwkv7().resolved(d_model)
-        assert (found.decay_rank, found.rate_rank, found.gate_rank) == (low, low, gate), d_model
+    """As the published training code suggests them; those of released models are set."""
+    for d_model, *ranks in ((768, 64, 128, 32), (1024, 64, 160, 64), (2048, 128, 224, 64), (2560, 128, 256, 96)):
+        found = Rwkv7(values="mixed").resolved(d_model)
+        assert [found.decay_rank, found.gate_rank, found.value_rank] == ranks, d_model
+        assert found.rate_rank == found.decay_rank
         assert Rwkv7(decay_rank=8).resolved(d_model).decay_rank == 8
 
 

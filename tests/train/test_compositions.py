@@ -48,7 +48,29 @@ def hgrn2(d: int, layers: int, ff: int) -> int:
     return rows(32_000, d, tied=False) + layers * (2 * d + 3 * d * ff + 4 * d * d + d) + layers * d
 
 
+def rwkv7(d: int, layers: int, low: int, gate: int, value: int) -> int:
+    """BlinkDL/RWKV-LM's RWKV_Tmix_x070 and RWKV_CMix_x070, layer norms with biases, one more behind the embedding."""
+    pair = lambda rank: 2 * d * rank
+    time = 4 * d * d + 6 * d + 2 * (pair(low) + d) + pair(gate) + 3 * d + 2 * d
+    channel = d + 2 * d * 4 * d
+    first = -(pair(value) + d)
+    return 2 * 65_536 * d + 4 * d + layers * (4 * d + time + pair(value) + d + channel) + first
+
+
+def rwkv6(d: int, layers: int) -> int:
+    """BlinkDL/RWKV-LM's RWKV_Tmix_x060 and RWKV_CMix_x060, layer norms likewise."""
+    time = 5 * d * d + 6 * d + 2 * 5 * 32 * d + d + 2 * 64 * d + d + 2 * d
+    channel = 2 * d + 2 * d * 7 * d // 2 + d * d
+    return 2 * 65_536 * d + 4 * d + layers * (4 * d + time + channel)
+
+
 PUBLISHED = {
+    "rwkv6:1.6b": rwkv6(2048, 24),
+    "rwkv6:3b": rwkv6(2560, 32),
+    "rwkv7:0.1b": rwkv7(768, 12, 64, 128, 32),
+    "rwkv7:0.4b": rwkv7(1024, 24, 64, 128, 32),
+    "rwkv7:1.5b": rwkv7(2048, 24, 96, 256, 64),
+    "rwkv7:2.9b": rwkv7(2560, 32, 96, 320, 64),
     "samba:421m": samba(1536, 12, 4096),
     "samba:1.3b": samba(2304, 18, 6144),
     "retnet:1.3b": retnet(2048, 24, 2816),
@@ -58,6 +80,7 @@ PUBLISHED = {
 }
 """Parameters of the published implementation at its configuration, by the shapes of its modules."""
 OURS = {
+    "based:360m": 398_342_144,
     "mamba3:1.5b": 1_494_723_584,
     "mamba3:mimo-1.5b": 1_494_723_584,
     "mamba3_hybrid:1.5b": 1_457_251_840,
@@ -68,19 +91,9 @@ paper."""
 FREQUENCIES = 3.1
 """Nats a byte of the embedded corpus that their frequencies leave, 3.15, and a little less."""
 TINY = (
-    "based",
-    "gla",
-    "griffin",
-    "hgrn2",
-    "mamba3",
-    "mamba3_hybrid",
-    "mingru",
-    "retnet",
-    "rwkv6",
-    "rwkv7",
-    "samba",
-    "xlstm_7_1",
-)
+    "based", "gated_deltanet_3_1", "gla", "griffin", "hgrn2", "kimi_linear_3_1", "mamba3", "mamba3_hybrid", "mingru",
+    "retnet", "rwkv6", "rwkv7", "samba", "xlstm_7_1",
+)  # fmt: skip
 EACH_TIME = ("gla", "mingru")
 COMPOSITIONS = {*PUBLISHED, *OURS, *(f"{name}:tiny" for name in TINY)}
 
