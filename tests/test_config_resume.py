@@ -74,7 +74,7 @@ def test_every_free_name_is_there():
     assert names <= {path for path, _ in walk(Config())} and set(NUMBERS) <= {path for path, _ in walk(Config())}
     free = may_change(Config())
     assert [f.name for f in dataclasses.fields(RunConfig) if not free(f"run.{f.name}")] == ["seed"]
-    assert [f.name for f in dataclasses.fields(OptimConfig) if not free(f"optim.{f.name}")] == ["rule"]
+    assert [f.name for f in dataclasses.fields(OptimConfig) if not free(f"optim.{f.name}")] == ["rule", "objective"]
 
 
 def nested(chunk: int, n_heads: int | None = None, moe: bool = False, accumulate: int = 1) -> Config:

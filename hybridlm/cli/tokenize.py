@@ -36,9 +36,9 @@ TOKENIZE = Command("tokenize", (("TEXT ... --out FOLDER", "text into tokenised s
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = make_parser(prog, "Text into tokenised shards on all cores. Started again, it goes on where it stopped.")
-    parser.add_argument("text", nargs="+", metavar="TEXT", help="files, folders, patterns: .txt, .jsonl, .parquet, ...")
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="files, folders, patterns: .txt, .jsonl, .fasta, ...")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards, new or to go on with")
-    parser.add_argument("--tokenizer", metavar="PATH", help="byte, or a tokenizer.json (byte)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="byte, dna, or a tokenizer.json (byte)")
     parser.add_argument("--bos-token", metavar="TOKEN", help="put before each document (found in the tokenizer)")
     parser.add_argument("--eos-token", metavar="TOKEN", help="put after each document (found in the tokenizer)")
     parser.add_argument(
@@ -110,6 +110,7 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 
 def _report(folder: Path, manifest: dict, args: argparse.Namespace) -> None:
+    from hybridlm.data.tokenizer import BUILT_IN
     from hybridlm.train.commands import python_command
 
     for split, about in manifest["splits"].items():
@@ -118,7 +119,7 @@ def _report(folder: Path, manifest: dict, args: argparse.Namespace) -> None:
             f"{len(about['shards'])} shards"
         )
     name = manifest["tokenizer"]["name"]
-    tokenizer = "" if name == "byte" else f" --data.tokenizer={folder}"
+    tokenizer = "" if name == "byte" else f" --data.tokenizer={name if name in BUILT_IN else folder}"
     print(f"next: {python_command()} train.py --config CONFIG --data.path={folder}{tokenizer}")
 
 

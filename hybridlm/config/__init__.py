@@ -13,7 +13,7 @@ from hybridlm.cluster import ClusterConfig
 from hybridlm.config.run import InitConfig, RunConfig
 from hybridlm.config.tree import check_choices, to_dict
 from hybridlm.data.config import DataConfig
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import ConfigError, require, within
 from hybridlm.layers import (
     MLP,
     MLSTM,
@@ -21,6 +21,7 @@ from hybridlm.layers import (
     RGLRU,
     SLSTM,
     Attention,
+    Bidirectional,
     Block,
     Branch,
     ChannelDecay,
@@ -35,6 +36,8 @@ from hybridlm.layers import (
     GatedScan,
     HeadDecay,
     HeadNorm,
+    Hyena,
+    ImplicitFilter,
     InnerNorm,
     KimiDelta,
     LatentAttention,
@@ -44,6 +47,8 @@ from hybridlm.layers import (
     Mamba1,
     Mamba2,
     Mamba3,
+    MemoryAsContext,
+    ModalFilter,
     MoE,
     Parallel,
     Proportional,
@@ -54,19 +59,21 @@ from hybridlm.layers import (
     Rwkv6,
     Rwkv7,
     Shared,
+    Titans,
     YaRN,
 )  # fmt: skip
 from hybridlm.model.config import ModelConfig
-from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Muon, OptimConfig, Wsd
+from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Masked, Muon, NextToken, OptimConfig, Wsd
 from hybridlm.sharding import MeshConfig
 
 __all__ = [
-    "AdamW", "Attention", "Block", "Branch", "ChannelDecay", "ChannelMix", "ClusterConfig", "Config", "ConfigError",
-    "Constant", "ConvolvedAttention", "Cosine", "DataConfig", "DepthMoE", "FixedDecay", "ForgetDecay", "GatedConv",
-    "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "InitConfig", "InnerNorm", "KimiDelta",
-    "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2",
-    "Mamba3", "MeshConfig", "MoE", "ModelConfig", "Muon", "NTK", "OptimConfig", "Parallel", "Proportional", "RGLRU",
-    "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Wsd", "YaRN",
+    "AdamW", "Attention", "Bidirectional", "Block", "Branch", "ChannelDecay", "ChannelMix", "ClusterConfig", "Config",
+    "ConfigError", "Constant", "ConvolvedAttention", "Cosine", "DataConfig", "DepthMoE", "FixedDecay", "ForgetDecay",
+    "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "Hyena", "ImplicitFilter",
+    "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3",
+    "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE", "ModalFilter",
+    "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "Proportional", "RGLRU", "Rope", "Router",
+    "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans", "Wsd", "YaRN",
 ]  # fmt: skip
 
 
@@ -93,6 +100,18 @@ class Config:
 
     def __post_init__(self):
         check_choices(self)
+        objective, ahead = self.optim.objective, self.model.sees_ahead
+        with within("optim.objective."):
+            objective.check(self.model.vocab_size)
+        require(
+            not ahead or objective.reads_ahead,
+            f"optim.objective ({type(objective).__name__}) asks for a token that the model sees ({ahead}): set "
+            "--optim.objective=Masked",
+        )
+        require(
+            not ahead or not self.run.sample_tokens,
+            f"run.sample_tokens ({self.run.sample_tokens}): the model cannot write text ({ahead}): set it to 0",
+        )
         require(
             self.data.batch_size % self.optim.accumulate == 0,
             f"data.batch_size ({self.data.batch_size}) not divisible by optim.accumulate ({self.optim.accumulate})",

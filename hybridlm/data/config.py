@@ -16,8 +16,8 @@ class DataConfig:
     """Text, its tokens, and the rows that they are packed into."""
 
     path: tuple[str, ...] = ()
-    """Glob patterns of text (.txt, .jsonl, .parquet), or of tokens: folders of `hybridlm tokenize`, Megatron's .bin
-    with .idx, nanoGPT's .bin; in buckets, too (s3://, gs://). Empty: the embedded corpus (Python's standard
+    """Glob patterns of text (.txt, .jsonl, .parquet, .fasta), or of tokens: folders of `hybridlm tokenize`, Megatron's
+    .bin with .idx, nanoGPT's .bin; in buckets, too (s3://, gs://). Empty: the embedded corpus (Python's standard
     library)."""
     weights: tuple[float, ...] = ()
     """Share of the rows that each pattern of path gives, in their order, as a mixture; empty: all of path is one
@@ -32,11 +32,13 @@ class DataConfig:
     text_key: str = "text"
     """Field of a .jsonl line or column of a .parquet file that holds the text."""
     tokenizer: str = "byte"
-    """byte, or the path of a tokenizer.json."""
+    """byte, dna, or the path of a tokenizer.json."""
     bos_token: str | None = None
     """Token put before each document; None: found among the tokenizer's special tokens."""
     eos_token: str | None = None
     """Token put after each document; None: found among the tokenizer's special tokens."""
+    reverse_complement: bool = False
+    """Half of the documents in training rows, drawn anew for each row of each step, are read from the other strand."""
     packing: Literal["split", "best_fit"] = "split"
     """How documents fill rows: laid end to end and cut, or whole where a row can hold them, with some padding."""
     seq_len: int = 4096
@@ -61,6 +63,10 @@ class DataConfig:
         require(
             1 <= self.prefetch <= MAX_PREFETCH,
             f"data.prefetch ({self.prefetch}) must be 1..{MAX_PREFETCH} batches: each host holds as many",
+        )
+        require(
+            not self.reverse_complement or self.tokenizer == "dna",
+            f"data.reverse_complement needs data.tokenizer=dna, not {self.tokenizer}: others have no complement",
         )
         for name, values in (("weights", self.weights), ("epochs", self.epochs)):
             require(

@@ -22,7 +22,7 @@ from hybridlm.data.identity import content_hashes, digest_of
 from hybridlm.data.shards import ShardSplit, check_shards, read_manifest
 from hybridlm.data.token_files import TokenFile, open_token_file, split_documents, write_split
 from hybridlm.data.tokenise import SPLITS, write_texts
-from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
+from hybridlm.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
 
 __all__ = ["SPLITS", "Corpus", "Part", "Split", "in_validation", "open_corpus"]
@@ -178,7 +178,7 @@ class _Opener:
         if made_with["fingerprint"] != tokenizer.fingerprint:
             raise ConfigError(
                 f"{folder} was tokenised with {made_with['name']} and data.tokenizer is {tokenizer.name}: "
-                + ("set data.tokenizer=byte" if made_with["name"] == "byte" else f"set data.tokenizer={folder}")
+                + f"set data.tokenizer={made_with['name'] if made_with['name'] in BUILT_IN else folder}"
             )
         for split in SPLITS:
             check_shards(folder, manifest, split)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hybridlm.data.documents import Documents
 from hybridlm.data.order import Order, make_order, pieces
-from hybridlm.data.packing import lay_out, mapped_from, reopen
+from hybridlm.data.packing import check_sizes, lay_out, mapped_from, reopen
 
 
 class Slot(NamedTuple):
@@ -42,24 +42,24 @@ class FitRows:
 
     def __init__(
         self, documents: Documents, seq_len: int, seed: int, cache: Path | None = None, identity: str = "",
-        order: Order | None = None,
+        order: Order | None = None, room: int = 0,
     ):  # fmt: skip
         """cache: folder of large indices. identity: that of the documents, by which such an index is found again.
-        order: the index, where it is there."""
-        if seq_len < 1:
-            raise ValueError(f"seq_len ({seq_len}) must be at least 1")
-        self.documents, self.seq_len, self.seed = documents, seq_len, seed
-        make = lambda: make_order(lambda: pieces(documents, seed, seq_len), ["fit", seq_len, seed, identity], cache)
+        order: the index, where it is there. room: cells in front of each segment."""
+        check_sizes(seq_len, room)
+        self.documents, self.seq_len, self.seed, self.room = documents, seq_len, seed, room
+        most = seq_len - room
+        make = lambda: make_order(lambda: pieces(documents, seed, most), ["fit", most, seed, identity], cache)
         self._order = order = order or make()
         self._starts = order.starts
         self.n_pairs = int(order.ends[-1]) if len(order.ends) else 0
-        counts = np.zeros(seq_len + 1, np.int64)  # by length; the order has the longest first
+        counts = np.zeros(seq_len + 1, np.int64)  # by length, room included; the order has the longest first
         counts[seq_len - np.arange(len(order.counts))] = order.counts
         self._first_of_length = counts[::-1].cumsum()[::-1] - counts
         self._plan = best_fit(counts)
 
     def __reduce__(self):
-        return reopen, (FitRows, self.documents, self.seq_len, self.seed, *mapped_from(self._order))
+        return reopen, (FitRows, self.documents, self.seq_len, self.seed, *mapped_from(self._order), self.room)
 
     def __len__(self) -> int:
         return int(self._plan.row_ends[-1]) if len(self._plan.row_ends) else 0
@@ -75,7 +75,7 @@ class FitRows:
         first = self._first_of_length[lengths] + bases + number * counts
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = self._starts[np.repeat(first, counts) + within]
-        return lay_out(self.documents.reader, starts, np.repeat(lengths, counts), self.seq_len)
+        return lay_out(self.documents.reader, starts, np.repeat(lengths, counts) - self.room, self.seq_len, self.room)
 
 
 def best_fit(counts: np.ndarray) -> Plan:

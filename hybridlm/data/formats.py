@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents out of files: the embedded corpus, text files, JSON lines and Parquet, one document at a time.
+"""Documents out of files: the embedded corpus, text files, JSON lines, Parquet and FASTA, one document at a time.
 
 A new format is a row of FORMATS and its reader.
 
@@ -7,10 +7,11 @@ A document is `(id, text)`. Its id is the file's name relative to the folder tha
 (`json/decoder.py`), followed by `:index` where a file holds many (`a.jsonl:16`). Ids and their order do not depend on
 where the folder lies, so every machine derives the same split from them.
 
-Memory: JSON lines are read line by line and Parquet row group by row group; a text file is one document and is read
-whole.
+Memory: JSON lines are read line by line, FASTA record by record and Parquet row group by row group; a text file is one
+document and is read whole.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -20,6 +21,7 @@ import importlib
 import io
 import json
 import os
+import string
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
@@ -231,24 +233,53 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
 
 def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document]:
     index = 0
-    with storage.reading(file.path) as stored, _decompressed(file.path, stored) as lines:
+    for number, raw in _lines(file.path):
+        if raw.strip():
+            text = _parse_line(raw, f"line {number} of {file.path}", text_key, first=number == 1)
+            yield Document(f"{file.name}:{index}", _encodable(text))
+            index += 1
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file and their numbers from 1 on, decompressed by what its name says."""
+    with storage.reading(path) as stored, _decompressed(path, stored) as lines:
         numbered = enumerate(lines, start=1)
         while True:
             try:
                 number, raw = next(numbered, (0, b""))
             except (EOFError, zlib.error) as error:
-                raise ConfigError(f"{file.path} is not a whole gzip file ({error})") from error
+                raise ConfigError(f"{path} is not a whole gzip file ({error})") from error
             except OSError as error:
-                if file.path.suffix.lower() != ".zst":
+                if path.suffix.lower() != ".zst":
                     raise
                 reason = str(error).splitlines()[0]
-                raise ConfigError(f"{file.path} is not a whole zstandard file ({reason})") from error
+                raise ConfigError(f"{path} is not a whole zstandard file ({reason})") from error
             if not number:
                 return
-            if raw.strip():
-                text = _parse_line(raw, f"line {number} of {file.path}", text_key, first=number == 1)
-                yield Document(f"{file.name}:{index}", _encodable(text))
-                index += 1
+            yield number, raw
+
+
+SEQUENCE = string.ascii_letters.encode() + b"*-."
+"""What a line of a FASTA record is made of: letters of bases or residues, a stop, gaps."""
+
+
+def _read_fasta(file: SourceFile, text_key: str) -> Iterator[Document]:
+    """A document a record: its sequence, lines joined, as it is written; what stands behind `>` is no part of it."""
+    index, parts = -1, []
+    for number, raw in _lines(file.path):
+        line = raw.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else raw.strip()
+        if line.startswith(b">"):
+            if index >= 0:
+                yield Document(f"{file.name}:{index}", b"".join(parts).decode("ascii"))
+            index, parts = index + 1, []
+        elif line and not line.startswith(b";"):  # a comment
+            if index < 0:
+                raise ConfigError(f"line {number} of {file.path} stands before the first record (no > line)")
+            if strange := line.translate(None, SEQUENCE):
+                raise ConfigError(f"line {number} of {file.path} holds {chr(strange[0])!a}, no letter of a sequence")
+            parts.append(line)
+    if index >= 0:
+        yield Document(f"{file.name}:{index}", b"".join(parts).decode("ascii"))
 
 
 def _decompressed(path: Path, stored: BinaryIO):
@@ -352,5 +383,6 @@ FORMATS = (
     ),
     Format((".jsonl.zst", ".json.zst", ".ndjson.zst"), ".jsonl.zst", _read_json_lines, needs=("pyarrow",)),
     Format((".parquet",), ".parquet", _read_parquet, needs=("pyarrow.parquet",)),
+    Format((".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz"), ".fa, .fasta, .fa.gz", _read_fasta),
 )
 """Every format but text, which a file of any other name is taken for."""

@@ -51,6 +51,7 @@ def make_loader(
     batch_size: int | None = None,
     seq_len: int | None = None,
     corpus: Corpus | None = None,
+    room: int = 0,
 ) -> "Loader":
     """Iterator over batches: dicts of `tokens`, `targets`, `segment_ids`, `positions`, int32 [rows read, seq_len].
 
@@ -62,6 +63,7 @@ def make_loader(
       rows: which rows of the global batch to read: a tuple (low, high) or a slice for [low, high); a list, range or
         array for rows one by one, ascending; None reads all.
       corpus: an open corpus, to save opening it again.
+      room: cells in front of each document of a row, for the prefix tokens of a model.
 
     Raises:
       ConfigError: the split holds nothing to predict.
@@ -70,7 +72,7 @@ def make_loader(
     corpus = corpus or open_corpus(config)
     batch_size, seq_len = batch_size or config.batch_size, seq_len or config.seq_len
     rows = _check_rows(rows, batch_size)
-    plan = (TrainPlan if split == "train" else ValPlan)(config, corpus, seed, batch_size, seq_len, rows)
+    plan = (TrainPlan if split == "train" else ValPlan)(config, corpus, seed, batch_size, seq_len, rows, room)
     workers = config.workers if split == "train" else 0  # a pass over validation is shorter than starting processes
     return Loader(plan, step=start_step, workers=workers, prefetch=config.prefetch)
 

@@ -2,7 +2,8 @@
 """What the batches of a split are, as Grain datasets; `hybridlm.data.loader` reads them."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hybridlm.data.fitting import FitRows
 from hybridlm.data.history import Entry, Share, from_json, going_on, in_force, skipping, what_differs
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.packing import PairRows, Rows, empty_row, permutation_keys
+from hybridlm.data.strands import either_strand
 from hybridlm.errors import ConfigError
 
 VALIDATION_SEED = 0
@@ -26,9 +28,11 @@ ROWS = {"split": PairRows, "best_fit": FitRows}
 class TrainPlan:
     """Endless batches, of rows that each source shuffles anew each epoch; see hybridlm.data.loader.Plan."""
 
-    def __init__(self, config: DataConfig, corpus: Corpus, seed: int, batch_size: int, seq_len: int, read: np.ndarray):
-        """read: the rows of a batch that this host reads, ascending."""
-        self._config, self._seed, self._read = config, seed, read
+    def __init__(
+        self, config: DataConfig, corpus: Corpus, seed: int, batch_size: int, seq_len: int, read: np.ndarray, room: int
+    ):
+        """read: the rows of a batch that this host reads, ascending. room: cells in front of each document."""
+        self._config, self._seed, self._read, self._room = config, seed, read, room
         self._parts = {p.stats["train"]["fingerprint"]: p for p in corpus.parts if "train" in p.documents}
         self._rows: dict[tuple, Rows] = {}
         shares = []
@@ -64,7 +68,8 @@ class TrainPlan:
             row_seed = int(permutation_keys(np.arange(1), self._seed)[0] >> np.uint64(32))  # grain adds the epoch to it
             sources.append(grain.MapDataset.source(rows).shuffle(seed=row_seed).repeat())
         mixed = _Mixed(sources, [share.start for share in entry.shares], entry.mixture)
-        mine = _HostRows(mixed, entry.batch_size, self._read)
+        turn = partial(either_strand, seed=self._seed) if self._config.reverse_complement else None
+        mine = _HostRows(mixed, entry.batch_size, self._read, turn, entry.step)
         batches = grain.MapDataset.source(mine).batch(len(self._read))
         return batches, step - entry.step, min(later, default=sys.maxsize)
 
@@ -105,17 +110,22 @@ class TrainPlan:
     def _rows_of(self, fingerprint: str, packing: str, seq_len: int) -> Rows:
         key = (fingerprint, packing, seq_len)
         if key not in self._rows:
-            self._rows[key] = make_rows(self._parts[fingerprint], "train", packing, seq_len, self._seed, self._config)
+            self._rows[key] = make_rows(
+                self._parts[fingerprint], "train", packing, seq_len, self._seed, self._config, self._room
+            )
         return self._rows[key]
 
 
 class ValPlan:
     """One pass over the validation documents; see hybridlm.data.loader.Plan."""
 
-    def __init__(self, config: DataConfig, corpus: Corpus, seed: int, batch_size: int, seq_len: int, read: np.ndarray):
-        """seed: changes nothing. read: the rows of a batch that this host reads, ascending."""
+    def __init__(
+        self, config: DataConfig, corpus: Corpus, seed: int, batch_size: int, seq_len: int, read: np.ndarray, room: int
+    ):
+        """seed: changes nothing. read: the rows of a batch that this host reads, ascending. room: as in TrainPlan."""
         documents = corpus.split("val")  # which knows what a split may be called
-        self._rows = ROWS[config.packing](documents, seq_len, VALIDATION_SEED, _cache(config), _identity(corpus, "val"))
+        place = _cache(config), _identity(corpus, "val")
+        self._rows = ROWS[config.packing](documents, seq_len, VALIDATION_SEED, *place, room=room)
         if not len(self._rows):
             raise ConfigError(nothing_in("val", corpus.stats, config))
         self._batch_size, self._read = batch_size, read
@@ -168,9 +178,10 @@ def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Non
         raise ConfigError(f"data changed since the checkpoint ({shown}): restore the former data or start a new run")
 
 
-def make_rows(part: Part, split: str, packing: str, seq_len: int, seed: int, config: DataConfig) -> Rows:
+def make_rows(part: Part, split: str, packing: str, seq_len: int, seed: int, config: DataConfig, room: int) -> Rows:
     """The packed rows of a part's split."""
-    return ROWS[packing](part.documents[split], seq_len, seed, _cache(config), part.stats[split]["fingerprint"])
+    place = _cache(config), part.stats[split]["fingerprint"]
+    return ROWS[packing](part.documents[split], seq_len, seed, *place, room=room)
 
 
 def _cache(config: DataConfig) -> Path:
@@ -198,16 +209,18 @@ class _Mixed:
 class _HostRows:
     """The rows of each batch that a host reads, batch after batch."""
 
-    def __init__(self, rows, batch_size: int, read: np.ndarray):
-        """rows: of all batches, one after the other. read: numbers within a batch."""
-        self.rows, self.batch_size, self.read = rows, batch_size, read
+    def __init__(self, rows, batch_size: int, read: np.ndarray, turn: Callable | None = None, first: int = 0):
+        """rows: of all batches, one after the other. read: numbers within a batch. turn: (row, step=, row=) -> row, of
+        which the first batch has step `first`; None: rows stay as they are."""
+        self.rows, self.batch_size, self.read, self.turn, self.first = rows, batch_size, read, turn, first
 
     def __len__(self) -> int:
         return len(self.rows) // self.batch_size * len(self.read)
 
     def __getitem__(self, index: int):
         batch, row = divmod(index, len(self.read))
-        return self.rows[batch * self.batch_size + int(self.read[row])]
+        cells = self.rows[batch * self.batch_size + int(self.read[row])]
+        return self.turn(cells, step=self.first + batch, row=int(self.read[row])) if self.turn else cells
 
 
 class _PaddedRows:

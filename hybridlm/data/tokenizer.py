@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back: raw bytes, or any `tokenizer.json` of the tokenizers library."""
+"""Text to token ids and back: raw bytes, nucleotides, or any `tokenizer.json` of the tokenizers library."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -87,6 +88,65 @@ class ByteTokenizer:
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
+class DnaTokenizer:
+    """Nucleotides A C G T N as ids 7..11, numbered like HyenaDNA's and Caduceus' published tokenizer.
+
+    Lower case, which marks repeats (soft-masked), reads as upper case; U, of RNA, as T; IUPAC's letters for several
+    bases as N; anything else is unknown, 6. eos 1, bos 2, 3 masks a token, 0, 4 and 5 are never written.
+    """
+
+    name = "dna"
+    fingerprint = "dna-1"
+    vocab_size = 12
+    bos_id = 2
+    eos_id = 1
+    LETTERS = b"ACGTN"
+    FIRST = 7
+    UNKNOWN = 6
+    complement = (0, 1, 2, 3, 4, 5, 6, 10, 9, 8, 7, 11)
+    """Of each id that of the base which the other strand has there."""
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> np.ndarray:
+        ids = _dna_ids(text.encode("ascii", "replace"))
+        return _frame(ids, np.array([len(ids)]), self.bos_id if bos else None, self.eos_id if eos else None)[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        parts = [text.encode("ascii", "replace") for text in texts]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return _frame(_dna_ids(b"".join(parts)), lengths, self.bos_id, self.eos_id)
+
+    def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, max(len(text), 1), size):
+            yield self.encode(text[start : start + size], bos=start == 0, eos=start + size >= len(text))
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) >= self.UNKNOWN).astype(np.int64)
+
+    def decode(self, ids) -> str:
+        ids = np.asarray(ids).reshape(-1)
+        ids = ids[(ids >= self.FIRST) & (ids < self.vocab_size)]
+        return np.frombuffer(self.LETTERS, np.uint8)[ids - self.FIRST].tobytes().decode("ascii")
+
+
+@functools.cache
+def _dna_table() -> np.ndarray:
+    """Of each byte its id."""
+    table = np.full(256, DnaTokenizer.UNKNOWN, np.uint8)
+    codes = {letter: DnaTokenizer.FIRST + i for i, letter in enumerate("ACGTN")} | {"U": DnaTokenizer.FIRST + 3}
+    codes |= dict.fromkeys("RYSWKMBDHVX", DnaTokenizer.FIRST + 4)
+    for letter, code in codes.items():
+        table[[ord(letter), ord(letter.lower())]] = code
+    return table
+
+
+def _dna_ids(content: bytes) -> np.ndarray:
+    return _dna_table()[np.frombuffer(content, np.uint8)]
+
+
+BUILT_IN = {kind.name: kind for kind in (ByteTokenizer, DnaTokenizer)}
+"""data.tokenizer -> a tokenizer that is no file."""
+
+
 class FileTokenizer:
     """A `tokenizer.json`.
 
@@ -157,28 +217,29 @@ class FileTokenizer:
 
 
 def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names: "byte", or the path of a tokenizer.json (or of the folder that holds it).
+    """The tokenizer that `spec` names: "byte", "dna", or the path of a tokenizer.json (or of the folder that holds it).
 
     `bos` and `eos` name the tokens put around a document; None finds them: the `tokenizer_config.json` beside the file
     decides, else the first special token of a usual name. Without a bos, the eos serves as both.
 
     Raises:
-      ConfigError: see FileTokenizer; or `bos` or `eos` given to the byte tokenizer, whose ends are fixed.
+      ConfigError: see FileTokenizer; or `bos` or `eos` given to a tokenizer whose ends are fixed.
     """
-    if spec == "byte":
+    if spec in BUILT_IN:
         if bos is not None or eos is not None:
             raise ConfigError(
-                "data.bos_token and data.eos_token belong to a tokenizer.json; the byte tokenizer has its own"
+                f"data.bos_token and data.eos_token belong to a tokenizer.json; the {spec} tokenizer has its own"
             )
-        return ByteTokenizer()
+        return BUILT_IN[spec]()
     path = storage.as_path(spec)
     storage.check(path, "data.tokenizer")
     return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, bos=bos, eos=eos)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes what `load_tokenizer(folder)` needs to give this tokenizer again, ends included; nothing for bytes."""
-    if tokenizer.name == ByteTokenizer.name:
+    """Writes what `load_tokenizer(folder)` needs to give this tokenizer again, ends included; nothing for what is
+    no file."""
+    if isinstance(tokenizer, tuple(BUILT_IN.values())):
         return
     ends = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     target = folder / "tokenizer.json"
@@ -208,7 +269,7 @@ def _read(path: Path) -> bytes:
         return storage.read_bytes(path)
     except OSError as error:
         raise ConfigError(
-            f'data.tokenizer ({str(path)!r}): {error.strerror}; give "byte" or the path of a tokenizer.json'
+            f'data.tokenizer ({str(path)!r}): {error.strerror}; give "byte", "dna" or the path of a tokenizer.json'
         ) from error
 
 

@@ -16,7 +16,7 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import LEFT_TO_RIGHT, Direction, Kept, Make, Output, Tokens, on_arrays, refuse_cache
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
 from hybridlm.layers.segments import positions_within
@@ -25,7 +25,7 @@ from pallas_kernels.segments import document_ids
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal attention: MHA, GQA or MQA; rotary, windowed, capped, with sinks, gated."""
+    """Attention: MHA, GQA or MQA; rotary, windowed, capped, with sinks, gated; causal, or in both directions."""
 
     n_heads: int = 16
     """Query heads H."""
@@ -63,6 +63,8 @@ class Attention:
     """Bias of the output projection."""
     key_multiplier: float = 1.0
     """Multiplies the keys before the rotation."""
+    direction: Direction = LEFT_TO_RIGHT
+    """A token sees itself and those before it in its document, or all of it."""
 
     FREE = frozenset()
     KEPT: ClassVar = {
@@ -84,6 +86,10 @@ class Attention:
             require(value is None or value > 0, f"{name} ({value}) must be positive")
         require(
             self.n_heads % self.kv_heads == 0, f"n_heads ({self.n_heads}) not divisible by n_kv_heads ({self.kv_heads})"
+        )
+        require(
+            self.direction == LEFT_TO_RIGHT or self.window is None,
+            f"window ({self.window}) must be None where direction is {self.direction}: it counts tokens before a token",
         )
         require(not self.gate_bias or self.gate is not None, "gate_bias needs a gate")
         if self.rope is not None:
@@ -111,7 +117,8 @@ class Attention:
         d_queries, d_keys = self.n_heads * self.d_head, self.kv_heads * self.d_head
         gate = {"elementwise": d_queries, "head": self.n_heads, None: 0}[self.gate]
         projections = 2.0 * d_model * (2 * d_queries + 2 * d_keys + gate)
-        return projections + 4.0 * d_queries * mean_visible(seq_len, self.window)
+        seen = mean_visible(seq_len, self.window) if self.direction == LEFT_TO_RIGHT else seq_len
+        return projections + 4.0 * d_queries * seen
 
     def resolved(self, d_model: int) -> "Attention":
         """With the number of key/value heads and the scale; without qk_norm its options are those of none, eps 1."""
@@ -193,6 +200,8 @@ class AttentionMixer(nnx.Module):
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Keys and values, see `init_cache` below."""
+        if self.config.direction != LEFT_TO_RIGHT:
+            refuse_cache()
         return init_cache(self.config, batch, max_len, self.dtype)
 
     def extend(
@@ -236,7 +245,7 @@ class AttentionMixer(nnx.Module):
     def _attend(self, q, k, v, gate, **places) -> jax.Array:
         """The attention op; places: where queries and keys stand, as `ops.attention` takes it."""
         c, sinks = self.config, None if self.sinks is None else self.sinks[...]
-        options = {"window": c.window, "scale": c.scale, "softcap": c.softcap}
+        options = {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
         return checkpoint_name(ops.attention(q, k, v, gate, sinks, **places, **options), "attention_out")
 
     @jax.named_scope("output")

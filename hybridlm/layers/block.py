@@ -11,10 +11,17 @@ Axis letters: B batch, T tokens, D model.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import jax
 from flax import nnx
+
+from hybridlm.errors import ConfigError
+
+LEFT_TO_RIGHT = "left_to_right"
+"""The direction of a block that says nothing of it."""
+Direction = Literal["left_to_right", "bidirectional"]
+"""Whether a token sees the tokens before it in its document, or all of them."""
 
 
 class Kept(NamedTuple):
@@ -53,8 +60,8 @@ class Tokens:
     shared: nnx.Module | None = None
     """What the depths of the block's symbol share, as `build_shared` made it; None for other blocks."""
     gaps: bool = field(default=True, metadata={"static": True})
-    """False promises that padding stands behind all tokens of a row and that no id comes back: nothing has to be
-    decided at run time, and the distance of two tokens in the row is that in their document."""
+    """False promises that padding stands behind all tokens of a row, or in front of all, and that no id comes back:
+    nothing has to be decided at run time, and the distance of two tokens in the row is that in their document."""
 
 
 class Output(NamedTuple):
@@ -126,6 +133,9 @@ class Block(Protocol):
     every token by itself, it has `extend_on(x_BTD, passed_BTR, cache, length_B, real_BT, layer, *, gaps)`, too, which
     gives (y_BTD, passed_BTR, the new cache).
 
+    A block in which tokens see later ones of their document says `direction = "bidirectional"`; its mixer needs no
+    cache.
+
     A block that holds others has `parts()`, which gives them by their dotted field names. One whose depths share
     weights has `build_shared(d_model, make)`, the module that they share, and `build_link(d_model, make)`, a `Link` of
     each depth.
@@ -189,6 +199,17 @@ def on_arrays(mixer: Mixer, x_BTD: jax.Array, segment_ids=None, positions=None, 
 def parts(block: Block) -> dict[str, Block]:
     """The blocks inside, by dotted field name; {} for a block that holds none."""
     return block.parts() if hasattr(block, "parts") else {}
+
+
+def sees_ahead(block: Block, name: str = "") -> str:
+    """The dotted name of the block, or of one inside it, in which tokens see later ones of their document; "": none."""
+    seen = [path for path, inside in walk(block, name) if getattr(inside, "direction", LEFT_TO_RIGHT) != LEFT_TO_RIGHT]
+    return f"{seen[0]} is bidirectional" if seen else ""
+
+
+def refuse_cache(*_, **__) -> NoReturn:
+    """`init_cache` and `extend` of a mixer that reads documents in both directions."""
+    raise ConfigError("a bidirectional mixer has no cache: what it gives for a token hangs on those that are to come")
 
 
 def shares(block: Block) -> bool:

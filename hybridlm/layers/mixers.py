@@ -10,6 +10,7 @@ from hybridlm.layers.depth_moe import DepthMoE
 from hybridlm.layers.gated_conv import GatedConv
 from hybridlm.layers.gated_delta_net import GatedDeltaNet
 from hybridlm.layers.gated_scan import GatedScan
+from hybridlm.layers.hyena import Hyena
 from hybridlm.layers.kimi_delta import KimiDelta
 from hybridlm.layers.latent_attention import LatentAttention
 from hybridlm.layers.linear_attention import LinearAttention
@@ -25,10 +26,12 @@ from hybridlm.layers.rwkv4_channel import Rwkv4Channel
 from hybridlm.layers.rwkv6 import Rwkv6
 from hybridlm.layers.rwkv7 import Rwkv7
 from hybridlm.layers.slstm import SLSTM
+from hybridlm.layers.titans import Titans
 
 MIXERS = (
     Mamba1, Mamba2, Mamba3, Attention, MLP, MoE, LinearAttention, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv,
     GatedScan, RGLRU, MLSTM, SLSTM, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7, ChannelMix, ConvolvedAttention, DepthMoE,
+    Hyena, Titans,
 )  # fmt: skip
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
 AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)

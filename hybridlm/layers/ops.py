@@ -241,11 +241,41 @@ def causal_conv1d(
     return _with_state(run, arrays, names, tokens, state, keep)
 
 
+def long_conv(x_BTC, h_SC, skip_C, *, channel: str, segment_ids) -> jax.Array:
+    """`pallas_kernels.long_conv`: [B, T, C]. skip: or None. channel: logical axis of C."""
+
+    def run(x, h, skip, segment_ids, context_axis=None):
+        return pallas_kernels.long_conv(x, h, skip=skip, segment_ids=segment_ids, context_axis=context_axis)
+
+    tokens = (*ROWS, channel)
+    arrays, names = (x_BTC, h_SC, skip_C, segment_ids), (tokens, (None, channel), (channel,), ROWS)
+    return sharding.per_device(run, arrays, names, tokens, split_tokens=True)
+
+
+def titans(
+    q_BTHP, k_BTHP, v_BTHP, rate_BTH, eta_BTH, alpha_BTH, learned: tuple, *, segment_ids, initial_state, **every
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.titans`: (y [B, T, H, P], state [B, H, S]). learned: g [H, P], W1 [H, P, F], W2 [H, F, P]. every:
+    store_every and refresh_every."""
+    keep = initial_state is not None
+
+    def run(q, k, v, rate, eta, alpha, g, W1, W2, segment_ids, state, context_axis=None):
+        return pallas_kernels.titans(
+            q, k, v, rate, eta, alpha, g, W1, W2, segment_ids=segment_ids, initial_state=state,
+            return_final_state=keep, context_axis=context_axis, **every,
+        )  # fmt: skip
+
+    heads, memory, state = (*ROWS, "heads", None), ("heads", None, None), ("batch", "heads", None)
+    arrays = (q_BTHP, k_BTHP, v_BTHP, rate_BTH, eta_BTH, alpha_BTH, *learned, segment_ids, initial_state)
+    names = (heads, heads, heads, *[heads[:3]] * 3, memory[:2], memory, memory, ROWS, state)
+    return _with_state(run, arrays, names, heads, state, keep)
+
+
 def attention(
     q, k, v, gate, sinks, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, layer=None,
-    split_tokens: bool = False, **options,
+    split_tokens: bool = False, causal: bool = True, **options,
 ) -> jax.Array:  # fmt: skip
-    """Causal `pallas_kernels.attention`: [B, T, H, P].
+    """`pallas_kernels.attention`: [B, T, H, P].
 
     segment_ids, positions: of queries and of keys. layer: of stacked caches k and v [L, B, S, K, P]; None: k and v are
     [B, S, K, P]. options: window, scale and softcap.
@@ -258,7 +288,7 @@ def attention(
 
     def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, layer, context_axis=None):
         return pallas_kernels.attention(
-            q, k, v, gate=gate, causal=True, sinks=sinks,
+            q, k, v, gate=gate, causal=causal, sinks=sinks,
             segment_ids=None if q_ids is None else (q_ids, k_ids),
             positions=None if q_positions is None else (q_positions, k_positions),
             q_offset=0 if q_offset is None else q_offset,

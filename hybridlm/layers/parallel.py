@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Branches side by side: several mixers on one normed input, their outputs added (Falcon-H1; Zuo et al. 2025).
+"""Branches side by side: several mixers on one normed input, their outputs added (Falcon-H1; Zuo et al. 2025), each
+normed before it is added (Hymba; Dong et al. 2024), or gating each other (Titans; Behrouz et al. 2024).
 
 Axis letters: B batch, T tokens, D model.
 """
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.errors import require, within
@@ -15,6 +18,7 @@ from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, passes, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mixers import AnyMixer
+from hybridlm.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,20 @@ class Branch:
     """Multiplies the branch's input."""
     out_multiplier: float = 1.0
     """Multiplies the branch's output."""
+    norm: bool = False
+    """RMS norm of the branch's output, whose weight is the branch's share of each channel."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Mixers that read one normed input; the outputs, each times its multiplier, are added."""
+    """Mixers that read one normed input; the outputs, each times its multiplier, are added, or gate each other."""
 
     branches: dict[str, Branch] = field(
         default_factory=lambda: {"mamba": Branch(Mamba2()), "attention": Branch(Attention())}
     )
     """The branches by name."""
+    merge: Literal["add", "gate"] = "add"
+    """gate: the first branch's output, times the sigmoids of the others'."""
 
     FREE = frozenset()
     KEPT: ClassVar = {}
@@ -49,7 +57,7 @@ class Parallel:
             require(name.isidentifier(), f"branches key ({name!r}) must be an identifier")
 
     def __hash__(self):
-        return hash(tuple(self.branches.items()))
+        return hash((tuple(self.branches.items()), self.merge))
 
     def parts(self) -> dict[str, Block]:
         """The mixers by field name."""
@@ -78,17 +86,21 @@ class Parallel:
     def resolved(self, d_model: int) -> "Parallel":
         """The branches resolved."""
         branches = self.branches.items()
-        return Parallel({name: replace(b, mixer=b.mixer.resolved(d_model)) for name, b in branches})
+        resolved = {name: replace(branch, mixer=branch.mixer.resolved(d_model)) for name, branch in branches}
+        return replace(self, branches=resolved)
 
 
 class ParallelMixer(nnx.Module):
-    """sum over branches of out_multiplier * mixer(in_multiplier * x)."""
+    """sum over branches of out_multiplier * mixer(in_multiplier * x), the mixer's output normed where the branch says
+    so."""
 
     def __init__(self, config: Parallel, d_model: int, **options):
         """options: those of `Make`, which every mixer is made with."""
         self.config, make = config, Make(**options)
         mixers = {name: branch.mixer.build(d_model, make) for name, branch in config.branches.items()}
         self.branches = nnx.Dict(mixers)
+        norms = {name: RMSNorm(d_model, make.norm_eps) for name, branch in config.branches.items() if branch.norm}
+        self.norms = nnx.Dict(norms) if norms else None
 
     @property
     def cache_grows(self) -> bool:
@@ -125,7 +137,13 @@ class ParallelMixer(nnx.Module):
         return scaled(x_BTD, self.config.branches[name].in_multiplier)
 
     def _merge(self, outputs: dict[str, jax.Array]) -> jax.Array:
-        return sum(scaled(y_BTD, self.config.branches[name].out_multiplier) for name, y_BTD in outputs.items())
+        if self.norms is not None:
+            outputs = {name: self.norms[name](y) if name in self.norms else y for name, y in outputs.items()}
+        parts = [scaled(y_BTD, self.config.branches[name].out_multiplier) for name, y_BTD in outputs.items()]
+        if self.config.merge == "add":
+            return sum(parts)
+        gates = math.prod(jax.nn.sigmoid(y_BTD.astype(jnp.float32)) for y_BTD in parts[1:])
+        return (parts[0] * gates).astype(parts[0].dtype)
 
 
 def scaled(x: jax.Array, multiplier: float) -> jax.Array:

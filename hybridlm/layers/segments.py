@@ -24,6 +24,15 @@ def positions_within(segment_ids_BT: jax.Array | None, shape: tuple[int, int]) -
     return before_BT - start_BT
 
 
+def room_in_front(tokens_BT: jax.Array, positions_BT: jax.Array | None, n: int) -> tuple:
+    """(tokens, positions, positions within documents) with n more cells in front of each row."""
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (n, 0)))
+    within_BT = positions_within(None, tokens_BT.shape)
+    if positions_BT is not None:
+        positions_BT = jnp.concatenate([within_BT[:, :n], positions_BT + n], axis=1)
+    return tokens_BT, positions_BT, within_BT
+
+
 def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tuple[list, Callable]:
     """Rows with their padding moved behind all real tokens: ([segment_ids_BT, *arrays_BT], restore).
 

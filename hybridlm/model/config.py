@@ -6,7 +6,7 @@ from typing import Literal
 
 from hybridlm.errors import require, within
 from hybridlm.layers import MLP, Attention, Block, Mamba2
-from hybridlm.layers.block import passes
+from hybridlm.layers.block import passes, sees_ahead
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ class ModelConfig:
     """Standard deviation of embeddings and matrices; a sublayer's last one is divided by sqrt(number of sublayers)."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of matrices at use; parameters are float32."""
+    prefix_tokens: int = 0
+    """Learned vectors in front of every document, at which nothing is predicted: Hymba's meta tokens, Titans'
+    persistent memory. Rows with segment ids have room for them: the first so many cells of each document."""
+    complement: tuple[int, ...] = ()
+    """Of each token the one that the other strand of DNA has there; beyond these, itself. Rows are then read from both
+    strands by the same weights, and a row's reverse complement gets the reverse complement of its logits (Caduceus).
+    Empty: from one."""
     unroll: int | None = None
     """Loops over depth of up to so many repeats are written out: faster steps on GPUs, which then copy nothing in and
     out of stacks, for more to compile. None: in training on a GPU all (`train.layout`), elsewhere none."""
@@ -69,6 +76,8 @@ class ModelConfig:
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
         require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")
         require(len(self.pattern) > 0, "model.pattern ('') must have at least one symbol")
+        require(self.prefix_tokens >= 0, f"model.prefix_tokens ({self.prefix_tokens}) must not be negative")
+        self._check_complement()
         for symbol in self.blocks:
             require(len(symbol) == 1, f"model.blocks key ({symbol!r}) must be one character")
         for symbol in self.pattern:
@@ -100,6 +109,27 @@ class ModelConfig:
     def norms(self, symbol: str) -> tuple[bool, bool]:
         """Whether a symbol's sublayers have a norm before the mixer, and whether they have one after it."""
         return self.norm_before is None or symbol in self.norm_before, symbol in self.norm_after
+
+    def _check_complement(self) -> None:
+        partners, n = self.complement, len(self.complement)
+        require(n <= self.vocab_size, f"model.complement has {n} tokens, model.vocab_size is {self.vocab_size}")
+        for i, partner in enumerate(partners):
+            require(
+                0 <= partner < n and partners[partner] == i,
+                f"model.complement: token {i} has the partner {partner}, which has not {i} as its own",
+            )
+        require(
+            not (partners and self.prefix_tokens),
+            f"model.prefix_tokens ({self.prefix_tokens}) must be 0 with model.complement: they would end a strand",
+        )
+
+    @property
+    def sees_ahead(self) -> str:
+        """Why a token's logits hang on later tokens of its document, in words; "": they do not."""
+        if self.complement:
+            return "model.complement reads documents from both ends"
+        found = (sees_ahead(self.blocks[symbol], f"model.blocks.{symbol}") for symbol in dict.fromkeys(self.pattern))
+        return next(filter(None, found), "")
 
     def __hash__(self):
         return hash((self.vocab_size, self.d_model, self.pattern, tuple(self.blocks.items())))

@@ -9,9 +9,10 @@ from hybridlm.model.config import ModelConfig
 
 
 def forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs per token of the whole model; the embedding is a lookup and counts nothing, the logits count."""
+    """Forward FLOPs per token of the whole model; the embedding is a lookup and counts nothing, the logits count.
+    Prefix tokens count as the tokens of a row that they are."""
     blocks = sum(model.blocks[symbol].flops(model.d_model, seq_len) for symbol in model.pattern)
-    return blocks + 2.0 * model.d_model * model.vocab_size
+    return (2 if model.complement else 1) * (blocks + 2.0 * model.d_model * model.vocab_size)
 
 
 def train_flops(model: ModelConfig, seq_len: int) -> float:

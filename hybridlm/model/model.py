@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import sharding
+from hybridlm.errors import require
 from hybridlm.layers import params, vocabulary
 from hybridlm.layers.block import Tokens, shares
 from hybridlm.layers.params import ParamInfo, param_info
-from hybridlm.layers.segments import padding_last, positions_within
-from hybridlm.model import depth, pattern, remat, stacks
+from hybridlm.layers.segments import padding_last, positions_within, room_in_front
+from hybridlm.model import depth, pattern, remat, stacks, strands
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.sublayer import ChannelScales, Sublayer, make_options, stream_norm
 from pallas_kernels.segments import document_ids
@@ -32,11 +33,11 @@ class Cache:
     """What a model remembers of the tokens it has read; made by `HybridLM.init_cache`, a pytree."""
 
     length_B: jax.Array
-    """int32 [B]: tokens read of each row."""
+    """int32 [B]: tokens read of each row, prefix tokens included."""
     groups: list[list]
     """Of each loop of the program, of each of its sublayers: what its mixer remembers, arrays [L, B, ...]."""
     limit: int | None = field(default=None, metadata={"static": True})
-    """Tokens that a row can have; None: any number, as no sublayer's cache grows."""
+    """Tokens that a row can have, prefix tokens included; None: any number, as no sublayer's cache grows."""
 
 
 class HybridLM(nnx.Module):
@@ -69,6 +70,11 @@ class HybridLM(nnx.Module):
             self.output = None
         else:
             self.output = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
+        if config.prefix_tokens:
+            drawn = std * jax.random.normal(key(), (config.prefix_tokens, D))
+            self.prefix = params.make(drawn, (None, "d_model"), "embedding")
+        else:
+            self.prefix = None
 
     def stacked(self) -> "HybridLM":
         """The same model with its parameters laid out as the program reads them: what every call would do first.
@@ -107,7 +113,9 @@ class HybridLM(nnx.Module):
 
         tokens_BT: integers. segment_ids: int32 [B, T]; a change of id between real tokens starts a document, 0 is
         padding, anywhere; None: one document a row. positions: int32 [B, T], for the rotation; None: the index within
-        the document.
+        the document. A model with prefix tokens takes the first cells of each document for them, whatever tokens stand
+        there; without segment ids it puts them in front of each row, and gives the vectors of the tokens alone. One
+        with a complement gives [B, T, 2 D], see `model.strands`.
         Raises ValueError for a wrong shape and TypeError for a wrong type, naming the argument.
         """
         return self.hidden_with_stats(tokens_BT, segment_ids, positions)[0]
@@ -119,28 +127,38 @@ class HybridLM(nnx.Module):
         name. sums: of a stacked model, by the number of the sublayer, see `depth.run`."""
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
         tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
-        restore = None
+        n_prefix, restore, within = self.config.prefix_tokens, None, None
+        in_front = n_prefix if segment_ids is None else 0
         if segment_ids is not None:
             (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
             rows = ("batch", None)  # all tokens of a row on each of its devices: nothing is exchanged to find documents
             segment_ids, within = sharding.per_device(_documents, [segment_ids], [rows], [rows, rows])
             positions = within if positions is None else sharding.constrain(positions, *rows)
-        x_BTD = self._embed(tokens_BT)
+        elif in_front:
+            tokens_BT, positions, within = room_in_front(tokens_BT, positions, in_front)
+        if self.config.complement:
+            args = tokens_BT, segment_ids, positions
+            tokens_BT, segment_ids, positions = strands.both(*args, self.config.complement, self.config.vocab_size)
+        x_BTD = self._embed(tokens_BT, within)
         tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False)
         x_BTD, stats = self._through(x_BTD, tokens, sums)
         with jax.named_scope("norm"):
             x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
+        x_BTD = x_BTD[:, in_front:] if in_front else x_BTD
+        x_BTD = strands.side_by_side(x_BTD) if self.config.complement else x_BTD
         x_BTD = x_BTD if restore is None else sharding.constrain(restore(x_BTD), *sharding.STREAM)
         return x_BTD, self._by_loop(stats)
 
     def unembedding(self) -> jax.Array:
-        """w_VD, float32: the embedding itself where tied."""
-        return self.embedding[...] if self.output is None else self.output[...]
+        """w_VD, float32: the embedding itself where tied; [V, 2 D] of a model with a complement."""
+        w_VD = self.embedding[...] if self.output is None else self.output[...]
+        return strands.unembedding(w_VD, self.config.complement) if self.config.complement else w_VD
 
     @jax.named_scope("unembedding")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden vectors [..., D]: logit_multiplier and logit_softcap applied."""
         w_VD = params.use(self.embedding if self.output is None else self.output, x_BTD.dtype)
+        w_VD = strands.unembedding(w_VD, self.config.complement) if self.config.complement else w_VD
         logits = jnp.einsum("...D,VD->...V", x_BTD, w_VD, preferred_element_type=jnp.float32)
         if self.config.logit_multiplier != 1:
             logits *= self.config.logit_multiplier
@@ -148,16 +166,23 @@ class HybridLM(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Empty cache for `batch` rows of up to `max_len` tokens; states and windows do not grow with it."""
+        """Cache for `batch` rows of up to `max_len` tokens, with the prefix tokens alone in it; states and windows do
+        not grow with it. ConfigError for a bidirectional model."""
+        ahead, n_prefix = self.config.sees_ahead, self.config.prefix_tokens
+        require(not ahead, f"the model cannot be decoded token by token: {ahead}")
         for name, value in (("batch", batch), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name} ({value}) must be positive")
-        caches, limit, sublayers = [], None, self._sublayers()
+        D, caches, limit, sublayers = self.config.d_model, [], None, self._sublayers()
         for spot, sublayer in zip(self._spots, sublayers, strict=True):
-            cache, n = sublayer.init_cache(batch, max_len), len(spot.depths)
+            cache, n = sublayer.init_cache(batch, max_len + n_prefix), len(spot.depths)
             caches.append(jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), cache))
-            limit = max_len if sublayer.cache_grows else limit
-        return Cache(jnp.zeros((batch,), jnp.int32), self._by_loop(caches), limit)
+            limit = max_len + n_prefix if sublayer.cache_grows else limit
+        length_B = jnp.zeros((batch,), jnp.int32)
+        if n_prefix:
+            x_BTD = jnp.broadcast_to(params.use(self.prefix, self.config.compute_dtype)[None], (batch, n_prefix, D))
+            caches = self._extend(x_BTD, caches, length_B, None, Tokens(embedded_BTD=x_BTD, gaps=False))[1]
+        return Cache(length_B + n_prefix, self._by_loop(caches), limit)
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
@@ -197,11 +222,17 @@ class HybridLM(nnx.Module):
         return x_BTD, Cache(length_B, self._by_loop(caches), cache.limit)
 
     @jax.named_scope("embedding")
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, within_BT: jax.Array | None = None) -> jax.Array:
+        """within: how many tokens of its document stand before each; None: no prefix token is among them."""
         dtype, multiplier = self.config.compute_dtype, self.config.embedding_multiplier
         x_BTD = vocabulary.look_up(self.embedding[...], tokens_BT, dtype, multiplier)
         x_BTD = x_BTD if self.embedding_scales is None else self.embedding_scales(x_BTD)[0]
-        return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+        x_BTD = x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+        if self.prefix is None or within_BT is None:
+            return x_BTD
+        n_prefix = self.config.prefix_tokens
+        prefix_BTD = params.use(self.prefix, dtype)[jnp.minimum(within_BT, n_prefix - 1)]
+        return sharding.constrain(jnp.where((within_BT < n_prefix)[..., None], prefix_BTD, x_BTD), *sharding.STREAM)
 
     def _stream(self, x_BTD: jax.Array) -> Any:
         """The residual stream before the first sublayer, with what blocks hand from depth to depth where some do."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from hybridlm.errors import require
 from hybridlm.optim import old
 from hybridlm.optim.adamw import AdamW
+from hybridlm.optim.objective import OBJECTIVES, AnyObjective, NextToken, Objective
 from hybridlm.optim.rules import RULES, Rule, UpdateRule
 from hybridlm.optim.schedule import SCHEDULES, Cosine, Schedule, Shape
 
@@ -25,6 +26,8 @@ class OptimConfig:
     """How gradients become updates."""
     schedule: Schedule = Cosine()  # noqa: RUF009 (frozen)
     """The learning rate after the warmup."""
+    objective: AnyObjective = NextToken()  # noqa: RUF009 (frozen)
+    """What the model is to predict."""
     warmup_steps: int = 100
     """Steps of linear warmup from zero."""
     weight_decay: float = 0.1
@@ -54,7 +57,8 @@ class OptimConfig:
             require(getattr(self, name) >= 0, f"optim.{name} ({getattr(self, name)}) must not be negative")
         for name in ("accumulate", "max_skipped"):
             require(getattr(self, name) >= 1, f"optim.{name} ({getattr(self, name)}) must be at least 1")
-        for name, contract, known in (("rule", UpdateRule, RULES), ("schedule", Shape, SCHEDULES)):
+        parts = (("rule", UpdateRule, RULES), ("schedule", Shape, SCHEDULES), ("objective", Objective, OBJECTIVES))
+        for name, contract, known in parts:
             value, classes = getattr(self, name), ", ".join(f"{kind.__name__}()" for kind in known)
             fits = isinstance(value, contract) and not isinstance(value, type)
             require(fits, f"optim.{name} ({value!r}) must be one of {classes}")

@@ -20,8 +20,9 @@ class Batches:
         indices = at.addressable_devices_indices_map((n_rows, config.data.seq_len)).values()
         self._rows = held_rows(indices, n_rows)
         self.loader: Loader = make_loader(
-            config.data, seed=config.run.seed, split=split, batch_size=n_rows, rows=self._rows, corpus=corpus
-        )
+            config.data, seed=config.run.seed, split=split, batch_size=n_rows, rows=self._rows, corpus=corpus,
+            room=config.model.prefix_tokens,
+        )  # fmt: skip
 
     def __iter__(self):
         return self

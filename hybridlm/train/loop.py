@@ -66,7 +66,7 @@ def train(
             found = folder.look()
             if found.complete:
                 display.say(f"{folder.path} is complete: {found.steps[-1]} steps")
-                display.say(_next_lines(folder, found.steps[-1], command))
+                display.say(_next_lines(config, folder, found.steps[-1], command))
                 return Exit.COMPLETE
             if not found.steps or found.back_to == 0:
                 from_first(lambda: check_init_run(config))
@@ -81,7 +81,7 @@ def train(
                 return 128 + (stop.signum or 0)
             display.say(reached)
             display.say(f"files: {folder.plot}, {folder.metrics}, {folder.checkpoints}")
-            display.say(_next_lines(folder, step, command))
+            display.say(_next_lines(config, folder, step, command))
             return Exit.COMPLETE
 
 
@@ -276,11 +276,11 @@ def _stopped(config: Config, step: int, resume: str) -> str:
     return f"{saved} at step {step} of {config.run.steps}; to resume: {resume}"
 
 
-def _next_lines(folder: RunFolder, step: int, command: str) -> str:
-    return (
-        f"next: {hybridlm_command()} generate --run {folder.path} --prompt 'def '\n"
-        f"or train on: {command} --run.steps={2 * step}"
-    )
+def _next_lines(config: Config, folder: RunFolder, step: int, command: str) -> str:
+    train_on = f"{command} --run.steps={2 * step}"
+    if config.model.sees_ahead:
+        return f"train on: {train_on}"
+    return f"next: {hybridlm_command()} generate --run {folder.path} --prompt 'def '\nor train on: {train_on}"
 
 
 def _check_vocabulary(config: Config, corpus: Corpus, display: Display) -> None:

@@ -100,7 +100,13 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     objective = make_objective(replace(config, model=model), stacked(model).graphdef)
     layout = Layout(model, mesh, apart)
     rule = partial(make_optimizer, config.optim, steps, info)
-    step = make_train_step(objective, rule, config.optim.accumulate, layout)
+    prepare = config.optim.objective.prepare
+    step = make_train_step(objective, rule, config.optim.accumulate, layout, prepare)
+
+    def evaluate(params, batch):  # what is hidden of a batch hangs on the seed and its text
+        batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
+        return objective(layout.stack(params), batch)[1]
+
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     platform = platform_of(mesh.devices.flat[0])
     on_cpu, often = platform == "cpu", options(platform)
@@ -112,7 +118,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often),
             np.array(schedule_lengths(config.optim, steps), np.int32),
         ),
-        eval_step=jax.jit(lambda params, batch: objective(layout.stack(params), batch)[1], compiler_options=often),
+        eval_step=jax.jit(evaluate, compiler_options=often),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
@@ -146,20 +152,24 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_train_step(objective: Callable, make_rule: Callable, n_micro: int, layout: Layout) -> Callable:
+def make_train_step(
+    objective: Callable, make_rule: Callable, n_micro: int, layout: Layout, prepare: Callable
+) -> Callable:
     """(state, batch, lengths) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if
     finite.
 
     objective: see `make_objective`; of parameters as `layout` stacks them. make_rule: (lengths) -> (optimizer,
-    schedule), see `make_optimizer`. With n_micro > 1 the gradients of that many microbatches are summed in float32 one
-    after the other; the result is that of the whole batch, but for losses that blocks take of each microbatch, such as
-    the load balance of experts. Where the loss or the gradient is not finite, parameters and optimizer stay as they
-    were, the step counts as skipped, and the objective's metrics are left out.
+    schedule), see `make_optimizer`. prepare: the batch, see `optim.objective`. With n_micro > 1 the gradients of that
+    many microbatches are summed in float32 one after the other; the result is that of the whole batch, but for losses
+    that blocks take of each microbatch, such as the load balance of experts.
+    Where the loss or the gradient is not finite, parameters and optimizer stay as they were, the step counts as
+    skipped, and the objective's metrics are left out.
     """
     gradients = _make_gradients(objective, n_micro, layout)
 
     def train_step(state, batch, lengths) -> tuple[dict, Metrics]:
         optimizer, schedule = make_rule(lengths)
+        batch = prepare(batch, lambda: jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"]))
         with jax.named_scope("gradients"):
             loss, metrics, grads = gradients(state["params"], batch)
         with jax.named_scope("optimizer"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from hybridlm import storage
 from hybridlm.data import load_tokenizer
 from hybridlm.data.config import DataConfig
-from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.data.tokenizer import BUILT_IN, Tokenizer
 from hybridlm.errors import ConfigError, RunError
 
 IDENTITY = "tokenizer"
@@ -21,7 +21,7 @@ def keep_tokenizer(data: DataConfig, run: Path) -> None:
     tokenizer.json comes last: without it, the folder holds no tokenizer.
     """
     copy = run / "tokenizer"
-    if data.tokenizer == "byte" or storage.exists(copy / FILES[0]):
+    if data.tokenizer in BUILT_IN or storage.exists(copy / FILES[0]):
         return
     given = storage.as_path(data.tokenizer)
     source = given / FILES[0] if given.is_dir() else given
@@ -40,7 +40,7 @@ def kept_tokenizer(data: DataConfig, run: Path, identity: str | None) -> Tokeniz
     identity: what a checkpoint says that it is; None: one of before they said so. ConfigError where it is another.
     """
     copy = run / "tokenizer" / FILES[0]
-    data = replace(data, tokenizer=str(copy)) if data.tokenizer != "byte" and storage.exists(copy) else data
+    data = replace(data, tokenizer=str(copy)) if data.tokenizer not in BUILT_IN and storage.exists(copy) else data
     return check_tokenizer(data, identity, run)
 
 

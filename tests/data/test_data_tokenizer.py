@@ -102,7 +102,11 @@ def test_errors_are_one_line(tmp_path, bpe_path):
     (tmp_path / "bad.json").write_text('{"model": 3}')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     cases = [
-        ((str(tmp_path / "none.json"),), {}, 'No such file or directory; give "byte" or the path of a tokenizer.json'),
+        (
+            (str(tmp_path / "none.json"),),
+            {},
+            'No such file or directory; give "byte", "dna" or the path of a tokenizer.json',
+        ),
         ((str(tmp_path / "bad.json"),), {}, "is no tokenizer.json"),
         ((str(tmp_path / "binary.json"),), {}, "is no tokenizer.json"),
         ((str(bpe_path),), {"eos": "<stop>"}, "data.eos_token ('<stop>') is no token of"),

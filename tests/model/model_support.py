@@ -14,6 +14,7 @@ from hybridlm.config import (
     RGLRU,
     SLSTM,
     Attention,
+    Bidirectional,
     Branch,
     ChannelDecay,
     ChannelMix,
@@ -27,6 +28,8 @@ from hybridlm.config import (
     GatedScan,
     HeadDecay,
     HeadNorm,
+    Hyena,
+    ImplicitFilter,
     InnerNorm,
     KimiDelta,
     LatentAttention,
@@ -35,6 +38,8 @@ from hybridlm.config import (
     Mamba1,
     Mamba2,
     Mamba3,
+    MemoryAsContext,
+    ModalFilter,
     ModelConfig,
     MoE,
     Parallel,
@@ -45,6 +50,7 @@ from hybridlm.config import (
     Rwkv6,
     Rwkv7,
     Shared,
+    Titans,
 )
 from hybridlm.model.model import HybridLM
 
@@ -158,6 +164,20 @@ VARIANTS["shared"] = Shared(
     VARIANTS["mamba2_norm_first"], Attention(n_heads=2, d_head=6, scale=0.3), MLP(12, "geglu", bias=True),
     mlp_adapter=3, attention_adapter=2,
 )  # fmt: skip
+VARIANTS |= {
+    "hyena": Hyena(ImplicitFilter(max_len=24, width=6, n_inner=1, frequency=2.0)),
+    "hyena_modal": Hyena(ModalFilter(3, 0.01, 0.5), d_conv=4, conv_bias=False, proj_bias=False),
+    "titans": Titans(2, d_head=4, d_memory=6, max_rate=0.5),
+    "titans_chunks": Titans(2, d_conv=2, momentum=False, store_every=2, refresh_every=4),
+    "both_ways": Attention(n_heads=2, d_head=8, direction="bidirectional"),
+    "bidirectional": Bidirectional(replace(VARIANTS["mamba1"], proj_bias=True)),
+    "bidirectional_apart": Bidirectional(MAMBA, tied="none"),
+    "bidirectional_tied": Bidirectional(MAMBA, tied="all"),
+    "memory_context": MemoryAsContext(
+        Titans(2, d_head=4, d_memory=6, max_rate=0.02), Attention(n_heads=2, d_head=8, window=6)
+    ),
+    "parallel_normed": Parallel({name: replace(branch, norm=True) for name, branch in BRANCHES.items()}, merge="gate"),
+}
 HYBRID = {
     "M": VARIANTS["mamba2"],
     "m": VARIANTS["mamba2_norm_first"],
@@ -215,7 +235,8 @@ class Packed:
     """Of each document, its tokens' indices in the flattened rows."""
 
     def alone(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, targets and mask [documents, T]; rows end in whatever tokens, which a causal model does not see."""
+        """Tokens, targets and mask [documents, T]; rows end in whatever tokens, which a causal model does not see, and
+        a bidirectional one takes the mask as segment ids for."""
         shape = (len(self.places), self.tokens.shape[1])
         tokens, targets, mask = random_tokens(*shape, seed=7), np.zeros(shape, np.int32), np.zeros(shape, bool)
         for row, place in enumerate(self.places):

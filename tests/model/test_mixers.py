@@ -9,27 +9,33 @@ import pallas_kernels
 from hybridlm.config import (
     MLSTM,
     Attention,
+    Bidirectional,
     ConvolvedAttention,
     DepthMoE,
     GatedDeltaNet,
+    Hyena,
     KimiDelta,
     LatentAttention,
     LinearAttention,
     Mamba1,
     Mamba2,
     Mamba3,
+    MemoryAsContext,
     MeshConfig,
     MoE,
     Rwkv6,
     Rwkv7,
     Shared,
+    Titans,
 )
 from hybridlm.layers import BLOCKS, mamba3, rwkv7
 from hybridlm.layers.attention import mean_visible
-from hybridlm.layers.block import free_fields, walk
+from hybridlm.layers.block import free_fields, sees_ahead, walk
 from hybridlm.layers.gated_delta_net import delta_flops
+from hybridlm.layers.hyena import fft_flops
 from hybridlm.layers.linear_attention import scan_flops
 from hybridlm.layers.mamba2 import ssd_flops
+from hybridlm.layers.titans import memory_flops
 from hybridlm.model.init import abstract
 from tests.model import properties
 from tests.model.model_support import HYBRID as HYBRID_BLOCKS
@@ -38,7 +44,12 @@ from tests.tolerances import check_close
 
 BY_FAMILY = ("gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe", "kimi", "latent")
 """What golden checkpoints hold, by default, to documents in rows, pieces and devices: those tests of them are slow."""
-FIRST = ("mamba2", "mamba1", "window", "mlp", "moe", "parallel", "recurrences", "shared", "delta", "slstm", *BY_FAMILY)
+LARGE = ("titans", "bidirectional", "memory_context")
+"""What takes longest to compile: of their programs the mixer's alone runs by the minute."""
+FIRST = (
+    "mamba2", "mamba1", "window", "mlp", "moe", "parallel", "recurrences", "shared", "delta", "slstm", *BY_FAMILY,
+    "hyena", *LARGE,
+)  # fmt: skip
 """One example of each class, of some side by side: what is compiled by the minute runs for these alone, for the others
 in the slow tests."""
 
@@ -48,15 +59,16 @@ def some(names, of=tuple(VARIANTS)) -> list:
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
 
-EXPENSIVE = some([name for name in FIRST if name not in BY_FAMILY])
-SIMPLE = [name for name in FIRST if name not in ("parallel", "recurrences", "shared", *BY_FAMILY)]
+EXPENSIVE = some([name for name in FIRST if name not in (*BY_FAMILY, *LARGE)])
+SIMPLE = [name for name in FIRST if name not in ("parallel", "recurrences", "shared", *BY_FAMILY, *LARGE)]
 """Without blocks made of other blocks, whose programs are the largest."""
 REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
 ALIKE = (
     "simple_gla", "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first",
     "rwkv7_mixed", "minlstm", "hgrn", "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting",
-    "kimi_bounded", "latent_queries", "norm_of_all",
+    "kimi_bounded", "latent_queries", "norm_of_all", "titans_chunks", "hyena_modal", "bidirectional_apart",
+    "bidirectional_tied", "parallel_normed",
 )  # fmt: skip
 """Examples that differ from others in a line, or are made of others."""
 EVERY = some([name for name in VARIANTS if name not in ALIKE])
@@ -74,6 +86,8 @@ def seen(name: str) -> np.ndarray:
     everything_before = np.tril(np.ones((T, T), bool))
     if not VARIANTS[name].MIXES_TOKENS:
         return np.eye(T, dtype=bool)
+    if sees_ahead(VARIANTS[name]):
+        return np.ones((T, T), bool)
     of_two = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3, "channel_mix": 3}  # layers of self and 2, 3 or 1 before
     behind = of_two.get(name, T)
     return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
@@ -81,7 +95,16 @@ def seen(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", some(SIMPLE))
 def test_causal_through_gradients(name):
-    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name))
+    """A bidirectional one: a token's output hangs on all of its document."""
+    rounding = 1e-7 if isinstance(VARIANTS[name], Hyena) else 0.0
+    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name), rounding=rounding)
+
+
+@pytest.mark.parametrize("name", some(("bidirectional", "both_ways")))
+def test_documents_do_not_touch_through_gradients(name):
+    """What a token's output hangs on, in its document, and on no token of another one."""
+    ids = np.array([1] * 4 + [2] * 1 + [7] * 6)
+    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name) & (ids[:, None] == ids), ids.tolist())
 
 
 def test_hybrid_is_causal_through_gradients():
@@ -130,7 +153,7 @@ def test_remat_changes_nothing(name, policy):
     properties.check_remat(VARIANTS[name], policy)
 
 
-@pytest.mark.parametrize("name", some(SIMPLE))
+@pytest.mark.parametrize("name", some([name for name in SIMPLE if name != "hyena"]))
 def test_one_device_equals_eight(name):
     """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
     experts = any(isinstance(block, MoE | DepthMoE) for _, block in walk(VARIANTS[name]))
@@ -157,7 +180,12 @@ def test_config(name):
 def of_ops(block, seq_len: int) -> float:
     """FLOPs of a block's ops, counted apart from its parameters."""
     if isinstance(block, Attention):
-        return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
+        seen = seq_len if sees_ahead(block) else mean_visible(seq_len, block.window)
+        return 4.0 * block.n_heads * block.d_head * seen
+    if isinstance(block, Hyena):
+        return properties.D * fft_flops(seq_len)
+    if isinstance(block, Titans):
+        return block.n_heads * memory_flops(*block.sizes(properties.D))
     if isinstance(block, Mamba2):
         return ssd_flops(block.heads(properties.D), block.d_head, block.n_groups, block.d_state, seq_len)
     if isinstance(block, LatentAttention):
@@ -183,12 +211,27 @@ def of_ops(block, seq_len: int) -> float:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_flops_are_those_of_the_parameters_and_ops(name):
     block = VARIANTS[name]
-    ops = sum(of_ops(part, 8) for _, part in walk(block))
-    share = {}
-    if isinstance(block, MoE | DepthMoE):
-        top_k = block.router.top_k if isinstance(block, MoE) else block.top_k
-        share = dict.fromkeys(("mixer.w_in", "mixer.w_out"), top_k / block.n_experts)
-    assert block.flops(properties.D, 8) == pytest.approx(properties.flops_by_hand(block, ops, share), rel=1e-12)
+
+    def by_hand(block, n_tokens=8):
+        ops = sum(of_ops(part, n_tokens) for _, part in walk(block))
+        share = {}
+        if isinstance(block, MoE | DepthMoE):
+            top_k = block.router.top_k if isinstance(block, MoE) else block.top_k
+            share = dict.fromkeys(("mixer.w_in", "mixer.w_out"), top_k / block.n_experts)
+        return properties.flops_by_hand(block, ops, share)
+
+    if isinstance(block, Bidirectional):
+        expected = 2 * by_hand(block.mixer)
+    elif isinstance(block, MemoryAsContext):
+        expected = by_hand(block.memory) + 2 * by_hand(block.attention, 16)
+    else:
+        expected = by_hand(block)
+    assert block.flops(properties.D, 8) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fft_flops_by_hand():
+    """Rows of 8: two real transforms of 16, 2.5 * 16 * 4 each, and 8 products of 6, for 8 tokens."""
+    assert fft_flops(8) == (2 * 2.5 * 16 * 4 + 8 * 6) / 8
 
 
 def test_ops_by_hand():

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory as context (Behrouz, Zhong and Mirrokni 2024, arXiv:2501.00663, section 4.1): attention over the tokens and
+over what a memory remembers at each of them.
+
+Axis letters: B batch, T tokens, D model.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.errors import require, within
+from hybridlm.layers.attention import Attention
+from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, passes, sees_ahead, shares, split_of_parts
+from hybridlm.layers.mixers import AnyMixer
+from hybridlm.layers.titans import Titans
+
+
+@dataclass(frozen=True)
+class MemoryAsContext:
+    """attention(r_1, x_1, r_2, x_2, ...) at the x, times sigmoid(r); r is the memory's answer at each token.
+
+    The attention's positions and window count both, r and x.
+    """
+
+    memory: AnyMixer = Titans()  # noqa: RUF009 (frozen)
+    """What remembers."""
+    attention: Attention = Attention(window=1024)  # noqa: RUF009 (frozen)
+    """Reads the tokens and what is remembered."""
+
+    FREE = frozenset()
+    KEPT: ClassVar = {}
+    STATISTICS: ClassVar = {}
+    MIXES_TOKENS = True
+
+    def parts(self) -> dict[str, Block]:
+        """Both by field name."""
+        return {"memory": self.memory, "attention": self.attention}
+
+    def check(self, d_model: int) -> None:
+        """Raises ConfigError where a part cannot be built at the model width."""
+        for name, part in self.parts().items():
+            require(not shares(part), f"{name} ({type(part).__name__}) shares weights over depths: it cannot be")
+            require(not passes(part, d_model), f"{name} ({type(part).__name__}) hands on to depths: it cannot be")
+            require(not sees_ahead(part), f"{name} ({type(part).__name__}) must read from left to right")
+            with within(f"{name}."):
+                part.check(d_model)
+
+    def build(self, d_model: int, make: Make) -> "MemoryAsContextMixer":
+        """The mixer of one sublayer."""
+        return MemoryAsContextMixer(self, d_model, make)
+
+    def split(self, d_model: int) -> list[tuple[str, int, str]]:
+        """Those of the parts."""
+        return split_of_parts(self, d_model)
+
+    def flops(self, d_model: int, seq_len: int) -> float:
+        """The memory's, and the attention's over twice as many tokens."""
+        return self.memory.flops(d_model, seq_len) + 2 * self.attention.flops(d_model, 2 * seq_len)
+
+    def resolved(self, d_model: int) -> "MemoryAsContext":
+        """The parts resolved."""
+        return replace(self, **{name: part.resolved(d_model) for name, part in self.parts().items()})
+
+
+class MemoryAsContextMixer(nnx.Module):
+    """A memory, and attention over its answers and the tokens in turn."""
+
+    __call__ = on_arrays
+
+    def __init__(self, config: MemoryAsContext, d_model: int, make: Make):
+        """make: what every mixer is made with."""
+        self.config = config
+        self.memory = config.memory.build(d_model, make)
+        self.attention = config.attention.build(d_model, make)
+
+    @property
+    def cache_grows(self) -> bool:
+        """The cache of a part grows with the number of tokens."""
+        return self.memory.cache_grows or self.attention.cache_grows
+
+    def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
+        """[B, T, D], and the statistics of the memory behind its name."""
+        with jax.named_scope("memory"):
+            r_BTD, stats = self.memory.mix(x_BTD, tokens)
+        ids = None if tokens.segment_ids is None else jnp.repeat(tokens.segment_ids, 2, axis=1)
+        with jax.named_scope("attention"):
+            both = _in_turn(r_BTD, x_BTD.astype(r_BTD.dtype))
+            y_BTD = _at_tokens(self.attention.mix(both, Tokens(ids, gaps=tokens.gaps)).y_BTD)
+        return Output(_gated(y_BTD, r_BTD), {f"memory.{name}": value for name, value in stats.items()})
+
+    def init_cache(self, batch: int, max_len: int) -> dict[str, Any]:
+        """The parts' by name; that of the attention has room for both."""
+        memory, attention = self.memory.init_cache(batch, max_len), self.attention.init_cache(batch, 2 * max_len)
+        return {"memory": memory, "attention": attention}
+
+    def extend(
+        self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
+    ) -> tuple[jax.Array, dict]:
+        """Outputs of the next T tokens and the caches after them; see `block.Mixer`."""
+        with jax.named_scope("memory"):
+            r_BTD, memory = self.memory.extend(x_BTD, cache["memory"], length_B, real_BT, layer, gaps=gaps)
+        real = None if real_BT is None else jnp.repeat(real_BT, 2, axis=1)
+        with jax.named_scope("attention"):
+            both = _in_turn(r_BTD, x_BTD.astype(r_BTD.dtype))
+            y, attention = self.attention.extend(both, cache["attention"], 2 * length_B, real, layer, gaps=gaps)
+        return _gated(_at_tokens(y), r_BTD), {"memory": memory, "attention": attention}
+
+
+def _in_turn(r_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    """[B, 2 T, D]: of each token what is remembered, then itself."""
+    batch, n_tokens, width = x_BTD.shape
+    return jnp.stack([r_BTD, x_BTD], axis=2).reshape(batch, 2 * n_tokens, width)
+
+
+def _at_tokens(y: jax.Array) -> jax.Array:
+    """[B, T, D] of [B, 2 T, D]: what came out at the tokens themselves."""
+    return y.reshape(y.shape[0], -1, 2, y.shape[2])[:, :, 1]
+
+
+def _gated(y_BTD: jax.Array, r_BTD: jax.Array) -> jax.Array:
+    return (y_BTD * jax.nn.sigmoid(r_BTD.astype(jnp.float32))).astype(y_BTD.dtype)
