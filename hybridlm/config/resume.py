@@ -23,7 +23,7 @@ FREE = {
     "how long it is": ("run.steps",),
     "what it writes, and when": (
         "run.log_every", "run.save_every", "run.keep", "run.keep_every", "run.keep_best", "run.sample_prompt",
-        "run.sample_tokens", "run.tensorboard", "run.profile_steps",
+        "run.sample_tokens", "run.tensorboard", "run.profile_steps", "run.inspect_every",
     ),
     "which checkpoint it goes on from": ("run.from_step",),
     "how it is evaluated": ("run.eval_every", "run.eval_batches", "data.val_path", "data.val_fraction"),
@@ -31,7 +31,10 @@ FREE = {
     "what holds it back": ("optim.weight_decay", "optim.clip_norm", "optim.z_loss"),
     "what it reads": ("data.path", "data.weights", "data.epochs", "data.text_key"),
     "how much it reads a step": ("data.seq_len", "data.batch_size", "data.packing", "optim.accumulate"),
-    "when it gives up": ("optim.max_skipped", "run.watchdog", "run.heartbeat"),
+    "when it goes back, or gives up": (
+        "optim.max_skipped", "run.max_rollbacks", "run.spike_threshold", "run.spike_window", "run.spike_steps",
+        "run.watchdog", "run.heartbeat",
+    ),
 }  # fmt: skip
 """Meaning -> dotted names, of whole sub-configs too. Blocks say the same of their fields by FREE."""
 

@@ -39,6 +39,19 @@ class RunConfig:
     """Length of that text, tokens; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    inspect_every: int = 0
+    """Steps between records of what each kind of block does (gradient, update, decays, attention), each at the cost of
+    about a step; 0: none."""
+    max_rollbacks: int = 3
+    """Times that a run that diverges (optim.max_skipped) goes back to a good checkpoint and leaves out what it read
+    since, before it is past the step at which it failed; 0: it ends at once."""
+    spike_threshold: float = 0.0
+    """Diverged is a run, too, whose loss is above the median of recent ones by so many median deviations; 0: it is
+    not."""
+    spike_window: int = 100
+    """Steps whose losses the median is of."""
+    spike_steps: int = 10
+    """So many steps in a row have to be above it."""
     profile_steps: tuple[int, int] | None = None
     """First and last step of a jax.profiler trace; None: none."""
     watchdog: float = 600.0
@@ -48,12 +61,16 @@ class RunConfig:
     """Seconds without a sign of life after which a process of several counts as lost and the others end."""
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "keep"):
+        for name in ("steps", "log_every", "keep", "spike_steps"):
             require(getattr(self, name) >= 1, f"run.{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("eval_batches", "keep_every", "keep_best", "sample_tokens", "seed"):
+        counts = ("eval_batches", "keep_every", "keep_best", "sample_tokens", "seed", "inspect_every", "max_rollbacks")
+        for name in counts:
             require(getattr(self, name) >= 0, f"run.{name} ({getattr(self, name)}) must not be negative")
         for name in ("eval_every", "save_every"):
             require(getattr(self, name) >= -1, f"run.{name} ({getattr(self, name)}) must be -1, 0 or positive")
+        k, window = self.spike_threshold, self.spike_window
+        require(0 <= k < math.inf, f"run.spike_threshold ({k}) must be 0 (never) or a number of median deviations")
+        require(3 <= window <= 10_000, f"run.spike_window ({window}) must be between 3 and 10000 steps")
         at = self.from_step
         require(at is None or at >= 0, f"run.from_step ({at}) must not be negative")
         every, saved = self.keep_every, self.save_every

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
-from hybridlm.layers import ops, params
+from hybridlm.layers import inspection, ops, params
 from hybridlm.layers.block import LEFT_TO_RIGHT, Direction, Kept, Make, Output, Tokens, on_arrays, refuse_cache
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
@@ -187,16 +187,29 @@ class AttentionMixer(nnx.Module):
 
         added: [B, T, H or K, P] each, added to the projections of queries, keys and values.
         """
-        ids, positions, places = tokens.segment_ids, tokens.positions, (None, None)
+        ids, positions, places = self._places(x_BTD, tokens)
+        q, k, v, gate = self._project(x_BTD, positions, added)
+        y_BTHP = self._attend(q, k, v, gate, segment_ids=(ids, ids), positions=(places, places), split_tokens=True)
+        return Output(self._output(y_BTHP))
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens, added: list[jax.Array] | None = None) -> dict[str, jax.Array]:
+        """Entropy of the attention, and its share on the first token; see `inspection.attention`. added: as in mix."""
+        ids, positions, places = self._places(x_BTD, tokens)
+        q, k, _, _ = self._project(x_BTD, positions, added)
+        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
+        options = {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
+        return inspection.attention(q, k, sinks, ids, places, **options)
+
+    def _places(self, x_BTD: jax.Array, tokens: Tokens) -> tuple:
+        """Ids of documents, positions for rotations, and positions for the window where those in the row do not do."""
+        ids, positions, places = tokens.segment_ids, tokens.positions, None
         if positions is None:
             positions = positions_within(ids, x_BTD.shape[:2])
         if tokens.gaps and ids is not None:
             if self.config.window is not None:  # counts tokens of the document, not padding between them
-                places = (positions_within(ids, ids.shape),) * 2
+                places = positions_within(ids, ids.shape)
             ids = document_ids(ids)
-        q, k, v, gate = self._project(x_BTD, positions, added)
-        y_BTHP = self._attend(q, k, v, gate, segment_ids=(ids, ids), positions=places, split_tokens=True)
-        return Output(self._output(y_BTHP))
+        return ids, positions, places
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Keys and values, see `init_cache` below."""

@@ -17,6 +17,7 @@ from hybridlm.layers.block import (
     Make,
     Output,
     Tokens,
+    inspect,
     on_arrays,
     passes,
     refuse_cache,
@@ -95,11 +96,15 @@ class BidirectionalMixer(nnx.Module):
         """[B, T, D], and the statistics of both directions, behind their names."""
         with jax.named_scope("ahead"):
             y_BTD, stats = self.ahead.mix(x_BTD, tokens)
-        turned = Tokens(_reversed(tokens.segment_ids), None, _reversed(tokens.embedded_BTD), gaps=tokens.gaps)
         with jax.named_scope("back"):
-            z_BTD, of_back = self._backward().mix(_reversed(x_BTD), turned)
+            z_BTD, of_back = self._backward().mix(_reversed(x_BTD), _turned(tokens))
         stats = {f"ahead.{name}": a for name, a in stats.items()} | {f"back.{name}": a for name, a in of_back.items()}
         return Output(y_BTD + _reversed(z_BTD), stats)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What both directions say of themselves, behind their names."""
+        ahead, back = inspect(self.ahead, x_BTD, tokens), inspect(self._backward(), _reversed(x_BTD), _turned(tokens))
+        return {f"ahead.{name}": a for name, a in ahead.items()} | {f"back.{name}": a for name, a in back.items()}
 
     def _backward(self):
         """The mixer of the other direction."""
@@ -110,6 +115,11 @@ class BidirectionalMixer(nnx.Module):
 def _reversed(x: jax.Array | None) -> jax.Array | None:
     """Rows from their ends: documents in turn, each from its end."""
     return None if x is None else jnp.flip(x, axis=1)
+
+
+def _turned(tokens: Tokens) -> Tokens:
+    """What is known of rows from their ends."""
+    return Tokens(_reversed(tokens.segment_ids), None, _reversed(tokens.embedded_BTD), gaps=tokens.gaps)
 
 
 def _tied(path: tuple, own: dict) -> bool:

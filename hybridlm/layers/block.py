@@ -62,6 +62,8 @@ class Tokens:
     gaps: bool = field(default=True, metadata={"static": True})
     """False promises that padding stands behind all tokens of a row, or in front of all, and that no id comes back:
     nothing has to be decided at run time, and the distance of two tokens in the row is that in their document."""
+    inspect: bool = field(default=False, metadata={"static": True})
+    """Mixers are asked what they say of themselves."""
 
 
 class Output(NamedTuple):
@@ -122,6 +124,14 @@ class Mixer(Protocol):
         None: all real. layer: index of the entries in stacked caches [L, B, ...], see `layers.cache`; None: not
         stacked. gaps: False promises that padding stands on the right.
         """
+
+    # Where it says something of itself (`run.inspect_every`), a mixer has one more, which is called with what `mix` is
+    # called with:
+    #
+    # def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+    #     """Float32 scalars: {"dt_min": ..., "dt_mean": ..., "dt_max": ...}; padding does not count."""
+    #
+    # The end of a name (_min, _mean, _max, _sum) says how layers merge. `layers.inspection` has what several say.
 
 
 class Block(Protocol):
@@ -194,6 +204,11 @@ def on_arrays(mixer: Mixer, x_BTD: jax.Array, segment_ids=None, positions=None, 
     more = {} if added is None else {"added": added}
     y_BTD, stats = mixer.mix(x_BTD, Tokens(segment_ids, positions), **more)
     return (y_BTD, stats) if stats else y_BTD
+
+
+def inspect(module: nnx.Module, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+    """What a mixer or link says of itself; nothing where it has no `inspect`."""
+    return module.inspect(x_BTD, tokens) if hasattr(module, "inspect") else {}
 
 
 def parts(block: Block) -> dict[str, Block]:

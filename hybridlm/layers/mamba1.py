@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import RMSNorm, rms_normalise
@@ -178,6 +178,16 @@ class Mamba1Mixer(nnx.Module):
     def _channels(self) -> tuple[str | None, str | None]:
         """Logical names of the axes H and P."""
         return (None, "d_inner") if self.config.n_heads == 1 else ("heads", "d_head")
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Step sizes, decays of the state a token, and the norm of a row's last state."""
+        x_BTHP, _ = short_conv.convolve(
+            self._project(x_BTD)[0], self.conv, self.conv_bias, self.config.activation,
+            segment_ids=tokens.segment_ids, gaps=tokens.gaps,
+        )  # fmt: skip
+        dt_BTHP = self._select(x_BTHP)[0]
+        numbers = inspection.steps(dt_BTHP, jnp.moveaxis(jnp.exp(self.A_log[...]), -1, 0), tokens)
+        return numbers | recurrent.state_norm(self, x_BTD, tokens)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""

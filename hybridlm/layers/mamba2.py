@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
 
@@ -223,6 +223,12 @@ class Mamba2Mixer(nnx.Module):
     cache_grows = False
     __call__ = on_arrays
     mix, extend = recurrent.mix, recurrent.extend
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Step sizes, decays of the state a token, and the norm of a row's last state."""
+        dt_BTH = self._project(x_BTD)[3]
+        numbers = inspection.steps(dt_BTH, jnp.exp(self.A_log[...])[None], tokens)
+        return numbers | recurrent.state_norm(self, x_BTD, tokens)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""

@@ -218,6 +218,12 @@ class MoEFeedForward(nnx.Module):
             of_router = statistics(c, c.router.top_k, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk)
             return Output(y_BTD, of_router)
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """The busiest expert's share over an even one, the entropy of the router, assignments that were dropped."""
+        stats = self.mix(x_BTD, tokens).stats
+        names = {"load_max": "max_load", "router_entropy_mean": "entropy", "dropped_sum": "dropped"}
+        return {name: stats[key] for name, key in names.items()}
+
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""
         return {}

@@ -15,7 +15,7 @@ from flax import nnx
 
 from hybridlm.errors import require, within
 from hybridlm.layers.attention import Attention
-from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, passes, shares, split_of_parts
+from hybridlm.layers.block import Block, Make, Output, Tokens, inspect, on_arrays, passes, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.norm import RMSNorm
@@ -117,6 +117,11 @@ class ParallelMixer(nnx.Module):
                 outputs[name], of_branch = mixer.mix(self._input(name, x_BTD), tokens)
             stats |= {f"{name}.{key}": value for key, value in of_branch.items()}
         return Output(self._merge(outputs), stats)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What the branches say of themselves, behind their names."""
+        found = {name: inspect(mixer, self._input(name, x_BTD), tokens) for name, mixer in self.branches.items()}
+        return {f"{name}.{key}": value for name, numbers in found.items() for key, value in numbers.items()}
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, dict]:
         """The branches' caches by name."""

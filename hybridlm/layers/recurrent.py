@@ -21,6 +21,14 @@ def mix(mixer, x_BTD: jax.Array, tokens: Tokens) -> Output:
     return Output(mixer._run(x_BTD, tokens, None)[0])
 
 
+def state_norm(mixer, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+    """The norm of the cache's `state` behind the last token of a row, for `inspect` of such a mixer."""
+    _, new = mixer._run(x_BTD, tokens, mixer.init_cache(x_BTD.shape[0], 0))
+    state = new["state"].astype(jnp.float32)
+    norm_B = jnp.sqrt(jnp.sum(jnp.square(state), axis=tuple(range(1, state.ndim))))
+    return {"state_norm_mean": norm_B.mean(), "state_norm_max": norm_B.max()}
+
+
 def extend(
     mixer, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
 ) -> tuple[jax.Array, dict]:

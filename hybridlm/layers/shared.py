@@ -133,6 +133,11 @@ class SharedLink(nnx.Module):
         y_BTD = shared.attention.mix(u_BTE, tokens, self._qkv(u_BTE)).y_BTD
         return self._rest(shared, y_BTD)
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What the shared attention says of itself at this depth."""
+        u_BTE = tokens.shared.norm(jnp.concatenate([x_BTD, tokens.embedded_BTD], axis=-1))
+        return tokens.shared.attention.inspect(u_BTE, tokens, self._qkv(u_BTE))
+
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """That of the shared attention, at this depth."""
         return init_cache(self.attention, batch, max_len, self.dtype)

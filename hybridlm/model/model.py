@@ -21,6 +21,7 @@ from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within, room_in_front
 from hybridlm.model import depth, pattern, remat, stacks, strands
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.statistics import kind_of
 from hybridlm.model.sublayer import ChannelScales, Sublayer, make_options, stream_norm
 from pallas_kernels.segments import document_ids
 
@@ -121,10 +122,16 @@ class HybridLM(nnx.Module):
         return self.hidden_with_stats(tokens_BT, segment_ids, positions)[0]
 
     def hidden_with_stats(
-        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None, sums=None
+        self,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        sums=None,
+        inspect: bool = False,
     ) -> tuple[jax.Array, list[list[dict[str, jax.Array]]]]:
         """`hidden`, and what mixers report: of each loop of the program, of each of its sublayers, arrays [L, ...] by
-        name. sums: of a stacked model, by the number of the sublayer, see `depth.run`."""
+        name. sums: of a stacked model, by the number of the sublayer, see `depth.run`. inspect: the numbers of
+        `Mixer.inspect` in the place of their statistics; forward alone."""
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
         tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
         n_prefix, restore, within = self.config.prefix_tokens, None, None
@@ -140,7 +147,7 @@ class HybridLM(nnx.Module):
             args = tokens_BT, segment_ids, positions
             tokens_BT, segment_ids, positions = strands.both(*args, self.config.complement, self.config.vocab_size)
         x_BTD = self._embed(tokens_BT, within)
-        tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False)
+        tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False, inspect=inspect)
         x_BTD, stats = self._through(x_BTD, tokens, sums)
         with jax.named_scope("norm"):
             x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
@@ -289,7 +296,7 @@ class HybridLM(nnx.Module):
             if symbol in calls:
                 continue
             graphdef = nnx.graphdef(sublayer)
-            scope = f"{symbol}.{type(self.config.blocks[symbol]).__name__}"  # what a profile calls the sublayer
+            scope = kind_of(self.config, symbol)  # what a profile calls the sublayer
 
             def call(state, shared_state, *args, graphdef=graphdef, symbol=symbol, scope=scope):
                 *args, tokens = args

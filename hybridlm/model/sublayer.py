@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.layers import params
-from hybridlm.layers.block import Make, Output, Tokens, passes, shares
+from hybridlm.layers.block import Make, Output, Tokens, inspect, passes, shares
 from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
@@ -72,7 +72,7 @@ class Sublayer(nnx.Module):
         return self.mixer.cache_grows or (self.link is not None and self.link.cache_grows)
 
     def __call__(self, x, tokens: Tokens) -> Output:
-        """The residual stream behind the sublayer, and the mixer's statistics.
+        """The residual stream behind the sublayer, and the mixer's statistics, or what it is inspected for.
 
         x: x_BTD, or (x_BTD, passed_BTR) in a model with blocks that hand something on; so is what it gives."""
         if isinstance(x, tuple):
@@ -82,6 +82,7 @@ class Sublayer(nnx.Module):
                 return Output((y_BTD, passed_BTR), stats)
             u_BTD = self._normed(x_BTD)
             (y_BTD, stats), passed_BTR = self.mixer.pass_on(u_BTD, passed_BTR, tokens)
+            stats = self._inspect(x_BTD, u_BTD, tokens) if tokens.inspect else stats
             return Output((self._add(x_BTD, u_BTD, y_BTD), passed_BTR), stats)
         x_BTD = u_BTD = x
         if self.link is not None:
@@ -89,7 +90,14 @@ class Sublayer(nnx.Module):
                 u_BTD = x_BTD + self.link(x_BTD, tokens)
         u_BTD = self._normed(u_BTD)
         y_BTD, stats = self.mixer.mix(u_BTD, tokens)
+        stats = self._inspect(x_BTD, u_BTD, tokens) if tokens.inspect else stats
         return Output(self._add(x_BTD, u_BTD, y_BTD), stats)
+
+    @jax.named_scope("inspect")
+    def _inspect(self, x_BTD, u_BTD, tokens: Tokens) -> dict[str, jax.Array]:
+        """What the mixer says of itself, and the link behind its name."""
+        of_link = {} if self.link is None else inspect(self.link, x_BTD, tokens)
+        return inspect(self.mixer, u_BTD, tokens) | {f"link.{name}": value for name, value in of_link.items()}
 
     def init_cache(self, batch: int, max_len: int) -> Any:
         """The mixer's cache; with a link that and the link's, by name."""

@@ -39,7 +39,7 @@ class OptimConfig:
     z_loss: float = 0.0
     """Weight of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5)."""
     max_skipped: int = 10
-    """Non-finite steps in a row, each skipped, after which the run ends with an error."""
+    """Non-finite steps in a row, each skipped, after which the run goes back (run.max_rollbacks) or ends."""
     numbers: InitVar[Mapping[str, Any] | None] = None
     """What old.py remembers of rules and schedules that were chosen before; not compared, shown or stored."""
 

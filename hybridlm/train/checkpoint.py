@@ -63,13 +63,18 @@ class Checkpoints:
         """Step of the checkpoint that was restored or, in the background, written last."""
         self.on_saved: Callable[[int, float], None] | None = None
         """Called with the step and the seconds of each save once it is complete on disk."""
-        if best and not read_only:
-            for step, loss in from_first(self._stored_losses):
+        if not read_only:
+            for step, loss, good in from_first(self._stored):
                 self.rate(step, loss)
+                self._keep.judge(step, good)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first, as the first process sees them."""
         return from_first(lambda: finished_steps(self.folder))
+
+    def good_steps(self) -> list[int]:
+        """Those of them that were saved while the run was sound."""
+        return [step for step in self.steps() if self._keep.good(step)]
 
     def rate(self, step: int, loss: float) -> None:
         """Takes the validation loss of the parameters after a step, for those that are kept as the best."""
@@ -78,9 +83,11 @@ class Checkpoints:
     def save(self, step: int, state, config: dict, loop: dict) -> None:
         """Starts writing; returns when the arrays are copied from the devices. RunError where a save failed.
 
-        loop: the loop's record, JSON; its `val_loss`, if it has one, is that of these parameters.
+        loop: the loop's record, JSON; its `val_loss`, if it has one, is that of these parameters, and its `health`
+        says whether the steps before it were sound.
         """
         self.wait()
+        self._keep.judge(step, _is_good(loop))
         self.rate(step, loop.get("val_loss"))
         params, trainer = _split(state)
         items = {"trainer": ocp.args.StandardSave(trainer)} if trainer else {}
@@ -143,6 +150,7 @@ class Checkpoints:
     def supersede(self, after: int) -> list[int]:
         """Moves the checkpoints of later steps to `superseded/`; which they were."""
         self.wait()
+        self._keep.forget(after)
         later = [step for step in self.steps() if step > after]
         for step in later:
             self._move(step, "superseded")
@@ -182,12 +190,13 @@ class Checkpoints:
 
         return sync
 
-    def _stored_losses(self) -> list[tuple[int, float]]:
-        """Validation losses in the records that are there, as far as they can be read."""
+    def _stored(self) -> list[tuple[int, float | None, bool]]:
+        """(step, validation loss, whether it is good) of the records that are there, as far as they can be read."""
         found = []
         for step in finished_steps(self.folder):
             try:
-                found.append((step, read_json(self.folder / str(step) / "loop" / "metadata").get("val_loss")))
+                record = read_json(self.folder / str(step) / "loop" / "metadata")
+                found.append((step, record.get("val_loss"), _is_good(record)))
             except (OSError, ValueError, AttributeError):
                 continue  # a broken one has no loss, and is set aside when it is read
         return found
@@ -223,6 +232,11 @@ class Checkpoints:
             kept = [s for s in finished_steps(self.folder) if s != self._pending]
             safe = f"; the checkpoint of step {kept[-1]} is untouched" if kept else ""
             raise RunError(f"cannot {verb} the {what} in {self.folder}: {_storage_reason(error)}{safe}") from error
+
+
+def _is_good(record: dict) -> bool:
+    health = record.get("health")
+    return not isinstance(health, dict) or health.get("good", True) is True
 
 
 class _Damaged(Exception):

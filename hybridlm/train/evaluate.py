@@ -54,6 +54,10 @@ class Validation:
         """Whether the one that was due at the step that is gone on from was not recorded: a signal came before it."""
         return self.due(step) and not self._log.has("val", step)
 
+    def forget(self, after: int) -> None:
+        """The run has gone back to a step."""
+        self.losses = {step: loss for step, loss in self.losses.items() if step <= after}
+
     def read(self, step: int, params) -> bool:
         """Reads the text with the parameters after a step; False where a signal cut that short."""
         if self._batches is None:

@@ -56,6 +56,12 @@ class Feed:
         """The loader's, without a batch that was read but not handed out."""
         return self._state
 
+    def go_back(self, state: dict, left_out: int) -> None:
+        """Goes on from a checkpoint's state, without the batches that would come next there. Not while one is read."""
+        self._batches.loader.set_state(state)
+        self._batches.loader.skip(left_out)
+        self._state = self._batches.loader.get_state()
+
     def leave_if_stuck(self, code: int, line: str, stream: TextIO | None = None) -> None:
         """Ends the process where its orderly end would wait for the reader, too; see `leave`."""
         if self.stuck:

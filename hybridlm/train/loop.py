@@ -24,6 +24,7 @@ from hybridlm.train.commands import hybridlm_command
 from hybridlm.train.corpora import open_together
 from hybridlm.train.evaluate import Validation
 from hybridlm.train.feed import Feed
+from hybridlm.train.health import Health
 from hybridlm.train.init_run import check_init_run, params_of_run
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
@@ -31,7 +32,9 @@ from hybridlm.train.peers import Peers
 from hybridlm.train.plot import plot_loss
 from hybridlm.train.progress import Display, clock, printable, short
 from hybridlm.train.provenance import start_record
+from hybridlm.train.recovery import Recovery, resumable, rollback_file, told
 from hybridlm.train.report import Reports
+from hybridlm.train.rollback import Rollback
 from hybridlm.train.run_folder import Found, RunFolder
 from hybridlm.train.sample import sample_text
 from hybridlm.train.step import Program, make_program
@@ -106,26 +109,32 @@ def _run(
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         bytes_per_token = corpus.stats["train"]["bytes_per_pair"]
         meter = Meter(config, mesh, bytes_per_token, tokens_before=batches.loader.tokens_before)
+        health = Health(config)
         from_first(lambda: keep_tokenizer(config.data, folder.path))
 
-        restored = _restored(program, folder, found, checkpoints, batches, meter, display)
+        restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
         _record_start(config, mesh, folder, log, display, resume, step, origin)
         if batches.loader.changed:
             display.say(f"other batches from step {step} on: {batches.loader.changed}")
             log.write("data", step, {"changed": batches.loader.changed})
+            health.other_data()
         checkpoints.on_saved = lambda at, seconds: log.write("save", at, {"seconds": round(seconds, 2)})
         for at, loss in log.values("val", "loss").items():
             checkpoints.rate(at, loss)
-        reports = opened.enter_context(closing(Reports(config, display, log, meter, checkpoints)))
+        reports = opened.enter_context(closing(Reports(config, display, log, meter, health)))
         trace = opened.enter_context(closing(Trace(run.profile_steps, folder.profile)))
         feed = opened.enter_context(closing(_open_feed(batches, run.watchdog, stop, peers, display)))
         between = lambda: (watchdog.progress(), stop.agreed())[1]
         validation = Validation(config, corpus.stats, program.eval_step, held_out, log, display, between)
+        recovery = Recovery(
+            config, program.state_like, folder.path, checkpoints, feed, meter, health, validation, log, display.say,
+            may_write, resume,
+        )  # fmt: skip
         steps = Steps(
-            config, program, feed, meter, checkpoints, validation, reports, trace, stop, watchdog, display,
-            may_write=lambda: (may_write(), log.flush()), tokenizer=corpus.tokenizer.fingerprint,
+            config, program, feed, meter, health, recovery, checkpoints, validation, reports, log, trace, stop,
+            watchdog, display, may_write=lambda: (may_write(), log.flush()), tokenizer=corpus.tokenizer.fingerprint,
             single=peers.count == 1,
         )  # fmt: skip
         _introduce(config, program, mesh, corpus, folder, display)
@@ -140,13 +149,14 @@ def _run(
             feed.leave_if_stuck(128 + (stop.signum or 0), _stopped(config, step, resume), sys.stdout)
             return step, None
         watchdog.rest()
-        _draw(config, corpus, folder)
+        log.flush()
+        counts, beside = _draw(config, corpus, folder)
         _sample(config, program, corpus, folder, state, step, display)
         with watchdog.during("saving"):
             checkpoints.wait()
         seconds = time.monotonic() - began
-        log.write("end", step, {"seconds": round(seconds, 1)})
-        return step, f"done: {step} steps in {clock(seconds)}" + (f"; {validation.result}" if validation.result else "")
+        log.write("end", step, {"seconds": round(seconds, 1), **counts})
+        return step, "; ".join(filter(None, [f"done: {step} steps in {clock(seconds)}", beside, validation.result]))
 
 
 def _open_batches(
@@ -167,26 +177,46 @@ def _open_feed(batches: Batches, watchdog: float, stop: StopRequest, peers: Peer
 
 
 def _restored(
-    program: Program, folder: RunFolder, found: Found, checkpoints: Checkpoints, batches: Batches, meter: Meter,
-    display: Display,
+    config: Config, program: Program, folder: RunFolder, found: Found, checkpoints: Checkpoints, batches: Batches,
+    meter: Meter, health: Health, display: Display,
 ) -> tuple[int, dict, dict | None] | None:  # fmt: skip
-    """(step, state, None) of the checkpoint to go on from, with batches and meter set to it; None where there is none.
+    """(step, state, None) of the checkpoint to go on from, with batches, meter and health set to it; None where there
+    is none.
 
-    Where the user asked to go back, checkpoints of later steps are moved away.
+    Where the user asked to go back, or the run was about to, checkpoints of later steps are moved away. What the run
+    left out when it went back to this checkpoint is left out again.
     """
 
-    def resumable(record: dict) -> None:
-        meter.set_state(record["meter"])
+    def check(record: dict) -> None:
+        resumable(meter, health, record)
         batches.loader.set_state(record["data"])
 
-    steps = [step for step in found.steps if found.back_to in (None, step)]
-    restored = checkpoints.restore_latest(program.state_like, steps, resumable)
-    if found.back_to is not None and (later := checkpoints.supersede(after=found.back_to)):
+    back_to = found.back_to
+    rollback = _rollback(config, folder, found)
+    steps = [step for step in found.steps if back_to in (None, step)]
+    if rollback is not None and not rollback.done:
+        back_to = rollback.to
+        steps = [step for step in steps if step <= back_to]
+    restored = checkpoints.restore_latest(program.state_like, steps, check)
+    if back_to is not None and (later := checkpoints.supersede(after=back_to)):
         display.say(f"checkpoints of step {', '.join(map(str, later))} are now in {folder.superseded}")
-    if restored is None:
-        return None
-    display.say(f"{folder.path}: going on from the checkpoint of step {restored[0]}")
-    return *restored[:2], None
+    step = 0 if restored is None else restored[0]
+    if restored is not None:
+        display.say(f"{folder.path}: going on from the checkpoint of step {step}")
+    if rollback is not None and rollback.to == step:
+        batches.loader.skip(rollback.left_out)
+        if rollback.left_out:
+            display.say(f"without the next {rollback.left_out} batches, which it went back for")
+        if not rollback.done:
+            from_first(lambda: rollback._replace(done=True).write(rollback_file(folder.path)))
+    return None if restored is None else (*restored[:2], None)
+
+
+def _rollback(config: Config, folder: RunFolder, found: Found) -> Rollback | None:
+    """What the run went back to by itself, unless the user goes back now."""
+    values = from_first(lambda: Rollback.read(rollback_file(folder.path)))
+    rollback = None if values is None else Rollback(*values)
+    return rollback if found.back_to is None or rollback is None or rollback.from_step == config.run.from_step else None
 
 
 def _first_state(
@@ -246,10 +276,13 @@ def _introduce(
         display.say(whole)
 
 
-def _draw(config: Config, corpus: Corpus, folder: RunFolder) -> None:
-    """The figure of the run."""
-    if folder.owner:
-        plot_loss(read_metrics(folder.metrics), corpus.stats["bigram_bits_per_byte"], config.name, folder.plot)
+def _draw(config: Config, corpus: Corpus, folder: RunFolder) -> tuple[dict[str, int], str]:
+    """The figure of the run; how often it diverged, in numbers and in words."""
+    if not folder.owner:
+        return {}, ""
+    records = read_metrics(folder.metrics)
+    plot_loss(records, corpus.stats["bigram_bits_per_byte"], config.name, folder.plot)
+    return told(records)
 
 
 def _sample(

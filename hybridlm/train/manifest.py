@@ -44,14 +44,14 @@ def seal(folder: Path) -> None:
     """
     if storage.in_bucket(folder):
         files = {name: found for name, found in storage.listing(folder).items() if name != NAME}
-        storage.write_bytes(folder / NAME, _vouched({"format": OBJECTS, "files": files}))
+        storage.write_bytes(folder / NAME, vouched({"format": OBJECTS, "files": files}))
         return
     told = _collect_parts(folder)
     names = list(_files(folder))
     told = {name: told[name] for name in names if name in told and (folder / name).stat().st_size == told[name][0]}
     sums = told | checksums(folder, [name for name in names if name not in told])
     with open(folder / NAME, "wb") as file:
-        file.write(_vouched({"format": FORMAT, "block": BLOCK, "files": dict(sorted(sums.items()))}))
+        file.write(vouched({"format": FORMAT, "block": BLOCK, "files": dict(sorted(sums.items()))}))
         file.flush()
         os.fsync(file.fileno())
 
@@ -138,10 +138,16 @@ class _Damaged(Exception):
     """What is wrong, in a few words."""
 
 
-def _vouched(values: dict) -> bytes:
+def vouched(values: dict) -> bytes:
     """A manifest's content."""
     line = json.dumps(values).encode()
     return line + b"\n" + _checksum(line).encode() + b"\n"
+
+
+def of_vouched(content: bytes) -> dict | None:
+    """The object of such lines; None where a bit of them has changed."""
+    line, _, rest = content.partition(b"\n")
+    return json.loads(line) if rest == _checksum(line).encode() + b"\n" else None
 
 
 def _read(folder: Path) -> dict:
@@ -152,10 +158,9 @@ def _read(folder: Path) -> dict:
         raise
     except OSError as error:
         raise _Damaged(f"{NAME} cannot be read: {error.strerror or error}") from error
-    line, _, rest = content.partition(b"\n")
-    if rest != _checksum(line).encode() + b"\n":
+    values = of_vouched(content)
+    if values is None:
         raise _Damaged(f"{NAME} is damaged")
-    values = json.loads(line)  # as it was written: its checksum says so
     if values["format"] != OBJECTS and (values["format"] != FORMAT or values["block"] != BLOCK):
         raise _Damaged(f"{NAME} is of format {values['format']}, which this version does not read")
     return values

@@ -81,5 +81,6 @@ class Meter:
         return to_json(self._metrics)
 
     def set_state(self, state: dict) -> None:
-        """The inverse of state()."""
+        """The inverse of state(); a new interval is timed."""
+        self.restart()
         self._metrics = from_json(state)

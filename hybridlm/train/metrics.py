@@ -118,6 +118,11 @@ def on_host(metrics: Mapping[str, Metric]) -> Metrics:
     return jax.tree.map(lambda x: x.item(), jax.device_get(dict(metrics)))
 
 
+def numbers(values: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Scalars of the device as numbers of Python; waits for them."""
+    return {name: value.item() for name, value in jax.device_get(dict(values)).items()}
+
+
 def to_json(metrics: Mapping[str, Metric]) -> dict[str, list]:
     """Metrics on the host, as a checkpoint keeps them: {"loss": ["Mean", total, weight]}."""
     return {name: [type(metric).__name__, *astuple(metric)] for name, metric in metrics.items()}

@@ -16,12 +16,15 @@ from hybridlm.train.records import move_aside, parse_json
 
 log = logging.getLogger(__name__)
 
+MANY = ("train", "inspect")
+"""Kinds of records that are not kept in memory: nobody asks for them."""
+
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard: one record a line, appended.
 
-    `kind` is train, val or end, or an event: start (what a start of the run was), config and data (what it changed),
-    save.
+    `kind` is train, val, inspect or end, or an event: start (what a start of the run was), config and data (what it
+    changed), save, skipped (a step that was not finite), spike, rollback, window (batches left out), gave_up.
     """
 
     def __init__(
@@ -35,11 +38,18 @@ class MetricsLog:
         is not written where it raises. RunError where the file cannot be written.
         """
         self._path, self._owner, self._may_write = path, owner, may_write
-        lines = _lines(self._path)
-        kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
-        self._values = {(r["kind"], r["step"]): r for _, r in kept}
-        self.n_dropped = len(lines) - len(kept)
+        self._tensorboard, self._dropped = tensorboard, dropped
+        self._values: dict[tuple[str, int], dict] = {}
+        self.n_dropped = 0
         """Lines of before that are not gone on from."""
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        path, tensorboard, dropped = self._path, self._tensorboard, self._dropped
+        lines = _lines(path)
+        kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
+        self._values = {(r["kind"], r["step"]): r for _, r in kept if r["kind"] not in MANY}
+        self.n_dropped = len(lines) - len(kept)
         if not self._owner:
             return
         self._far: Objects | None = None
@@ -65,16 +75,26 @@ class MetricsLog:
             raise RunError(f"cannot write {error.filename or self._path}: {error.strerror}") from error
         self._board = None if tensorboard is None else _open_board(tensorboard, step)
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to a step: later records are dropped, as where a run is resumed there."""
+        if self._owner:
+            self.close()
+            self._open(step)
+        else:  # the file is being written by another process
+            self._values = {key: record for key, record in self._values.items() if key[1] <= step}
+
     def has(self, kind: str, step: int) -> bool:
-        """Whether the run that is resumed wrote a record of the kind at the step."""
+        """Whether there is a record of the kind, which is none of MANY, at the step."""
         return (kind, step) in self._values
 
     def values(self, kind: str, name: str) -> dict[int, object]:
-        """A value by step, of the records of a kind that the run that is resumed wrote."""
+        """A value by step, of the records of a kind, which is none of MANY."""
         return {step: r[name] for (of, step), r in self._values.items() if of == kind and name in r}
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Appends a record and hands its numbers to TensorBoard. A number that is not finite is null in the file."""
+        if kind not in MANY:
+            self._values[kind, step] = {"kind": kind, "step": step, **values}
         if not self._owner:
             return
         self._may_write()

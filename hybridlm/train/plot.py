@@ -12,7 +12,8 @@ from hybridlm import storage
 def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path) -> None:
     """Draws the records of a metrics.jsonl; bigram: bits per byte of the baseline on the validation text, if known.
 
-    A record without a finite number, as of an interval in which all steps were skipped, is a gap.
+    A record without a finite number, as of an interval in which all steps were skipped, is a gap. Steps that the run
+    went back to, skipped or was far above its loss in are marked.
     """
     import matplotlib
 
@@ -27,6 +28,18 @@ def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path)
         axes.annotate(f"{val[-1, 1]:.3f}", val[-1], textcoords="offset points", xytext=(0, -14), ha="right")
     if bigram is not None:
         axes.axhline(bigram, color="gray", linestyle="--", linewidth=1, label=f"byte bigram {bigram:.3f}")
+    for i, step in enumerate(sorted({r["step"] for r in records if r["kind"] == "rollback"})):
+        axes.axvline(step, color="tab:red", linestyle=":", linewidth=1, label=None if i else "went back here")
+    bad = sorted({r["step"] for r in records if r["kind"] in ("skipped", "spike")})
+    if bad:
+        axes.plot(
+            bad,
+            [0.01] * len(bad),
+            "|",
+            color="tab:red",
+            transform=axes.get_xaxis_transform(),
+            label="skipped or far above",
+        )
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     if len(train):
         axes.set_ylim(0, 1.05 * max(train[:, 1].max(), bigram or 0.0))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says of its steps, each read while the next one is computed."""
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
 from hybridlm.config import Config
-from hybridlm.errors import RunError
-from hybridlm.train.checkpoint import Checkpoints
+from hybridlm.train.health import Health, Trouble
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics import Metrics, on_host
 from hybridlm.train.metrics_log import MetricsLog
@@ -22,11 +22,13 @@ class Reports:
     the data or by the dispatch of the next step, as it is where a device asks the host for a decision.
     """
 
-    def __init__(self, config: Config, display: Display, log: MetricsLog, meter: Meter, checkpoints: Checkpoints):
-        self._run, self._max_skipped = config.run, config.optim.max_skipped
-        self._display, self._log, self._meter, self._checkpoints = display, log, meter, checkpoints
+    def __init__(self, config: Config, display: Display, log: MetricsLog, meter: Meter, health: Health):
+        self._run = config.run
+        self._display, self._log, self._meter, self._health = display, log, meter, health
         self._reader = ThreadPoolExecutor(1, "metrics")
         self._pending: tuple[int, Future] | None = None
+        self.trouble: Trouble | None = None
+        """Why the run cannot go on from here, once that is so."""
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of the step that was dispatched just now; says those of the one before it."""
@@ -38,6 +40,10 @@ class Reports:
         last, self._pending = self._pending, None
         self._say(last)
 
+    def forget(self) -> None:
+        """The run has gone back: steps that were dispatched since are not said."""
+        self._pending, self.trouble = None, None
+
     def close(self) -> None:
         """Ends the thread, without waiting for a step that never comes."""
         self._reader.shutdown(wait=False, cancel_futures=True)
@@ -46,9 +52,8 @@ class Reports:
         if pending is None:
             return
         step, (metrics, completed) = pending[0], pending[1].result()
-        in_row = metrics.pop("skipped_in_row").value()
+        self._judge(step, metrics)
         self._meter.add(metrics, completed)
-        self._check_finite(step, in_row)
         log = step % self._run.log_every == 0 or step == self._run.steps
         values = self._meter.values(step)
         self._display.update(step, values, log)
@@ -56,17 +61,29 @@ class Reports:
             self._log.write("train", step, values)
             self._meter.restart()
 
-    def _check_finite(self, step: int, in_row: int) -> None:
-        """RunError after too many steps in a row that were not finite."""
+    def _judge(self, step: int, metrics: Metrics) -> None:
+        """Says and records what is wrong with a step; sets `trouble` where it is too much."""
+        in_row = int(metrics.pop("skipped_in_row").value())
         if in_row:
-            self._display.say(f"step {step}: loss or gradient not finite: skipped ({in_row} in a row)")
-        if in_row >= self._max_skipped:
-            saved = self._checkpoints.newest
-            at = "there is no checkpoint" if saved is None else f"the last checkpoint is of step {saved}"
-            raise RunError(
-                f"step {step}: loss or gradient not finite {in_row} times in a row (optim.max_skipped), none applied; "
-                f"{at}; a lower --optim.lr or --optim.clip_norm may help"
-            )
+            what, numbers = _not_finite(metrics)
+            self._display.say(f"step {step}: {what} not finite: skipped ({in_row} in a row)")
+            self._log.write("skipped", step, {"what": what, "in_row": in_row, **numbers})
+            trouble = self._health.skipped(step, in_row)
+        else:
+            loss, limit = metrics["loss"].value(), self._health.limit()
+            above, trouble = self._health.applied(step, loss)
+            if above:
+                self._display.say(f"step {step}: loss {loss:.4f} above {limit:.4f} ({above} in a row)")
+                self._log.write("spike", step, {"loss": loss, "limit": limit, "in_row": above})
+        self.trouble = self.trouble or trouble
+
+
+def _not_finite(metrics: Metrics) -> tuple[str, dict]:
+    """What of a skipped step was not finite, in a word, and the norms that tell."""
+    norms = {name: metrics[name].value() for name in ("grad_norm", "update_norm")}
+    if not math.isfinite(norms["grad_norm"]):
+        return "gradient", norms
+    return ("loss" if math.isfinite(norms["update_norm"]) else "update"), norms
 
 
 def _read(metrics: Metrics) -> tuple[Metrics, float]:

@@ -25,6 +25,7 @@ from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
+from hybridlm.train.inspection import make_inspect
 from hybridlm.train.layout import SUMS, Layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
@@ -43,6 +44,8 @@ class Program(NamedTuple):
     """(state, batch) -> (state, metrics); the state given is donated. Metrics (`train.metrics`) are on device."""
     eval_step: Callable
     """(params, batch) -> metrics."""
+    inspect: Callable
+    """(state, batch) -> numbers of the step that would be taken, by kind of block: see `train.inspection`."""
     state_like: dict
     """Shapes, types and shardings of the train state."""
     batch_sharding: NamedSharding
@@ -53,8 +56,8 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainStep:
-    """(state, batch) -> (state, metrics): a jitted step that takes what hangs on the length of the run beside them, so
-    that more steps are not another program."""
+    """(state, batch) -> (state, metrics), or what `Program.inspect` gives: a jitted function that takes what hangs on
+    the length of the run beside them, so that more steps are not another program."""
 
     jitted: Callable
     lengths: np.ndarray
@@ -107,6 +110,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
         return objective(layout.stack(params), batch)[1]
 
+    gradients = _make_gradients(objective, config.optim.accumulate, layout)
+    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, stacked(model).graphdef, prepare)
+    lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     platform = platform_of(mesh.devices.flat[0])
     on_cpu, often = platform == "cpu", options(platform)
@@ -115,10 +121,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
         init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
         train_step=TrainStep(
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often),
-            np.array(schedule_lengths(config.optim, steps), np.int32),
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often), lengths
         ),
         eval_step=jax.jit(evaluate, compiler_options=often),
+        inspect=TrainStep(jax.jit(inspect, compiler_options=often), lengths),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
@@ -156,14 +162,14 @@ def make_train_step(
     objective: Callable, make_rule: Callable, n_micro: int, layout: Layout, prepare: Callable
 ) -> Callable:
     """(state, batch, lengths) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if
-    finite.
+    finite, it and what the optimizer makes of it.
 
     objective: see `make_objective`; of parameters as `layout` stacks them. make_rule: (lengths) -> (optimizer,
     schedule), see `make_optimizer`. prepare: the batch, see `optim.objective`. With n_micro > 1 the gradients of that
     many microbatches are summed in float32 one after the other; the result is that of the whole batch, but for losses
     that blocks take of each microbatch, such as the load balance of experts.
-    Where the loss or the gradient is not finite, parameters and optimizer stay as they were, the step counts as
-    skipped, and the objective's metrics are left out.
+    Where the loss, the gradient or the update is not finite, parameters and optimizer stay as they were, the step
+    counts as skipped, and the objective's metrics are left out.
     """
     gradients = _make_gradients(objective, n_micro, layout)
 
@@ -174,8 +180,9 @@ def make_train_step(
             loss, metrics, grads = gradients(state["params"], batch)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
-            ok = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            update_norm = optax.tree.norm(updates)  # finite parameters and this one finite: so are the new ones
+            ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
             params = optax.apply_updates(state["params"], updates)
             kept = _choose(ok, (params, opt_state), (state["params"], state["opt_state"]))
         missed = 1 - ok.astype(jnp.int32)
@@ -184,8 +191,9 @@ def make_train_step(
             "skipped_in_row": (state["skipped_in_row"] + 1) * missed, "key": state["key"],
         }  # fmt: skip
         latest = {
-            "grad_norm": grad_norm, "lr": jnp.float32(schedule(state["step"] - state["skipped"])),
-            "skipped": new_state["skipped"], "skipped_in_row": new_state["skipped_in_row"],
+            "grad_norm": grad_norm, "update_norm": update_norm,
+            "lr": jnp.float32(schedule(state["step"] - state["skipped"])), "skipped": new_state["skipped"],
+            "skipped_in_row": new_state["skipped_in_row"],
         }  # fmt: skip
         of_step = {name: Last(value) for name, value in latest.items()}
         return new_state, merge(_choose(ok, metrics, empty(metrics)), of_step)

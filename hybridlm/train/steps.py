@@ -12,8 +12,12 @@ from hybridlm.errors import RunError
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.evaluate import Validation
 from hybridlm.train.feed import Feed
+from hybridlm.train.health import Health
 from hybridlm.train.meter import Meter
+from hybridlm.train.metrics import numbers
+from hybridlm.train.metrics_log import MetricsLog
 from hybridlm.train.progress import Display
+from hybridlm.train.recovery import Recovery
 from hybridlm.train.report import Reports
 from hybridlm.train.step import Program
 from hybridlm.train.stop import StopRequest
@@ -30,9 +34,12 @@ class Steps:
     program: Program
     feed: Feed
     meter: Meter
+    health: Health
+    recovery: Recovery
     checkpoints: Checkpoints
     validation: Validation
     reports: Reports
+    log: MetricsLog
     trace: Trace
     stop: StopRequest
     watchdog: Watchdog
@@ -48,7 +55,7 @@ class Steps:
         written, unless the run has none. began: when the run did, by time.monotonic().
 
         A step is dispatched before the metrics of the one before it are read: the device never waits for this loop, but
-        for evaluations and saves.
+        for evaluations, inspections and saves. Where the run diverges it goes back, and the step with it.
         """
         run, validation, first = self.config.run, self.validation, step + 1
         stopping = validation.missed(step) and not self.evaluate(step, state)
@@ -60,6 +67,8 @@ class Steps:
                 self._save_now(step, state)
                 return step, state, True
             self.meter.wait(time.monotonic() - fetched)
+            if _due(run.inspect_every, step + 1):
+                self._inspect(step + 1, state, batch)
             with self.watchdog.during("compiling") if step + 1 == first else nullcontext():
                 state, metrics = self.program.train_step(state, batch)
             step += 1
@@ -72,21 +81,38 @@ class Steps:
             stopping = self.stop.agreed()
             evaluating = validation.due(step) and not stopping
             saving = run.save_every >= 0 and (_due(run.save_every, step) or step == run.steps or stopping)
-            if evaluating or saving or self.trace.turns(step):
+            between = evaluating or saving or stopping or step == run.steps or self.trace.turns(step)
+            if between:
                 self.reports.flush()
+            if self.reports.trouble is not None:
+                step, state = self._go_back(state)
+            elif between:
                 self.trace.turn(step)
                 if evaluating:
                     stopping = not self.evaluate(step, state)
                 if saving or stopping:
                     self._save(step, state)
                 self.meter.resume()
-        self.reports.flush()
         return step, state, stopping
 
     def evaluate(self, step: int, state: dict) -> bool:
         """Reads the validation text with the parameters after a step; False where that was cut short."""
         with self.watchdog.during("the evaluation"):
             return self.validation.read(step, state["params"])
+
+    def _go_back(self, state: dict) -> tuple[int, dict]:
+        with self.watchdog.during("going back"):
+            step, state = self.recovery.go_back(self.reports.trouble, state)
+        self.reports.forget()
+        self.meter.resume()
+        return step, state
+
+    def _inspect(self, step: int, state: dict, batch: dict) -> None:
+        """Records what the parts of the model do in the step that comes next, as it will be."""
+        self.reports.flush()
+        with self.watchdog.during("the inspection"):
+            self.log.write("inspect", step, numbers(self.program.inspect(state, batch)))
+        self.meter.resume()
 
     def _save(self, step: int, state: dict) -> None:
         if self.config.run.save_every < 0:
@@ -95,7 +121,7 @@ class Steps:
         with self.watchdog.during("saving"):
             for at, loss in self.validation.losses.items():
                 self.checkpoints.rate(at, loss)
-            loop = {"data": self.feed.state(), "meter": self.meter.state()}
+            loop = {"data": self.feed.state(), "meter": self.meter.state(), "health": self.health.state()}
             loop |= {IDENTITY: self.tokenizer, "val_loss": self.validation.losses.get(step)}
             self.checkpoints.save(step, state, to_dict(self.config), loop)
 
