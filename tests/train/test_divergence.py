@@ -107,10 +107,10 @@ MOMENTS = {
     "before records are dropped": (MetricsLog, "rewind"),
     "before the next step": (recovery.Validation, "forget"),
 }
-QUICK = "before later checkpoints are moved"
 
 
-@pytest.mark.parametrize("moment", [pytest.param(m, marks=() if m == QUICK else pytest.mark.slow) for m in MOMENTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_it_goes_back(mini, as_told, saved, monkeypatch, moment):
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -157,7 +157,7 @@ def test_it_gives_up_and_what_it_advises_goes_on(mini, saved, capsys, monkeypatc
     assert [(entry["step"], entry["skipped"]) for entry in entries] == [(0, 0), (1, 7)]
 
 
-@pytest.mark.parametrize("save_every", [-1, 1])
+@pytest.mark.parametrize("save_every", [pytest.param(-1, marks=pytest.mark.slow), 1])
 def test_nothing_to_go_back_to(mini, capsys, save_every):
     """All steps from the first on: none is saved, or all that are saved are of a run that diverged."""
     run = mini.parent / "run"
@@ -175,6 +175,7 @@ def test_nothing_to_go_back_to(mini, capsys, save_every):
     assert [record["step"] for record in of_kind(run, "train")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_spikes(mini, saved, capsys, monkeypatch):
     """A loss far above those before it three times in a row, of steps 8 to 10; a threshold that is off sees nothing."""
     run, far = mini.parent / "run", poisoned(step_module.make_objective, marks(load_config(str(mini), []), BAD), 1e3)
