@@ -69,9 +69,9 @@ class Health:
         """Takes the loss of a step that was applied: (the how many one above the limit in a row, 0: it is not, what is
         wrong). A spike is not among those that the next ones are compared with."""
         self._in_row, limit = 0, self.limit()
-        if loss <= limit:
+        if not loss > limit:
             self._above = 0
-            if self._run.spike_threshold:
+            if self._run.spike_threshold and math.isfinite(loss):
                 self._losses.append(loss)
             return 0, None
         self._above += 1

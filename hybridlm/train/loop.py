@@ -203,20 +203,23 @@ def _restored(
     step = 0 if restored is None else restored[0]
     if restored is not None:
         display.say(f"{folder.path}: going on from the checkpoint of step {step}")
-    if rollback is not None and rollback.to == step:
+    if rollback is not None and not rollback.done:
+        from_first(lambda: rollback._replace(done=True).write(rollback_file(folder.path)))
+    if rollback is not None and rollback.to == step and rollback.left_out:
         batches.loader.skip(rollback.left_out)
-        if rollback.left_out:
-            display.say(f"without the next {rollback.left_out} batches, which it went back for")
-        if not rollback.done:
-            from_first(lambda: rollback._replace(done=True).write(rollback_file(folder.path)))
+        display.say(f"without the next {rollback.left_out} batches, which it went back for")
     return None if restored is None else (*restored[:2], None)
 
 
 def _rollback(config: Config, folder: RunFolder, found: Found) -> Rollback | None:
-    """What the run went back to by itself, unless the user goes back now."""
-    values = from_first(lambda: Rollback.read(rollback_file(folder.path)))
+    """What the run went back to by itself. Where the user goes back now, that is no more."""
+    file = rollback_file(folder.path)
+    values = from_first(lambda: Rollback.read(file))
     rollback = None if values is None else Rollback(*values)
-    return rollback if found.back_to is None or rollback is None or rollback.from_step == config.run.from_step else None
+    if rollback is None or found.back_to is None or rollback.from_step == config.run.from_step:
+        return rollback
+    from_first(lambda: storage.remove(file))
+    return None
 
 
 def _first_state(

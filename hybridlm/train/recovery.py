@@ -72,7 +72,10 @@ class Recovery:
             resumable(self.meter, self.health, record)
             self.feed.go_back(record["data"], 0)
 
-        step, state, record = self.checkpoints.restore_latest(self.state_like, steps, check)
+        try:
+            step, state, record = self.checkpoints.restore_latest(self.state_like, steps, check)
+        except RunError as error:
+            raise RunError(f"step {trouble.step}: {trouble.why}; {error}") from error
         left_out = trouble.step - step + _left_out(read, step) - _left_out(record["data"], step)
         self.feed.go_back(record["data"], left_out)
         self._in_row, self._last, self._failed = self._in_row + 1, step, max(self._failed, trouble.step)

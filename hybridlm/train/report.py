@@ -70,7 +70,7 @@ class Reports:
             self._log.write("skipped", step, {"what": what, "in_row": in_row, **numbers})
             trouble = self._health.skipped(step, in_row)
         else:
-            loss, limit = metrics["loss"].value(), self._health.limit()
+            loss, limit = (metrics["loss"].value() if "loss" in metrics else math.nan), self._health.limit()
             above, trouble = self._health.applied(step, loss)
             if above:
                 self._display.say(f"step {step}: loss {loss:.4f} above {limit:.4f} ({above} in a row)")

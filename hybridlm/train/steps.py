@@ -73,6 +73,7 @@ class Steps:
                 state, metrics = self.program.train_step(state, batch)
             step += 1
             if step == first:
+                first = None  # a run that goes back may come here again
                 now = time.monotonic()
                 self.display.say(f"first step after {now - began:.1f} s, {now - fetched:.1f} s of them compilation")
                 self.stop.arm()

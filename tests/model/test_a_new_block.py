@@ -24,6 +24,7 @@ from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, free_fields, on_arrays
 from hybridlm.model.flops import forward_flops
 from hybridlm.model.init import check_model
+from hybridlm.model.statistics import inspected
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.step import make_program
 from pallas_kernels.segments import document_numbers
@@ -79,6 +80,10 @@ class AverageMixer(nnx.Module):
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         y_BTD, _ = self._run(x_BTD, tokens.segment_ids, None)
         return Output(y_BTD, {"decay": jax.nn.sigmoid(self.decay[...]).mean()})
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        a_F = jax.nn.sigmoid(self.decay[...])
+        return {"decay_min": a_F.min(), "decay_mean": a_F.mean(), "decay_max": a_F.max()}
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         return {"h": jnp.zeros((batch, self.config.width), jnp.float32)}
@@ -137,6 +142,13 @@ def test_it_counts():
     assert BLOCK.flops(properties.D, 8) == properties.flops_by_hand(BLOCK, 0.0)
     assert forward_flops(MODEL, 8) == 2 * 2.0 * 3 * 16 * (12 + 8) + 2 * 16 * MODEL.vocab_size
     assert free_fields(MODEL.blocks["X"]) == set()
+
+
+def test_it_is_inspected():
+    run = lambda model: inspected(MODEL, model.hidden_with_stats(np.array([[1, 2, 3]]), inspect=True)[1])
+    found = jax.jit(run)(properties.build(MODEL))
+    assert found["A.Average"]["decay_min"] == found["A.Average"]["decay_max"] == jax.nn.sigmoid(1.0)
+    assert found["X.Parallel"].keys() == {"average.decay_min", "average.decay_mean", "average.decay_max"}
 
 
 def test_it_generates():

@@ -221,3 +221,29 @@ def test_what_is_told_of_records():
     counts, words = recovery.told(records)
     assert counts == {"rollbacks": 2, "batches_left_out": 7, "skipped_steps": 1, "spikes": 0}
     assert words == "went back 2 times and left out 7 batches, skipped 1 steps"
+
+
+@pytest.mark.slow
+def test_a_user_who_goes_back_begins_there_anew(mini, bad, saved, capsys):
+    """What was left out comes again; what the run went back to is forgotten, wherever it stops."""
+    run = mini.parent / "run"
+    assert train(mini, "--run.keep=9") == 0 and (run / "rollback.json").exists()
+    capsys.readouterr()
+    assert train(mini, "--run.keep=9", "--run.from_step=3", "--run.steps=6") == 0
+    assert not (run / "rollback.json").exists()
+    assert train(mini, "--run.keep=9", "--run.from_step=3", "--run.steps=7") == 0  # goes on from 6
+    assert "without the next" not in capsys.readouterr().out
+    assert saved["run", 7][1]["entries"] == saved["run", 3][1]["entries"] and len(saved["run", 3][1]["entries"]) == 1
+
+
+def test_what_a_run_went_back_to_vouches_for_itself(tmp_path, caplog):
+    file, rollback = tmp_path / "rollback.json", Rollback(6, 4, False, None)
+    assert Rollback.read(file) is None and not caplog.records
+    rollback.write(file)
+    assert Rollback.read(file) == rollback
+    whole = file.read_bytes()
+    changed = [whole[:i] + b"#" + whole[i + 1 :] for i in range(len(whole))]
+    for content in [b"", b"{}", b"[]\n", b"\xff\n0", *changed]:
+        file.write_bytes(content)
+        assert Rollback.read(file) is None and "is damaged: what it says is not heeded" in caplog.text
+        caplog.clear()
