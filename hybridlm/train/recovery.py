@@ -6,6 +6,7 @@ newest one; if it fails once more before it is past the step at which it failed,
 of a run see the same numbers, and so go back together.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -116,8 +117,11 @@ class Recovery:
             before = "no good checkpoint to go back to" + (" (run.save_every -1)" if run.save_every < 0 else "")
         left_out = 0
         if steps and run.max_rollbacks:
-            data = from_first(lambda: record_of(self.path, step)).get("data", {})
-            left_out = trouble.step - step + _left_out(self.feed.state(), step) - _left_out(data, step)
+            data = from_first(lambda: record_of(self.path, step)).get(
+                "data"
+            )  # not verified: that is for the next start
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                left_out = trouble.step - step + _left_out(self.feed.state(), step) - _left_out(data, step)
         self._stand_at(step, left_out)
         self.log.write("gave_up", step, {"failed_at": trouble.step, "why": trouble.why, "in_row": self._in_row})
         self.log.flush()
@@ -147,17 +151,26 @@ def _left_out(data: dict, step: int) -> int:
 
 def told(records: Iterable[dict]) -> tuple[dict[str, int], str]:
     """What of this there is in the records of a run: {"rollbacks": 1, ...}, and in words, "" where there is nothing."""
-    records = list(records)
-    count = lambda kind: sum(record["kind"] == kind for record in records)
-    windows = [record.get("batches") for record in records if record["kind"] == "window"]
+    by_kind: dict[str, list[dict]] = {}
+    for record in records:
+        by_kind.setdefault(record["kind"], []).append(record)
+    left_out = {
+        record["step"]: _count(record, "batches") for record in by_kind.get("window", ())
+    }  # the last one counts
+    rollbacks = before = 0
+    for in_row in (_count(record, "in_row") for record in by_kind.get("rollback", ())):
+        rollbacks += in_row - before if in_row > before else in_row  # one that went further back took away the others
+        before = in_row
     counts = {
-        "rollbacks": count("rollback"), "batches_left_out": sum(n for n in windows if isinstance(n, int)),
-        "skipped_steps": count("skipped"), "spikes": count("spike"),
+        "rollbacks": rollbacks, "batches_left_out": sum(left_out.values()),
+        "skipped_steps": len(by_kind.get("skipped", ())), "spikes": len(by_kind.get("spike", ())),
     }  # fmt: skip
-    words = (
-        f"went back {counts['rollbacks']} times and left out {counts['batches_left_out']} batches"
-        * (counts["rollbacks"] > 0),
-        f"skipped {counts['skipped_steps']} steps" * (counts["skipped_steps"] > 0),
-        f"{counts['spikes']} steps far above the loss before" * (counts["spikes"] > 0),
-    )
-    return counts, ", ".join(filter(None, words))
+    words = {"rollbacks": "times gone back", "batches_left_out": "batches left out", "skipped_steps": "steps skipped"}
+    words["spikes"] = "steps far above the loss before"
+    return counts, ", ".join(f"{words[name]}: {n}" for name, n in counts.items() if n)
+
+
+def _count(record: dict, name: str) -> int:
+    """A number of a record, which may hold anything."""
+    value = record.get(name)
+    return value if isinstance(value, int) and value > 0 else 0

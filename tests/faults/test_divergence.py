@@ -46,7 +46,7 @@ def check(nano, count=1):
         killed.ends()
     said = ends_well(bad, *words, count=count)
     assert "going on from the checkpoint of step 4" in said or "going on from the checkpoint of step 8" in said
-    assert "went back 1 times and left out 5 batches, skipped 1 steps" in said
+    assert "; times gone back: 1, batches left out: 5, steps skipped: 1" in said
     assert numbers(run) == numbers(expected) and list(numbers(run)) == list(range(1, 17))
     assert numbers(run)[16][3] == 1 and entries(run, 16) == entries(expected, 16) == [(0, 0), (4, 5)]
 

@@ -120,6 +120,27 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert np.isfinite(on_host(metrics)["loss"].value()) and relative(after["params"], state["params"]) > 0
 
 
+def test_an_update_that_is_not_finite_is_not_applied():
+    """Where loss and gradient are: a moment of one number is out of range, or all of the update is."""
+    config, _, program = small_program(options("adamw"))
+    state, _ = program.train_step(program.init(), make_batch(config, 0))
+    for value in (jnp.nan, jnp.inf, 1e30):
+        poisoned = jax.tree.map(jnp.copy, state)
+        moments = optax.tree_utils.tree_get(poisoned["opt_state"], "mu")
+        moments["norm"] = jax.tree.map(lambda a, value=value: a.at[3].set(value), moments["norm"])
+        poisoned["opt_state"] = optax.tree_utils.tree_set(poisoned["opt_state"], mu=moments)
+        before = jax.device_get(poisoned)
+        after, metrics = program.train_step(poisoned, make_batch(config, 1))
+        metrics = on_host(metrics)
+        assert np.isfinite(metrics["grad_norm"].value()) and not np.isfinite(metrics["update_norm"].value())
+        assert metrics["loss"] == Mean(0.0, 0.0) and metrics["skipped_in_row"].value() == 1
+        for name in ("params", "opt_state"):
+            chex.assert_trees_all_equal(after[name], before[name])
+    after, metrics = program.train_step(state, make_batch(config, 1))
+    before, after = jax.device_get((program.init()["params"], after["params"]))
+    assert metrics["update_norm"].value() > 0 and relative(after, before) > 0
+
+
 def test_a_profile_names_the_parts_of_a_step():
     config, mesh, program = small_program(options("adamw"))
     with jax.set_mesh(mesh):
