@@ -51,8 +51,7 @@ class Keep:
         good = [info for info in ours if self.good(info.step)]
         staying = {info.step for info in checkpoints} - finished | {info.step for info in ours[-1:]}
         for policy, infos in ((self._newest, good), (self._every, ours), (self._by_loss, rated)):
-            flags = (
-                policy.should_preserve(infos, context=context) if infos and policy is not None else [False] * len(infos)
-            )
-            staying |= {info.step for info, stays in zip(infos, flags, strict=True) if stays}
+            if infos and policy is not None:
+                flags = policy.should_preserve(infos, context=context)
+                staying |= {info.step for info, stays in zip(infos, flags, strict=True) if stays}
         return [info.step in staying for info in checkpoints]
