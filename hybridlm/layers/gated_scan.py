@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.linear_attention import first_bound
 from hybridlm.layers.norm import gated_rms_norm
@@ -118,6 +118,11 @@ class GatedScanMixer(nnx.Module):
         self.norm = params.ones((F,), ("d_inner",), "norm") if hgrn else None
         self.w_out = params.matrix(rngs, (F, D), ("d_inner", "d_model"), init_std if out_std is None else out_std)
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, and the norm of a row's last state."""
+        parts_BTcF, _ = self._parts(x_BTD.astype(self.dtype), tokens, {})
+        return inspection.decays(self._gates(parts_BTcF)[1], tokens) | recurrent.state_norm(self, x_BTD, tokens)
+
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""
         state = {"state": jnp.zeros((batch, self.w_out.shape[-2]), jnp.float32)}
@@ -125,17 +130,8 @@ class GatedScanMixer(nnx.Module):
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""
-        x_BTD, new, before = x_BTD.astype(self.dtype), {}, old or {}
-        if self.conv is not None:
-            with jax.named_scope("convolve"):
-                x_BTD, new["conv"] = short_conv.convolve(
-                    x_BTD, self.conv, self.conv_bias, "silu", segment_ids=tokens.segment_ids, gaps=tokens.gaps,
-                    window=before.get("conv"),
-                )  # fmt: skip
-                x_BTD = sharding.constrain(x_BTD, *sharding.STREAM)
-        with jax.named_scope("project"):
-            parts_BTcF = checkpoint_name(params.project(x_BTD, self.w_in), "scan_in")
-            parts_BTcF = sharding.constrain(parts_BTcF, "batch", "tokens", None, "d_inner")
+        before = old or {}
+        parts_BTcF, new = self._parts(x_BTD.astype(self.dtype), tokens, before)
         with jax.named_scope("scan"):
             x_BTF, g_BTF = self._gates(parts_BTcF)
             h_BTF, new["state"] = ops.linear_scan(
@@ -148,6 +144,20 @@ class GatedScanMixer(nnx.Module):
         with jax.named_scope("output"):
             h_BTF = sharding.constrain(h_BTF.astype(self.dtype), "batch", "tokens", "d_inner")
             return params.leave(checkpoint_name(h_BTF, "scan_out"), self.w_out), new if old is not None else {}
+
+    def _parts(self, x_BTD, tokens: Tokens, before: dict) -> tuple[jax.Array, dict]:
+        """What gates and additions are made of, [B, T, 2 or 3, F], and the new window where there is a convolution."""
+        new = {}
+        if self.conv is not None:
+            with jax.named_scope("convolve"):
+                x_BTD, new["conv"] = short_conv.convolve(
+                    x_BTD, self.conv, self.conv_bias, "silu", segment_ids=tokens.segment_ids, gaps=tokens.gaps,
+                    window=before.get("conv"),
+                )  # fmt: skip
+                x_BTD = sharding.constrain(x_BTD, *sharding.STREAM)
+        with jax.named_scope("project"):
+            parts_BTcF = checkpoint_name(params.project(x_BTD, self.w_in), "scan_in")
+            return sharding.constrain(parts_BTcF, "batch", "tokens", None, "d_inner"), new
 
     def _gates(self, parts_BTcF) -> tuple[jax.Array, jax.Array]:
         """What is added to the state, and the log decay, [B, T, F] in float32."""

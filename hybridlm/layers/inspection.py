@@ -44,6 +44,11 @@ def steps(dt_BT: jax.Array, A: jax.Array, tokens: Tokens) -> dict[str, jax.Array
     return span("dt", dt_BT, ids) | {"decay_min": low.min(), "decay_mean": mean.mean(), "decay_max": high.max()}
 
 
+def decays(g_BT: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+    """What a token leaves of the state, from its logarithm [B, T, ...]."""
+    return span("decay", jnp.exp(g_BT), tokens.segment_ids)
+
+
 def attention(
     q_BTHP: jax.Array, k_BTKP: jax.Array, sinks_H: jax.Array | None, segment_ids_BT: jax.Array | None,
     places_BT: jax.Array | None, *, window: int | None, scale: float | None, softcap: float | None,

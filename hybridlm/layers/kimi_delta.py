@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import params, recurrent, short_conv
+from hybridlm.layers import inspection, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.gated_delta_net import (
     check_sizes,
@@ -148,6 +148,10 @@ class KimiDeltaMixer(nnx.Module):
         self.A_log = params.make(jnp.log(low + draw_A * (high - low)), ("heads",), "recurrence")
         self.norm = params.ones((P,), ("d_head",), "norm")
         self.out = params.matrix(rngs, (H, P, D), (*values, "d_model"), out_std, n_in=2)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, and the norm of a row's last state."""
+        return inspection.decays(self._project(x_BTD)[3], tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""

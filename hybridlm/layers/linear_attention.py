@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent
+from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.norm import GATES, gated_rms_norm, rms_normalise
@@ -220,6 +220,16 @@ class LinearAttentionMixer(nnx.Module):
         self.norm = None if shape is None else params.ones(shape, value[-len(shape) :], "norm")
         out_std = init_std if out_std is None else out_std
         self.w_o = params.matrix(rngs, (H, P, D), (*value, "d_model"), out_std, n_in=2)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, where it has some, and the norm of a row's last state."""
+        _, k, v, _, raw_decay = self._project(x_BTD.astype(self.dtype))
+        g, _ = self._decay(raw_decay, k)
+        state = recurrent.state_norm(self, x_BTD, tokens)
+        if g is None:
+            return state
+        g = jnp.broadcast_to(g[None, None], v.shape[:3]) if g.ndim == 1 else g
+        return inspection.decays(g, tokens) | state
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32); with a normaliser it has a column more."""

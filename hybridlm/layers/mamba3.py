@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent
+from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import RMSNorm
@@ -163,6 +163,12 @@ class Mamba3Mixer(nnx.Module):
         self.norm = params.ones((H, P), heads, "norm") if config.out_norm else None
         self.out = params.matrix(rngs, (H, P, D), (*heads, "d_model"), init_std if out_std is None else out_std, n_in=2)
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Step sizes, decays of the state a token, and the norm of a row's last state."""
+        dt_BTH, g_BTH, _ = self._steps(self._project(x_BTD.astype(self.dtype))[3])
+        numbers = inspection.span("dt", dt_BTH, tokens.segment_ids) | inspection.decays(g_BTH, tokens)
+        return numbers | recurrent.state_norm(self, x_BTD, tokens, "ssm")
+
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Sum of angles, state, and the last key and value, all zero, float32."""
         c, (H, P) = self.config, self.out.shape[-3:-1]
@@ -175,9 +181,7 @@ class Mamba3Mixer(nnx.Module):
         c = self.config
         z, x, BC, dt_BTcH, angles_BTHS = self._project(x_BTD.astype(self.dtype))
         with jax.named_scope("select"):
-            raw_dt, raw_A, trap = (dt_BTcH[:, :, i].astype(jnp.float32) for i in range(3))
-            dt = jax.nn.softplus(raw_dt + self.dt_bias[...][None, None])
-            adt = dt * decay_rates(raw_A, c.A_activation, c.A_floor)
+            dt, adt, trap = self._steps(dt_BTcH)
             B, C = self.B_norm(BC[:, :, 0]), self.C_norm(BC[:, :, 1])
         with jax.named_scope("scan"):
             weights = {"q_bias": self.C_bias, "k_bias": self.B_bias, "D": self.D, "norm_weight": self.norm}
@@ -192,6 +196,12 @@ class Mamba3Mixer(nnx.Module):
         with jax.named_scope("output"):
             y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", "heads", None)
             return params.leave(y_BTHP, self.out), {} if old is None else new
+
+    def _steps(self, dt_BTcH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Step sizes, log decays, and what the trapezoid's share is made of, [B, T, H] in float32."""
+        raw_dt, raw_A, trap = (dt_BTcH[:, :, i].astype(jnp.float32) for i in range(3))
+        dt = jax.nn.softplus(raw_dt + self.dt_bias[...][None, None])
+        return dt, dt * decay_rates(raw_A, self.config.A_activation, self.config.A_floor), trap
 
     @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[jax.Array, ...]:

@@ -9,11 +9,14 @@ token as well, as the op goes through one token by its recurrence (`ops.implemen
 Axis letters: B batch, T tokens, D model.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
 from hybridlm.layers import cache as caches
 from hybridlm.layers.block import Output, Tokens
+from hybridlm.layers.segments import positions_within
 
 
 def mix(mixer, x_BTD: jax.Array, tokens: Tokens) -> Output:
@@ -21,10 +24,11 @@ def mix(mixer, x_BTD: jax.Array, tokens: Tokens) -> Output:
     return Output(mixer._run(x_BTD, tokens, None)[0])
 
 
-def state_norm(mixer, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-    """The norm of the cache's `state` behind the last token of a row, for `inspect` of such a mixer."""
+def state_norm(mixer, x_BTD: jax.Array, tokens: Tokens, name: str = "state") -> dict[str, jax.Array]:
+    """The norm of an array of the cache behind the last token of a row, for `inspect` of such a mixer."""
+    tokens = replace(tokens, positions=positions_within(tokens.segment_ids, x_BTD.shape[:2]))
     _, new = mixer._run(x_BTD, tokens, mixer.init_cache(x_BTD.shape[0], 0))
-    state = new["state"].astype(jnp.float32)
+    state = new[name].astype(jnp.float32)
     norm_B = jnp.sqrt(jnp.sum(jnp.square(state), axis=tuple(range(1, state.ndim))))
     return {"state_norm_mean": norm_B.mean(), "state_norm_max": norm_B.max()}
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.segments import positions_within
@@ -115,6 +115,14 @@ class RGLRUMixer(nnx.Module):
         self.decay = params.make(decay, heads, "recurrence")
         self.w_out = params.matrix(rngs, (H, P, D), (*heads, "d_model"), out_std, n_in=2)
         self.b_out = params.zeros((D,), ("d_model",), "bias") if bias else None
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, and the norm of a row's last state."""
+        u_BTHP, _ = short_conv.convolve(
+            self._project(x_BTD)[1], self.conv, self.conv_bias, None, segment_ids=tokens.segment_ids, gaps=tokens.gaps
+        )
+        starts_BT = positions_within(tokens.segment_ids, x_BTD.shape[:2]) == 0
+        return inspection.decays(self._gated(u_BTHP, starts_BT)[0], tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import ops, params, recurrent, token_shift
+from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.linear_attention import scan_flops
 from hybridlm.layers.norm import head_layer_norm
@@ -117,6 +117,12 @@ class Rwkv6Mixer(nnx.Module):
         self.norm_weight, self.norm_bias = params.ones((H, N), heads, "norm"), params.zeros((H, N), heads, "bias")
         self.w_o = params.matrix(rngs, (H, N, D), (*heads, "d_model"), init_std if out_std is None else out_std, n_in=2)
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, and the norm of a row's last state."""
+        pair_BTcD, _ = token_shift.with_previous(x_BTD.astype(self.dtype), tokens, None)
+        raw_decay = self._project(pair_BTcD)[4]
+        return inspection.decays(self._log_decay(raw_decay), tokens) | recurrent.state_norm(self, x_BTD, tokens)
+
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the last token."""
         state = (batch, self.config.heads(self.d_model), self.config.d_head, self.config.d_head)
@@ -130,7 +136,7 @@ class Rwkv6Mixer(nnx.Module):
             pair_BTcD, window = token_shift.with_previous(x_BTD.astype(self.dtype), tokens, before.get("shift"))
         r, k, v, gate, raw_decay = self._project(pair_BTcD)
         with jax.named_scope("scan"):
-            g = -jnp.exp(raw_decay.astype(jnp.float32) + params.use(self.decay_bias, jnp.float32)[None, None])
+            g = self._log_decay(raw_decay)
             y, state = ops.linear_attention(
                 r, k, v, g, params.use(self.bonus, jnp.float32), segment_ids=tokens.segment_ids,
                 initial_state=before.get("state"), scale=1.0, chunk=self.config.chunk,
@@ -142,6 +148,9 @@ class Rwkv6Mixer(nnx.Module):
             y = checkpoint_name(sharding.constrain(y, "batch", "tokens", "heads", None), "rwkv_out")
         with jax.named_scope("output"):
             return params.leave(y, self.w_o), {} if old is None else {"state": state, "shift": window}
+
+    def _log_decay(self, raw_decay: jax.Array) -> jax.Array:
+        return -jnp.exp(raw_decay.astype(jnp.float32) + params.use(self.decay_bias, jnp.float32)[None, None])
 
     @jax.named_scope("project")
     def _project(self, pair_BTcD) -> list[jax.Array]:

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
-from hybridlm.layers import ops, params, recurrent, token_shift
+from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.norm import head_layer_norm
 
@@ -177,6 +177,12 @@ class Rwkv7Mixer(nnx.Module):
         self.norm_bias = params.zeros((H, N), heads, "bias")
         self.w_o = params.matrix(rngs, (H, N, D), (*heads, "d_model"), init_std if out_std is None else out_std, n_in=2)
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, and the norm of a row's last state where no values of another depth are in it."""
+        pair_BTcD, _ = token_shift.with_previous(x_BTD.astype(self.dtype), tokens, None)
+        numbers = inspection.decays(self._log_decay(self._project(pair_BTcD)[3]), tokens)
+        return numbers if self.config.values == "mixed" else numbers | recurrent.state_norm(self, x_BTD, tokens)
+
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the last token."""
         state = (batch, self.config.heads(self.d_model), self.config.d_head, self.config.d_head)
@@ -211,7 +217,7 @@ class Rwkv7Mixer(nnx.Module):
         v, passed_BTD = self._values(v, share, passed_BTD)
         with jax.named_scope("select"):
             weigh = lambda param: params.use(param, jnp.float32)[None, None]
-            g = -LARGEST_RATE * jax.nn.sigmoid(raw_decay.astype(jnp.float32) + weigh(self.decay_bias))
+            g = self._log_decay(raw_decay)
             rate = jax.nn.sigmoid(raw_rate.astype(jnp.float32) + weigh(self.rate_bias))
             k_f32 = k.astype(jnp.float32)
             unit = normalised(k_f32 * weigh(self.k_k))
@@ -235,6 +241,10 @@ class Rwkv7Mixer(nnx.Module):
         share_BTHN = jax.nn.sigmoid(share[0].astype(jnp.float32) + params.use(self.value_bias, jnp.float32)[None, None])
         v = v_BTHN.astype(jnp.float32)
         return (v + (first_BTHN - v) * share_BTHN).astype(v_BTHN.dtype), passed_BTD
+
+    def _log_decay(self, raw_decay: jax.Array) -> jax.Array:
+        bias = params.use(self.decay_bias, jnp.float32)[None, None]
+        return -LARGEST_RATE * jax.nn.sigmoid(raw_decay.astype(jnp.float32) + bias)
 
     @jax.named_scope("project")
     def _project(self, pair_BTcD) -> list[jax.Array]:

@@ -4,12 +4,13 @@
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from hybridlm import sharding
-from hybridlm.config import MeshConfig
+from hybridlm.config import KimiDelta, MeshConfig
 from hybridlm.layers import inspection
 from hybridlm.layers.block import Tokens
 from hybridlm.layers.mlp import MLP, FeedForward
@@ -136,6 +137,72 @@ def test_mamba1():
     expected = {
         f"{what}_{end}": getattr(values, end)() for what, values in (("dt", dt), ("decay", decay)) for end in ENDS
     }
+    check_numbers(found, expected | {"state_norm_mean": norms.mean(), "state_norm_max": norms.max()})
+
+
+LINEAR = ("rwkv6", "rglru", "minlstm")
+"""Mixers whose states are multiplied by the decay, entry by entry; the others are slow tests."""
+MORE = ("mamba3", "mamba3_mimo", "gla", "retnet", "lightning", "simple_gla", "hgrn2", "hgrn2_no_bound")
+MORE += ("mingru", "hgrn", "hgrn_no_bound")
+SCALE = 1000.0
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_decays_and_states_of_recurrences(name):
+    """What a token leaves of a state is what it makes of a large one less what it makes of none."""
+    block, x_BTD = VARIANTS[name], draw(2, 12, seed=4)
+    found, graphdef, params = numbers_of(block, x_BTD, IDS)
+    key = "ssm" if name.startswith("mamba3") else "state"
+
+    def of_document(params, x_TD):
+        mixer = nnx.merge(graphdef, params)
+
+        def step(carry, x_D):
+            cache, length = carry
+            after = lambda state: mixer.extend(x_D[None, None], cache | {key: state}, length)[1]
+            new = after(cache[key])
+            left = (after(jnp.full_like(cache[key], SCALE))[key] - after(jnp.zeros_like(cache[key]))[key]) / SCALE
+            return (new, length + 1), (left, new[key])
+
+        return jax.lax.scan(step, (mixer.init_cache(1, 1), jnp.zeros(1, jnp.int32)), x_TD)[1]
+
+    run = jax.jit(of_document, compiler_options=QUICK)
+    parts = {i: run(params, x_BTD[i == IDS]) for i in (1, 2, 3)}
+    left = np.concatenate([np.asarray(part[0], np.float64) for part in parts.values()])
+    norms = [np.linalg.norm(parts[i][1][-1]) for i in (2, 3)]
+    expected = {f"decay_{end}": getattr(left, end)() for end in ENDS}
+    expected |= {"state_norm_mean": np.mean(norms), "state_norm_max": np.max(norms)}
+    check_numbers({name: value for name, value in found.items() if not name.startswith("dt_")}, expected)
+    assert ("dt_min" in found) == name.startswith("mamba3") and 0 < found["decay_min"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["delta", "delta_reflecting", "kimi"])
+def test_delta_rules(name):
+    block, x_BTD = VARIANTS.get(name, KimiDelta(n_heads=2, d_key=4, d_head=6, decay_rank=3)), draw(2, 12, seed=5)
+    found, graphdef, params = numbers_of(block, x_BTD, IDS)
+    w = {key: np.asarray(value[...], np.float64) for key, value in params.items()}
+    if name == "kimi":
+        raw, A = np.einsum("btr,rhn->bthn", x_BTD @ w["in_decay"], w["decay"]), np.exp(w["A_log"])[:, None]
+    else:
+        raw, A = x_BTD @ w["in_ba"][:, 1], np.exp(w["A_log"])
+    decay = np.exp(-softplus(raw + w["dt_bias"]) * A)[IDS != 0]
+    norms = last_state(graphdef, params, x_BTD, IDS)
+    expected = {f"decay_{end}": getattr(decay, end)() for end in ENDS}
+    check_numbers(found, expected | {"state_norm_mean": norms.mean(), "state_norm_max": norms.max()})
+
+
+def test_rwkv7():
+    block, x_BTD = VARIANTS["rwkv7"], draw(2, 12, seed=6)
+    found, graphdef, params = numbers_of(block, x_BTD, IDS)
+    w = {key: np.asarray(value[...], np.float64) for key, value in params.items()}
+    first = np.pad(IDS[:, 1:] != IDS[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    before = np.where(first[..., None], 0, np.roll(x_BTD, 1, axis=1))
+    mixed = x_BTD + (before - x_BTD) * w["shares"][1]
+    raw = np.einsum("btr,rhn->bthn", np.tanh(mixed @ w["decay_down"]), w["decay_up"]) + w["decay_bias"]
+    decay = np.exp(-np.exp(-0.5) / (1 + np.exp(-raw)))[IDS != 0]
+    norms = last_state(graphdef, params, x_BTD, IDS)
+    expected = {f"decay_{end}": getattr(decay, end)() for end in ENDS}
     check_numbers(found, expected | {"state_norm_mean": norms.mean(), "state_norm_max": norms.max()})
 
 
