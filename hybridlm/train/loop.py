@@ -101,6 +101,8 @@ def _run(
         corpus = open_together(config.data)
         _check_vocabulary(config, corpus, display)
         program = make_program(config, mesh)
+        if peers.count == 1:  # processes compile together, in one order
+            program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         batches, held_out = _open_batches(config, corpus, program, opened)
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))

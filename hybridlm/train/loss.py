@@ -67,7 +67,8 @@ def training_loss(
     """
     n_logits = LOGITS.get(platform()) if n_logits is None else n_logits
     where = places(targets_BT.shape, w_VD.shape)
-    if n_logits is None or where.rows or where.columns or where.stream:
+    is_split = any(sharding.axis_size(axis) > 1 for axis in (*where.rows, *where.columns))
+    if n_logits is None or is_split:
         sums = cross_entropy(x_BTD, w_VD, targets_BT, multiplier=multiplier, softcap=softcap)
         return sums.nats + z_loss * sums.z, jax.tree.map(lax.stop_gradient, sums)
     spec = _Formed(multiplier, softcap, z_loss, n_logits)

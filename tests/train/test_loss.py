@@ -87,7 +87,9 @@ def test_gradient_formed_in_the_forward_is_that_of_optax(n_vocab, n_logits, how,
     (expected, of_sums), expected_grads = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1), has_aux=True))(x, w)
     monkeypatch.setattr("hybridlm.train.loss.TILE", 1)
     total, sums, grads = formed(x, w, targets, n_logits=n_logits, **how)
-    alone, sums_alone = jax.jit(lambda x, w: training_loss(x, w, targets, n_logits=n_logits, **{"z_loss": 0.3} | how))(x, w)
+    alone, sums_alone = jax.jit(lambda x, w: training_loss(x, w, targets, n_logits=n_logits, **{"z_loss": 0.3} | how))(
+        x, w
+    )
     for value, of in ((total, sums), (alone, sums_alone)):
         check_close(value, expected, dtype="float32", what="objective")
         check_close(jnp.stack(of[:2]), jnp.stack(of_sums), dtype="float32", what="sums")
@@ -125,6 +127,8 @@ def test_gradient_formed_in_the_forward_over_devices():
     one = formed(x, w, targets, n_logits=128)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4])):
         split = formed(x, w, targets, n_logits=128)
+        program = jax.jit(jax.grad(lambda w: training_loss(x, w, targets, n_logits=128)[0]))
+        assert str(program.trace(w).jaxpr).count("dot_general") == 3  # the logits once
     for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
         check_close(a, b, dtype="float32", what="objective, sums and gradients")
 
