@@ -53,21 +53,24 @@ ROPES = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "how", [{}, {"qk_norm_offset": 1.0}, {"qk_norm_over": "all"}, {"qk_norm_rotated": True}], ids=str
+    "how",
+    [{}, {"qk_norm_offset": 1.0}, {"qk_norm_over": "all"}, {"qk_norm_rotated": True}],
 )
 @pytest.mark.parametrize("rope", ROPES)
 def test_queries_and_keys(rope, how, dtype):
     """Norm and rotation are one function where all of a head is rotated, behind its own norm."""
     block = Attention(n_heads=3, d_head=8, rope=ROPES[rope], qk_norm=True, **how)
-    mixer = block.build(16, Make(nnx.Rngs(0), 0.02, 0.02, dtype, 1e-5))
+    graphdef, state = nnx.split(block.build(16, Make(nnx.Rngs(0), 0.02, 0.02, dtype, 1e-5)))
     positions_BT = jnp.asarray(RNG.integers(0, 5000, (2, 5)))
     x_BTHP = normal(2, 5, 3, 8, dtype=dtype).at[0, 1].set(0)  # heads of zeros: the root is that of eps
 
     def run(x, w):
-        mixer.q_norm.weight.set_value(w)
+        with_w = jax.tree.map_with_path(lambda path, a: w if "q_norm" in jax.tree_util.keystr(path) else a, state)
+        mixer = nnx.merge(graphdef, with_w)
         return mixer._placed(x, mixer.q_norm, positions_BT, "attention_q")
 
-    check(run, x_BTHP, mixer.q_norm.weight[...] + normal(*mixer.q_norm.weight.shape) / 4, dtype=dtype)
+    w = state["q_norm"]["weight"].get_value()
+    check(run, x_BTHP, w + normal(*w.shape) / 4, dtype=dtype)
 
 
 def test_where_norm_and_rotation_are_one_function():
