@@ -23,7 +23,10 @@ class TrainStep:
         return step(state, batch, self.lengths)
 
     def prepare(self, mesh: Mesh, state, batch) -> None:
-        """Starts to compile the step for arguments like these, in a thread of its own; the only ones it takes then."""
+        """Starts to compile the step for arguments like these, in a thread of its own; the only ones it takes then.
+
+        A process that ends before waits for the compiler, which cannot be stopped in the middle.
+        """
         ahead = self._ahead = Future()
 
         def compile_() -> None:
@@ -33,7 +36,7 @@ class TrainStep:
             except BaseException as error:  # whatever it is, it is the first step's
                 ahead.set_exception(error)
 
-        threading.Thread(target=compile_, name="compile", daemon=True).start()
+        threading.Thread(target=compile_, name="compile").start()
 
     def lower(self, state, batch):
         """As of every jitted function."""

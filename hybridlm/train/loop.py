@@ -101,8 +101,6 @@ def _run(
         corpus = open_together(config.data)
         _check_vocabulary(config, corpus, display)
         program = make_program(config, mesh)
-        if peers.count == 1:  # processes compile together, in one order
-            program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         batches, held_out = _open_batches(config, corpus, program, opened)
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
@@ -110,6 +108,8 @@ def _run(
         meter = Meter(config, mesh, bytes_per_token, tokens_before=batches.loader.tokens_before)
         from_first(lambda: keep_tokenizer(config.data, folder.path))
 
+        if peers.count == 1:  # processes compile together, in one order
+            program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         restored = _restored(program, folder, found, checkpoints, batches, meter, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
