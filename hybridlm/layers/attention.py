@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
-from hybridlm.layers import inspection, ops, params
+from hybridlm.layers import inspection, ops, params, qk_norm
 from hybridlm.layers.block import LEFT_TO_RIGHT, Direction, Kept, Make, Output, Tokens, on_arrays, refuse_cache
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
@@ -68,8 +68,9 @@ class Attention:
 
     FREE = frozenset()
     KEPT: ClassVar = {
-        "attention_q": Kept("attention: queries, normed and rotated", kernels=True),
-        "attention_k": Kept("attention: keys, normed and rotated", kernels=True),
+        "attention_q": Kept("attention: queries, rotated; before their norm where they have one", kernels=True),
+        "attention_k": Kept("attention: keys, rotated; before their norm where they have one", kernels=True),
+        "attention_root": Kept("attention: inverse root mean squares of queries and keys, on a GPU", kernels=True),
         "attention_v": Kept("attention: values", kernels=True),
         "attention_gate": Kept("attention: pre-activation of the output gate", kernels=True),
         "attention_out": Kept("attention: input of the output projection", kernels=True),
@@ -242,17 +243,22 @@ class AttentionMixer(nnx.Module):
         k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier
         q = sharding.constrain(q, "batch", "tokens", "heads", None)
         k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
-        q, k = self._placed(q, self.q_norm, positions_BT), self._placed(k, self.k_norm, positions_BT)
+        q = self._placed(q, self.q_norm, positions_BT, "attention_q")
+        k = self._placed(k, self.k_norm, positions_BT, "attention_k")
         gate = checkpoint_name(gate[0], "attention_gate") if gate else None
-        q, k, v = (checkpoint_name(a, f"attention_{name}") for name, a in (("q", q), ("k", k), ("v", v)))
-        return q, k, v, gate
+        return q, k, checkpoint_name(v, "attention_v"), gate
 
-    def _placed(self, heads: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array) -> jax.Array:
-        """Queries or keys, normed and rotated."""
+    def _placed(self, heads: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array, name: str) -> jax.Array:
+        """Queries or keys, normed and rotated; what a backward pass starts from has the name."""
         c = self.config
-        heads = heads if norm is None or c.qk_norm_rotated else norm(heads)
+        if norm is None:
+            return checkpoint_name(heads if c.rope is None else rotate(heads, positions_BT, c.rope), name)
+        heads = checkpoint_name(heads, name)  # not what is normed of it, for which the product would be made again
+        if c.qk_norm_over == "head" and not c.qk_norm_rotated and qk_norm.is_faster(c.rope, c.d_head):
+            return qk_norm.normed_and_rotated(heads, norm.offset + norm.weight[...], positions_BT, c.rope, norm.eps)
+        heads = heads if c.qk_norm_rotated else norm(heads)
         heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)
-        return norm(heads) if norm is not None and c.qk_norm_rotated else heads
+        return norm(heads) if c.qk_norm_rotated else heads
 
     @jax.named_scope("attend")
     def _attend(self, q, k, v, gate, **places) -> jax.Array:

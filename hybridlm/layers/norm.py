@@ -92,12 +92,15 @@ def gated_rms_norm(
 
     The norm is taken over each of n_groups equal parts of the channels H * P, everything in float32. Mamba-2's output
     (Dao & Gu 2024, section 7). The gradient is written out: it keeps y, z and the roots, of which everything else
-    follows in one pass over y, z and the cotangent for each kind of sum and one for dy and dz.
+    follows in one pass over y, z and the cotangent for each kind of sum and one for dy and dz. On a GPU it makes the
+    roots again, in the pass for the sums: where nothing asks for them, the forward is one pass, too.
     """
     return _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)[0]
 
 
 def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating):
+    if platform() == "gpu":
+        return _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)
     y, gate = y_BTHP.astype(jnp.float32), GATES[gating](z_BTHP.astype(jnp.float32))
     u = y if before_gate else y * gate
     root_BTG = checkpoint_name(jax.lax.rsqrt(_group_mean(jnp.square(u), n_groups) + eps), "mamba_root")
@@ -106,14 +109,33 @@ def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype
     return out.astype(dtype), (y_BTHP, z_BTHP, weight_HP, root_BTG)
 
 
+def _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating):
+    """The same, of channels in groups: XLA makes one program of it for a GPU."""
+    shape = y_BTHP.shape
+    grouped = (*shape[:2], n_groups, shape[2] * shape[3] // n_groups)
+    # the barrier: else it widens y before it groups the channels, in a pass of its own
+    y, z = jax.lax.optimization_barrier(tuple(a.reshape(grouped) for a in (y_BTHP, z_BTHP)))
+    y, gate = y.astype(jnp.float32), GATES[gating](z.astype(jnp.float32))
+    u = y if before_gate else y * gate
+    root = jax.lax.rsqrt(jnp.mean(jnp.square(u), axis=-1, keepdims=True) + eps)
+    out = u * root * weight_HP.astype(jnp.float32).reshape(1, 1, *grouped[2:])
+    out = out * gate if before_gate else out
+    return out.astype(dtype).reshape(shape), (y_BTHP, z_BTHP, weight_HP, None)
+
+
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out):
     y_BTHP, z_BTHP, weight_HP, root_BTG = saved
     weight = weight_HP.astype(jnp.float32)[None, None]
-    parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate, gating)
-    mean_BTG = _group_mean(parts["d_normed"] * weight * parts["normed"], n_groups)
-    if platform() == "gpu":  # two passes over the inputs: XLA would keep the first one's float32 for the second
-        again = jax.lax.optimization_barrier((y_BTHP, z_BTHP, d_out, mean_BTG))
-        parts, mean_BTG = _parts_of_gradient(*again[:3], root_BTG, before_gate, gating), again[3]
+    if root_BTG is None:  # two passes over the inputs: XLA would keep the first one's float32 for the second
+        one = jnp.ones((*y_BTHP.shape[:2], n_groups), jnp.float32)
+        parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, one, before_gate, gating)
+        root_BTG = jax.lax.rsqrt(_group_mean(jnp.square(parts["normed"]), n_groups) + eps)
+        mean_BTG = root_BTG * _group_mean(parts["d_normed"] * weight * parts["normed"], n_groups)
+        y, z, d_out, root_BTG, mean_BTG = jax.lax.optimization_barrier((y_BTHP, z_BTHP, d_out, root_BTG, mean_BTG))
+        parts = _parts_of_gradient(y, z, d_out, root_BTG, before_gate, gating)
+    else:
+        parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate, gating)
+        mean_BTG = _group_mean(parts["d_normed"] * weight * parts["normed"], n_groups)
     root = _per_channel(root_BTG, y_BTHP.shape)
     d_weight = (parts["d_normed"] * parts["normed"]).sum((0, 1))
     d_u = root * (parts["d_normed"] * weight - parts["normed"] * _per_channel(mean_BTG, y_BTHP.shape))

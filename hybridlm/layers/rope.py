@@ -147,12 +147,17 @@ def frequencies(config: Rope, d_head: int) -> tuple[np.ndarray, float]:
     return freqs.astype(np.float32), 1.0
 
 
+def turns(positions_BT: jax.Array, config: Rope, d_head: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of each token's angles, float32 [B, T, d_rotated / 2], scaled as the config says."""
+    freqs, scale = frequencies(config, d_head)
+    angles_BTR = positions_BT.astype(jnp.float32)[:, :, None] * jnp.expand_dims(freqs, (0, 1))
+    return scale * jnp.cos(angles_BTR), scale * jnp.sin(angles_BTR)
+
+
 def rotate(x_BTHP: jax.Array, positions_BT: jax.Array, config: Rope) -> jax.Array:
     """The first `d_rotated` of each head rotated by its position, in float32; the rest as it is. Type of the input."""
-    freqs, scale = frequencies(config, x_BTHP.shape[-1])
-    half = len(freqs)
-    angles_BT1R = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.expand_dims(freqs, (0, 1, 2))
-    cos, sin = scale * jnp.cos(angles_BT1R), scale * jnp.sin(angles_BT1R)
+    cos, sin = (a[:, :, None] for a in turns(positions_BT, config, x_BTHP.shape[-1]))
+    half = cos.shape[-1]
     if config.interleaved:
         turning, rest = jnp.split(x_BTHP, (2 * half,), axis=-1)
         pairs = turning.astype(jnp.float32).reshape(*turning.shape[:-1], half, 2)

@@ -112,6 +112,8 @@ def _run(
         health = Health(config)
         from_first(lambda: keep_tokenizer(config.data, folder.path))
 
+        if peers.count == 1:  # processes compile together, in one order
+            program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))

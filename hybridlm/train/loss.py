@@ -5,6 +5,9 @@ The logits of one chunk of the vocabulary at a time meet an online logsumexp (Mi
 normalizer calculation for softmax"); the backward computes them again from the saved logsumexp. All results are sums
 over tokens, so that microbatches and devices add up to exactly the mean over the tokens of the whole batch.
 
+`training_loss` takes chunks of tokens instead where it can, each with all of the vocabulary, and forms the gradient in
+the forward: the logits are computed once, not twice.
+
 On a mesh every device takes the products with its own rows of the vocabulary, a chunk of whole rows at a time, for the
 tokens of all devices that share its rows of the batch; see `layers.vocabulary`.
 """
@@ -18,6 +21,13 @@ from jax import lax
 
 from hybridlm import exchange, sharding
 from hybridlm.layers.vocabulary import CHUNK, TABLE, Places, layout, places
+from pallas_kernels.platform import platform
+
+TILE = 128
+"""Tokens of which chunks are multiples, where there are several."""
+LOGITS = {"gpu": 2**29}
+"""By platform: logits of a chunk of tokens, where the gradient is formed in the forward. Elsewhere it is not: a TPU has
+less memory beside a step, and nothing was measured there."""
 
 
 class LossSums(NamedTuple):
@@ -47,6 +57,113 @@ def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chun
     )
 
 
+def training_loss(
+    x_BTD, w_VD, targets_BT, *, z_loss=0.0, multiplier=1.0, softcap=None, n_logits=None
+) -> tuple[jax.Array, LossSums]:
+    """(cross entropy + z_loss * squared log-partition, `cross_entropy`), summed; only the first has a gradient.
+
+    Other arguments as of `cross_entropy`. n_logits: about as many of a chunk's tokens times V are in memory, in float32
+    and in the compute type; None: see LOGITS. A table that is split over devices has `cross_entropy`'s gradient.
+    """
+    n_logits = LOGITS.get(platform()) if n_logits is None else n_logits
+    where = places(targets_BT.shape, w_VD.shape)
+    is_split = any(sharding.axis_size(axis) > 1 for axis in (*where.rows, *where.columns))
+    if n_logits is None or is_split:
+        sums = cross_entropy(x_BTD, w_VD, targets_BT, multiplier=multiplier, softcap=softcap)
+        return sums.nats + z_loss * sums.z, jax.tree.map(lax.stop_gradient, sums)
+    spec = _Formed(multiplier, softcap, z_loss, n_logits)
+    total, nats, z = _formed(x_BTD, w_VD, targets_BT, spec)
+    nats, z = lax.stop_gradient((nats, z))
+    return total, LossSums(nats, z, jnp.sum(targets_BT >= 0, dtype=jnp.float32))
+
+
+class _Formed(NamedTuple):
+    multiplier: float
+    softcap: float | None
+    z_loss: float
+    n_logits: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _formed(x_BTD, w_VD, targets_BT, spec: _Formed):
+    """(cross entropy + z-loss, the one, the other without its weight), summed over tokens."""
+    sums = cross_entropy(x_BTD, w_VD, targets_BT, multiplier=spec.multiplier, softcap=spec.softcap)
+    return sums.nats + spec.z_loss * sums.z, sums.nats, sums.z
+
+
+def _formed_forward(x_BTD, w_VD, targets_BT, spec: _Formed):
+    where = places(targets_BT.shape, w_VD.shape)
+
+    def run(x_BTD, w_VD, targets_BT):
+        nats, z, dx_BTD, dw_VD = _local_formed(x_BTD, w_VD, targets_BT, spec)
+        nats, z = (exchange.add(a, where.tokens) for a in (nats, z))
+        return nats, z, dx_BTD, where.sum_rows(dw_VD)
+
+    outs = [((), ()), ((), ()), (sharding.STREAM, x_BTD.shape), (TABLE, w_VD.shape)]
+    axes = (sharding.STREAM, TABLE, where.at)
+    nats, z, dx_BTD, dw_VD = exchange.manual(run, (x_BTD, w_VD, targets_BT), axes, outs)
+    like = jnp.zeros((0,), x_BTD.dtype), jnp.zeros((0,), w_VD.dtype)
+    return (nats + spec.z_loss * z, nats, z), (dx_BTD, dw_VD, like)
+
+
+def _formed_backward(spec: _Formed, saved, cotangents):
+    del spec
+    dx_BTD, dw_VD, (x, w) = saved
+    return (cotangents[0] * dx_BTD).astype(x.dtype), (cotangents[0] * dw_VD).astype(w.dtype), None
+
+
+_formed.defvjp(_formed_forward, _formed_backward)
+
+
+def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed):
+    """(cross entropy, squared log-partition) of a device's tokens, and the gradients of their weighted sum, float32."""
+    dtype, (n_vocab, d_model), n_tokens = x_BTD.dtype, w_VD.shape, targets_BT.size
+    n_chunks = -(-n_tokens // max(spec.n_logits // n_vocab, 1))
+    rows = -(-n_tokens // n_chunks)
+    rows = rows if n_chunks == 1 else -(-rows // TILE) * TILE
+    n_chunks = -(-n_tokens // rows)
+    missing = n_chunks * rows - n_tokens
+    x_CRD = jnp.pad(x_BTD.reshape(n_tokens, d_model), ((0, missing), (0, 0))).reshape(n_chunks, rows, d_model)
+    target_CR = jnp.pad(targets_BT.reshape(n_tokens), (0, missing), constant_values=-1).reshape(n_chunks, rows)
+    w_VD = w_VD.astype(dtype)
+
+    def step(carry, chunk):
+        nats, z, dw_VD = carry
+        x_RD, target_R = chunk
+        logits, d_softcap = _capped(jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32), spec)
+        lse_R, is_real_R = _log_sum_exp(logits), target_R >= 0
+        at_target_R = jnp.take_along_axis(logits, jnp.maximum(target_R, 0)[:, None], axis=1)[:, 0]
+        nats += jnp.sum(jnp.where(is_real_R, lse_R - at_target_R, 0.0))
+        z += jnp.sum(jnp.where(is_real_R, jnp.square(lse_R), 0.0))
+        d_lse_R = jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
+        hit = jnp.arange(n_vocab)[None] == target_R[:, None]
+        d_logits = jnp.exp(logits - lse_R[:, None]) * d_lse_R[:, None] - hit
+        d_logits = d_logits if d_softcap is None else d_logits * d_softcap
+        d_logits = (d_logits * spec.multiplier).astype(dtype)
+        dx_RD = jnp.einsum("rv,vd->rd", d_logits, w_VD, preferred_element_type=jnp.float32)
+        dw_VD += jnp.einsum("rv,rd->vd", d_logits, x_RD, preferred_element_type=jnp.float32)
+        return (nats, z, dw_VD), dx_RD
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jnp.zeros((n_vocab, d_model), jnp.float32))
+    (nats, z, dw_VD), dx_CRD = lax.scan(step, start, (x_CRD, target_CR))
+    return nats, z, dx_CRD.reshape(-1, d_model)[:n_tokens].reshape(x_BTD.shape), dw_VD
+
+
+def _log_sum_exp(logits):
+    """Over the last axis, in one pass: the maximum and the sum of exponentials are reduced together."""
+
+    def combine(a, b):
+        (max_a, sum_a), (max_b, sum_b) = a, b
+        both = jnp.maximum(max_a, max_b)
+        safe = jnp.where(both == -jnp.inf, 0.0, both)
+        return both, sum_a * jnp.exp(max_a - safe) + sum_b * jnp.exp(max_b - safe)
+
+    start = jnp.float32(-jnp.inf), jnp.float32(0.0)
+    largest, total = lax.reduce((logits, jnp.ones_like(logits)), start, combine, (logits.ndim - 1,))
+    return largest + jnp.log(total)
+
+
 class _Spec(NamedTuple):
     multiplier: float
     softcap: float | None
@@ -74,7 +191,12 @@ def _chunks(w_VD, dtype, spec: _Spec):
 
 def _logits(x_BTD, w_SVD, spec: _Spec):
     """Logits of a chunk, float32 [B, T, shards, rows], and the derivative of the softcap there."""
-    logits = jnp.einsum("btd,svd->btsv", x_BTD, w_SVD, preferred_element_type=jnp.float32) * spec.multiplier
+    return _capped(jnp.einsum("btd,svd->btsv", x_BTD, w_SVD, preferred_element_type=jnp.float32), spec)
+
+
+def _capped(products, spec: _Spec | _Formed):
+    """Logits of products with the table, and the derivative of the softcap there."""
+    logits = products * spec.multiplier
     if spec.softcap is None:
         return logits, None
     tanh = jnp.tanh(logits / spec.softcap)

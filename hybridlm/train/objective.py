@@ -9,7 +9,7 @@ from flax import nnx
 from hybridlm.config import Config
 from hybridlm.model.statistics import statistics, summarise
 from hybridlm.train.layout import SUMS
-from hybridlm.train.loss import cross_entropy
+from hybridlm.train.loss import training_loss
 from hybridlm.train.metrics import Mean, Metrics, Sum
 
 
@@ -26,11 +26,10 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
         where = batch["segment_ids"], batch["positions"]
         x_BTD, stats = model.hidden_with_stats(batch["tokens"], *where, params.get(SUMS))
         with jax.named_scope("loss"):
-            sums = cross_entropy(
-                x_BTD, model.unembedding(), batch["targets"], multiplier=model.logit_scale,
+            total, sums = training_loss(
+                x_BTD, model.unembedding(), batch["targets"], z_loss=config.optim.z_loss, multiplier=model.logit_scale,
                 softcap=config.model.logit_softcap,
             )  # fmt: skip
-            total = sums.nats + config.optim.z_loss * sums.z
             metrics = {"loss": Mean(sums.nats, sums.tokens), "z": Mean(sums.z, sums.tokens)}
             for name, value in summarise(config.model, stats).items():
                 of_tokens = Mean(value * sums.tokens, sums.tokens)

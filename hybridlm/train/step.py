@@ -6,7 +6,7 @@ them not applied), `skipped_in_row`, and `key` (random state, as raw bits). Batc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -18,13 +18,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridlm.config import Config
+from hybridlm.config import Config, DataConfig
+from hybridlm.data.packing import FIELDS
 from hybridlm.model.init import abstract, stacked
 from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
+from hybridlm.train.ahead import TrainStep
 from hybridlm.train.inspection import make_inspect
 from hybridlm.train.layout import SUMS, Layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
@@ -53,26 +55,10 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef
     """The model without its parameters: nnx.merge(graphdef, state["params"])."""
 
-
-@dataclass(frozen=True)
-class TrainStep:
-    """(state, batch) -> (state, metrics), or what `Program.inspect` gives: a jitted function that takes what hangs on
-    the length of the run beside them, so that more steps are not another program."""
-
-    jitted: Callable
-    lengths: np.ndarray
-
-    def __call__(self, state, batch):
-        """A step."""
-        return self.jitted(state, batch, self.lengths)
-
-    def lower(self, state, batch):
-        """As of every jitted function."""
-        return self.jitted.lower(state, batch, self.lengths)
-
-    def trace(self, state, batch):
-        """As of every jitted function."""
-        return self.jitted.trace(state, batch, self.lengths)
+    def batch_like(self, data: DataConfig) -> dict:
+        """Shapes, types and shardings of a batch."""
+        shape = data.batch_size, data.seq_len
+        return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=self.batch_sharding) for name in FIELDS}
 
 
 def make_program(config: Config, mesh: Mesh) -> Program:

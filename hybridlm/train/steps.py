@@ -75,7 +75,7 @@ class Steps:
             if step == first:
                 first = None  # a run that goes back may come here again
                 now = time.monotonic()
-                self.display.say(f"first step after {now - began:.1f} s, {now - fetched:.1f} s of them compilation")
+                self.display.say(f"first step after {now - began:.1f} s, {now - fetched:.1f} s of them waiting for it")
                 self.stop.arm()
             self.reports.add(step, metrics)
             self.watchdog.step()

@@ -7,7 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from hybridlm.train.loss import cross_entropy
+from hybridlm.sharding import MeshConfig, make_mesh
+from hybridlm.train.loss import cross_entropy, training_loss
+from pallas_kernels import assume_platform
+from tests.tolerances import check_close
 
 B, T, D = 2, 6, 8
 
@@ -59,6 +62,84 @@ def test_equals_optax(n_vocab, chunk, shards, how):
     ours, theirs = both(*inputs(n_vocab), chunk=chunk, shards=shards, **how)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+
+
+def formed(x, w, targets, z_loss=0.3, **how):
+    """((objective, sums), gradients) with the gradient formed in the forward."""
+    loss = lambda x, w: training_loss(x, w, targets, z_loss=z_loss, **how)
+    (total, sums), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, w)
+    return total, sums, grads
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "n_logits", "how"),
+    [(50, 10**6, {}), (50, 1, CAPPED), (300, 300, {"z_loss": 0.0}), (3, 5, CAPPED), (1, 1, {})],
+)
+def test_gradient_formed_in_the_forward_is_that_of_optax(n_vocab, n_logits, how, monkeypatch):
+    """Whole, in chunks of 3 tokens that do not divide them, and of 1; without a gradient, too."""
+    x, w, targets = inputs(n_vocab)
+    z_loss = how.get("z_loss", 0.3)
+
+    def theirs(x, w):
+        nats, z, _ = oracle(x, w, targets, **{k: v for k, v in how.items() if k != "z_loss"})
+        return nats + z_loss * z, (nats, z)
+
+    (expected, of_sums), expected_grads = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1), has_aux=True))(x, w)
+    monkeypatch.setattr("hybridlm.train.loss.TILE", 1)
+    total, sums, grads = formed(x, w, targets, n_logits=n_logits, **how)
+    alone, sums_alone = jax.jit(lambda x, w: training_loss(x, w, targets, n_logits=n_logits, **{"z_loss": 0.3} | how))(
+        x, w
+    )
+    for value, of in ((total, sums), (alone, sums_alone)):
+        check_close(value, expected, dtype="float32", what="objective")
+        check_close(jnp.stack(of[:2]), jnp.stack(of_sums), dtype="float32", what="sums")
+        assert of.tokens == B * T - 2
+    for grad, like in zip(grads, expected_grads, strict=True):
+        check_close(grad, like, dtype="float32", what="gradient")
+
+
+def test_gradient_formed_in_the_forward_of_bfloat16():
+    """Sums and gradient of the table are as of float32: only the gradient of the logits is rounded."""
+    x, w, targets = inputs(300, jnp.bfloat16)
+    w = w.astype(jnp.float32)
+    total, _, grads = formed(x, w, targets, z_loss=0.0, n_logits=1500)
+    (expected, _), expected_grads = jax.value_and_grad(
+        lambda x, w: oracle(x, w, targets)[:2], argnums=(0, 1), has_aux=True
+    )(x.astype(jnp.float32), w)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert [grad.dtype for grad in grads] == [jnp.bfloat16, jnp.float32]
+    for grad, like in zip(grads, expected_grads, strict=True):
+        assert np.linalg.norm(np.asarray(grad, np.float32) - like) < 0.01 * np.linalg.norm(like)
+
+
+def test_only_a_gpu_forms_the_gradient_in_the_forward_and_only_of_a_whole_table():
+    x, w, targets = inputs(64)
+    products = lambda: str(jax.make_jaxpr(jax.grad(lambda w: training_loss(x, w, targets)[0]))(w)).count("dot_general")
+    assert products() == 4  # the logits twice
+    with assume_platform("gpu", capability="8.0"):
+        assert products() == 3
+        with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2))):
+            assert products() == 4
+
+
+def test_gradient_formed_in_the_forward_over_devices():
+    x, w, targets = inputs(64)
+    one = formed(x, w, targets, n_logits=128)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4])):
+        split = formed(x, w, targets, n_logits=128)
+        program = jax.jit(jax.grad(lambda w: training_loss(x, w, targets, n_logits=128)[0]))
+        assert str(program.trace(w).jaxpr).count("dot_general") == 3  # the logits once
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
+        check_close(a, b, dtype="float32", what="objective, sums and gradients")
+
+
+def test_large_logits_do_not_overflow_in_one_pass():
+    x, w, targets = inputs(50)
+    total, _, grads = formed(1e3 * x, 1e2 * w, targets, z_loss=0.0)
+    _, (expected, expected_grads) = both(1e3 * x, 1e2 * w, targets, z_weight=0.0)
+    np.testing.assert_allclose(total, expected * (B * T - 2), rtol=1e-4)
+    for grad, like in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, like * (B * T - 2), rtol=1e-4, atol=1e-3)
 
 
 def test_bfloat16_keeps_float32_statistics():

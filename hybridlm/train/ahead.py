@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A train step that is compiled while parameters are drawn or read: the longest part of a start waits for nothing."""
+
+import threading
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+
+class TrainStep:
+    """(state, batch) -> (state, metrics): a jitted step that takes what hangs on the length of the run beside them, so
+    that more steps are not another program."""
+
+    def __init__(self, jitted, lengths: np.ndarray):
+        self.jitted, self.lengths = jitted, lengths
+        self._ahead: Future | None = None
+
+    def __call__(self, state, batch):
+        """A step; waits for what `prepare` started, and raises what that raised."""
+        step = self.jitted if self._ahead is None else self._ahead.result()
+        return step(state, batch, self.lengths)
+
+    def prepare(self, mesh: Mesh, state, batch) -> None:
+        """Starts to compile the step for arguments like these, in a thread of its own; the only ones it takes then.
+
+        A process that ends before waits for the compiler, which cannot be stopped in the middle.
+        """
+        ahead = self._ahead = Future()
+
+        def compile_() -> None:
+            try:
+                with jax.set_mesh(mesh):
+                    ahead.set_result(self.lower(state, batch).compile())
+            except BaseException as error:  # whatever it is, it is the first step's
+                ahead.set_exception(error)
+
+        threading.Thread(target=compile_, name="compile").start()
+
+    def lower(self, state, batch):
+        """As of every jitted function."""
+        return self.jitted.lower(state, batch, self.lengths)
+
+    def trace(self, state, batch):
+        """As of every jitted function."""
+        return self.jitted.trace(state, batch, self.lengths)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers compute otherwise for a GPU, in plain array operations that run anywhere, against what they do elsewhere
+and against float64."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybridlm.layers.attention import Attention
+from hybridlm.layers.block import Make
+from hybridlm.layers.norm import gated_rms_norm
+from hybridlm.layers.qk_norm import is_faster
+from hybridlm.layers.rope import Rope, YaRN
+from pallas_kernels import assume_platform
+from tests.tolerances import check_close
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, dtype="float32"):
+    return jnp.asarray(RNG.standard_normal(shape, np.float32)).astype(dtype)
+
+
+def both(function, *args) -> list[list]:
+    """Result and gradients of random weights of it, for a GPU and for a CPU."""
+    d_out, found = normal(*jax.eval_shape(function, *args).shape), []
+    for where in (assume_platform("gpu", capability="8.0"), contextlib.nullcontext()):
+
+        def run(*args):
+            out, pull = jax.vjp(lambda *args: function(*args), *args)  # anew: each platform is traced
+            return [out, *pull(d_out.astype(out.dtype))]
+
+        with where:
+            found.append(jax.jit(run)(*args))
+    return found
+
+
+def check(function, *args, dtype="float32"):
+    for i, (actual, expected) in enumerate(zip(*both(function, *args), strict=True)):
+        assert actual.dtype == expected.dtype
+        check_close(actual, expected, dtype=dtype, what=f"result or gradient {i}")
+
+
+ROPES = {
+    "none": None, "whole": Rope(), "half": Rope(fraction=0.5), "scaled": Rope(scaling=YaRN()),
+    "interleaved": Rope(interleaved=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"qk_norm_offset": 1.0}, {"qk_norm_over": "all"}, {"qk_norm_rotated": True}],
+)
+@pytest.mark.parametrize("rope", ROPES)
+def test_queries_and_keys(rope, how, dtype):
+    """Norm and rotation are one function where all of a head is rotated, behind its own norm."""
+    block = Attention(n_heads=3, d_head=8, rope=ROPES[rope], qk_norm=True, **how)
+    graphdef, state = nnx.split(block.build(16, Make(nnx.Rngs(0), 0.02, 0.02, dtype, 1e-5)))
+    positions_BT = jnp.asarray(RNG.integers(0, 5000, (2, 5)))
+    x_BTHP = normal(2, 5, 3, 8, dtype=dtype).at[0, 1].set(0)  # heads of zeros: the root is that of eps
+
+    def run(x, w):
+        with_w = jax.tree.map_with_path(lambda path, a: w if "q_norm" in jax.tree_util.keystr(path) else a, state)
+        mixer = nnx.merge(graphdef, with_w)
+        return mixer._placed(x, mixer.q_norm, positions_BT, "attention_q")
+
+    w = state["q_norm"]["weight"].get_value()
+    check(run, x_BTHP, w + normal(*w.shape) / 4, dtype=dtype)
+
+
+def test_where_norm_and_rotation_are_one_function():
+    served = [name for name, rope in ROPES.items() if is_faster(rope, 8)]
+    with assume_platform("gpu", capability="8.0"):
+        assert [name for name, rope in ROPES.items() if is_faster(rope, 8)] == ["none", "whole", "scaled"]
+    assert not served  # on a CPU
+
+
+@pytest.mark.parametrize("before_gate", [False, True])
+@pytest.mark.parametrize("gating", ["silu", "sigmoid"])
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_gated_norm(n_groups, gating, before_gate):
+    """Its roots are made again in the backward."""
+    run = lambda y, z, w: gated_rms_norm(y, z, w, 1e-5, n_groups, before_gate, "float32", gating)
+    check(run, normal(2, 5, 4, 8).at[0, 1].set(0), normal(2, 5, 4, 8), normal(4, 8))
+    with assume_platform("gpu", capability="8.0"):
+        kept = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], *[normal(2, 5, 4, 8)] * 2, normal(4, 8))
+    assert sorted(leaf.size for leaf in jax.tree.leaves(kept)) == [4 * 8, 320, 320]
