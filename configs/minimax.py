@@ -14,7 +14,8 @@ SIZES = {
     "456b": {
         "model_type": "minimax", "vocab_size": 200_064, "hidden_size": 6144, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9216,
-        "num_local_experts": 32, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 10_000_000.0,
+        "num_local_experts": 32, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000_000.0, "rotary_dim": 64,
         "layer_types": [*["linear_attention"] * 7, "full_attention"] * 10, "tie_word_embeddings": False,
         **{f"{name}_alpha_factor": 3.5565588200778455 for name in ("linear_attn", "full_attn", "mlp")},
     }

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiniMax-01: lightning attention or attention, then a mixture of experts; each normed input goes on as the stream."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from hybridlm.hf.families import common, rope, tables
@@ -17,8 +19,10 @@ BLOCK = 256
 
 
 def read(keys: Keys) -> ModelConfig:
-    keys.carry("output_router_logits")
+    keys.carry("output_router_logits", "shared_moe_mode")
     keys.only("router_jitter_noise", 0.0, 0)
+    keys.only("postnorm", True, None)
+    keys.only("shared_intermediate_size", 0, None)
     n_layers, heads = keys("num_hidden_layers", 32), common.heads(keys, 32, 8)
     types = common.layer_types(keys, "layer_types", n_layers=n_layers)
     types = types or ["linear_attention" if i % 2 else "full_attention" for i in range(n_layers)]
@@ -33,7 +37,8 @@ def read(keys: Keys) -> ModelConfig:
         Router(keys("num_experts_per_tok", 2), renormalise=True),
         balance_weight=keys.some("router_aux_loss_coef", 0.001), z_weight=0.0,
     )  # fmt: skip
-    attention = Attention(**heads, rope=rope.read(keys, 131072, 1_000_000.0), window=keys("sliding_window", None))
+    rotary = replace(rope.read(keys, 131072, 1_000_000.0), fraction=keys.some("rotary_dim", d_head) / d_head)
+    attention = Attention(**heads, rope=rotary, window=keys("sliding_window", None))
     pattern = "".join(f"{symbol}E" for symbol in common.as_pattern(keys, types, SYMBOLS))
     factors = {
         symbol: tuple(float(keys(f"{name}_{which}_factor", 1)) for which in ("alpha", "beta"))
@@ -62,12 +67,19 @@ def write(config: ModelConfig) -> dict:
         **values,
         **common.write_widths(config, "rms_norm_eps"),
         **common.write_heads(attention),
-        "rope_parameters": rope.write(rope.required(attention)), "sliding_window": attention.window,
+        **write_rope(attention), "sliding_window": attention.window,
         "block_size": (lightning and lightning.chunk) or BLOCK,
         "hidden_act": common.name_of(common.GATED, moe.activation), "intermediate_size": moe.d_ff,
         "num_local_experts": moe.n_experts, "num_experts_per_tok": moe.router.top_k,
         "router_aux_loss_coef": moe.balance_weight, "num_hidden_layers": len(types), "layer_types": types,
     }  # fmt: skip
+
+
+def write_rope(attention: Attention) -> dict:
+    """Of heads that are rotated in part, the rotated width: MiniMax's own code reads it, transformers 5.24 does not."""
+    rotary = rope.required(attention)
+    values = {"rope_parameters": rope.write(replace(rotary, fraction=1.0))}
+    return values if rotary.fraction == 1 else values | {"rotary_dim": rotary.d_rotated(attention.d_head)}
 
 
 def constants(config: ModelConfig) -> dict[str, Constant]:
