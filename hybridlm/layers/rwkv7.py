@@ -178,7 +178,7 @@ class Rwkv7Mixer(nnx.Module):
         self.w_o = params.matrix(rngs, (H, N, D), (*heads, "d_model"), init_std if out_std is None else out_std, n_in=2)
 
     def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-        """Decays of the state a token, and the norm of a row's last state where no values of another depth are in it."""
+        """Decays of the state a token, and the norm of a row's last state where no other depth has a part in it."""
         pair_BTcD, _ = token_shift.with_previous(x_BTD.astype(self.dtype), tokens, None)
         numbers = inspection.decays(self._log_decay(self._project(pair_BTcD)[3]), tokens)
         return numbers if self.config.values == "mixed" else numbers | recurrent.state_norm(self, x_BTD, tokens)
