@@ -19,7 +19,7 @@ from flax import nnx
 from hybridlm.errors import require, within
 from hybridlm.layers import params
 from hybridlm.layers.attention import Attention, AttentionMixer, cache_grows, init_cache
-from hybridlm.layers.block import Block, Make, Mixer, Tokens, shares, split_of_parts
+from hybridlm.layers.block import Block, Make, Mixer, Tokens, passes, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.mlp import MLP, FeedForward
@@ -58,6 +58,9 @@ class Shared:
     def check(self, d_model: int) -> None:
         """Raises ConfigError where the mixer cannot be built at the model width."""
         require(not shares(self.mixer), f"mixer ({type(self.mixer).__name__}) shares weights over depths itself")
+        require(
+            not passes(self.mixer, d_model), f"mixer ({type(self.mixer).__name__}) hands on to depths: it cannot be"
+        )
         with within("mixer."):
             self.mixer.check(d_model)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.config import Branch, ConfigError, DepthMoE, Parallel
+from hybridlm.config import Branch, ConfigError, DepthMoE, Parallel, Shared
 from hybridlm.layers.block import Tokens
 from tests.model.model_support import QUICK, VARIANTS, build, named, random_tokens, small
 from tests.tolerances import check_close
@@ -58,3 +58,5 @@ def test_one_width_and_no_branch():
         small("Dd", {"D": VARIANTS["depth_moe"], "d": other})
     with pytest.raises(ConfigError, match=r"^branches.a.mixer \(DepthMoE\) hands on to depths: no branch can$"):
         Parallel({"a": Branch(VARIANTS["depth_moe"])}).check(16)
+    with pytest.raises(ConfigError, match=r"^mixer \(DepthMoE\) hands on to depths: it cannot be$"):
+        Shared(VARIANTS["depth_moe"]).check(16)
