@@ -198,9 +198,9 @@ def test_where_norms_of_sublayers_stand():
         graphdef, state = nnx.split(sublayers[symbol])
         assert {path for path in named(state) if "norm" in path} == {f"{name}.weight" for name in names}
         sublayer = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
-        u = normed(x_BTD, sublayer.norm.weight[...], 1e-5) if "norm" in names else x_BTD
-        y = np.asarray(sublayer.mixer(jnp.asarray(u)))
-        y = normed(y, sublayer.after_norm.weight[...], 1e-5) if "after_norm" in names else y
+        u = normed(x_BTD, np.asarray(sublayer.norm.weight[...]), 1e-5) if "norm" in names else x_BTD
+        y = np.asarray(sublayer.mixer(jnp.asarray(u, jnp.float32)))
+        y = normed(y, np.asarray(sublayer.after_norm.weight[...]), 1e-5) if "after_norm" in names else y
         check_close(sublayer(jnp.asarray(x_BTD), Tokens()).y_BTD, x_BTD + y, dtype="float32", what=symbol)
     with pytest.raises(
         ConfigError, match=r"^model.norm_after has the symbol 'x', which is no key of model.blocks \(a\)$"

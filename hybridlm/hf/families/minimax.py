@@ -55,7 +55,7 @@ def read(keys: Keys) -> ModelConfig:
 def write(config: ModelConfig) -> dict:
     moe, types = common.block(config, MoE), common.kinds(config)[::2]
     lightning = common.block(config, LinearAttention, False)
-    attention = common.block(config, Attention, False)
+    attention = common.block(config, Attention, False if lightning else None)
     H, P = (lightning.n_heads, lightning.d_key) if lightning else (attention.n_heads, attention.d_head)
     attention = attention or Attention(H, d_head=P)
     values = {}
