@@ -44,11 +44,11 @@ from tests.tolerances import check_close
 
 BY_FAMILY = ("gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe", "kimi", "latent")
 """What golden checkpoints hold, by default, to documents in rows, pieces and devices: those tests of them are slow."""
-LARGE = ("titans", "bidirectional", "memory_context")
+LARGE = ("hyena", "titans", "bidirectional", "memory_context")
 """What takes longest to compile: of their programs the mixer's alone runs by the minute."""
 FIRST = (
     "mamba2", "mamba1", "window", "mlp", "moe", "parallel", "recurrences", "shared", "delta", "slstm", *BY_FAMILY,
-    "hyena", *LARGE,
+    *LARGE,
 )  # fmt: skip
 """One example of each class, of some side by side: what is compiled by the minute runs for these alone, for the others
 in the slow tests."""
@@ -153,7 +153,7 @@ def test_remat_changes_nothing(name, policy):
     properties.check_remat(VARIANTS[name], policy)
 
 
-@pytest.mark.parametrize("name", some([name for name in SIMPLE if name != "hyena"]))
+@pytest.mark.parametrize("name", some(SIMPLE))
 def test_one_device_equals_eight(name):
     """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
     experts = any(isinstance(block, MoE | DepthMoE) for _, block in walk(VARIANTS[name]))
