@@ -172,7 +172,7 @@ def test_a_new_format_is_a_row(tmp_path, monkeypatch):
     assert "reading .down needs no_such_module: pip install no_such_module" in error_of(tmp_path / "A.DOWN")
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS[:-1], dataclasses.replace(row, needs=())))
     assert read(tmp_path / "A.DOWN") == ["cba"] and read(tmp_path / "b.zip") == ["zyx"]
-    assert error_of(tmp_path / "c.docx").endswith(".jsonl, .jsonl.gz, .jsonl.zst, .parquet or .down")
+    assert error_of(tmp_path / "c.docx").endswith(".parquet, .fa, .fasta, .fa.gz or .down")
 
 
 def test_zstandard_reads_alike_and_tells_of_damage(tmp_path, texts):

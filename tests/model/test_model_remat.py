@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.config import ConfigError
-from hybridlm.layers.block import Tokens
+from hybridlm.config import Attention, ConfigError, Rope
+from hybridlm.layers import qk_norm
+from hybridlm.layers.block import Tokens, walk
 from hybridlm.model import remat
 from hybridlm.model.model import HybridLM
 from hybridlm.model.pattern import groups, places
-from tests.model.model_support import QUICK, build, log_likelihoods, named, packed_rows, small
+from tests.model.model_support import HYBRID, QUICK, VARIANTS, build, log_likelihoods, named, packed_rows, small
 from tests.tolerances import check_close
 
 PATTERN = "MM*-" * 2 + "a"
@@ -51,10 +52,12 @@ def test_equals_none(policy, expected):
 
 
 @functools.cache
-def residual_bytes(policy: str, pattern: str) -> int:
-    """Bytes of what the forward hands to the backward."""
-    graphdef, params = nnx.split(build(small(pattern, remat=policy)))
-    _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: nnx.merge(graphdef, p)(PACKED.tokens).sum(), p), params)
+def residual_bytes(policy: str, pattern: str, example: str | None = None) -> int:
+    """Bytes of what the forward hands to the backward. example: what X stands for in the pattern."""
+    blocks = HYBRID if example is None else {"X": VARIANTS[example]}
+    graphdef, params = nnx.split(build(small(pattern, blocks, remat=policy)))
+    run = lambda p: jax.vjp(lambda p: nnx.merge(graphdef, p)(PACKED.tokens).sum(), p)
+    _, backward = jax.eval_shape(run, params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
 
@@ -73,10 +76,26 @@ def test_mixer_policy_leaves_feed_forward_alone():
     assert residual_bytes("mixer", "MM") == residual_bytes("full", "MM")
 
 
-@pytest.mark.parametrize("name", sorted(remat.kept([])))
+ON_GPU = "attention_root"
+MIXED = "M*-a1E"
+OFTEN = {name for symbol in MIXED for _, block in walk(HYBRID[symbol]) for name in block.KEPT}
+"""Intermediates of the blocks that most models have."""
+
+
+NAMES = sorted(set(remat.kept([])) - {ON_GPU})
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_every_name_is_an_intermediate(name):
-    """Keeping it keeps more than keeping nothing."""
-    assert residual_bytes(name, "M*-a1E") > residual_bytes("full", "M*-a1E")
+    """Keeping it keeps more than keeping nothing, in some model."""
+    if name in remat.OF_SUBLAYER:
+        assert residual_bytes(name, MIXED) > residual_bytes("full", MIXED)
+        return
+    holding = [example for example, block in VARIANTS.items() if any(name in inside.KEPT for _, inside in walk(block))]
+    models = [(MIXED, None)] * (name in OFTEN) + [("X", example) for example in holding]
+    assert any(residual_bytes(name, *model) > residual_bytes("full", *model) for model in models)
 
 
 @pytest.mark.parametrize("policy", ["some", "mamba_ssd,ssd", "", "none,full"])
@@ -133,3 +152,9 @@ def test_program_does_not_grow_with_depth():
         return len(str(jaxpr).splitlines())
 
     assert size(2) == size(9)
+
+
+def test_roots_of_queries_and_keys_are_intermediates_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(qk_norm, "platform", lambda: "gpu")
+    monkeypatch.setitem(VARIANTS, "whole heads", Attention(n_heads=2, d_head=8, qk_norm=True, rope=Rope()))
+    assert residual_bytes(ON_GPU, "X", "whole heads") > residual_bytes("full", "X", "whole heads")
