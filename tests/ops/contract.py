@@ -102,7 +102,9 @@ class Subject:
                 stack.enter_context(interpreted(self.name, self.implementation))
             if self.change:
                 function = self.way.load()
-                stack.enter_context(served_by(lambda *args, **more: self.change(function(*args, **more)), only=self.name))
+                stack.enter_context(
+                    served_by(lambda *args, **more: self.change(function(*args, **more)), only=self.name)
+                )
             yield
 
     def run(self, inputs: dict, weights=None, **settings) -> dict[str, np.ndarray]:
