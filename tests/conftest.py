@@ -51,8 +51,8 @@ NEEDS = {
     "newer": (lambda: jax.__version_info__ >= (0, 11), "needs JAX 0.11"),
     "libtpu": (lambda: find_spec("libtpu") is not None, "needs the TPU compiler: pip install libtpu"),
     "buckets": (
-        lambda: all(map(find_spec, ("s3fs", "moto", "flask", "flask_cors"))),
-        "needs s3fs and a server for it: make storage-test",
+        lambda: all(map(find_spec, ("s3fs", "moto", "flask", "flask_cors", "gcsfs", "gcp_storage_emulator"))),
+        "needs clients and servers of buckets: make storage-test",
     ),
     "parity": (lambda: all(map(find_spec, ("torch", "transformers"))), "needs torch and transformers: make parity"),
 }

@@ -324,6 +324,7 @@ _STORAGE_WORDS = (
     "No space left", "RESOURCE_EXHAUSTED", "Permission denied", "PERMISSION_DENIED", "Read-only file system",
     "Not a directory", "File too large", "Disk quota", "Input/output error", "File exists", "No such file",
     "NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED",
+    "Error writing", "Error reading",
 )  # fmt: skip
 
 
@@ -342,7 +343,7 @@ def _storage_reason(error: BaseException) -> str:
     for e in _chain(error):
         if isinstance(e, OSError) and e.strerror:
             return e.strerror
-        for word in _STORAGE_WORDS:
+        for word in _STORAGE_WORDS[:-2]:
             if word in str(e):
                 return word
     return str(error).strip().splitlines()[0]

@@ -102,7 +102,9 @@ class Subject:
                 stack.enter_context(interpreted(self.name, self.implementation))
             if self.change:
                 function = self.way.load()
-                stack.enter_context(served_by(lambda *args, **more: self.change(function(*args, **more))))
+                stack.enter_context(
+                    served_by(lambda *args, **more: self.change(function(*args, **more)), only=self.name)
+                )
             yield
 
     def run(self, inputs: dict, weights=None, **settings) -> dict[str, np.ndarray]:
@@ -553,7 +555,7 @@ def check_forward_mode(subject: Subject) -> None:
             return
         out, tangents = jax.jit(lambda *given: jax.jvp(function, *given))((arrays,), (along,))
         weights = [jnp.asarray(w, jnp.float64) for w in oracle.make_weights([o.shape for o in out])]
-        [grads] = jax.vjp(function, arrays)[1](tuple(weights))
+        [grads] = jax.jit(lambda arrays, weights: jax.vjp(function, arrays)[1](weights))(arrays, tuple(weights))
         forward = sum(jnp.vdot(w, t) for w, t in zip(weights, tangents))
         reverse = sum(jnp.vdot(along[name], grads[name]) for name in grads)
     np.testing.assert_allclose(forward, reverse, rtol=1e-9, err_msg=str(subject))

@@ -15,12 +15,13 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 @contextlib.contextmanager
-def served_by(function, takes: tuple[str, ...] = ()):
-    """Within, calls of ops are served by `function` (an interpreted kernel, say), but those of the reference."""
+def served_by(function, takes: tuple[str, ...] = (), only: str | None = None):
+    """Within, calls of ops (of one of them) are served by `function`, an interpreted kernel, say, but those of the
+    reference."""
     select = door.select
 
     def choose(op, implementation, args, kwargs):
-        if implementation == "reference":
+        if implementation == "reference" or op.name != (only or op.name):
             return select(op, implementation, args, kwargs)
         return door.Implementation(function, takes=takes)
 

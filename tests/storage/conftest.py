@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real S3 server on loopback, and buckets of it.
+"""Real servers of S3 and of Google Cloud Storage on loopback, and buckets of them.
 
 Where the packages for that are missing, its tests are skipped: see NEEDS in tests/conftest.py.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from hybridlm import storage
 from hybridlm.storage import paths
+from tests.storage import gcs_server
 from tests.train.conftest import one_device
 from tests.train.test_run import states, stop_at
 
@@ -25,6 +27,7 @@ AWS = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask for a kind of bucket by gRPC
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +49,11 @@ def forget_clients() -> None:
 
     paths._prepare.cache_clear()
     backend.fsspec_backend._get_filesystem.cache_clear()
-    try:
-        import s3fs
-    except ImportError:
-        return
-    s3fs.S3FileSystem.clear_instance_cache()
+    import fsspec
+
+    for scheme in ("s3", "gs"):
+        with contextlib.suppress(ImportError):
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 @pytest.fixture
@@ -66,8 +69,24 @@ def s3(server, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def bucket(s3) -> str:
-    """A new bucket's address."""
+def gs(monkeypatch, tmp_path):
+    """The environment that leads to a server of Google Cloud Storage, with one empty bucket, whose address it is."""
+    with gcs_server.running() as url:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            monkeypatch.setenv(name, url)
+        monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
+        monkeypatch.setenv("HYBRIDLM_SCRATCH", str(tmp_path / "scratch"))
+        forget_clients()
+        yield f"gs://{gcs_server.BUCKET}"
+    forget_clients()
+
+
+@pytest.fixture
+def bucket(request) -> str:
+    """A new bucket's address, of S3 or, with "gs" as its parameter, of Google Cloud Storage."""
+    if getattr(request, "param", "s3") == "gs":
+        return request.getfixturevalue("gs")
+    request.getfixturevalue("s3")
     import s3fs
 
     name = f"bucket-{next(COUNT)}"

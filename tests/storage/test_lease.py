@@ -15,7 +15,7 @@ from hybridlm.storage.cell import Cell
 from hybridlm.train import lease
 from hybridlm.train.lease import Lease
 
-PLACES = ["disk", pytest.param("bucket", marks=pytest.mark.buckets)]
+PLACES = ["disk", *(pytest.param(name, marks=pytest.mark.buckets) for name in ("s3", "gs"))]
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def path(request, tmp_path):
     """Of an object on the disk or in a bucket."""
     if request.param == "disk":
         return tmp_path / "in_use.json"
-    return storage.as_path(f"{request.getfixturevalue('bucket')}/run/in_use.json")
+    address = request.getfixturevalue("bucket" if request.param == "s3" else "gs")
+    return storage.as_path(f"{address}/run/in_use.json")
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ def listed(path: str) -> list[str]:
     return [file.relative_to(base).as_posix() for file in storage.find(path)[1]]
 
 
+@pytest.mark.parametrize("bucket", ["s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_equals_one_on_a_disk(mini, bucket, states, stop_at, capsys):
     """Train, stop, resume, generate; data and cache in the bucket. The trainer's and the user's files are all there."""
     here = mini.parent / "run"
@@ -96,6 +97,25 @@ def test_a_run_equals_one_on_a_disk(mini, bucket, states, stop_at, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert train(mini, *options) == 0 and "is complete: 20 steps" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+def test_a_run_starts_from_another_and_is_traced(mini, bucket, capsys):
+    """`init.run` takes the parameters of a run in a bucket; a trace of the steps lands there, and is found again."""
+    assert train(mini, "--run.steps=10") == 0
+    assert train(mini, *far(bucket), "--run.steps=10") == 0
+    more = ["--run.steps=4", "--run.sample_tokens=0", "--optim.warmup_steps=1"]
+    assert train(mini, *more, f"--init.run={mini.parent}/run@10", f"--run.dir={mini.parent}/next") == 0
+    assert train(mini, *far(bucket, "next"), *more, f"--init.run={bucket}/run@10", "--run.profile_steps", "2", "3") == 0
+    far_records = records(storage.as_path(f"{bucket}/next/metrics"))
+    assert far_records and far_records == records(mini.parent / "next" / "metrics.jsonl")
+    assert [name for name in listed(f"{bucket}/next/profile") if name.endswith(".xplane.pb")]
+    capsys.readouterr()
+    assert main(["profile", f"{bucket}/next"]) == 2
+    assert "has no kernels of a GPU or TPU" in capsys.readouterr().err
+    assert train(mini, *far(bucket), f"--init.run={bucket}/none", f"--run.dir={bucket}/other") == 2
+    assert f"{bucket}/none" in capsys.readouterr().err
 
 
 def test_published_there_and_back(bucket, capsys):

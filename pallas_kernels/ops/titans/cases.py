@@ -67,7 +67,7 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
         **{name: normal(*shape, case.width).astype(jnp.dtype(dtype)) for name in ("q", "k", "v")},
         "rate": rng.uniform(5e-4, 5e-3, shape).astype(np.float32),
         "eta": normal(*shape) if case.momentum else None,
-        "alpha": normal(*shape) - 1,
+        "alpha": normal(*shape),
         "g": 0.1 * normal(*heads),
         "W1": normal(*heads, case.hidden) / np.sqrt(case.width).astype(np.float32),
         "W2": normal(case.heads, case.hidden, case.width) / np.sqrt(case.hidden).astype(np.float32),
