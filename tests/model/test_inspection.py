@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from hybridlm import sharding
-from hybridlm.config import KimiDelta, MeshConfig
+from hybridlm.config import Bidirectional, KimiDelta, MeshConfig
 from hybridlm.layers import inspection
 from hybridlm.layers.block import Tokens
 from hybridlm.layers.mlp import MLP, FeedForward
@@ -42,7 +42,7 @@ def check_numbers(found, expected):
         check_close(found[name], value, dtype="float32", what=name)
 
 
-def spread_by_hand(q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, softcap):
+def spread_by_hand(q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, softcap, causal=True):
     """Entropy and share of the first token, query by query, in float64: [B, Q, H] each, NaN for padding."""
     B, _, H, P = q_BTHP.shape
     entropy, first = (np.full((B, len(queries), H), np.nan) for _ in range(2))
@@ -51,7 +51,7 @@ def spread_by_hand(q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, soft
         for i, t in enumerate(queries):
             if ids_BT[b, t] == 0:
                 continue
-            document = [s for s in range(t + 1) if ids_BT[b, s] == ids_BT[b, t]]
+            document = [s for s in range(t + 1 if causal else ids_BT.shape[1]) if ids_BT[b, s] == ids_BT[b, t]]
             keys = document if window is None else document[-window:]
             scores = k_SP[keys] @ q_BTHP[b, t, h].astype(np.float64) * (P**-0.5 if scale is None else scale)
             scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
@@ -62,9 +62,11 @@ def spread_by_hand(q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, soft
     return entropy, first
 
 
-@pytest.mark.parametrize("name", ["attention", "gated", "window", "long"])
+@pytest.mark.parametrize("name", ["attention", "gated", "window", "long", "both_ways"])
 def test_attention(name):
-    block, ids, x_BTD = VARIANTS["window" if name == "long" else name], IDS, draw(2, 12)
+    block, ids, x_BTD = VARIANTS[{"long": "window", "both_ways": "attention"}.get(name, name)], IDS, draw(2, 12)
+    if name == "both_ways":
+        block = replace(block, direction="bidirectional", sinks=True)
     if name == "long":  # more queries than are looked at; padding inside of a document does not count for the window
         block, x_BTD = replace(block, window=20), draw(2, 150)
         ids = np.array([[1] * 30 + [0] * 5 + [1] * 50 + [2] * 65, [1] * 100 + [0] * 50], np.int32)
@@ -78,7 +80,8 @@ def test_attention(name):
     q, k, sinks = jax.device_get(jax.jit(project, compiler_options=QUICK)(params))
     n = x_BTD.shape[1]
     queries = range(n) if n <= inspection.QUERIES else [(i + 1) * n // 64 - 1 for i in range(64)]
-    entropy, first = spread_by_hand(q, k, sinks, ids, queries, block.window, block.scale, block.softcap)
+    options = block.window, block.scale, block.softcap, name != "both_ways"
+    entropy, first = spread_by_hand(q, k, sinks, ids, queries, *options)
     by_head = [np.nanmean(a, axis=(0, 1)) for a in (entropy, first)]
     expected = {
         "entropy_mean": np.nanmean(entropy), "entropy_min": by_head[0].min(),
@@ -241,10 +244,11 @@ def by_depth(model, tokens_BT, ids):
 MERGE = {"min": np.min, "mean": np.mean, "max": np.max, "sum": np.sum}
 
 
-@pytest.mark.parametrize("pattern", ["M-M-*M-M-*-", pytest.param("M-M-*M-M-*PSS", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", ["M-M-*M-M-*-", pytest.param("M-M-*M-M-*PSSB", marks=pytest.mark.slow)])
 def test_layers_merge_by_kind(pattern):
     """Over nested loops and several groups, blocks in blocks, shared ones, and such as say nothing."""
     blocks = HYBRID | {"P": VARIANTS["parallel"], "S": VARIANTS["shared"], "-": VARIANTS["mlp"]}
+    blocks["B"] = Bidirectional(VARIANTS["mamba2"])
     tokens_BT = random_tokens(2, 12)
     model = build(small(pattern, {symbol: blocks[symbol] for symbol in set(pattern)}))
     expected = {}
@@ -257,6 +261,7 @@ def test_layers_merge_by_kind(pattern):
     if "P" in pattern:
         assert {"mamba.dt_min", "attention.entropy_mean"} < found["P.Parallel"].keys()
         assert {"link.entropy_mean", "state_norm_max"} < found["S.Shared"].keys()
+        assert {"ahead.dt_min", "back.dt_min"} < found["B.Bidirectional"].keys()
     for kind, numbers in expected.items():
         check_numbers(found[kind], {name: MERGE[name.rpartition("_")[2]](a) for name, a in numbers.items()})
 
