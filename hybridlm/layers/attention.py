@@ -70,7 +70,6 @@ class Attention:
     KEPT: ClassVar = {
         "attention_q": Kept("attention: queries, rotated; before their norm where they have one", kernels=True),
         "attention_k": Kept("attention: keys, rotated; before their norm where they have one", kernels=True),
-        "attention_root": Kept("attention: inverse root mean squares of queries and keys, on a GPU", kernels=True),
         "attention_v": Kept("attention: values", kernels=True),
         "attention_gate": Kept("attention: pre-activation of the output gate", kernels=True),
         "attention_out": Kept("attention: input of the output projection", kernels=True),
@@ -255,7 +254,8 @@ class AttentionMixer(nnx.Module):
             return checkpoint_name(heads if c.rope is None else rotate(heads, positions_BT, c.rope), name)
         heads = checkpoint_name(heads, name)  # not what is normed of it, for which the product would be made again
         if c.qk_norm_over == "head" and not c.qk_norm_rotated and qk_norm.is_faster(c.rope, c.d_head):
-            return qk_norm.normed_and_rotated(heads, norm.offset + norm.weight[...], positions_BT, c.rope, norm.eps)
+            weight = norm.offset + norm.weight[...]
+            return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name)
         heads = heads if c.qk_norm_rotated else norm(heads)
         heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)
         return norm(heads) if c.qk_norm_rotated else heads

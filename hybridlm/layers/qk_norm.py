@@ -26,29 +26,30 @@ def is_faster(rope: Rope | None, d_head: int) -> bool:
 
 
 def normed_and_rotated(
-    x_BTHP: jax.Array, weight_P: jax.Array, positions_BT: jax.Array, rope: Rope | None, eps: float
+    x_BTHP: jax.Array, weight_P: jax.Array, positions_BT: jax.Array, rope: Rope | None, eps: float, name: str
 ) -> jax.Array:
     """x / rms(x) * weight of each head, then `rope.rotate` (None: not rotated); type of the input.
 
-    Nothing is rounded between them. The weight is float32.
+    Nothing is rounded between them. The weight is float32. name: under which remat keeps the roots, small beside x.
     """
     turn = None if rope is None else turns(positions_BT, rope, x_BTHP.shape[-1])
-    return _fused(x_BTHP, weight_P, turn, eps)
+    return _fused(x_BTHP, weight_P, turn, eps, name)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fused(x_BTHP, weight_P, turn, eps: float):
-    return _forward(x_BTHP, weight_P, turn, eps)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fused(x_BTHP, weight_P, turn, eps: float, name: str):
+    return _forward(x_BTHP, weight_P, turn, eps, name)[0]
 
 
-def _forward(x_BTHP, weight_P, turn, eps):
+def _forward(x_BTHP, weight_P, turn, eps, name):
     x, weight = x_BTHP.astype(jnp.float32), _of_head(weight_P)
     root = lax.optimization_barrier(lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps))
-    root = checkpoint_name(root, "attention_root")
+    root = checkpoint_name(root, name)
     return _turned(x * root * weight, turn).astype(x_BTHP.dtype), (x_BTHP, weight_P, turn, root)
 
 
-def _backward(eps, saved, dy_BTHP):
+def _backward(eps, name, saved, dy_BTHP):
+    del eps, name
     x_BTHP, weight_P, turn, root = saved
 
     def parts(x_BTHP, dy_BTHP):
