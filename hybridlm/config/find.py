@@ -40,7 +40,7 @@ def _config_files() -> dict[str, tuple[Path, str]]:
     """Name -> (file, its text)."""
     files: dict[str, Path] = {}
     for folder in reversed(config_folders()):
-        files |= {f.stem: f for f in folder.glob("*.py") if not f.name.startswith("_")}
+        files |= {f.stem: f for f in folder.glob("*.py") if f.is_file() and not f.name.startswith("_")}
     return {stem: (file, file.read_text(encoding="utf-8", errors="replace")) for stem, file in files.items()}
 
 
