@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values of configs are refused by the config classes themselves: types, numbers, choices, texts."""
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 
+import hybridlm
 from hybridlm.config import (
     MLP,
     AdamW,
@@ -109,3 +112,16 @@ def test_no_field_takes_what_is_no_value_of_it():
 def _made_with(node) -> dict:
     """What a node is made of again."""
     return {name: value for name, value in children(node).items() if name != "numbers"}
+
+
+def test_every_class_with_checks_of_its_own_checks_its_fields_first():
+    folder = Path(hybridlm.__file__).parent
+    found = 0
+    for wing in ("layers", "model", "optim", "data", "config"):
+        for file in (folder / wing).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+                    calls = [c.func.id for c in ast.walk(node) if isinstance(c, ast.Call) and hasattr(c.func, "id")]
+                    assert "check_fields" in calls, f"{file}:{node.lineno}: call check_fields(self) first"
+                    found += 1
+    assert found > 20

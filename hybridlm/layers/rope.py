@@ -89,6 +89,7 @@ class NTK:
     """The lowest frequency is divided by this (>= 1), the highest stays."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.alpha >= 1, f"ntk alpha ({self.alpha}) must be at least 1")
 
 
@@ -100,6 +101,7 @@ class Proportional:
     """Divisor of the frequencies (>= 1)."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.factor >= 1, f"proportional factor ({self.factor}) must be at least 1")
 
 

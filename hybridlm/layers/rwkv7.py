@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import cache as caches
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.norm import head_layer_norm
@@ -65,6 +66,8 @@ class Rwkv7:
 
     def __post_init__(self):
         for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "value_rank", "chunk"):
+        check_fields(self)
+        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")
 
