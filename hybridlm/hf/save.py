@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a published checkpoint: config.json, safetensors and the tokenizer's files."""
 
+import errno
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import storage
-from hybridlm.errors import ConfigError, RunError, require
+from hybridlm.errors import ConfigError, require
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.config_json import find_family, save_json, write_values
 from hybridlm.hf.families import family_of
@@ -55,7 +56,7 @@ def to_hf(
 
     Tensors are made and written one at a time, beside the folder, which is replaced at once when all is there: see
     hybridlm.hf.swap, and `_write_in_place` for buckets. ConfigError, one line, where the family cannot express the
-    model or files are in the way, RunError where it cannot be written; the folder is then as it was.
+    model or files are in the way, OSError where it cannot be written; the folder is then as it was.
     """
     folder = storage.as_path(folder)
     require(dtype is None or dtype in DTYPES, f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
@@ -79,10 +80,10 @@ def to_hf(
     config = {**carried, **values, "dtype": dtype or str(kinds[of.embedding])}
 
     def write(into: Path, mark: str | None = None) -> None:
-        if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
-            copy_tokenizer(like.folder, into)
         write_tensors(into, sources.values(), max_shard_bytes, progress, mark)
         save_json(config, into / "config.json")
+        if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
+            copy_tokenizer(like.folder, into)
 
     _write(folder, write)
 
@@ -155,7 +156,8 @@ def _write(folder: Path, write: Callable) -> None:
             _write_in_place(folder, write)
     except OSError as error:
         file = str(error.filename or folder).replace(str(beside), str(folder))
-        raise RunError(f"cannot write {file}: {error.strerror or error}; what was in {folder} is untouched") from error
+        said = f"{error.strerror or error}; what was in {folder} is untouched"
+        raise OSError(error.errno or errno.EIO, said, file) from error
 
 
 def _write_in_place(folder: Path, write: Callable) -> None:
@@ -167,15 +169,21 @@ def _write_in_place(folder: Path, write: Callable) -> None:
     try:
         write(folder, mark)
     except BaseException:
-        for name in storage.names(folder) if mark else ():
-            if f"-{mark}-" in name:
-                storage.remove(folder / name)
+        _take_back(folder, mark, old)
         raise
     if old:
         listed = {file.name for file in shards_of(folder)}
         for name in old:
             if name != INDEX and name not in listed:
                 storage.remove(folder / name)
+
+
+def _take_back(folder: Path, mark: str | None, old: list[str]) -> None:
+    """Removes the new tensors, unless the index of the old ones was replaced already: then both stay."""
+    new = [name for name in storage.names(folder) if mark and f"-{mark}-" in name]
+    replaced_index = INDEX in old and any(file.name in new for file in shards_of(folder))
+    for name in [] if replaced_index else new:
+        storage.remove(folder / name)
 
 
 def _check_here(params: dict) -> None:

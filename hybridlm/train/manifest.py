@@ -27,7 +27,7 @@ BLOCK = 32 << 20
 """Bytes of a file that one checksum covers."""
 PIECE = 512 << 10
 """Bytes that are read at once: they are still in a core's cache when they are hashed."""
-THREADS = 4
+THREADS = 16
 PART = "manifest-{}.part"
 """What one host found of the files that it wrote, until the manifest is written."""
 OBJECTS = "objects"
