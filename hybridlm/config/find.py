@@ -105,7 +105,7 @@ def _module(path: Path):
 
 
 def _words(text: str, name: str) -> list[str]:
-    """Keys of a table of a config file as they are written there: nothing is executed but the file that is asked for."""
+    """Keys of a table of a config file, read and not run: nothing is executed but the file that is asked for."""
     try:
         statements = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # asking for it says why
