@@ -2,7 +2,6 @@
 """Arrays in files, read where they are asked for and never mapped: a mapped file that somebody cuts, or whose disk
 fails, ends the process by a signal; one that is read is an error in one line."""
 
-import functools
 import os
 from pathlib import Path
 
@@ -10,9 +9,6 @@ import numpy as np
 
 from hybridlm import storage
 from hybridlm.errors import DataError
-
-BLOCK = 4096
-"""Of numbers in ascending order, every BLOCK-th is held in memory once one is looked for."""
 
 
 class Numbers:
@@ -52,15 +48,6 @@ class Numbers:
     def tolist(self) -> list:
         """All of them."""
         return self[:].tolist()
-
-    def searchsorted(self, value: int, side: str = "left") -> int:
-        """As of an array, whose numbers ascend."""
-        block = max(int(self._samples.searchsorted(value, side)) - 1, 0) * BLOCK
-        return block + int(self[block : block + BLOCK].searchsorted(value, side))
-
-    @functools.cached_property
-    def _samples(self) -> np.ndarray:
-        return self[np.arange(0, self._length, BLOCK)]
 
     def _read(self, runs: list[tuple[int, int]]) -> np.ndarray:
         """(first, how many) of each run, end to end."""

@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.layers import cache as caches
 from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
@@ -65,9 +64,8 @@ class Rwkv7:
     MIXES_TOKENS = True
 
     def __post_init__(self):
-        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "value_rank", "chunk"):
         check_fields(self)
-        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "chunk"):
+        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "value_rank", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")
 
