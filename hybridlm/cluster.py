@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from hybridlm.errors import AgainError, ConfigError, DataError, Exit, RunError, print_line, require
+from hybridlm.fields import check_fields
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class ClusterConfig:
     """Compute on this host alone, whatever is found."""
 
     def __post_init__(self):
+        check_fields(self, "cluster.")
         host, colon, port = self.coordinator.rpartition(":")
         if self.coordinator:
             right = bool(host and colon and port.isdecimal() and 0 < int(port) < 2**16)

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybridlm.errors import ConfigError, require
+from hybridlm.fields import check_fields
 from pallas_kernels.platform import platform_of
 
 RULES = {
@@ -64,6 +65,7 @@ class MeshConfig:
     """Replicas on slices of a TPU that a slower network joins; rows are split over them; -1: as many as JAX reports."""
 
     def __post_init__(self):
+        check_fields(self, "mesh.")
         sizes = asdict(self)
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name} ({size}) must be at least 1, or -1 for all that is left")

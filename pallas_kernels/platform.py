@@ -3,7 +3,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import os
 import typing
+from collections.abc import Iterable
 
 import jax
 
@@ -126,8 +129,34 @@ def device_name() -> str:
 
 
 def memory() -> int | None:
-    """Bytes that the default device can give to arrays; None where it does not say."""
-    return (_device().memory_stats() or {}).get("bytes_limit")
+    """Bytes that the default device can give to arrays, a CPU's those of its host; None where it does not say."""
+    return memory_of([_device()])
+
+
+def memory_of(devices: Iterable[jax.Device]) -> int | None:
+    """Bytes that devices at hand can give to arrays in all, as one of each of their hosts says; None where it does not,
+    or they are described."""
+    devices = list(devices)
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    if not here or not hasattr(here[0], "memory_stats"):
+        return None
+    if platform_of(here[0]) == "cpu":
+        return _host_memory() * len({device.process_index for device in devices})
+    try:
+        limit = (here[0].memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device of a topology
+        return None
+    return None if limit is None else limit * len(devices)
+
+
+@functools.cache
+def _host_memory() -> int:
+    """Bytes of this host's memory, or what its control group may have of it."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+            sizes.append(int(file.read()))
+    return min(sizes)
 
 
 def peaks(kind: str | None = None) -> Peaks | None:

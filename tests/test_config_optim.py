@@ -137,11 +137,11 @@ def test_mistakes(words, said):
         ("ModelConfig(compute_dtype='float16')", "model.compute_dtype ('float16') must be one of bfloat16, float32"),
         (
             "ModelConfig(pattern='E', blocks={'E': MoE(router=Router(score='sum'))})",
-            "model.blocks.E.router.score ('sum') must be one of softmax, softmax_after, sigmoid",
+            "score ('sum') must be one of softmax, softmax_after, sigmoid",
         ),
         (
             "ModelConfig(pattern='*', blocks={'*': Attention(gate='both')})",
-            "model.blocks.*.gate ('both') must be one of elementwise, head, None",
+            "gate ('both') must be one of elementwise, head or None",
         ),
     ],
 )

@@ -15,12 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridlm", "pallas_kernels")
 
-BESIDE_SHARDING = {"errors", "lazy", "shapes"}
+BESIDE_SHARDING = {"errors", "fields", "lazy", "shapes"}
 LOW = BESIDE_SHARDING | {"sharding", "exchange"}
 MIDDLE = LOW | {"layers", "model", "hf", "data", "optim"}
 ABOVE_TRAIN = {"eval", "probes", "plan", "infer", "study"}
 MAY_IMPORT = {
     "errors": set(),
+    "fields": {"errors"},
     "lazy": set(),
     "shapes": set(),
     "sharding": BESIDE_SHARDING,

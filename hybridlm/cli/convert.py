@@ -38,6 +38,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     into = one_line_errors(ways.add_parser("from-hf", help=what))
     into.add_argument("source", metavar="FOLDER", help="folder with config.json and safetensors")
     into.add_argument("target", metavar="RUN", help="folder of the run, new or empty")
+    into.add_argument(
+        "--data.tokenizer", dest="tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the folder)"
+    )
     out = one_line_errors(ways.add_parser("to-hf", help="a run's newest checkpoint -> a published checkpoint"))
     out.add_argument("source", metavar="RUN", help="folder of the run")
     out.add_argument("target", metavar="FOLDER", help="folder to write")
@@ -55,10 +58,13 @@ def _from_hf(args: argparse.Namespace, source: Path, target: Path) -> None:
     from hybridlm.train.published import run_from_published
 
     with _Bar("reading") as bar:
-        model = run_from_published(source, target, progress=bar)
+        model, tokenizer = run_from_published(source, target, progress=bar, tokenizer=args.tokenizer)
     print(f"{target}: {_count(model)} parameters of {source}")
-    print(f"next: {hybridlm_command()} generate --run {target} --prompt TEXT")
-    print(f"or train on: {python_command()} train.py --config configs/continue_from_hf.py --init.hf={source}")
+    wanted = "" if tokenizer else " --data.tokenizer=PATH"
+    if not tokenizer:
+        print(f"{source} has no tokenizer.json: give --data.tokenizer=PATH of one, or byte, to write and to train on")
+    print(f"next: {hybridlm_command()} generate --run {target} --prompt TEXT{wanted}")
+    print(f"or train on: {python_command()} train.py --config configs/continue_from_hf.py --init.hf={source}{wanted}")
 
 
 def _to_hf(args: argparse.Namespace, source: Path, target: Path) -> None:

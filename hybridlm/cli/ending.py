@@ -18,6 +18,10 @@ def explained(error: BaseException) -> tuple[int, str | None]:
         return Exit.FAILED, _one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
+    if isinstance(error, MemoryError) or (
+        "RESOURCE_EXHAUSTED" in str(error) and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    ):
+        return Exit.FAILED, _one_line(f"out of memory {str(error)[:200]}")
     if (why := storage.reason(error)) is not None:  # what the client of a bucket raises where nothing told it otherwise
         return Exit.FAILED, why
     return Exit.FAILED, None

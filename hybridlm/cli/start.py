@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,9 +35,22 @@ def start(
     warnings.filterwarnings("ignore", message="coroutine .*write_fragment.* was never awaited", category=RuntimeWarning)
     sys.unraisablehook = without_late_writes(sys.unraisablehook)
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path("~/.cache/hybridlm/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        _keep_programs(Path("~/.cache/hybridlm/xla").expanduser())
     join(cluster, joining)
+
+
+def _keep_programs(cache: Path) -> None:
+    """Has compiled programs kept in a folder that this user alone can write; where it cannot be made, nothing is kept.
+    Whoever can write there has a say in what the next start runs."""
+    import jax
+
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def without_late_writes(say: Callable) -> Callable:

@@ -18,9 +18,10 @@ def run(words: list[str], prog: str) -> int:
     args = parse(_parser(prog), words)
     if args is None:
         return 0
-    require(args.workers >= 1, f"--workers ({args.workers}) must be at least 1")
-    require(args.shard_tokens >= 1, f"--shard-tokens ({args.shard_tokens}) must be at least 1")
-    require(args.bpe_bytes >= 1, f"--bpe-bytes ({args.bpe_bytes}) must be at least 1")
+    for name, most in (("workers", 1024), ("shard_tokens", 2**40), ("bpe_bytes", 2**50)):
+        value = getattr(args, name)
+        require(value >= 1, f"--{name.replace('_', '-')} ({value}) must be at least 1")
+        require(value <= most, f"--{name.replace('_', '-')} ({str(value)[:40]}) must be at most {most}")
     require(0 <= args.val_fraction < 1, f"--val-fraction ({args.val_fraction}) must be in [0, 1)")
     if args.train_bpe is not None:
         from hybridlm.data.train_bpe import check_size

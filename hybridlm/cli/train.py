@@ -22,6 +22,9 @@ def run(words: list[str], prog: str) -> int:
     config = load_config(name, overrides)
     if config.init.hf == "":
         raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
+    if not config.data.tokenizer:
+        where = f"{config.init.hf} has no tokenizer.json" if config.init.hf else "data.tokenizer ('') is empty"
+        raise ConfigError(f"{where}: give --data.tokenizer=PATH of one, or byte")
     from hybridlm.train.stop import StopRequest
 
     typed = _typed(prog)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from hybridlm.cluster import ClusterConfig
 from hybridlm.config.run import InitConfig, RunConfig
-from hybridlm.config.tree import check_choices, to_dict
+from hybridlm.config.tree import to_dict
 from hybridlm.data.config import DataConfig
 from hybridlm.errors import ConfigError, require, within
+from hybridlm.fields import check_fields
 from hybridlm.layers import (
     MLP,
     MLSTM,
@@ -99,7 +100,7 @@ class Config:
     """Which processes make the run together."""
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         objective, ahead = self.optim.objective, self.model.sees_ahead
         with within("optim.objective."):
             objective.check(self.model.vocab_size)

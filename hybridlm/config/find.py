@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs by name and file."""
 
+import ast
 import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,9 @@ def config_folders() -> list[Path]:
 def config_names() -> list[str]:
     """Names of all configs that can be given to --config; those of a file with sizes are `file:size`."""
     names = []
-    for stem, (file, text) in _config_files().items():
+    for stem, text in _config_files().items():
         if "def config(size" in text:
-            names += [f"{stem}:{size}" for size in _words(file, "SIZES")]
+            names += [f"{stem}:{size}" for size in _words(text, "SIZES")]
         elif "def config(" in text:
             names.append(stem)
     return sorted(names)
@@ -32,16 +33,15 @@ def config_names() -> list[str]:
 
 def pod_names() -> list[str]:
     """The same for the pods that configs come with settings for: `hybrid_8b:v5p:8x8x16`."""
-    with_pods = ((stem, file) for stem, (file, text) in _config_files().items() if "\nPODS" in text)
-    return sorted(f"{stem}:{pod}" for stem, file in with_pods for pod in _words(file, "PODS"))
+    return sorted(f"{stem}:{pod}" for stem, text in _config_files().items() for pod in _words(text, "PODS"))
 
 
-def _config_files() -> dict[str, tuple[Path, str]]:
-    """Name -> (file, its text)."""
+def _config_files() -> dict[str, str]:
+    """Name -> text of the file."""
     files: dict[str, Path] = {}
     for folder in reversed(config_folders()):
-        files |= {f.stem: f for f in folder.glob("*.py") if not f.name.startswith("_")}
-    return {stem: (file, file.read_text(encoding="utf-8", errors="replace")) for stem, file in files.items()}
+        files |= {f.stem: f for f in folder.glob("*.py") if f.is_file() and not f.name.startswith("_")}
+    return {stem: file.read_text(encoding="utf-8", errors="replace") for stem, file in files.items()}
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
@@ -104,9 +104,16 @@ def _module(path: Path):
     return module
 
 
-def _words(path: Path, name: str) -> list[str]:
-    """Keys of a table of a config file; none where it cannot be read (asking for it says why)."""
+def _words(text: str, name: str) -> list[str]:
+    """Keys of a table of a config file, read and not run: nothing is executed but the file that is asked for."""
     try:
-        return list(getattr(_module(path), name))
-    except Exception:
+        statements = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # asking for it says why
         return []
+    for statement in statements:
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            value = statement.value
+            parts = value.keys if isinstance(value, ast.Dict) else getattr(value, "elts", [])
+            return [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return []

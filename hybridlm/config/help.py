@@ -8,8 +8,8 @@ import warnings
 import tyro
 
 from hybridlm.config import Config
-from hybridlm.config.keys import hint_of, leaf_paths, type_name, value_at, variant_paths
-from hybridlm.config.tree import variants
+from hybridlm.config.keys import hint_of, leaf_paths, value_at, variant_paths
+from hybridlm.fields import type_name, variants
 
 
 def help_text(config: Config, prog: str) -> str:

@@ -3,12 +3,12 @@
 
 import dataclasses
 import difflib
-import types
 import typing
 
 from hybridlm.config import Config
-from hybridlm.config.tree import children, field_types, is_union, old_words, variants, walk
+from hybridlm.config.tree import children, old_words, walk
 from hybridlm.errors import ConfigError
+from hybridlm.fields import field_types, variants
 
 
 def leaf_paths(config: Config) -> list[str]:
@@ -91,18 +91,3 @@ def variant(config: Config, key: str, name: str) -> type:
         path = "--" + ".".join(resolve(config, key))
         raise ConfigError(f"{path}: {name!r} is none of {', '.join(known)}; a field is set as {path}.FIELD=VALUE")
     return known[name]
-
-
-def type_name(hint) -> str:
-    """What a value of an annotation is, in words."""
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    args = typing.get_args(hint)
-    if is_union(hint):
-        return " or ".join(type_name(a) for a in args)
-    if typing.get_origin(hint) is tuple:
-        if args[-1] is Ellipsis:
-            return f"any number of {type_name(args[0])}"
-        return f"{len(args)} values, each {type_name(args[0])}"
-    names = {types.NoneType: "None", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))

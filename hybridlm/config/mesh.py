@@ -9,8 +9,15 @@ from jax.sharding import Mesh
 
 from hybridlm.config import Config
 from hybridlm.errors import require
+from hybridlm.model.generation import check_room
 from hybridlm.model.init import abstract, check_model
 from hybridlm.sharding import RULES
+from pallas_kernels.platform import memory_of
+
+STATE_BYTES = 8
+"""Of a parameter, at least: its value, and one number of the optimizer."""
+BATCH_BYTES = 16
+"""Of a token of a batch: itself, its target, its document and its position."""
 
 
 def check_config(config: Config, mesh: Mesh) -> None:
@@ -23,6 +30,30 @@ def check_config(config: Config, mesh: Mesh) -> None:
     rows = "data.batch_size" if micro == 1 else "data.batch_size / optim.accumulate"
     _check_split(rows, config.data.batch_size // micro, RULES["batch"], mesh)
     _check_split("data.seq_len", config.data.seq_len, RULES["tokens"], mesh)
+    _check_memory(config, mesh)
+
+
+def _check_memory(config: Config, mesh: Mesh) -> None:
+    """ConfigError where the devices cannot hold what has to be there before anything is computed, by far."""
+    limit = memory_of(mesh.devices.flat)
+    if limit is None:
+        return
+    data, run = config.data, config.run
+    n_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config.model).shapes))
+    parts = (
+        (f"the model has {n_params} parameters: lower model.vocab_size, model.d_model or the sizes of its blocks",
+         STATE_BYTES * n_params),
+        (f"data.batch_size * data.seq_len ({data.batch_size} * {data.seq_len}) is too much for one step: lower them",
+         BATCH_BYTES * data.batch_size * data.seq_len),
+    )  # fmt: skip
+    for what, n_bytes in parts:
+        require(
+            n_bytes <= limit,
+            f"{what} ({n_bytes / 2**30:,.0f} GiB at least, where all devices have {limit / 2**30:,.0f})",
+        )
+    if run.sample_tokens:
+        prompt = len(run.sample_prompt.encode("utf-8", "replace")) + 1
+        check_room(abstract(config.model).model(), 1, prompt, run.sample_tokens, "run.sample_tokens")
 
 
 def repeated(config: Config, mesh: Mesh) -> str | None:

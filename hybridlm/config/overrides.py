@@ -13,9 +13,10 @@ import tyro
 
 from hybridlm import storage
 from hybridlm.config import Config
-from hybridlm.config.keys import choice, hint_of, is_choice, resolve, type_name, variant
-from hybridlm.config.tree import children, variants
+from hybridlm.config.keys import choice, hint_of, is_choice, resolve, variant
+from hybridlm.config.tree import children
 from hybridlm.errors import ConfigError
+from hybridlm.fields import type_name, variants
 
 
 def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Config:
@@ -44,14 +45,14 @@ def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Confi
         config = dataclasses.replace(config, init=dataclasses.replace(config.init, hf=given[-1][-1]))
     if not config.init.hf or config.init.hf == "None":
         return config
-    from hybridlm.hf.checkpoint import open_checkpoint
+    from hybridlm.hf.checkpoint import open_checkpoint, tokenizer_of
 
     folder = storage.as_path(config.init.hf)
     published = open_checkpoint(folder).config
     kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat", "unroll")}
     data = config.data
-    if data.tokenizer == "byte" and (folder / "tokenizer.json").is_file():
-        data = dataclasses.replace(data, tokenizer=str(folder))
+    if data.tokenizer == "byte" and not any(key == "data.tokenizer" for key, _ in pairs):
+        data = dataclasses.replace(data, tokenizer=tokenizer_of(folder, published))
     return dataclasses.replace(config, model=dataclasses.replace(published, **kept), data=data)
 
 
@@ -97,7 +98,9 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
             words = ["--value", *values] if len(values) != 1 else [f"--value={values[0]}"]
             value = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
     except SystemExit:
-        raise ConfigError(f"--{'.'.join(path)}: {' '.join(values)!r} is not {type_name(hint)}") from None
+        text = " ".join(values)
+        shown = text if len(text) <= 100 else f"{text[:97]}..."
+        raise ConfigError(f"--{'.'.join(path)}: {shown!r} is not {type_name(hint)}") from None
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"--{'.'.join(path)}: nan is not a number to compute with")
     return value

@@ -2,9 +2,10 @@
 """The run itself, and where its first parameters come from."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybridlm.errors import require
+from hybridlm.fields import MOST, check_fields
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class RunConfig:
 
     steps: int = 1000
     """Optimizer steps."""
-    seed: int = 0
+    seed: int = field(default=0, metadata={MOST: 2**63 - 1})
     """Seed of parameters and of the order of rows."""
     dir: str = ""
     """Folder of the run; empty: runs/NAME."""
@@ -61,6 +62,7 @@ class RunConfig:
     """Seconds without a sign of life after which a process of several counts as lost and the others end."""
 
     def __post_init__(self):
+        check_fields(self, "run.")
         for name in ("steps", "log_every", "keep", "spike_steps"):
             require(getattr(self, name) >= 1, f"run.{name} ({getattr(self, name)}) must be at least 1")
         counts = ("eval_batches", "keep_every", "keep_best", "sample_tokens", "seed", "inspect_every", "max_rollbacks")
@@ -98,6 +100,7 @@ class InitConfig:
     """Folder of another run to take parameters from, alone: RUN, of its newest checkpoint, or RUN@STEP; None: none."""
 
     def __post_init__(self):
+        check_fields(self, "init.")
         require(
             not (self.hf and self.run), f"init.hf ({self.hf}) and init.run ({self.run}) exclude each other: give one"
         )

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from hybridlm import storage
 from hybridlm.config import Config
-from hybridlm.config.tree import children, field_types, is_union, old_words, to_dict, variants, walk
+from hybridlm.config.tree import children, old_words, to_dict, walk
 from hybridlm.errors import ConfigError, require
+from hybridlm.fields import field_types, fits, variants
 
 
 def from_dict(values: Mapping[str, Any], hint=Config, like: Config | None = None):
@@ -71,23 +71,6 @@ def _read_dataclass(values, known: Mapping[str, Any], own: Mapping[str, type], a
         raise
     except Exception as error:  # values of the right types that no check of the class was written for
         raise ConfigError(f"stored config: {at or kind} cannot be built: {error}") from error
-
-
-def fits(value, hint) -> bool:
-    """Whether a value is one of an annotation; of those that are not plain, any is."""
-    if is_union(hint):
-        return any(fits(value, option) for option in typing.get_args(hint))
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return any(type(value) is type(arg) and value == arg for arg in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        expected = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return len(value) == len(expected) and all(map(fits, value, expected))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else True
 
 
 def save_config(config: Config, path: Path) -> None:

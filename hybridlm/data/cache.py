@@ -131,7 +131,7 @@ def read_entry(folder: Path) -> dict | None:
     Raises Damaged.
     """
     try:
-        raw = (folder / STATS).read_bytes()
+        raw = storage.read_bytes(folder / STATS)
     except FileNotFoundError as error:
         if folder.is_dir():
             raise Damaged(f"{STATS} is missing") from error

@@ -2,10 +2,11 @@
 """Text, its tokens, and the rows that they are packed into."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridlm.errors import require
+from hybridlm.fields import MOST, check_fields
 
 MAX_WORKERS = 64
 MAX_PREFETCH = 1024
@@ -32,7 +33,7 @@ class DataConfig:
     text_key: str = "text"
     """Field of a .jsonl line or column of a .parquet file that holds the text."""
     tokenizer: str = "byte"
-    """byte, dna, or the path of a tokenizer.json."""
+    """byte, dna, or the path of a tokenizer.json; empty: to be given, for a published checkpoint that comes without."""
     bos_token: str | None = None
     """Token put before each document; None: found among the tokenizer's special tokens."""
     eos_token: str | None = None
@@ -47,12 +48,13 @@ class DataConfig:
     """Rows B of an optimizer step, over all devices and accumulated microbatches."""
     cache_dir: str = "~/.cache/hybridlm"
     """Folder of tokenised corpora; of one in a bucket, each machine makes a copy."""
-    workers: int = 0
+    workers: int = field(default=0, metadata={MOST: math.inf})
     """Grain worker processes; 0: threads of this process. Batches do not depend on it."""
-    prefetch: int = 4
+    prefetch: int = field(default=4, metadata={MOST: math.inf})
     """Batches read ahead."""
 
     def __post_init__(self):
+        check_fields(self, "data.")
         require(self.seq_len > 0, f"data.seq_len ({self.seq_len}) must be positive")
         require(self.batch_size > 0, f"data.batch_size ({self.batch_size}) must be positive")
         require(0 <= self.val_fraction < 1, f"data.val_fraction ({self.val_fraction}) must be in [0, 1)")

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from hybridlm.data.cache import map_array
-from hybridlm.errors import DataError
+from hybridlm.data.numbers import Numbers
 
 
 class Tokens(Protocol):
@@ -53,8 +52,12 @@ class Piece:
             return self.length
         return (self.path.stat().st_size - self.header) // np.dtype(self.dtype).itemsize - self.start
 
+    def read(self) -> Numbers:
+        """The tokens, read where they are asked for."""
+        return Numbers(self.path, self.dtype, self.start, len(self), self.header)
+
     def map(self) -> np.ndarray:
-        """The tokens, mapped and not read."""
+        """The tokens, mapped: to look at."""
         whole = map_array(self.path, self.dtype, self.header)
         return whole[self.start : None if self.length is None else self.start + self.length]
 
@@ -70,7 +73,7 @@ class Split:
     @functools.cached_property
     def reader(self) -> Tokens:
         """What batches are read by."""
-        readers = [FileTokens(piece) for piece in self.pieces]
+        readers = [piece.read() for piece in self.pieces]
         return readers[0] if len(readers) == 1 else Joined(readers)
 
     @functools.cached_property
@@ -81,38 +84,12 @@ class Split:
         return mapped[0] if len(mapped) == 1 else Joined(mapped)
 
     @functools.cached_property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Numbers:
         """Where each document starts in `tokens`, and the end: int64 [documents + 1]."""
-        return map_array(self.offsets_file, "int64")
+        return Numbers(self.offsets_file, "int64")
 
     def __reduce__(self):
         return Split, (self.pieces, self.offsets_file)
-
-
-class FileTokens:
-    """The tokens of a piece of a file, read and not mapped: what cannot be read is an error in one line."""
-
-    def __init__(self, piece: Piece):
-        self._piece, self.dtype, self._length = piece, np.dtype(piece.dtype), len(piece)
-        self._file = open(piece.path, "rb", buffering=0)  # noqa: SIM115 (it is open as long as this)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, where: np.ndarray) -> np.ndarray:
-        if not len(where):
-            return np.zeros(0, self.dtype)
-        width, handle = self.dtype.itemsize, self._file.fileno()
-        firsts = np.concatenate([[0], np.flatnonzero(np.diff(where) != 1) + 1, [len(where)]])  # of runs
-        sizes = (np.diff(firsts) * width).tolist()
-        places = (self._piece.header + (self._piece.start + where[firsts[:-1]]) * width).tolist()
-        try:
-            raw = b"".join([os.pread(handle, size, place) for size, place in zip(sizes, places)])
-        except OSError as error:
-            raise DataError(f"cannot read {self._piece.path}: {error.strerror}") from error
-        if len(raw) != len(where) * width:
-            raise DataError(f"{self._piece.path} was cut while it was read")
-        return np.frombuffer(raw, self.dtype)
 
 
 class Joined:

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 
 class FitRows:
-    """Rows of whole documents, and of pieces of longer ones. Memory: 16 bytes a piece, which are mapped from `cache`
+    """Rows of whole documents, and of pieces of longer ones. Memory: 16 bytes a piece, which are read from `cache`
     where there are millions."""
 
     def __init__(

@@ -101,7 +101,7 @@ def content_hash(file: Path) -> str:
 
 def _hash_piece(file: Path, start: int, progress: Callable[[int], None]) -> bytes:
     state = xxh3_128()
-    with open(file, "rb", buffering=0) as stream:
+    with storage.open_file(file, 0) as stream:
         stream.seek(start)
         left, buffer = PIECE, memoryview(bytearray(READ))
         while left:
@@ -168,7 +168,7 @@ class Remembered:
 
 def _read_memory(file: Path) -> dict[str, str]:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(storage.read_bytes(file))
         return stored["known"] if stored["check"] == digest_of(stored["known"]) else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

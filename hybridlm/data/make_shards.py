@@ -367,7 +367,7 @@ def _manifest(job: Job, records: list[dict], tokenizer: Tokenizer, train: Source
 def _read_json(file: Path):
     """None where the file is missing or damaged."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(storage.read_bytes(file))
         return stored["value"] if stored["check"] == digest_of(stored["value"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents, or pieces of them, in an order drawn from the seed: what rows are packed from.
 
-An order is two arrays, in memory for a corpus of a few million documents and mapped from the cache folder beyond that:
+An order is two arrays, in memory for a corpus of a few million documents and read from the cache folder beyond that:
 it is sorted in buckets, so that a corpus of any size takes a bounded share of memory.
 """
 
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridlm.data.cache import find_or_build, map_array
+from hybridlm.data.cache import find_or_build
 from hybridlm.data.documents import Documents, in_chunks
 from hybridlm.data.identity import digest_of
+from hybridlm.data.numbers import Numbers
 
 BUCKET = 1 << 22
 """Most items that are sorted at once, 32 bytes each and as much again to sort."""
@@ -27,14 +28,14 @@ ARRAYS = ("starts", "ends")
 class Order(NamedTuple):
     """Runs of pairs (token, next token), one after the other."""
 
-    starts: np.ndarray
+    starts: np.ndarray | Numbers
     """Position of each one's first token, int64."""
-    ends: np.ndarray
+    ends: np.ndarray | Numbers
     """Pairs up to the end of each, int64: a prefix sum."""
     counts: np.ndarray
     """How many there are of each rank, int64."""
     folder: Path | None = None
-    """Where both are mapped from; None: in memory."""
+    """Where both are read from; None: in memory."""
 
 
 class Items(NamedTuple):
@@ -67,7 +68,7 @@ def pieces(documents: Documents, seed: int, seq_len: int) -> Iterator[Items]:
 
 def open_order(folder: Path, counts: np.ndarray) -> Order:
     """One that make_order has made in a folder."""
-    return Order(*(map_array(folder / f"{name}.int64", "int64") for name in ARRAYS), counts, folder)
+    return Order(*(Numbers(folder / f"{name}.int64", "int64") for name in ARRAYS), counts, folder)
 
 
 def make_order(items: Callable[[], Iterator[Items]], identity: list, cache: Path | None) -> Order:

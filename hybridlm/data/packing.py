@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 class PairRows:
     """Rows of documents laid end to end and cut. Only the last row is padded. Memory: 16 bytes a document, which are
-    mapped from `cache` where there are millions."""
+    read from `cache` where there are millions."""
 
     def __init__(
         self, documents: Documents, seq_len: int, seed: int, cache: Path | None = None, identity: str = "",
@@ -95,7 +95,7 @@ def check_sizes(seq_len: int, room: int) -> None:
 
 
 def mapped_from(order: Order) -> tuple[Path | None, np.ndarray | None]:
-    """What `reopen` needs of an order to map it again; one in memory is made again."""
+    """What `reopen` needs of an order to open it again; one in memory is made again."""
     return (None, None) if order.folder is None else (order.folder, order.counts)
 
 

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from hybridlm import storage
 from hybridlm.data.documents import JoinedOffsets
 from hybridlm.data.identity import content_hashes, digest_of
+from hybridlm.data.numbers import Numbers
 from hybridlm.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -36,7 +38,7 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a folder of shards; ConfigError, one line, where it is no whole one."""
     file = folder / MANIFEST
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(storage.read_bytes(file))
         check = stored.pop("check")
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no tokenised shards (no {MANIFEST})") from None
@@ -133,8 +135,8 @@ class _Index:
 
     def __init__(self, file: Path, documents: int):
         cut = 8 * (documents + 1)
-        self.document_starts = np.memmap(file, "<i8", mode="r", shape=(documents + 1,))
-        self.checks = np.fromfile(file, "<u4", offset=cut)  # few, and read at every batch
+        self.document_starts = Numbers(file, "<i8", length=documents + 1)
+        self.checks = Numbers(file, "<u4", header=cut)[:]  # few, and read at every batch
 
 
 class ShardSplit:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridlm.data.cache import map_array
+from hybridlm import storage
 from hybridlm.data.documents import Piece
 from hybridlm.data.identity import threads
+from hybridlm.data.numbers import Numbers
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 
@@ -46,10 +47,6 @@ class TokenFile:
         """Some of the tokens."""
         return Piece(self.path, self.dtype, start, stop - start, self.header)
 
-    def tokens(self) -> np.ndarray:
-        """All of them, mapped."""
-        return self.piece(0, self.n_tokens).map()
-
 
 def open_token_file(path: Path) -> TokenFile:
     """A Megatron file if an `.idx` lies beside it, else one of nanoGPT; ConfigError where it is neither, or cut."""
@@ -63,7 +60,7 @@ def open_token_file(path: Path) -> TokenFile:
 def _open_nanogpt(path: Path) -> TokenFile:
     size = path.stat().st_size
     dtype, header = "uint16", 0
-    with open(path, "rb") as file:
+    with storage.open_file(path) as file:
         words = np.frombuffer(file.read(HEADER_BYTES), np.uint8)
     if len(words) == HEADER_BYTES:
         magic, version, count = (int(word) for word in words.view("<i4")[:3])
@@ -82,10 +79,10 @@ def _open_nanogpt(path: Path) -> TokenFile:
     if not n_tokens:
         raise ConfigError(f"{path} holds no tokens")
     piece = Piece(path, dtype, 0, n_tokens, header)
-    return TokenFile(path, dtype, header, n_tokens, lambda tokenizer: _documents_of_stream(piece.map(), tokenizer))
+    return TokenFile(path, dtype, header, n_tokens, lambda tokenizer: _documents_of_stream(piece.read(), tokenizer))
 
 
-def _documents_of_stream(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def _documents_of_stream(tokens: Numbers, tokenizer: Tokenizer) -> np.ndarray:
     at_start = tokenizer.bos_id is not None and int(tokens[0]) == tokenizer.bos_id
     mark = tokenizer.bos_id if at_start else tokenizer.eos_id
     ends = [[0], [len(tokens)]]
@@ -95,7 +92,7 @@ def _documents_of_stream(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray
     return np.unique(np.concatenate(ends).astype(np.int64))
 
 
-def _in_threads(tokens: np.ndarray, of_chunk: Callable[[int, np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+def _in_threads(tokens: Numbers, of_chunk: Callable[[int, np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
     """`of_chunk(low, tokens[low:low + CHUNK])` of each chunk, in order."""
     with ThreadPoolExecutor(threads()) as pool:
         yield from pool.map(lambda low: of_chunk(low, tokens[low : low + CHUNK]), range(0, len(tokens), CHUNK))
@@ -105,7 +102,7 @@ def _open_megatron(path: Path, index: Path) -> TokenFile:
     """Megatron-LM, indexed_dataset.py: magic, version 1, dtype, counts; int32 lengths and int64 places of sequences;
     int64 numbers of the sequences that documents start with."""
     size = index.stat().st_size
-    raw = map_array(index, "uint8")
+    raw = Numbers(index, "uint8", length=size)[:34]
     if size < 34 or raw[:9].tobytes() != MEGATRON_MAGIC:
         raise ConfigError(f"{index} is no index of Megatron's (MMIDIDX), or cut")
     number = lambda at: int.from_bytes(raw[at : at + 8].tobytes(), "little")
@@ -121,9 +118,9 @@ def _open_megatron(path: Path, index: Path) -> TokenFile:
         )
     dtype = MEGATRON_TYPES[code]
     width = np.dtype(dtype).itemsize
-    lengths = np.frombuffer(raw, "<i4", n_sequences, 34)
-    places = np.frombuffer(raw, "<i8", n_sequences, 34 + 4 * n_sequences)
-    marks = np.frombuffer(raw, "<i8", n_marks, 34 + 12 * n_sequences)
+    lengths = Numbers(index, "<i4", length=n_sequences, header=34)
+    places = Numbers(index, "<i8", length=n_sequences, header=34 + 4 * n_sequences)
+    marks = Numbers(index, "<i8", length=n_marks, header=34 + 12 * n_sequences)
     n_tokens = 0
     for low in range(0, n_sequences, CHUNK):  # an index of any size takes little memory
         some = lengths[low : low + CHUNK].astype(np.int64)
@@ -142,8 +139,8 @@ def _open_megatron(path: Path, index: Path) -> TokenFile:
         raise ConfigError(f"{path} holds no tokens")
 
     def documents(_) -> np.ndarray:
-        first = places[np.minimum(marks, n_sequences - 1)] // width
-        return np.where(marks < n_sequences, first, n_tokens)
+        starts = marks[:]
+        return np.where(starts < n_sequences, places[np.minimum(starts, n_sequences - 1)] // width, n_tokens)
 
     return TokenFile(path, dtype, 0, n_tokens, documents, (index,))
 
@@ -209,6 +206,6 @@ def _count(file: TokenFile, start: int, stop: int, n_ids: int, tokenizer: Tokeni
         return np.bincount(chunk, minlength=n_ids)
 
     total = np.zeros(n_ids, np.int64)
-    for counted in _in_threads(map_array(file.path, file.dtype, file.header)[start:stop], of_chunk):
+    for counted in _in_threads(file.piece(start, stop).read(), of_chunk):
         total += counted
     return total

@@ -225,6 +225,8 @@ def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | Non
     Raises:
       ConfigError: see FileTokenizer; or `bos` or `eos` given to a tokenizer whose ends are fixed.
     """
+    if not spec:
+        raise ConfigError("there is no tokenizer: give --data.tokenizer=PATH of a tokenizer.json, or byte")
     if spec in BUILT_IN:
         if bos is not None or eos is not None:
             raise ConfigError(

@@ -12,9 +12,13 @@ from hybridlm.errors import ConfigError, require
 from hybridlm.hf.config_json import load_json, read_values
 from hybridlm.hf.families import family_of
 from hybridlm.hf.family import Family
+from hybridlm.hf.inside import has_file
 from hybridlm.hf.plan import Plan
 from hybridlm.hf.tensors import DTYPES, Entry, Rows, read_entries, recut
 from hybridlm.model.config import ModelConfig
+
+BYTES = range(256, 513)
+"""Sizes of vocabularies that are taken for those of bytes: 256, special tokens, padding."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     file = folder / "config.json"
     values = load_json(file)
     require("model_type" in values, f"{file}: model_type is missing")
+    for name in ("dtype", "torch_dtype"):
+        require(isinstance(values.get(name), str | None), f"{file}: {name} ({values.get(name)!r:.60}) must be a text")
     family = family_of(values["model_type"])
     return Checkpoint(folder, values, family, read_values(family, values, str(file)))
+
+
+def tokenizer_of(folder: Path, config: ModelConfig) -> str:
+    """What `data.tokenizer` is for a published checkpoint: its folder; without a tokenizer.json, byte where the
+    vocabulary is that of bytes, else empty: to be given."""
+    if has_file(folder, "tokenizer.json"):
+        return str(folder)
+    return "byte" if config.vocab_size in BYTES else ""
 
 
 def _refuse(folder: Path, problems: Mapping[str, list[str]]) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hybridlm.errors import ConfigError, require
 from hybridlm.hf.compare import difference_of
 from hybridlm.hf.families import KNOWN
 from hybridlm.hf.family import Family
+from hybridlm.hf.inside import has_file
 from hybridlm.hf.keys import Keys
 from hybridlm.model.config import ModelConfig
 
@@ -20,10 +22,34 @@ def read_values(of: Family, values: dict[str, Any], where: str = "config.json") 
     keys = Keys(values, where)
     try:
         config = of.read(keys)
-    except ConfigError as error:
-        raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    except Exception as error:  # a value of another type than the family's class has there can fail anywhere
+        raise ConfigError(_told(of, keys, error)) from (None if isinstance(error, ConfigError) else error)
     keys.finish()
     return config
+
+
+def _told(of: Family, keys: Keys, error: Exception) -> str:
+    """An error of reading a config.json, in words that name the key."""
+    text = str(error).removeprefix(keys.where).removeprefix(": ")
+    if isinstance(error, ConfigError) and any(re.search(rf"\b{re.escape(key)}\b", text) for key in keys.values):
+        return f"{keys.where}: {text}"
+    key = _culprit(of, keys, error)
+    reason = text if isinstance(error, ConfigError) else f"it cannot be used ({type(error).__name__}: {text[:100]})"
+    shown = "" if key is None else f"{key} ({keys.values[key]!r:.60}): "
+    return f"{keys.where}: {shown}{reason}"
+
+
+def _culprit(of: Family, keys: Keys, error: Exception) -> str | None:
+    """The key without which a config.json can be read, or else is read to another error; None where there is none."""
+    changes = None
+    for key in keys.values:
+        try:
+            of.read(Keys({name: value for name, value in keys.values.items() if name != key}, keys.where))
+            return key
+        except Exception as other:
+            if changes is None and str(other) != str(error):
+                changes = key
+    return changes
 
 
 def write_values(of: Family, config: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
@@ -55,12 +81,16 @@ def find_family(config: ModelConfig) -> Family:
 
 def load_json(file: Path) -> dict[str, Any]:
     """A config.json's values; infinities may be written as `Infinity` or as `{"__float__": "Infinity"}`."""
+    absent = f"{file.parent} has no config.json: it is no published checkpoint"
     try:
+        require(has_file(file.parent, file.name), absent)
         text = storage.read_bytes(file).decode("utf-8")
         values = json.loads(text, object_hook=lambda d: float(d["__float__"]) if set(d) == {"__float__"} else d)
     except FileNotFoundError:
-        raise ConfigError(f"{file.parent} has no config.json: it is no published checkpoint") from None
-    except (OSError, ValueError) as error:
+        raise ConfigError(absent) from None
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     require(isinstance(values, dict), f"{file} is no JSON object")
     return values

@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any
 
 from hybridlm.errors import ConfigError
+from hybridlm.fields import REAL, WHOLE
+from hybridlm.model.config import MOST_SUBLAYERS
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ _BASE = frozenset(
     """.split()  # noqa: SIM905
 )
 """Keys of every config class that say nothing about what the model computes."""
+_DEPTHS = frozenset(("num_hidden_layers", "n_layer", "n_layers"))
+"""Keys that say how many layers there are."""
 _GENERATION = frozenset(
     """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
@@ -44,13 +48,31 @@ class Keys:
         self._carried: set[str] = set(_BASE | _GENERATION)
 
     def __call__(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key, the class's default where it is missing. ConfigError where it is missing without one."""
+        """The value of a key, the class's default where it is missing. ConfigError where it is missing without one, and
+        where the value is of another type than the default: a number, or True or False. Null is given as it is."""
         self._read.add(name)
         if name in self.values:
-            return self.values[name]
+            return self._typed(name, default)
         if default is _REQUIRED:
             raise ConfigError(f"{self.where}: {name} is missing")
         return default
+
+    def _typed(self, name: str, default: Any) -> Any:
+        """The value of a key that is there."""
+        value = self.values[name]
+        shown = f"{self.where}: {name} ({value!r:.60})"
+        if value is None:
+            return None
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{shown} must be true or false")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, int | float) and not isinstance(default, bool) and not number:
+            raise ConfigError(f"{shown} must be a number")
+        if number:
+            most = MOST_SUBLAYERS if name in _DEPTHS else WHOLE if isinstance(value, int) else REAL
+            if not abs(value) <= most:  # nan is not, either
+                raise ConfigError(f"{shown} must be a number of at most {most:.10g}")
+        return value
 
     def some(self, name: str, default: Any) -> Any:
         """As a call, but null means the default too."""

@@ -13,7 +13,6 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from hybridlm import storage
 from hybridlm.errors import require
 from hybridlm.hf.axes import Piece
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
@@ -97,7 +96,6 @@ class _Fill:
     def __init__(self, plan: Plan, entries: dict[str, Entry | Rows], progress: Progress | None):
         self.plan, self.entries, self.progress = plan, entries, progress
         self.done, self.total = 0, sum(entry.n_bytes for entry in entries.values())
-        self.far = any(storage.in_bucket(entry.file) for entry in entries.values())
         self.sources: dict[str, list[tuple[Tensor, slice, Piece]]] = {}
         for tensor in plan.tensors.values():
             for rows, part in tensor.rows():
@@ -107,11 +105,12 @@ class _Fill:
         """The whole parameter; each shard is put on its device before the next is made, equal shards once."""
         shape = self.plan.infos[path].shape
         made: dict[tuple, jax.Array] = {}
-        # shards are cut from the same tensors, of which none is to come from a bucket twice
-        read = functools.cache(self._rows) if self.far else self._rows
+        indices = sharding.addressable_devices_indices_map(shape)
+        keys = [tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for index in indices.values()]
+        # shards are cut from the same tensors, of which none is to be read twice
+        read = functools.cache(self._rows) if len(set(keys)) > 1 else self._rows
         arrays = []
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        for device, key in zip(indices, keys, strict=True):
             if key not in made:
                 made[key] = jax.device_put(self._shard(path, key, dtype, read), device)
             arrays.append(jax.device_put(made[key], device))

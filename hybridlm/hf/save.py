@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a published checkpoint: config.json, safetensors and the tokenizer's files."""
 
+import errno
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,10 +18,12 @@ from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.config_json import find_family, save_json, write_values
 from hybridlm.hf.families import family_of
 from hybridlm.hf.family import Family
+from hybridlm.hf.inside import check_file, files_like
 from hybridlm.hf.keys import Keys
 from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
+from hybridlm.hf.swap import CannotSwap, replaced
 from hybridlm.hf.tensors import DTYPES as STORED
-from hybridlm.hf.tensors import INDEX, Source, write_tensors
+from hybridlm.hf.tensors import INDEX, Source, shards_of, write_tensors
 from hybridlm.model.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -46,10 +50,13 @@ def to_hf(
     checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
     was loaded from, if any. dtype: of the matrices and embeddings written; None: that of each tensor in `like`, without
     one that of the parameter. Norms, biases, convolutions and recurrence parameters are float32, except where `like`
-    has them in another type that holds their values to the bit and no dtype is given. overwrite: replace a checkpoint
-    that is in the folder. progress: called with (name, bytes written, bytes of all) after each tensor.
+    has them in another type that holds their values to the bit and no dtype is given. overwrite: replace what is in the
+    folder under the names that are written. progress: called with (name, bytes written, bytes of all) after each
+    tensor.
 
-    Tensors are made and written one at a time. ConfigError, one line, where the family cannot express the model.
+    Tensors are made and written one at a time, beside the folder, which is replaced at once when all is there: see
+    hybridlm.hf.swap, and `_write_in_place` for buckets. ConfigError, one line, where the family cannot express the
+    model or files are in the way, OSError where it cannot be written; the folder is then as it was.
     """
     folder = storage.as_path(folder)
     require(dtype is None or dtype in DTYPES, f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
@@ -62,25 +69,28 @@ def to_hf(
     plan = make_plan(of, model.config, published.pattern)
     params = {dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     _check_here(params)
-    old = _prepare(folder, overwrite)
+    _check_target(folder, None if like is None else like.folder, overwrite)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
     same = like is not None and of.model_type in (like.family.model_type, like.family.written_as)
     kinds = _dtypes(tensors, plan, params, dtype, like if same else None)
     carried = {} if alike is None else _carried(alike)
-    for file in old:
-        storage.remove(file)
     sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
     sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
     sources |= _constants(of, published, alike)
-    write_tensors(folder, sources.values(), max_shard_bytes, progress)
-    save_json({**carried, **values, "dtype": dtype or str(kinds[of.embedding])}, folder / "config.json")
-    if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
-        copy_tokenizer(like.folder, folder)
+    config = {**carried, **values, "dtype": dtype or str(kinds[of.embedding])}
+
+    def write(into: Path, mark: str | None = None) -> None:
+        write_tensors(into, sources.values(), max_shard_bytes, progress, mark)
+        save_json(config, into / "config.json")
+        if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
+            copy_tokenizer(like.folder, into)
+
+    _write(folder, write)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copies the tokenizer's files, and says which."""
-    files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+    """Copies the tokenizer's files, and says which. ConfigError for links and other things that are no files."""
+    files = files_like(source, *TOKENIZER_FILES)
     for file in files:
         storage.copy(file, folder / file.name)
     return [file.name for file in files]
@@ -89,7 +99,7 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
 def copy_small_files(source: Path, folder: Path) -> None:
     """Copies config.json and the tokenizer's files: what `like` needs."""
     storage.make_folder(folder)
-    storage.copy(source / "config.json", folder / "config.json")
+    storage.copy(check_file(source / "config.json"), folder / "config.json")
     copy_tokenizer(source, folder)
 
 
@@ -109,14 +119,71 @@ def _carried(like: Checkpoint) -> dict:
     return {key: value for key, value in keys.carried().items() if key not in ("torch_dtype", "transformers_version")}
 
 
-def _prepare(folder: Path, overwrite: bool) -> list[Path]:
-    """Makes the folder; the files of a checkpoint that is there, to be removed."""
+def _is_tensors(name: str) -> bool:
+    """Whether a file of a published folder holds tensors, or says where they are."""
+    return name == INDEX or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+def _check_target(folder: Path, like: Path | None, overwrite: bool) -> None:
+    """ConfigError where the folder cannot be written, or files are in the way that are not to be replaced."""
     storage.check(folder, "FOLDER", write=True)
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file, where a folder is to be written")
-    storage.make_folder(folder)
-    old = [*folder.glob("model*.safetensors"), *folder.glob(INDEX)]
-    require(overwrite or not old, f"{folder} holds a checkpoint already ({', '.join(f.name for f in old[:3])})")
-    return old
+    there = storage.names(folder)
+    old = [name for name in there if _is_tensors(name)]
+    require(
+        overwrite or not old,
+        f"{folder} holds a checkpoint already ({', '.join(old[:3])}): overwrite it, or choose another",
+    )
+    new = {"config.json"}
+    if like is not None and storage.absolute(like) != storage.absolute(folder):
+        new |= {file.name for file in files_like(like, *TOKENIZER_FILES)}
+    taken = sorted(new & set(there))
+    require(overwrite or not taken, f"{folder} has {', '.join(taken[:3])} already: overwrite it, or choose another")
+
+
+def _write(folder: Path, write: Callable) -> None:
+    """Has `write(folder, mark)` write an export that takes the place of what is in the folder."""
+    beside = folder
+    try:
+        if storage.in_bucket(folder):
+            _write_in_place(folder, write)
+            return
+        try:
+            with replaced(folder, _is_tensors) as beside:
+                write(beside)
+        except CannotSwap:
+            storage.make_folder(folder)
+            _write_in_place(folder, write)
+    except OSError as error:
+        file = str(error.filename or folder).replace(str(beside), str(folder))
+        said = f"{error.strerror or error}; what was in {folder} is untouched"
+        raise OSError(error.errno or errno.EIO, said, file) from error
+
+
+def _write_in_place(folder: Path, write: Callable) -> None:
+    """Where a folder cannot be replaced as a whole, the tensors get new names, the index is replaced by them at once,
+    then config.json, and then the old tensors go. A stop between the first two of these leaves new tensors with the old
+    config.json, which is that of the same model, or is refused as another one's; one before leaves the old export."""
+    old = [name for name in storage.names(folder) if _is_tensors(name)]
+    mark = uuid.uuid4().hex[:8] if old else None
+    try:
+        write(folder, mark)
+    except BaseException:
+        _take_back(folder, mark, old)
+        raise
+    if old:
+        listed = {file.name for file in shards_of(folder)}
+        for name in old:
+            if name != INDEX and name not in listed:
+                storage.remove(folder / name)
+
+
+def _take_back(folder: Path, mark: str | None, old: list[str]) -> None:
+    """Removes the new tensors, unless the index of the old ones was replaced already: then both stay."""
+    new = [name for name in storage.names(folder) if mark and f"-{mark}-" in name]
+    replaced_index = INDEX in old and any(file.name in new for file in shards_of(folder))
+    for name in [] if replaced_index else new:
+        storage.remove(folder / name)
 
 
 def _check_here(params: dict) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from hybridlm import storage
 from hybridlm.errors import ConfigError, require
+from hybridlm.hf.inside import check_file, files_like, has_file
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -27,6 +28,8 @@ DTYPES = {
 """Types of weights; files with others (integers, eight-bit floats) are quantised and are not read."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000
+"""Bytes, as of the format's own library."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,7 @@ class Entry:
     shape: tuple[int, ...]
 
     def open(self) -> np.ndarray:
-        """The tensor, mapped from the file: nothing is read before it is used, nothing stays after it is dropped.
-
-        From a bucket, it is read.
-        """
+        """The tensor, read from the file, which may be cut meanwhile: ConfigError."""
         return self.open_rows(slice(0, self.shape[0])) if self.shape else self.open_rows(slice(0, 1)).reshape(())
 
     def open_rows(self, rows: slice) -> np.ndarray:
@@ -51,10 +51,10 @@ class Entry:
         shape, dtype = (len(range(n_rows)[rows]), *row), DTYPES[self.dtype]
         if 0 in shape:
             return np.zeros(shape, dtype)
-        if not storage.in_bucket(self.file):
-            return np.memmap(self.file, dtype, "r", self.offset, (n_rows, *row))[rows]
         start = self.offset + range(n_rows)[rows].start * math.prod(row) * dtype.itemsize
-        content = storage.read_range(self.file, start, start + math.prod(shape) * dtype.itemsize)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        content = storage.read_range(self.file, start, start + n_bytes)
+        require(len(content) == n_bytes, f"{self.file} was cut short while it was read")
         return np.frombuffer(content, dtype).reshape(shape)
 
     @property
@@ -136,18 +136,23 @@ def _files(folder: Path) -> dict[Path, frozenset[str] | None]:
     model; else what the index lists; else all files.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
-    if single.exists():
+    if has_file(folder, single.name):
         return {single: None}
-    if index.is_file():
+    if has_file(folder, INDEX):
         listed: dict[Path, set[str]] = {}
         for tensor, name in _weight_map(index).items():
             listed.setdefault(folder / name, set()).add(tensor)
         for file in listed:
-            require(file.exists(), f"{file} is named by {INDEX} and missing")
+            require(has_file(folder, file.name), f"{file} is named by {INDEX} and missing")
         return {file: frozenset(names) for file, names in listed.items()}
-    files = sorted(folder.glob("*.safetensors"))
+    files = files_like(folder, "*.safetensors")
     require(bool(files), f"{folder} has no safetensors files: what is loaded is model.safetensors or {INDEX}")
     return dict.fromkeys(files)
+
+
+def shards_of(folder: Path) -> set[Path]:
+    """The files that a folder's index lists."""
+    return {folder / name for name in _weight_map(folder / INDEX).values()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -166,18 +171,30 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one file. ConfigError where it is damaged."""
-    require(file.is_file(), f"{file} is no file")
+    check_file(file)
     try:
         size = storage.size(file)
         (length,) = struct.unpack("<Q", storage.read_range(file, 0, 8))
-        header = json.loads(storage.read_range(file, 8, 8 + length)) if length <= size - 8 else None
+        fits = length <= min(size - 8, LONGEST_HEADER)
+        header = json.loads(storage.read_range(file, 8, 8 + length)) if fits else None
     except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    require(length <= size - 8, f"{file} is cut short or no safetensors file")
+    require(fits, f"{file} is cut short or no safetensors file")
     require(isinstance(header, dict), f"{file} has a damaged header: no JSON object")
     room = size - 8 - length
     tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
-    return {name: _entry(file, name, spec, 8 + length, room) for name, spec in tensors.items()}
+    entries = {name: _entry(file, name, spec, 8 + length, room) for name, spec in tensors.items()}
+    _check_apart(file, entries)
+    return entries
+
+
+def _check_apart(file: Path, entries: dict[str, Entry]) -> None:
+    """ConfigError where two tensors share bytes."""
+    known = [(entry.offset, entry.n_bytes, name) for name, entry in entries.items() if entry.dtype in DTYPES]
+    end = 0
+    for offset, n_bytes, name in sorted(known):
+        require(offset >= end or n_bytes == 0, f"{file} is damaged at the tensor {name}: it lies in another one")
+        end = max(end, offset + n_bytes)
 
 
 def _entry(file: Path, name: str, spec: Any, start: int, room: int) -> Entry:
@@ -210,11 +227,13 @@ class Source:
 
 
 def write_tensors(
-    folder: Path, tensors: Iterable[Source], max_bytes: int, progress: Callable[[str, int, int], None] | None = None
-) -> None:
+    folder: Path, tensors: Iterable[Source], max_bytes: int, progress: Callable[[str, int, int], None] | None = None,
+    mark: str | None = None,
+) -> None:  # fmt: skip
     """Files of at most `max_bytes` (a tensor is never split) and, for more than one, their index.
 
     Tensors are made one at a time, in order. progress: called with (name, bytes written, bytes of all) after each.
+    mark: becomes part of the files' names, and there is an index for one file, too.
     """
     shards: list[list[Source]] = []
     room = 0
@@ -225,8 +244,10 @@ def write_tensors(
         shards[-1].append(tensor)
         room -= tensor.n_bytes
     names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    indexed = len(shards) > 1 or mark is not None
+    if indexed:
+        stem = "model" if mark is None else f"model-{mark}"
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     done, total = 0, sum(tensor.n_bytes for shard in shards for tensor in shard)
     for name, shard in zip(names, shards, strict=True):
         with storage.writing(folder / name) as stream:
@@ -234,7 +255,7 @@ def write_tensors(
                 done += tensor.n_bytes
                 if progress is not None:
                     progress(tensor.name, done, total)
-    if len(shards) > 1:
+    if indexed:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         storage.write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import attention, ops, params
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import mean_visible
@@ -63,6 +64,7 @@ class ConvolvedAttention:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "n_kv_heads", "d_head", "d_conv", "d_conv_heads", "window"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.experts import routed_per_device
@@ -59,6 +60,7 @@ class DepthMoE:
     MIXES_TOKENS = False
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_experts", "d_ff", "d_router", "top_k", "capacity"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

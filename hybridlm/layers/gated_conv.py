@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
@@ -37,6 +38,7 @@ class GatedConv:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("d_conv", "d_inner"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -64,6 +65,7 @@ class GatedDeltaNet:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         check_sizes(self, ("n_heads", "n_key_heads", "d_key", "d_head", "d_conv", "chunk"))
         require(
             self.n_heads % self.key_heads == 0,

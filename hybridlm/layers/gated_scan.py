@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.linear_attention import first_bound
@@ -55,6 +56,7 @@ class GatedScan:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         require(self.cell in PARTS, f"cell ({self.cell!r}) must be one of {', '.join(PARTS)}")
         require(self.d_conv is None or self.d_conv > 0, f"d_conv ({self.d_conv}) must be positive")
 

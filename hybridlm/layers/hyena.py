@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params, short_conv
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
@@ -48,6 +49,7 @@ class Hyena:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         require(self.d_conv > 0, f"d_conv ({self.d_conv}) must be positive")
 
     def check(self, d_model: int) -> None:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.gated_delta_net import (
@@ -76,6 +77,7 @@ class KimiDelta:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         check_sizes(self, ("n_heads", "d_key", "d_head", "decay_rank", "gate_rank", "d_conv", "chunk"))
         require(self.lower_bound is None or self.lower_bound < 0, f"lower_bound ({self.lower_bound}) must be negative")
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params
 from hybridlm.layers.attention import mean_visible
@@ -66,6 +67,7 @@ class LatentAttention:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "d_nope", "d_value", "kv_rank", "q_rank", "scale"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

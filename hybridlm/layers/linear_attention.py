@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -44,6 +45,7 @@ class HeadDecay:
     """Divides the logarithm: decays start near 1."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.divisor > 0, f"divisor ({self.divisor}) must be positive")
 
 
@@ -57,6 +59,7 @@ class ChannelDecay:
     """Divides the logarithm: decays start near 1."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.rank > 0, f"rank ({self.rank}) must be positive")
         require(self.divisor > 0, f"divisor ({self.divisor}) must be positive")
 
@@ -132,6 +135,7 @@ class LinearAttention:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "d_key", "d_head", "scale", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

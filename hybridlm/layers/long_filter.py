@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import params
 
 
@@ -43,6 +44,7 @@ class ImplicitFilter:
     """Added to the window."""
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("max_len", "width", "fast_decay", "slow_decay"):
             require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
         require(self.n_inner >= 0, f"n_inner ({self.n_inner}) must not be negative")
@@ -105,6 +107,7 @@ class ModalFilter:
     """Largest step size at initialisation."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.d_state > 0, f"d_state ({self.d_state}) must be positive")
         require(
             0 < self.dt_min <= self.dt_max,

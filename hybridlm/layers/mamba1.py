@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -32,6 +33,7 @@ class InnerNorm:
     """Added to the mean square."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.eps >= 0, f"eps ({self.eps}) must not be negative")
 
 
@@ -82,6 +84,7 @@ class Mamba1:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("d_state", "expand", "n_heads", "dt_rank", "d_conv", "dt_scale", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
@@ -30,6 +31,9 @@ class GatedNorm:
     """Channels are normalised in this many groups; None: the mixer's n_groups."""
     eps: float = 1e-5
     """Added to the mean square."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Mamba2:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("d_state", "d_head", "n_groups", "d_conv"):
             require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
         require(self.n_heads is None or self.n_heads > 0, f"n_heads ({self.n_heads}) must be positive")

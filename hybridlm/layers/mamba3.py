@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -67,6 +68,7 @@ class Mamba3:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("d_state", "d_head", "n_groups", "rank", "A_floor", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

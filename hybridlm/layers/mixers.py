@@ -29,7 +29,7 @@ from hybridlm.layers.slstm import SLSTM
 from hybridlm.layers.titans import Titans
 
 MIXERS = (
-    Mamba1, Mamba2, Mamba3, Attention, MLP, MoE, LinearAttention, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv,
+    Mamba1, Mamba2, Attention, MLP, MoE, Mamba3, LinearAttention, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv,
     GatedScan, RGLRU, MLSTM, SLSTM, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7, ChannelMix, ConvolvedAttention, DepthMoE,
     Hyena, Titans,
 )  # fmt: skip

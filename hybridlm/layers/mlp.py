@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 
@@ -42,6 +43,7 @@ class MLP:
     MIXES_TOKENS = False
 
     def __post_init__(self):
+        check_fields(self)
         require(self.d_ff > 0, f"d_ff ({self.d_ff}) must be positive")
 
     def check(self, d_model: int) -> None:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import ssd_flops
@@ -52,6 +53,7 @@ class MLSTM:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "d_key", "d_head", "gate_softcap", "chunk"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require, within
+from hybridlm.fields import check_fields
 from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays, split_of_parts
 from hybridlm.layers.experts import routed_per_device
@@ -55,6 +56,7 @@ class Router:
     """A group is as good as the sum of this many of its best scores (1: DeepSeek-V2, 2: DeepSeek-V3, Nemotron)."""
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("top_k", "n_groups", "top_groups", "group_top"):
             require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
         require(
@@ -105,6 +107,7 @@ class MoE:
     MIXES_TOKENS = False
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_experts", "d_ff", "d_latent", "capacity"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.errors import require, within
+from hybridlm.fields import check_fields
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import Block, Make, Output, Tokens, inspect, on_arrays, passes, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
@@ -34,6 +35,9 @@ class Branch:
     norm: bool = False
     """RMS norm of the branch's output, whose weight is the branch's share of each channel."""
 
+    def __post_init__(self):
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -52,6 +56,7 @@ class Parallel:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         require(len(self.branches) > 0, "branches must have at least one entry")
         for name in self.branches:
             require(name.isidentifier(), f"branches key ({name!r}) must be an identifier")

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -53,6 +54,7 @@ class RGLRU:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "d_inner", "d_conv"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

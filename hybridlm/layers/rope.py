@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm.errors import ConfigError, require
+from hybridlm.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Linear:
     """The divisor (>= 1)."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.factor >= 1, f"linear factor ({self.factor}) must be at least 1")
 
 
@@ -40,6 +42,7 @@ class YaRN:
     """Round the ramp's ends to whole frequency indices."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.factor >= 1, f"yarn factor ({self.factor}) must be at least 1")
         require(
             self.original_max_positions > 0, f"original_max_positions ({self.original_max_positions}) must be positive"
@@ -67,6 +70,7 @@ class Llama3:
     """Context length of the original training, tokens."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.factor >= 1, f"llama3 factor ({self.factor}) must be at least 1")
         require(
             self.original_max_positions > 0, f"original_max_positions ({self.original_max_positions}) must be positive"
@@ -85,6 +89,7 @@ class NTK:
     """The lowest frequency is divided by this (>= 1), the highest stays."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.alpha >= 1, f"ntk alpha ({self.alpha}) must be at least 1")
 
 
@@ -96,6 +101,7 @@ class Proportional:
     """Divisor of the frequencies (>= 1)."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.factor >= 1, f"proportional factor ({self.factor}) must be at least 1")
 
 
@@ -113,6 +119,7 @@ class Rope:
     """Pairs are neighbours, (2 i, 2 i + 1), as in the paper."""
 
     def __post_init__(self):
+        check_fields(self)
         require(self.theta > 0, f"rope theta ({self.theta}) must be positive")
         require(0 < self.fraction <= 1, f"rope fraction ({self.fraction}) must be in (0, 1]")
 

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
@@ -39,6 +40,7 @@ class Rwkv4:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         require(self.d_inner is None or self.d_inner > 0, f"d_inner ({self.d_inner}) must be positive")
 
     def check(self, d_model: int) -> None:

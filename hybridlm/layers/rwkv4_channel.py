@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -37,6 +38,7 @@ class Rwkv4Channel:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         require(self.d_ff > 0, f"d_ff ({self.d_ff}) must be positive")
 
     def check(self, d_model: int) -> None:

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import layer_normalise
@@ -46,6 +47,7 @@ class SLSTM:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "d_conv"):
             require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
         require(self.norm_eps >= 0, f"norm_eps ({self.norm_eps}) must not be negative")

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.layers import ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
@@ -56,6 +57,7 @@ class Titans:
     MIXES_TOKENS = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("n_heads", "d_head", "d_memory", "d_conv", "max_rate", "store_every", "refresh_every"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} ({value}) must be positive")

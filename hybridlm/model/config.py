@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridlm.errors import require, within
+from hybridlm.fields import check_fields
 from hybridlm.layers import MLP, Attention, Block, Mamba2
 from hybridlm.layers.block import passes, sees_ahead
+
+MOST_SUBLAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,16 @@ class ModelConfig:
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
 
     def __post_init__(self):
+        check_fields(self, "model.")
         for name in ("vocab_size", "d_model", "norm_eps", "final_norm_eps", "init_std", "logit_softcap"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
         require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")
-        require(len(self.pattern) > 0, "model.pattern ('') must have at least one symbol")
+        for name in ("embedding_multiplier", "logit_multiplier"):
+            require(getattr(self, name) != 0, f"model.{name} (0) must not be 0: nothing would depend on the text")
+        n = len(self.pattern)
+        require(n > 0, "model.pattern ('') must have at least one symbol")
+        require(n <= MOST_SUBLAYERS, f"model.pattern has {n} symbols: it must have at most {MOST_SUBLAYERS}")
         require(self.prefix_tokens >= 0, f"model.prefix_tokens ({self.prefix_tokens}) must not be negative")
         self._check_complement()
         for symbol in self.blocks:

@@ -4,6 +4,7 @@
 Axis letters: B batch, T prompt tokens, N new tokens, V vocabulary.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hybridlm.errors import require
+from hybridlm.fields import WHOLE
 from hybridlm.layers.params import in_type, param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.model import Cache, HybridLM
+from pallas_kernels.platform import memory
 
 
 def generate(
@@ -39,12 +43,14 @@ def generate(
       key: jax.random.key, needed where temperature > 0.
 
     The number of compiled programs does not grow with the number of prompt lengths: they are rounded up inside. Raises
-    ValueError for arguments out of range, TypeError for tokens that are not integers.
+    ValueError for arguments out of range and for more new tokens than memory can hold, TypeError for tokens that are
+    not integers.
     """
     tokens_BT, lengths_B = _check_prompt(model, tokens_BT, lengths)
     _check_sampling(max_new_tokens, temperature, top_k, top_p, key)
     padded = _round_up(tokens_BT.shape[1])
     tokens_BT = np.pad(tokens_BT, ((0, 0), (0, padded - tokens_BT.shape[1])))
+    check_room(model, *tokens_BT.shape, max_new_tokens)
     graphdef, params = nnx.split(model)
     x_BD, cache = _prefill(graphdef, params, tokens_BT, lengths_B, padded + max_new_tokens)
     key = jax.random.key(0) if key is None else key
@@ -149,6 +155,24 @@ def _check_sampling(max_new_tokens, temperature, top_k, top_p, key) -> None:
         raise ValueError(f"top_p ({top_p}) must be in (0, 1]")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature ({temperature}) is above 0: it needs a key (jax.random.key)")
+
+
+def check_room(model: HybridLM, batch: int, tokens: int, max_new_tokens: int, argument: str = "max_new_tokens") -> None:
+    """ConfigError where memory cannot hold so many new tokens of each row, and what the model keeps of them.
+
+    model: may be abstract. tokens: width of the prompts. argument: what the message calls max_new_tokens.
+    """
+    padded, limit = _round_up(tokens), memory()
+    longest = WHOLE - padded  # positions are int32
+    require(max_new_tokens <= longest, f"{argument} ({max_new_tokens}) must be at most {longest}")
+    graphdef, params = nnx.split(model)
+    cache = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(batch, padded + max_new_tokens), params)
+    n_bytes = 4 * batch * max_new_tokens + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+    require(
+        limit is None or n_bytes <= limit,
+        f"{argument} ({max_new_tokens}) needs {n_bytes / 2**30:,.1f} GiB for the tokens and the model's cache, where "
+        f"{(limit or 0) / 2**30:,.1f} GiB are there: lower it",
+    )
 
 
 def _round_up(n: int) -> int:

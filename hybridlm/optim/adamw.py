@@ -8,6 +8,7 @@ import jax
 import optax
 
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class AdamW:
     """Added to the root of the second moment."""
 
     def __post_init__(self):
+        check_fields(self)
         require(all(0 <= beta < 1 for beta in self.betas), f"betas ({self.betas}) must be in [0, 1)")
         require(self.eps > 0, f"eps ({self.eps}) must be positive")
 

@@ -6,6 +6,7 @@ from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar
 
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 from hybridlm.optim import old
 from hybridlm.optim.adamw import AdamW
 from hybridlm.optim.objective import OBJECTIVES, AnyObjective, NextToken, Objective
@@ -50,6 +51,12 @@ class OptimConfig:
 
     def __post_init__(self, numbers):
         object.__setattr__(self, "numbers", numbers)
+        parts = (("rule", UpdateRule, RULES), ("schedule", Shape, SCHEDULES), ("objective", Objective, OBJECTIVES))
+        for name, contract, known in parts:
+            value, classes = getattr(self, name), ", ".join(f"{kind.__name__}()" for kind in known)
+            fits = isinstance(value, contract) and not isinstance(value, type)
+            require(fits, f"optim.{name} ({value!r}) must be one of {classes}")
+        check_fields(self, "optim.")
         for name in ("lr", "clip_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, f"optim.{name} ({value}) must be positive")
@@ -57,11 +64,6 @@ class OptimConfig:
             require(getattr(self, name) >= 0, f"optim.{name} ({getattr(self, name)}) must not be negative")
         for name in ("accumulate", "max_skipped"):
             require(getattr(self, name) >= 1, f"optim.{name} ({getattr(self, name)}) must be at least 1")
-        parts = (("rule", UpdateRule, RULES), ("schedule", Shape, SCHEDULES), ("objective", Objective, OBJECTIVES))
-        for name, contract, known in parts:
-            value, classes = getattr(self, name), ", ".join(f"{kind.__name__}()" for kind in known)
-            fits = isinstance(value, contract) and not isinstance(value, type)
-            require(fits, f"optim.{name} ({value!r}) must be one of {classes}")
 
     def __getattr__(self, word: str):
         """Words of earlier versions can be read, too: `optim.muon_lr`."""

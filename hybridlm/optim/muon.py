@@ -8,6 +8,7 @@ import jax
 import optax
 
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Muon:
     """Added to the root of Adam's second moment, and to the norm by which Muon divides."""
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("lr", "eps"):
             require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
         require(0 <= self.momentum < 1, f"momentum ({self.momentum}) must be in [0, 1)")

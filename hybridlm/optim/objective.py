@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 
 Batch = dict[str, jax.Array]
 
@@ -69,6 +70,7 @@ class Masked:
     reads_ahead = True
 
     def __post_init__(self):
+        check_fields(self)
         require(0 < self.rate <= 1, f"rate ({self.rate}) must be in (0, 1]")
         for name in ("masked", "random"):
             require(0 <= getattr(self, name) <= 1, f"{name} ({getattr(self, name)}) must be in [0, 1]")

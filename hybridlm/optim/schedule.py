@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from hybridlm.errors import require
+from hybridlm.fields import check_fields
 
 
 @runtime_checkable
@@ -50,6 +51,7 @@ class Cosine:
     """Learning rate of the last step over the peak."""
 
     def __post_init__(self):
+        check_fields(self)
         _require_share("final_lr_ratio", self.final_lr_ratio)
 
     def pieces(self, peak: float, warmup: int, steps: int) -> tuple[list[optax.Schedule], list[int]]:
@@ -73,6 +75,7 @@ class LinearDecay:
     """Learning rate of the last step over the peak."""
 
     def __post_init__(self):
+        check_fields(self)
         _require_share("final_lr_ratio", self.final_lr_ratio)
 
     def pieces(self, peak: float, warmup: int, steps: int) -> tuple[list[optax.Schedule], list[int]]:
@@ -101,6 +104,7 @@ class Wsd:
     """Learning rate of the last step over the peak."""
 
     def __post_init__(self):
+        check_fields(self)
         _require_share("decay_fraction", self.decay_fraction)
         _require_share("final_lr_ratio", self.final_lr_ratio)
 

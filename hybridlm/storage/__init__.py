@@ -20,6 +20,7 @@ from hybridlm.storage.files import (
     listing,
     make_folder,
     names,
+    open_file,
     read_bytes,
     read_range,
     reading,
@@ -35,7 +36,7 @@ from hybridlm.storage.paths import absolute, as_path, bucket_of, in_bucket, reas
 
 __all__ = [
     "absolute", "append", "as_path", "bucket_of", "check", "copy", "exists", "fetch", "find", "in_bucket",
-    "is_published", "listing", "make_folder", "mirror", "names", "publish", "read_bytes", "read_range", "reading",
-    "reason", "remove", "scheme_of", "scratch", "size", "told", "version", "versions", "write_bytes", "write_text",
-    "writing",
+    "is_published", "listing", "make_folder", "mirror", "names", "open_file", "publish", "read_bytes", "read_range",
+    "reading", "reason", "remove", "scheme_of", "scratch", "size", "told", "version", "versions", "write_bytes",
+    "write_text", "writing",
 ]  # fmt: skip

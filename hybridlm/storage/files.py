@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -159,10 +160,27 @@ def size(path: Path) -> int:
     return version(path)[0]
 
 
+def open_file(path: Path, buffering: int = -1) -> BinaryIO:
+    """A file of this machine, open for reading bytes. OSError for a pipe or a device, which could be waited for for
+    ever, or never end. buffering: as `open` takes it."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = os.fstat(number).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, no file", os.fspath(path))
+        return os.fdopen(number, "rb", buffering)
+    except BaseException:
+        os.close(number)
+        raise
+
+
 def read_bytes(path: Path) -> bytes:
     """The whole content."""
     if not in_bucket(path):
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     with told(path):
         return files_of(path).cat_file(os.fspath(path))
 
@@ -170,7 +188,7 @@ def read_bytes(path: Path) -> bytes:
 def read_range(path: Path, start: int, stop: int) -> bytearray | bytes:
     """The bytes [start, stop); of an object these alone are sent, large ranges in several parts at a time."""
     if not in_bucket(path):
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(start)
             return file.read(stop - start)
     starts = list(range(start, stop, PART_BYTES))
@@ -186,7 +204,7 @@ def read_range(path: Path, start: int, stop: int) -> bytearray | bytes:
 def reading(path: Path) -> Iterator[BinaryIO]:
     """The file, open for reading bytes; an object is read ahead, a seek reads anew from there."""
     if not in_bucket(path):
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield file
         return
     with told(path), files_of(path).open(os.fspath(path), "rb") as file:
@@ -211,8 +229,11 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             with part.open("wb") as file:
                 yield file
             part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = os.fspath(path)  # of a write, the system does not say it
             raise
         return
     with told(path):

@@ -23,7 +23,7 @@ from hybridlm import storage
 from hybridlm.cluster import from_first, gathered, one_problem
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.train.keep import Keep
-from hybridlm.train.manifest import is_sealed, verify
+from hybridlm.train.manifest import find_odd, is_sealed, verify
 from hybridlm.train.orbax_s3 import teach_s3
 from hybridlm.train.records import finished_steps, move_aside, read_json
 from hybridlm.train.sealed_path import TMP_SUFFIX, SealedObjects, SealedPath, seal_own
@@ -248,7 +248,11 @@ def _verified_record(folder: Path, step: int, check: Check | None, complete: boo
 
     complete: the whole train state is asked for, not the parameters alone.
     """
-    problem = verify(folder, (jax.process_index(), jax.process_count())) if is_sealed(folder) else None
+    share = jax.process_index(), jax.process_count()
+    read = lambda name: complete or not name.startswith("trainer/")  # what generation never reads does not count
+    problem = verify(folder, share, read) if is_sealed(folder) else None
+    if problem is None and (odd := find_odd(folder)) is not None:
+        problem = f"{odd} is neither a file nor a folder"
     if problem is not None:
         raise _Damaged(problem)
     record = read_json(folder / "loop" / "metadata")

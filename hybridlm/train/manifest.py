@@ -12,7 +12,7 @@ stand for the checksums.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ BLOCK = 32 << 20
 """Bytes of a file that one checksum covers."""
 PIECE = 512 << 10
 """Bytes that are read at once: they are still in a core's cache when they are hashed."""
-THREADS = 4
+THREADS = 16
 PART = "manifest-{}.part"
 """What one host found of the files that it wrote, until the manifest is written."""
 OBJECTS = "objects"
@@ -68,15 +68,18 @@ def seal_part(folder: Path, names: Mapping[str, str], process: int) -> None:
     beside.replace(part)
 
 
-def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+def verify(
+    folder: Path, share: tuple[int, int] = (0, 1), read: Callable[[str], bool] = lambda name: True
+) -> str | None:
     """What is wrong with the files under a folder, in a few words; None: nothing.
 
     share: (i, n) reads the i-th of n shares of the bytes; the manifest, and whether the files are all there and can be
-    opened, is looked at in each. FileNotFoundError where there is no manifest.
+    opened, is looked at in each. read: whether a file of a name is going to be read; others are not looked at.
+    FileNotFoundError where there is no manifest.
     """
     try:
         values = _read(folder)
-        files = values["files"]
+        files = {name: value for name, value in values["files"].items() if read(name)}
         found = storage.listing(folder) if storage.in_bucket(folder) else None
         sizes = {name: _size(folder, name, found) for name in files}
     except _Damaged as damaged:
@@ -115,6 +118,14 @@ def _is_object(path: Path, tag: str, found: str | None) -> bool:
         while part := file.read(PIECE):
             digest.update(part)
     return f"md5:{digest.hexdigest()}" == tag
+
+
+def find_odd(folder: Path) -> str | None:
+    """Something under a folder that is neither a file nor a folder, as a pipe, for which a read would wait for ever."""
+    if storage.in_bucket(folder):
+        return None
+    odd = (path for path in sorted(folder.rglob("*")) if not path.is_file() and not path.is_dir())
+    return next((path.relative_to(folder).as_posix() for path in odd), None)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -173,7 +184,7 @@ def _size(folder: Path, name: str, found: Mapping[str, tuple[int, str]] | None) 
             raise _Damaged(f"{name} is missing")
         return found[name][0]
     try:
-        with open(folder / name, "rb", buffering=0) as file:
+        with storage.open_file(folder / name, 0) as file:
             file.read(1)
             return os.fstat(file.fileno()).st_size
     except FileNotFoundError:
@@ -195,7 +206,7 @@ def _collect_parts(folder: Path) -> Sums:
     told: Sums = {}
     for part in sorted(folder.glob("manifest-*")):
         if part.suffix == ".part":
-            told |= json.loads(part.read_text(encoding="utf-8"))
+            told |= json.loads(storage.read_bytes(part))
         part.unlink()
     return told
 
@@ -209,7 +220,7 @@ def _block(path: Path, start: int, length: int) -> str:
     if storage.in_bucket(path):
         return _checksum(storage.read_range(path, start, start + length))
     digest, buffer = xxh3_64(), memoryview(bytearray(min(PIECE, length)))
-    with open(path, "rb", buffering=0) as file:
+    with storage.open_file(path, 0) as file:
         file.seek(start)
         while length and (n := file.readinto(buffer[: min(PIECE, length)])):
             digest.update(buffer[:n])

@@ -140,7 +140,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict | None]]:
     """(line, its record or None where it is no record) of a metrics.jsonl, or of a folder of objects in a bucket."""
     try:
         objects = storage.in_bucket(path) or path.with_suffix("").is_dir()  # it may have been in a bucket
-        parts = read_parts(path.with_suffix("")) if objects else [(None, path.read_bytes())]
+        parts = read_parts(path.with_suffix("")) if objects else [(None, storage.read_bytes(path))]
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -10,45 +10,55 @@ from flax import nnx
 from hybridlm import storage
 from hybridlm.config import Config, DataConfig, InitConfig, RunConfig
 from hybridlm.config.tree import to_dict
+from hybridlm.data import load_tokenizer
 from hybridlm.errors import require
 from hybridlm.hf import from_hf, to_hf
+from hybridlm.hf.checkpoint import tokenizer_of
 from hybridlm.hf.save import copy_small_files
 from hybridlm.model.model import HybridLM
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.run_folder import RunFolder, stored_config
-from hybridlm.train.sample import load_run
+from hybridlm.train.sample import load_model
 from hybridlm.train.tokenizer_copy import IDENTITY, keep_tokenizer, kept_tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all) as from_hf and to_hf call it."""
 
 
-def run_from_published(source: Path, target: Path, progress: Progress | None = None) -> HybridLM:
-    """Makes a run's folder with one checkpoint, of step 0, that holds the parameters alone; gives the model.
+def run_from_published(
+    source: Path, target: Path, progress: Progress | None = None, tokenizer: str | None = None
+) -> tuple[HybridLM, str]:
+    """Makes a run's folder with one checkpoint, of step 0, that holds the parameters alone; gives the model and what
+    its tokenizer is, as `data.tokenizer` says it.
 
-    ConfigError where the target is not empty or the source cannot be read.
+    tokenizer: the same; None: the one in the source, or to be given. ConfigError where the target is not empty or the
+    source cannot be read.
     """
     storage.check(target, "RUN", write=True)
     require(not storage.names(target) and not target.is_file(), f"{target} is not empty: choose a new folder")
     model = from_hf(source, progress=progress)
-    data = DataConfig()
-    if (source / "tokenizer.json").is_file():
-        data = replace(data, tokenizer=str(storage.absolute(target / "published")))
+    told = tokenizer_of(source, model.config) if tokenizer is None else tokenizer
+    if told == str(source):
+        told = str(storage.absolute(target / "published"))
+        load_tokenizer(str(source))
+    elif told:
+        load_tokenizer(told)
+    data = replace(DataConfig(), tokenizer=told)
     source = storage.absolute(source)
     init, run = InitConfig(str(source)), RunConfig(dir=str(target))
     config = Config(name=source.name, model=model.config, init=init, data=data, run=run)
     with RunFolder(config) as folder:
         folder.write_config()
         copy_small_files(source, folder.published)
-        tokenizer = kept_tokenizer(data, target, None)
+        identity = {IDENTITY: kept_tokenizer(data, target, None).fingerprint} if told else {}
         keep_tokenizer(data, target)
         checkpoints = Checkpoints(folder.checkpoints, keep=1)
         try:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            checkpoints.save(0, {"params": params}, to_dict(config), {IDENTITY: tokenizer.fingerprint})
+            checkpoints.save(0, {"params": params}, to_dict(config), identity)
         finally:
             checkpoints.close()
-    return model
+    return model, told
 
 
 def publish_run(
@@ -73,6 +83,6 @@ def publish_run(
         origin = stored_config(source, own).init.hf
         folders = [*([storage.as_path(origin)] if origin else []), source / "published"]
         like = next((folder for folder in folders if storage.exists(folder / "config.json")), None)
-    model, _, step = load_run(source, step, own)
+    model, _, _, step = load_model(source, step, own)
     to_hf(model, target, family=family, like=like, dtype=dtype, overwrite=overwrite, progress=progress)
     return model, step

@@ -129,7 +129,7 @@ class RunFolder:
 
     def _in_use(self) -> None:
         try:
-            holder = (self.path / "lock").read_text(encoding="utf-8", errors="replace").strip()[:80]
+            holder = storage.read_bytes(self.path / "lock").decode("utf-8", "replace").strip()[:80]
         except OSError:
             holder = ""
         raise RunError(f"{self.path} is in use by {holder or 'another process'}; another run goes to --run.dir=NEW")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import storage
-from hybridlm.config import Config
+from hybridlm.config import Config, DataConfig
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
 from hybridlm.model.generation import generate
@@ -16,7 +16,7 @@ from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.train.checkpoint import Checkpoints, finished_steps
 from hybridlm.train.run_folder import stored_config
-from hybridlm.train.tokenizer_copy import IDENTITY, kept_tokenizer
+from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer, kept_tokenizer
 
 
 def sample_text(
@@ -43,11 +43,22 @@ def sample_text(
     return prompt + tokenizer.decode(ids)
 
 
-def load_run(path: Path, step: int | None = None, like: Config | None = None) -> tuple[HybridLM, Tokenizer, int]:
+def load_run(
+    path: Path, step: int | None = None, like: Config | None = None, tokenizer: str | None = None
+) -> tuple[HybridLM, Tokenizer, int]:
     """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none.
 
-    like: a config whose own classes the run may have used; see from_dict.
+    like: a config whose own classes the run may have used; see from_dict. tokenizer: as data.tokenizer; None: that of
+    the run.
     """
+    model, config, record, found = load_model(path, step, like)
+    if tokenizer is None:
+        return model, kept_tokenizer(config.data, path, record.get(IDENTITY)), found
+    return model, check_tokenizer(DataConfig(tokenizer=tokenizer), record.get(IDENTITY), path), found
+
+
+def load_model(path: Path, step: int | None = None, like: Config | None = None) -> tuple[HybridLM, Config, dict, int]:
+    """(model, config, loop record, step); as load_run, but for the tokenizer."""
     storage.check(path, "the run's folder")
     config = stored_config(path, like)
     steps = finished_steps(path / "checkpoints")
@@ -55,11 +66,10 @@ def load_run(path: Path, step: int | None = None, like: Config | None = None) ->
     require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")
     graphdef, shapes, _ = abstract(config.model)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
     try:
-        found, state, record = checkpoints.restore_latest({"params": like}, steps if step is None else [step])
+        found, state, record = checkpoints.restore_latest({"params": wanted}, steps if step is None else [step])
     finally:
         checkpoints.close()
-    tokenizer = kept_tokenizer(config.data, path, record.get(IDENTITY))
-    return nnx.merge(graphdef, state["params"]), tokenizer, found
+    return nnx.merge(graphdef, state["params"]), config, record, found

@@ -21,7 +21,7 @@ def keep_tokenizer(data: DataConfig, run: Path) -> None:
     tokenizer.json comes last: without it, the folder holds no tokenizer.
     """
     copy = run / "tokenizer"
-    if data.tokenizer in BUILT_IN or storage.exists(copy / FILES[0]):
+    if data.tokenizer in ("", *BUILT_IN) or storage.exists(copy / FILES[0]):
         return
     given = storage.as_path(data.tokenizer)
     source = given / FILES[0] if given.is_dir() else given

@@ -19,6 +19,7 @@ from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.plot import plot_loss
 from hybridlm.train.run_folder import RunFolder, stored_config
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer, keep_tokenizer, kept_tokenizer
+from tests.faults.mutations import with_another_value
 from tests.faults.test_checkpoints import like, make_state, record
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -289,26 +290,6 @@ def test_another_tokenizer_is_refused_before_anything_is_tokenised(run):
 
 
 # Anything else -------------------------------------------------------------------------------------------------------
-
-
-def another_value(rng):
-    """A JSON value of some type."""
-    values = [None, True, -1, 0, 3, 10**30, 1.5, "", "x", "3", [], [1], {}, {"a": 1}, "\u00b2", float("nan")]
-    return values[rng.integers(len(values))]
-
-
-def with_another_value(value, rng):
-    """The JSON value with one node replaced, removed or added."""
-    if isinstance(value, dict | list) and value and rng.random() < 0.8:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key = keys[rng.integers(len(keys))]
-        copy = dict(value) if isinstance(value, dict) else list(value)
-        if isinstance(copy, dict) and rng.random() < 0.15:
-            del copy[key]
-        else:
-            copy[key] = with_another_value(copy[key], rng)
-        return copy
-    return another_value(rng)
 
 
 def alter(path: Path, rng) -> str:

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -238,7 +239,7 @@ def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
     new = replace(llama.FAMILY, model_type="llama_like", architecture="LlamaLikeForCausalLM")
     monkeypatch.setitem(KNOWN, "llama_like", new)
     opened(tmp_path, "llama", model_type="llama_like")
-    (tmp_path / SINGLE).symlink_to(FOLDER / "llama" / SINGLE)
+    shutil.copy(FOLDER / "llama" / SINGLE, tmp_path)
     model = hybridlm.from_hf(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(golden("llama")[0]))
     hybridlm.to_hf(model, tmp_path / "out")
