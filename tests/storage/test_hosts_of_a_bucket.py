@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of several processes whose data, cache and folder lie in a bucket: told to stop, with one lost, gone on with."""
+"""A run of several processes in a bucket, its data too: told to stop, with one lost, gone on with."""
 
 import signal
 import time
