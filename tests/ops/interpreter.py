@@ -97,7 +97,20 @@ def _sizes(op: str) -> list:
         return [(api, {"MARGIN": kernels.SEEN + block, "WIDTH_MULTIPLE": kernels.CHANNELS})]
     if op in ("ssd", "linear_attention", "mamba3"):  # the latter two by the kernels of the former
         return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
+    if op == "gated_delta_rule":
+        inverse = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.inverse")
+        return [(api, {"TOKEN_MULTIPLE": api.TILE}), (inverse, {"invert_blocks": _invert_blocks})]
     return []
+
+
+def _invert_blocks(below):
+    """`pallas_kernels.ops.gated_delta_rule.gpu.inverse.invert_blocks`, whose threads hand each other rows."""
+    row, col = (lax.broadcasted_iota(jnp.int32, below.shape, axis) for axis in range(2))
+    power, inverse = jnp.where(row // 16 == col // 16, -below, 0.0), jnp.where(row == col, 1.0, 0.0)
+    for _ in range(4):  # (1 + p)(1 + p^2)(1 + p^4)(1 + p^8)
+        inverse += inverse @ power
+        power = power @ power
+    return inverse
 
 
 _LOCK, _PROGRAMS = threading.Lock(), {}

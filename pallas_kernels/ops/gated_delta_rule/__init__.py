@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.gated_delta_rule`."""
 
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="gated_delta_rule",
@@ -20,5 +20,11 @@ OP = Op(
             "pallas_kernels.ops.gated_delta_rule.reference:gated_delta_rule_reference", forward_mode=True
         ),
         "xla": Implementation("pallas_kernels.ops.gated_delta_rule.xla:gated_delta_rule_xla", forward_mode=True),
+        "gpu": Implementation(
+            "pallas_kernels.ops.gated_delta_rule.gpu.api:gated_delta_rule_gpu",
+            "pallas_kernels.ops.gated_delta_rule.gpu.api:supports",
+            oldest_jax=(0, 11),
+            capability=HOPPER,
+        ),
     },
 )

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gated_delta_rule` on Hopper GPUs: what the kernels serve, preparation, custom gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import LOG2E, TILE
+from pallas_kernels.ops.gated_delta_rule.gpu import backward, forward
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import Walk
+from pallas_kernels.segments import document_numbers
+
+WIDEST = 128  # key channels, and value channels of a thread block
+TOKEN_MULTIPLE = 8  # of the arrays' tokens: what the copy engine's tiles ask for
+# Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
+BETWEEN_DOCUMENTS = 144.0
+FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
+
+
+def supports(q, k, v, beta, g=None, *, scale, **options) -> str | None:
+    """Why the kernels cannot serve this call, or None if they can."""
+    del beta, options
+    for name, array in (("q_BTGN", q), ("k_BTGN", k), ("v_BTHP", v)):
+        if array.dtype != jnp.bfloat16:
+            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+    if g is not None and g.ndim == 4:
+        return f"g has shape {list(g.shape)}, the kernels decay by head, not by key channel"
+    if k.shape[-1] > WIDEST:
+        return f"key width of k_BTGN ({k.shape[-1]}) above {WIDEST}"
+    if isinstance(scale, jax.core.Tracer):
+        return "scale is traced, the kernels take a number"
+    return None
+
+
+def gated_delta_rule_gpu(
+    q_BTGN,
+    k_BTGN,
+    v_BTHP,
+    beta_BTH,
+    g,
+    *,
+    normalize,
+    scale,
+    segment_ids=None,
+    initial_state=None,
+    return_final_state=False,
+    chunk=None,
+):
+    """See `pallas_kernels.gated_delta_rule`; `chunk` is a hint not followed. Padding may hold anything.
+
+    Keys are padded to 64 or 128 channels, values to a multiple of 64 and, above 128, cut into heads of 128.
+    """
+    del chunk
+    (n_batch, n_tokens, n_heads, width), key = v_BTHP.shape, k_BTGN.shape[-1]
+    pad_t, pad_n, pad_p = -n_tokens % TOKEN_MULTIPLE, -key % TILE, -width % (TILE if width <= TILE else WIDEST)
+    cuts = max(1, (width + pad_p) // WIDEST)
+
+    def pad(array, *ends):
+        return jnp.pad(array, [(0, end) for end in ends]) if any(ends) else array
+
+    q, k = (pad(array, 0, pad_t, 0, pad_n) for array in (q_BTGN, k_BTGN))
+    v = pad(v_BTHP, 0, pad_t, 0, pad_p).reshape(n_batch, n_tokens + pad_t, n_heads * cuts, -1)
+    steps, beta, real = _gates(beta_BTH, g, segment_ids)
+    steps, beta = (jnp.repeat(array, cuts, axis=2) if cuts > 1 else array for array in (steps, beta))
+    init = None
+    if initial_state is not None:
+        init = pad(initial_state.astype(jnp.float32), 0, 0, pad_n, pad_p).swapaxes(2, 3)
+        init = init.reshape(n_batch, n_heads * cuts, -1, key + pad_n)
+    options = (bool(normalize), float(scale), return_final_state)
+    y, final = _core(q, k, v, jnp.stack([steps, beta], axis=3), real, init, options)
+    y = y.reshape(n_batch, n_tokens + pad_t, n_heads, -1)[:, :n_tokens, :, :width]
+    if not return_final_state:
+        return y
+    final = final.reshape(n_batch, n_heads, -1, key + pad_n).swapaxes(2, 3)
+    return y, final[:, :, :key, :width]
+
+
+def _gates(beta_BTH, g, segment_ids):
+    """(log2 decays, beta, padding) by chunk: float32 ``[B, chunks, H, 64]`` twice and ``[B, chunks, 64]`` or None.
+
+    Padding has beta = 0 and no decay. It is told as 0, real tokens as 1, a chunk without padding as 2 all over.
+    """
+    beta = beta_BTH.astype(jnp.float32)
+    steps = jnp.zeros_like(beta) if g is None else jnp.maximum(g.astype(jnp.float32) * LOG2E, FORGOTTEN)
+    real = None
+    if segment_ids is not None:
+        is_real = segment_ids != 0
+        number = document_numbers(segment_ids)
+        first = is_real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
+        steps = jnp.where(first[..., None], -BETWEEN_DOCUMENTS, jnp.where(is_real[..., None], steps, 0.0))
+        beta = jnp.where(is_real[..., None], beta, 0.0)
+        real = _chunked(is_real.astype(jnp.float32)[..., None])[:, :, 0]
+        real = jnp.where(real.all(-1, keepdims=True), 2.0, real)
+    return _chunked(steps), _chunked(beta), real
+
+
+def _chunked(array):
+    """[B, T, H] -> [B, chunks, H, 64], zeros behind T."""
+    n_batch, n_tokens, n_heads = array.shape
+    array = jnp.pad(array, ((0, 0), (0, -n_tokens % TILE), (0, 0)))
+    return array.reshape(n_batch, -1, TILE, n_heads).swapaxes(2, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _core(q, k, v, gates, real, init, options):
+    """y and the final state ``[B, H, P, N]`` (None unless asked for) for widths the kernels take.
+
+    N 64 or 128, P 64 or 128, T a multiple of 8; gates ``[B, chunks, H, 2, 64]``: log2 decays and beta.
+    """
+    out = forward.walk(_config(q, v, gates, real, init, options), q, k, v, gates, real, init)
+    return out["y"], out.get("final")
+
+
+def _config(q, v, gates, real, init, options):
+    normalize, scale, with_final = options
+    return Walk(
+        *v.shape[:3],
+        *q.shape[2:],
+        v.shape[3],
+        gates.shape[1],
+        normalize,
+        scale,
+        segments=real is not None,
+        has_init=init is not None,
+        emit_final=with_final,
+    )
+
+
+def _core_fwd(q, k, v, gates, real, init, options):
+    cfg = dataclasses.replace(_config(q, v, gates, real, init, options), emit_residuals=True)
+    out = forward.walk(cfg, q, k, v, gates, real, init)
+    kept = {name: out[name] for name in ("written", "states", "a", "t", "numbers")}
+    return (out["y"], out.get("final")), (q, k, v, gates, real, init, kept)
+
+
+def _core_bwd(options, residuals, cotangents):
+    q, k, v, gates, real, init, kept = residuals
+    dy, d_final = cotangents
+    cfg = _config(q, v, gates, real, init, options)
+    dq, dk, dv, d_gates, d_init = backward.gradients(cfg, q, k, gates, real, kept, dy, d_final)
+    return dq, dk, dv, d_gates, None, d_init
+
+
+_core.defvjp(_core_fwd, _core_bwd)

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mosaic GPU (Hopper) kernel that walks the chunks of the gated delta rule with the state in registers.
+
+One thread block owns one head of one row. A producer streams chunks of 64 tokens through shared memory. One warpgroup
+per 64 value channels keeps the float32 state transposed, ``[P, N]``, as accumulators of the matrix unit, so that its
+left operands (state, values, corrections) come from registers. One more warpgroup works a chunk ahead on what no state
+is needed for. With ``a`` the within-chunk cumulative log2 decay and ``E_ij = exp2(a_i - a_j)`` for j <= i,
+
+    B_ij = (k_i . k_j) E_ij, j < i       A_ij = scale (q_i . k_j) E_ij, j <= i       T = (1 + B diag(beta))^-1
+    U    = T (v - diag(exp2(a)) k state)        what the tokens write, before beta: v minus what was read
+    y    = scale exp2(a) q state + A beta U
+    state = exp2(a_end) state + sum_j exp2(a_end - a_j) k_j (beta_j U_j)^T
+
+(Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464, section 3.3, with beta on the other side of the inverse, so that
+U is there for the gradient of beta). Lengths of q and k enter as numbers a token, so that no rounded unit vector does.
+
+Documents are decays, as in `ssd`. For the gradients the forward also stores U, T, A, the tokens' numbers and the state
+that enters each chunk.
+
+Barriers: ``full`` and ``empty`` of each slot of the two rings (queries and keys; values) between the producer and the
+others; ``t_full`` and ``t_empty`` between the warpgroup of the scores and those of the state. No barrier is inserted
+automatically: between two writes of one buffer all its readers have passed a barrier.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import (
+    BF16_TRANSFORMS,
+    COL,
+    F32,
+    PARAMS,
+    ROW,
+    TILE,
+    WGMMA,
+    accumulate,
+    cols_of,
+    drain,
+    in_one_warp,
+    load_tile,
+    named_body,
+    rows_of,
+    sums_of,
+    tile_index,
+    zeros,
+)
+from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
+from pallas_kernels.ops.ssd.gpu.walk import clear_rows
+from pallas_kernels.varying import call_varying
+
+KEY_STAGES = 3
+VALUE_STAGES = 1  # its copy has a chunk's time
+SCORE_STAGES = 2
+LENGTH_EPS = 1e-6  # as in the op's docstring
+LANE_PARAMS = dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+# Numbers of a token that the warpgroup of the scores finds: rows of "numbers".
+FROM_STATE_Q = 0  # scale exp2(a) / |q|, of what its query reads from the entering state
+FROM_STATE_K = 1  # exp2(a) / |k|
+TO_STATE = 2  # exp2(a_end - a) / |k|
+DECAY = 3  # a
+PER_Q = 4  # 1 / |q|
+PER_K = 5
+NUMBERS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Static description of a walk; widths are 64 or 128, a chunk is TILE tokens."""
+
+    batch: int
+    tokens: int
+    heads: int
+    groups: int
+    key: int
+    width: int
+    chunks: int
+    normalize: bool
+    scale: float
+    segments: bool = False
+    has_init: bool = False
+    emit_final: bool = False
+    emit_residuals: bool = False
+    dtype: jnp.dtype = jnp.bfloat16
+
+    @property
+    def parts(self) -> int:
+        """Warpgroups of the state, one per TILE value channels."""
+        return self.width // TILE
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Of a thread of the warpgroups (state, scores, producer)."""
+        return (176, 136, 24) if self.parts == 2 else (232, 232, 24)
+
+
+def vector(ref, layout=COL):
+    """A vector of shared memory, a value a row or a column of a tile."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def clear_padding(cfg, smem, slot, *tiles):
+    """Zeros on the padding of tiles ``[64 tokens, n]`` of a chunk, which may hold anything; rare, and costs a branch.
+
+    Every warpgroup does so before it reads them: they write the same values.
+    """
+    if not cfg.segments:
+        return
+    real = smem["real"].at[slot]
+
+    @pl.when(real[0] < 1.5)
+    def _():
+        keep = rows_of(vector(real, ROW), TILE) > 0.0
+        for tile in tiles:
+            clear_rows(tile, keep, cfg.dtype)
+        plgpu.commit_smem()
+
+
+def squares(tile):
+    """Sums of squares of the rows of a tile of shared memory."""
+    total = plgpu.layout_cast(jnp.zeros(TILE, F32), ROW)
+    for n in range(0, tile.shape[-1], TILE):
+        part = load_tile(tile.at[:, pl.ds(n, TILE)])
+        total += jnp.sum(part * part, axis=1)
+    return total
+
+
+def _product(left, right):
+    def work(acc):
+        plgpu.wgmma(acc, left, right)
+        return sums_of(acc)
+
+    return accumulate(work, TILE)
+
+
+def _numbers(cfg, numbers, steps, q, k):
+    """Fills the tokens' numbers."""
+    row, col = tile_index(0), tile_index(1)
+    decay = jnp.sum(jnp.where(col <= row, cols_of(vector(steps)), 0.0), axis=1)
+    numbers[DECAY] = decay
+    plgpu.commit_smem()
+    end = numbers[DECAY, TILE - 1]
+    upto, after = jnp.exp2(decay), jnp.exp2(end - decay)
+    per_q, per_k = (
+        lax.rsqrt(squares(tile) + LENGTH_EPS) if cfg.normalize else jnp.ones_like(decay) for tile in (q, k)
+    )
+    numbers[FROM_STATE_Q] = upto * per_q * cfg.scale
+    numbers[FROM_STATE_K] = upto * per_k
+    numbers[TO_STATE] = after * per_k
+    numbers[PER_Q] = per_q
+    numbers[PER_K] = per_k
+
+
+def _scores(cfg, idx, outs, smem, bars):
+    """Work of the warpgroup of the scores: numbers, A and T of each chunk."""
+    b, head = idx
+
+    def step(i, _):
+        slot, ring = lax.rem(i, KEY_STAGES), lax.rem(i, SCORE_STAGES)
+        q, k, numbers = smem["q"].at[slot], smem["k"].at[slot], smem["numbers"].at[ring]
+        a_ref, t_ref = smem["a"].at[ring], smem["t"].at[ring]
+        plgpu.barrier_wait(bars["full"].at[slot])
+        clear_padding(cfg, smem, slot, q, k)
+
+        @pl.when(i >= SCORE_STAGES)
+        def _():
+            plgpu.barrier_wait(bars["t_empty"].at[ring])
+
+        if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
+            plgpu.wait_smem_to_gmem(3, wait_read_only=True)
+        _numbers(cfg, numbers, smem["gates"].at[slot, 0], q, k)
+        plgpu.commit_smem()
+        row, col = tile_index(0), tile_index(1)
+        decay = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
+        pair = jnp.exp2(jnp.minimum(decay, 0.0)) * cols_of(vector(numbers.at[PER_K]))
+        scores = _product(q, k.T) * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
+        a_ref[...] = jnp.where(row >= col, scores * pair, 0.0).astype(cfg.dtype)
+        mixed = _product(k, k.T) * rows_of(vector(numbers.at[PER_K], ROW))
+        mixed *= cols_of(vector(smem["gates"].at[slot, 1]))
+        mixed = jnp.where(row > col, mixed * pair, 0.0)
+        plgpu.barrier_arrive(bars["empty"].at[slot])
+        unit_inverse(mixed, t_ref, [smem["scratch"].at[n] for n in range(SCRATCH)])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(bars["t_full"].at[ring])
+        if cfg.emit_residuals:
+            for name, source in (("a", a_ref), ("t", t_ref), ("numbers", numbers)):
+                plgpu.copy_smem_to_gmem(source, outs[name].at[b, i, head])
+        return None
+
+    lax.fori_loop(0, cfg.chunks, step, None)
+    drain(cfg.chunks, SCORE_STAGES, [bars["t_empty"]])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _state_step(cfg, state, idx, outs, smem, bars, i, part):
+    """One chunk of 64 value channels: returns the state that leaves."""
+    b, head = idx
+    slot, v_slot, ring = lax.rem(i, KEY_STAGES), lax.rem(i, VALUE_STAGES), lax.rem(i, SCORE_STAGES)
+    q, k, v = smem["q"].at[slot], smem["k"].at[slot], smem["v"].at[v_slot, part]
+    numbers, out = smem["numbers"].at[ring], smem["out"]
+    rows, channels = pl.ds(i * TILE, TILE), pl.ds(part * TILE, TILE)
+    columns = [pl.ds(n, TILE) for n in range(0, cfg.key, TILE)]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too
+    for n, cut in enumerate(columns):
+        out[part, n] = state[:, n * TILE : (n + 1) * TILE].astype(cfg.dtype)
+    plgpu.commit_smem()
+    if cfg.emit_residuals:
+        for n, cut in enumerate(columns):
+            plgpu.copy_smem_to_gmem(out.at[part, n], outs["states"].at[b, i, head, channels, cut])
+    plgpu.barrier_wait(bars["full"].at[slot])
+    clear_padding(cfg, smem, slot, q, k)
+
+    def read(from_k, from_q):
+        for tokens, target in ((k, from_k), (q, from_q)):
+            for n, cut in enumerate(columns):
+                plgpu.wgmma(target, out.at[part, n], tokens.at[:, cut].T)
+        plgpu.barrier_wait(bars["v_full"].at[v_slot])
+        clear_padding(cfg, smem, slot, v)
+        values = plgpu.load(v.T, layout=WGMMA)
+        plgpu.barrier_wait(bars["t_full"].at[ring])
+        errors = values.astype(F32) - sums_of(from_k, len(columns)) * cols_of(vector(numbers.at[FROM_STATE_K]))
+        return errors.astype(cfg.dtype), sums_of(from_q) * cols_of(vector(numbers.at[FROM_STATE_Q]))
+
+    errors, y = accumulate(read, TILE, TILE)
+    plgpu.barrier_arrive(bars["v_empty"].at[v_slot])
+    written = _product(errors, smem["t"].at[ring].T)
+    corrections = written * cols_of(vector(smem["gates"].at[slot, 1]))
+    kept = (corrections * cols_of(vector(numbers.at[TO_STATE]))).astype(cfg.dtype)
+    decay = jnp.exp2(numbers[DECAY, TILE - 1])
+
+    def write(y_acc, state_acc):
+        y_acc[...] = y
+        state_acc[...] = state * decay
+        plgpu.wgmma(y_acc, corrections.astype(cfg.dtype), smem["a"].at[ring].T)
+        plgpu.wgmma(state_acc, kept, k)
+        if cfg.emit_residuals:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out.at[part, 1].T[...] = written.astype(cfg.dtype)
+        out.at[part, 0].T[...] = sums_of(y_acc, 1).astype(cfg.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out.at[part, 0], outs["y"].at[b, rows, head, channels])
+        if cfg.emit_residuals:
+            plgpu.copy_smem_to_gmem(out.at[part, 1], outs["written"].at[b, rows, head, channels])
+        return state_acc[...]
+
+    state = accumulate(write, TILE, cfg.key)
+    plgpu.barrier_arrive(bars["t_empty"].at[ring])
+    plgpu.barrier_arrive(bars["empty"].at[slot])
+    return state
+
+
+def _states(cfg, idx, ins, outs, smem, bars, part):
+    """Work of a warpgroup of the state."""
+    b, head = idx
+    channels = pl.ds(part * TILE, TILE)
+    state = zeros(cfg.key)
+    if cfg.has_init:
+        state = plgpu.load(ins["init"].at[b, head, channels], layout=WGMMA, optimized=False)
+    step = functools.partial(_state_step, cfg)
+    state = lax.fori_loop(0, cfg.chunks, lambda i, state: step(state, idx, outs, smem, bars, i, part), state)
+    if cfg.emit_final:
+        outs["final"][b, head, channels] = state
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _produce(cfg, idx, ins, smem, bars):
+    b, head = idx
+    group = lax.div(head, cfg.heads // cfg.groups)
+
+    def step(i, _):
+        slot, v_slot, rows = lax.rem(i, KEY_STAGES), lax.rem(i, VALUE_STAGES), pl.ds(i * TILE, TILE)
+
+        @pl.when(i >= KEY_STAGES)
+        def _():
+            plgpu.barrier_wait(bars["empty"].at[slot])
+
+        bar = bars["full"].at[slot]
+        plgpu.copy_gmem_to_smem(ins["k"].at[b, rows, group], smem["k"].at[slot], bar)
+        plgpu.copy_gmem_to_smem(ins["q"].at[b, rows, group], smem["q"].at[slot], bar)
+        plgpu.copy_gmem_to_smem(ins["gates"].at[b, i, head], smem["gates"].at[slot], bar)
+        if cfg.segments:
+            plgpu.copy_gmem_to_smem(ins["real"].at[b, i], smem["real"].at[slot], bar)
+
+        @pl.when(i >= VALUE_STAGES)
+        def _():
+            plgpu.barrier_wait(bars["v_empty"].at[v_slot])
+
+        for part in range(cfg.parts):
+            source = ins["v"].at[b, rows, head, pl.ds(part * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(source, smem["v"].at[v_slot, part], bars["v_full"].at[v_slot])
+        return None
+
+    lax.fori_loop(0, cfg.chunks, step, None)
+    drain(cfg.chunks, KEY_STAGES, [bars["empty"]])
+    drain(cfg.chunks, VALUE_STAGES, [bars["v_empty"]])
+
+
+def _scratch(cfg):
+    """Shared memory of a thread block by name."""
+    tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
+    outs = max(cfg.key // TILE, 1 + cfg.emit_residuals)
+    return {
+        "q": tile((KEY_STAGES, TILE, cfg.key)),
+        "k": tile((KEY_STAGES, TILE, cfg.key)),
+        "v": tile((VALUE_STAGES, cfg.parts, TILE, TILE)),
+        "a": tile((SCORE_STAGES, TILE, TILE)),
+        "t": tile((SCORE_STAGES, TILE, TILE)),
+        "scratch": tile((SCRATCH, TILE, TILE)),
+        "out": tile((cfg.parts, outs, TILE, TILE)),
+        "gates": plgpu.SMEM((KEY_STAGES, 2, TILE), F32),
+        "real": plgpu.SMEM((KEY_STAGES, TILE), F32) if cfg.segments else None,
+        "numbers": plgpu.SMEM((SCORE_STAGES, NUMBERS, TILE), F32),
+    }
+
+
+def _barriers(cfg):
+    return {
+        "full": plgpu.Barrier(num_arrivals=3 + cfg.segments, num_barriers=KEY_STAGES),
+        "empty": plgpu.Barrier(num_arrivals=1 + cfg.parts, num_barriers=KEY_STAGES),
+        "v_full": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
+        "v_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
+        "t_full": plgpu.Barrier(num_arrivals=1, num_barriers=SCORE_STAGES),
+        "t_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=SCORE_STAGES),
+    }
+
+
+def _outputs(cfg):
+    """Shapes of the outputs by name."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=cfg.dtype)
+    tokens = (cfg.batch, cfg.tokens, cfg.heads, cfg.width)
+    chunks = (cfg.batch, cfg.chunks, cfg.heads)
+    named = {"y": shape(tokens)}
+    if cfg.emit_final:
+        named["final"] = jax.ShapeDtypeStruct((cfg.batch, cfg.heads, cfg.width, cfg.key), F32)
+    if cfg.emit_residuals:
+        named |= {
+            "written": shape(tokens),
+            "states": shape((*chunks, cfg.width, cfg.key)),
+            "a": shape((*chunks, TILE, TILE)),
+            "t": shape((*chunks, TILE, TILE)),
+            "numbers": jax.ShapeDtypeStruct((*chunks, NUMBERS, TILE), F32),
+        }
+    return named
+
+
+def _body(cfg, *refs):
+    names = ["q", "k", "v", "gates"] + ["real"] * cfg.segments + ["init"] * cfg.has_init
+    ins, outs = dict(zip(names, refs)), dict(zip(_outputs(cfg), refs[len(names) :]))
+    wg, idx = lax.axis_index("wg"), (lax.axis_index("batch"), lax.axis_index("head"))
+    most = cfg.registers
+
+    def scoped(smem, bars):
+        @pl.when(wg < cfg.parts)
+        def _():
+            plgpu.set_max_registers(most[0], action="increase")
+            _states(cfg, idx, ins, outs, smem, bars, wg)
+
+        @pl.when(wg == cfg.parts)
+        def _():
+            plgpu.set_max_registers(most[1], action="increase" if most[1] > 128 else "decrease")
+            _scores(cfg, idx, outs, smem, bars)
+
+        @pl.when(wg == cfg.parts + 1)
+        def _():
+            plgpu.set_max_registers(most[2], action="decrease")
+            in_one_warp(lambda: _produce(cfg, idx, ins, smem, bars))
+
+    pl.run_scoped(scoped, _scratch(cfg), _barriers(cfg), collective_axes="wg")
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
+def walk(cfg, q, k, v, gates, real, init):
+    """Runs the walk; returns its outputs by name, see `_outputs`.
+
+    q, k ``[B, T, G, N]``, v ``[B, T, H, P]``, gates ``[B, chunks, H, 2, 64]`` (log2 decays and beta), real ``[B,
+    chunks, 64]`` or None, init ``[B, H, P, N]`` float32 or None.
+    """
+    out = _outputs(cfg)
+    kernel = plgpu.kernel(
+        named_body("gated_delta_rule_walk", _body, cfg),
+        out_type=list(out.values()),
+        grid=(cfg.batch, cfg.heads),
+        grid_names=("batch", "head"),
+        num_threads=cfg.parts + 2,
+        thread_name="wg",
+        compiler_params=LANE_PARAMS,
+    )
+    args = [q, k, v, gates, real if cfg.segments else None, init if cfg.has_init else None]
+    return dict(zip(out, call_varying(kernel, *(a for a in args if a is not None))))
