@@ -98,19 +98,41 @@ def _sizes(op: str) -> list:
     if op in ("ssd", "linear_attention", "mamba3"):  # the latter two by the kernels of the former
         return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
     if op == "gated_delta_rule":
-        inverse = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.inverse")
-        return [(api, {"TOKEN_MULTIPLE": api.TILE}), (inverse, {"invert_blocks": _invert_blocks})]
+        threads = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.threads")
+        return [(api, {"TOKEN_MULTIPLE": api.TILE}), (threads, _threads(threads))]
     return []
 
 
-def _invert_blocks(below):
-    """`pallas_kernels.ops.gated_delta_rule.gpu.inverse.invert_blocks`, whose threads hand each other rows."""
-    row, col = (lax.broadcasted_iota(jnp.int32, below.shape, axis) for axis in range(2))
-    power, inverse = jnp.where(row // 16 == col // 16, -below, 0.0), jnp.where(row == col, 1.0, 0.0)
-    for _ in range(4):  # (1 + p)(1 + p^2)(1 + p^4)(1 + p^8)
-        inverse += inverse @ power
-        power = power @ power
-    return inverse
+def _threads(threads) -> dict:
+    """`pallas_kernels.ops.gated_delta_rule.gpu.threads`, whose functions are in words that are not interpreted."""
+    row, col = (functools.partial(lax.broadcasted_iota, jnp.int32, (threads.TILE,) * 2, axis) for axis in range(2))
+
+    def keep(holds):
+        return lambda tile: jnp.where(holds(row(), col()), tile, 0.0)
+
+    def between(width):
+        return keep(lambda row, col: (row // width % 2 == 1) & (row // width == col // width + 1))
+
+    def invert_blocks(below):
+        inverse, power = keep(jnp.equal)(jnp.ones_like(below)), keep(lambda row, col: row // 16 == col // 16)(-below)
+        for _ in range(4):  # (1 + p)(1 + p^2)(1 + p^4)(1 + p^8)
+            inverse, power = inverse + inverse @ power, power @ power
+        return inverse
+
+    def two_terms(tile):
+        high = lax.reduce_precision(tile, 8, 7)
+        return high.astype(jnp.bfloat16), (tile - high).astype(jnp.bfloat16)
+
+    return {
+        "hidden_zero": lambda: 0,
+        "keep_lower": keep(jnp.greater_equal),
+        "keep_strictly_lower": keep(jnp.greater),
+        "keep_upper": keep(jnp.less_equal),
+        "keep_diagonal": keep(jnp.equal),
+        "keep_between": {width: between(width) for width in threads.keep_between},
+        "invert_blocks": invert_blocks,
+        "two_terms": two_terms,
+    }
 
 
 _LOCK, _PROGRAMS = threading.Lock(), {}

@@ -43,9 +43,9 @@ from pallas_kernels.mosaic_gpu import (
     named_body,
     rows_of,
     sums_of,
-    tile_index,
     zeros,
 )
+from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
     DECAY,
     FROM_STATE_K,
@@ -248,17 +248,23 @@ def _beta(smem, slot, layout):
     return jnp.maximum(vector(smem["gates"].at[slot, 1], layout), SMALLEST_BETA)
 
 
-def _store_rows(cfg, smem, target, values, rest):
-    """A tile of a gradient of q or k to shared memory, less what its length takes."""
-    slot, tile, per, dots = rest
+def _store_rows(cfg, smem, slot, tile, per, values, dots, targets):
+    """A tile of a gradient of q or k to shared memory, less what its length takes, by TILE columns."""
     lengths = vector(smem["numbers"].at[slot, per], ROW)
-    if cfg.normalize:
-        along = lengths * lengths * dots
-    for n in range(0, cfg.key, TILE):
-        part = values[:, n : n + TILE]
+    along = lengths * lengths * dots
+    for n in range(cfg.key // TILE):
+        part = values[:, n * TILE : (n + 1) * TILE]
         if cfg.normalize:
-            part -= load_tile(tile.at[:, pl.ds(n, TILE)]) * rows_of(along)
-        target[:, pl.ds(n, TILE)] = part.astype(cfg.dtype)
+            part -= load_tile(tile.at[:, pl.ds(n * TILE, TILE)]) * rows_of(along)
+        targets[n] = part.astype(cfg.dtype)
+    plgpu.commit_smem()
+
+
+def _copy_rows(cfg, sources, target, where):
+    b, chunk, head = where
+    for n in range(cfg.key // TILE):
+        rows, cut = pl.ds(chunk * TILE, TILE), pl.ds(n * TILE, TILE)
+        plgpu.copy_smem_to_gmem(sources.at[n], target.at[b, rows, head, cut])
 
 
 def _query_tile(cfg, i, where, outs, smem, bars):
@@ -285,21 +291,18 @@ def _query_tile(cfg, i, where, outs, smem, bars):
                 crossing += jnp.sum(load_tile(state.at[cut]) * load_tile(grad.at[cut]), axis=1)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(bars["part_empty"].at[ring])
-        row, col = tile_index(0), tile_index(1)
         pair = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
         pair = jnp.exp2(jnp.minimum(pair, 0.0))
         pair *= cols_of(vector(numbers.at[PER_K]) * jnp.maximum(vector(smem["gates"].at[slot, 1]), SMALLEST_BETA))
         asked = sums_of(of_y) * pair * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
-        asked = jnp.where(row >= col, asked, 0.0)
         mixed = sums_of(of_v) * pair * rows_of(vector(numbers.at[PER_K], ROW))
-        mixed = jnp.where(row > col, -mixed, 0.0)
 
         @pl.when(i > 0)
         def _():
             plgpu.barrier_wait(bars["pairs_empty"].at[0])
 
-        smem["pairs"][0] = asked.astype(cfg.dtype)
-        smem["pairs"][1] = mixed.astype(cfg.dtype)
+        smem["pairs"][0] = threads.keep_lower(asked).astype(cfg.dtype)
+        smem["pairs"][1] = threads.keep_strictly_lower(-mixed).astype(cfg.dtype)
         smem["sums"][1] = crossing
         plgpu.commit_smem()
         plgpu.barrier_arrive(bars["pairs_full"].at[0])
@@ -311,11 +314,10 @@ def _query_tile(cfg, i, where, outs, smem, bars):
     dots = _dots(q, d_q)
     smem["sums"][0] = dots
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    _store_rows(cfg, smem, smem["dq"], d_q, (slot, q, PER_Q, dots))
-    plgpu.commit_smem()
+    _store_rows(cfg, smem, slot, q, PER_Q, d_q, dots, smem["dq"])
     plgpu.barrier_arrive(bars["sums_full"].at[0])
     plgpu.barrier_arrive(bars["empty"].at[slot])
-    plgpu.copy_smem_to_gmem(smem["dq"], outs["dq"].at[b, pl.ds(chunk * TILE, TILE), head])
+    _copy_rows(cfg, smem["dq"], outs["dq"], where)
 
 
 def _key_tile(cfg, i, where, outs, smem, bars):
@@ -348,9 +350,9 @@ def _key_tile(cfg, i, where, outs, smem, bars):
 
     back, onward, at_end = accumulate(work, cfg.key, cfg.key)
     dots_back, dots_onward = _dots(k, back), _dots(k, onward)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    _store_rows(cfg, smem, smem["dk"], back + onward, (slot, k, PER_K, dots_back + dots_onward))
-    plgpu.barrier_wait(bars["sums_full"].at[0])
+    plgpu.barrier_wait(bars["sums_full"].at[0])  # the other warpgroup has read the pairs, too
+    _store_rows(cfg, smem, slot, k, PER_K, back + onward, dots_back + dots_onward, smem["pairs"])
+    _copy_rows(cfg, smem["pairs"], outs["dk"], where)
     sums = smem["sums"]
     net = vector(sums.at[0], ROW) + dots_back - dots_onward
     crossing = vector(sums.at[1], ROW) * jnp.exp2(numbers[DECAY, TILE - 1])
@@ -358,14 +360,13 @@ def _key_tile(cfg, i, where, outs, smem, bars):
     smem["net"][0] = net
     smem["net"][1] = at_end + crossing
     plgpu.commit_smem()
-    plgpu.barrier_arrive(bars["pairs_empty"].at[0])
-    row, col = tile_index(0), tile_index(1)
-    later = jnp.where(col >= row, cols_of(vector(smem["net"].at[0])), 0.0) + cols_of(vector(smem["net"].at[1]))
+    later = threads.keep_upper(cols_of(vector(smem["net"].at[0]))) + cols_of(vector(smem["net"].at[1]))
     smem["gradients"][0] = jnp.sum(later, axis=1) * math.log(2.0)
     plgpu.commit_smem()
     plgpu.barrier_arrive(bars["empty"].at[slot])
-    plgpu.copy_smem_to_gmem(smem["dk"], outs["dk"].at[b, pl.ds(chunk * TILE, TILE), head])
     plgpu.copy_smem_to_gmem(smem["gradients"], outs["gates"].at[b, chunk, head])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(bars["pairs_empty"].at[0])
 
 
 def _tile_produce(cfg, i, where, ins, smem, bars):
@@ -412,7 +413,7 @@ def _tile_scratch(cfg):
         **{name: tile((STAGES, TILE, TILE)) for name in ("dy", "u", "dv")},
         **{name: tile((STAGES, TILE, cfg.key)) for name in ("state", "grad")},
         "pairs": tile((2, TILE, TILE)),
-        **{name: tile((TILE, cfg.key)) for name in ("dq", "dk")},
+        "dq": tile((cfg.key // TILE, TILE, TILE)),
         "numbers": plgpu.SMEM((STAGES, NUMBERS, TILE), F32),
         "gates": plgpu.SMEM((STAGES, 2, TILE), F32),
         "real": plgpu.SMEM((STAGES, TILE), F32) if cfg.segments else None,

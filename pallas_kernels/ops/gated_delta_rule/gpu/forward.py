@@ -43,13 +43,12 @@ from pallas_kernels.mosaic_gpu import (
     cols_of,
     drain,
     in_one_warp,
-    load_tile,
     named_body,
     rows_of,
     sums_of,
-    tile_index,
     zeros,
 )
+from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
 from pallas_kernels.ops.ssd.gpu.walk import clear_rows
 from pallas_kernels.varying import call_varying
@@ -97,7 +96,9 @@ class Walk:
     @property
     def registers(self) -> tuple[int, int, int]:
         """Of a thread of the warpgroups (state, scores, producer)."""
-        return (176, 136, 24) if self.parts == 2 else (232, 232, 24)
+        if self.parts == 1:
+            return (232, 232, 24)
+        return (192, 104, 24) if self.emit_residuals or self.segments else (184, 120, 24)
 
 
 def vector(ref, layout=COL):
@@ -122,15 +123,6 @@ def clear_padding(cfg, smem, slot, *tiles):
         plgpu.commit_smem()
 
 
-def squares(tile):
-    """Sums of squares of the rows of a tile of shared memory."""
-    total = plgpu.layout_cast(jnp.zeros(TILE, F32), ROW)
-    for n in range(0, tile.shape[-1], TILE):
-        part = load_tile(tile.at[:, pl.ds(n, TILE)])
-        total += jnp.sum(part * part, axis=1)
-    return total
-
-
 def _product(left, right):
     def work(acc):
         plgpu.wgmma(acc, left, right)
@@ -139,22 +131,25 @@ def _product(left, right):
     return accumulate(work, TILE)
 
 
-def _numbers(cfg, numbers, steps, q, k):
+def _per_length(cfg, products):
+    """1 / length of each row, from the products of the rows among each other; or 1."""
+    if not cfg.normalize:
+        return plgpu.layout_cast(jnp.ones(TILE, F32), ROW)
+    return lax.rsqrt(jnp.sum(threads.keep_diagonal(products), axis=1) + LENGTH_EPS)
+
+
+def _numbers(cfg, numbers, steps, per_q, per_k):
     """Fills the tokens' numbers."""
-    row, col = tile_index(0), tile_index(1)
-    decay = jnp.sum(jnp.where(col <= row, cols_of(vector(steps)), 0.0), axis=1)
+    decay = jnp.sum(threads.keep_lower(cols_of(vector(steps))), axis=1)
     numbers[DECAY] = decay
     plgpu.commit_smem()
-    end = numbers[DECAY, TILE - 1]
-    upto, after = jnp.exp2(decay), jnp.exp2(end - decay)
-    per_q, per_k = (
-        lax.rsqrt(squares(tile) + LENGTH_EPS) if cfg.normalize else jnp.ones_like(decay) for tile in (q, k)
-    )
+    upto, after = jnp.exp2(decay), jnp.exp2(numbers[DECAY, TILE - 1] - decay)
     numbers[FROM_STATE_Q] = upto * per_q * cfg.scale
     numbers[FROM_STATE_K] = upto * per_k
     numbers[TO_STATE] = after * per_k
     numbers[PER_Q] = per_q
     numbers[PER_K] = per_k
+    plgpu.commit_smem()
 
 
 def _scores(cfg, idx, outs, smem, bars):
@@ -174,18 +169,20 @@ def _scores(cfg, idx, outs, smem, bars):
 
         if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
             plgpu.wait_smem_to_gmem(3, wait_read_only=True)
-        _numbers(cfg, numbers, smem["gates"].at[slot, 0], q, k)
-        plgpu.commit_smem()
-        row, col = tile_index(0), tile_index(1)
+        beta = smem["gates"].at[slot, 1]
+        per_q = _per_length(cfg, _product(q, q.T))
+        mixed = _product(k, k.T)
+        per_k = _per_length(cfg, mixed)
+        _numbers(cfg, numbers, smem["gates"].at[slot, 0], per_q, per_k)
         decay = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
         pair = jnp.exp2(jnp.minimum(decay, 0.0)) * cols_of(vector(numbers.at[PER_K]))
         scores = _product(q, k.T) * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
-        a_ref[...] = jnp.where(row >= col, scores * pair, 0.0).astype(cfg.dtype)
-        mixed = _product(k, k.T) * rows_of(vector(numbers.at[PER_K], ROW))
-        mixed *= cols_of(vector(smem["gates"].at[slot, 1]))
-        mixed = jnp.where(row > col, mixed * pair, 0.0)
+        a_ref[...] = threads.keep_lower(scores * pair).astype(cfg.dtype)
+        mixed *= rows_of(vector(numbers.at[PER_K], ROW))
+        mixed *= cols_of(vector(beta))
+        mixed = threads.keep_strictly_lower(mixed * pair)
         plgpu.barrier_arrive(bars["empty"].at[slot])
-        unit_inverse(mixed, t_ref, [smem["scratch"].at[n] for n in range(SCRATCH)])
+        unit_inverse(mixed, t_ref, [smem["scratch"].at[threads.hidden_zero() + n] for n in range(SCRATCH)])
         plgpu.commit_smem()
         plgpu.barrier_arrive(bars["t_full"].at[ring])
         if cfg.emit_residuals:
