@@ -78,22 +78,23 @@ def _reverse_step(cfg, grad, idx, outs, smem, bars, step, part):
     """One chunk of 64 value channels: returns the gradient of the state that enters it."""
     b, head = idx
     slot, chunk = lax.rem(step, STAGES), cfg.walk.chunks - 1 - step
-    q, k, dy, out = smem["q"].at[slot], smem["k"].at[slot], smem["dy"].at[slot, part], smem["out"]
+    q, k, dy = smem["q"].at[slot], smem["k"].at[slot], smem["dy"].at[slot, part]
+    out = smem["out"].at[part + threads.hidden_zero()]
     numbers, dtype = smem["numbers"].at[slot], cfg.walk.dtype
     rows, channels = pl.ds(chunk * TILE, TILE), pl.ds(part * TILE, TILE)
     columns = [pl.ds(n, TILE) for n in range(0, cfg.walk.key, TILE)]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too
     for n, cut in enumerate(columns):
-        out[part, n] = grad[:, n * TILE : (n + 1) * TILE].astype(dtype)
+        out[n] = grad[:, n * TILE : (n + 1) * TILE].astype(dtype)
     plgpu.commit_smem()
     for n, cut in enumerate(columns):
-        plgpu.copy_smem_to_gmem(out.at[part, n], outs["grads"].at[b, chunk, head, channels, cut])
+        plgpu.copy_smem_to_gmem(out.at[n], outs["grads"].at[b, chunk, head, channels, cut])
     plgpu.barrier_wait(bars["full"].at[slot])
     clear_padding(cfg.walk, smem, slot, q, k, dy)
 
     def written(acc):
         for n, cut in enumerate(columns):
-            plgpu.wgmma(acc, out.at[part, n], k.at[:, cut].T)
+            plgpu.wgmma(acc, out.at[n], k.at[:, cut].T)
         given = plgpu.load(dy.T, layout=WGMMA)
         acc[...] = sums_of(acc) * cols_of(vector(numbers.at[TO_STATE]))
         plgpu.wgmma(acc, given, smem["a"].at[slot])
@@ -115,9 +116,9 @@ def _reverse_step(cfg, grad, idx, outs, smem, bars, step, part):
         plgpu.wgmma(acc, asked, q)
         plgpu.wgmma(acc, read, k)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out.at[part, 0].T[...] = d_v.astype(dtype)
+        out.at[0].T[...] = d_v.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out.at[part, 0], outs["dv"].at[b, rows, head, channels])
+        plgpu.copy_smem_to_gmem(out.at[0], outs["dv"].at[b, rows, head, channels])
         return acc[...]
 
     grad = accumulate(onward, cfg.walk.key)

@@ -96,9 +96,7 @@ class Walk:
     @property
     def registers(self) -> tuple[int, int, int]:
         """Of a thread of the warpgroups (state, scores, producer)."""
-        if self.parts == 1:
-            return (232, 232, 24)
-        return (192, 104, 24) if self.emit_residuals or self.segments else (184, 120, 24)
+        return (176, 136, 24) if self.parts == 2 else (232, 232, 24)
 
 
 def vector(ref, layout=COL):
@@ -133,9 +131,8 @@ def _product(left, right):
 
 def _per_length(cfg, products):
     """1 / length of each row, from the products of the rows among each other; or 1."""
-    if not cfg.normalize:
-        return plgpu.layout_cast(jnp.ones(TILE, F32), ROW)
-    return lax.rsqrt(jnp.sum(threads.keep_diagonal(products), axis=1) + LENGTH_EPS)
+    squares = jnp.sum(threads.keep_diagonal(products), axis=1)
+    return lax.rsqrt(squares + LENGTH_EPS if cfg.normalize else jnp.maximum(1.0, jnp.minimum(squares, 1.0)))
 
 
 def _numbers(cfg, numbers, steps, per_q, per_k):
@@ -200,50 +197,58 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
     b, head = idx
     slot, v_slot, ring = lax.rem(i, KEY_STAGES), lax.rem(i, VALUE_STAGES), lax.rem(i, SCORE_STAGES)
     q, k, v = smem["q"].at[slot], smem["k"].at[slot], smem["v"].at[v_slot, part]
-    numbers, out = smem["numbers"].at[ring], smem["out"]
+    numbers, out = smem["numbers"].at[ring], smem["out"].at[part + threads.hidden_zero()]
     rows, channels = pl.ds(i * TILE, TILE), pl.ds(part * TILE, TILE)
     columns = [pl.ds(n, TILE) for n in range(0, cfg.key, TILE)]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too
     for n, cut in enumerate(columns):
-        out[part, n] = state[:, n * TILE : (n + 1) * TILE].astype(cfg.dtype)
+        out[n] = state[:, n * TILE : (n + 1) * TILE].astype(cfg.dtype)
     plgpu.commit_smem()
     if cfg.emit_residuals:
         for n, cut in enumerate(columns):
-            plgpu.copy_smem_to_gmem(out.at[part, n], outs["states"].at[b, i, head, channels, cut])
+            plgpu.copy_smem_to_gmem(out.at[n], outs["states"].at[b, i, head, channels, cut])
     plgpu.barrier_wait(bars["full"].at[slot])
     clear_padding(cfg, smem, slot, q, k)
 
-    def read(from_k, from_q):
-        for tokens, target in ((k, from_k), (q, from_q)):
-            for n, cut in enumerate(columns):
-                plgpu.wgmma(target, out.at[part, n], tokens.at[:, cut].T)
+    def read(from_k):
+        for n, cut in enumerate(columns):
+            plgpu.wgmma(from_k, out.at[n], k.at[:, cut].T)
         plgpu.barrier_wait(bars["v_full"].at[v_slot])
         clear_padding(cfg, smem, slot, v)
         values = plgpu.load(v.T, layout=WGMMA)
         plgpu.barrier_wait(bars["t_full"].at[ring])
-        errors = values.astype(F32) - sums_of(from_k, len(columns)) * cols_of(vector(numbers.at[FROM_STATE_K]))
-        return errors.astype(cfg.dtype), sums_of(from_q) * cols_of(vector(numbers.at[FROM_STATE_Q]))
+        errors = values.astype(F32) - sums_of(from_k) * cols_of(vector(numbers.at[FROM_STATE_K]))
+        return errors.astype(cfg.dtype)
 
-    errors, y = accumulate(read, TILE, TILE)
+    errors = accumulate(read, TILE)
     plgpu.barrier_arrive(bars["v_empty"].at[v_slot])
-    written = _product(errors, smem["t"].at[ring].T)
-    corrections = written * cols_of(vector(smem["gates"].at[slot, 1]))
-    kept = (corrections * cols_of(vector(numbers.at[TO_STATE]))).astype(cfg.dtype)
+
+    def solve(solved, from_q):
+        plgpu.wgmma(solved, errors, smem["t"].at[ring].T)
+        for n, cut in enumerate(columns):
+            plgpu.wgmma(from_q, out.at[n], q.at[:, cut].T)
+        written = sums_of(solved, len(columns))
+        corrections = written * cols_of(vector(smem["gates"].at[slot, 1]))
+        kept = (corrections * cols_of(vector(numbers.at[TO_STATE]))).astype(cfg.dtype)
+        y = sums_of(from_q) * cols_of(vector(numbers.at[FROM_STATE_Q]))
+        return written.astype(cfg.dtype), corrections.astype(cfg.dtype), kept, y
+
+    written, corrections, kept, y = accumulate(solve, TILE, TILE)
     decay = jnp.exp2(numbers[DECAY, TILE - 1])
 
     def write(y_acc, state_acc):
         y_acc[...] = y
         state_acc[...] = state * decay
-        plgpu.wgmma(y_acc, corrections.astype(cfg.dtype), smem["a"].at[ring].T)
+        plgpu.wgmma(y_acc, corrections, smem["a"].at[ring].T)
         plgpu.wgmma(state_acc, kept, k)
         if cfg.emit_residuals:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out.at[part, 1].T[...] = written.astype(cfg.dtype)
-        out.at[part, 0].T[...] = sums_of(y_acc, 1).astype(cfg.dtype)
+            out.at[1].T[...] = written
+        out.at[0].T[...] = sums_of(y_acc, 1).astype(cfg.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out.at[part, 0], outs["y"].at[b, rows, head, channels])
+        plgpu.copy_smem_to_gmem(out.at[0], outs["y"].at[b, rows, head, channels])
         if cfg.emit_residuals:
-            plgpu.copy_smem_to_gmem(out.at[part, 1], outs["written"].at[b, rows, head, channels])
+            plgpu.copy_smem_to_gmem(out.at[1], outs["written"].at[b, rows, head, channels])
         return state_acc[...]
 
     state = accumulate(write, TILE, cfg.key)
