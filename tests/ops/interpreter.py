@@ -114,9 +114,10 @@ def _threads(threads) -> dict:
         return keep(lambda row, col: (row // width % 2 == 1) & (row // width == col // width + 1))
 
     def invert_blocks(below):
-        inverse, power = keep(jnp.equal)(jnp.ones_like(below)), keep(lambda row, col: row // 16 == col // 16)(-below)
-        for _ in range(4):  # (1 + p)(1 + p^2)(1 + p^4)(1 + p^8)
-            inverse, power = inverse + inverse @ power, power @ power
+        inverse = keep(jnp.equal)(jnp.ones_like(below))
+        for i in range(threads.BLOCK - 1):  # row i of each block, times what each row behind it has in column i
+            column, own = keep(lambda row, col, i=i: col % 16 == i), keep(lambda row, col: row // 16 == col // 16)
+            inverse -= own(column(below)) @ inverse
         return inverse
 
     def two_terms(tile):

@@ -11,9 +11,10 @@ from tests.ops.interpreter import LIMITS, needs_gpu_interpreter
 
 PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
 BORROWED = ("linear_attention", "mamba3")  # ops that run on another's kernels
-EACH_TIME = {name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}} - {*BORROWED} | {
-    "selective_scan"
-}
+EACH_TIME = {name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}} - {
+    *BORROWED,
+    "gated_delta_rule",
+} | {"selective_scan"}
 """Ops whose plain implementations are held to everything each time: beside most of them kernels stand."""
 
 

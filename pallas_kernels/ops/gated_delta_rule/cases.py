@@ -44,6 +44,18 @@ TEST_CASES = (
     Case("unit_keys", 2, 40, 2, 8, 2, 8, gate="head", normalize=False),
 )
 
+# Widths, documents and lengths of which the kernels have cases of their own.
+WIDTH_CASES = (
+    Case("halves", 2, 300, 4, 128, 2, 128, gate="head", decay="mixed", layout="packed"),
+    Case("cut", 1, 70, 1, 256, 1, 16, gate="head", decay="mixed"),
+    Case("ungated", 2, 500, 2, 64, 2, 128, gate=None),
+    Case("forgetful", 2, 300, 2, 128, 2, 64, gate="head", decay="strong", layout="scattered"),
+    Case("interior", 2, 200, 2, 64, 2, 64, gate="head", layout="interior"),
+    Case("empty", 2, 200, 2, 64, 2, 64, gate="head", layout="empty", normalize=False),
+    Case("singles", 2, 200, 2, 64, 2, 64, gate="head", layout="singles"),
+    Case("long", 1, 2048, 2, 128, 1, 128, gate="head", decay="weak"),
+)
+
 # The rows that are timed.
 BENCH_CASES = (
     Case("b8_t2048_h16", 8, 2048, 16, 128, 16, 128, gate="head", initial=False, final=False, chunk=None),
@@ -51,8 +63,10 @@ BENCH_CASES = (
     Case("tiny", 2, 128, 4, 32, 2, 32, gate="head", layout="packed", chunk=None),
 )
 
-CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
-CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 4, 4, 2, 8, chunk=8))
+CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
+CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 4, 4, 2, 8, chunk=8)) | {
+    "gpu": Case("gpu", 2, 140, 2, 64, 1, 64, gate="head", chunk=None)
+}
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:

@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import platform
 from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
+    COL,
     F32,
     ROW,
     TILE,
@@ -84,7 +85,7 @@ def _reverse_step(cfg, grad, idx, outs, smem, bars, step, part):
     rows, channels = pl.ds(chunk * TILE, TILE), pl.ds(part * TILE, TILE)
     columns = [pl.ds(n, TILE) for n in range(0, cfg.walk.key, TILE)]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too
-    for n, cut in enumerate(columns):
+    for n in range(len(columns)):
         out[n] = grad[:, n * TILE : (n + 1) * TILE].astype(dtype)
     plgpu.commit_smem()
     for n, cut in enumerate(columns):
@@ -270,7 +271,6 @@ def _copy_rows(cfg, sources, target, where):
 
 def _query_tile(cfg, i, where, outs, smem, bars):
     """dq of a tile, and F and H for the other warpgroup."""
-    b, chunk, head = where
     slot = lax.rem(i, STAGES)
     q, k, numbers = smem["q"].at[slot], smem["k"].at[slot], smem["numbers"].at[slot]
     plgpu.barrier_wait(bars["full"].at[slot])
@@ -294,7 +294,7 @@ def _query_tile(cfg, i, where, outs, smem, bars):
             plgpu.barrier_arrive(bars["part_empty"].at[ring])
         pair = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
         pair = jnp.exp2(jnp.minimum(pair, 0.0))
-        pair *= cols_of(vector(numbers.at[PER_K]) * jnp.maximum(vector(smem["gates"].at[slot, 1]), SMALLEST_BETA))
+        pair *= cols_of(vector(numbers.at[PER_K]) * _beta(smem, slot, COL))
         asked = sums_of(of_y) * pair * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
         mixed = sums_of(of_v) * pair * rows_of(vector(numbers.at[PER_K], ROW))
 

@@ -201,7 +201,7 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
     rows, channels = pl.ds(i * TILE, TILE), pl.ds(part * TILE, TILE)
     columns = [pl.ds(n, TILE) for n in range(0, cfg.key, TILE)]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup, too
-    for n, cut in enumerate(columns):
+    for n in range(len(columns)):
         out[n] = state[:, n * TILE : (n + 1) * TILE].astype(cfg.dtype)
     plgpu.commit_smem()
     if cfg.emit_residuals:

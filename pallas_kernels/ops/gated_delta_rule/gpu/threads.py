@@ -58,7 +58,9 @@ def _element(pair, k: int):
 
 
 def _like(array, registers):
-    return mgpu.FragmentedArray(_registers=registers.reshape(array.registers.shape), _layout=array.layout, _is_signed=None)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(array.registers.shape), _layout=array.layout, _is_signed=None
+    )
 
 
 def _keep(name: str, _, tile):

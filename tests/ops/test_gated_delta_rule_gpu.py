@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernels of gated_delta_rule: gates by chunk and interpreted kernels anywhere, the real ones on a GPU."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.ops.gated_delta_rule import cases
+from pallas_kernels.oracle import compare
+from tests.ops.interpreter import interpreted, needs_gpu_interpreter
+from tests.ops.support import check_against_oracle
+
+gpu = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
+
+SERVED = [case for case in (*cases.TEST_CASES, *cases.WIDTH_CASES) if case.gate != "channel"]
+by_name = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+
+
+def check_interpreted(inputs, case):
+    with interpreted("gated_delta_rule", "gpu"):
+        settings = cases.make_settings(case)
+        check_against_oracle("gated_delta_rule", inputs, dtype="bfloat16", implementation="gpu", **settings)
+
+
+def test_supports_names_argument_and_limit():
+    def why(scale=1.0, dtype="bfloat16", **changes):
+        case = cases.Case("refused", 1, 16, 2, 64, 1, **{"key": 64, "gate": "head", **changes})
+        inputs = cases.make_inputs(case, dtype)
+        return gpu.supports(*(inputs[name] for name in ("q", "k", "v", "beta", "g")), scale=scale)
+
+    assert why() is None and why(gate=None) is None
+    assert why(dtype="float32") == "dtype of q_BTGN (float32) is not bfloat16"
+    assert why(gate="channel") == "g has shape [1, 16, 2, 64], the kernels decay by head, not by key channel"
+    assert why(key=192) == "key width of k_BTGN (192) above 128"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gates_forget_between_documents_and_pass_padding(layout):
+    """What is left of token j at token i of the chunk, by the log2 decays behind it, against a walk over the tokens."""
+    batch, tokens, heads = 2, 150, 3
+    rng = np.random.default_rng(0)
+    ids = make_segment_ids(layout, batch, tokens, seed=5)
+    g, beta = -rng.random((batch, tokens, heads), np.float32), rng.random((batch, tokens, heads), np.float32)
+    if ids is not None:
+        g[ids == 0] = beta[ids == 0] = np.nan
+    steps, betas, real = gpu._gates(jnp.asarray(beta), jnp.asarray(g), None if ids is None else jnp.asarray(ids))
+    flat = np.asarray(steps, np.float64).swapaxes(2, 3).reshape(batch, -1, heads)[:, :tokens]
+    flat_beta = np.asarray(betas).swapaxes(2, 3).reshape(batch, -1, heads)[:, :tokens]
+    ids = np.ones((batch, tokens), np.int32) if ids is None else ids
+    assert (real is None) == (layout == "dense")
+    for row in range(batch):
+        last = 0
+        for t in range(tokens):
+            if ids[row, t] == 0:
+                expected, expected_beta = np.zeros(heads), np.zeros(heads)
+            elif last and ids[row, t] != last:
+                expected, expected_beta = np.full(heads, -gpu.BETWEEN_DOCUMENTS), beta[row, t]
+            else:
+                expected, expected_beta = g[row, t] * np.log2(np.e), beta[row, t]
+            last = ids[row, t] or last
+            np.testing.assert_allclose(flat[row, t], expected, rtol=1e-6)
+            np.testing.assert_array_equal(flat_beta[row, t], expected_beta)
+        if real is not None:
+            padded = np.pad(ids[row] != 0, (0, -tokens % gpu.TILE)).reshape(-1, gpu.TILE)
+            np.testing.assert_array_equal(real[row], np.where(padded.all(-1, keepdims=True), 2, padded))
+
+
+def test_a_decay_of_minus_infinity_is_bounded():
+    steps, _, _ = gpu._gates(jnp.ones((1, 64, 1)), jnp.full((1, 64, 1), -jnp.inf), None)
+    assert steps.min() == gpu.FORGOTTEN and np.finfo(np.float32).tiny > 2.0**gpu.FORGOTTEN
+
+
+@needs_gpu_interpreter
+@pytest.mark.slow
+@by_name
+def test_kernels_interpreted_on_all_cases(case):
+    if case.name != "long":  # minutes
+        check_interpreted(cases.make_inputs(case, "bfloat16"), case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.quick
+def test_kernels_interpreted_where_a_head_has_two_warpgroups():
+    case = cases.Case("parts", 1, 130, 2, 128, 1, 128, gate="head", decay="mixed", layout="packed")
+    check_interpreted(cases.make_inputs(case, "bfloat16"), case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize("beta", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
+def test_keys_alike_are_solved_to_rounding(beta):
+    """A triangle of ones or twos has powers of millions; its inverse is 1 or 2 at most."""
+    case = cases.Case("alike", 1, 128, 1, 64, 1, 64, gate=None, normalize=False, initial=False)
+    inputs = cases.make_inputs(case, "bfloat16")
+    inputs["k"][:] = np.where(np.arange(64) % 4 == 0, 0.25, 0)
+    inputs["beta"][:] = beta
+    check_interpreted(inputs, case)
+
+
+@pytest.mark.hopper
+@by_name
+def test_kernels_against_the_recurrence(case):
+    inputs, settings = cases.make_inputs(case, "bfloat16"), cases.make_settings(case)
+    errors = compare("gated_delta_rule", inputs, dtype="bfloat16", implementation="gpu", **settings)
+    bad = {name: pair for name, pair in errors.items() if not pair[0] <= pair[1]}
+    assert not bad, bad
