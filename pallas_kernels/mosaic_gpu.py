@@ -61,6 +61,13 @@ def load_tile(ref):
     return plgpu.load(ref, layout=WGMMA).astype(F32)
 
 
+def clear_rows(tile, real, dtype):
+    """Zeros in the rows of a tile ``[64, n]`` of shared memory where ``real [64, 64]`` does not hold."""
+    for n in range(0, tile.shape[-1], TILE):
+        part = tile.at[:, pl.ds(n, TILE)]
+        part[...] = jnp.where(real, load_tile(part), 0.0).astype(dtype)
+
+
 def accumulate(work, *widths: int):
     """`work` of as many accumulators [64, width], which hold zeros."""
     return pl.run_scoped(work, *(plgpu.ACC((TILE, n), F32) for n in widths))

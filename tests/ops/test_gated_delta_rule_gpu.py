@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hopper kernels of gated_delta_rule: gates by chunk and interpreted kernels anywhere, the real ones on a GPU."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.gated_delta_rule import cases
@@ -12,6 +16,8 @@ from tests.ops.interpreter import interpreted, needs_gpu_interpreter
 from tests.ops.support import check_against_oracle
 
 gpu = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+inverse = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.inverse")
 
 SERVED = [case for case in (*cases.TEST_CASES, *cases.WIDTH_CASES) if case.gate != "channel"]
 by_name = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
@@ -86,15 +92,46 @@ def test_kernels_interpreted_where_a_head_has_two_warpgroups():
     check_interpreted(cases.make_inputs(case, "bfloat16"), case)
 
 
+def invert(below):
+    """`unit_inverse` of a triangle, in a kernel of its own."""
+    tile = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=gpu.forward.BF16_TRANSFORMS)
+
+    def body(below_g, out_g):
+        def scoped(target, scratch):
+            given = plgpu.load(below_g, layout=gpu.forward.WGMMA, optimized=False)
+            inverse.unit_inverse(given, target, [scratch.at[n] for n in range(inverse.SCRATCH)])
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(target, out_g)
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(scoped, tile((gpu.TILE, gpu.TILE)), tile((inverse.SCRATCH, gpu.TILE, gpu.TILE)))
+
+    shape = jax.ShapeDtypeStruct((gpu.TILE, gpu.TILE), jnp.bfloat16)
+    return plgpu.kernel(body, out_type=shape, compiler_params=gpu.forward.LANE_PARAMS)(jnp.asarray(below, jnp.float32))
+
+
+def check_inverse(beta: float):
+    """Of keys that are all but alike: powers of the triangle have entries of millions, the inverse of 2 at most."""
+    rng = np.random.default_rng(0)
+    keys = 1 + 0.05 * rng.standard_normal((gpu.TILE, gpu.TILE))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    below = np.tril(beta * keys @ keys.T, -1).astype(np.float32)
+    expected = np.linalg.inv(np.eye(gpu.TILE) + below.astype(np.float64))
+    assert np.abs(expected).max() < 2.5
+    np.testing.assert_allclose(np.asarray(invert(below), np.float64), expected, atol=2e-3, rtol=2**-8)
+
+
 @needs_gpu_interpreter
-@pytest.mark.parametrize("beta", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
-def test_keys_alike_are_solved_to_rounding(beta):
-    """A triangle of ones or twos has powers of millions; its inverse is 1 or 2 at most."""
-    case = cases.Case("alike", 1, 128, 1, 64, 1, 64, gate=None, normalize=False, initial=False)
-    inputs = cases.make_inputs(case, "bfloat16")
-    inputs["k"][:] = np.where(np.arange(64) % 4 == 0, 0.25, 0)
-    inputs["beta"][:] = beta
-    check_interpreted(inputs, case)
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_a_triangle_of_keys_alike_is_inverted_to_rounding(beta):
+    with interpreted("gated_delta_rule", "gpu"):
+        check_inverse(beta)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_triangles_on_the_device(beta):
+    check_inverse(beta)
 
 
 @pytest.mark.hopper

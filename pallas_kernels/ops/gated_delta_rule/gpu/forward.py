@@ -40,6 +40,7 @@ from pallas_kernels.mosaic_gpu import (
     TILE,
     WGMMA,
     accumulate,
+    clear_rows,
     cols_of,
     drain,
     in_one_warp,
@@ -50,7 +51,6 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
-from pallas_kernels.ops.ssd.gpu.walk import clear_rows
 from pallas_kernels.varying import call_varying
 
 KEY_STAGES = 3

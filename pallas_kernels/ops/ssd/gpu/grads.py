@@ -37,6 +37,7 @@ from pallas_kernels.mosaic_gpu import (
     TILE,
     WGMMA,
     accumulate,
+    clear_rows,
     cols_of,
     in_one_warp,
     keep_upper,
@@ -48,7 +49,6 @@ from pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from pallas_kernels.ops.ssd.gpu.decay import SMALLEST_DT_EXPONENT
-from pallas_kernels.ops.ssd.gpu.walk import clear_rows
 from pallas_kernels.varying import call_varying
 
 LARGEST = 126.0  # log2 of the largest weight of a pair that is masked afterwards

@@ -39,9 +39,9 @@ from pallas_kernels.mosaic_gpu import (
     TILE,
     WGMMA,
     accumulate,
+    clear_rows,
     cols_of,
     keep_upper,
-    load_tile,
     matmul,
     named_body,
     rows_of,
@@ -119,13 +119,6 @@ class Walk:
     @property
     def piece_chunks(self) -> int:
         return -(-self.chunks // (2 * self.pieces)) * 2
-
-
-def clear_rows(tile, real, dtype):
-    """Zeros in the rows of a tile ``[64, n]`` of shared memory where ``real [64, 64]`` does not hold."""
-    for n in range(0, tile.shape[-1], TILE):
-        part = tile.at[:, pl.ds(n, TILE)]
-        part[...] = jnp.where(real, load_tile(part), 0.0).astype(dtype)
 
 
 def _clear_padding(cfg, smem, slot, *tiles):
