@@ -67,7 +67,7 @@ def kill_once(config: Path, run: Path, start: float, moment: random.Random) -> t
         there = {
             "start-up": lambda: time.monotonic() > begun + wait,
             "step": lambda: one.step() >= step,
-            "save": lambda: any("tmp" in path.name for path in run.glob("checkpoints/*")),
+            "save": lambda: one.step() and any("tmp" in path.name for path in run.glob("checkpoints/*")),
             "end": lambda: one.step() >= STEPS,
         }[at]
         while process.poll() is None and not there():
