@@ -11,10 +11,10 @@ from tests.ops.interpreter import LIMITS, needs_gpu_interpreter
 
 PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
 BORROWED = ("linear_attention", "mamba3")  # ops that run on another's kernels
-EACH_TIME = {name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}} - {
-    *BORROWED,
-    "gated_delta_rule",
-} | {"selective_scan"}
+LARGE = ("gated_delta_rule",)  # whose kernels take long to compile for the interpreter
+EACH_TIME = {name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}} - {*BORROWED, *LARGE} | {
+    "selective_scan"
+}
 """Ops whose plain implementations are held to everything each time: beside most of them kernels stand."""
 
 
@@ -24,7 +24,8 @@ TRACED = (contract.check_no_rows, contract.check_float64, contract.check_x64_fla
 
 def is_slow(subject, check) -> bool:
     """Of kernels: what asks for many compilations, or is shown for the op whose kernels they are."""
-    return check in contract.REST or (subject.name in BORROWED and check not in (contract.check_oracle, *TRACED))
+    rarely = subject.name in (*BORROWED, *LARGE) and check not in (contract.check_oracle, *TRACED)
+    return check in contract.REST or rarely
 
 
 def on_kernels(platform: str):

@@ -19,7 +19,7 @@ BETWEEN_DOCUMENTS = 144.0
 FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
 
 
-def supports(q, k, v, beta, g=None, *, scale, **options) -> str | None:
+def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
     del beta, options
     for name, array in (("q_BTGN", q), ("k_BTGN", k), ("v_BTHP", v)):
