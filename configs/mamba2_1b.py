@@ -18,7 +18,7 @@ def config() -> Config:
             pattern="M" * 48,
             blocks={"M": Mamba2(d_state=128, d_head=64)},
             tie_embeddings=False,
-            remat="kernels,sublayer_norm",
+            remat="kernels",
         ),
         data=DataConfig(seq_len=4096, batch_size=4),
         optim=OptimConfig(lr=3e-4, warmup_steps=1000),
