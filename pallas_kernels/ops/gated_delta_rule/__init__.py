@@ -23,6 +23,7 @@ OP = Op(
         "tpu": Implementation(
             "pallas_kernels.ops.gated_delta_rule.tpu.api:gated_delta_rule_tpu",
             "pallas_kernels.ops.gated_delta_rule.tpu.api:supports",
+            "pallas_kernels.ops.gated_delta_rule.tpu.api:slower",
         ),
         "gpu": Implementation(
             "pallas_kernels.ops.gated_delta_rule.gpu.api:gated_delta_rule_gpu",

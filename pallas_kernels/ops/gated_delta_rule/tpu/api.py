@@ -42,6 +42,16 @@ def supports(q, k, v, beta, g=None, *, scale, **options) -> str | None:
     return "scale is traced, the kernels take a number" if isinstance(scale, jax.core.Tracer) else None
 
 
+def slower(q, k, v, *_, **__) -> str | None:
+    """Why xla is faster at a call that the kernels serve, or None if they are, by the compiler's estimate."""
+    del q, k
+    if v.shape[1] < CHUNK:
+        return f"T ({v.shape[1]}) below {CHUNK}, to which the kernels pad"
+    if v.dtype == F32:
+        return "dtype of v_BTHP (float32): the kernels' products are exact, those of xla are rounded to bfloat16"
+    return None
+
+
 def gated_delta_rule_tpu(
     q_BTGN,
     k_BTGN,
@@ -101,7 +111,10 @@ def gated_delta_rule_tpu(
 
 
 def heads_a_block(n_batch: int, n_heads: int, n_groups: int, wanted: int | None) -> int:
-    """Heads of a block: whole groups or a part of one, a block for each core; raises ValueError where `wanted` is not."""
+    """Heads of a block: whole groups or a part of one, a block for each core.
+
+    Raises ValueError where `wanted` is not so.
+    """
     shared = n_heads // n_groups
     legal = [n for n in range(1, n_heads + 1) if n_heads % n == 0 and (n % shared == 0 or shared % n == 0)]
     if wanted is not None:
