@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_tpu import F32, LANES, NN, NT, TN, dot
+from pallas_kernels.mosaic_tpu import F32, LANES, NN, NT, SUBLANES, TN, dot
 
 CHUNK = LANES  # tokens
 
@@ -152,6 +152,22 @@ def _accurate(left: list, right: list) -> jax.Array:
     return functools.reduce(jnp.add, [dot(a, b) for a, b in reversed(pairs)])
 
 
+def _right_rows(array, width: int):
+    """The rows of every second block of `width`."""
+    return jnp.concatenate([array[at : at + width] for at in range(width, CHUNK, 2 * width)], axis=0)
+
+
+def _less(array, step, width: int):
+    """array - step, which has all rows or those of `_right_rows`."""
+    if step.shape == array.shape:
+        return array - step
+    parts = []
+    for i, at in enumerate(range(0, CHUNK, 2 * width)):
+        right = array[at + width : at + 2 * width] - step[i * width : (i + 1) * width]
+        parts += [array[at : at + width], right]
+    return jnp.concatenate(parts, axis=0)
+
+
 def unit_inverses(belows: list, dtype) -> list:
     """(1 + below)^-1 of strictly lower triangles: to float32 accuracy, or that of two bfloat16 terms; in `dtype`."""
     cut = (lambda array: [array]) if dtype == F32 else (lambda array: _terms(array, 2))
@@ -165,10 +181,13 @@ def unit_inverses(belows: list, dtype) -> list:
     inverses = [jnp.where(row == column, 1.0, jnp.where(between(1), -below, 0.0)) for below in belows]
     width = 2
     while width < CHUNK:
+        # Rows that change are those of right blocks: of whole tiles of them alone is a product half as long.
+        changing = (lambda array: array) if width < SUBLANES else functools.partial(_right_rows, width=width)
         now = [cut(inverse) for inverse in inverses]
-        left = [_accurate(a, cut(jnp.where(between(width), b, 0.0))) for a, b in zip(now, belows, strict=True)]
+        rows = [cut(changing(inverse)) for inverse in inverses]
+        left = [_accurate(a, cut(jnp.where(between(width), b, 0.0))) for a, b in zip(rows, belows, strict=True)]
         steps = [_accurate(cut(a), b) for a, b in zip(left, now, strict=True)]
-        inverses = [inverse - step for inverse, step in zip(inverses, steps, strict=True)]
+        inverses = [_less(inverse, step, width) for inverse, step in zip(inverses, steps, strict=True)]
         width *= 2
     return [inverse.astype(dtype) for inverse in inverses]
 
