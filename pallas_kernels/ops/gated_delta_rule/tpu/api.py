@@ -23,7 +23,7 @@ FORGOTTEN = -120.0  # log decay of a token below which nothing is left: exp of i
 BETWEEN_DOCUMENTS = -1e9  # that of a document's first token
 
 
-def supports(q, k, v, beta, g=None, *, scale, **options) -> str | None:
+def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
     """Why the TPU kernels cannot serve this call of `gated_delta_rule`, or None if they can."""
     del options
     if v.dtype not in DTYPES:
