@@ -20,6 +20,11 @@ OP = Op(
             "pallas_kernels.ops.gated_delta_rule.reference:gated_delta_rule_reference", forward_mode=True
         ),
         "xla": Implementation("pallas_kernels.ops.gated_delta_rule.xla:gated_delta_rule_xla", forward_mode=True),
+        "tpu": Implementation(
+            "pallas_kernels.ops.gated_delta_rule.tpu.api:gated_delta_rule_tpu",
+            "pallas_kernels.ops.gated_delta_rule.tpu.api:supports",
+            "pallas_kernels.ops.gated_delta_rule.tpu.api:slower",
+        ),
         "gpu": Implementation(
             "pallas_kernels.ops.gated_delta_rule.gpu.api:gated_delta_rule_gpu",
             "pallas_kernels.ops.gated_delta_rule.gpu.api:supports",

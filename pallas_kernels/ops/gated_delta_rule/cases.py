@@ -65,7 +65,8 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *WIDTH_CASES, *BENCH_CASES)}
 CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 4, 4, 2, 8, chunk=8)) | {
-    "gpu": Case("gpu", 2, 140, 2, 64, 1, 64, gate="head", chunk=None)
+    "tpu": Case("tpu", 2, 150, 4, 16, 2, 8, gate="head", chunk=None),
+    "gpu": Case("gpu", 2, 140, 2, 64, 1, 64, gate="head", chunk=None),
 }
 
 
