@@ -43,7 +43,8 @@ def files_like(folder: Path, *patterns: str) -> list[Path]:
     """The files of a published folder whose names match, sorted; ConfigError as for has_file, but folders are left
     out."""
     found = {file for pattern in patterns for file in folder.glob(pattern)}
-    return [file for file in sorted(found) if (file.is_symlink() or not file.is_dir()) and has_file(folder, file.name)]
+    is_link = lambda file: not storage.in_bucket(folder) and file.is_symlink()
+    return [file for file in sorted(found) if (is_link(file) or not file.is_dir()) and has_file(folder, file.name)]
 
 
 def _is_blob(folder: Path, file: Path) -> bool:

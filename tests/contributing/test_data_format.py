@@ -60,5 +60,5 @@ def test_a_mistake_is_one_line(file, tmp_path):
     with pytest.raises(ConfigError, match=r"pages.csv is not CSV in UTF-8 \("):
         list(formats.open_source(str(file)))
     (tmp_path / "pages.zip").touch()
-    with pytest.raises(ConfigError, match=r"\.parquet or \.csv$"):
+    with pytest.raises(ConfigError, match=r"\.fa\.gz or \.csv$"):
         formats.open_source(str(tmp_path / "pages.zip"))

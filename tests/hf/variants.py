@@ -394,7 +394,7 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
                 "full_attn_beta_factor": 0.3, "mlp_alpha_factor": 0.9, "mlp_beta_factor": 1.3, "num_local_experts": 3,
             },
             {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": None, "num_experts_per_tok": 1, "hidden_act": "relu"},
+             "num_key_value_heads": 1, "num_experts_per_tok": 1, "hidden_act": "relu"},
             {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, **LLAMA3},
         )
     ],
