@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import assume_platform
+from pallas_kernels.op import select
 from pallas_kernels.ops import OPS
 from pallas_kernels.ops.gated_delta_rule import cases
 from pallas_kernels.ops.gated_delta_rule.tpu import api
@@ -184,5 +185,16 @@ def test_compiles(generation, case, dtype):
     assert compiled.as_text().count("tpu_custom_call") == 2
 
 
-def test_auto_takes_the_kernels_of_generations_that_are_estimated():
-    assert set(OPS["gated_delta_rule"].estimated) <= TOPOLOGIES.keys()
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize(("tokens", "dtype", "gate", "kernel"), [
+    (2048, "bfloat16", "head", True), (128, "bfloat16", None, True), (1, "bfloat16", "head", False),
+    (2048, "float32", "head", False), (2048, "bfloat16", "channel", False),
+])  # fmt: skip
+def test_auto_takes_the_kernels_where_they_are_estimated_faster(generation, tokens, dtype, gate, kernel):
+    op, array = OPS["gated_delta_rule"], jax.ShapeDtypeStruct
+    q, v = (array((1, tokens, 4, width), dtype) for width in (32, 64))
+    beta = array((1, tokens, 4), "float32")
+    g = {None: None, "head": beta, "channel": array(q.shape, "float32")}[gate]
+    with assume_platform("tpu", generation=generation):
+        chosen = select(op, "auto", (q, q, v, beta, g), {"scale": 1.0, "normalize": True})
+    assert chosen is op.implementations["tpu" if kernel else "xla"]

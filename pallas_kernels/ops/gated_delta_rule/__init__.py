@@ -32,4 +32,5 @@ OP = Op(
             capability=HOPPER,
         ),
     },
+    estimated=("v5e", "v5p", "v6e"),
 )

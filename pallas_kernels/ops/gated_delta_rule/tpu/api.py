@@ -18,7 +18,7 @@ from pallas_kernels.segments import document_numbers
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 WIDEST = 256  # key and value channels
-BLOCK_HEADS = 4  # the most heads of one block: they fill each other's latencies, and more do not
+BLOCK_HEADS = 4  # the most heads of one block: they fill each other's latencies; more were not tried
 FORGOTTEN = -120.0  # log decay of a token below which nothing is left: exp of it is zero in float32
 BETWEEN_DOCUMENTS = -1e9  # that of a document's first token
 
