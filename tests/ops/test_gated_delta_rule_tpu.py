@@ -185,16 +185,12 @@ def test_compiles(generation, case, dtype):
     assert compiled.as_text().count("tpu_custom_call") == 2
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-@pytest.mark.parametrize(("tokens", "dtype", "gate", "kernel"), [
-    (2048, "bfloat16", "head", True), (128, "bfloat16", None, True), (1, "bfloat16", "head", False),
-    (2048, "float32", "head", False), (2048, "bfloat16", "channel", False),
-])  # fmt: skip
-def test_auto_takes_the_kernels_where_they_are_estimated_faster(generation, tokens, dtype, gate, kernel):
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_auto_stays_with_xla(generation):
+    """Faster by the compiler's estimates, but not near enough where keys repeat and nothing decays."""
     op, array = OPS["gated_delta_rule"], jax.ShapeDtypeStruct
-    q, v = (array((1, tokens, 4, width), dtype) for width in (32, 64))
-    beta = array((1, tokens, 4), "float32")
-    g = {None: None, "head": beta, "channel": array(q.shape, "float32")}[gate]
+    q, v = (array((1, 2048, 4, width), "bfloat16") for width in (32, 64))
+    beta = array((1, 2048, 4), "float32")
     with assume_platform("tpu", generation=generation):
-        chosen = select(op, "auto", (q, q, v, beta, g), {"scale": 1.0, "normalize": True})
-    assert chosen is op.implementations["tpu" if kernel else "xla"]
+        chosen = select(op, "auto", (q, q, v, beta, beta), {"scale": 1.0, "normalize": True})
+    assert chosen is op.implementations["xla"]

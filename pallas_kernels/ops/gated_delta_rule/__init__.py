@@ -32,5 +32,4 @@ OP = Op(
             capability=HOPPER,
         ),
     },
-    estimated=("v5e", "v5p", "v6e"),
 )
