@@ -137,6 +137,18 @@ def mean_visible(seq_len: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
+def stand(x_BTD: jax.Array, tokens: Tokens, window: int | None) -> tuple:
+    """Ids of documents, positions for rotations, and positions for the window where those in the row do not do."""
+    ids, positions, places = tokens.segment_ids, tokens.positions, None
+    if positions is None:
+        positions = positions_within(ids, x_BTD.shape[:2])
+    if tokens.gaps and ids is not None:
+        if window is not None:  # counts tokens of the document, not padding between them
+            places = positions_within(ids, ids.shape)
+        ids = document_ids(ids)
+    return ids, positions, places
+
+
 class AttentionMixer(nnx.Module):
     """Projections, norm and rotation of queries and keys, causal attention with the output gate, output projection."""
 
@@ -189,29 +201,21 @@ class AttentionMixer(nnx.Module):
 
         added: [B, T, H or K, P] each, added to the projections of queries, keys and values.
         """
-        ids, positions, places = self._places(x_BTD, tokens)
+        ids, positions, places = stand(x_BTD, tokens, self.config.window)
         q, k, v, gate = self._project(x_BTD, positions, added)
         y_BTHP = self._attend(q, k, v, gate, segment_ids=(ids, ids), positions=(places, places), split_tokens=True)
         return Output(self._output(y_BTHP))
 
-    def inspect(self, x_BTD: jax.Array, tokens: Tokens, added: list[jax.Array] | None = None) -> dict[str, jax.Array]:
-        """Entropy of the attention, and its share on the first token; see `inspection.attention`. added: as in mix."""
-        ids, positions, places = self._places(x_BTD, tokens)
+    def inspect(
+        self, x_BTD: jax.Array, tokens: Tokens, added: list[jax.Array] | None = None, every: int = 1
+    ) -> dict[str, jax.Array]:
+        """Entropy of the attention, and its share on the first token. added: as in mix; every: as in
+        `inspection.attention`."""
+        ids, positions, places = stand(x_BTD, tokens, self.config.window)
         q, k, _, _ = self._project(x_BTD, positions, added)
         c, sinks = self.config, None if self.sinks is None else self.sinks[...]
         options = {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
-        return inspection.attention(q, k, sinks, ids, places, **options)
-
-    def _places(self, x_BTD: jax.Array, tokens: Tokens) -> tuple:
-        """Ids of documents, positions for rotations, and positions for the window where those in the row do not do."""
-        ids, positions, places = tokens.segment_ids, tokens.positions, None
-        if positions is None:
-            positions = positions_within(ids, x_BTD.shape[:2])
-        if tokens.gaps and ids is not None:
-            if self.config.window is not None:  # counts tokens of the document, not padding between them
-                places = positions_within(ids, ids.shape)
-            ids = document_ids(ids)
-        return ids, positions, places
+        return inspection.attention(q, k, sinks, ids, places, every=every, **options)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Keys and values, see `init_cache` below."""

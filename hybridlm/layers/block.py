@@ -141,7 +141,8 @@ class Block(Protocol):
     `passes(d_model)`: the width R of it, 0 for nothing. Its mixer has `pass_on(x_BTD, passed_BTR, tokens)`, which gives
     (Output, passed_BTR): zeros come to the first depth, and `mix` is that of a first depth. Where it does not take
     every token by itself, it has `extend_on(x_BTD, passed_BTR, cache, length_B, real_BT, layer, *, gaps)`, too, which
-    gives (y_BTD, passed_BTR, the new cache).
+    gives (y_BTD, passed_BTR, the new cache). Where it says of itself what hangs on what
+    came to it, it has `inspect_on(x_BTD, passed_BTR, tokens)`.
 
     A block in which tokens see later ones of their document says `direction = "bidirectional"`; its mixer needs no
     cache.
@@ -206,8 +207,13 @@ def on_arrays(mixer: Mixer, x_BTD: jax.Array, segment_ids=None, positions=None, 
     return (y_BTD, stats) if stats else y_BTD
 
 
-def inspect(module: nnx.Module, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-    """What a mixer or link says of itself; nothing where it has no `inspect`."""
+def inspect(
+    module: nnx.Module, x_BTD: jax.Array, tokens: Tokens, passed_BTR: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """What a mixer or link says of itself; nothing where it has no `inspect`. passed_BTR: of a mixer to which a depth
+    before hands something on."""
+    if passed_BTR is not None and hasattr(module, "inspect_on"):
+        return module.inspect_on(x_BTD, passed_BTR, tokens)
     return module.inspect(x_BTD, tokens) if hasattr(module, "inspect") else {}
 
 

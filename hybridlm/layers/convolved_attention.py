@@ -16,13 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.layers import attention, ops, params
+from hybridlm.layers import attention, inspection, ops, params
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.rope import Rope, rotate
-from hybridlm.layers.segments import positions_within
-from pallas_kernels.segments import document_ids
 
 NORM_EPS = 2.0**-23
 """Least length of a query or key, float32's epsilon as published."""
@@ -152,15 +150,17 @@ class ConvolvedAttentionMixer(nnx.Module):
 
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         """[B, T, D] -> [B, T, D] in `dtype`."""
-        ids, positions, places = tokens.segment_ids, tokens.positions, (None, None)
-        if positions is None:
-            positions = positions_within(ids, x_BTD.shape[:2])
+        ids, positions, places = attention.stand(x_BTD, tokens, self.config.window)
         q, k, v, _ = self._project(x_BTD, positions, tokens, None)
-        if tokens.gaps and ids is not None:
-            if self.config.window is not None:  # counts tokens of the document, not padding between them
-                places = (positions_within(ids, ids.shape),) * 2
-            ids = document_ids(ids)
-        return Output(self._output(self._attend(q, k, v, segment_ids=(ids, ids), positions=places, split_tokens=True)))
+        y_BTHP = self._attend(q, k, v, segment_ids=(ids, ids), positions=(places, places), split_tokens=True)
+        return Output(self._output(y_BTHP))
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Entropy of the attention, and its share on the first token; see `inspection.attention`."""
+        ids, positions, places = attention.stand(x_BTD, tokens, self.config.window)
+        q, k, _, _ = self._project(x_BTD, positions, tokens, None)
+        options = {"window": self.config.window, "scale": self.config.d_head**-0.5, "softcap": None}
+        return inspection.attention(q, k, None, ids, places, **options)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Keys and values as of `Attention`, and of both convolutions and the late values the tokens before."""

@@ -22,7 +22,7 @@ from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.experts import routed_per_device
 from hybridlm.layers.mlp import ACTIVATIONS, GATED
-from hybridlm.layers.moe import STATISTICS, Router, route, statistics
+from hybridlm.layers.moe import STATISTICS, Router, inspected, route, statistics
 from hybridlm.layers.norm import RMSNorm
 
 
@@ -155,6 +155,14 @@ class DepthMoEFeedForward(nnx.Module):
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         """`pass_on` where nothing comes from a depth before."""
         return self.pass_on(x_BTD, None, tokens)[0]
+
+    def inspect_on(self, x_BTD: jax.Array, passed_BTR: jax.Array | None, tokens: Tokens) -> dict[str, jax.Array]:
+        """The busiest choice's share over an even one, the entropy of the router, assignments that were dropped."""
+        return inspected(self.pass_on(x_BTD, passed_BTR, tokens)[0].stats)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """`inspect_on` where nothing comes from a depth before."""
+        return self.inspect_on(x_BTD, None, tokens)
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""

@@ -49,25 +49,37 @@ def decays(g_BT: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
     return span("decay", jnp.exp(g_BT), tokens.segment_ids)
 
 
+def state_norms(state_B: jax.Array, weight_B: jax.Array | None = None) -> dict[str, jax.Array]:
+    """The norm of what each row ends with, [B, ...].
+
+    weight_B: of a sum with weights the sum of these, 0 where nothing was added: the state is their mean.
+    """
+    state_B = state_B.astype(jnp.float32)
+    if weight_B is not None:
+        state_B = jnp.where(weight_B == 0, 0.0, state_B / jnp.where(weight_B == 0, 1.0, weight_B))
+    norm_B = jnp.sqrt(jnp.sum(jnp.square(state_B), axis=tuple(range(1, state_B.ndim))))
+    return {"state_norm_mean": norm_B.mean(), "state_norm_max": norm_B.max()}
+
+
 def attention(
     q_BTHP: jax.Array, k_BTKP: jax.Array, sinks_H: jax.Array | None, segment_ids_BT: jax.Array | None,
     places_BT: jax.Array | None, *, window: int | None, scale: float | None, softcap: float | None,
-    causal: bool = True,
+    causal: bool = True, every: int = 1,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """How attention spreads, over QUERIES queries a row: the entropy in nats of what a query attends to, a sink
     included, and the share that the first token of its document gets.
 
     {entropy_mean, first_token_mean} over queries and heads; {entropy_min, first_token_max} of the heads' means, the
-    lowest and the highest. places_BT: positions that a window counts; None: those in the row. See
-    `pallas_kernels.attention` for the rest.
+    lowest and the highest. places_BT: positions that a window counts; None: those in the row. every: of so many
+    tokens each the last one alone is a query. See `pallas_kernels.attention` for the rest.
     """
     B, T, H, P = q_BTHP.shape
     K = k_BTKP.shape[2]
     ids_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     first_BT = positions_within(segment_ids_BT, (B, T)) == 0
     places_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if places_BT is None else places_BT
-    n = min(T, QUERIES)
-    chosen = np.arange(1, n + 1) * T // n - 1
+    n = min(T // every, QUERIES)
+    chosen = np.arange(1, n + 1) * (T // every) // n * every - 1
     sinks_H = jnp.full(H, -jnp.inf) if sinks_H is None else sinks_H.astype(jnp.float32)
     keys_BSKP = k_BTKP.astype(jnp.float32)
 

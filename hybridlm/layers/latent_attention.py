@@ -17,13 +17,11 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import cache as caches
-from hybridlm.layers import ops, params
-from hybridlm.layers.attention import mean_visible
+from hybridlm.layers import inspection, ops, params
+from hybridlm.layers.attention import mean_visible, stand
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
-from hybridlm.layers.segments import positions_within
-from pallas_kernels.segments import document_ids
 
 
 @dataclass(frozen=True)
@@ -142,15 +140,18 @@ class LatentAttentionMixer(nnx.Module):
 
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         """[B, T, D] -> [B, T, D] in `dtype`."""
-        ids, positions = tokens.segment_ids, tokens.positions
-        if positions is None:
-            positions = positions_within(ids, x_BTD.shape[:2])
-        if tokens.gaps and ids is not None:
-            ids = document_ids(ids)
+        ids, positions, _ = stand(x_BTD, tokens, None)
         q_BTHX, latent_BTX, gate_BTH = self._project(x_BTD, positions)
         k, v = self._expand(latent_BTX)
         y_BTHV = self._attend(q_BTHX, k, v, gate_BTH, segment_ids=(ids, ids), split_tokens=True)
         return Output(self._output(y_BTHV))
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Entropy of the attention, and its share on the first token; see `inspection.attention`."""
+        ids, positions, _ = stand(x_BTD, tokens, None)
+        q_BTHX, latent_BTX, _ = self._project(x_BTD, positions)
+        options = {"window": None, "scale": self._scale, "softcap": None}
+        return inspection.attention(q_BTHX, self._expand(latent_BTX)[0], None, ids, None, **options)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Normed latents and rotated shared keys [B, S, 1, R + P]."""

@@ -14,7 +14,18 @@ from flax import nnx
 
 from hybridlm.errors import require, within
 from hybridlm.layers.attention import Attention
-from hybridlm.layers.block import Block, Make, Output, Tokens, on_arrays, passes, sees_ahead, shares, split_of_parts
+from hybridlm.layers.block import (
+    Block,
+    Make,
+    Output,
+    Tokens,
+    inspect,
+    on_arrays,
+    passes,
+    sees_ahead,
+    shares,
+    split_of_parts,
+)
 from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.titans import Titans
 
@@ -86,11 +97,15 @@ class MemoryAsContextMixer(nnx.Module):
         """[B, T, D], and the statistics of the memory behind its name."""
         with jax.named_scope("memory"):
             r_BTD, stats = self.memory.mix(x_BTD, tokens)
-        ids = None if tokens.segment_ids is None else jnp.repeat(tokens.segment_ids, 2, axis=1)
         with jax.named_scope("attention"):
-            both = _in_turn(r_BTD, x_BTD.astype(r_BTD.dtype))
-            y_BTD = _at_tokens(self.attention.mix(both, Tokens(ids, gaps=tokens.gaps)).y_BTD)
+            y_BTD = _at_tokens(self.attention.mix(*_both(r_BTD, x_BTD, tokens)).y_BTD)
         return Output(_gated(y_BTD, r_BTD), {f"memory.{name}": value for name, value in stats.items()})
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What the memory says of itself, and the attention of its queries at the tokens, behind their names."""
+        both = _both(self.memory.mix(x_BTD, tokens).y_BTD, x_BTD, tokens)
+        found = {"memory": inspect(self.memory, x_BTD, tokens), "attention": self.attention.inspect(*both, every=2)}
+        return {f"{name}.{key}": value for name, numbers in found.items() for key, value in numbers.items()}
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, Any]:
         """The parts' by name; that of the attention has room for both."""
@@ -108,6 +123,12 @@ class MemoryAsContextMixer(nnx.Module):
             both = _in_turn(r_BTD, x_BTD.astype(r_BTD.dtype))
             y, attention = self.attention.extend(both, cache["attention"], 2 * length_B, real, layer, gaps=gaps)
         return _gated(_at_tokens(y), r_BTD), {"memory": memory, "attention": attention}
+
+
+def _both(r_BTD: jax.Array, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Tokens]:
+    """What the attention reads, in documents."""
+    ids = None if tokens.segment_ids is None else jnp.repeat(tokens.segment_ids, 2, axis=1)
+    return _in_turn(r_BTD, x_BTD.astype(r_BTD.dtype)), Tokens(ids, gaps=tokens.gaps)
 
 
 def _in_turn(r_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:

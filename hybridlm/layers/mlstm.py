@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.layers import ops, params, recurrent
+from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import ssd_flops
 from hybridlm.layers.norm import layer_normalise
@@ -116,6 +116,12 @@ class MLSTMMixer(nnx.Module):
         self.norm_bias = params.zeros((H, P), heads, "bias") if bias else None
         self.w_out = params.matrix(rngs, (H, P, D), (*heads, "d_model"), out_std, n_in=2)
         self.b_out = params.zeros((D,), ("d_model",), "bias") if bias else None
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What the forget gates leave of the memory, and the norm of a row's last one, of C with its scale e^m."""
+        new, f_BTH = recurrent.last(self, x_BTD, tokens), self._project(x_BTD)[5]
+        memory_BHNP = new["c"] * jnp.exp(new["m"])[:, :, None, None]
+        return inspection.decays(jax.nn.log_sigmoid(f_BTH), tokens) | inspection.state_norms(memory_BHNP)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """The empty memory, float32: C, its normaliser n, and the logarithm m of their scale."""

@@ -223,9 +223,7 @@ class MoEFeedForward(nnx.Module):
 
     def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
         """The busiest expert's share over an even one, the entropy of the router, assignments that were dropped."""
-        stats = self.mix(x_BTD, tokens).stats
-        names = {"load_max": "max_load", "router_entropy_mean": "entropy", "dropped_sum": "dropped"}
-        return {name: stats[key] for name, key in names.items()}
+        return inspected(self.mix(x_BTD, tokens).stats)
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""
@@ -279,6 +277,12 @@ def statistics(config, top_k: int, logits_BTE, scores_BTE, experts_BTk, real_BT,
     loss = config.balance_weight * balance + config.z_weight * z
     max_load = share_E.max() * n_choices
     return dict(zip(STATISTICS, (loss, balance, z, entropy, max_load, dropped), strict=True))
+
+
+def inspected(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What `inspect` of a mixture says, of its statistics."""
+    names = {"load_max": "max_load", "router_entropy_mean": "entropy", "dropped_sum": "dropped"}
+    return {name: stats[key] for name, key in names.items()}
 
 
 def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple:

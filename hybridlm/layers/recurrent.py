@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm.layers import cache as caches
+from hybridlm.layers import inspection
 from hybridlm.layers.block import Output, Tokens
 from hybridlm.layers.segments import positions_within
 
@@ -26,11 +27,13 @@ def mix(mixer, x_BTD: jax.Array, tokens: Tokens) -> Output:
 
 def state_norm(mixer, x_BTD: jax.Array, tokens: Tokens, name: str = "state") -> dict[str, jax.Array]:
     """The norm of an array of the cache behind the last token of a row, for `inspect` of such a mixer."""
+    return inspection.state_norms(last(mixer, x_BTD, tokens)[name])
+
+
+def last(mixer, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+    """The cache behind the last token of each row, for `inspect` of such a mixer."""
     tokens = replace(tokens, positions=positions_within(tokens.segment_ids, x_BTD.shape[:2]))
-    _, new = mixer._run(x_BTD, tokens, mixer.init_cache(x_BTD.shape[0], 0))
-    state = new[name].astype(jnp.float32)
-    norm_B = jnp.sqrt(jnp.sum(jnp.square(state), axis=tuple(range(1, state.ndim))))
-    return {"state_norm_mean": norm_B.mean(), "state_norm_max": norm_B.max()}
+    return mixer._run(x_BTD, tokens, mixer.init_cache(x_BTD.shape[0], 0))[1]
 
 
 def extend(

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
 STATES = ("a", "b", "m")
@@ -97,6 +97,11 @@ class Rwkv4Mixer(nnx.Module):
         bonus = np.log(0.3) + 0.5 * ((channel_F + 1) % 3 - 1)
         self.bonus = params.make(jnp.asarray(bonus), ("d_inner",), "recurrence")
         self.w_out = params.matrix(rngs, (F, D), ("d_inner", "d_model"), out_std)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What a token leaves of the sums a and b, of all channels, and the norm of a / b behind a row's last one."""
+        new, decay_F = recurrent.last(self, x_BTD, tokens), jnp.exp(-jnp.exp(self.decay[...]))
+        return inspection.span("decay", decay_F, None) | inspection.state_norms(new["a"], new["b"])
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """The token before, and the sums of the recurrence (float32)."""

@@ -180,10 +180,15 @@ class Rwkv7Mixer(nnx.Module):
         self.w_o = params.matrix(rngs, (H, N, D), (*heads, "d_model"), init_std if out_std is None else out_std, n_in=2)
 
     def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
-        """Decays of the state a token, and the norm of a row's last state where no other depth has a part in it."""
+        """`inspect_on` as of a first depth."""
+        return self.inspect_on(x_BTD, jnp.zeros(x_BTD.shape, jnp.float32), tokens)
+
+    def inspect_on(self, x_BTD: jax.Array, passed_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Decays of the state a token, and the norm of a row's last state. passed_BTD: as of `pass_on`."""
         pair_BTcD, _ = token_shift.with_previous(x_BTD.astype(self.dtype), tokens, None)
+        _, _, new = self._through(x_BTD, passed_BTD, tokens, self.init_cache(x_BTD.shape[0], 0))
         numbers = inspection.decays(self._log_decay(self._project(pair_BTcD)[3]), tokens)
-        return numbers if self.config.values == "mixed" else numbers | recurrent.state_norm(self, x_BTD, tokens)
+        return numbers | inspection.state_norms(new["state"])
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero state (float32), and the last token."""

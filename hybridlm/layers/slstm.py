@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import layer_normalise
 
@@ -108,6 +108,14 @@ class SLSTMMixer(nnx.Module):
         self.conv, self.conv_bias = short_conv.make(draw_conv, heads, True)
         self.norm = params.ones((H, P), heads, "norm")
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What the forget gates leave of the sums c and n, and the norm of c / n behind a row's last token."""
+        gates_BTGHP, y_BTHP, new = self._memory(x_BTD, tokens, self.init_cache(x_BTD.shape[0], 0))
+        before, _ = short_conv.shift(y_BTHP.reshape(x_BTD.shape), segment_ids=tokens.segment_ids, gaps=tokens.gaps)
+        before_BTHP, (w_PHP, bias_HP) = before.reshape(y_BTHP.shape), (self.R[:, 1], self.bias[1])
+        f_BTHP = gates_BTGHP[:, :, 1] + jnp.einsum("BTHQ,QHP->BTHP", before_BTHP, w_PHP) + bias_HP[None, None]
+        return inspection.decays(jax.nn.log_sigmoid(f_BTHP), tokens) | inspection.state_norms(new["c"], new["n"])
+
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """Zero states (float32), and the window of the convolution."""
         states = {name: jnp.zeros((batch, *self.norm.shape[-2:]), jnp.float32) for name in STATES}
@@ -115,6 +123,14 @@ class SLSTMMixer(nnx.Module):
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """All tokens, from the cache `old` (None: from nothing, and no new one is made)."""
+        _, y_BTHP, new = self._memory(x_BTD, tokens, old)
+        with jax.named_scope("norm_heads"):
+            y_BTHP = layer_normalise(y_BTHP, self.config.norm_eps) * self.norm[...][None, None]
+            y_BTD = y_BTHP.astype(self.dtype).reshape(x_BTD.shape)
+            return sharding.constrain(y_BTD, *sharding.STREAM), new
+
+    def _memory(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, jax.Array, dict]:
+        """Gates [B, T, G, H, P] before recurrence and bias, what the memory gives [B, T, H, P], and the new cache."""
         ids, window, initial = tokens.segment_ids, None, None
         if old is not None:
             window, initial = old["conv"], tuple(old[name] for name in STATES)
@@ -130,11 +146,8 @@ class SLSTMMixer(nnx.Module):
             R_HGPP = jnp.transpose(self.R[...], (2, 1, 3, 0))
             y_BTHP, states = ops.slstm(gates_BTGHP, R_HGPP, self.bias[...], segment_ids=ids, initial=initial)
             y_BTHP = checkpoint_name(y_BTHP, "slstm_y")
-        with jax.named_scope("norm_heads"):
-            y_BTHP = layer_normalise(y_BTHP, self.config.norm_eps) * self.norm[...][None, None]
-            y_BTD = y_BTHP.astype(self.dtype).reshape(x_BTD.shape)
-            y_BTD = sharding.constrain(y_BTD, *sharding.STREAM)
-        return y_BTD, {} if old is None else {**dict(zip(STATES, states, strict=True)), "conv": window}
+        new = {} if old is None else {**dict(zip(STATES, states, strict=True)), "conv": window}
+        return gates_BTGHP, y_BTHP, new
 
     @jax.named_scope("gates")
     def _gates(self, u_BTHP: jax.Array, x_BTHP: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.layers import ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
 RATE, MOMENTUM, FORGET = range(3)
@@ -140,6 +140,13 @@ class TitansMixer(nnx.Module):
         self.memory_out = params.make(memory(H, F, P), ("heads", None, None), "recurrence")
         out_std = init_std if out_std is None else out_std
         self.out = params.matrix(rngs, (H, P, D), ("heads", "d_head", "d_model"), out_std, n_in=2)
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """What a token's forget gate leaves of the memory, and how far a row's last memory is from the learned one."""
+        forget_BTH = self._project(x_BTD)[2][:, :, FORGET]
+        state_BHS = recurrent.last(self, x_BTD, tokens)["state"]
+        changed_BHM = state_BHS[..., : (state_BHS.shape[-1] - 3) // 4]
+        return inspection.decays(jax.nn.log_sigmoid(-forget_BTH), tokens) | inspection.state_norms(changed_BHM)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
         """A memory as a document starts with it (float32), and the window of the convolution."""

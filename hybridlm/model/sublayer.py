@@ -81,9 +81,9 @@ class Sublayer(nnx.Module):
                 y_BTD, stats = self(x_BTD, tokens)
                 return Output((y_BTD, passed_BTR), stats)
             u_BTD = self._normed(x_BTD)
-            (y_BTD, stats), passed_BTR = self.mixer.pass_on(u_BTD, passed_BTR, tokens)
-            stats = self._inspect(x_BTD, u_BTD, tokens) if tokens.inspect else stats
-            return Output((self._add(x_BTD, u_BTD, y_BTD), passed_BTR), stats)
+            (y_BTD, stats), on_BTR = self.mixer.pass_on(u_BTD, passed_BTR, tokens)
+            stats = self._inspect(x_BTD, u_BTD, tokens, passed_BTR) if tokens.inspect else stats
+            return Output((self._add(x_BTD, u_BTD, y_BTD), on_BTR), stats)
         x_BTD = u_BTD = x
         if self.link is not None:
             with jax.named_scope("link"):
@@ -94,10 +94,11 @@ class Sublayer(nnx.Module):
         return Output(self._add(x_BTD, u_BTD, y_BTD), stats)
 
     @jax.named_scope("inspect")
-    def _inspect(self, x_BTD, u_BTD, tokens: Tokens) -> dict[str, jax.Array]:
+    def _inspect(self, x_BTD, u_BTD, tokens: Tokens, passed_BTR=None) -> dict[str, jax.Array]:
         """What the mixer says of itself, and the link behind its name."""
         of_link = {} if self.link is None else inspect(self.link, x_BTD, tokens)
-        return inspect(self.mixer, u_BTD, tokens) | {f"link.{name}": value for name, value in of_link.items()}
+        of_mixer = inspect(self.mixer, u_BTD, tokens, passed_BTR)
+        return of_mixer | {f"link.{name}": value for name, value in of_link.items()}
 
     def init_cache(self, batch: int, max_len: int) -> Any:
         """The mixer's cache; with a link that and the link's, by name."""

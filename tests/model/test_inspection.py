@@ -12,6 +12,7 @@ from flax import nnx
 from hybridlm import sharding
 from hybridlm.config import Bidirectional, KimiDelta, MeshConfig
 from hybridlm.layers import inspection
+from hybridlm.layers.attention import stand
 from hybridlm.layers.block import Tokens
 from hybridlm.layers.mlp import MLP, FeedForward
 from hybridlm.model.init import init_sharded
@@ -74,7 +75,7 @@ def test_attention(name):
 
     def project(params):
         mixer = nnx.merge(graphdef, params)
-        _, positions, _ = mixer._places(x_BTD, Tokens(ids))
+        _, positions, _ = stand(x_BTD, Tokens(ids), block.window)
         return *mixer._project(x_BTD, positions, None)[:2], None if mixer.sinks is None else mixer.sinks[...]
 
     q, k, sinks = jax.device_get(jax.jit(project, compiler_options=QUICK)(params))
