@@ -85,6 +85,13 @@ def check_fields(config, at: str = "") -> None:
         _check(getattr(config, field.name), hint, f"{at}{field.name}", field)
 
 
+def check_positive(config, names: tuple[str, ...]) -> None:
+    """ConfigError, naming the field and its value, where one of these fields is neither None nor above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{name} ({value}) must be positive")
+
+
 @functools.cache
 def _types(cls: type) -> Mapping[str, Any]:
     """field_types; none where the names in annotations of a user's class cannot be found any more."""

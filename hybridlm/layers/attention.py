@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, qk_norm
 from hybridlm.layers.block import LEFT_TO_RIGHT, Direction, Kept, Make, Output, Tokens, on_arrays, refuse_cache
@@ -83,9 +83,7 @@ class Attention:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_head", "n_kv_heads", "window", "softcap", "scale"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "d_head", "n_kv_heads", "window", "softcap", "scale"))
         require(
             self.n_heads % self.kv_heads == 0, f"n_heads ({self.n_heads}) not divisible by n_kv_heads ({self.kv_heads})"
         )

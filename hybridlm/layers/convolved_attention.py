@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import attention, inspection, ops, params
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import mean_visible
@@ -63,9 +63,7 @@ class ConvolvedAttention:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "n_kv_heads", "d_head", "d_conv", "d_conv_heads", "window"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "n_kv_heads", "d_head", "d_conv", "d_conv_heads", "window"))
         require(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads ({self.n_heads}) not divisible by n_kv_heads ({self.n_kv_heads})",

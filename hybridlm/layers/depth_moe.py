@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
 from hybridlm.layers.experts import routed_per_device
@@ -61,9 +61,7 @@ class DepthMoE:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_experts", "d_ff", "d_router", "top_k", "capacity"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_experts", "d_ff", "d_router", "top_k", "capacity"))
         for name in ("balance_weight", "z_weight"):
             require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must not be negative")
         choices = self.n_experts + 1

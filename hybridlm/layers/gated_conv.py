@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
@@ -39,9 +39,7 @@ class GatedConv:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("d_conv", "d_inner"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("d_conv", "d_inner"))
 
     def check(self, d_model: int) -> None:
         """A gated convolution fits any model width."""

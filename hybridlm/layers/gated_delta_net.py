@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -103,9 +103,7 @@ class GatedDeltaNet:
 
 def check_sizes(block, names: tuple[str, ...]) -> None:
     """ConfigError where a size is not positive, or where initial step sizes and decays cannot be drawn."""
-    for name in names:
-        value = getattr(block, name)
-        require(value is None or value > 0, f"{name} ({value}) must be positive")
+    check_positive(block, names)
     require(
         0 < block.dt_min <= block.dt_max,
         f"dt_min ({block.dt_min}) must be positive and at most dt_max ({block.dt_max})",

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params
 from hybridlm.layers.attention import mean_visible, stand
@@ -66,9 +66,7 @@ class LatentAttention:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_nope", "d_value", "kv_rank", "q_rank", "scale"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "d_nope", "d_value", "kv_rank", "q_rank", "scale"))
         require(self.d_rope >= 0, f"d_rope ({self.d_rope}) must not be negative")
         if self.rope is not None:
             self.rope.d_rotated(self.d_rope)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -136,9 +136,7 @@ class LinearAttention:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_key", "d_head", "scale", "chunk"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "d_key", "d_head", "scale", "chunk"))
         by_channel = isinstance(self.decay, ChannelDecay | ForgetDecay)
         require(
             not (self.feature_map == "taylor" and by_channel),

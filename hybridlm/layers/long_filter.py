@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
 
 
@@ -45,8 +45,7 @@ class ImplicitFilter:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("max_len", "width", "fast_decay", "slow_decay"):
-            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
+        check_positive(self, ("max_len", "width", "fast_decay", "slow_decay"))
         require(self.n_inner >= 0, f"n_inner ({self.n_inner}) must not be negative")
         require(
             self.d_features >= 3 and self.d_features % 2 == 1,

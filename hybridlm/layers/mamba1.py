@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -85,9 +85,7 @@ class Mamba1:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("d_state", "expand", "n_heads", "dt_rank", "d_conv", "dt_scale", "chunk"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("d_state", "expand", "n_heads", "dt_rank", "d_conv", "dt_scale", "chunk"))
         require(
             0 < self.dt_min <= self.dt_max,
             f"dt_min ({self.dt_min}) must be positive and at most dt_max ({self.dt_max})",

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
@@ -99,8 +99,7 @@ class Mamba2:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("d_state", "d_head", "n_groups", "d_conv"):
-            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
+        check_positive(self, ("d_state", "d_head", "n_groups", "d_conv"))
         require(self.n_heads is None or self.n_heads > 0, f"n_heads ({self.n_heads}) must be positive")
         require(self.chunk is None or self.chunk > 0, f"chunk ({self.chunk}) must be positive")
         require(

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -69,9 +69,7 @@ class Mamba3:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("d_state", "d_head", "n_groups", "rank", "A_floor", "chunk"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("d_state", "d_head", "n_groups", "rank", "A_floor", "chunk"))
         require(0 < self.rope_fraction <= 1, f"rope_fraction ({self.rope_fraction}) must be in (0, 1]")
         require(self.n_angles > 0, f"rope_fraction ({self.rope_fraction}) of d_state ({self.d_state}) turns no pair")
         require(

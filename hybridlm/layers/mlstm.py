@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mamba2 import ssd_flops
@@ -54,9 +54,7 @@ class MLSTM:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_key", "d_head", "gate_softcap", "chunk"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "d_key", "d_head", "gate_softcap", "chunk"))
         for name in ("norm_eps", "eps"):
             require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must not be negative")
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require, within
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays, split_of_parts
 from hybridlm.layers.experts import routed_per_device
@@ -57,8 +57,7 @@ class Router:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("top_k", "n_groups", "top_groups", "group_top"):
-            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
+        check_positive(self, ("top_k", "n_groups", "top_groups", "group_top"))
         require(
             self.top_groups <= self.n_groups,
             f"top_groups ({self.top_groups}) must not exceed n_groups ({self.n_groups})",
@@ -108,9 +107,7 @@ class MoE:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_experts", "d_ff", "d_latent", "capacity"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_experts", "d_ff", "d_latent", "capacity"))
         for name in ("balance_weight", "z_weight"):
             require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must not be negative")
         r, E = self.router, self.n_experts

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -55,9 +55,7 @@ class RGLRU:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_inner", "d_conv"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "d_inner", "d_conv"))
 
     def check(self, d_model: int) -> None:
         """ConfigError where the heads do not divide the channels."""

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
@@ -66,9 +66,7 @@ class Rwkv7:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("d_head", "decay_rank", "rate_rank", "gate_rank", "value_rank", "chunk"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("d_head", "decay_rank", "rate_rank", "gate_rank", "value_rank", "chunk"))
 
     def heads(self, d_model: int) -> int:
         """Heads H for a model width; ConfigError where the widths do not divide."""

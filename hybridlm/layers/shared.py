@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.errors import require, within
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
 from hybridlm.layers.attention import Attention, AttentionMixer, cache_grows, init_cache
 from hybridlm.layers.block import Block, Make, Mixer, Tokens, passes, shares, split_of_parts
@@ -49,9 +49,7 @@ class Shared:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("mlp_adapter", "attention_adapter"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("mlp_adapter", "attention_adapter"))
 
     def parts(self) -> dict[str, Block]:
         """The blocks inside, by field name."""

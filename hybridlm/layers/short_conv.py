@@ -66,11 +66,12 @@ def _activated(y: jax.Array, activation: str | None) -> jax.Array:
 
 
 def shift(x_BTD: jax.Array, *, segment_ids, gaps: bool, window=None) -> tuple[jax.Array, jax.Array | None]:
-    """The token before, [B, T, D], zeros before a document's first: the convolution of window 2 with taps 1 and 0.
+    """The token before, [B, T, D], zeros before a document's first: the convolution of window 2 with taps 1 and 0, so
+    the op keeps documents apart, leaves padding out, and hands over what stands on the device before.
 
     window: [B, 1, D], the token before the first; None: zeros, and no new window is made.
     """
-    taps_DW = jnp.broadcast_to(jnp.array([1.0, 0.0]), (x_BTD.shape[-1], 2))
+    taps_DW = jnp.broadcast_to(jnp.array([1.0, 0.0], jnp.float32), (x_BTD.shape[-1], 2))
     return ops.causal_conv1d(
         x_BTD,
         taps_DW,

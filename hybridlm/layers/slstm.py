@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 from hybridlm.layers.norm import layer_normalise
@@ -48,8 +48,7 @@ class SLSTM:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_conv"):
-            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be positive")
+        check_positive(self, ("n_heads", "d_conv"))
         require(self.norm_eps >= 0, f"norm_eps ({self.norm_eps}) must not be negative")
 
     def check(self, d_model: int) -> None:

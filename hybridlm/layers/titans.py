@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
+from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
 
@@ -58,9 +58,7 @@ class Titans:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n_heads", "d_head", "d_memory", "d_conv", "max_rate", "store_every", "refresh_every"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} ({value}) must be positive")
+        check_positive(self, ("n_heads", "d_head", "d_memory", "d_conv", "max_rate", "store_every", "refresh_every"))
         require(
             self.refresh_every is None or self.refresh_every % self.store_every == 0,
             f"refresh_every ({self.refresh_every}) not a multiple of store_every ({self.store_every})",

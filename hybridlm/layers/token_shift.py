@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import sharding
-from hybridlm.layers import ops
+from hybridlm.layers import short_conv
 from hybridlm.layers.block import Tokens
 
 PAIR = ("batch", "tokens", None, None)
@@ -22,17 +22,9 @@ def init_window(batch: int, d_model: int, dtype) -> jax.Array:
 
 
 def with_previous(x_BTD: jax.Array, tokens: Tokens, window: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Each token and the one before it, [B, T, 2, D], zeros before a document's first; the new window, or None.
-
-    The token before is the convolution with the taps 1 and 0: so the op keeps documents apart, leaves padding out, and
-    hands over what stands on the device before.
-    """
+    """Each token and the one before it, [B, T, 2, D], zeros before a document's first; the new window, or None."""
     x_BTD = sharding.constrain(x_BTD, "batch", "tokens", None)
-    taps = jnp.broadcast_to(jnp.array([1.0, 0.0], jnp.float32), (x_BTD.shape[2], 2))
-    before_BTD, window = ops.causal_conv1d(
-        x_BTD, taps, None, channels=(None,), activation=None, segment_ids=tokens.segment_ids, initial_state=window,
-        gaps=tokens.gaps,
-    )  # fmt: skip
+    before_BTD, window = short_conv.shift(x_BTD, segment_ids=tokens.segment_ids, gaps=tokens.gaps, window=window)
     return jnp.stack([x_BTD, before_BTD], axis=2), window
 
 
