@@ -4,6 +4,8 @@
 What a machine may lack is a marker (NEEDS), so that .ci/run can pick such tests where it is there.
 """
 
+import gc
+import itertools
 import os
 import signal
 from importlib.util import find_spec
@@ -66,6 +68,24 @@ def pytest_collection_modifyitems(items):
         for name, reason in missing.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+MAX_MAPPED = 20_000
+"""Pieces of memory, of the 65,530 that Linux grants a process, with which compiled programs are let go."""
+_ended = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Lets go of compiled programs now and then: each takes some ten pieces of memory, and LLVM dies of the last."""
+    if next(_ended) % 25 == 0 and n_mapped() > MAX_MAPPED:
+        jax.clear_caches()
+        gc.collect()
+
+
+def n_mapped() -> int:
+    """How many pieces of memory this process has mapped; 0 where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 @pytest.hookimpl(wrapper=True)
