@@ -21,7 +21,10 @@ from hybridlm.config import (
     Titans,
 )
 
-SIZES = {f"{prefix}{kind}": (prefix, kind) for prefix in ("", "tiny-") for kind in ("mac", "mag", "mal")}
+SIZES = {
+    "mac": ("", "mac"), "mag": ("", "mag"), "mal": ("", "mal"),
+    "tiny-mac": ("tiny-", "mac"), "tiny-mag": ("tiny-", "mag"), "tiny-mal": ("tiny-", "mal"),
+}  # fmt: skip
 WIDTHS = {"": (768, 12, 12, 2048, 512, 16, 50_304, 4096, 128), "tiny-": (64, 2, 2, 128, 32, 4, 320, 128, 8)}
 """Width, layers, heads, MLP, window, persistent tokens, vocabulary, tokens of a row, rows."""
 

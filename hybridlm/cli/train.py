@@ -15,10 +15,10 @@ def run(words: list[str], prog: str) -> int:
 
     name, overrides = _take_config(words)
     if "-h" in overrides or "--help" in overrides:
-        _print_help(name or "hybrid_tiny", prog)
+        _print_help(name or "hybrid_tiny", [word for word in overrides if word not in ("-h", "--help")], prog)
         return 0
     if name is None:
-        raise ConfigError(f"--config is missing; known: {_known()}")
+        raise ConfigError(f"--config is missing: {_known()}")
     config = load_config(name, overrides)
     if config.init.hf == "":
         raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
@@ -55,19 +55,30 @@ def _typed(prog: str) -> str:
     return f"{python_command() if first == 'python' else hybridlm_command()} {rest}"
 
 
-def _print_help(name: str, prog: str) -> None:
-    from hybridlm.config.find import read_config
-    from hybridlm.config.help import help_text
+def _print_help(name: str, words: list[str], prog: str) -> None:
+    """What can be set, with the values that the words give it; words that give no config are told behind it."""
+    from hybridlm.config.find import load_config, read_config
+    from hybridlm.config.help import help_text, names_in_columns
 
+    config, wrong = read_config(name), None
+    for end in range(len(words), -1, -1):  # as much of an unfinished line as can be shown
+        try:
+            config = load_config(name, words[:end])
+            break
+        except ConfigError as error:
+            wrong = wrong or error
     print(f"usage: {prog} --config NAME|FILE.py [--section.key=value ...]")
-    print(f"configs: {_known()}")
-    print(help_text(read_config(name), f"{prog} --config {name}"))
+    print(names_in_columns())
+    print(help_text(config, f"{prog} --config {name}"), end="")
+    if wrong is not None:
+        print(f"\nas it stands, this line would not start: {wrong}")
 
 
 def _known() -> str:
-    from hybridlm.config.find import config_names, pod_names
+    from hybridlm.config.find import config_families
 
-    return f"{', '.join(config_names())}; set for pods: {', '.join(pod_names())}"
+    single = [name for name, sizes in config_families().items() if not sizes]
+    return f"give a name, as {', '.join(single)}, or FILE.py; --help lists all"
 
 
 def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
@@ -77,7 +88,7 @@ def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
         word = words.pop(0)
         if word == "--config":
             if not words or words[0].startswith("-"):
-                raise ConfigError(f"--config wants a name or a file; known: {_known()}")
+                raise ConfigError(f"--config wants a name or a file: {_known()}")
             name = words.pop(0)
         elif word.startswith("--config="):
             name = word.removeprefix("--config=")

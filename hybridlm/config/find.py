@@ -23,17 +23,20 @@ def config_folders() -> list[Path]:
 def config_names() -> list[str]:
     """Names of all configs that can be given to --config; those of a file with sizes are `file:size`."""
     names = []
-    for stem, text in _config_files().items():
-        if "def config(size" in text:
-            names += [f"{stem}:{size}" for size in _words(text, "SIZES")]
-        elif "def config(" in text:
-            names.append(stem)
+    for stem, sizes in config_families().items():
+        names += [f"{stem}:{size}" for size in sizes] or [stem]
     return sorted(names)
 
 
 def pod_names() -> list[str]:
     """The same for the pods that configs come with settings for: `hybrid_8b:v5p:8x8x16`."""
     return sorted(f"{stem}:{pod}" for stem, text in _config_files().items() for pod in _words(text, "PODS"))
+
+
+def config_families() -> dict[str, list[str]]:
+    """Name of each config -> its sizes, none where it has none."""
+    files = {stem: text for stem, text in _config_files().items() if "def config(" in text}
+    return {stem: _words(text, "SIZES") if "def config(size" in text else [] for stem, text in sorted(files.items())}
 
 
 def _config_files() -> dict[str, str]:
@@ -64,15 +67,16 @@ def read_config(name_or_path: str) -> Config:
     if path.suffix != ".py":
         files = [f for folder in config_folders() if (f := folder / f"{stem}.py").is_file()]
         if not files:
-            names = config_names() + pod_names()
-            near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(name_or_path, config_names() + pod_names(), n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ConfigError(f"no config named {name_or_path!r}: {hint}known: {', '.join(names)}")
+            raise ConfigError(f"no config named {name_or_path!r}: {hint}--help lists all; a file is named as FILE.py")
         path = files[0]
     if not path.is_file():
         raise ConfigError(f"no config file {stem}")
     try:
         module = _module(path)
+        if not callable(getattr(module, "config", None)):
+            raise ConfigError("it has no function config(), which gives a hybridlm.config.Config")
         sizes, pods = getattr(module, "SIZES", None), getattr(module, "PODS", {})
         pod = pods.get(words)
         size = words.partition(":")[0] if pod else words
@@ -90,7 +94,7 @@ def read_config(name_or_path: str) -> Config:
         config = module.config() if sizes is None else module.config(size)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a user's file raises becomes one line that names the file
+    except (Exception, SystemExit) as error:  # whatever a user's file raises becomes one line that names the file
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: config() returned {type(config).__name__}, not hybridlm.config.Config")

@@ -13,6 +13,7 @@ from hybridlm.cli import main, train_main
 from hybridlm.cli.ending import explained
 from hybridlm.cli.start import without_late_writes
 from hybridlm.cli.table import COMMANDS
+from hybridlm.config.find import config_names
 from hybridlm.errors import AgainError, ConfigError, Exit, RunError
 from hybridlm.train.progress import Display, clock, short
 
@@ -72,7 +73,11 @@ def test_generate_errors(capsys, tmp_path):
 
     check([], "--run")
     check(["--run", str(tmp_path)], "holds no run")
-    check(["--run", str(tmp_path), "--temprature", "1"], "--temprature")
+    check(["--run", str(tmp_path), "--temprature", "1"], "--temprature", "did you mean --temperature?")
+    check(["--top_k", "1"], "unknown option --top_k: did you mean --top-k?")
+    check(["--run", str(tmp_path), "--config", "hybrid_tny"], "no config named 'hybrid_tny'")
+    check(["--run", str(tmp_path), "--config", str(tmp_path / "none.py")], "no config file")
+    check(["--run", str(tmp_path), "--prompt", "--", "--x"], "--prompt", "see hybridlm generate --help")
     check(["--run", str(tmp_path), "--top-p", "2"], "--top-p (2) must be between 0 and 1")
     check(["--run", str(tmp_path), "--max-new-tokens", "0"], "--max-new-tokens (0) must be at least 1")
 
@@ -86,6 +91,77 @@ def test_help(capsys):
     assert main(["--help"]) == 0 and "hybridlm generate" in capsys.readouterr().out
     assert main(["generate", "--help"]) == 0 and "--top-k" in capsys.readouterr().out
     assert main(["fly"]) == 2 and main([]) == 2
+
+
+@pytest.mark.parametrize(
+    "words, shown",
+    [
+        (["--model.blocks.E=MoE"], ["--model.blocks.E.n_experts", "--model.blocks.E (now MoE)"]),
+        (["--model.blocks.M=Mamba1"], ["--model.blocks.M.dt_rank"]),
+        (["--optim.rule", "AdamW"], ["--optim.rule.betas", "--optim.rule (now AdamW)"]),
+        (["--optim.schedule=Cosine"], ["--optim.schedule (now Cosine)"]),
+        (["--optim.objective=Masked", "--optim.objective.masked=0.3"], ["--optim.objective.masked", "0.3"]),
+        (["--model.blocks.*.rope.scaling=YaRN"], ["--model.blocks.*.rope.scaling.factor"]),
+    ],
+)
+def test_help_shows_what_is_chosen_on_its_line(capsys, words, shown):
+    """Fields of a choice stand in the help with it and not without; so do values of this line."""
+    assert train_main(["--config", "hybrid_tiny", "--help"]) == 0
+    without = capsys.readouterr().out
+    assert train_main(["--config", "hybrid_tiny", *words, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(key in said for key in shown) and "would not start" not in said
+    assert not all(key in without for key in shown)
+
+
+def test_help_of_an_unfinished_line(capsys):
+    """What is wrong is told behind the help of what can be read."""
+    words = ["--config", "hybrid_tiny", "--model.blocks.E=MoE", "--model.blocks.E.n_expert=4", "--help"]
+    assert train_main(words) == 0
+    said = capsys.readouterr().out
+    assert "--model.blocks.E.n_experts" in said
+    assert said.splitlines()[-1].startswith("as it stands, this line would not start: unknown key --model.blocks.E.n_e")
+    check_fails(capsys, ["--config", "hybrid_tny", "--help"], "no config named 'hybrid_tny'")
+
+
+def test_names_of_configs_stand_in_columns_by_family(capsys):
+    assert train_main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  ") and len(line.split()) > 1}
+    assert rows["mamba2"] == ["130m", "370m", "780m", "1.3b", "2.7b"] and "hybrid_tiny" in rows["continue_from_hf"]
+    assert "tiny-mag" in rows["titans"] and "v5p:8x8x16" in rows["hybrid_8b"] and max(map(len, lines)) <= 100
+    listed = {f"{name}:{size}" for name, sizes in rows.items() for size in sizes}
+    assert {name for name in config_names() if ":" in name} <= listed
+
+
+def test_a_name_that_is_not_there_is_told_its_nearest(capsys):
+    check_fails(capsys, ["--config", "memba2:1.3b"], "did you mean mamba2:1.3b")
+    assert train_main(["--config", "qqq"]) == 2
+    assert len(capsys.readouterr().err) < 120
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("x = 1\n", "has no function config()"),
+        ("config = 3\n", "has no function config()"),
+        ("def config():\n    return 3\n", "config() returned int"),
+        ("import sys\nsys.exit('bye')\n", "SystemExit: bye"),
+        ("def config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_config_file_of_ones_own_that_gives_none_is_one_line(capsys, tmp_path, text, told):
+    (tmp_path / "mine.py").write_text(text)
+    check_fails(capsys, ["--config", str(tmp_path / "mine.py")], "mine.py: ", told)
+
+
+def test_every_command_has_a_help_with_all_its_options(capsys):
+    for command in COMMANDS:
+        assert main([command.name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: hybridlm {command.name}") and said.count("\n") > 5, command.name
+        assert main([command.name, "--hlep"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_list_of_commands(capsys):
