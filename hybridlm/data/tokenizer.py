@@ -26,6 +26,9 @@ EOS_NAMES = (
     "<|im_end|>",
 )  # fmt: skip
 
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What belongs to a tokenizer.json: names of special tokens, and the chat template."""
+
 
 class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer.
@@ -49,6 +52,11 @@ class Tokenizer(Protocol):
     def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
         """The ids of one whole document, bos and eos included, end to end in arrays; of about `size` characters where
         the ids of a text are those of its parts."""
+
+    def encode_template(self, text: str, spelled: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 ids of what a chat template made, the character of `text` at which each begins), both [T].
+
+        Special tokens that the text spells are read as such, but for those that begin at a character of `spelled`."""
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each id stands for, int64 [vocab_size]; 0 for what is no text. Exact for byte-level
@@ -79,6 +87,10 @@ class ByteTokenizer:
     def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
         for start in range(0, max(len(text), 1), size):
             yield self.encode(text[start : start + size], bos=start == 0, eos=start + size >= len(text))
+
+    def encode_template(self, text: str, spelled: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(text)
+        return ids, np.cumsum((ids & 0xC0) != 0x80) - 1  # a byte that begins a character is not 10xxxxxx
 
     def byte_lengths(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int64)
@@ -118,6 +130,10 @@ class DnaTokenizer:
     def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
         for start in range(0, max(len(text), 1), size):
             yield self.encode(text[start : start + size], bos=start == 0, eos=start + size >= len(text))
+
+    def encode_template(self, text: str, spelled: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(text)
+        return ids, np.arange(len(ids))
 
     def byte_lengths(self) -> np.ndarray:
         return (np.arange(self.vocab_size) >= self.UNKNOWN).astype(np.int64)
@@ -172,6 +188,7 @@ class FileTokenizer:
         if self.vocab_size < 2:
             raise ConfigError(f"tokenizer {path} has a vocabulary of {self.vocab_size} tokens; it needs at least 2")
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        self.special = frozenset(special)
         declared = _declared_ends(path)
         self.bos_id = _find_end("bos_token", bos, declared, BOS_NAMES, special, vocabulary, path)
         self.eos_id = _find_end("eos_token", eos, declared, EOS_NAMES, special, vocabulary, path)
@@ -202,6 +219,33 @@ class FileTokenizer:
 
     def encode_pieces(self, text: str, size: int) -> Iterator[np.ndarray]:
         yield self.encode(text, bos=True, eos=True)
+
+    def encode_template(self, text: str, spelled: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        text, spelled = text.encode("utf-8", "replace").decode(), set(spelled)
+        if not spelled:
+            with _explained(self.name):
+                found = self._with_special.encode(text, add_special_tokens=False)
+            return np.asarray(found.ids, np.int32), np.asarray([start for start, _ in found.offsets], np.int64)
+        words = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        cuts = [m for m in re.finditer(words, text) if m.start() not in spelled]
+        ids, starts, done = [], [], 0
+        for start, stop in [*(m.span() for m in cuts), (len(text), len(text))]:
+            with _explained(self.name):
+                found = self._tokenizer.encode(text[done:start], add_special_tokens=False)
+            ids += found.ids
+            starts += [done + first for first, _ in found.offsets]
+            if stop > start:
+                ids.append(self._tokenizer.token_to_id(text[start:stop]))
+                starts.append(start)
+            done = stop
+        return np.asarray(ids, np.int32), np.asarray(starts, np.int64)
+
+    @functools.cached_property
+    def _with_special(self):
+        """The same, which reads special tokens as such."""
+        backend = _parse(self.path, self._tokenizer.to_str().encode())
+        backend.encode_special_tokens = False
+        return backend
 
     def byte_lengths(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, np.int64)
@@ -239,15 +283,19 @@ def load_tokenizer(spec: str = "byte", *, bos: str | None = None, eos: str | Non
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes what `load_tokenizer(folder)` needs to give this tokenizer again, ends included; nothing for what is
-    no file."""
+    """Writes what `load_tokenizer(folder)` needs to give this tokenizer again, ends and chat template included; nothing
+    for what is no file."""
     if isinstance(tokenizer, tuple(BUILT_IN.values())):
         return
     ends = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     target = folder / "tokenizer.json"
     if storage.absolute(tokenizer.path) != target.resolve():
         target.write_bytes(_read(tokenizer.path))
-    (folder / "tokenizer_config.json").write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
+        for beside in map(tokenizer.path.with_name, BESIDE):
+            if storage.exists(beside):
+                storage.copy(beside, folder / beside.name)
+    settings = json_object(folder / BESIDE[0]) | ends
+    (folder / BESIDE[0]).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _frame(ids: np.ndarray, lengths: np.ndarray, bos: int | None, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -307,15 +355,8 @@ def _spelled_bytes(word: str) -> int:
 
 def _declared_ends(path: Path) -> dict:
     """bos_token and eos_token of the `tokenizer_config.json` beside the file, as far as it names them."""
-    beside = path.with_name("tokenizer_config.json")
-    try:
-        settings = json.loads(storage.read_bytes(beside))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{beside} is not readable JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{beside} is a JSON {type(settings).__name__}, not an object")
+    beside = path.with_name(BESIDE[0])
+    settings = json_object(beside)
     declared = {}
     for key in ("bos_token", "eos_token"):
         value = settings.get(key)
@@ -324,6 +365,19 @@ def _declared_ends(path: Path) -> dict:
             raise ConfigError(f'{beside}: "{key}" is {type(value).__name__}, not a token')
         declared[key] = value
     return declared
+
+
+def json_object(file: Path) -> dict:
+    """What a file of JSON holds; {} where there is none. ConfigError for anything but an object."""
+    try:
+        settings = json.loads(storage.read_bytes(file))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} is a JSON {type(settings).__name__}, not an object")
+    return settings
 
 
 def _find_end(key, given, declared, names, special, vocabulary, path) -> int | None:

@@ -7,16 +7,17 @@ from pathlib import Path
 from hybridlm import storage
 from hybridlm.data import load_tokenizer
 from hybridlm.data.config import DataConfig
-from hybridlm.data.tokenizer import BUILT_IN, Tokenizer
+from hybridlm.data.tokenizer import BESIDE, BUILT_IN, Tokenizer
 from hybridlm.errors import ConfigError, RunError
 
 IDENTITY = "tokenizer"
 """Key of the loop's record that holds the fingerprint of the tokenizer, which changes when the ids of a text could."""
-FILES = ("tokenizer.json", "tokenizer_config.json")
+FILES = ("tokenizer.json", *BESIDE)
 
 
 def keep_tokenizer(data: DataConfig, run: Path) -> None:
-    """Copies the tokenizer's files to `tokenizer/` in the run's folder, unless they are there. RunError: cannot.
+    """Copies the tokenizer's files, those of its chat template with them, to `tokenizer/` in the run's folder, unless
+    they are there. RunError: cannot.
 
     tokenizer.json comes last: without it, the folder holds no tokenizer.
     """
@@ -27,8 +28,9 @@ def keep_tokenizer(data: DataConfig, run: Path) -> None:
     source = given / FILES[0] if given.is_dir() else given
     try:
         storage.make_folder(copy)
-        if storage.exists(source.with_name(FILES[1])):
-            storage.copy(source.with_name(FILES[1]), copy / FILES[1])
+        for name in FILES[1:]:
+            if storage.exists(source.with_name(name)):
+                storage.copy(source.with_name(name), copy / name)
         storage.copy(source, copy / FILES[0])
     except OSError as error:
         raise RunError(f"cannot copy the tokenizer {source} to {copy}: {error.strerror}") from error
