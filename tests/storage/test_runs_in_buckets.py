@@ -14,11 +14,14 @@ import pytest
 
 from hybridlm import storage
 from hybridlm.cli import main, train_main
+from hybridlm.config.find import load_config
 from hybridlm.storage.cell import Cell
 from hybridlm.train import lease, loop
+from hybridlm.train import step as step_module
 from hybridlm.train.metrics_log import read_metrics
 from hybridlm.train.records import ASIDE, finished_steps
 from hybridlm.train.run_folder import stored_config
+from tests.faults.poison import marks, poisoned
 from tests.hf.hf_support import FOLDER
 from tests.storage.conftest import forget_clients, upload
 from tests.train.conftest import CONFIG, write_texts
@@ -288,3 +291,22 @@ def test_killed_runs_go_on(mini, bucket, states, s3):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert records(storage.as_path(f"{bucket}/run/metrics")) == records(mini.parent / "run" / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+def test_a_run_that_diverges_goes_back(mini, bucket, monkeypatch, capsys):
+    """In a bucket as on a disk, and when it is stopped after that: the next start does not diverge again."""
+    words = ["--optim.max_skipped=3", "--run.save_every=3", "--run.steps=13", "--run.log_every=1"]
+    bad = marks(load_config(str(mini), []), (7, 8, 9))
+    monkeypatch.setattr(step_module, "make_objective", poisoned(step_module.make_objective, bad))
+    assert train(mini, *words, "--run.sample_tokens=0") == 0
+    assert train(mini, *words, *far(bucket)) == 0
+    assert "back to the checkpoint of step 6, without the next 4 batches" in capsys.readouterr().out
+    assert train(mini, *words, *far(bucket), "--run.steps=15") == 0
+    assert "back to" not in capsys.readouterr().out
+    run = storage.as_path(f"{bucket}/run")
+    expected = records(mini.parent / "run" / "metrics.jsonl")
+    found = records(run / "metrics.jsonl")
+    assert [r for r in found if r["step"] <= 13] == expected
+    assert [r["step"] for r in found if r["kind"] == "train"] == list(range(1, 16))
