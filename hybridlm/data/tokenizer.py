@@ -96,7 +96,7 @@ class ByteTokenizer:
         return (np.arange(self.vocab_size) < 256).astype(np.int64)
 
     def decode(self, ids) -> str:
-        ids = np.asarray(ids).reshape(-1)
+        ids = np.asarray(ids).reshape(-1).astype(np.int64)  # of an empty list, too
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
@@ -139,7 +139,7 @@ class DnaTokenizer:
         return (np.arange(self.vocab_size) >= self.UNKNOWN).astype(np.int64)
 
     def decode(self, ids) -> str:
-        ids = np.asarray(ids).reshape(-1)
+        ids = np.asarray(ids).reshape(-1).astype(np.int64)
         ids = ids[(ids >= self.FIRST) & (ids < self.vocab_size)]
         return np.frombuffer(self.LETTERS, np.uint8)[ids - self.FIRST].tobytes().decode("ascii")
 
@@ -254,7 +254,7 @@ class FileTokenizer:
         return lengths
 
     def decode(self, ids) -> str:
-        ids = np.asarray(ids).reshape(-1)
+        ids = np.asarray(ids).reshape(-1).astype(np.int64)
         ids = ids[(ids >= 0) & (ids < self.vocab_size)]
         with _explained(self.name):
             return self._tokenizer.decode(ids[self._known[ids]].tolist(), skip_special_tokens=True)

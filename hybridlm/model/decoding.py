@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading prompts and writing tokens piece by piece: what `generate`, streams and conversations are made of.
+
+Few programs are compiled, whatever the lengths: prompts are read in pieces of fixed sizes, tokens are written by one
+loop of up to BLOCK steps, and caches have room for 1, 1.25, 1.5 or 1.75 times a power of two.
+
+Axis letters: B batch, T prompt tokens, N new tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybridlm.layers.params import in_type, param_info
+from hybridlm.model.model import Cache, HybridLM
+
+CHUNK = 1024
+"""Tokens of a prompt that are read at once: what is needed beside the cache grows with them, not with the prompt."""
+BLOCK = 64
+"""Tokens that are written at most without the host."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest; above, tokens are drawn from softmax(logits / temperature)."""
+    top_k: int | None = None
+    """Draw from the k likeliest only."""
+    top_p: float | None = None
+    """Draw, after top_k, from the fewest likeliest whose probabilities add up to this."""
+    eos_ids: tuple[int, ...] = ()
+    """A row that writes one of them is done, and repeats it."""
+    seed: int = 0
+    """Of the choices, where no key is given."""
+    key: jax.Array | None = None
+    """jax.random.key."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Rows that were read so far. `Writer.read` and `Writer.write` consume it and give the next."""
+
+    cache: Cache
+    x_BD: jax.Array
+    """Hidden vector of each row's last token."""
+    done_B: jax.Array
+    last_B: jax.Array
+    """The last token that was written."""
+    length: int
+    """Tokens of the longest row, at most."""
+    room: int
+    """Tokens that the cache was made for."""
+    drawn: int = 0
+    """Tokens that were written of each row: what the next choice is drawn with."""
+
+    def copy(self) -> "State":
+        """The same, which survives that the other is consumed."""
+        cache, *arrays = jax.tree.map(jnp.copy, (self.cache, self.x_BD, self.done_B, self.last_B))
+        return State(cache, *arrays, self.length, self.room, self.drawn)
+
+
+class Writer:
+    """A model made ready to write: its parameters are cast and laid out once, not in every step."""
+
+    def __init__(self, model: HybridLM, prefill_chunk: int | None = CHUNK):
+        """prefill_chunk: tokens of a prompt that are read at once; None: all."""
+        graphdef, params = nnx.split(model)
+        self.config, self.prefill_chunk = model.config, prefill_chunk
+        self._graphdef, self._params = _prepared(graphdef, params)
+
+    def start(self, batch: int, room: int) -> State:
+        """Rows of which nothing was read. room: tokens that they will have; more makes their caches grow."""
+        room = room_for(room)
+        cache, *arrays = _empty(self._graphdef, self._params, batch, room)
+        return State(cache, *arrays, 0, room)
+
+    def read(self, state: State, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> State:
+        """Rows with the next tokens of each. tokens_BT: int32; lengths_B: how many of each row are real, from the left,
+        0 for none. What was written last and whether rows are done is forgotten."""
+        n_tokens, longest = tokens_BT.shape[1], int(lengths_B.max())
+        state = self._with_room(state, longest)
+        size = piece_size(n_tokens, self.prefill_chunk)
+        pieces = max(1, -(-longest // size))
+        tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, pieces * size - n_tokens))))
+        cache, x_BD, lengths_B = state.cache, state.x_BD, np.asarray(lengths_B, np.int32)
+        for start in range(0, pieces * size, size):
+            piece_BT = np.ascontiguousarray(tokens_BT[:, start : start + size], np.int32)
+            left_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
+            cache, x_BD = _read(cache, x_BD, self._graphdef, self._params, piece_BT, left_B)
+        done_B, last_B = np.zeros(x_BD.shape[:1], bool), np.zeros(x_BD.shape[:1], np.int32)
+        return State(cache, x_BD, done_B, last_B, state.length + longest, state.room, state.drawn)
+
+    def write(
+        self, state: State, n_new: int, how: Sampling, done_B: np.ndarray | None = None
+    ) -> tuple[jax.Array, State]:
+        """(int32 [B, N] the next tokens of each row, rows with them read). done_B: rows that are ended from outside."""
+        state = self._with_room(state, n_new)
+        if done_B is not None:
+            state = replace(state, done_B=state.done_B | done_B)
+        key = jax.random.key(how.seed) if how.key is None else how.key
+        options = how.temperature, how.top_p, np.array(how.eos_ids or (-1,), np.int32)
+        cache, arrays, out = state.cache, (state.x_BD, state.done_B, state.last_B), []
+        for first in range(0, n_new, BLOCK):
+            n = min(BLOCK, n_new - first)
+            at = np.int32(state.drawn + first), np.int32(n)
+            out_BN, cache, *arrays = _write(
+                cache, self._graphdef, self._params, *arrays, key, *at, *options, how.temperature == 0, how.top_k
+            )
+            out.append(out_BN if n == BLOCK else out_BN[:, :n])
+        state = State(cache, *arrays, state.length + n_new, state.room, state.drawn + n_new)
+        return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1), state
+
+    def _with_room(self, state: State, more: int) -> State:
+        """Rows whose caches hold that many tokens more."""
+        if state.length + more <= state.room:
+            return state
+        room = room_for(state.length + more)
+        return replace(state, cache=_grown(state.cache, self._graphdef, self._params, room), room=room)
+
+
+def room_for(n: int) -> int:
+    """The room of a cache for n tokens: the next multiple of 32; above 256, of an eighth of the next power of two."""
+    step = max(32, 1 << max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+def piece_size(n_tokens: int, prefill_chunk: int | None = CHUNK) -> int:
+    """Tokens that are read at once of a prompt of n: a power of two from 16 to 512 that holds it, a multiple of 512
+    above, and never more than prefill_chunk."""
+    n = max(16, 1 << max(0, n_tokens - 1).bit_length()) if n_tokens <= 512 else -(-n_tokens // 512) * 512
+    return n if prefill_chunk is None else min(n, prefill_chunk)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prepared(graphdef, params):
+    """The model as the program reads it, split, matrices and embeddings cast; the same numbers, as each use would cast
+    them."""
+    config = nnx.merge(graphdef, params).config
+    info = param_info(params)
+    cast = in_type(params, info, config.compute_dtype)
+    if config.embedding_multiplier == 1:
+        embedded = lambda a, leaf: a.astype(config.compute_dtype) if leaf.kind == "embedding" else a
+        cast = jax.tree.map(embedded, cast, info)
+    model = nnx.merge(graphdef, cast)
+    return nnx.split(model if model.is_stacked else model.stacked())
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _empty(graphdef, params, batch: int, room: int) -> tuple:
+    """(cache, x_BD, done_B, last_B) of rows of which nothing was read."""
+    model = nnx.merge(graphdef, params)
+    x_BD = jnp.zeros((batch, model.unembedding().shape[-1]), model.config.compute_dtype)
+    return model.init_cache(batch, room), x_BD, jnp.zeros((batch,), bool), jnp.zeros((batch,), jnp.int32)
+
+
+@partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
+def _read(cache, x_BD, graphdef, params, tokens_BT, lengths_B) -> tuple[Cache, jax.Array]:
+    """The cache after the first `lengths_B` tokens of each row, and the hidden vector of the last one."""
+    model = nnx.merge(graphdef, params)
+    real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+    x_BTD, cache = model.extend_hidden(tokens_BT, cache, real_BT.astype(jnp.int32))
+    last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    return cache, jnp.where(lengths_B[:, None] > 0, last_BD, x_BD)
+
+
+@partial(jax.jit, static_argnums=(1, 12, 13), donate_argnums=0)
+def _write(
+    cache, graphdef, params, x_BD, done_B, last_B, key, first, n_new, temperature, top_p, eos_E, greedy: bool, top_k
+):  # fmt: skip
+    """(tokens [B, BLOCK] of which the first n_new count, cache, x_BD, done_B, last_B) after up to n_new steps; each
+    draws a token of the logits at hand and reads it into the (donated) cache. first: number of the first choice."""
+    model = nnx.merge(graphdef, params)
+
+    def step(carry):
+        i, x_BD, cache, done_B, last_B, out_BN = carry
+        logits_BV = model.logits(x_BD)
+        if greedy:
+            token_B = jnp.argmax(logits_BV, axis=-1)
+        else:
+            logits_BV = filtered(logits_BV / temperature, top_k, top_p)
+            token_B = jax.random.categorical(jax.random.fold_in(key, first + i), logits_BV)
+        token_B = jnp.where(done_B, last_B, token_B.astype(jnp.int32))
+        out_BN = out_BN.at[:, i].set(token_B)
+        done_B |= (token_B[:, None] == eos_E[None]).any(axis=1)
+        x_B1D, cache = model.extend_hidden(token_B[:, None], cache)
+        return i + 1, x_B1D[:, 0], cache, done_B, token_B, out_BN
+
+    def going(carry):
+        i, _, _, done_B, _, _ = carry
+        return (i < n_new) & ~done_B.all()
+
+    out_BN = jnp.zeros((x_BD.shape[0], BLOCK), jnp.int32)
+    start = (jnp.int32(0), x_BD, cache, jnp.asarray(done_B), jnp.asarray(last_B), out_BN)
+    i, x_BD, cache, done_B, last_B, out_BN = jax.lax.while_loop(going, step, start)
+    out_BN = jnp.where(jnp.arange(BLOCK)[None] < i, out_BN, last_B[:, None])
+    return out_BN, cache, x_BD, done_B, last_B
+
+
+def filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
+    """Logits with -inf for the tokens that top_k and then top_p exclude."""
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    if top_p is not None:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def _grown(cache: Cache, graphdef, params, room: int) -> Cache:
+    """The cache with room for more tokens: behind what it holds, which was never more than its room, so that no ring
+    has begun anew."""
+    wanted = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(cache.length_B.shape[0], room), params)
+
+    def widen(array, like):
+        if array.shape == like.shape:
+            return array
+        return jnp.pad(array, [(0, more - n) for n, more in zip(array.shape, like.shape, strict=True)])
+
+    groups = jax.tree.map(widen, cache.groups, wanted.groups)
+    return Cache(cache.length_B, groups, wanted.limit)
