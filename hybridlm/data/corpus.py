@@ -94,13 +94,15 @@ class Corpus:
         return held[0] if len(held) == 1 else Joint(tuple(held))
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """The corpus that `config` describes; text is tokenised now unless the cache holds it.
+
+    tokenizer: the one that data.tokenizer names, where it is open already.
 
     Raises:
       ConfigError: the text, the tokenizer or the cache folder cannot be used; nothing half-written stays.
     """
-    tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
     opener = _Opener(config, tokenizer)
     epochs = config.epochs or (0.0,) * len(config.path)
     sets = held_out_sets(config.val_path)
@@ -185,7 +187,7 @@ class _Opener:
         if texts:
             _leave_out(train, open_source(texts, text_key=config.text_key, argument="data.val_path"))
         made_from = [source.identity(local_cache(self.cache)) for source in (train, held_out) if source]
-        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, argument=argument)
+        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, argument)
         key = digest_of(
             [FORMAT, tokenizer.fingerprint, config.text_key, made_from[0], made_from[1] if held_out else fraction]
         )

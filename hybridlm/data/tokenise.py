@@ -107,9 +107,8 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndar
 
 
 def write_texts(
-    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, folder: Path,
-    argument: str = "data.path",
-) -> dict:  # fmt: skip
+    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, argument: str, folder: Path
+) -> dict:
     """Writes the files of a cache's entry and returns its stats. ConfigError for what cannot be read.
 
     argument: what names the training files, in errors."""
