@@ -18,7 +18,7 @@ from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE, EVAL)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -164,7 +164,7 @@ def test_a_published_folder(tmp_path, command):
         (("--hf=a", "--step=3"), "--step (3) is of a run: give --run"),
         (("--run=a", "--length=0"), "--length (0) must be at least 1"),
         (("--run=a", "--num_fewshot=1"), "--num_fewshot is of tasks: give --tasks NAME"),
-        (("--run=a", "--limt=1"), "unrecognized arguments: --limt=1; see hybridlm eval --help"),
+        (("--run=a", "--limt=1"), "unknown option --limt: did you mean --limit? see hybridlm eval --help"),
         (("--run=nowhere",), "nowhere"),
     ],
 )
