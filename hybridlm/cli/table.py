@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
+from hybridlm.cli.eval import EVAL
 from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE, EVAL)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from hybridlm.data.config import DataConfig
 from hybridlm.data.corpus import Corpus, Part
 from hybridlm.data.documents import Documents, Joint, Piece, Split
 from hybridlm.data.find import find
+from hybridlm.data.held_out import patterns_of
 from hybridlm.data.identity import content_hashes
 from hybridlm.data.shards import ShardSplit, check_shards, read_manifest
 from hybridlm.data.tokenizer import load_tokenizer
@@ -29,6 +30,7 @@ def describe(corpus: Corpus) -> dict:
             "name": part.name,
             "weight": part.weight,
             "epochs": part.epochs,
+            "set_name": part.set_name,
             "stats": part.stats,
             "documents": {split: _describe(documents, about) for split, documents in part.documents.items()},
         }
@@ -46,7 +48,7 @@ def rebuild(config: DataConfig, about: Mapping[str, Any]) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
     if tokenizer.fingerprint != about["tokenizer"]:
         raise ConfigError(f"data.tokenizer ({config.tokenizer}) is another one on this host than on the first")
-    for patterns, argument in ((config.path, "data.path"), (config.val_path, "data.val_path")):
+    for patterns, argument in ((config.path, "data.path"), (patterns_of(config.val_path), "data.val_path")):
         if any(storage.in_bucket(storage.as_path(pattern)) for pattern in patterns):
             find(patterns, argument)  # this host's copies of tokens
     cache = storage.as_path(config.cache_dir)
@@ -63,7 +65,8 @@ def rebuild(config: DataConfig, about: Mapping[str, Any]) -> Corpus:
     for part in about["parts"]:
         documents = {split: _rebuild(spec, entries) for split, spec in part["documents"].items()}
         made = [(folder, about["entries"][key]) for key, folder in entries.items()]
-        parts.append(Part(part["name"], documents, part["stats"], part["weight"], part["epochs"], tuple(made)))
+        numbers = part["weight"], part["epochs"]
+        parts.append(Part(part["name"], documents, part["stats"], *numbers, tuple(made), part["set_name"]))
     return Corpus(tokenizer, tuple(parts))
 
 

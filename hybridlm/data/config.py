@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hybridlm.data.held_out import held_out_sets
 from hybridlm.errors import require
 from hybridlm.fields import MOST, check_fields
 
@@ -26,8 +27,8 @@ class DataConfig:
     epochs: tuple[float, ...] = ()
     """Most passes over each pattern of path; 0, or empty: without end. What one no longer gives, the others do."""
     val_path: tuple[str, ...] = ()
-    """Glob patterns of validation files; empty: a share of the training files, chosen by a hash of their names (of
-    tokens: what was held out when they were made, or the end of each file)."""
+    """Held-out sets, each a glob pattern or NAME=PATTERN, with a loss of its own; empty: a share of the training files,
+    chosen by a hash of their names (of tokens: what was held out when they were made, or the end of each file)."""
     val_fraction: float = 0.02
     """Share of the documents held out where val_path is empty."""
     text_key: str = "text"
@@ -55,6 +56,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self, "data.")
+        held_out_sets(self.val_path)
         require(self.seq_len > 0, f"data.seq_len ({self.seq_len}) must be positive")
         require(self.batch_size > 0, f"data.batch_size ({self.batch_size}) must be positive")
         require(0 <= self.val_fraction < 1, f"data.val_fraction ({self.val_fraction}) must be in [0, 1)")

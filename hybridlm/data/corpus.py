@@ -18,6 +18,7 @@ from hybridlm.data.config import DataConfig
 from hybridlm.data.documents import Documents, Joint, Piece, Split
 from hybridlm.data.find import Found, find
 from hybridlm.data.formats import Source, in_validation, open_source
+from hybridlm.data.held_out import held_out_sets, patterns_of
 from hybridlm.data.identity import content_hashes, digest_of
 from hybridlm.data.shards import ShardSplit, check_shards, read_manifest
 from hybridlm.data.token_files import TokenFile, open_token_file, split_documents, write_split
@@ -25,7 +26,7 @@ from hybridlm.data.tokenise import SPLITS, write_texts
 from hybridlm.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
 
-__all__ = ["SPLITS", "Corpus", "Part", "Split", "in_validation", "open_corpus"]
+__all__ = ["SPLITS", "Corpus", "Part", "Split", "in_validation", "open_corpus", "open_held_out"]
 
 FORMAT = 2
 
@@ -44,6 +45,8 @@ class Part:
     """Most passes over its training split; 0: without end."""
     entries: tuple[tuple[Path, dict], ...] = ()
     """(folder, stats) of its entries of the cache."""
+    set_name: str = ""
+    """Name of the held-out set that its validation documents are; empty: they are a share of what it trains on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,15 @@ class Corpus:
         folders = [folder for part in self.parts for folder, _ in part.entries]
         return folders[0] if len(folders) == 1 else None
 
+    @functools.cached_property
+    def held_out(self) -> "Mapping[str, Corpus]":
+        """The validation documents set by set, each a corpus of its own; one that has no name is called ""."""
+        held = [part for part in self.parts if "val" in part.documents]
+        names = dict.fromkeys(part.set_name for part in held)
+        if len(names) == 1:
+            return {name: self for name in names}
+        return {name: Corpus(self.tokenizer, tuple(part for part in held if part.set_name == name)) for name in names}
+
     def split(self, name: str) -> Documents:
         """The documents of "train" or "val", of all parts."""
         if name not in SPLITS:
@@ -82,25 +94,38 @@ class Corpus:
         return held[0] if len(held) == 1 else Joint(tuple(held))
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """The corpus that `config` describes; text is tokenised now unless the cache holds it.
+
+    tokenizer: the one that data.tokenizer names, where it is open already.
 
     Raises:
       ConfigError: the text, the tokenizer or the cache folder cannot be used; nothing half-written stays.
     """
-    tokenizer = load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, bos=config.bos_token, eos=config.eos_token)
     opener = _Opener(config, tokenizer)
     epochs = config.epochs or (0.0,) * len(config.path)
-    if not config.weights:
-        part = opener.open(config.path, held_out_by=config.val_path)
-        return Corpus(tokenizer, (dataclasses.replace(part, epochs=epochs[0] if config.path else 0.0),))
-    parts = [
-        dataclasses.replace(opener.open((pattern,), validate=not config.val_path), weight=weight, epochs=n)
-        for pattern, weight, n in zip(config.path, config.weights, epochs)
-    ]
-    if config.val_path:
-        parts.append(opener.open_held_out(config.val_path))
-    return Corpus(tokenizer, tuple(parts))
+    sets = held_out_sets(config.val_path)
+    if not config.weights and len(sets) <= 1:
+        part = opener.open(config.path, held_out_by=patterns_of(config.val_path))
+        name = next(iter(sets), "")
+        return Corpus(tokenizer, (dataclasses.replace(part, epochs=epochs[0] if config.path else 0.0, set_name=name),))
+    if config.weights:
+        parts = [
+            dataclasses.replace(opener.open((pattern,), validate=not sets), weight=weight, epochs=n)
+            for pattern, weight, n in zip(config.path, config.weights, epochs)
+        ]
+    else:
+        part = opener.open(config.path, validate=False, without=patterns_of(config.val_path))
+        parts = [dataclasses.replace(part, epochs=epochs[0] if config.path else 0.0)]
+    return Corpus(tokenizer, (*parts, *(opener.open_held_out(patterns, name) for name, patterns in sets.items())))
+
+
+def open_held_out(config: DataConfig, tokenizer: Tokenizer) -> Mapping[str, Corpus]:
+    """The held-out sets of data.val_path alone, by name; nothing of data.path is read. Errors as of open_corpus."""
+    opener = _Opener(config, tokenizer)
+    sets = held_out_sets(config.val_path)
+    return {name: Corpus(tokenizer, (opener.open_held_out(patterns, name),)) for name, patterns in sets.items()}
 
 
 class _Opener:
@@ -110,27 +135,32 @@ class _Opener:
         self.config, self.tokenizer = config, tokenizer
         self.cache = storage.as_path(config.cache_dir)
 
-    def open(self, patterns: Sequence[str], held_out_by: Sequence[str] = (), validate: bool = True) -> Part:
-        """A part to train on. held_out_by: patterns of what validates it; none: a share of it, where `validate`."""
+    def open(
+        self, patterns: Sequence[str], held_out_by: Sequence[str] = (), validate: bool = True,
+        without: Sequence[str] = (),
+    ) -> Part:  # fmt: skip
+        """A part to train on. held_out_by: patterns of what validates it; none: a share of it, where `validate`.
+        without: patterns of text that is left out of it."""
         found = find(patterns, "data.path")
         name = " ".join(patterns) or "embedded"
         fraction = self.config.val_fraction if validate and not held_out_by else 0.0
         if not found.tokens:
             if not held_out_by or not find(held_out_by, "data.val_path").tokens:
-                return self._text(name, patterns, held_out_by, fraction)
+                part = self._text(name, patterns, held_out_by, fraction, without=without)
+                return part if validate else _trained(part)
             part = self._text(name, patterns, (), 0.0)
         else:
             part = self._tokens(name, found, fraction)
         if not held_out_by:
             return part if validate else _trained(part)
-        held_out = self.open_held_out(held_out_by)
+        held_out = self.open_held_out(held_out_by, "")
         documents = {"train": part.documents["train"], "val": held_out.documents["val"]}
         stats = part.stats | {"val": held_out.stats["val"], "bigram_bits_per_byte": None}
         stats["fingerprint"] = digest_of([stats[split]["fingerprint"] for split in SPLITS])
         return dataclasses.replace(part, documents=documents, stats=stats, entries=part.entries + held_out.entries)
 
-    def open_held_out(self, patterns: Sequence[str]) -> Part:
-        """A part of validation documents alone."""
+    def open_held_out(self, patterns: Sequence[str], name: str) -> Part:
+        """A part of validation documents alone, of the set of this name."""
         found = find(patterns, "data.val_path")
         if found.tokens:
             part = self._tokens(" ".join(patterns), found, 0.0)
@@ -139,19 +169,25 @@ class _Opener:
             part, split = self._text(" ".join(patterns), patterns, (), 0.0, "data.val_path"), "train"
         nothing = _counts(0, 0, 0, 0) | {"fingerprint": ""}
         stats = part.stats | {"val": part.stats[split], "train": nothing, "bigram_bits_per_byte": None}
-        return dataclasses.replace(part, documents={"val": part.documents[split]}, stats=stats, weight=0.0)
+        return dataclasses.replace(
+            part, documents={"val": part.documents[split]}, stats=stats, weight=0.0, set_name=name
+        )
 
     def _text(
-        self, name: str, patterns: Sequence[str], held_out_by: Sequence[str], fraction: float, argument="data.path"
-    ) -> Part:
+        self, name: str, patterns: Sequence[str], held_out_by: Sequence[str], fraction: float, argument="data.path",
+        without: Sequence[str] = (),
+    ) -> Part:  # fmt: skip
         config, tokenizer = self.config, self.tokenizer
         train = open_source(patterns, text_key=config.text_key, argument=argument)
         held_out = None
         if held_out_by:
             held_out = open_source(held_out_by, text_key=config.text_key, argument="data.val_path")
             _leave_out(train, held_out)
+        texts = [pattern for pattern in without if not find((pattern,), "data.val_path").tokens]
+        if texts:
+            _leave_out(train, open_source(texts, text_key=config.text_key, argument="data.val_path"))
         made_from = [source.identity(local_cache(self.cache)) for source in (train, held_out) if source]
-        build = functools.partial(write_texts, train, held_out, fraction, tokenizer)
+        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, argument)
         key = digest_of(
             [FORMAT, tokenizer.fingerprint, config.text_key, made_from[0], made_from[1] if held_out else fraction]
         )

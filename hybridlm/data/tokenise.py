@@ -107,9 +107,11 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndar
 
 
 def write_texts(
-    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, folder: Path
+    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, argument: str, folder: Path
 ) -> dict:
-    """Writes the files of a cache's entry and returns its stats. ConfigError for what cannot be read."""
+    """Writes the files of a cache's entry and returns its stats. ConfigError for what cannot be read.
+
+    argument: what names the training files, in errors."""
     began = logged = time.monotonic()
     dtype = token_type(tokenizer)
     with contextlib.ExitStack() as stack:
@@ -126,7 +128,7 @@ def write_texts(
                 logger.info("tokenised %.0f MB in %.0f s", done / 1e6, logged - began)
     n_documents = sum(writer.counts.documents for writer in writers.values())
     if n_documents == 0:
-        raise ConfigError(f"data.path: the {len(train.files)} files hold no text")
+        raise ConfigError(f"{argument}: the {len(train.files)} files hold no text")
     sources = [train, held_out] if held_out else [train]
     stats = {name: writer.stats() for name, writer in writers.items()}
     bigrams = [writers[name].counts.bigrams for name in SPLITS]

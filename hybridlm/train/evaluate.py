@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The validation text: its metrics, and when a run reads it."""
+"""The held-out sets: their metrics, and when a run reads them."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from itertools import islice
 
 from hybridlm.config import Config
+from hybridlm.data import Corpus
 from hybridlm.train.batches import Batches
-from hybridlm.train.metrics import Metrics, bits_per_byte, merge, on_host
+from hybridlm.train.metrics import Mean, Metrics, bits_per_byte, merge, on_host
 from hybridlm.train.metrics_log import MetricsLog
 from hybridlm.train.progress import Display
+
+SHOWN = 8
+"""Sets that the line of an evaluation has; the records have all."""
 
 
 def evaluate(
@@ -32,18 +37,19 @@ class Validation:
     """Evaluations of a run, shown and recorded."""
 
     def __init__(
-        self, config: Config, stats: dict, eval_step: Callable, batches: Batches | None, log: MetricsLog,
+        self, config: Config, corpus: Corpus, eval_step: Callable, batches: Mapping[str, Batches], log: MetricsLog,
         display: Display, stop: Callable[[], bool],
     ):  # fmt: skip
-        """stats: the corpus's. batches: of the validation text; None: never evaluate. stop: asked before each batch,
-        by every process of a run; True cuts the evaluation short."""
-        self._run, self._stats = config.run, stats
+        """batches: of the sets of `corpus.held_out` by name; none: never evaluate. stop: asked before each batch, by
+        every process of a run; True cuts the evaluation short."""
+        self._run, self._bigram = config.run, corpus.stats["bigram_bits_per_byte"]
+        self._bytes_per_pair = {name: of.stats["val"]["bytes_per_pair"] for name, of in corpus.held_out.items()}
         self._eval_step, self._batches = eval_step, batches
         self._log, self._display, self._stop = log, display, stop
         self.result: str | None = None
         """What the last evaluation found, in words."""
         self.losses: dict[int, float] = {}
-        """What each found, by step."""
+        """What each found in all sets together, by step."""
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows this step; the one after the last step belongs to the end of the run."""
@@ -59,19 +65,39 @@ class Validation:
         self.losses = {step: loss for step, loss in self.losses.items() if step <= after}
 
     def read(self, step: int, params) -> bool:
-        """Reads the text with the parameters after a step; False where a signal cut that short."""
-        if self._batches is None:
+        """Reads all sets with the parameters after a step; False where a signal cut that short."""
+        if not self._batches:
             return True
         began = time.monotonic()
-        self._batches.loader.reset()
-        metrics = evaluate(self._eval_step, params, self._batches, self._run.eval_batches, self._stop)
-        if metrics is None:
-            return False
-        loss = metrics["loss"].value()
-        bits, bigram = bits_per_byte(loss, self._stats["val"]["bytes_per_pair"]), self._stats["bigram_bits_per_byte"]
-        self.losses[step] = loss
-        self._log.write("val", step, {"loss": loss, "bits_per_byte": bits})
-        beside = "" if bigram is None else f" (byte bigram: {bigram:.3f})"
-        self.result = f"validation {bits:.3f} bits per byte{beside}"
-        self._display.say(f"step {step}: {self.result}, loss {loss:.4f}, {time.monotonic() - began:.1f} s")
+        losses = {}
+        for name, batches in self._batches.items():
+            batches.loader.reset()
+            metrics = evaluate(self._eval_step, params, batches, self._run.eval_batches, self._stop)
+            if metrics is None:
+                return False
+            losses[name] = metrics["loss"]
+        values = self._values(losses)
+        self.losses[step] = values["loss"]
+        self._log.write("val", step, values)
+        self.result = f"validation {values['bits_per_byte']:.3f} bits per byte{self._beside(values)}"
+        self._display.say(f"step {step}: {self.result}, loss {values['loss']:.4f}, {time.monotonic() - began:.1f} s")
         return True
+
+    def _values(self, losses: Mapping[str, Mean]) -> dict[str, float]:
+        """Loss and bits per byte of all sets together, under those names; where there are several of each, too."""
+        total = reduce(Mean.merge, losses.values())
+        n_bytes = sum(loss.weight * self._bytes_per_pair[name] for name, loss in losses.items())
+        several = len(losses) > 1
+        per_pair = n_bytes / total.weight if several and total.weight else next(iter(self._bytes_per_pair.values()))
+        values = {"loss": total.value(), "bits_per_byte": bits_per_byte(total.value(), per_pair)}
+        for name, loss in losses.items() if several else ():
+            values[f"loss/{name}"] = loss.value()
+            values[f"bits_per_byte/{name}"] = bits_per_byte(loss.value(), self._bytes_per_pair[name])
+        return values
+
+    def _beside(self, values: Mapping[str, float]) -> str:
+        """The sets, or what a bigram comes to, in words."""
+        if len(self._batches) == 1:
+            return "" if self._bigram is None else f" (byte bigram: {self._bigram:.3f})"
+        shown = [f"{name} {values[f'bits_per_byte/{name}']:.3f}" for name in self._batches]
+        return f" ({', '.join(shown[:SHOWN])}{', ...' if len(shown) > SHOWN else ''})"

@@ -16,7 +16,7 @@ from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus
-from hybridlm.errors import Exit, RunError, require
+from hybridlm.errors import Exit, RunError, require, within
 from hybridlm.sharding import make_mesh
 from hybridlm.train.batches import Batches
 from hybridlm.train.checkpoint import Checkpoints
@@ -129,7 +129,7 @@ def _run(
         trace = opened.enter_context(closing(Trace(run.profile_steps, folder.profile)))
         feed = opened.enter_context(closing(_open_feed(batches, run.watchdog, stop, peers, display)))
         between = lambda: (watchdog.progress(), stop.agreed())[1]
-        validation = Validation(config, corpus.stats, program.eval_step, held_out, log, display, between)
+        validation = Validation(config, corpus, program.eval_step, held_out, log, display, between)
         recovery = Recovery(
             config, program.state_like, folder.path, checkpoints, feed, meter, health, validation, log, display.say,
             may_write, resume,
@@ -163,13 +163,16 @@ def _run(
 
 def _open_batches(
     config: Config, corpus: Corpus, program: Program, opened: ExitStack
-) -> tuple[Batches, Batches | None]:
-    """Those of the training text, and of the validation text where the run ever reads it."""
+) -> tuple[Batches, dict[str, Batches]]:
+    """Those of the training text, and of the held-out sets by name where the run ever reads them."""
     n_rows, at = config.data.batch_size, program.batch_sharding
     batches = opened.enter_context(Batches(config, corpus, "train", n_rows, at))
-    if config.run.eval_every < 0:
-        return batches, None
-    return batches, opened.enter_context(Batches(config, corpus, "val", n_rows // config.optim.accumulate, at))
+    held_out = {}
+    for name, of_set in corpus.held_out.items() if config.run.eval_every >= 0 else ():
+        with within(f"set {name}: " if len(corpus.held_out) > 1 else ""):
+            read = Batches(config, of_set, "val", n_rows // config.optim.accumulate, at)
+        held_out[name] = opened.enter_context(read)
+    return batches, held_out
 
 
 def _open_feed(batches: Batches, watchdog: float, stop: StopRequest, peers: Peers, display: Display) -> Feed:

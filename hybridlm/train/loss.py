@@ -57,6 +57,12 @@ def cross_entropy(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chun
     )
 
 
+def token_losses(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk=CHUNK) -> jax.Array:
+    """The cross entropy of each token, float32 [B, T], 0 where the target is -1; arguments as of `cross_entropy`."""
+    nats_BT, _ = token_nats(x_BTD, w_VD, targets_BT, _Spec(multiplier, softcap, chunk, 1))
+    return jnp.where(targets_BT >= 0, nats_BT, 0.0)
+
+
 def training_loss(
     x_BTD, w_VD, targets_BT, *, z_loss=0.0, multiplier=1.0, softcap=None, n_logits=None
 ) -> tuple[jax.Array, LossSums]:

@@ -25,6 +25,9 @@ def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path)
     axes.plot(*train.T, color="tab:blue", linewidth=1.2, label="train")
     if len(val):
         axes.plot(*val.T, color="tab:orange", linewidth=1.5, marker="o", markersize=4, label="validation")
+        for name in sets_of(records):
+            of_set = _curve(records, "val", f"bits_per_byte/{name}")
+            axes.plot(*of_set.T, linewidth=0.8, marker=".", markersize=3, label=name)
         axes.annotate(f"{val[-1, 1]:.3f}", val[-1], textcoords="offset points", xytext=(0, -14), ha="right")
     if bigram is not None:
         axes.axhline(bigram, color="gray", linestyle="--", linewidth=1, label=f"byte bigram {bigram:.3f}")
@@ -50,8 +53,14 @@ def plot_loss(records: list[dict], bigram: float | None, title: str, path: Path)
     pyplot.close(figure)
 
 
-def _curve(records: list[dict], kind: str) -> np.ndarray:
+def sets_of(records: list[dict]) -> list[str]:
+    """Names of the held-out sets that records of evaluations tell apart."""
+    names = (key for r in records if r["kind"] == "val" for key in r if key.startswith("bits_per_byte/"))
+    return [key.partition("/")[2] for key in dict.fromkeys(names)]
+
+
+def _curve(records: list[dict], kind: str, key: str = "bits_per_byte") -> np.ndarray:
     """(step, bits per byte) of the records of a kind: [records, 2]."""
-    pairs = [(r["step"], r.get("bits_per_byte")) for r in records if r["kind"] == kind]
+    pairs = [(r["step"], r.get(key)) for r in records if r["kind"] == kind]
     numbers = [(step, y) for step, y in pairs if isinstance(y, int | float) and math.isfinite(y)]
     return np.array(numbers, float).reshape(-1, 2)
