@@ -9,15 +9,18 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.profile import PROFILE
+from hybridlm.cli.report import REPORT
+from hybridlm.cli.runs import RUNS
 from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE, RUNS, COMPARE, REPORT)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,6 +40,8 @@ class RunConfig:
     """Length of that text, tokens; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    report: bool = True
+    """Write the run as a page, report.html, when it ends or stops."""
     inspect_every: int = 0
     """Steps between records of what each kind of block does (gradient, update, decays, attention), each at the cost of
     about a step; 0: none."""

@@ -24,7 +24,8 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard: one record a line, appended.
 
     `kind` is train, val, inspect or end, or an event: start (what a start of the run was), config and data (what it
-    changed), save, skipped (a step that was not finite), spike, rollback, window (batches left out), gave_up.
+    changed), save, skipped (a step that was not finite), spike, rollback, window (batches left out), gave_up, and how a
+    start ended before its time: stop (by a signal) or failed.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class MetricsLog:
         self._path, self._owner, self._may_write = path, owner, may_write
         self._tensorboard, self._dropped = tensorboard, dropped
         self._values: dict[tuple[str, int], dict] = {}
+        self.newest = step
+        """The latest step that there is a record of, or that is gone on from."""
         self.n_dropped = 0
         """Lines of before that are not gone on from."""
         self._open(step)
@@ -77,6 +80,7 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """The run has gone back to a step: later records are dropped, as where a run is resumed there."""
+        self.newest = step
         if self._owner:
             self.close()
             self._open(step)
@@ -93,6 +97,7 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Appends a record and hands its numbers to TensorBoard. A number that is not finite is null in the file."""
+        self.newest = max(self.newest, step)
         if kind not in MANY:
             self._values[kind, step] = {"kind": kind, "step": step, **values}
         if not self._owner:
