@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test test-all test-quick test-newer parity storage-test tpu-compiler lint docs clean
+.PHONY: train test test-all test-quick test-newer parity storage-test wandb tpu-compiler lint docs clean
 .DELETE_ON_ERROR:
 
 ifneq ($(SUPPORTED),True)
@@ -43,6 +43,8 @@ test-newer: $(VENV)/installed-dev
 parity: $(VENV)/installed-parity
 
 storage-test: $(VENV)/installed-storage-test
+
+wandb: $(VENV)/installed-wandb
 
 tpu-compiler: $(VENV)/installed-tpu-compiler
 

@@ -56,6 +56,7 @@ NEEDS = {
         lambda: all(map(find_spec, ("s3fs", "moto", "flask", "flask_cors", "gcsfs", "gcp_storage_emulator"))),
         "needs clients and servers of buckets: make storage-test",
     ),
+    "wandb": (lambda: getattr(find_spec("wandb"), "origin", None) is not None, "needs the package wandb: make wandb"),
     "parity": (lambda: all(map(find_spec, ("torch", "transformers"))), "needs torch and transformers: make parity"),
 }
 """Marker -> (whether this machine has it, why a test is skipped)."""

@@ -40,6 +40,7 @@ from hybridlm.train.report import Reports
 from hybridlm.train.rollback import Rollback
 from hybridlm.train.run_folder import Found, RunFolder
 from hybridlm.train.sample import sample_text
+from hybridlm.train.sinks import check as check_sinks
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
@@ -67,6 +68,7 @@ def train(
     ended the run.
     """
     resume, peers = resume or command, peers or Peers()
+    check_sinks(config.run)
     with nullcontext(stop) if stop else StopRequest() as stop:
         display = Display(config.run.steps, nobody_reads=lambda: stop.ask(signal.SIGHUP))
         with RunFolder(config, owner=jax.process_index() == 0) as folder:

@@ -33,6 +33,7 @@ from hybridlm.errors import ConfigError, RunError
 from hybridlm.train.lease import Lease
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.records import finished_steps, move_aside, parse_json, read_json
+from hybridlm.train.sinks import Opening, open_sinks
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer
 
 log = logging.getLogger(__name__)
@@ -212,9 +213,9 @@ class RunFolder:
 
     def open_log(self, after: int, may_write: Callable[[], None] = lambda: None) -> MetricsLog:
         """The records, to be continued after a step; those of later steps go to superseded/. may_write: see there."""
-        board = self.path / "tensorboard" if self.config.run.tensorboard else None
+        sinks = open_sinks(Opening(self.config, self.path, after)) if self.owner else ()
         dropped = self.superseded / "metrics.jsonl"
-        return MetricsLog(self.metrics, after, self.owner, board, dropped, may_write)
+        return MetricsLog(self.metrics, after, self.owner, sinks, dropped, may_write)
 
     def check_there(self) -> None:
         """RunError where the folder was deleted, moved away or taken over while the run wrote to it."""
