@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test test-all test-quick test-newer parity lm-eval storage-test tpu-compiler lint docs clean
+.PHONY: train test test-all test-quick test-newer parity lm-eval storage-test wandb tpu-compiler lint docs clean
 .DELETE_ON_ERROR:
 
 ifneq ($(SUPPORTED),True)
@@ -45,6 +45,8 @@ parity: $(VENV)/installed-parity
 lm-eval: $(VENV)/installed-lm-eval
 
 storage-test: $(VENV)/installed-storage-test
+
+wandb: $(VENV)/installed-wandb
 
 tpu-compiler: $(VENV)/installed-tpu-compiler
 

@@ -9,16 +9,19 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.eval import EVAL
 from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.profile import PROFILE
+from hybridlm.cli.report import REPORT
+from hybridlm.cli.runs import RUNS
 from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE, EVAL)
+COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,9 +37,11 @@ def run(words: list[str], prog: str) -> int:
         start(config.cluster, peers.joining)
         stop.join(peers)
         with ended_together(peers):
+            from hybridlm.study.report import write_report
             from hybridlm.train.loop import train
 
-            code = train(config, longer, stop, peers, again)
+            page = lambda folder: write_report(folder, like=config, ours=True)
+            code = train(config, longer, stop, peers, again, page)
             peers.close(code)
             return code
 

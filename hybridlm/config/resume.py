@@ -23,7 +23,7 @@ FREE = {
     "how long it is": ("run.steps",),
     "what it writes, and when": (
         "run.log_every", "run.save_every", "run.keep", "run.keep_every", "run.keep_best", "run.sample_prompt",
-        "run.sample_tokens", "run.tensorboard", "run.profile_steps", "run.inspect_every",
+        "run.sample_tokens", "run.tensorboard", "run.wandb", "run.report", "run.profile_steps", "run.inspect_every",
     ),
     "which checkpoint it goes on from": ("run.from_step",),
     "how it is evaluated": ("run.eval_every", "run.eval_batches", "data.val_path", "data.val_fraction"),

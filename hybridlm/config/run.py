@@ -40,6 +40,10 @@ class RunConfig:
     """Length of that text, tokens; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    wandb: str = ""
+    """Project of Weights & Biases to write to, or ENTITY/PROJECT; empty: none. WANDB_MODE=offline keeps it here."""
+    report: bool = True
+    """Write the run as a page, report.html, when it ends or stops."""
     inspect_every: int = 0
     """Steps between records of what each kind of block does (gradient, update, decays, attention), each at the cost of
     about a step; 0: none."""
@@ -73,6 +77,9 @@ class RunConfig:
         k, window = self.spike_threshold, self.spike_window
         require(0 <= k < math.inf, f"run.spike_threshold ({k}) must be 0 (never) or a number of median deviations")
         require(3 <= window <= 10_000, f"run.spike_window ({window}) must be between 3 and 10000 steps")
+        project = self.wandb.rpartition("/")[2]
+        wrong = bool(self.wandb) and (not project or self.wandb.count("/") > 1 or set(project) & set(r"\\#?%:"))
+        require(not wrong, f"run.wandb ({self.wandb}) must be PROJECT or ENTITY/PROJECT, without any of / \\ # ? % :")
         at = self.from_step
         require(at is None or at >= 0, f"run.from_step ({at}) must not be negative")
         every, saved = self.keep_every, self.save_every

@@ -115,6 +115,13 @@ def _read(content: bytes | None) -> dict:
     return values if isinstance(values, dict) else {}
 
 
+def holder_of(content: bytes) -> tuple[str, float]:
+    """(who wrote the object, when by its own clock: seconds since 1970, or 0 where it does not say, or is gone)."""
+    written = _read(content).get("time")
+    known = isinstance(written, int | float) and not _is_gone(content)
+    return _owner(content), float(written) if known else 0.0
+
+
 def _owner(content: bytes | None) -> str:
     return str(_read(content).get("owner", "another process"))
 

@@ -4,8 +4,9 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -17,6 +18,7 @@ from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus
 from hybridlm.errors import Exit, RunError, require, within
+from hybridlm.model.flops import train_flops
 from hybridlm.sharding import make_mesh
 from hybridlm.train.batches import Batches
 from hybridlm.train.checkpoint import Checkpoints
@@ -26,6 +28,7 @@ from hybridlm.train.evaluate import Validation
 from hybridlm.train.feed import Feed
 from hybridlm.train.health import Health
 from hybridlm.train.init_run import check_init_run, params_of_run
+from hybridlm.train.last_words import failure_recorded, page_written
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.peers import Peers
@@ -37,6 +40,7 @@ from hybridlm.train.report import Reports
 from hybridlm.train.rollback import Rollback
 from hybridlm.train.run_folder import Found, RunFolder
 from hybridlm.train.sample import sample_text
+from hybridlm.train.sinks import check as check_sinks
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
@@ -53,16 +57,18 @@ FEED_PATIENCE = 0.8
 
 def train(
     config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None,
-    peers: Peers | None = None, resume: str | None = None,
+    peers: Peers | None = None, resume: str | None = None, page: Callable[[Path], None] | None = None,
 ) -> int:  # fmt: skip
     """Trains, or resumes, the run of the config's folder; returns the exit code.
 
     0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, and resume: with it
     (None: the same), for the lines that say what to type next. stop: the signals, where the caller has them already.
-    peers: the other processes of the run. Raises ConfigError for what the user has to change and RunError for what
+    peers: the other processes of the run. page: writes the page of a run into its folder, when it ends; None: nothing
+    does. Raises ConfigError for what the user has to change and RunError for what
     ended the run.
     """
     resume, peers = resume or command, peers or Peers()
+    check_sinks(config.run)
     with nullcontext(stop) if stop else StopRequest() as stop:
         display = Display(config.run.steps, nobody_reads=lambda: stop.ask(signal.SIGHUP))
         with RunFolder(config, owner=jax.process_index() == 0) as folder:
@@ -77,13 +83,20 @@ def train(
             check_config(config, mesh)
             here = storage.scratch("stacks", folder.path) if storage.in_bucket(folder.path) else folder.path
             stacks = here / f"stacks-{jax.process_index()}.txt"
-            with jax.set_mesh(mesh), Watchdog(config.run.watchdog, stacks, resume) as watchdog, _memory_explained():
+            watchdog = Watchdog(config.run.watchdog, stacks, resume)
+            with page_written(folder, page), jax.set_mesh(mesh), watchdog, _memory_explained():
                 step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume)
             if reached is None:
                 display.say(_stopped(config, step, resume))
                 return 128 + (stop.signum or 0)
             display.say(reached)
-            display.say(f"files: {folder.plot}, {folder.metrics}, {folder.checkpoints}")
+            written = [
+                folder.plot,
+                folder.metrics,
+                folder.checkpoints,
+                *([folder.report] if page and config.run.report else []),
+            ]
+            display.say(f"files: {', '.join(map(str, written))}")
             display.say(_next_lines(config, folder, step, command))
             return Exit.COMPLETE
 
@@ -117,6 +130,7 @@ def _run(
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
+        opened.enter_context(failure_recorded(log))
         _record_start(config, mesh, folder, log, display, resume, step, origin)
         if batches.loader.changed:
             display.say(f"other batches from step {step} on: {batches.loader.changed}")
@@ -148,6 +162,8 @@ def _run(
         if stopping or not steps.evaluate(step, state):
             with watchdog.during("saving"):
                 checkpoints.wait()
+                log.write("stop", step, {"signal": stop.signum})
+                log.flush()
             feed.leave_if_stuck(128 + (stop.signum or 0), _stopped(config, step, resume), sys.stdout)
             return step, None
         watchdog.rest()
@@ -258,7 +274,8 @@ def _record_start(
     folder.write_config()
     folder.write_history(step, changed)
     if folder.owner:
-        log.write("start", step, start_record(command, mesh) | ({"init": origin} if origin else {}))
+        flops = {"flops_per_token": train_flops(config.model, config.data.seq_len)}
+        log.write("start", step, start_record(command, mesh) | flops | ({"init": origin} if origin else {}))
     if step == 0 and log.n_dropped:
         display.say(
             f"no checkpoint yet: starts again; the {log.n_dropped} records of before are in {folder.superseded}"

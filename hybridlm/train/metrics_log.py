@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of a run: metrics.jsonl, in a bucket an object for each start, and TensorBoard beside it."""
+"""The records of a run: metrics.jsonl, in a bucket an object for each start, and what else takes their numbers."""
 
 import errno
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.errors import RunError
-from hybridlm.train.objects import Objects, Outbox, read_parts
+from hybridlm.train.objects import Objects, read_parts
 from hybridlm.train.records import move_aside, parse_json
+from hybridlm.train.sinks import Sink, numbers_of
 
 log = logging.getLogger(__name__)
 
@@ -21,31 +22,34 @@ MANY = ("train", "inspect")
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard: one record a line, appended.
+    """metrics.jsonl and sinks beside it: one record a line, appended.
 
     `kind` is train, val, inspect or end, or an event: start (what a start of the run was), config and data (what it
-    changed), save, skipped (a step that was not finite), spike, rollback, window (batches left out), gave_up.
+    changed), save, skipped (a step that was not finite), spike, rollback, window (batches left out), gave_up, and how a
+    start ended before its time: stop (by a signal) or failed.
     """
 
     def __init__(
-        self, path: Path, step: int, owner: bool = True, tensorboard: Path | None = None, dropped: Path | None = None,
+        self, path: Path, step: int, owner: bool = True, sinks: Sequence[Sink] = (), dropped: Path | None = None,
         may_write: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Opens for appending after `step`: records of later steps, of a run that is being resumed, are dropped.
 
-        owner: this process writes. tensorboard: folder of TensorBoard files; None: none. dropped: file that takes the
-        dropped lines and those that are no records; None: they are lost. may_write: called before each record, which
-        is not written where it raises. RunError where the file cannot be written.
+        owner: this process writes. sinks: given the numbers of each record, and closed with it. dropped: file that
+        takes the dropped lines and those that are no records; None: they are lost. may_write: called before each
+        record, which is not written where it raises. RunError where the file cannot be written.
         """
         self._path, self._owner, self._may_write = path, owner, may_write
-        self._tensorboard, self._dropped = tensorboard, dropped
+        self._sinks, self._dropped = tuple(sinks), dropped
         self._values: dict[tuple[str, int], dict] = {}
+        self.newest = step
+        """The latest step that there is a record of, or that is gone on from."""
         self.n_dropped = 0
         """Lines of before that are not gone on from."""
         self._open(step)
 
     def _open(self, step: int) -> None:
-        path, tensorboard, dropped = self._path, self._tensorboard, self._dropped
+        path, dropped = self._path, self._dropped
         lines = _lines(path)
         kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
         self._values = {(r["kind"], r["step"]): r for _, r in kept if r["kind"] not in MANY}
@@ -54,9 +58,7 @@ class MetricsLog:
             return
         self._far: Objects | None = None
         if storage.in_bucket(path):
-            outbox = None if tensorboard is None else Outbox(tensorboard)
-            self._board = None if outbox is None else _open_board(outbox.folder, step)
-            self._far = self._file = Objects(path, step, outbox)
+            self._far = self._file = Objects(path, step, self._send)
             return
         try:
             if dropped is not None and self.n_dropped:
@@ -73,13 +75,15 @@ class MetricsLog:
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in close())
         except OSError as error:
             raise RunError(f"cannot write {error.filename or self._path}: {error.strerror}") from error
-        self._board = None if tensorboard is None else _open_board(tensorboard, step)
 
     def rewind(self, step: int) -> None:
         """The run has gone back to a step: later records are dropped, as where a run is resumed there."""
+        self.newest = step
         if self._owner:
-            self.close()
+            self._file.close()
             self._open(step)
+            for sink in self._sinks:
+                sink.rewind(step)
         else:  # the file is being written by another process
             self._values = {key: record for key, record in self._values.items() if key[1] <= step}
 
@@ -92,7 +96,8 @@ class MetricsLog:
         return {step: r[name] for (of, step), r in self._values.items() if of == kind and name in r}
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """Appends a record and hands its numbers to TensorBoard. A number that is not finite is null in the file."""
+        """Appends a record and hands its numbers to the sinks. A number that is not finite is null in the file."""
+        self.newest = max(self.newest, step)
         if kind not in MANY:
             self._values[kind, step] = {"kind": kind, "step": step, **values}
         if not self._owner:
@@ -105,24 +110,26 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}") from error
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        for sink in self._sinks:
+            sink.add(kind, step, numbers_of(values))
 
     def flush(self) -> None:
         """Returns when all records are where they are kept: to a bucket, they are sent from time to time."""
         if self._owner and self._far is not None:
-            if self._board is not None:
-                self._board.flush()
+            for sink in self._sinks:
+                sink.flush()
             self._far.flush()
 
+    def _send(self) -> None:
+        for sink in self._sinks:
+            sink.send()
+
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes all."""
         if not self._owner:
             return
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
         self._file.close()
 
 
@@ -167,12 +174,3 @@ def _record(line: bytes) -> dict | None:
 def _strict(value):
     """The value as JSON has it: without NaN and infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _open_board(folder: Path, step: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        log.warning("tensorboardX is not installed: no TensorBoard files (--run.tensorboard=False says so too)")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

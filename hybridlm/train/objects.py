@@ -7,6 +7,7 @@ profiler) is written on this machine first.
 
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class Outbox:
 
 
 class Objects:
-    """Lines of this start of a run, and the files of an outbox."""
+    """Lines of this start of a run."""
 
-    def __init__(self, folder: Path, after: int, along: Outbox | None = None):
-        """folder: of the objects. after: the step that is gone on from. along: files that are sent when lines are."""
+    def __init__(self, folder: Path, after: int, along: Callable[[], None] = lambda: None):
+        """folder: of the objects. after: the step that is gone on from. along: called behind each sending of the lines,
+        by the thread that sends."""
         numbers = [int(found[1]) for name in storage.names(folder) if (found := _NAME.fullmatch(name))]
         self._path = folder / f"{max(numbers, default=0) + 1:06d}-after-{after}.jsonl"
         self._along = along
@@ -99,5 +101,4 @@ class Objects:
 
     def _send(self, content: bytes) -> None:
         storage.write_bytes(self._path, content)
-        if self._along is not None:
-            self._along.send()
+        self._along()

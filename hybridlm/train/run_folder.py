@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: config.json, metrics.jsonl, checkpoints/, loss.png, sample.txt, tensorboard/, tokenizer/, lock.
+"""The folder of a run: config.json, metrics.jsonl, checkpoints/, loss.png, report.html, sample.txt, tensorboard/,
+tokenizer/, lock.
 
 A run that goes on from a published checkpoint has published/ too, with that one's config.json and tokenizer. What is
 damaged is moved to broken/, what is gone back behind to superseded/; config_history.jsonl has each config in turn.
@@ -32,6 +33,7 @@ from hybridlm.errors import ConfigError, RunError
 from hybridlm.train.lease import Lease
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.records import finished_steps, move_aside, parse_json, read_json
+from hybridlm.train.sinks import Opening, open_sinks
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class RunFolder:
         self.metrics = self.path / ("metrics" if storage.in_bucket(self.path) else "metrics.jsonl")
         self.plot = self.path / "loss.png"
         self.sample = self.path / "sample.txt"
+        self.report = self.path / "report.html"
         self.published = self.path / "published"
         self.profile = self.path / "profile"
         self.superseded = self.path / "superseded"
@@ -108,7 +111,7 @@ class RunFolder:
         folder = _Descriptor(os.open(self.path, os.O_RDONLY))
         self._locks.append(folder)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(folder)
         except BlockingIOError:
             self._in_use()
         except OSError:
@@ -118,7 +121,7 @@ class RunFolder:
         lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self._locks.append(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except BlockingIOError:
             self._in_use()
         except OSError as error:  # a file system without locks
@@ -210,9 +213,9 @@ class RunFolder:
 
     def open_log(self, after: int, may_write: Callable[[], None] = lambda: None) -> MetricsLog:
         """The records, to be continued after a step; those of later steps go to superseded/. may_write: see there."""
-        board = self.path / "tensorboard" if self.config.run.tensorboard else None
+        sinks = open_sinks(Opening(self.config, self.path, after)) if self.owner else ()
         dropped = self.superseded / "metrics.jsonl"
-        return MetricsLog(self.metrics, after, self.owner, board, dropped, may_write)
+        return MetricsLog(self.metrics, after, self.owner, sinks, dropped, may_write)
 
     def check_there(self) -> None:
         """RunError where the folder was deleted, moved away or taken over while the run wrote to it."""
@@ -263,6 +266,20 @@ class RunFolder:
             raise RunError(f"cannot write {history}: {error.strerror}") from error
 
 
+def _lock(file) -> None:
+    """Locks a file for this process alone. BlockingIOError where another one has it for longer than it takes to see
+    who does (train/holder.py)."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            held = error
+            time.sleep(0.02)
+    raise held
+
+
+LOCK_TRIES = 5
 TOKENIZER = ("data.tokenizer", "data.bos_token", "data.eos_token")
 """What names a tokenizer; where a checkpoint knows its content, that is compared in their place."""
 

@@ -36,7 +36,7 @@ def config():
         ),
         optim=OptimConfig(lr=1e-2, warmup_steps=2, schedule="constant"),
         run=RunConfig(
-            steps=40, log_every=1, eval_every=-1, save_every=0, dir="{folder}/run", tensorboard=False,
+            steps=40, log_every=1, eval_every=-1, save_every=0, dir="{folder}/run", tensorboard=False, report=False,
             heartbeat={heartbeat},
         ),
     )

@@ -28,7 +28,7 @@ LINES = [{"kind": "train", "step": step, "loss": 1.0, "bits_per_byte": 3.0 - ste
 
 
 def config_in(folder: Path, **run) -> Config:
-    return replace(CONFIG, run=replace(CONFIG.run, dir=str(folder), tensorboard=False, **run))
+    return replace(CONFIG, run=replace(CONFIG.run, dir=str(folder), tensorboard=False, report=False, **run))
 
 
 @pytest.fixture(scope="module")

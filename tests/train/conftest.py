@@ -41,7 +41,7 @@ def config():
         optim=OptimConfig(lr=1e-2, warmup_steps=2, schedule="constant"),
         run=RunConfig(
             steps=20, log_every=3, eval_every=10, eval_batches=2, save_every=5, keep=3, dir="{folder}/run",
-            sample_tokens=4, sample_prompt="a", tensorboard=False,
+            sample_tokens=4, sample_prompt="a", tensorboard=False, report=False,
         ),
     )
 """

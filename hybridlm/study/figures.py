@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Curves in panels side by side, as SVG for a page and as PNG for a file. The same curves give the same bytes."""
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing
+
+from hybridlm.study.page import visible
+
+WIDTH, HEIGHT = 4.6, 3.4
+"""Of a panel, inches."""
+POINTS = 500
+"""Most points of a line: of more, the means of as many stretches are drawn."""
+COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#c2185b", "#7b52ab", "#8c564b", "#17a2b8", "#7f7f7f", "#b8a000", "#000000")
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: as many x as y."""
+
+    x: np.typing.ArrayLike
+    y: np.typing.ArrayLike
+    label: str = ""
+    """In the legend; empty: not there."""
+    n: int = 0
+    """The n-th colour, from 0; behind the last colour they come again, dashed."""
+    bold: bool = True
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes with curves."""
+
+    xlabel: str
+    ylabel: str
+    lines: Sequence[Line]
+    log: bool = False
+    """The x axis is logarithmic."""
+    marks: Sequence[float] = field(default=())
+    """Places on the x axis at which something happened."""
+
+
+def colour(n: int) -> str:
+    """That of the n-th curve."""
+    return COLOURS[n % len(COLOURS)]
+
+
+def draw(panels: Sequence[Panel], title: str = "", columns: int = 3):
+    """A matplotlib figure of the panels, `columns` of them in a row, with one legend for all.
+
+    A panel whose lines have no point says so.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    across, down = min(columns, len(panels)), -(-len(panels) // columns)
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for place, panel in zip(axes, panels):
+            _fill(place, panel)
+        for place in axes[len(panels) :]:
+            place.set_axis_off()
+        known: dict[str, object] = {}
+        for place in axes:
+            for handle in place.get_lines():
+                label = str(handle.get_label())
+                if not label.startswith("_"):
+                    known.setdefault(label, handle)
+        if known:
+            figure.legend(
+                known.values(), known.keys(), loc="outside lower center", ncols=min(4, len(known)), frameon=False
+            )
+        if title:
+            figure.suptitle(_plain(title))
+    return figure
+
+
+def _fill(axes, panel: Panel) -> None:
+    drawn = False
+    for line in panel.lines:
+        x, y = _thinned(line.x, line.y, panel.log)
+        if not len(x):
+            continue
+        drawn = True
+        axes.plot(
+            x, y, color=colour(line.n), linestyle=DASHES[line.n // len(COLOURS) % len(DASHES)],
+            linewidth=1.6 if line.bold else 0.9, alpha=1.0 if line.bold else 0.55,
+            marker="o" if line.dots or len(x) == 1 else None, markersize=3,
+            label=_plain(line.label) if line.label else "_",
+        )  # fmt: skip
+    if panel.log and drawn:
+        axes.set_xscale("log")
+    for place in panel.marks:
+        axes.axvline(place, color="#c62828", linestyle=":", linewidth=0.9)
+    if not drawn:
+        axes.text(0.5, 0.5, "no record", transform=axes.transAxes, ha="center", va="center", color="#777777")
+    axes.set(xlabel=_plain(panel.xlabel), ylabel=_plain(panel.ylabel))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _thinned(x: np.ndarray, y: np.ndarray, log: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Points that can be drawn, at most POINTS: means over stretches of the axis."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    fits = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log))
+    x, y = x[fits], y[fits]
+    if len(x) <= POINTS:
+        return x, y
+    place = np.log(x) if log else x
+    edges = np.linspace(place[0], place[-1], POINTS + 1)[1:-1]
+    of = np.searchsorted(edges, place)
+    count = np.bincount(of, minlength=POINTS)
+    means = [np.bincount(of, v, POINTS)[count > 0] / count[count > 0] for v in (x, y)]
+    return means[0], means[1]
+
+
+def _plain(label: str) -> str:
+    """A label as it is: no mathematics between dollars, no line ends; a first `_` would keep it out of the legend."""
+    label = visible(label).replace("\n", " ").replace("\t", " ").replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Signs that the font does not have are drawn as boxes, which needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def as_svg(figure) -> str:
+    """The `<svg>` element, with nothing in it that names another place."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hybridlm"}), _quiet():
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL).strip()
+
+
+def as_png(figure) -> bytes:
+    """The file's bytes."""
+    out = io.BytesIO()
+    with _quiet():
+        figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
