@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from hybridlm import storage
@@ -18,6 +17,7 @@ from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus
 from hybridlm.errors import Exit, RunError, require
 from hybridlm.sharding import make_mesh
+from hybridlm.train.base import load_base, memory_told, save_base
 from hybridlm.train.batches import Batches
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.commands import hybridlm_command
@@ -116,6 +116,8 @@ def _run(
             program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, display)
+        if program.base.like is not None:
+            _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
         _record_start(config, mesh, folder, log, display, resume, step, origin)
         if batches.loader.changed:
@@ -230,7 +232,7 @@ def _first_state(
     """(0, state, where its parameters come from or None): drawn from the seed, or those of another run, or those of a
     published checkpoint, whose small files the run keeps."""
     if config.init.run is not None:
-        params, step = params_of_run(config, program.state_like["params"])
+        params, step = params_of_run(config, program.base.like or program.state_like["params"])
         display.say(f"parameters of step {step} of {config.init.run}")
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
@@ -244,6 +246,17 @@ def _first_state(
         copy_small_files(source, folder.published)
     display.say(f"parameters of {source}")
     return 0, program.init_from(params), {"hf": str(source)}
+
+
+def _with_base(
+    config: Config, program: Program, folder: RunFolder, state: dict, is_new: bool, peers: Peers, display: Display
+) -> None:
+    """Keeps the parameters that a new run with adapters does not train, or reads what it has kept."""
+    if is_new:
+        save_base(folder.path, program.base.params, config, peers.check)
+    else:
+        program.base.params = load_base(folder.path, program.base.like)
+    display.say(memory_told(config, state, program.base.params))
 
 
 def _record_start(
@@ -269,7 +282,7 @@ def _record_start(
 def _introduce(
     config: Config, program: Program, mesh: Mesh, corpus: Corpus, folder: RunFolder, display: Display
 ) -> None:
-    n_params = sum(x.size for x in jax.tree.leaves(program.state_like["params"]))
+    n_params = sum(x.size for x in jax.tree.leaves(program.base.like or program.state_like["params"]))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     display.say(
         f"{config.name}: {short(n_params)} parameters on {device_name()} ({axes}), "
@@ -297,7 +310,7 @@ def _sample(
     run = config.run
     if not run.sample_tokens:
         return
-    model = nnx.merge(program.graphdef, state["params"])
+    model = program.model(state["params"])
     key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), step)
     text = sample_text(
         model, corpus.tokenizer, run.sample_prompt, key=key, max_new_tokens=run.sample_tokens,
