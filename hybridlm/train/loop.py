@@ -15,6 +15,7 @@ from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus
+from hybridlm.data.said import of_conversations
 from hybridlm.errors import Exit, RunError, require
 from hybridlm.sharding import make_mesh
 from hybridlm.train.base import load_base, memory_told, save_base
@@ -289,9 +290,9 @@ def _introduce(
         f"{short(corpus.stats['train']['bytes'])}B of text, {config.run.steps} steps of "
         f"{short(config.data.batch_size * config.data.seq_len)} tokens, in {folder.path}"
     )
-    whole = repeated(config, mesh)
-    if whole:
-        display.say(whole)
+    for line in (repeated(config, mesh), of_conversations(corpus, config.data, config.model.prefix_tokens)):
+        if line:
+            display.say(line)
 
 
 def _draw(config: Config, corpus: Corpus, folder: RunFolder) -> tuple[dict[str, int], str]:

@@ -69,7 +69,7 @@ def dense(config, base, low, batch):
         flat[path] = by_hand(flat[path], *pair, info[path], config.lora.scale)
     model = nnx.merge(abstract(config.model).graphdef, lora.unflat(flat))
     logits, valid = model(batch["tokens"], batch["segment_ids"], batch["positions"]), batch["targets"] >= 0
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, np.where(valid, batch["targets"], 0))
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, batch["targets"], 0))
     return jnp.sum(nats * valid) / valid.sum()
 
 
@@ -139,7 +139,7 @@ def test_the_base_has_no_optimizer_state_and_the_loss_falls():
     jax.tree.map(np.testing.assert_array_equal, base, jax.device_get(program.base.params))
     merged = program.model(state["params"])(batch["tokens"], batch["segment_ids"], batch["positions"])
     valid = batch["targets"] >= 0
-    nats = optax.softmax_cross_entropy_with_integer_labels(merged, np.where(valid, batch["targets"], 0))
+    nats = optax.softmax_cross_entropy_with_integer_labels(merged, jnp.where(valid, batch["targets"], 0))
     evaluated = on_host(program.eval_step(state["params"], batch))["loss"].value()
     check_close(evaluated, (nats * valid).sum() / valid.sum(), dtype="float32", what="loss")
 
