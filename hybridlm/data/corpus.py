@@ -158,7 +158,7 @@ class _Opener:
             held_out = open_source(held_out_by, argument="data.val_path", **how)
             _leave_out(train, held_out)
         made_from = [source.identity(local_cache(self.cache)) for source in (train, held_out) if source]
-        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, chat=self.chat)
+        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, self.chat)
         how = [self.chat.identity] if self.chat else []
         key = digest_of(
             [FORMAT, tokenizer.fingerprint, config.text_key, made_from[0], made_from[1] if held_out else fraction, *how]

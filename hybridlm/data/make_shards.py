@@ -31,7 +31,7 @@ from hybridlm.data.guard import guarded
 from hybridlm.data.identity import content_hashes, digest_of
 from hybridlm.data.shard_writer import ShardWriter
 from hybridlm.data.shards import CHAT_FORMAT, FORMAT, MANIFEST, index_name, read_manifest, write_manifest
-from hybridlm.data.tokenise import BATCH_CHARACTERS, BATCH_DOCUMENTS, SPLITS, Counts, encode, token_type
+from hybridlm.data.tokenise import BATCH_CHARACTERS, BATCH_DOCUMENTS, SPLITS, Counts, counts, encode, token_type
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError, RunError
 

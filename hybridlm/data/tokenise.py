@@ -88,19 +88,17 @@ class _SplitWriter:
         self.counts = Counts(chat)
 
     def add(self, documents: Sequence[Document | Conversation], tokenizer: Tokenizer) -> None:
-        parts = []
+        lengths, before = [], self.counts.tokens
         for tokens, ended in encode(documents, tokenizer, self._chat):
             raw = tokens.astype(self._dtype).tobytes()
             self._tokens.write(raw)
             self._hashes[0].update(raw)
-            parts.append((tokens, ended))
-        lengths = np.concatenate([ended for _, ended in parts])
-        offsets = (self.counts.tokens + np.cumsum(lengths)).astype(np.int64).tobytes()
+            self.counts.add_ids(tokens, ended)
+            lengths.append(ended)
+        offsets = (before + np.cumsum(np.concatenate(lengths))).astype(np.int64).tobytes()
         self._offsets.write(offsets)
         self._hashes[1].update(offsets)
         self.counts.add_texts(documents)
-        for tokens, ended in parts:
-            self.counts.add_ids(tokens, ended)
 
     def stats(self) -> dict:
         return self.counts.stats() | {"fingerprint": self._hashes[0].hexdigest() + self._hashes[1].hexdigest()}
@@ -132,9 +130,8 @@ def encode(
 
 
 def write_texts(
-    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, folder: Path,
-    chat: Chat | None = None,
-) -> dict:  # fmt: skip
+    train: Source, held_out: Source | None, val_fraction: float, tokenizer: Tokenizer, chat: Chat | None, folder: Path
+) -> dict:
     """Writes the files of a cache's entry and returns its stats. ConfigError for what cannot be read."""
     began = logged = time.monotonic()
     dtype = token_type(tokenizer, chat)

@@ -14,7 +14,7 @@ from hybridlm import storage
 from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
-from hybridlm.data import Corpus
+from hybridlm.data import Corpus, Tokenizer
 from hybridlm.data.said import of_conversations
 from hybridlm.errors import Exit, RunError, require
 from hybridlm.sharding import make_mesh
@@ -41,7 +41,7 @@ from hybridlm.train.sample import sample_text
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
-from hybridlm.train.tokenizer_copy import keep_tokenizer
+from hybridlm.train.tokenizer_copy import keep_tokenizer, told_of_other
 from hybridlm.train.trace import Trace
 from hybridlm.train.watchdog import Watchdog
 from pallas_kernels.platform import device_name
@@ -116,7 +116,7 @@ def _run(
         if peers.count == 1:  # processes compile together, in one order
             program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
-        step, state, origin = restored or _first_state(config, program, mesh, folder, display)
+        step, state, origin = restored or _first_state(config, program, mesh, folder, corpus.tokenizer, display)
         if program.base.like is not None:
             _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
@@ -228,7 +228,7 @@ def _rollback(config: Config, folder: RunFolder, found: Found) -> Rollback | Non
 
 
 def _first_state(
-    config: Config, program: Program, mesh: Mesh, folder: RunFolder, display: Display
+    config: Config, program: Program, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer, display: Display
 ) -> tuple[int, dict, dict | None]:
     """(0, state, where its parameters come from or None): drawn from the seed, or those of another run, or those of a
     published checkpoint, whose small files the run keeps."""
@@ -246,6 +246,8 @@ def _first_state(
     if folder.owner:
         copy_small_files(source, folder.published)
     display.say(f"parameters of {source}")
+    if other := told_of_other(tokenizer, source):
+        display.say(other)
     return 0, program.init_from(params), {"hf": str(source)}
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: their gradients against dense ones, what stays as it is, and runs that hold them."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -10,19 +11,23 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+from hybridlm.cli import main
 from hybridlm.config import MLP, Attention, ConfigError, Mamba2, MeshConfig, MoE, Router, Shared
 from hybridlm.config.overrides import override
 from hybridlm.config.resume import refused
 from hybridlm.model import lora
 from hybridlm.model.init import abstract
 from hybridlm.sharding import make_mesh
+from hybridlm.train.base import load_base
 from hybridlm.train.metrics import on_host
+from hybridlm.train.run_folder import read_metrics
+from hybridlm.train.sample import load_model
 from hybridlm.train.step import make_program
+from tests.hf.hf_support import FOLDER
 from tests.tolerances import check_close
 from tests.train.conftest import make_batch, small_config
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def adapted(pattern: str, *words: str):
@@ -174,3 +179,96 @@ def test_matrices_and_ranks_that_are_not_there():
     assert shapes["mixer.in_dt"] == (1, 8, 8) and shapes["mixer.in_zx"] == (1, 16, 2, 8, 8)  # dt has 8 heads
     for word in ("--lora.rank=3", "--lora.alpha=2", "--lora.blocks=M", "--lora.matrices=out"):
         assert list(refused(small_config("--lora.rank=2"), small_config("--lora.rank=2", word)))
+
+
+TALKS = [
+    [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word * 3}] for word in "abcdefgh" * 5
+]
+
+
+def published_bytes(folder):
+    """A golden checkpoint whose vocabulary is wide enough for bytes."""
+    folder.mkdir()
+    tensors = load_file(FOLDER / "llama" / "model.safetensors")
+    draw = np.random.default_rng(0).normal(size=(264, 32)).astype(np.float32)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = 0.1 * draw
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((FOLDER / "llama" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 264, "eos_token_id": 257}))
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path, one_device):
+    """A run that tunes adapters on conversations, without its number of steps and its folder."""
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in TALKS))
+    return [
+        "train", "--config", "configs/continue_from_hf.py", f"--init.hf={published_bytes(tmp_path / 'published')}",
+        f"--data.path={tmp_path}/chat.jsonl", "--data.format=chat", "--data.packing=best_fit", "--data.seq_len=64",
+        "--data.val_fraction=0.2", f"--data.cache_dir={tmp_path}/cache", "--data.batch_size=4", "--optim.accumulate=1",
+        "--optim.lr=0.02", "--optim.warmup_steps=1", "--optim.schedule=constant", "--run.log_every=1",
+        "--run.sample_tokens=0", "--run.tensorboard=False", "--model.compute_dtype=float32", "--lora.rank=4",
+        "--lora.alpha=8", "--lora.blocks", "*", "--lora.matrices", "w_[qv]",
+    ]  # fmt: skip
+
+
+def test_a_run_of_adapters(words, tmp_path, capsys):
+    """Resumed bit for bit; its checkpoints hold adapters, its folder the base once; loaded, it has them merged."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main([*words, "--run.steps=6", f"--run.dir={tmp_path}/straight"]) == 0
+    said = capsys.readouterr().out
+    assert "answers are trained on" in said and "has no tokenizer.json" in said and "adapters of rank 4:" in said
+    assert main([*words, "--run.steps=3", f"--run.dir={run}"]) == 0
+    (tmp_path / "published").rename(tmp_path / "elsewhere")
+    words = [word if not word.startswith("--init.hf") else f"--init.hf={tmp_path}/elsewhere" for word in words]
+    assert main([*words, "--run.steps=6", f"--run.dir={run}"]) == 0
+    model, config, _, step = load_model(run)
+    straight = load_model(tmp_path / "straight")[0]
+    ours, theirs = (nnx.to_pure_dict(nnx.state(one)) for one in (model, straight))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert step == 6 and config.lora.rank == 4
+    size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert size(run / "checkpoints" / "6" / "params") < size(run / "base" / "0" / "params")
+
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] in ("train", "val")]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[-1] < losses[0] and all(0 < r["trained"] < 0.5 for r in records if r["kind"] == "train")
+
+    assert main(["convert", "to-hf", str(run), str(out)]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "elsewhere", out))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {name.rpartition("self_attn.")[2] for name in changed} == {"q_proj.weight", "v_proj.weight"}
+    assert main(["convert", "from-hf", str(out), str(tmp_path / "back")]) == 0
+    tokens = np.arange(24).reshape(2, 12)
+    check_close(load_model(tmp_path / "back")[0](tokens), model(tokens), dtype="float32", what="logits")
+    capsys.readouterr()
+    texts = []
+    for folder in (run, tmp_path / "back"):
+        assert main(["generate", "--run", str(folder), "--prompt", "say a", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_runs_from_runs_and_what_is_refused(mini, one_device, capsys):
+    """Adapters on another run's parameters; all parameters from a run of adapters; a base that is gone."""
+    words = ["train", "--config", str(mini), "--run.eval_every=-1", "--run.sample_tokens=0"]
+    plain, low, after = (mini.parent / name for name in ("plain", "low", "after"))
+    of = lambda run: nnx.to_pure_dict(nnx.state(load_model(run)[0]))
+    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    assert main([*words, "--run.steps=2", f"--run.dir={plain}"]) == 0
+    tuned = [*words, f"--init.run={plain}", "--lora.rank=2", f"--run.dir={low}"]
+    assert main([*tuned, "--run.steps=2"]) == 0
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), of(plain))
+    assert same(load_base(low, like), of(plain)) and not same(of(low), of(plain))
+    for word in ("--lora.rank=1", "--lora.alpha=1", "--lora.matrices=w_q", "--lora.blocks=M"):
+        assert main([*tuned, word, "--run.steps=4"]) == 2
+        assert f"holds a run with another config: {word[2:].partition('=')[0]}" in capsys.readouterr().err
+    assert main([*words, f"--init.run={low}", "--run.steps=1", "--optim.lr=1e-30", f"--run.dir={after}"]) == 0
+    assert f"parameters of step 2 of {low}" in capsys.readouterr().out
+    assert same(of(after), of(low))
+    (low / "base").rename(mini.parent / "aside")
+    for again in ([*tuned, "--run.steps=4"], ["generate", "--run", str(low), "--prompt", "a"]):
+        assert main(again) == 1
+        assert "base, which holds what the run's adapters belong to, is missing: put it back" in capsys.readouterr().err
