@@ -27,6 +27,7 @@ def run(words: list[str], prog: str) -> int:
         from hybridlm.data.train_bpe import check_size
 
         require(args.tokenizer is None, "--train-bpe makes the tokenizer: leave --tokenizer out")
+        require(args.format == "text", "--train-bpe learns from text: give --format=chat the tokenizer of a model")
         check_size(args.train_bpe)
     _tokenize(args)
     return 0
@@ -46,6 +47,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--train-bpe", type=int, metavar="N", help="train a byte-level BPE of N tokens on the text first"
     )
     parser.add_argument("--bpe-bytes", type=int, default=2 << 30, metavar="N", help="most text to train it on (2 GiB)")
+    parser.add_argument("--format", choices=("text", "chat"), default="text", help="what records hold, as data.format")
     parser.add_argument("--text-key", default="text", metavar="NAME", help="field or column of the text (text)")
     parser.add_argument("--val", nargs="+", default=(), metavar="TEXT", help="validation text (a share of TEXT)")
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="X", help="share held out, without --val")
@@ -60,6 +62,7 @@ def _cores() -> int:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
+    from hybridlm.data.chat import chat_of
     from hybridlm.data.formats import open_source
     from hybridlm.data.identity import content_hashes
     from hybridlm.data.make_shards import WORK, Job, check_plan, make_shards
@@ -67,11 +70,13 @@ def _tokenize(args: argparse.Namespace) -> None:
 
     folder = storage.as_path(args.out)
     require(not storage.in_bucket(folder), f"{args.out} is in a bucket: tokenise into a folder and copy that there")
-    train = open_source(args.text, text_key=args.text_key, argument="TEXT")
-    held_out = open_source(args.val, text_key=args.text_key, argument="--val") if args.val else None
-    sources = [source for source in (train, held_out) if source]
     spec = args.tokenizer or "byte"
     given = None if args.train_bpe is not None else load_tokenizer(spec, bos=args.bos_token, eos=args.eos_token)
+    chat = chat_of(args.format, given)
+    how = {"text_key": args.text_key, "records": chat and chat.read}
+    train = open_source(args.text, argument="TEXT", **how)
+    held_out = open_source(args.val, argument="--val", **how) if args.val else None
+    sources = [source for source in (train, held_out) if source]
     with _Bar() as bar:
         files = [file for source in sources for file in source.files]
         sizes = sum(size for size, _ in storage.versions(file.path for file in files))
@@ -85,7 +90,7 @@ def _tokenize(args: argparse.Namespace) -> None:
             "text_key": args.text_key,
             "val_fraction": args.val_fraction,
             "shard_tokens": args.shard_tokens,
-        }
+        } | ({"chat": chat.identity} if chat else {})
         progress = check_plan(folder, plan, args.overwrite)
         if progress == "complete":
             bar.stop()
@@ -104,7 +109,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         bar.begin("tokenising", known)
         job = Job(
             folder, spec, (args.bos_token, args.eos_token), args.text_key, args.val_fraction, args.shard_tokens,
-            lenient=False,
+            lenient=False, format=args.format,
         )  # fmt: skip
         manifest = make_shards(job, train, held_out, given, args.workers, bar.to)
     _report(folder, manifest, args)

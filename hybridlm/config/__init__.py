@@ -64,6 +64,7 @@ from hybridlm.layers import (
     YaRN,
 )  # fmt: skip
 from hybridlm.model.config import ModelConfig
+from hybridlm.model.lora import LoraConfig
 from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Masked, Muon, NextToken, OptimConfig, Wsd
 from hybridlm.sharding import MeshConfig
 
@@ -72,9 +73,10 @@ __all__ = [
     "ConfigError", "Constant", "ConvolvedAttention", "Cosine", "DataConfig", "DepthMoE", "FixedDecay", "ForgetDecay",
     "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "Hyena", "ImplicitFilter",
     "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3",
-    "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE", "ModalFilter",
-    "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "Proportional", "RGLRU", "Rope", "Router",
-    "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans", "Wsd", "YaRN",
+    "LoraConfig", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE",
+    "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "Proportional", "RGLRU",
+    "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans", "Wsd",
+    "YaRN",
 ]  # fmt: skip
 
 
@@ -98,9 +100,12 @@ class Config:
     """How long, where, and what is written."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Which processes make the run together."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that are trained in the place of the model's parameters."""
 
     def __post_init__(self):
         check_fields(self)
+        self.lora.check(self.model.pattern)
         objective, ahead = self.optim.objective, self.model.sees_ahead
         with within("optim.objective."):
             objective.check(self.model.vocab_size)

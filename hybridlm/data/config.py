@@ -31,6 +31,9 @@ class DataConfig:
     chosen by a hash of their names (of tokens: what was held out when they were made, or the end of each file)."""
     val_fraction: float = 0.02
     """Share of the documents held out where val_path is empty."""
+    format: Literal["text", "chat"] = "text"
+    """What .jsonl and .parquet files hold: text, or conversations (messages, conversations), of which what the
+    assistant says is trained on alone; there, text is still read from what holds no messages."""
     text_key: str = "text"
     """Field of a .jsonl line or column of a .parquet file that holds the text."""
     tokenizer: str = "byte"

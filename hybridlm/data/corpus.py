@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.data.cache import find_or_build, local_cache
+from hybridlm.data.chat import chat_of
 from hybridlm.data.config import DataConfig
 from hybridlm.data.documents import Documents, Joint, Piece, Split
 from hybridlm.data.find import Found, find
@@ -22,13 +23,14 @@ from hybridlm.data.held_out import held_out_sets, patterns_of
 from hybridlm.data.identity import content_hashes, digest_of
 from hybridlm.data.shards import ShardSplit, check_shards, read_manifest
 from hybridlm.data.token_files import TokenFile, open_token_file, split_documents, write_split
-from hybridlm.data.tokenise import SPLITS, write_texts
+from hybridlm.data.tokenise import SPLITS, counts, write_texts
 from hybridlm.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError
 
 __all__ = ["SPLITS", "Corpus", "Part", "Split", "in_validation", "open_corpus", "open_held_out"]
 
 FORMAT = 2
+COUNTS = ("documents", "bytes", "tokens", "pairs")
 
 logger = logging.getLogger("hybridlm.data")
 
@@ -55,7 +57,9 @@ class Corpus:
 
     `stats` is JSON: for "train" and "val" the counts `documents`, `bytes`, `tokens` (bos and eos included), `pairs`
     (targets), `bytes_per_token`, `bytes_per_pair` and a `fingerprint`; `bigram_bits_per_byte` of the validation split
-    (None if it is empty, or no text); `skipped_files`, `empty_documents`, `tokenizer`, `vocab_size`, `fingerprint`.
+    (None if it is empty, or no text); `skipped_files`, `empty_documents`, `tokenizer`, `vocab_size`, `fingerprint`. Of
+    conversations there are `trained`, targets that are trained on and the bytes that they stand for, of which then
+    `bytes_per_pair` tells, and `unanswered_documents`, those left out because nobody answers in them.
     """
 
     tokenizer: Tokenizer
@@ -132,7 +136,7 @@ class _Opener:
     """Makes parts of patterns of paths."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.chat = config, tokenizer, chat_of(config.format, tokenizer)
         self.cache = storage.as_path(config.cache_dir)
 
     def open(
@@ -141,6 +145,8 @@ class _Opener:
     ) -> Part:  # fmt: skip
         """A part to train on. held_out_by: patterns of what validates it; none: a share of it, where `validate`.
         without: patterns of text that is left out of it."""
+        if self.chat and not any(patterns):
+            raise ConfigError("data.format=chat needs data.path, files with conversations")
         found = find(patterns, "data.path")
         name = " ".join(patterns) or "embedded"
         fraction = self.config.val_fraction if validate and not held_out_by else 0.0
@@ -167,7 +173,7 @@ class _Opener:
             split = "val" if part.stats["val"]["documents"] else "train"
         else:
             part, split = self._text(" ".join(patterns), patterns, (), 0.0, "data.val_path"), "train"
-        nothing = _counts(0, 0, 0, 0) | {"fingerprint": ""}
+        nothing = counts(0, 0, 0, 0) | {"fingerprint": ""}
         stats = part.stats | {"val": part.stats[split], "train": nothing, "bigram_bits_per_byte": None}
         return dataclasses.replace(
             part, documents={"val": part.documents[split]}, stats=stats, weight=0.0, set_name=name
@@ -178,18 +184,27 @@ class _Opener:
         without: Sequence[str] = (),
     ) -> Part:  # fmt: skip
         config, tokenizer = self.config, self.tokenizer
-        train = open_source(patterns, text_key=config.text_key, argument=argument)
+        how = {"text_key": config.text_key, "records": self.chat and self.chat.read}
+        train = open_source(patterns, argument=argument, **how)
         held_out = None
         if held_out_by:
-            held_out = open_source(held_out_by, text_key=config.text_key, argument="data.val_path")
+            held_out = open_source(held_out_by, argument="data.val_path", **how)
             _leave_out(train, held_out)
         texts = [pattern for pattern in without if not find((pattern,), "data.val_path").tokens]
         if texts:
-            _leave_out(train, open_source(texts, text_key=config.text_key, argument="data.val_path"))
+            _leave_out(train, open_source(texts, argument="data.val_path", **how))
         made_from = [source.identity(local_cache(self.cache)) for source in (train, held_out) if source]
-        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, argument)
+        build = functools.partial(write_texts, train, held_out, fraction, tokenizer, self.chat, argument)
+        chat = [self.chat.identity] if self.chat else []
         key = digest_of(
-            [FORMAT, tokenizer.fingerprint, config.text_key, made_from[0], made_from[1] if held_out else fraction]
+            [
+                FORMAT,
+                tokenizer.fingerprint,
+                config.text_key,
+                made_from[0],
+                made_from[1] if held_out else fraction,
+                *chat,
+            ]
         )
         folder, stats = find_or_build(self.cache, key, build)
         documents = {
@@ -218,12 +233,13 @@ class _Opener:
             )
         for split in SPLITS:
             check_shards(folder, manifest, split)
-        stats: dict = {key: manifest[key] for key in ("skipped_files", "empty_documents", "dtype")}
+        kept = ("skipped_files", "empty_documents", "dtype", *(["unanswered_documents"] if "chat" in manifest else []))
+        stats: dict = {key: manifest[key] for key in kept}
         bits = manifest.get("bigram_bits_per_byte")
         stats["bigram_bits_per_byte"] = bits if isinstance(bits, float) else None
         for split in SPLITS:
             about = manifest["splits"][split]
-            stats[split] = _counts(*(about[key] for key in ("documents", "bytes", "tokens", "pairs")))
+            stats[split] = counts(*(about[key] for key in COUNTS), about.get("trained"))
             stats[split]["fingerprint"] = about["fingerprint"]
         stats |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         stats["fingerprint"] = digest_of([stats[split]["fingerprint"] for split in SPLITS])
@@ -267,23 +283,16 @@ def _trained(part: Part) -> Part:
     return dataclasses.replace(part, documents={"train": part.documents["train"]})
 
 
-def _counts(documents: int, n_bytes: int, tokens: int, pairs: int) -> dict:
-    return {
-        "documents": documents,
-        "bytes": n_bytes,
-        "tokens": tokens,
-        "pairs": pairs,
-        "bytes_per_token": n_bytes / max(tokens, 1),
-        "bytes_per_pair": n_bytes / max(pairs, 1),
-    }
-
-
 def _together(parts: Sequence[Part], mixed: bool = True) -> dict:
     """Counts of several parts. mixed: bytes a token of the training text are those of the mixture."""
     stats = {}
     for split in SPLITS:
         held = [part.stats[split] for part in parts if split in part.documents]
-        stats[split] = _counts(*(sum(one[key] for one in held) for key in ("documents", "bytes", "tokens", "pairs")))
+        trained = None
+        if any("trained" in one for one in held):
+            of_each = [one.get("trained", (one["pairs"], one["bytes"])) for one in held]
+            trained = [sum(numbers) for numbers in zip(*of_each)]
+        stats[split] = counts(*(sum(one[key] for one in held) for key in COUNTS), trained)
         stats[split]["fingerprint"] = digest_of([one["fingerprint"] for one in held])
     total = sum(part.weight for part in parts)
     for key in ("bytes_per_token", "bytes_per_pair") if mixed else ():
@@ -291,6 +300,8 @@ def _together(parts: Sequence[Part], mixed: bool = True) -> dict:
     held = [p for p in parts if "val" in p.documents and p.stats["val"]["bytes"]]
     known = bool(held) and all(part.stats["bigram_bits_per_byte"] is not None for part in held)
     bits = sum(part.stats["bigram_bits_per_byte"] * part.stats["val"]["bytes"] for part in held) if known else 0.0
+    unanswered = [part.stats["unanswered_documents"] for part in parts if "unanswered_documents" in part.stats]
+    stats |= {"unanswered_documents": sum(unanswered)} if unanswered else {}
     return stats | {
         "bigram_bits_per_byte": bits / stats["val"]["bytes"] if known else None,
         "skipped_files": sum(part.stats["skipped_files"] for part in parts),

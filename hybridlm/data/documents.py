@@ -12,9 +12,12 @@ import numpy as np
 from hybridlm.data.cache import map_array
 from hybridlm.data.numbers import Numbers
 
+READ_ONLY = 1 << 31
+"""Bit of an id that a model reads and is not trained to predict. Files of 32 bits can hold it; others have none."""
+
 
 class Tokens(Protocol):
-    """The ids of all documents in a row, which may lie in many files."""
+    """The ids of all documents in a row, which may lie in many files; some may be READ_ONLY."""
 
     def __getitem__(self, where: np.ndarray) -> np.ndarray:
         """Those at the positions `where`, int64 [n], which are short of runs: neighbours are mostly consecutive."""

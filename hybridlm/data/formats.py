@@ -12,24 +12,21 @@ document and is read whole.
 """
 
 import codecs
-import contextlib
 import dataclasses
 import glob
-import gzip
 import hashlib
 import importlib
-import io
-import json
 import os
 import string
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from hybridlm import storage
 from hybridlm.data.identity import content_hashes
+from hybridlm.data.records import explained, lines, no_field, not_utf8, parse_record, text_of
+from hybridlm.data.template import Rendered
 from hybridlm.errors import ConfigError
 
 BINARY_SUFFIXES = frozenset((
@@ -46,6 +43,18 @@ class Document(NamedTuple):
 
     id: str
     text: str
+
+
+class Conversation(NamedTuple):
+    """A document of several turns: a stable id, and what a chat template made of them."""
+
+    id: str
+    rendered: Rendered
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.rendered.text
 
 
 class SourceFile(NamedTuple):
@@ -67,12 +76,14 @@ class Format:
     """(file, data.text_key) -> its documents. ConfigError for content that is not of this kind; OSError as it comes."""
     needs: tuple[str, ...] = ()
     """Modules that the reader imports, of packages that not everybody has."""
+    records: bool = False
+    """Documents are fields of records, which may hold conversations, too."""
 
 
 @dataclasses.dataclass
 class Source:
     """An ordered list of files; iterating reads their documents. Those without a character are left out, and counted
-    in `empty`.
+    in `empty`, and so are conversations without an answer, in `unanswered`.
 
     `lenient` (the embedded corpus, whose files nobody chose) skips files that are unreadable or not UTF-8 and counts
     them in `skipped`; otherwise such a file raises ConfigError.
@@ -81,18 +92,23 @@ class Source:
     files: tuple[SourceFile, ...]
     text_key: str = "text"
     lenient: bool = False
+    records: Callable[[SourceFile, str], Iterator] | None = None
+    """Reads files of records, see `Format.records`, in the place of their formats' readers; None: they do."""
     skipped: int = 0
     empty: int = 0
+    unanswered: int = 0
 
-    def __iter__(self) -> Iterator[Document]:
-        self.skipped = self.empty = 0
+    def __iter__(self) -> Iterator[Document | Conversation]:
+        self.skipped = self.empty = self.unanswered = 0
         for file in self.files:
             try:
-                for document in _read_file(file, self.text_key):
-                    if document.text:
-                        yield document
-                    else:
+                for document in _read_file(file, self.text_key, self.records):
+                    if not document.text:
                         self.empty += 1
+                    elif isinstance(document, Conversation) and not document.rendered.answers:
+                        self.unanswered += 1
+                    else:
+                        yield document
             except ConfigError:
                 if not self.lenient:
                     raise
@@ -106,12 +122,13 @@ class Source:
 
 
 def open_source(
-    path: str | tuple[str, ...] | list[str], *, text_key: str = "text", argument: str = "data.path"
-) -> Source:
+    path: str | tuple[str, ...] | list[str], *, text_key: str = "text", argument: str = "data.path",
+    records: Callable[[SourceFile, str], Iterator] | None = None,
+) -> Source:  # fmt: skip
     """The source behind `path`: "" is the embedded corpus, else a file, a folder or a glob pattern, or several of them.
 
     Raises ConfigError if a pattern matches nothing or a file is of a kind that cannot be read; `argument` is the name
-    that the message gives to `path`.
+    that the message gives to `path`; records: see Source.
     """
     patterns = [path] if isinstance(path, str) else list(path)
     patterns = [pattern for pattern in patterns if pattern]
@@ -124,7 +141,7 @@ def open_source(
     files = tuple(sorted(found.values(), key=lambda file: (file.name, str(file.path))))
     for file in files:
         _check_kind(file.path)
-    return Source(files, text_key)
+    return Source(files, text_key, records=records)
 
 
 def in_validation(document_id: str, fraction: float) -> bool:
@@ -213,10 +230,11 @@ def _readable() -> str:
     return f"give UTF-8 text (.txt, .md, .py, ...), {first} or {last}"
 
 
-def _read_file(file: SourceFile, text_key: str) -> Iterator[Document]:
+def _read_file(file: SourceFile, text_key: str, records: Callable | None) -> Iterator[Document | Conversation]:
     row = _format_of(file.path)
     try:
-        yield from _read_text(file) if row is None else row.read(file, text_key)
+        read = records if records and row and row.records else row and row.read
+        yield from read(file, text_key) if read else _read_text(file)
     except OSError as error:  # gzip.BadGzipFile has no strerror
         raise ConfigError(f"cannot read {file.path}: {error.strerror or error}") from error
 
@@ -228,35 +246,16 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
     try:
         yield Document(file.name, raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(_not_utf8(file.path, error)) from error
+        raise ConfigError(not_utf8(file.path, error)) from error
 
 
 def _read_json_lines(file: SourceFile, text_key: str) -> Iterator[Document]:
     index = 0
-    for number, raw in _lines(file.path):
+    for number, raw in lines(file.path):
         if raw.strip():
-            text = _parse_line(raw, f"line {number} of {file.path}", text_key, first=number == 1)
-            yield Document(f"{file.name}:{index}", _encodable(text))
+            where = f"line {number} of {file.path}"
+            yield Document(f"{file.name}:{index}", text_of(parse_record(raw, where, number == 1), where, text_key))
             index += 1
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file and their numbers from 1 on, decompressed by what its name says."""
-    with storage.reading(path) as stored, _decompressed(path, stored) as lines:
-        numbered = enumerate(lines, start=1)
-        while True:
-            try:
-                number, raw = next(numbered, (0, b""))
-            except (EOFError, zlib.error) as error:
-                raise ConfigError(f"{path} is not a whole gzip file ({error})") from error
-            except OSError as error:
-                if path.suffix.lower() != ".zst":
-                    raise
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"{path} is not a whole zstandard file ({reason})") from error
-            if not number:
-                return
-            yield number, raw
 
 
 SEQUENCE = string.ascii_letters.encode() + b"*-."
@@ -266,7 +265,7 @@ SEQUENCE = string.ascii_letters.encode() + b"*-."
 def _read_fasta(file: SourceFile, text_key: str) -> Iterator[Document]:
     """A document a record: its sequence, lines joined, as it is written; what stands behind `>` is no part of it."""
     index, parts = -1, []
-    for number, raw in _lines(file.path):
+    for number, raw in lines(file.path):
         line = raw.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else raw.strip()
         if line.startswith(b">"):
             if index >= 0:
@@ -282,79 +281,29 @@ def _read_fasta(file: SourceFile, text_key: str) -> Iterator[Document]:
         yield Document(f"{file.name}:{index}", b"".join(parts).decode("ascii"))
 
 
-def _decompressed(path: Path, stored: BinaryIO):
-    """The lines of an open file as a context manager that iterates over them, decompressed by what its name says."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(stored, "rb")
-    return _zstandard(stored) if suffix == ".zst" else contextlib.nullcontext(stored)
-
-
-@contextlib.contextmanager
-def _zstandard(stored: BinaryIO) -> Iterator[io.BufferedReader]:
-    import pyarrow
-
-    with pyarrow.CompressedInputStream(stored, "zstd") as stream:
-        yield io.BufferedReader(stream, 1 << 20)
-
-
-def _parse_line(raw: bytes, where: str, text_key: str, *, first: bool) -> str:
-    try:
-        record = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(_not_utf8(where, error)) from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} nests deeper than can be read; give one flat JSON object a line") from error
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON ({error}); give one JSON object a line") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where} is a JSON {type(record).__name__}, not an object; give one JSON object a line")
-    if text_key not in record:
-        raise ConfigError(_no_field(where, text_key, record))
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ConfigError(
-            f'{where}: field "{text_key}" is {"null" if text is None else type(text).__name__}, not a string'
-        )
-    return text
-
-
-def _encodable(text: str) -> str:
-    """JSON may spell half a surrogate pair, which is no character: it becomes the replacement character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def _read_parquet(file: SourceFile, text_key: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     index = 0
-    try:
-        with storage.reading(file.path) as stored, pyarrow.parquet.ParquetFile(stored) as table:
-            schema = table.schema_arrow
-            if text_key not in schema.names:
-                raise ConfigError(_no_field(str(file.path), text_key, schema.names))
-            kind = schema.field(text_key).type
-            value_kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if str(value_kind) not in ("string", "large_string", "string_view"):
-                raise ConfigError(f'{file.path}: column "{text_key}" is {kind}, not a string')
-            for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-                try:
-                    texts = batch.column(0).to_pylist()
-                except UnicodeDecodeError as error:
-                    raise ConfigError(_not_utf8(_first_not_utf8(batch.column(0), index, file.path), error)) from error
-                for text in texts:
-                    if text is None:
-                        raise ConfigError(f'row {index + 1} of {file.path}: column "{text_key}" is null, not a string')
-                    yield Document(f"{file.name}:{index}", text)
-                    index += 1
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{file.path} is not a readable Parquet file ({reason})") from error
+    with explained(file.path), storage.reading(file.path) as stored, pyarrow.parquet.ParquetFile(stored) as table:
+        schema = table.schema_arrow
+        if text_key not in schema.names:
+            raise ConfigError(no_field(str(file.path), text_key, schema.names))
+        kind = schema.field(text_key).type
+        value_kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if str(value_kind) not in ("string", "large_string", "string_view"):
+            raise ConfigError(f'{file.path}: column "{text_key}" is {kind}, not a string')
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            try:
+                texts = batch.column(0).to_pylist()
+            except UnicodeDecodeError as error:
+                raise ConfigError(not_utf8(_first_not_utf8(batch.column(0), index, file.path), error)) from error
+            for text in texts:
+                if text is None:
+                    raise ConfigError(f'row {index + 1} of {file.path}: column "{text_key}" is null, not a string')
+                yield Document(f"{file.name}:{index}", text)
+                index += 1
 
 
 def _first_not_utf8(column, index: int, path: Path) -> str:
@@ -367,22 +316,15 @@ def _first_not_utf8(column, index: int, path: Path) -> str:
     return str(path)
 
 
-def _no_field(where: str, text_key: str, fields) -> str:
-    names = ", ".join(f'"{name}"' for name in fields) or "none"
-    return f'{where}: no field "{text_key}" (fields are {names}); set data.text_key'
-
-
-def _not_utf8(where, error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); convert it to UTF-8"
-
-
 FORMATS = (
     Format(
-        (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"), ".jsonl, .jsonl.gz", _read_json_lines
+        (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+        ".jsonl, .jsonl.gz",
+        _read_json_lines,
+        records=True,
     ),
-    Format((".jsonl.zst", ".json.zst", ".ndjson.zst"), ".jsonl.zst", _read_json_lines, needs=("pyarrow",)),
-    Format((".parquet",), ".parquet", _read_parquet, needs=("pyarrow.parquet",)),
+    Format((".jsonl.zst", ".json.zst", ".ndjson.zst"), ".jsonl.zst", _read_json_lines, ("pyarrow",), records=True),
+    Format((".parquet",), ".parquet", _read_parquet, ("pyarrow.parquet",), records=True),
     Format((".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz"), ".fa, .fasta, .fa.gz", _read_fasta),
 )
 """Every format but text, which a file of any other name is taken for."""

@@ -25,12 +25,13 @@ import numpy as np
 
 from hybridlm import storage
 from hybridlm.data.bigram import BigramCounter, cross_entropy_bits
-from hybridlm.data.formats import Source, SourceFile, in_validation
+from hybridlm.data.chat import Chat, chat_of
+from hybridlm.data.formats import Conversation, Document, Source, SourceFile, in_validation
 from hybridlm.data.guard import guarded
 from hybridlm.data.identity import content_hashes, digest_of
 from hybridlm.data.shard_writer import ShardWriter
-from hybridlm.data.shards import FORMAT, MANIFEST, index_name, read_manifest, write_manifest
-from hybridlm.data.tokenise import BATCH_CHARACTERS, BATCH_DOCUMENTS, SPLITS, Counts, encode, token_type
+from hybridlm.data.shards import CHAT_FORMAT, FORMAT, MANIFEST, index_name, read_manifest, write_manifest
+from hybridlm.data.tokenise import BATCH_CHARACTERS, BATCH_DOCUMENTS, SPLITS, Counts, counts, encode, token_type
 from hybridlm.data.tokenizer import Tokenizer, load_tokenizer
 from hybridlm.errors import ConfigError, RunError
 
@@ -54,6 +55,8 @@ class Job(NamedTuple):
     val_fraction: float
     shard_tokens: int
     lenient: bool
+    format: str = "text"
+    """As data.format."""
 
 
 class Unit(NamedTuple):
@@ -144,16 +147,18 @@ def _remove_shards(folder: Path) -> None:
 
 _job: Job
 _tokenizer: Tokenizer
+_chat: Chat | None
 _done: Sequence[int]
 _given_up = threading.Event()
 
 
 def _prepare(job: Job, done: Sequence[int]) -> None:
     """What a process keeps for all its units."""
-    global _job, _tokenizer, _done
+    global _job, _tokenizer, _chat, _done
     _job, _done = job, done
     _given_up.clear()
     _tokenizer = load_tokenizer(job.tokenizer, bos=job.ends[0], eos=job.ends[1])
+    _chat = chat_of(job.format, _tokenizer)
 
 
 def _start(job: Job, units: Sequence[Unit], workers: int):
@@ -192,8 +197,8 @@ def _tokenise_unit(unit: Unit) -> None:
     if record["done"]:
         _done[unit.number] = sum(storage.size(file.path) for file in unit.files)
         return
-    writer = _UnitWriter(_job, unit, record, _tokenizer)
-    source = Source(unit.files, _job.text_key, lenient=_job.lenient)
+    writer = _UnitWriter(_job, unit, record, _tokenizer, _chat)
+    source = Source(unit.files, _job.text_key, lenient=_job.lenient, records=_chat and _chat.read)
     try:
         for number, document in enumerate(source):
             if _given_up.is_set():
@@ -201,9 +206,9 @@ def _tokenise_unit(unit: Unit) -> None:
             _done[unit.number] += len(document.text)
             if number >= record["read"]:
                 split = unit.split or ("val" if in_validation(document.id, _job.val_fraction) else "train")
-                writer.add(split, document.text)
+                writer.add(split, document)
         writer.close_shards()
-        record |= {"done": True, "skipped": source.skipped, "empty": source.empty}
+        record |= {"done": True, "skipped": source.skipped, "empty": source.empty, "unanswered": source.unanswered}
         _write_json(_record_file(_job.folder, unit), record)
     finally:
         writer.stop()
@@ -212,23 +217,24 @@ def _tokenise_unit(unit: Unit) -> None:
 class _UnitWriter:
     """Batches of a unit's documents, tokenised and written in a thread while the next ones are read."""
 
-    def __init__(self, job: Job, unit: Unit, record: dict, tokenizer: Tokenizer):
-        self._job, self._unit, self._record, self._tokenizer = job, unit, record, tokenizer
-        self._pending: dict[str, list[str]] = {name: [] for name in SPLITS}
+    def __init__(self, job: Job, unit: Unit, record: dict, tokenizer: Tokenizer, chat: Chat | None):
+        self._job, self._unit, self._record, self._tokenizer, self._chat = job, unit, record, tokenizer, chat
+        self._pending: dict[str, list[Document | Conversation]] = {name: [] for name in SPLITS}
         self._characters = dict.fromkeys(SPLITS, 0)
         self._read = record["read"]
         self._shards: dict[str, ShardWriter] = {}
-        self._counts = {name: Counts() for name in SPLITS}
+        self._counts = {name: Counts(self._chat) for name in SPLITS}
         self._is_full = False
         self._thread = ThreadPoolExecutor(1)
         self._writing: collections.deque[Future] = collections.deque()
 
-    def add(self, split: str, text: str) -> None:
+    def add(self, split: str, document: Document | Conversation) -> None:
         """The next document."""
-        if self._pending[split] and self._characters[split] + len(text) > BATCH_CHARACTERS:
+        size = len(document.text)
+        if self._pending[split] and self._characters[split] + size > BATCH_CHARACTERS:
             self._flush(split)
-        self._pending[split].append(text)
-        self._characters[split] += len(text)
+        self._pending[split].append(document)
+        self._characters[split] += size
         self._read += 1
         if self._characters[split] >= BATCH_CHARACTERS or len(self._pending[split]) >= BATCH_DOCUMENTS:
             self._flush(split)
@@ -250,7 +256,7 @@ class _UnitWriter:
         self._record["read"] = self._read
         _write_json(_record_file(self._job.folder, self._unit), self._record)
         self._is_full = False
-        self._shards, self._counts = {}, {name: Counts() for name in SPLITS}
+        self._shards, self._counts = {}, {name: Counts(self._chat) for name in SPLITS}
 
     def stop(self) -> None:
         """Ends the thread; shards that are not closed go."""
@@ -259,21 +265,22 @@ class _UnitWriter:
             shard.abandon()
 
     def _flush(self, split: str) -> None:
-        texts, self._pending[split], self._characters[split] = self._pending[split], [], 0
-        if texts:
-            self._writing.append(self._thread.submit(self._write, split, texts))
+        documents, self._pending[split], self._characters[split] = self._pending[split], [], 0
+        if documents:
+            self._writing.append(self._thread.submit(self._write, split, documents))
         while len(self._writing) > AHEAD:  # by their number, not as they come: shards end at the same place each time
             self._is_full |= self._writing.popleft().result() >= self._job.shard_tokens
 
-    def _write(self, split: str, texts: list[str]) -> int:
+    def _write(self, split: str, documents: list[Document | Conversation]) -> int:
         """Tokens of the shard of the training split then."""
         if split not in self._shards:
             name = f"{split}-{self._unit.number:05}-{len(self._record['parts']):03}"
-            self._shards[split] = ShardWriter(self._job.folder, name, token_type(self._tokenizer), RECORD_TOKENS)
-        for tokens, lengths in encode(texts, self._tokenizer):
+            dtype = token_type(self._tokenizer, self._chat)
+            self._shards[split] = ShardWriter(self._job.folder, name, dtype, RECORD_TOKENS)
+        for tokens, lengths in encode(documents, self._tokenizer, self._chat):
             self._shards[split].add(tokens, lengths)
-            self._counts[split].add_lengths(lengths)
-        self._counts[split].add_texts(texts)
+            self._counts[split].add_ids(tokens, lengths)
+        self._counts[split].add_texts(documents)
         return self._shards["train"].tokens if "train" in self._shards else 0
 
 
@@ -321,44 +328,44 @@ def _afresh(folder: Path, unit: Unit) -> dict:
 
 def _manifest(job: Job, records: list[dict], tokenizer: Tokenizer, train: Source, held_out: Source | None) -> dict:
     splits, bigrams = {}, {name: BigramCounter() for name in SPLITS}
+    chat = chat_of(job.format, tokenizer)
+    dtype = token_type(tokenizer, chat).name
     for record in records:
         for number in range(len(record["parts"])):
             stored = np.load(_bigrams_file(job.folder, record["unit"], number))
-            for counter, counts in zip(bigrams.values(), stored):
-                counter.counts += counts
+            for counter, of_part in zip(bigrams.values(), stored):
+                counter.counts += of_part
     keys = ("file", "documents", "records", "tokens", "size", "hash", "index_hash")
     for split in SPLITS:
         parts = [part[split] for record in records for part in record["parts"] if split in part]
         shards = [{key: part[key] for key in keys} for part in parts]
-        counts = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "pairs")}
-        n_bytes = bigrams[split].n_bytes
+        n_documents, n_tokens, n_pairs = (sum(part[key] for part in parts) for key in ("documents", "tokens", "pairs"))
+        trained = chat and [sum(part["trained"][i] for part in parts) for i in range(2)]
         splits[split] = {
-            **counts,
-            "bytes": n_bytes,
-            "bytes_per_token": n_bytes / max(counts["tokens"], 1),
-            "bytes_per_pair": n_bytes / max(counts["pairs"], 1),
-            "fingerprint": digest_of(
-                [FORMAT, RECORD_TOKENS, token_type(tokenizer).name, [part["index_hash"] for part in parts]]
-            ),
+            **counts(n_documents, bigrams[split].n_bytes, n_tokens, n_pairs, trained),
+            "fingerprint": digest_of([FORMAT, RECORD_TOKENS, dtype, [part["index_hash"] for part in parts]]),
             "shards": shards,
         }
     if not sum(splits[split]["documents"] for split in SPLITS):
-        raise ConfigError(f"the {len(train.files)} files hold no text")
+        raise ConfigError(f"the {len(train.files)} files hold no {'conversation with an answer' if chat else 'text'}")
     made_with = {key: getattr(tokenizer, key) for key in ("name", "fingerprint", "vocab_size", "bos_id", "eos_id")}
     manifest = {
-        "format": FORMAT,
+        "format": CHAT_FORMAT if chat else FORMAT,
         "tokenizer": made_with,
-        "dtype": token_type(tokenizer).name,
+        "dtype": dtype,
         "record_tokens": RECORD_TOKENS,
         "text_key": job.text_key,
         "val_fraction": None if held_out else job.val_fraction,
         "splits": splits,
-        "bigram_bits_per_byte": cross_entropy_bits(*bigrams.values()),
+        "bigram_bits_per_byte": None if chat else cross_entropy_bits(*bigrams.values()),
         "skipped_files": sum(record["skipped"] for record in records),
         "empty_documents": sum(record["empty"] for record in records),
         "plan": digest_of(_read_json(job.folder / WORK / "plan.json")),
         "made": time.strftime("%Y-%m-%d"),
     }
+    if chat:
+        unanswered = sum(record["unanswered"] for record in records)
+        manifest |= {"chat": chat.identity, "unanswered_documents": unanswered}
     write_manifest(job.folder, manifest)
     shutil.rmtree(job.folder / WORK, ignore_errors=True)
     return manifest

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hybridlm.data.documents import Documents, Tokens
+from hybridlm.data.documents import READ_ONLY, Documents, Tokens
 from hybridlm.data.order import Order, make_order, open_order, permutation_keys, whole_documents
 from hybridlm.errors import require
 
@@ -32,14 +32,14 @@ class Rows(Protocol):
 
     seq_len: int
     n_pairs: int
-    """Targets in all rows."""
+    """Pairs of a token and the next one in all rows."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """int32 [seq_len]: `tokens`; `targets`, the next token of the same document, -1 for padding and for the room
-        in front of a segment; `segment_ids`, 1, 2, ... from left to right, 0 for padding; `positions`, 0, 1, ... within
-        a segment, its room included."""
+        """int32 [seq_len]: `tokens`; `targets`, the next token of the same document, -1 for padding, for the room in
+        front of a segment and for a token that is not trained on; `segment_ids`, 1, 2, ... from left to right, 0 for
+        padding; `positions`, 0, 1, ... within a segment, its room included."""
 
 
 class PairRows:
@@ -128,12 +128,21 @@ def lay_out(
     spans = lengths + 1  # a segment's tokens, and the one that its last pair ends with
     within = np.arange(n + n_segments) - np.repeat(np.cumsum(spans) - spans, spans)
     read = tokens[np.repeat(starts, spans) + within]
+    ids, predicted = _unmarked(read)
+    of_target = np.arange(n) + segments + 1
     cells = empty_row(seq_len)
-    cells["tokens"][:n] = read[np.arange(n) + segments]
-    cells["targets"][:n] = read[np.arange(n) + segments + 1]
+    cells["tokens"][:n] = ids[of_target - 1]
+    cells["targets"][:n] = np.where(predicted[of_target], ids[of_target], -1)
     cells["segment_ids"][:n] = segments + 1
     cells["positions"][:n] = positions
     return cells
+
+
+def _unmarked(read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, whether each is trained on)."""
+    if read.dtype.itemsize < 4 or read.dtype == np.int32:  # these have no room for the mark
+        return read, np.ones(len(read), bool)
+    return read & (READ_ONLY - 1), (read & READ_ONLY) == 0
 
 
 def empty_row(seq_len: int) -> dict[str, np.ndarray]:

@@ -29,7 +29,8 @@ from hybridlm.data.numbers import Numbers
 from hybridlm.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT, CHAT_FORMAT = 1, 2
+"""Of shards of text, and of those whose ids may be READ_ONLY."""
 SUFFIX = ".array_record"
 SPARE_FILES = 256
 
@@ -48,8 +49,9 @@ def read_manifest(folder: Path) -> dict:
         raise ConfigError(f"{file} is no manifest of hybridlm tokenize: make the shards again") from None
     if check != digest_of(stored):
         raise ConfigError(f"{file} is not as it was written: make the shards again, or copy it again")
-    if stored.get("format") != FORMAT:
-        raise ConfigError(f"{file} is of format {stored.get('format')}, this version reads {FORMAT}")
+    if stored.get("format") not in (FORMAT, CHAT_FORMAT):
+        known = f"{FORMAT} and {CHAT_FORMAT}"
+        raise ConfigError(f"{file} is of format {stored.get('format')}, this version reads {known}")
     if wrong := _what_is_wrong(stored):
         raise ConfigError(f"{file}: {wrong}: make the shards again")
     return stored

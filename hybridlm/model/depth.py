@@ -10,7 +10,7 @@ and the backward is written out: it adds each depth's gradient straight to the s
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,16 @@ from jax import lax
 
 from hybridlm.layers.block import Tokens
 from hybridlm.model.pattern import Loop, Spot
+
+
+class Low(NamedTuple):
+    """What gradients are taken of in the place of the weights, which hang on it in a way that is not seen here."""
+
+    values: Sequence
+    """Of each spot, a tree of arrays [depths, ...], perhaps without any."""
+    pull: Callable[[int, Any, Any], Any]
+    """(number of a spot, gradient of its weights at a depth, its values there) -> the gradient of these."""
+
 
 Call = Callable[[Any, Any, jax.Array, Tokens], tuple[jax.Array, dict]]
 """(parameters of a depth, what the symbol's depths share, x_BTD, tokens) -> (x_BTD behind the sublayer, statistics)."""
@@ -41,21 +51,22 @@ def _repeat(loop: Loop, visit: Callable, carry, index, reverse: bool):
 
 def run(
     program: Sequence[Loop], calls: Sequence[Call], weights: Sequence, x_BTD: jax.Array, shared: dict[str, Any],
-    tokens: Tokens, sums: Sequence | None = None,
+    tokens: Tokens, sums: Sequence | None = None, low: Low | None = None,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
     """The residual stream behind the program, and of each spot its statistics, [depths, ...]. The stream may be any
     pytree of arrays, as it is with blocks that hand something from depth to depth.
 
     calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
-    sums is the sums themselves plus the gradient of the weights, in the type of the sums.
+    sums is the sums themselves plus the gradient of the weights, in the type of the sums. low: the gradient is that of
+    its values, of which each depth's is made as soon as that of its weights is known; the weights have none.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})
     step = _Step(spots, calls, consts)
 
     @jax.custom_vjp
-    def through(weights, sums, x_BTD, floats, ints):
+    def through(weights, values, sums, x_BTD, floats, ints):
         def visit(spot, index, carry):
             x_BTD, stats = carry
             x_BTD, of_spot = step(spot, _at(weights[spot.number], index), x_BTD, floats, ints)
@@ -66,7 +77,7 @@ def run(
         ]
         return walk(program, visit, (x_BTD, _empty(shapes, spots)))
 
-    def forward(weights, sums, x_BTD, floats, ints):
+    def forward(weights, values, sums, x_BTD, floats, ints):
         # jit traces and lowers each kind once; its inputs are different arrays, though the first x is the embedding
         kinds = {_kind(spot, calls): jax.jit(partial(step.vjp, spot)) for spot in spots}
         vjps = [kinds[_kind(spot, calls)] for spot in spots]
@@ -80,10 +91,10 @@ def run(
         shapes = [jax.eval_shape(vjps[spot.number], *_of_depth(weights, spot), x_BTD, floats, ints) for spot in spots]
         _, stats, kept, pull = zip(*shapes, strict=True)
         x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
-        return (x_BTD, stats), (weights, sums, floats, ints, kept, pull)
+        return (x_BTD, stats), (weights, values, sums, floats, ints, kept, pull)
 
     def backward(saved, cotangents):
-        weights, sums, floats, ints, kept, pull = saved
+        weights, values, sums, floats, ints, kept, pull = saved
         dx_BTD, d_stats = cotangents
 
         kinds = {_kind(spot, calls): jax.jit(pull[spot.number].back) for spot in spots}
@@ -95,19 +106,23 @@ def run(
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 _at(kept[n], index), inputs, (dx_BTD, _at(d_stats[n], index))
             )
+            if low is not None:
+                dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
                 dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), _at(grads[n], index), dw)
             d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
-        zeros = jax.tree.map(jnp.zeros_like, weights)
+        zeros = jax.tree.map(jnp.zeros_like, weights if low is None else values)
         start = (dx_BTD, zeros if sums is None else sums, jax.tree.map(jnp.zeros_like, floats))
         dx_BTD, grads, d_floats = walk(program, visit, start, reverse=True)
         d_weights, d_sums = (grads, None) if sums is None else (zeros, grads)
-        return d_weights, d_sums, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
+        d_weights, d_values = (d_weights, None) if low is None else (None, d_weights)
+        return d_weights, d_values, d_sums, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
 
     through.defvjp(forward, backward)
-    return through(list(weights), None if sums is None else list(sums), x_BTD, consts.floats, consts.ints)
+    values = None if low is None else list(low.values)
+    return through(list(weights), values, None if sums is None else list(sums), x_BTD, consts.floats, consts.ints)
 
 
 def _kind(spot: Spot, calls: Sequence[Call]) -> tuple:

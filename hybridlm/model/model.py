@@ -128,10 +128,11 @@ class HybridLM(nnx.Module):
         positions: jax.Array | None = None,
         sums=None,
         inspect: bool = False,
+        low: depth.Low | None = None,
     ) -> tuple[jax.Array, list[list[dict[str, jax.Array]]]]:
         """`hidden`, and what mixers report: of each loop of the program, of each of its sublayers, arrays [L, ...] by
         name. sums: of a stacked model, by the number of the sublayer, see `depth.run`. inspect: the numbers of
-        `Mixer.inspect` in the place of their statistics; forward alone."""
+        `Mixer.inspect` in the place of their statistics; forward alone. low: of a stacked model, see `depth.Low`."""
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
         tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
         n_prefix, restore, within = self.config.prefix_tokens, None, None
@@ -148,7 +149,7 @@ class HybridLM(nnx.Module):
             tokens_BT, segment_ids, positions = strands.both(*args, self.config.complement, self.config.vocab_size)
         x_BTD = self._embed(tokens_BT, within)
         tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False, inspect=inspect)
-        x_BTD, stats = self._through(x_BTD, tokens, sums)
+        x_BTD, stats = self._through(x_BTD, tokens, sums, low)
         with jax.named_scope("norm"):
             x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
         x_BTD = x_BTD[:, in_front:] if in_front else x_BTD
@@ -252,7 +253,7 @@ class HybridLM(nnx.Module):
         """Values of the program's sublayers, by its outermost loops."""
         return [[values[spot.number] for spot in loop.spots()] for loop in self._loops]
 
-    def _through(self, x_BTD, tokens: Tokens, sums):
+    def _through(self, x_BTD, tokens: Tokens, sums, low):
         """The residual stream behind all sublayers, and the statistics of each of the program, [depths, ...]."""
         calls, weights = self._of_spots(Sublayer.__call__)
         blocks, wrapped = self.config.blocks, {}
@@ -265,7 +266,7 @@ class HybridLM(nnx.Module):
         shared = {symbol: nnx.state(module) for symbol, module in self.shared.items()}
         if sums is not None:
             sums = [jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(sums[n])) for n, w in enumerate(weights)]
-        x, stats = depth.run(self._loops, calls, weights, self._stream(x_BTD), shared, tokens, sums)
+        x, stats = depth.run(self._loops, calls, weights, self._stream(x_BTD), shared, tokens, sums, low)
         return _residual(x), stats
 
     def _extend(self, x_BTD, caches: list, length_B, real_BT, tokens: Tokens):

@@ -8,19 +8,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hybridlm.train.base import Base
+
 
 class TrainStep:
     """(state, batch) -> (state, metrics): a jitted step that takes what hangs on the length of the run beside them, so
     that more steps are not another program."""
 
-    def __init__(self, jitted, lengths: np.ndarray):
-        self.jitted, self.lengths = jitted, lengths
+    def __init__(self, jitted, lengths: np.ndarray, base: Base | None = None):
+        """base: what the step takes behind these; None: nothing."""
+        self.jitted, self.lengths, self.base = jitted, lengths, base or Base()
         self._ahead: Future | None = None
 
     def __call__(self, state, batch):
         """A step; waits for what `prepare` started, and raises what that raised."""
         step = self.jitted if self._ahead is None else self._ahead.result()
-        return step(state, batch, self.lengths)
+        return step(state, batch, self.lengths, *self.base.args)
 
     def prepare(self, mesh: Mesh, state, batch) -> None:
         """Starts to compile the step for arguments like these, in a thread of its own; the only ones it takes then.
@@ -40,8 +43,8 @@ class TrainStep:
 
     def lower(self, state, batch):
         """As of every jitted function."""
-        return self.jitted.lower(state, batch, self.lengths)
+        return self.jitted.lower(state, batch, self.lengths, *self.base.args)
 
     def trace(self, state, batch):
         """As of every jitted function."""
-        return self.jitted.trace(state, batch, self.lengths)
+        return self.jitted.trace(state, batch, self.lengths, *self.base.args)

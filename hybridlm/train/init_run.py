@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that starts from the parameters of another one: init.run=RUN, of its newest checkpoint, or RUN@STEP."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.resume import refused
 from hybridlm.errors import ConfigError, require
+from hybridlm.train.base import read_params
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.records import finished_steps
 from hybridlm.train.run_folder import record_of, stored_config
@@ -53,9 +55,10 @@ def params_of_run(config: Config, like) -> tuple[dict, int]:
     """(parameters, the step that they are of), verified; like: their shapes, types and shardings here."""
     run, step = split_run(config.init.run)
     checkpoints = Checkpoints(run / "checkpoints", keep=1, read_only=True)
+    there = replace(stored_config(run, like=config), model=config.model)
     try:
-        found = checkpoints.restore_latest({"params": like}, None if step is None else [step])
+        found = read_params(checkpoints, run, there, like, None if step is None else [step])
     finally:
         checkpoints.close()
     require(found is not None, f"init.run ({run}) has no checkpoint")
-    return found[1]["params"], found[0]
+    return found[1], found[0]

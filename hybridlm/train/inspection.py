@@ -21,20 +21,20 @@ from hybridlm.train.layout import Layout
 
 def make_inspect(
     gradients: Callable, make_rule: Callable, n_micro: int, layout: Layout, graphdef: nnx.GraphDef,
-    prepare: Callable,
+    prepare: Callable, whole: Callable,
 ) -> Callable:  # fmt: skip
-    """(state, batch, lengths) -> {"M.Mamba2/grad_norm": float32 scalar, ...}; the state is left alone.
+    """(state, batch, lengths, *base) -> {"M.Mamba2/grad_norm": float32 scalar, ...}; the state is left alone.
 
     For every kind of block, and for what else has parameters, the norms of its gradient and of its parameters, and the
     norm of the update over that of the parameters (`update_ratio`). What mixers say of themselves (`Mixer.inspect`) is
     of the first of n_micro microbatches. gradients, make_rule, layout, prepare: as of the train step. graphdef: of the
-    model with stacked parameters.
+    model with stacked parameters. whole: of the state's parameters and the base, if any, those of the model.
     """
 
-    def inspect(state, batch, lengths) -> dict[str, jax.Array]:
+    def inspect(state, batch, lengths, *base) -> dict[str, jax.Array]:
         params = state["params"]
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"]))
-        _, _, grads = gradients(params, batch)
+        _, _, grads = gradients(params, batch, *base)
         updates, _ = make_rule(lengths)[0].update(grads, state["opt_state"], params)
         weights, changes = (norms(layout.config, tree) for tree in (params, updates))
         ratios = {
@@ -42,7 +42,7 @@ def make_inspect(
         }
         found = {"grad_norm": norms(layout.config, grads), "weight_norm": weights, "update_ratio": ratios}
         numbers = {f"{kind}/{name}": value for name, kinds in found.items() for kind, value in kinds.items()}
-        return numbers | said(params, batch)
+        return numbers | said(whole(params, *base), batch)
 
     def said(params, batch) -> dict[str, jax.Array]:
         """What mixers say of themselves, forward."""

@@ -17,6 +17,7 @@ from hybridlm.layers.params import in_type
 from hybridlm.model import stacks
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import Abstract, abstract, stacked
+from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings
 from pallas_kernels.platform import platform_of
 
@@ -45,9 +46,15 @@ class Layout(NamedTuple):
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
-        groups = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
-        groups = in_type(groups, stacked(self.config).info["groups"], self.config.compute_dtype)
-        return lax.with_sharding_constraint(params | {"groups": groups}, self._at(stacked(self.config)))
+        spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
+        spots = in_type(spots, stacked(self.config).info["groups"], self.config.compute_dtype)
+        return lax.with_sharding_constraint(params | {"groups": spots}, self._at(stacked(self.config)))
+
+    def stack_low(self, low: dict) -> dict:
+        """Adapters (`model.lora`) as the program reads them."""
+        stored = [[low.get("groups", {}).get(g, {}).get(i, {}) for i in range(n)] for g, n in enumerate(self._units)]
+        spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, stored)))
+        return {"groups": spots} | ({"shared": low["shared"]} if "shared" in low else {})
 
     def placed(self, weights: dict) -> dict:
         """Stacked gradients laid out on the mesh like their parameters, within the slice where slices are apart."""
@@ -60,6 +67,10 @@ class Layout(NamedTuple):
         grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
         grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
         return lax.with_sharding_constraint(grads, self._at(abstract(self.config)))
+
+    @property
+    def _units(self) -> list[int]:
+        return [len(group.unit) for group in groups(self.config.pattern)]
 
     def _at(self, model: Abstract) -> dict:
         return param_shardings(model.info, self.mesh)

@@ -9,17 +9,18 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from hybridlm import storage
 from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
-from hybridlm.data import Corpus
+from hybridlm.data import Corpus, Tokenizer
+from hybridlm.data.said import of_conversations
 from hybridlm.errors import Exit, RunError, require, within
 from hybridlm.model.flops import train_flops
 from hybridlm.sharding import make_mesh
+from hybridlm.train.base import load_base, memory_told, save_base
 from hybridlm.train.batches import Batches
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.commands import hybridlm_command
@@ -44,7 +45,7 @@ from hybridlm.train.sinks import check as check_sinks
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
-from hybridlm.train.tokenizer_copy import keep_tokenizer
+from hybridlm.train.tokenizer_copy import keep_tokenizer, told_of_other
 from hybridlm.train.trace import Trace
 from hybridlm.train.watchdog import Watchdog
 from pallas_kernels.platform import device_name
@@ -128,7 +129,9 @@ def _run(
         if peers.count == 1:  # processes compile together, in one order
             program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
-        step, state, origin = restored or _first_state(config, program, mesh, folder, display)
+        step, state, origin = restored or _first_state(config, program, mesh, folder, corpus.tokenizer, display)
+        if program.base.like is not None:
+            _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
         opened.enter_context(failure_recorded(log))
         _record_start(config, mesh, folder, log, display, resume, step, origin)
@@ -244,12 +247,12 @@ def _rollback(config: Config, folder: RunFolder, found: Found) -> Rollback | Non
 
 
 def _first_state(
-    config: Config, program: Program, mesh: Mesh, folder: RunFolder, display: Display
+    config: Config, program: Program, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer, display: Display
 ) -> tuple[int, dict, dict | None]:
     """(0, state, where its parameters come from or None): drawn from the seed, or those of another run, or those of a
     published checkpoint, whose small files the run keeps."""
     if config.init.run is not None:
-        params, step = params_of_run(config, program.state_like["params"])
+        params, step = params_of_run(config, program.base.like or program.state_like["params"])
         display.say(f"parameters of step {step} of {config.init.run}")
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
@@ -262,7 +265,20 @@ def _first_state(
     if folder.owner:
         copy_small_files(source, folder.published)
     display.say(f"parameters of {source}")
+    if other := told_of_other(tokenizer, source):
+        display.say(other)
     return 0, program.init_from(params), {"hf": str(source)}
+
+
+def _with_base(
+    config: Config, program: Program, folder: RunFolder, state: dict, is_new: bool, peers: Peers, display: Display
+) -> None:
+    """Keeps the parameters that a new run with adapters does not train, or reads what it has kept."""
+    if is_new:
+        save_base(folder.path, program.base.params, config, peers.check)
+    else:
+        program.base.params = load_base(folder.path, program.base.like)
+    display.say(memory_told(config, state, program.base.params))
 
 
 def _record_start(
@@ -289,16 +305,16 @@ def _record_start(
 def _introduce(
     config: Config, program: Program, mesh: Mesh, corpus: Corpus, folder: RunFolder, display: Display
 ) -> None:
-    n_params = sum(x.size for x in jax.tree.leaves(program.state_like["params"]))
+    n_params = sum(x.size for x in jax.tree.leaves(program.base.like or program.state_like["params"]))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     display.say(
         f"{config.name}: {short(n_params)} parameters on {device_name()} ({axes}), "
         f"{short(corpus.stats['train']['bytes'])}B of text, {config.run.steps} steps of "
         f"{short(config.data.batch_size * config.data.seq_len)} tokens, in {folder.path}"
     )
-    whole = repeated(config, mesh)
-    if whole:
-        display.say(whole)
+    for line in (repeated(config, mesh), of_conversations(corpus, config.data, config.model.prefix_tokens)):
+        if line:
+            display.say(line)
 
 
 def _draw(config: Config, corpus: Corpus, folder: RunFolder) -> tuple[dict[str, int], str]:
@@ -317,7 +333,7 @@ def _sample(
     run = config.run
     if not run.sample_tokens:
         return
-    model = nnx.merge(program.graphdef, state["params"])
+    model = program.model(state["params"])
     key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), step)
     text = sample_text(
         model, corpus.tokenizer, run.sample_prompt, key=key, max_new_tokens=run.sample_tokens,

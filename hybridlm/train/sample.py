@@ -14,6 +14,7 @@ from hybridlm.errors import require
 from hybridlm.model.generation import generate
 from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
+from hybridlm.train.base import read_params
 from hybridlm.train.checkpoint import Checkpoints, finished_steps
 from hybridlm.train.run_folder import stored_config
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer, kept_tokenizer
@@ -69,7 +70,7 @@ def load_model(path: Path, step: int | None = None, like: Config | None = None) 
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
     try:
-        found, state, record = checkpoints.restore_latest({"params": wanted}, steps if step is None else [step])
+        found, params, record = read_params(checkpoints, path, config, wanted, steps if step is None else [step])
     finally:
         checkpoints.close()
-    return nnx.merge(graphdef, state["params"]), config, record, found
+    return nnx.merge(graphdef, params), config, record, found

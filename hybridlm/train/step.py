@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config, DataConfig
 from hybridlm.data.packing import FIELDS
+from hybridlm.model import lora
 from hybridlm.model.init import abstract, stacked
 from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
@@ -27,12 +28,16 @@ from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
 from hybridlm.train.ahead import TrainStep
+from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
 from hybridlm.train.layout import SUMS, Layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options
 from pallas_kernels.platform import platform_of
+
+ADAPTERS = 1
+"""What the key of the parameters is folded with for that of adapters."""
 
 
 class Program(NamedTuple):
@@ -41,7 +46,7 @@ class Program(NamedTuple):
     init: Callable
     """() -> train state, made sharded; nothing larger than a shard exists on any device."""
     init_from: Callable
-    """(params) -> train state with those parameters, which are donated."""
+    """(params) -> train state with those parameters, which are donated; in a run with adapters they are its base."""
     train_step: Callable
     """(state, batch) -> (state, metrics); the state given is donated. Metrics (`train.metrics`) are on device."""
     eval_step: Callable
@@ -53,7 +58,16 @@ class Program(NamedTuple):
     batch_sharding: NamedSharding
     """Rows over `data` and `fsdp`."""
     graphdef: nnx.GraphDef
-    """The model without its parameters: nnx.merge(graphdef, state["params"])."""
+    """The model without its parameters: `model` gives it with them."""
+    base: Base
+    """What the programs take beside the state; a run with adapters fills it before its first step."""
+    whole: Callable
+    """(params, *base.args) -> the model's parameters: those of the state, or the base with the adapters in it."""
+
+    def model(self, params: dict) -> HybridLM:
+        """The model with a state's parameters."""
+        whole = jax.jit(self.whole)(params, *self.base.args) if self.base.args else params
+        return nnx.merge(self.graphdef, whole)
 
     def batch_like(self, data: DataConfig) -> dict:
         """Shapes, types and shardings of a batch."""
@@ -65,14 +79,20 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
     graphdef, _, info = abstract(config.model)
     steps = config.run.steps
-    optimizer, _ = make_optimizer(config.optim, steps, info)
+    specs = lora.adapters(config.model, config.lora) if config.lora.on else {}
+    trained = lora.nested(specs) if specs else info
+    optimizer, _ = make_optimizer(config.optim, steps, trained)
+    base = Base(like_on(info, mesh) if specs else None)
 
     def keys():
         return jax.random.split(jax.random.key(config.run.seed))  # of the parameters, of the run
 
-    def init():
+    def draw():
         model = HybridLM(config.model, rngs=nnx.Rngs(keys()[0]))
-        return init_from(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
+        return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+
+    def init():
+        return init_from(lora.draw(specs, jax.random.fold_in(keys()[0], ADAPTERS)) if specs else draw())
 
     def init_from(params):
         zero = jnp.zeros((), jnp.int32)
@@ -81,40 +101,69 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             "skipped_in_row": zero, "key": jax.random.key_data(keys()[1]),
         }  # fmt: skip
 
-    like = _state_like(jax.eval_shape(init), info, mesh)
+    def whole(params, *base):
+        return lora.merge(*base, params, specs, config.lora.scale) if base else params
+
+    like = _state_like(jax.eval_shape(init), trained, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
     objective = make_objective(replace(config, model=model), stacked(model).graphdef)
     layout = Layout(model, mesh, apart)
-    rule = partial(make_optimizer, config.optim, steps, info)
+    rule = partial(make_optimizer, config.optim, steps, trained)
     prepare = config.optim.objective.prepare
-    step = make_train_step(objective, rule, config.optim.accumulate, layout, prepare)
+    if specs:
+        gradients = make_low_gradients(objective, config, layout, specs, whole)
+    else:
+        gradients = _make_gradients(objective, config.optim.accumulate, layout)
+    step = make_train_step(gradients, rule, prepare)
 
-    def evaluate(params, batch):  # what is hidden of a batch hangs on the seed and its text
+    def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
-        return objective(layout.stack(params), batch)[1]
+        return objective(layout.stack(whole(params, *base)), batch)[1]
 
-    gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, stacked(model).graphdef, prepare)
+    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, stacked(model).graphdef, prepare, whole)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     platform = platform_of(mesh.devices.flat[0])
     on_cpu, often = platform == "cpu", options(platform)
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
+    start = jax.jit(init, out_shardings=shardings, compiler_options=quick)
+    start_from = jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0)
+    eval_step = jax.jit(evaluate, compiler_options=often)
+    if specs:
+        drawn = jax.jit(draw, out_shardings=param_shardings(info, mesh), compiler_options=quick)
+        start, start_from = _upon_base(base, start, drawn)
+        eval_step = WithBase(eval_step, base)
     return Program(
-        init=jax.jit(init, out_shardings=shardings, compiler_options=quick),
-        init_from=jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0),
+        init=start,
+        init_from=start_from,
         train_step=TrainStep(
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often), lengths
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often), lengths, base
         ),
-        eval_step=jax.jit(evaluate, compiler_options=often),
-        inspect=TrainStep(jax.jit(inspect, compiler_options=often), lengths),
+        eval_step=eval_step,
+        inspect=TrainStep(jax.jit(inspect, compiler_options=often), lengths, base),
         state_like=like,
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
+        base=base,
+        whole=whole,
     )
+
+
+def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, Callable]:
+    """`init` and `init_from` of a program with adapters: the parameters become the base, new adapters the state."""
+
+    def init():
+        base.params = draw()
+        return start()
+
+    def init_from(params):
+        base.params = params
+        return start()
+
+    return init, init_from
 
 
 def _state_like(shapes: dict, info, mesh: Mesh) -> dict:
@@ -144,26 +193,20 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_train_step(
-    objective: Callable, make_rule: Callable, n_micro: int, layout: Layout, prepare: Callable
-) -> Callable:
-    """(state, batch, lengths) -> (state, metrics): the gradient of the mean over all tokens of the batch, applied if
-    finite, it and what the optimizer makes of it.
+def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable) -> Callable:
+    """(state, batch, lengths, *base) -> (state, metrics): the gradient of the mean over all tokens of the batch,
+    applied if finite, it and what the optimizer makes of it.
 
-    objective: see `make_objective`; of parameters as `layout` stacks them. make_rule: (lengths) -> (optimizer,
-    schedule), see `make_optimizer`. prepare: the batch, see `optim.objective`. With n_micro > 1 the gradients of that
-    many microbatches are summed in float32 one after the other; the result is that of the whole batch, but for losses
-    that blocks take of each microbatch, such as the load balance of experts.
-    Where the loss, the gradient or the update is not finite, parameters and optimizer stay as they were, the step
-    counts as skipped, and the objective's metrics are left out.
+    gradients: see `_make_gradients`. make_rule: (lengths) -> (optimizer, schedule), see `make_optimizer`. prepare: the
+    batch, see `optim.objective`. Where the loss, the gradient or the update is not finite, parameters and optimizer
+    stay as they were, the step counts as skipped, and the objective's metrics are left out.
     """
-    gradients = _make_gradients(objective, n_micro, layout)
 
-    def train_step(state, batch, lengths) -> tuple[dict, Metrics]:
+    def train_step(state, batch, lengths, *base) -> tuple[dict, Metrics]:
         optimizer, schedule = make_rule(lengths)
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"]))
         with jax.named_scope("gradients"):
-            loss, metrics, grads = gradients(state["params"], batch)
+            loss, metrics, grads = gradients(state["params"], batch, *base)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -188,7 +231,12 @@ def make_train_step(
 
 
 def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callable:
-    """(params, batch) -> (mean loss of the batch, the objective's metrics, gradient of the mean loss)."""
+    """(params, batch) -> (mean loss of the batch, the objective's metrics, gradient of the mean loss).
+
+    objective: see `make_objective`; of parameters as `layout` stacks them. With n_micro > 1 the gradients of that many
+    microbatches are summed in float32 one after the other; the result is that of the whole batch, but for losses that
+    blocks take of each microbatch, such as the load balance of experts.
+    """
 
     def gradients(params, batch):
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
@@ -228,6 +276,53 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
         _, metrics = jax.eval_shape(objective, weights, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
         return lax.scan(add, (jnp.float32(0.0), empty(metrics), layout.placed(zeros)), micros)[0]
+
+    return gradients
+
+
+def make_low_gradients(
+    objective: Callable, config: Config, layout: Layout, specs: dict[tuple, lora.Spec], whole: Callable
+) -> Callable:
+    """(adapters, batch, base) -> (mean loss, metrics, gradient of the mean loss by the adapters), as `_make_gradients`.
+
+    The merged matrices are laid out once a step. Their own gradients exist for one depth at a time, where they become
+    those of its adapters; what the depths of a symbol share has its adapters merged within the objective.
+    """
+    n_micro, info = config.optim.accumulate, lora.nested(specs)
+
+    def gradients(low, batch, base):
+        n_tokens = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+        weights = layout.stack(whole({"groups": low.get("groups", {})}, base))
+        low, back = jax.vjp(layout.stack_low, low)
+        if layout.apart:
+
+            def of_slice(args, rows):
+                loss, metrics, grads = of_rows(*args, rows)
+                return metrics, (loss, grads)
+
+            metrics, (loss, grads) = per_slice(of_slice, (weights, low, n_tokens), batch)
+            of_slices = [jax.tree.map(lambda x, i=i: x[i], metrics) for i in range(axis_size("slice"))]
+            metrics = reduce(merge, of_slices)
+        else:
+            loss, metrics, grads = of_rows(weights, low, n_tokens, batch)
+        return loss, metrics, lax.with_sharding_constraint(back(grads)[0], param_shardings(info, layout.mesh))
+
+    def of_rows(weights, low, n_tokens, batch):
+        def mean_loss(low, micro):
+            total, metrics = objective(weights | {lora.LOW: low}, micro)
+            return total / n_tokens, metrics
+
+        def add(total, micro):
+            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(low, micro)
+            return (total[0] + loss, merge(total[1], metrics), jax.tree.map(jnp.add, total[2], grads)), None
+
+        if n_micro == 1:
+            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(low, batch)
+            return loss, metrics, grads
+        micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
+        _, metrics = jax.eval_shape(mean_loss, low, jax.tree.map(lambda x: x[0], micros))
+        start = jnp.float32(0.0), empty(metrics), jax.tree.map(jnp.zeros_like, low)
+        return lax.scan(add, start, micros)[0]
 
     return gradients
 

@@ -55,3 +55,18 @@ def check_tokenizer(data: DataConfig, identity: str | None, run: Path) -> Tokeni
             f"({tokenizer.fingerprint} here, {identity} in its checkpoint): give that one"
         )
     return tokenizer
+
+
+def told_of_other(tokenizer: Tokenizer, published: Path) -> str:
+    """What to say where a run does not use the tokenizer of the checkpoint that it goes on from; "" where it does."""
+    file = published / FILES[0]
+    if not storage.exists(file):
+        return f"{published} has no tokenizer.json: whether data.tokenizer {tokenizer.name} is its own is not known"
+    theirs = load_tokenizer(str(published))
+    ids = lambda one: one.fingerprint.partition("-")[0]  # bos and eos, which documents are put between, may be others
+    if ids(theirs) == ids(tokenizer):
+        return ""
+    return (
+        f"data.tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids) is not the tokenizer of {published} "
+        f"({theirs.vocab_size:,} ids): the parameters learned other tokens"
+    )
