@@ -63,8 +63,7 @@ from hybridlm.layers import (
     Titans,
     YaRN,
 )  # fmt: skip
-from hybridlm.model.config import ModelConfig
-from hybridlm.model.lora import LoraConfig
+from hybridlm.model.config import LoraConfig, ModelConfig
 from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Masked, Muon, NextToken, OptimConfig, Wsd
 from hybridlm.sharding import MeshConfig
 

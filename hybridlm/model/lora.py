@@ -11,7 +11,7 @@ Axis letter: R rank.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from string import ascii_letters
 from typing import Any, NamedTuple
@@ -20,51 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm.errors import require
-from hybridlm.fields import check_fields
 from hybridlm.layers.params import ParamInfo
-from hybridlm.model.config import ModelConfig
+from hybridlm.model.config import LoraConfig, ModelConfig
 from hybridlm.model.init import abstract, stacked
 from hybridlm.model.pattern import groups, spots
 
 A, B = "lora_a", "lora_b"
 LOW = "lora"
 """Key, beside those of the parameters, of the adapters that gradients are taken of."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters that are trained in the place of the parameters, which stay as they are."""
-
-    rank: int = 0
-    """Columns R of an adapter, at most the smaller side of its matrix; 0: none, all parameters are trained."""
-    alpha: float | None = None
-    """The adapters' product is multiplied by alpha / rank; None: alpha is the rank."""
-    blocks: tuple[str, ...] = ()
-    """Symbols of the pattern whose matrices are adapted; empty: all."""
-    matrices: tuple[str, ...] = ("*",)
-    """Which of their matrices: patterns of names as mixer.in_zx, or of the last part alone (in_*)."""
-
-    def __post_init__(self):
-        check_fields(self, "lora.")
-        require(self.rank >= 0, f"lora.rank ({self.rank}) must not be negative; 0 trains all parameters")
-        require(self.alpha is None or self.alpha > 0, f"lora.alpha ({self.alpha}) must be positive")
-        require(bool(self.matrices), "lora.matrices is empty: leave it out to adapt all, or set lora.rank=0")
-
-    @property
-    def on(self) -> bool:
-        """Whether there are adapters."""
-        return self.rank > 0
-
-    @property
-    def scale(self) -> float:
-        """What the adapters' product is multiplied by."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def check(self, pattern: str) -> None:
-        """ConfigError for a symbol that the pattern does not have."""
-        for symbol in self.blocks:
-            known = " ".join(dict.fromkeys(pattern))
-            require(symbol in pattern and len(symbol) == 1, f"lora.blocks ({symbol}) is none of the pattern's: {known}")
 
 
 class Spec(NamedTuple):
