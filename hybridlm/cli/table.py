@@ -12,12 +12,13 @@ from collections.abc import Callable
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.generate import GENERATE
+from hybridlm.cli.plan import PLAN
 from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CONVERT, TOKENIZE, PLAN, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:
