@@ -34,7 +34,10 @@ def class_of(op_name: str) -> str:
 
 
 def sublayer_of(op_name: str) -> str:
-    """`M.Mamba2/scan`: the sublayer and its piece, or the class of what stands outside of sublayers."""
+    """`M.Mamba2/scan`: the sublayer and its piece, or the class of what stands outside of sublayers, or
+    the part of the train state or batch that an argument is."""
+    if argument := re.match(r"\w+\['(\w+)'\]", op_name):  # of the step: state['params']...
+        return argument[1]
     within = list(_SUBLAYER.finditer(op_name))
     if not within:
         return class_of(op_name)

@@ -128,7 +128,7 @@ def equations(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[tuple]:
 
 def _manual(params: dict) -> dict[str, int]:
     """The mesh axes of a shard_map over which arrays inside are shards, with their sizes."""
-    return {name: params["mesh"].shape[name] for name in params["manual_axes"]}
+    return {name: params["mesh"].shape[name] for name in params["newly_manual_axes"]}
 
 
 def _inside(values) -> Iterator:
