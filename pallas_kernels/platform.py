@@ -69,6 +69,19 @@ PEAKS = {
 """By words of a device's kind."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A device that is only described, as meshes and shardings see one; nothing can be compiled for it."""
+
+    id: int
+    process_index: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
 class TpuChip(typing.NamedTuple):
     """What kernels ask of a TPU."""
 

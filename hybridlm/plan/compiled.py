@@ -52,15 +52,15 @@ class Compiled:
         return collectives.totals(self.collectives, by_axes=False)
 
 
-def compile(lowered: jax.stages.Lowered, platform: str) -> Compiled:
+def compile(lowered: jax.stages.Lowered, backend: str) -> Compiled:
     """Minutes for large models."""
     began, cpu = time.perf_counter(), time.process_time()
     program = lowered.compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    return read(program, platform, seconds, cpu_seconds)
+    return read(program, backend, seconds, cpu_seconds)
 
 
-def read(program: jax.stages.Compiled, platform: str, seconds: float = 0.0, cpu_seconds: float = 0.0) -> Compiled:
+def read(program: jax.stages.Compiled, backend: str, seconds: float = 0.0, cpu_seconds: float = 0.0) -> Compiled:
     """Of a compiled program."""
     text, said = program.as_text(), program.memory_analysis()
     outputs, aliased = said.output_size_in_bytes, said.alias_size_in_bytes
@@ -70,7 +70,7 @@ def read(program: jax.stages.Compiled, platform: str, seconds: float = 0.0, cpu_
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         memory=Memory(
-            peak=whole if platform == "cpu" else said.peak_memory_in_bytes,
+            peak=whole if backend == "cpu" else said.peak_memory_in_bytes,
             arguments=said.argument_size_in_bytes,
             outputs=outputs,
             aliased=aliased,

@@ -46,7 +46,7 @@ class Plan:
             yield "lowered"
             if last == "lowered":
                 return
-            self.compiled = compile(lowered, self.devices.platform)
+            self.compiled = compile(lowered, self.devices.backend)
         yield "compiled"
 
     @property

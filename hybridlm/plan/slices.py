@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from hybridlm.config.pods import read_topology
 from hybridlm.errors import ConfigError, require
 from hybridlm.plan.gpu import GPUS, gpu_devices
-from pallas_kernels.platform import Peaks, peaks
+from pallas_kernels.platform import Peaks, Place, peaks
 
 PLANES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 BOXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
@@ -56,19 +56,6 @@ OF_SLICE = 100_000
 
 
 @dataclass(frozen=True)
-class Place:
-    """A device that is only described: what meshes and shardings ask of one."""
-
-    id: int
-    process_index: int
-    platform: str
-    device_kind: str
-    coords: tuple[int, ...] = ()
-    core_on_chip: int = 0
-    slice_index: int = 0
-
-
-@dataclass(frozen=True)
 class Devices:
     """What the words name."""
 
@@ -79,33 +66,34 @@ class Devices:
     """JAX devices."""
     hosts: int
     chips: int
-    platform: str
+    backend: str
+    """cpu, gpu or tpu."""
 
     @property
     def peaks(self) -> Peaks | None:
         """Of one device; None where nothing is known, as of CPUs."""
-        return peaks(self.kind) if self.platform != "cpu" else None
+        return peaks(self.kind) if self.backend != "cpu" else None
 
     @property
     def domain(self) -> int:
         """Devices that are joined by more than the network: those of a slice, of a host of GPUs."""
-        if self.platform == "gpu":
+        if self.backend == "gpu":
             return GPUS_PER_HOST
-        return self.count // (read_topology(self.words).slices if self.platform == "tpu" else 1)
+        return self.count // (read_topology(self.words).slices if self.backend == "tpu" else 1)
 
     def described(self) -> list:
         """The devices in JAX's order; nothing can be compiled for them."""
-        if self.platform == "cpu":
+        if self.backend == "cpu":
             return _cpus(self.count)
-        if self.platform == "gpu":
+        if self.backend == "gpu":
             return [Place(i, i // GPUS_PER_HOST, "gpu", self.kind) for i in range(self.count)]
         return _of_slices(self.words)
 
     def compilable(self) -> list:
         """The devices as a compiler describes them. ConfigError, one line, where it is not installed."""
-        if self.platform == "cpu":
+        if self.backend == "cpu":
             return _cpus(self.count)
-        if self.platform == "gpu":
+        if self.backend == "gpu":
             return gpu_devices(self.words.partition(":")[0], self.hosts, self.count // self.hosts)
         return slice_devices(self.words)
 

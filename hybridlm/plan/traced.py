@@ -32,7 +32,7 @@ def flops(traced: jax.stages.Traced, n_devices: int) -> Flops:
     """What stands outside of `shard_map` is counted as if it were split evenly over the devices."""
     found: dict[str, float] = defaultdict(float)
     unknown = {}
-    for eqn, runs, sizes in equations(traced.jaxpr.jaxpr, 1, {}):
+    for eqn, runs, sizes, scope in equations(traced.jaxpr.jaxpr, 1, {}):
         name, share = eqn.primitive.name, math.prod(sizes.values()) / n_devices
         if name == "dot_general":
             count = of_dot(eqn)
@@ -47,9 +47,9 @@ def flops(traced: jax.stages.Traced, n_devices: int) -> Flops:
             count = cost.flops
         else:
             if name == "while":
-                unknown[f"loop {eqn.source_info.name_stack}"] = None
+                unknown[f"loop {scope}"] = None
             continue
-        found[class_of(f"{eqn.source_info.name_stack}/{name}")] += runs * count * share
+        found[class_of(f"{scope}/{name}")] += runs * count * share
     return Flops(dict(sorted(found.items(), key=lambda item: -item[1])), tuple(unknown))
 
 
