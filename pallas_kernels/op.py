@@ -5,10 +5,11 @@ An op is a folder of `pallas_kernels.ops` whose `__init__` holds `OP = Op(...)`;
 "module:function" and imported when they are first asked for, so that importing `pallas_kernels` loads no kernel.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 
 import jax
@@ -22,6 +23,7 @@ HOPPER = "9.0"  # compute capability of the GPUs that the gpu kernels are writte
 
 _logger = logging.getLogger("pallas_kernels")
 _logged: set[tuple[str, str]] = set()
+_collecting: list[list[str]] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Op:
     padding_may_be_nan: bool = False  # not only any finite numbers may stand in padding
     states: tuple[str, ...] = ()  # inputs that continue rows; with return_final_state their ends are results 1, 2, ...
     hints: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # settings that change no result: some values
+    # Kernel by the name of its pallas_call -> "module:function" from (operands, results), lists of `cost.Array`, to the
+    # FLOPs of its matrix products: what plans count of it, see `pallas_kernels.cost`.
+    costs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def has_states(self) -> bool:
@@ -186,7 +191,22 @@ def _load(function: str | Callable) -> Callable:
     return pkgutil.resolve_name(function) if isinstance(function, str) else function
 
 
+@contextlib.contextmanager
+def choices() -> Iterator[list[str]]:
+    """Within, what `auto` chooses and why is collected, a line each, whether it was logged before or not. A function
+    that `jax.jit` has traced already chooses no more."""
+    found: list[str] = []
+    _collecting.append(found)
+    try:
+        yield found
+    finally:
+        _collecting.pop()
+
+
 def _log_once(name: str, message: str) -> None:
+    for found in _collecting:
+        if message not in found:
+            found.append(message)
     if (name, message) not in _logged:
         _logged.add((name, message))
         _logger.info(message)

@@ -18,31 +18,47 @@ H100_MULTIPROCESSORS = 132  # of the SXM part, for which kernels are compiled wh
 
 
 class Peaks(typing.NamedTuple):
-    """Of one JAX device: dense bfloat16 TFLOP/s and GB/s of its memory."""
+    """Of one JAX device, as data sheets have it; None: not looked up, and nothing is planned for such a device."""
 
     tflops: float
+    """Dense bfloat16 TFLOP/s."""
     gbs: float
+    """GB/s of its memory."""
+    gib: float | None = None
+    """GiB of its memory."""
+    links_gbs: float | None = None
+    """GB/s that it sends, one way, over all its links to devices of its slice (ICI) or host (NVLink)."""
+    links: int | None = None
+    """Those links: two along each dimension of a torus; 1 where a switch joins all with all."""
+    network_gbs: float | None = None
+    """GB/s that it sends, one way, to other slices or hosts."""
 
 
-# From the vendors' data sheets, by words of a device's kind. A TPU7x chip shows as two devices, each with half of its
-# 2,307 TFLOP/s and 7,380 GB/s. GPUs are the SXM part with the most memory unless named.
+# TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x: "bidirectional ICI bandwidth per chip" counts both ways and
+# is halved here; "DCN bandwidth per chip", or per pod over its chips, in bits. A TPU7x chip shows as two devices, each
+# with half of its 2,307 TFLOP/s, 7,380 GB/s, 192 GiB and links. GPUs: NVIDIA's data sheets, the SXM part with the most
+# memory unless named, GiB as the driver reports them, and a 400 Gbit/s adapter for each as in a DGX.
+_V5E = Peaks(197.0, 819.0, 16.0, 200.0, 4, 3.125)
+_V5P = Peaks(459.0, 2765.0, 95.0, 600.0, 6, 6.25)
+_V6E = Peaks(918.0, 1640.0, 32.0, 400.0, 4, 12.5)
+_7X = Peaks(1153.5, 3690.0, 96.0, 300.0, 6, 6.25)
 PEAKS = {
     "TPU v4": Peaks(275.0, 1228.0),
-    "TPU v5 lite": Peaks(197.0, 819.0),
-    "TPU v5e": Peaks(197.0, 819.0),
-    "TPU v5p": Peaks(459.0, 2765.0),
-    "TPU v5": Peaks(459.0, 2765.0),
-    "TPU v6 lite": Peaks(918.0, 1640.0),
-    "TPU v6e": Peaks(918.0, 1640.0),
-    "TPU7x": Peaks(1153.5, 3690.0),
-    "TPU v7x": Peaks(1153.5, 3690.0),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5p": _V5P,
+    "TPU v5": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _7X,
+    "TPU v7x": _7X,
     "A100": Peaks(312.0, 2039.0),
     "H100 PCIe": Peaks(756.0, 2039.0),
     "H100 NVL": Peaks(835.0, 3938.0),
-    "H100": Peaks(989.4, 3350.0),
+    "H100": Peaks(989.4, 3350.0, 79.1, 450.0, 1, 50.0),
     "GH200": Peaks(989.4, 4000.0),
     "H200 NVL": Peaks(835.0, 4800.0),
-    "H200": Peaks(989.4, 4800.0),
+    "H200": Peaks(989.4, 4800.0, 139.8, 450.0, 1, 50.0),
     "GB200": Peaks(2500.0, 8000.0),
     "GB300": Peaks(2500.0, 8000.0),
     "B200": Peaks(2250.0, 8000.0),
@@ -50,6 +66,20 @@ PEAKS = {
     "L40S": Peaks(362.0, 864.0),
     "L4": Peaks(121.0, 300.0),
 }
+"""By words of a device's kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A device that is only described, as meshes and shardings see one; nothing can be compiled for it."""
+
+    id: int
+    process_index: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+    slice_index: int = 0
 
 
 class TpuChip(typing.NamedTuple):

@@ -22,7 +22,8 @@ import numpy as np
 
 from hybridlm.config.find import pod_names, read_config
 from hybridlm.plan import collectives, hlo
-from hybridlm.plan.described import Described, described, slice_devices
+from hybridlm.plan.described import Described, described
+from hybridlm.plan.slices import slice_devices
 
 FILE = Path(__file__).with_suffix(".json")
 

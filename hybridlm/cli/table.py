@@ -14,6 +14,7 @@ from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.eval import EVAL
 from hybridlm.cli.generate import GENERATE
+from hybridlm.cli.plan import PLAN
 from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.report import REPORT
 from hybridlm.cli.runs import RUNS
@@ -21,7 +22,7 @@ from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, PROFILE)
+COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, PLAN, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:

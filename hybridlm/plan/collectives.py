@@ -40,6 +40,10 @@ class Collective(NamedTuple):
     """Of one run, on one device."""
     what: str
     """Type and shape, and where it comes from."""
+    source: str = ""
+    """Where it comes from: named scopes and primitive."""
+    group: tuple[int, ...] = ()
+    """Devices of one of its groups, by their places in the mesh; of compiled programs."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def of_traced(traced: jax.stages.Traced) -> list[Collective]:
 def kernels_of_traced(traced: jax.stages.Traced) -> dict[str, int]:
     """Times a step that each Pallas kernel runs, by name."""
     found: dict[str, int] = {}
-    for eqn, runs, _ in _equations(traced.jaxpr.jaxpr, 1, {}):
+    for eqn, runs, _, _ in equations(traced.jaxpr.jaxpr, 1, {}):
         if eqn.primitive.name == "pallas_call":
             name = eqn.params["name"]
             found[name] = found.get(name, 0) + runs
@@ -87,7 +91,7 @@ def kernels_of_traced(traced: jax.stages.Traced) -> dict[str, int]:
 
 
 def _of_jaxpr(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[Collective]:
-    for eqn, times, sizes_here in _equations(jaxpr, runs, sizes):
+    for eqn, times, sizes_here, scope in equations(jaxpr, runs, sizes):
         kind = PRIMITIVES.get(eqn.primitive.name)
         if kind is None:
             continue
@@ -98,18 +102,21 @@ def _of_jaxpr(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[Collective]:
         for var in moved if axes else ():
             aval = var.aval
             n_bytes = int(np.prod(aval.shape, dtype=np.int64)) * aval.dtype.itemsize
+            source = f"{scope}/{eqn.primitive.name}"
             what = f"{aval.str_short(short_dtypes=True)} {eqn.source_info.name_stack}"
-            yield Collective(kind, "*".join(axes), times, n_bytes, what)
+            yield Collective(kind, "*".join(axes), times, n_bytes, what, source)
 
 
-def _equations(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[tuple]:
-    """(equation, times it runs, sizes of the mesh axes around it) of a program and those inside, kernels aside."""
+def equations(jaxpr, runs: int, sizes: dict[str, int], scope: str = "") -> Iterator[tuple]:
+    """(equation, times it runs, sizes of the mesh axes whose shards it works on, the named scopes that it stands in) of
+    a program and those inside, kernels aside."""
     for eqn in jaxpr.eqns:
-        yield eqn, runs, sizes
+        stands_in = f"{scope}/{eqn.source_info.name_stack}"
+        yield eqn, runs, sizes, stands_in
         name = eqn.primitive.name
         if name == "pallas_call":
             continue
-        here = sizes | dict(eqn.params["mesh"].shape) if name == "shard_map" else sizes
+        here = sizes | _manual(eqn.params) if name == "shard_map" else sizes
         times = runs * eqn.params["length"] if name == "scan" else runs
         inner = list(_inside(eqn.params.values()))
         if name == "cond":  # one of them runs: that with the most to exchange
@@ -117,7 +124,12 @@ def _equations(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[tuple]:
                 max(inner, key=lambda branch, here=here: sum(c.runs * c.bytes for c in _of_jaxpr(branch, 1, here)))
             ]
         for jaxpr_inside in inner:
-            yield from _equations(jaxpr_inside, times, here)
+            yield from equations(jaxpr_inside, times, here, stands_in)
+
+
+def _manual(params: dict) -> dict[str, int]:
+    """The mesh axes of a shard_map over which arrays inside are shards, with their sizes."""
+    return {name: params["mesh"].shape[name] for name in params["newly_manual_axes"]}
 
 
 def _inside(values) -> Iterator:

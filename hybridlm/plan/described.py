@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from hybridlm.config import Config, ConfigError
+from hybridlm.config import Config
 from hybridlm.config.mesh import check_config
-from hybridlm.config.pods import read_topology
 from hybridlm.sharding import make_mesh
 from hybridlm.train.step import Program, make_program
 from pallas_kernels import platform
@@ -37,21 +35,6 @@ class Described:
     def trace(self) -> jax.stages.Traced:
         """The train step, traced."""
         return self.program.train_step.trace(self.program.state_like, self.batch())
-
-
-def slice_devices(words: str) -> list:
-    """Devices of described TPU slices, in JAX's order. words: "v5p:8x8x16", "2xv5e:16x16", as of `config.pods`.
-
-    ConfigError for words that name none, and where libtpu knows no such slice or is not installed.
-    """
-    topology = read_topology(words)
-    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()
-        raise ConfigError(f"topology ({words!r}): {reason[0] if reason else type(error).__name__}") from error
-    return list(described.devices)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimised HLO as text: computations with the times they run, the exchanges, kernels and large arrays in them."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 from hybridlm.plan.collectives import KINDS, Collective
 
@@ -14,11 +17,11 @@ BITS = {
     "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8,
 }  # fmt: skip
 """Types of elements and their size."""
-_SHAPE = re.compile(rf"\b({'|'.join(BITS)})\[([0-9,]*)\]")
+SHAPE = re.compile(rf"\b({'|'.join(BITS)})\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "constant"}
 """Operations whose result is another's, or is listed where it is made."""
 
@@ -47,6 +50,9 @@ class Program:
     computations: dict[str, list[Instruction]]
     runs: Counter
     """Times that each computation runs a step."""
+    entry: str = ""
+    donated: frozenset[int] = frozenset()
+    """Results that are written where an argument was."""
     unknown: list[str] = field(default_factory=list)
     """Loops whose trips the text does not say: counted once."""
 
@@ -54,7 +60,7 @@ class Program:
 def n_bytes(shape: str) -> int:
     """Bytes of all arrays in the text of a type."""
     total = 0
-    for kind, dims in _SHAPE.findall(shape):
+    for kind, dims in SHAPE.findall(shape):
         count = 1
         for dim in filter(None, dims.split(",")):
             count *= int(dim)
@@ -76,7 +82,9 @@ def parse(text: str) -> Program:
             current.append(_instruction(*found.groups()))
     if entry is None:
         raise ValueError("text has no ENTRY computation: it is not that of a compiled program")
-    program = Program(computations, Counter())
+    head = text.partition("\n")[0]
+    donated = frozenset(int(n) for n in re.findall(r"\{(\d+)\}: \(\d+, \{[\d, ]*\}, (?:may|must)-alias", head))
+    program = Program(computations, Counter(), entry, donated)
     _count(program, entry, 1)
     return program
 
@@ -97,26 +105,26 @@ def _count(program: Program, name: str, times: int) -> None:
     program.runs[name] += times
     for instruction in program.computations.get(name, ()):
         if instruction.op == "while":
-            trips = _trips(program, instruction)
-            if trips is None:
+            n = trips(program, instruction)
+            if n is None:
                 program.unknown.append(instruction.name)
-            _count(program, re.search(r"body=%?([\w.\-]+)", instruction.rest)[1], times * (trips or 1))
+            _count(program, re.search(r"body=%?([\w.\-]+)", instruction.rest)[1], times * (n or 1))
         elif instruction.op in ("call", "async-start", "fusion"):
-            if called := _CALLED.search(instruction.rest):
+            if called := CALLED.search(instruction.rest):
                 _count(program, called[1], times)
         elif instruction.op == "conditional":
-            for one, many in _BRANCHES.findall(instruction.rest):
+            for one, many in BRANCHES.findall(instruction.rest):
                 for branch in [one] if one else many.split(","):
                     _count(program, branch.strip().lstrip("%"), times)
 
 
-def _trips(program: Program, loop: Instruction) -> int | None:
+def trips(program: Program, loop: Instruction) -> int | None:
     """What the compiler says, else the constant that the condition compares with."""
     if known := re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
     constants = []
-    for name in [condition, *_CALLED.findall(" ".join(i.rest for i in program.computations.get(condition, ())))]:
+    for name in [condition, *CALLED.findall(" ".join(i.rest for i in program.computations.get(condition, ())))]:
         for instruction in program.computations.get(name, ()):
             if found := re.match(r"constant\((\d+)\)", instruction.rest):
                 constants.append(int(found[1]))
@@ -138,37 +146,43 @@ def _collectives(program: Program, name: str) -> Iterator[Collective]:
         kind = instruction.op.removesuffix("-start")
         if kind not in KINDS:
             continue
-        sizes = [n_bytes(f"{of}[{dims}]") for of, dims in _SHAPE.findall(instruction.shape)]
-        apart = instruction.op.endswith("-start") and kind in ("all-gather", "collective-permute")
+        sizes = [n_bytes(f"{of}[{dims}]") for of, dims in SHAPE.findall(instruction.shape)]
+        apart = instruction.op.endswith("-start") and kind != "all-reduce"  # those give their operands, too
         size = max(sizes, default=0) if apart else sum(sizes)
         if kind == "all-reduce" and "all-reduce-scatter" in name:
             kind = "reduce-scatter"
-        elif kind == "reduce-scatter":
-            size *= _group_size(instruction)
+        elif kind == "reduce-scatter" and not apart:
+            size *= len(_group(instruction))
         what = f"{instruction.shape.split('{')[0]} {instruction.source}"
-        yield Collective(kind, _axes(instruction), program.runs[name], size, what)
+        source, group = instruction.source, _group(instruction)
+        yield Collective(kind, _axes(instruction), program.runs[name], size, what, source, group)
 
 
 def _axes(instruction: Instruction) -> str:
     """Mesh axes, as compilers name them for whole axes; else how large the groups are."""
     if named := re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", instruction.rest):
         return "*".join(re.findall(r"\w+", named[1]))
-    return f"groups of {_group_size(instruction)}"
+    return f"groups of {len(_group(instruction))}"
 
 
-def _group_size(instruction: Instruction) -> int:
-    """Devices of a group of a collective; 1 where the text does not say."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.rest):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest):
-        sizes = dict(re.findall(r"(\w+)'?=(\d+)", found[1]))
-        count = 1
-        for axis in re.findall(r"\w+", found[2]):
-            count *= int(sizes.get(axis, 1))
-        return count
-    return 1
+def _group(instruction: Instruction) -> tuple[int, ...]:
+    """Devices of the first group of a collective; one device where the text does not say."""
+    text = instruction.rest
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return tuple(int(n) for n in found[1].split(","))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text):
+        sizes = [int(n) for n in (found[3] or f"{found[1]},{found[2]}").split(",")]
+        order = [int(n) for n in found[4].split(",")] if found[4] else list(range(len(sizes)))
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return tuple(devices.reshape(int(found[1]), int(found[2]))[0].tolist())
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"(\w+)'?=(\d+)", found[1])}
+        axes = set(re.findall(r"\w+", found[2]))
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return tuple(devices[tuple(slice(None) if name in axes else 0 for name in sizes)].flatten().tolist())
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return int(found[1]), int(found[2])
+    return (0,)
 
 
 def kernels(program: Program) -> dict[str, int]:
@@ -195,14 +209,14 @@ def largest(program: Program, count: int = 12) -> list[Large]:
     """The largest arrays in memory, one for each type and shape; what lives inside a fusion is not in memory."""
     found: dict[str, Large] = {}
     every = [i for instructions in program.computations.values() for i in instructions]
-    fused = {_CALLED.search(i.rest)[1] for i in every if i.op == "fusion"}
+    fused = {CALLED.search(i.rest)[1] for i in every if i.op == "fusion"}
     for name, instructions in program.computations.items():
         if not program.runs[name] or name in fused:
             continue
         for instruction in instructions:
             if instruction.op in _NO_ARRAY or instruction.op.endswith("-done"):
                 continue
-            for kind, dims in _SHAPE.findall(instruction.shape):
+            for kind, dims in SHAPE.findall(instruction.shape):
                 shape = f"{kind}[{dims}]"
                 found.setdefault(shape, Large(n_bytes(shape), shape, instruction.source))
     return sorted(found.values(), key=lambda large: -large.bytes)[:count]

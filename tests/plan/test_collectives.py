@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybridlm.plan import collectives, hlo
 from hybridlm.plan.collectives import Totals, totals
-from hybridlm.plan.described import slice_devices
+from hybridlm.plan.slices import slice_devices
 
 TRIPS, N = 3, 4
 

@@ -3,7 +3,7 @@
 
 from functools import cache
 
-from hybridlm.plan.described import slice_devices
+from hybridlm.plan.slices import slice_devices
 
 LARGEST = ("v5p:8x8x16",)
 SMALL = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2", "tpu7x:2x2x1")

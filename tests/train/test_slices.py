@@ -11,7 +11,8 @@ import pytest
 from hybridlm.config import MeshConfig
 from hybridlm.plan import hlo
 from hybridlm.plan.collectives import KINDS
-from hybridlm.plan.described import described, slice_devices
+from hybridlm.plan.described import described
+from hybridlm.plan.slices import slice_devices
 from hybridlm.sharding import make_mesh
 from hybridlm.train.step import make_program
 from tests.train.conftest import make_batch, small_config

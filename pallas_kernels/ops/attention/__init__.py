@@ -31,5 +31,9 @@ OP = Op(
     },
     proven=("gpu",),
     estimated=("v5e", "v5p", "v6e"),
+    costs={
+        "attention_forward": "pallas_kernels.ops.attention.tpu.cost:forward",
+        "attention_backward": "pallas_kernels.ops.attention.tpu.cost:backward",
+    },
     gradient_factor=3.5,
 )

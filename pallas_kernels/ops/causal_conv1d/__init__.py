@@ -31,4 +31,7 @@ OP = Op(
     },
     proven=("gpu",),
     estimated=("v5e", "v5p", "v6e"),
+    costs={
+        "causal_conv1d_backward": "pallas_kernels.ops.causal_conv1d.tpu.cost:backward",
+    },
 )

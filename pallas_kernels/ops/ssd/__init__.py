@@ -28,4 +28,8 @@ OP = Op(
     },
     proven=("gpu",),
     estimated=("v5e", "v5p", "v6e"),
+    costs={
+        "ssd_forward": "pallas_kernels.ops.ssd.tpu.cost:forward",
+        "ssd_backward": "pallas_kernels.ops.ssd.tpu.cost:backward",
+    },
 )

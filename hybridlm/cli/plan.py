@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hybridlm plan`: whether a run fits its devices, what bounds it and what it costs, before there are any."""
+
+import argparse
+import contextlib
+import os
+
+from hybridlm import storage
+from hybridlm.cli.command import Command, make_parser, parse
+from hybridlm.cli.words import split_overrides
+from hybridlm.errors import ConfigError, require
+
+STAGES = ("counted", "lowered", "compiled")
+MOST_CPUS = 1024
+UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def run(words: list[str], prog: str) -> int:
+    """Prints what each stage finds, and writes all of it; see Command."""
+    mine, overrides = split_overrides(words)
+    args = parse(_parser(prog), mine)
+    if args is None:
+        return 0
+    tokens = None if args.tokens is None else count(args.tokens)
+    require(args.price is None or args.price > 0, f"--price ({args.price}) must be positive")
+    topology = args.topology or _pod_of(args.config)
+    _be_alone(topology)
+
+    from hybridlm.config.find import load_config
+    from hybridlm.plan.plan import Plan
+    from hybridlm.plan.slices import read_devices
+    from hybridlm.plan.tables import show
+
+    devices = read_devices(topology)
+    plan = Plan(args.config, load_config(args.config, overrides), devices, tokens, args.price)
+    show(plan, "head")
+    for stage in plan.run(args.stage):
+        show(plan, stage)
+        _write(plan, args)
+    return 0
+
+
+PLAN = Command(
+    "plan",
+    (("--config NAME --topology SLICE [--section.key=value ...]", "will it fit, what bounds it, what does it cost"),),
+    run,
+)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = make_parser(
+        prog,
+        "Whether a run fits devices that are not there, what bounds it and what it costs. Options of the config, as "
+        "--mesh.fsdp=128, stand beside these.",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="NAME", help="a config, as hybrid_8b or hybrid_8b:v5p:8x8x16"
+    )
+    parser.add_argument("--topology", metavar="SLICE", help="v5p:8x8x16, 2xv5e:16x16, h100:8, cpu:8 (the config's pod)")
+    parser.add_argument(
+        "--stage", choices=STAGES, default="compiled",
+        help="the last one: counted takes a second, lowered 20, compiled minutes (compiled)",
+    )  # fmt: skip
+    parser.add_argument("--tokens", metavar="N", help="of the training, as 300B or 1T: days, chip hours, money")
+    parser.add_argument("--price", type=float, metavar="X", help="of a chip and an hour")
+    parser.add_argument("--json", metavar="FILE", help="write all that is known, after every stage")
+    parser.add_argument("--html", metavar="FILE", help="write a page with plots, after every stage")
+    return parser
+
+
+def count(words: str) -> float:
+    """A number of tokens: 1T, 2.5B, 300e9. ConfigError for other words."""
+    unit = words[-1:].upper() if words[-1:].upper() in UNITS else ""
+    try:
+        value = float(words[: len(words) - len(unit)]) * UNITS[unit]
+    except ValueError:
+        value = 0.0
+    require(0 < value < 1e30, f"--tokens ({words!r}) must be a positive number, as 1T, 2.5B or 300e9")
+    return value
+
+
+def _pod_of(config: str) -> str:
+    """The slice behind a config's name, hybrid_8b:v5p:8x8x16."""
+    parts = config.split(":")
+    if len(parts) < 3:
+        raise ConfigError(
+            "--topology is missing: give it, as --topology v5p:8x8x16 or h100:8, or a config with a pod, as "
+            "hybrid_8b:v5p:8x8x16"
+        )
+    return ":".join(parts[-2:])
+
+
+def _be_alone(topology: str) -> None:
+    """Nothing is asked of devices that are there: programs are compiled for described ones on this host's CPU."""
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TF_CPP_MIN_LOG_LEVEL", "2"),
+    ):
+        os.environ.setdefault(name, value)
+    import jax
+
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    family, _, n = topology.partition(":")
+    if family == "cpu" and n.isdigit() and 0 < int(n) <= MOST_CPUS:
+        with contextlib.suppress(RuntimeError):  # JAX has computed already
+            jax.config.update("jax_num_cpu_devices", max(int(n), jax.config.jax_num_cpu_devices))
+
+
+def _write(plan, args: argparse.Namespace) -> None:
+    if args.json:
+        storage.write_text(storage.as_path(args.json), plan.as_json())
+    if args.html:
+        from hybridlm.plan.page import as_html
+
+        storage.write_text(storage.as_path(args.html), as_html(plan))

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words of a command line that has options of its own beside those of a config."""
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """(words of the command, overrides of the config): an override's name has a dot, and its values follow it."""
+    mine: list[str] = []
+    overrides: list[str] = []
+    into = mine
+    for word in words:
+        if word.startswith("--"):
+            into = overrides if "." in word.partition("=")[0] else mine
+        into.append(word)
+    return mine, overrides

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The third stage of a plan: the step as the compiler of the devices makes it. Of one device and one step."""
+
+import time
+from dataclasses import dataclass
+
+import jax
+
+from hybridlm.plan import collectives, hlo
+from hybridlm.plan.collectives import Collective, Totals
+from hybridlm.plan.hlo import Large
+from hybridlm.plan.live import Peak, peak
+from hybridlm.plan.work import Counts, work
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, as the compiler says."""
+
+    peak: int
+    """At once, arguments and results among them."""
+    arguments: int
+    """The train state and the batch, with the padding of tiles."""
+    outputs: int
+    aliased: int
+    """Of the outputs, what lies where an argument was: the new state."""
+    temporaries: int
+    """Everything else, as if there were no order of arrays in time: may be more than the peak leaves."""
+    code: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """See the module."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads of the compiler."""
+    memory: Memory
+    collectives: list[Collective]
+    kernels: dict[str, int]
+    work: Counts
+    largest: list[Large]
+    live: Peak
+    """What lives at the worst moment, read from the order of the program."""
+    instructions: int
+    text_bytes: int
+
+    @property
+    def exchanges(self) -> dict[str, Totals]:
+        """By kind."""
+        return collectives.totals(self.collectives, by_axes=False)
+
+
+def compile(lowered: jax.stages.Lowered, backend: str) -> Compiled:
+    """Minutes for large models."""
+    began, cpu = time.perf_counter(), time.process_time()
+    program = lowered.compile()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    return read(program, backend, seconds, cpu_seconds)
+
+
+def read(program: jax.stages.Compiled, backend: str, seconds: float = 0.0, cpu_seconds: float = 0.0) -> Compiled:
+    """Of a compiled program."""
+    text, said = program.as_text(), program.memory_analysis()
+    outputs, aliased = said.output_size_in_bytes, said.alias_size_in_bytes
+    whole = said.argument_size_in_bytes + outputs - aliased + said.temp_size_in_bytes  # all that CPUs' compiler says
+    parsed = hlo.parse(text)
+    return Compiled(
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        memory=Memory(
+            peak=whole if backend == "cpu" else said.peak_memory_in_bytes,
+            arguments=said.argument_size_in_bytes,
+            outputs=outputs,
+            aliased=aliased,
+            temporaries=said.temp_size_in_bytes,
+            code=said.generated_code_size_in_bytes,
+        ),
+        collectives=hlo.collectives(parsed),
+        kernels=hlo.kernels(parsed),
+        work=work(parsed),
+        largest=hlo.largest(parsed),
+        live=peak(parsed),
+        instructions=sum(map(len, parsed.computations.values())),
+        text_bytes=len(text),
+    )

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Pallas kernels cost by their names, as their ops say."""
+
+import pkgutil
+from collections.abc import Sequence
+
+from pallas_kernels.cost import Array, KernelCost
+from pallas_kernels.ops import OPS
+
+COSTS = {kernel: count for op in OPS.values() for kernel, count in op.costs.items()}
+"""Kernel -> "module:function", see `Op.costs`."""
+
+
+def kernel_cost(name: str, operands: Sequence[Array], results: Sequence[Array]) -> KernelCost | None:
+    """Of one call; None for a kernel that no op names. operands, results: as the kernel has them, in its order."""
+    if name not in COSTS:
+        return None
+    flops = pkgutil.resolve_name(COSTS[name])(list(operands), list(results))
+    return KernelCost(flops, sum(array.bytes for array in (*operands, *results)))
