@@ -139,10 +139,10 @@ def lay_out(
 
 
 def _unmarked(read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whether each is trained on)."""
+    """(int32 ids, whether each is trained on)."""
     if read.dtype.itemsize < 4 or read.dtype == np.int32:  # these have no room for the mark
-        return read, np.ones(len(read), bool)
-    return read & (READ_ONLY - 1), (read & READ_ONLY) == 0
+        return read.astype(np.int32), np.ones(len(read), bool)
+    return (read & (READ_ONLY - 1)).astype(np.int32), (read & READ_ONLY) == 0
 
 
 def empty_row(seq_len: int) -> dict[str, np.ndarray]:
