@@ -106,6 +106,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="rank meshes, remat and microbatches; results are kept in the file, and found there again",
     )  # fmt: skip
     parser.add_argument("--best", type=int, default=3, metavar="K", help="of them compiled by --search (3)")
+    parser.add_argument("--budget", metavar="FILE", help="write the figures that a test can compare, beside others")
     parser.add_argument("--json", metavar="FILE", help="write all that is known, after every stage")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots, after every stage")
     return parser
@@ -154,6 +155,10 @@ def _be_alone(topology: str) -> None:
 def _write(plan, args: argparse.Namespace) -> None:
     if args.json:
         storage.write_text(storage.as_path(args.json), plan.as_json())
+    if args.budget:
+        from hybridlm.plan import budget
+
+        budget.write(Path(args.budget), plan.name, budget.of_plan(plan))
     if args.html:
         from hybridlm.plan.page import as_html
 
