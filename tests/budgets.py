@@ -2,7 +2,8 @@
 """What each published pod setting may exchange and hold: `python -m tests.budgets [--compiled] [NAME ...]` writes it.
 
 `tests/budgets.json` has for each setting what its train step asks for (traced: seconds each) and what the TPU compiler
-makes of it (compiled: minutes each; only with --compiled, else those figures stay). `tests/test_budgets.py` compares.
+makes of it (compiled: minutes each; only with --compiled, else those figures stay), as `hybridlm plan --budget` writes
+them. `tests/test_budgets.py` compares.
 Needs libtpu. Bytes are of one device and one step.
 """
 
@@ -18,10 +19,11 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
-import numpy as np
 
 from hybridlm.config.find import pod_names, read_config
-from hybridlm.plan import collectives, hlo
+from hybridlm.plan import budget, collectives
+from hybridlm.plan.compiled import compile
+from hybridlm.plan.counted import shard_bytes
 from hybridlm.plan.described import Described, described
 from hybridlm.plan.slices import slice_devices
 
@@ -35,42 +37,22 @@ def setting(name: str) -> Iterator[Described]:
         yield run
 
 
-def traced(run: Described) -> tuple[dict, jax.stages.Traced]:
-    """{figure: number} of the traced step, and that."""
+def traced(run: Described) -> tuple[budget.Figures, jax.stages.Traced]:
+    """Figures of the traced step, and that."""
     step = run.trace()
-    leaves = jax.tree.leaves(run.program.state_like)
-    state = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
-    figures = {"state bytes": state} | _exchanged(collectives.of_traced(step))
-    return figures | {f"{name} runs": runs for name, runs in collectives.kernels_of_traced(step).items()}, step
+    state = sum(map(shard_bytes, jax.tree.leaves(run.program.state_like)))
+    exchanges = collectives.totals(collectives.of_traced(step))
+    return budget.traced(state, exchanges, collectives.kernels_of_traced(step)), step
 
 
-def compiled(step: jax.stages.Traced) -> dict[str, int]:
-    """{figure: number} of the compiled step."""
-    program = step.lower().compile()
-    parsed = hlo.parse(program.as_text())
-    peak = program.memory_analysis().peak_memory_in_bytes
-    return {"peak bytes": peak, "largest array bytes": hlo.largest(parsed, 1)[0].bytes} | _exchanged(
-        hlo.collectives(parsed), by_axes=False
-    )
+def compiled(step: jax.stages.Traced) -> budget.Figures:
+    """Figures of the compiled step."""
+    return budget.compiled(compile(step.lower(), "tpu"))
 
 
-def _exchanged(found, *, by_axes: bool = True) -> dict[str, int]:
-    totals = collectives.totals(found, by_axes=by_axes)
-    return {f"{key} {what}": getattr(total, what) for key, total in totals.items() for what in ("runs", "bytes")}
-
-
-def raised(figures: dict[str, int], budget: dict[str, int], share: float = 0.02) -> list[str]:
-    """Lines for what is above the budget by more than the share of it, or not in it."""
-    return [
-        f"{name}: {number:,}, budget {budget.get(name, 0):,}"
-        for name, number in figures.items()
-        if number > budget.get(name, 0) * (1 + share)
-    ]
-
-
-def read() -> dict[str, dict[str, dict[str, int]]]:
+def read() -> dict[str, dict[str, budget.Figures]]:
     """The committed budgets: setting -> "traced" or "compiled" -> figure -> number."""
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    return budget.read(FILE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,15 +60,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(pod_names())}; none: all")
     parser.add_argument("--compiled", action="store_true", help="compile them too: minutes each")
     args = parser.parse_args(argv)
-    budgets = read() if FILE.exists() else {}
     for name in args.names or pod_names():
         with setting(name) as run:
             figures, step = traced(run)
-            kept = budgets.get(name, {}).get("compiled", {})
-            budgets[name] = {"traced": figures, "compiled": compiled(step) if args.compiled else kept}
-        known = {name: budgets[name] for name in pod_names() if name in budgets}
-        FILE.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        print(name, json.dumps(budgets[name], indent=1))
+            found = {"traced": figures, "compiled": compiled(step) if args.compiled else {}}
+        budget.write(FILE, name, found)
+        print(name, json.dumps(read()[name], indent=1))
+    stale = read().keys() - set(pod_names())
+    if stale:
+        FILE.write_text(
+            json.dumps({n: f for n, f in read().items() if n not in stale}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

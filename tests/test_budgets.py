@@ -5,6 +5,7 @@ the figures anew where that is meant."""
 import pytest
 
 from hybridlm.config.find import pod_names
+from hybridlm.plan.budget import raised
 from tests import budgets
 
 BUDGETS = budgets.read()
@@ -23,9 +24,9 @@ def test_every_setting_has_a_budget():
 
 def test_what_is_raised():
     budget = {"peak bytes": 100, "all-gather fsdp runs": 4}
-    assert budgets.raised({"peak bytes": 102, "all-gather fsdp runs": 1}, budget) == []
+    assert raised({"peak bytes": 102, "all-gather fsdp runs": 1}, budget) == []
     figures = {"peak bytes": 103, "all-gather fsdp runs": 5, "all-reduce tensor bytes": 7}
-    assert budgets.raised(figures, budget) == [
+    assert raised(figures, budget) == [
         "peak bytes: 103, budget 100",
         "all-gather fsdp runs: 5, budget 4",
         "all-reduce tensor bytes: 7, budget 0",
@@ -36,11 +37,11 @@ def test_what_is_raised():
 @pytest.mark.parametrize("name", BUDGETS)
 def test_traced(name):
     with budgets.setting(name) as run:
-        assert budgets.raised(budgets.traced(run)[0], BUDGETS[name]["traced"]) == []
+        assert raised(budgets.traced(run)[0], BUDGETS[name]["traced"]) == []
 
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize("name", [slow_but(name) for name, budget in BUDGETS.items() if budget["compiled"]])
 def test_compiled(name):
     with budgets.setting(name) as run:
-        assert budgets.raised(budgets.compiled(run.trace()), BUDGETS[name]["compiled"]) == []
+        assert raised(budgets.compiled(run.trace()), BUDGETS[name]["compiled"]) == []

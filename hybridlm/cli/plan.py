@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import os
+from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
@@ -22,6 +23,8 @@ def run(words: list[str], prog: str) -> int:
     if args is None:
         return 0
     tokens = None if args.tokens is None else count(args.tokens)
+    for name, least in (("fit", 0), ("best", 1)):
+        require(getattr(args, name) >= least, f"--{name} ({getattr(args, name)}) must be at least {least}")
     require(args.price is None or args.price > 0, f"--price ({args.price}) must be positive")
     topology = args.topology or _pod_of(args.config)
     _be_alone(topology)
@@ -34,9 +37,40 @@ def run(words: list[str], prog: str) -> int:
     devices = read_devices(topology)
     plan = Plan(args.config, load_config(args.config, overrides), devices, tokens, args.price)
     show(plan, "head")
+    if args.search:
+        return _search(plan, args)
     for stage in plan.run(args.stage):
         show(plan, stage)
         _write(plan, args)
+    if args.stage == "compiled" and plan.fits is False and args.fit:
+        _fit(plan, args)
+    return 0
+
+
+def _fit(plan, args: argparse.Namespace) -> None:
+    """Compiles changes until one fits."""
+    from hybridlm.plan.search import Book, compiled, fitting
+    from hybridlm.plan.sections import compared
+    from hybridlm.plan.tables import show_section
+
+    results = list(fitting(plan, args.fit, Book(), compiled(plan.name, plan.devices)))
+    show_section(compared(results, "Changes that were compiled, the smallest first"))
+    if not any(result.fits for result in results):
+        print("none of them fits: --fit N tries more of them")
+
+
+def _search(plan, args: argparse.Namespace) -> int:
+    """Ranks ways to run the config; what was compiled before is read from the file."""
+    from hybridlm.plan.search import Book, compiled, order, search
+    from hybridlm.plan.sections import compared
+    from hybridlm.plan.tables import show_section
+
+    book, results, seem = Book(Path(args.search)), [], 0
+    for n, seem, result in search(plan.config, plan.devices, args.best, book, compiled(plan.name, plan.devices)):
+        said = "fits" if result.fits else result.why or "does not fit"
+        print(f"{n} of {seem:,}: {result.words or 'as it is'}: {said}", flush=True)
+        results.append(result)
+    show_section(compared(order(results), f"Compiled of {seem:,} that seem to fit, the best first"))
     return 0
 
 
@@ -63,6 +97,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--tokens", metavar="N", help="of the training, as 300B or 1T: days, chip hours, money")
     parser.add_argument("--price", type=float, metavar="X", help="of a chip and an hour")
+    parser.add_argument(
+        "--fit", type=int, default=3, metavar="N",
+        help="if it does not fit, compile up to N changes until one does (3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--search", metavar="FILE",
+        help="rank meshes, remat and microbatches; results are kept in the file, and found there again",
+    )  # fmt: skip
+    parser.add_argument("--best", type=int, default=3, metavar="K", help="of them compiled by --search (3)")
+    parser.add_argument("--budget", metavar="FILE", help="write the figures that a test can compare, beside others")
     parser.add_argument("--json", metavar="FILE", help="write all that is known, after every stage")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots, after every stage")
     return parser
@@ -111,6 +155,10 @@ def _be_alone(topology: str) -> None:
 def _write(plan, args: argparse.Namespace) -> None:
     if args.json:
         storage.write_text(storage.as_path(args.json), plan.as_json())
+    if args.budget:
+        from hybridlm.plan import budget
+
+        budget.write(Path(args.budget), plan.name, budget.of_plan(plan))
     if args.html:
         from hybridlm.plan.page import as_html
 

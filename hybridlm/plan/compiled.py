@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The third stage of a plan: the step as the compiler of the devices makes it. Of one device and one step."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -52,10 +53,27 @@ class Compiled:
         return collectives.totals(self.collectives, by_axes=False)
 
 
+class DoesNotFit(RuntimeError):
+    """The compiler gives up: the program needs more memory than a device has."""
+
+    def __init__(self, said: str):
+        """said: the compiler's own words."""
+        found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", said)
+        units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        self.needed = round(float(found[1]) * units[found[2]]) if found else None
+        more = f": it needs {found[1]}{found[2]}iB of {found[3]}{found[4]}iB" if found else ""
+        super().__init__(f"the compiler gives up, for want of memory{more}")
+
+
 def compile(lowered: jax.stages.Lowered, backend: str) -> Compiled:
-    """Minutes for large models."""
+    """Minutes for large models. DoesNotFit where the compiler says so, as those of TPUs do."""
     began, cpu = time.perf_counter(), time.process_time()
-    program = lowered.compile()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+            raise DoesNotFit(str(error)) from error
+        raise
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return read(program, backend, seconds, cpu_seconds)
 

@@ -22,10 +22,10 @@ def as_html(plan: Plan) -> str:
     """The tables of all stages that are known, with plots of memory and times where the program is compiled."""
     title = html.escape(f"{plan.name} on {plan.devices.words}")
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
-    known = [stage for stage in STAGES if getattr(plan, stage) is not None]
+    known = [stage for stage in STAGES if getattr(plan, stage) is not None or (stage == "compiled" and plan.refused)]
     for n, section in enumerate(s for stage in ["head", *known] for s in sections(plan, stage)):
         parts.append(_section(section, "h1" if n == 0 else "h2"))
-        if section.title == "Compiled":
+        if section.title == "Compiled" and plan.compiled is not None:
             parts.append(_svg(lambda axes: _memory(axes, plan), height=1.9))
         if section.title.startswith("What bounds it"):
             parts.append(_svg(lambda axes: _times(axes, plan), height=4.2))

@@ -10,7 +10,7 @@ from typing import Any
 from hybridlm.config import Config
 from hybridlm.plan.bounds import Bounds, Cost, bounds, cost
 from hybridlm.plan.collectives import Collective
-from hybridlm.plan.compiled import Compiled, compile
+from hybridlm.plan.compiled import Compiled, DoesNotFit, compile
 from hybridlm.plan.counted import Counted, count
 from hybridlm.plan.described import described
 from hybridlm.plan.lowered import Lowered, lower
@@ -34,6 +34,10 @@ class Plan:
     counted: Counted | None = None
     lowered: Lowered | None = None
     compiled: Compiled | None = None
+    refused: str = ""
+    """Of a program that the compiler gave up: why, in a line."""
+    needed_bytes: int | None = None
+    """That the compiler says it needs, of such a one."""
 
     def run(self, last: str) -> Iterator[str]:
         """The stages up to `last`: the name of each when it is known. ConfigError where something does not fit."""
@@ -46,7 +50,10 @@ class Plan:
             yield "lowered"
             if last == "lowered":
                 return
-            self.compiled = compile(lowered, self.devices.backend)
+            try:
+                self.compiled = compile(lowered, self.devices.backend)
+            except DoesNotFit as error:
+                self.refused, self.needed_bytes = str(error), error.needed
         yield "compiled"
 
     @property
@@ -89,7 +96,12 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """As far as is known; None where the device's memory is not."""
-        return None if self.room is None else self.room >= 0
+        return False if self.refused else None if self.room is None else self.room >= 0
+
+    @property
+    def needed(self) -> int | None:
+        """Bytes of a device, as the compiler says; None before it did."""
+        return self.compiled.memory.peak if self.compiled else self.needed_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: plain numbers, bytes and seconds, of a device and a step unless named otherwise."""
@@ -108,6 +120,7 @@ class Plan:
             "mesh": dataclasses.asdict(self.config.mesh),
             **stages,
             "fits": self.fits,
+            "refused": self.refused or None,
             "bounds": _plain(self.bounds),
             "cost": _plain(self.cost),
         }

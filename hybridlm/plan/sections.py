@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hybridlm.plan.classes import sublayer_of
 from hybridlm.plan.live import KINDS
 from hybridlm.plan.plan import Plan
+from hybridlm.plan.search import Result
 
 SHOWN = 12
 """Rows of lists that could be long."""
@@ -118,6 +119,12 @@ def _lowered(plan: Plan) -> list[Section]:
 
 
 def _compiled(plan: Plan) -> list[Section]:
+    if plan.compiled is None:
+        return [Section("Compiled", [("DOES NOT FIT", plan.refused)])]
+    return _fitting(plan)
+
+
+def _fitting(plan: Plan) -> list[Section]:
     found, memory, have = plan.compiled, plan.compiled.memory, plan.counted.memory
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     fit = "" if have is None else f", {memory.peak / have:.0%} of {size(have)}: {verdict}"
@@ -182,3 +189,14 @@ def _cost(plan: Plan) -> list[Section]:
     if found.price is not None:
         rows.append(("price", between(found.price, lambda p: f"{p:,.0f}"), f"at {plan.price:g} a chip and hour"))
     return [Section("What it costs", rows)]
+
+
+def compared(results: list[Result], title: str) -> Section:
+    """Compiled candidates, in their order."""
+    rows = [
+        (result.words or "as it is", "fits" if result.fits else result.why or "does not fit",
+         "" if result.peak is None else size(result.peak),
+         "" if result.seconds is None else between(result.seconds))
+        for result in results
+    ]  # fmt: skip
+    return Section(title, rows, ("change", "", "peak memory", "a step"))

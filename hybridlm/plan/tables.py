@@ -14,16 +14,21 @@ WIDTH = 140
 
 def show(plan: Plan, stage: str, console: Console | None = None) -> None:
     """Prints what a stage found; `head` stands before all."""
+    for section in sections(plan, stage):
+        show_section(section, console)
+
+
+def show_section(section: Section, console: Console | None = None) -> None:
+    """Prints one table."""
     if console is None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=WIDTH)
-    for section in sections(plan, stage):
-        console.print(f"\n[bold]{escape(section.title)}[/bold]")
-        if section.rows:
-            console.print(_table(section))
-        for note in section.notes:
-            console.print(f"  [dim]{escape(note)}[/dim]")
+    console.print(f"\n[bold]{escape(section.title)}[/bold]")
+    if section.rows:
+        console.print(_table(section))
+    for note in section.notes:
+        console.print(f"  [dim]{escape(note)}[/dim]")
 
 
 def _table(section: Section) -> Table:

@@ -14,6 +14,7 @@ from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConf
 from hybridlm.errors import ConfigError
 from hybridlm.model.flops import train_flops
 from hybridlm.model.init import abstract
+from hybridlm.plan import budget
 from hybridlm.plan.counted import count
 from hybridlm.plan.page import as_html
 from hybridlm.plan.plan import Plan
@@ -90,6 +91,22 @@ def test_the_rest_of_a_plan(plan):
     assert not re.search(r"(src|href)=.https?:|@import|<script", page)  # nothing is fetched
     for stage in ("counted", "lowered", "compiled"):
         assert all(len(row) <= 8 for section in sections(plan, stage) for row in section.rows)
+
+
+def test_a_budget(plan, tmp_path):
+    """Figures of the plan, put beside those of other runs; what was compiled stays where a plan is only traced."""
+    path = tmp_path / "budgets.json"
+    path.write_text('{"other": {"traced": {"state bytes": 1}, "compiled": {}}}')
+    budget.write(path, "tiny", budget.of_plan(plan))
+    kept = budget.read(path)
+    assert set(kept) == {"other", "tiny"}
+    assert kept["tiny"]["traced"]["state bytes"] == sum(plan.counted.state.values())
+    assert kept["tiny"]["compiled"]["peak bytes"] == plan.compiled.memory.peak
+    budget.write(path, "tiny", {"traced": {"state bytes": 2}, "compiled": {}})
+    assert budget.read(path)["tiny"] == {"traced": {"state bytes": 2}, "compiled": kept["tiny"]["compiled"]}
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="holds no budgets"):
+        budget.read(path)
 
 
 def test_a_slice_without_its_compiler():

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches and changes that make a plan fit: which are tried, in which order, and what is kept of them. Compilers are
+stood in for by a function of the config, so that what is best is known."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from hybridlm.config import MLP, Attention, Config, DataConfig, MeshConfig, ModelConfig, RunConfig
+from hybridlm.errors import ConfigError
+from hybridlm.plan.change import current, exchanged, guesses, smaller
+from hybridlm.plan.compiled import DoesNotFit
+from hybridlm.plan.counted import count
+from hybridlm.plan.search import Book, fitting, key_of, order, search
+from hybridlm.plan.slices import read_devices
+
+DEVICES = read_devices("v5e:2x4")
+CONFIG = Config(
+    name="narrow",
+    model=ModelConfig(
+        vocab_size=1024, d_model=256, pattern="*-",
+        blocks={"*": Attention(n_heads=4, n_kv_heads=4), "-": MLP(d_ff=512)},
+        remat="none",
+    ),
+    data=DataConfig(seq_len=512, batch_size=64),
+    mesh=MeshConfig(data=1, fsdp=8),
+    run=RunConfig(sample_tokens=0),
+)  # fmt: skip
+GIB = 2**30
+
+
+class Compiler:
+    """Of memory that falls with recomputation and microbatches, and times that rise with them."""
+
+    def __init__(self, gib: float):
+        self.gib, self.asked = gib, []
+
+    def __call__(self, config):
+        self.asked.append(config)
+        strength = {"none": 1.0, "kernels": 0.9, "mixer": 0.8, "full": 0.5}[config.model.remat]
+        peak = int(self.gib * GIB * strength / config.optim.accumulate)
+        time = 1 / strength + config.mesh.tensor
+        return SimpleNamespace(
+            compiled=SimpleNamespace(memory=SimpleNamespace(peak=peak), seconds=2.0), fits=peak <= 16 * GIB, refused="",
+            bounds=SimpleNamespace(lower=time, upper=2 * time),
+        )  # fmt: skip
+
+
+def test_guesses():
+    found, cannot = guesses(CONFIG, DEVICES)
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    assert len({one.change for one in found}) == len(found) > 20
+    for one in found:
+        assert math.prod(vars(one.change.mesh).values()) == 8
+        assert one.bytes <= 16 * GIB
+        one.change.set_in(CONFIG)
+    assert any("n_heads (4) not divisible by mesh.tensor (8)" in line for line in cannot)
+
+
+def test_exchanges_by_hand():
+    """On `fsdp` alone: parameters in bfloat16 gathered twice, or where they are used again three times, and scattered
+    once, by each microbatch."""
+    for remat, times in (("none", 3), ("full", 4)):
+        config = replace(current(CONFIG), remat=remat, accumulate=2).set_in(CONFIG)
+        counted = count(config, DEVICES)
+        assert exchanged(config, counted) == pytest.approx(2 * times * 2 * counted.parameters * 7 / 8)
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path):
+    path, compiler = tmp_path / "results.jsonl", Compiler(10)
+    found = [result for _, _, result in search(CONFIG, DEVICES, 3, Book(path), compiler)]
+    assert found[0].words == "" and len(found) == len(compiler.asked) == 4
+    assert len({result.words for result in found}) == 4
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["words"] for line in lines] == [result.words for result in found]
+    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # killed while it wrote
+    again = Compiler(10)
+    assert [result for _, _, result in search(CONFIG, DEVICES, 3, Book(path), again)] == found
+    assert len(again.asked) == 2
+    best = order(found)
+    assert [sum(one.seconds) for one in best] == sorted(sum(one.seconds) for one in found)
+    assert key_of(CONFIG, DEVICES) != key_of(CONFIG, read_devices("v6e:2x4"))
+
+
+def test_the_smallest_change_that_fits():
+    """Recomputation first, then microbatches, then both; what cannot be enough is not compiled."""
+    changes = list(smaller(CONFIG, count(CONFIG, DEVICES)))
+    here = current(CONFIG)
+    assert all(change != here for change in changes)
+    kinds = [(c.remat != here.remat) + (c.accumulate != here.accumulate) + (c.mesh != here.mesh) for c in changes]
+    assert kinds[0] == 1 and max(kinds) == 2
+    for gib, needs in ((18, "--model.remat"), (60, "--optim.accumulate"), (200, "--model.remat=full --optim.acc")):
+        compiler = Compiler(gib)
+        plan = SimpleNamespace(config=CONFIG, devices=DEVICES, counted=count(CONFIG, DEVICES), needed=int(gib * GIB))
+        tried = list(fitting(plan, 12, Book(), compiler))
+        assert tried[-1].fits and not any(result.fits for result in tried[:-1])
+        assert tried[-1].words.startswith(needs), tried
+
+
+def test_what_cannot_be_ranked_is_one_line():
+    with pytest.raises(ConfigError, match="no peaks are known of cpu:8"):
+        list(search(CONFIG, read_devices("cpu:8"), 1, Book(), Compiler(1)))
+
+
+def test_what_a_compiler_says_of_memory():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded by 7.75G."
+    assert DoesNotFit(said).needed == 23.5 * GIB
+    assert str(DoesNotFit(said)) == "the compiler gives up, for want of memory: it needs 23.50GiB of 15.75GiB"
+    assert DoesNotFit("other words").needed is None
