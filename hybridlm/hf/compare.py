@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two configs are the same model."""
+"""Whether two configs are the same model, and in which fields they differ."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from hybridlm.hf.family import Family
+from hybridlm.layers.block import shares
 from hybridlm.model.config import ModelConfig
 
 FREE = frozenset({
@@ -14,45 +15,58 @@ FREE = frozenset({
     "balance_weight", "z_weight", "capacity",
 })  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
+LONGEST = 40
+"""Characters of a value in a message."""
 
 
-def difference_of(family: Family, ours: ModelConfig, published: ModelConfig) -> str | None:
+def difference_of(ours: ModelConfig, published: ModelConfig) -> str | None:
     """The first field that differs, of the model or of a sublayer; None where there is none.
 
     published: with the family's symbols; ours may have others.
     """
+    return next(differences(ours, published), None)
+
+
+def differences(ours: ModelConfig, published: ModelConfig) -> Iterator[str]:
+    """What differs, a field each; one of a block once for each depth where it does."""
     if len(ours.pattern) != len(published.pattern):
-        return f"pattern has {len(ours.pattern)} sublayers where {len(published.pattern)} would be read"
-    found = _differs(ours, published, "model")
+        yield f"pattern has {len(ours.pattern)} sublayers where {len(published.pattern)} would be read"
+        return
+    yield from _differs(ours, published, "model")
     for depth, (a, b) in enumerate(zip(ours.pattern, published.pattern, strict=True)):
         blocks = ours.blocks[a].resolved(ours.d_model), published.blocks[b].resolved(published.d_model)
-        found = found or _differs(*blocks, f"blocks.{a}")
-        if found is None and ours.norms(a) != published.norms(b):
-            found = f"norm_before, norm_after: where the norms of {a} stand"
+        yield from _differs(*blocks, f"blocks.{a}")
+        if ours.norms(a) != published.norms(b):
+            yield f"norm_before, norm_after: where the norms of {a} stand"
         residual = ours.normed_residual.get(a), published.normed_residual.get(b)
-        found = found or _differs(*residual, f"normed_residual.{a}")
-        if found is None and b in family.shared and ours.pattern.index(a) != published.pattern.index(b):
-            found = f"pattern: what sublayer {depth} shares weights with"
-    return found
+        yield from _differs(*residual, f"normed_residual.{a}")
+        if shares(published.blocks[b]) and ours.pattern.index(a) != published.pattern.index(b):
+            yield f"pattern: what sublayer {depth} shares weights with"
 
 
-def _differs(a: Any, b: Any, name: str) -> str | None:
-    if type(a) is not type(b):
-        return f"{name} is {_short(a)} where {_short(b)} would be read"
-    if isinstance(a, dict):
+def _differs(a: Any, b: Any, name: str) -> Iterator[str]:
+    if type(a) is not type(b) and not _close(a, b):
+        yield f"{name} is {_short(a)} where {_short(b)} would be read"
+    elif isinstance(a, dict):
         if list(a) != list(b):
-            return f"{name} has {', '.join(a)} where {', '.join(b)} would be read"
-        return next((d for key in a if (d := _differs(a[key], b[key], f"{name}.{key}"))), None)
-    if not is_dataclass(a):
-        return None if a == b or _close(a, b) else f"{name} is {a} where {b} would be read"
-    names = [field.name for field in fields(a) if field.name not in FREE]
-    return next((d for n in names if (d := _differs(getattr(a, n), getattr(b, n), f"{name}.{n}"))), None)
+            yield f"{name} has {', '.join(a)} where {', '.join(b)} would be read"
+            return
+        for key in a:
+            yield from _differs(a[key], b[key], f"{name}.{key}")
+    elif not is_dataclass(a):
+        if a != b and not _close(a, b):
+            yield f"{name} is {_short(a)} where {_short(b)} would be read"
+    else:
+        for field in fields(a):
+            if field.name not in FREE:
+                yield from _differs(getattr(a, field.name), getattr(b, field.name), f"{name}.{field.name}")
 
 
 def _close(a: Any, b: Any) -> bool:
-    numbers = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool)
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
     return numbers and math.isclose(a, b, rel_tol=1e-12)
 
 
 def _short(value: Any) -> str:
-    return type(value).__name__ if is_dataclass(value) else str(value)
+    text = type(value).__name__ if is_dataclass(value) else str(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridlm import storage
 from hybridlm.errors import ConfigError, require
-from hybridlm.hf.compare import difference_of
+from hybridlm.hf.compare import difference_of, differences
 from hybridlm.hf.families import KNOWN
 from hybridlm.hf.family import Family
 from hybridlm.hf.inside import has_file
@@ -59,24 +59,58 @@ def write_values(of: Family, config: ModelConfig) -> tuple[dict[str, Any], Model
     """
     values = {"architectures": [of.architecture], "model_type": of.model_type, **of.write(config)}
     published = read_values(of, values, f"as {of.model_type}")
-    difference = difference_of(of, config, published)
+    difference = difference_of(config, published)
     require(difference is None, f"{of.model_type} cannot express this model: {difference}")
     return values, published
 
 
 def find_family(config: ModelConfig) -> Family:
-    """The first family that can express a config; ConfigError where none can."""
-    reasons = []
-    for model_type, family in KNOWN.items():
-        if family.written_as is not None:
-            continue
+    """The first family that can express a config, the last of which is our own format; ConfigError, one line, where
+    that cannot either: why, and what keeps the model out of the nearest published family."""
+    for family in _written():
         try:
             write_values(family, config)
         except ConfigError as error:
-            reasons.append(f"{model_type}: {error}")
+            reason = error
             continue
         return family
-    raise ConfigError(f"no published family can express this model ({'; '.join(reasons)})")
+    raise ConfigError(f"no published family can express this model{_near(config)}; {reason}")
+
+
+def nearest(config: ModelConfig) -> tuple[str, str] | None:
+    """model_type of the published family that a config differs from in the fewest fields, and the first of these; None
+    where it has blocks that no family has."""
+    found = []
+    for family in _written():
+        if family.of_model is not None:
+            continue
+        try:
+            values = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
+            fields = list(dict.fromkeys(differences(config, read_values(family, values))))
+        except ConfigError:
+            continue
+        found += [(len(fields), family.model_type, fields[0])] if fields else []
+    return min(found, key=lambda near: near[0])[1:] if found else None
+
+
+def explained(error: ConfigError, config: ModelConfig, family: Family) -> ConfigError:
+    """Why a family that was asked for cannot express a config, and what can."""
+    try:
+        instead = f"; {find_family(config).model_type} can, which is written where none is named"
+    except ConfigError:
+        instead = _near(config, but=family.model_type)
+    return ConfigError(f"{error}{instead}")
+
+
+def _near(config: ModelConfig, but: str = "") -> str:
+    """The nearest family and the field that keeps the config out of it, unless that is `but`."""
+    near = nearest(config)
+    return "" if near is None or near[0] == but else f" (nearest: {near[0]}, but {near[1]})"
+
+
+def _written() -> list[Family]:
+    """The families that models are written as."""
+    return [family for family in KNOWN.values() if family.written_as is None]
 
 
 def load_json(file: Path) -> dict[str, Any]:

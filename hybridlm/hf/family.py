@@ -67,6 +67,10 @@ class Family:
     """(pattern, replacement) as of re.sub: what else a tensor may be called, where the tables have not that name."""
     written_as: str | None = None
     """model_type of the family that models of this one are written as; None: this one. Of models of more than text."""
+    of_model: Callable[[ModelConfig, str], "Family"] | None = None
+    """The family with the tables of a model, and its pattern in published symbols; None: all models have the same."""
+    code: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
+    """Files of code that stand beside the tensors, by name: of a model that no library knows."""
     constants: Callable[[ModelConfig], Mapping[str, Constant]] = lambda config: {}
     """Tensors that follow from the config, in the family's symbols, by name: written, and skipped where files have
     them."""

@@ -63,7 +63,7 @@ def from_hf(
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh) -> dict:
     """The parameters, as a nested dict, of a folder whose checkpoint has to be of this config's model."""
     checkpoint = open_checkpoint(folder)
-    difference = difference_of(checkpoint.family, config, checkpoint.config)
+    difference = difference_of(config, checkpoint.config)
     require(difference is None, f"{folder} holds another model: {difference}")
     return read_params(checkpoint, config, mesh)
 

@@ -105,6 +105,7 @@ def make_plan(family: Family, config: ModelConfig, published_pattern: str) -> Pl
     published_pattern: the config's pattern in the family's own symbols. ValueError where the tables leave a parameter
     out.
     """
+    family = family if family.of_model is None else family.of_model(config, published_pattern)
     infos = {dotted(path): info for path, info in flatten_dict(abstract(config).info).items()}
     depths = _depths(family, config.pattern, published_pattern)
     tensors: dict[str, Tensor] = {}

@@ -3,7 +3,7 @@
 
 import errno
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from flax import nnx
 
 from hybridlm import storage
 from hybridlm.errors import ConfigError, require
+from hybridlm.hf.card import CARD, About, is_kept, license_of, model_card
 from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
-from hybridlm.hf.config_json import find_family, save_json, write_values
+from hybridlm.hf.config_json import explained, find_family, save_json, write_values
 from hybridlm.hf.families import family_of
 from hybridlm.hf.family import Family
 from hybridlm.hf.inside import check_file, files_like
@@ -42,16 +43,23 @@ def to_hf(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    about: About | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Writes what the published implementation loads with no missing and no unexpected key, into a folder or a bucket.
 
-    family: model_type to write; None: that of `like`, else the first that can express the model. like: a published
+    A model that no published family can express is written in our own format, whose folder holds the model's code in
+    plain PyTorch, too: transformers loads it with trust_remote_code=True. README.md is a model card; one that somebody
+    else wrote there stays.
+
+    family: model_type to write; None: that of `like`, else the first that can express the model, `hybridlm`, our own,
+    last. like: a published
     checkpoint folder whose tokenizer files and other config.json keys are carried along; None: the one that the model
     was loaded from, if any. dtype: of the matrices and embeddings written; None: that of each tensor in `like`, without
     one that of the parameter. Norms, biases, convolutions and recurrence parameters are float32, except where `like`
     has them in another type that holds their values to the bit and no dtype is given. overwrite: replace what is in the
-    folder under the names that are written. progress: called with (name, bytes written, bytes of all) after each
+    folder under the names that are written. about: what the card says of the training, and the tokenizer of a model
+    that comes from nowhere. progress: called with (name, bytes written, bytes of all) after each
     tensor.
 
     Tensors are made and written one at a time, beside the folder, which is replaced at once when all is there: see
@@ -62,14 +70,14 @@ def to_hf(
     require(dtype is None or dtype in DTYPES, f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
     require(max_shard_bytes > 0, f"max_shard_bytes ({max_shard_bytes}) must be positive")
     like = _like(model, like)
-    of = find_family(model.config) if family is None and like is None else family_of(family or like.family.model_type)
-    of = of if of.written_as is None else family_of(of.written_as)
+    of, (values, published) = _family(model.config, family, like)
     alike = like if like is not None and like.family is of else None
-    values, published = write_values(of, model.config)
     plan = make_plan(of, model.config, published.pattern)
     params = {dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     _check_here(params)
-    _check_target(folder, None if like is None else like.folder, overwrite)
+    about = About() if about is None else about
+    texts = {**about.files, **of.code(model.config)}
+    _check_target(folder, None if like is None else like.folder, overwrite, texts)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
     same = like is not None and of.model_type in (like.family.model_type, like.family.written_as)
     kinds = _dtypes(tensors, plan, params, dtype, like if same else None)
@@ -77,13 +85,19 @@ def to_hf(
     sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
     sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
     sources |= _constants(of, published, alike)
-    config = {**carried, **values, "dtype": dtype or str(kinds[of.embedding])}
+    config = {**about.ids, **carried, **values, "dtype": dtype or str(kinds[of.embedding])}
+    if not is_kept(folder / CARD):
+        n_params = sum(leaf.size for leaf in params.values())
+        license = about.license if like is None else about.license or license_of(like.folder)
+        texts[CARD] = model_card(folder.name, model.config, of, n_params, config["dtype"], about, license)
 
     def write(into: Path, mark: str | None = None) -> None:
         write_tensors(into, sources.values(), max_shard_bytes, progress, mark)
         save_json(config, into / "config.json")
         if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
             copy_tokenizer(like.folder, into)
+        for name, text in texts.items():
+            storage.write_text(into / name, text)
 
     _write(folder, write)
 
@@ -124,7 +138,20 @@ def _is_tensors(name: str) -> bool:
     return name == INDEX or (name.startswith("model") and name.endswith(".safetensors"))
 
 
-def _check_target(folder: Path, like: Path | None, overwrite: bool) -> None:
+def _family(config: ModelConfig, name: str | None, like: Checkpoint | None) -> tuple[Family, tuple]:
+    """The family that a model is written as, its config.json's values, and the config that they are read as."""
+    if name is None and like is None:
+        of = find_family(config)
+        return of, write_values(of, config)
+    of = family_of(name or like.family.model_type)
+    of = of if of.written_as is None else family_of(of.written_as)
+    try:
+        return of, write_values(of, config)
+    except ConfigError as error:
+        raise explained(error, config, of) from None
+
+
+def _check_target(folder: Path, like: Path | None, overwrite: bool, texts: Iterable[str]) -> None:
     """ConfigError where the folder cannot be written, or files are in the way that are not to be replaced."""
     storage.check(folder, "FOLDER", write=True)
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file, where a folder is to be written")
@@ -134,7 +161,7 @@ def _check_target(folder: Path, like: Path | None, overwrite: bool) -> None:
         overwrite or not old,
         f"{folder} holds a checkpoint already ({', '.join(old[:3])}): overwrite it, or choose another",
     )
-    new = {"config.json"}
+    new = {"config.json", *texts}
     if like is not None and storage.absolute(like) != storage.absolute(folder):
         new |= {file.name for file in files_like(like, *TOKENIZER_FILES)}
     taken = sorted(new & set(there))

@@ -20,6 +20,7 @@ from hybridlm.hf.families import (
     minimax,
     nemotron_h,
     olmo_hybrid,
+    own,
     qwen2,
     qwen3,
     qwen3_5,
@@ -39,11 +40,11 @@ KNOWN: dict[str, Family] = {
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
         zamba, zamba2, qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, kimi_linear, bailing_hybrid,
-        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya,
+        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya, own,
     )
     for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip
-"""Every family by its model_type; of those that can express a model the first is written."""
+"""Every family by its model_type; of those that can express a model the first is written; the last is our own format."""
 FAMILIES = tuple(KNOWN)
 """model_type of every family."""
 
