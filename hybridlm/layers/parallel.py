@@ -48,7 +48,7 @@ class Parallel:
     )
     """The branches by name."""
     merge: Literal["add", "gate"] = "add"
-    """gate: the first branch's output, times the sigmoids of the others'."""
+    """gate: the output of the branch whose name comes first in the alphabet, times the sigmoids of the others'."""
 
     FREE = frozenset()
     KEPT: ClassVar = {}
@@ -147,6 +147,7 @@ class ParallelMixer(nnx.Module):
         return scaled(x_BTD, self.config.branches[name].in_multiplier)
 
     def _merge(self, outputs: dict[str, jax.Array]) -> jax.Array:
+        outputs = dict(sorted(outputs.items()))  # as nnx.Dict has them behind every split and merge
         if self.norms is not None:
             outputs = {name: self.norms[name](y) if name in self.norms else y for name, y in outputs.items()}
         parts = [scaled(y_BTD, self.config.branches[name].out_multiplier) for name, y_BTD in outputs.items()]

@@ -44,7 +44,7 @@ KNOWN: dict[str, Family] = {
     )
     for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip
-"""Every family by its model_type; of those that can express a model the first is written; the last is our own format."""
+"""Every family by its model_type; of those that can express a model the first is written, our own format last."""
 FAMILIES = tuple(KNOWN)
 """model_type of every family."""
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import require
 from hybridlm.hf.families import tables
 from hybridlm.hf.families.values import read_value, write_value
 from hybridlm.hf.family import Family, Table
@@ -40,10 +40,7 @@ NAMES = {
 }  # fmt: skip
 """Fields of ModelConfig, blocks aside -> keys of config.json."""
 CODE = Path(__file__).parent.parent / "torch_code"
-ALWAYS = ("configuration_hybridlm", "modeling_hybridlm", "layers_hybridlm")
-"""Modules of CODE that every model needs."""
-INDEX = "mixers_hybridlm"
-"""Module that names the classes of the model's blocks; written for each model."""
+"""The model in plain PyTorch."""
 AUTO_MAP = {
     "AutoConfig": "configuration_hybridlm.HybridLMConfig",
     "AutoModel": "modeling_hybridlm.HybridLMModel",
@@ -196,29 +193,22 @@ def _shared(block: Shared) -> Table:
     return table_of(block.mixer)
 
 
-KINDS: dict[type, tuple[str, Callable[[Any], Table]]] = {
-    Attention: ("attention_hybridlm", _attention),
-    Mamba2: ("mamba_hybridlm", _mamba2),
-    Mamba1: ("mamba_hybridlm", _mamba1),
-    MLP: ("feed_forward_hybridlm", _mlp),
-    MoE: ("feed_forward_hybridlm", _moe),
-    GatedDeltaNet: ("delta_hybridlm", _delta),
-    KimiDelta: ("delta_hybridlm", _kimi),
-    Parallel: ("composed_hybridlm", _parallel),
-    Shared: ("composed_hybridlm", _shared),
-}
-"""Blocks of the format -> the module of CODE with the class of that name, and the table of its weights."""
-NEEDS = {"composed_hybridlm": ("attention_hybridlm", "feed_forward_hybridlm")}
-"""Modules that others import."""
+KINDS: dict[type, Callable[[Any], Table]] = {
+    Attention: _attention, Mamba2: _mamba2, Mamba1: _mamba1, MLP: _mlp, MoE: _moe, GatedDeltaNet: _delta,
+    KimiDelta: _kimi, Parallel: _parallel, Shared: _shared,
+}  # fmt: skip
+"""Blocks of the format -> the table of their weights; CODE has a class of the same name."""
 
 
 def table_of(block: Block) -> Table:
     """The weights of a block's mixer, behind `mixer.`."""
-    return KINDS[type(block)][1](block)
+    return KINDS[type(block)](block)
 
 
 def _link(block: Shared) -> Table:
-    names = {name: "(H P) R -> R H P" for name in "qkv"} | {"mlp": "(c F) R -> R c F" if block.mlp.gated else "F R -> R F"}
+    names = {name: "(H P) R -> R H P" for name in "qkv"} | {
+        "mlp": "(c F) R -> R c F" if block.mlp.gated else "F R -> R F"
+    }
     table = {"link.linear.weight": "link.linear: E D -> D E"}
     for name, axes in names.items():
         table[f"link.adapters.{name}.0.weight"] = f"link.adapters.{name}.a: R D -> D R"
@@ -262,26 +252,10 @@ def of_model(config: ModelConfig, published_pattern: str) -> Family:
     return replace(FAMILY, layers=layers, top=_top(config), of_model=None)
 
 
-# Code ---------------------------------------------------------------------------------------------------------------
-
-
-def code_of(config: ModelConfig) -> Mapping[str, str]:
-    """The files of code that a model needs, by name: those of CODE, and the index of its blocks."""
-    kinds = {type(inside) for symbol in dict.fromkeys(config.pattern) for _, inside in walk(config.blocks[symbol])}
-    modules: dict[str, list[str]] = {}
-    for kind in sorted(kinds, key=lambda kind: kind.__name__):
-        modules.setdefault(KINDS[kind][0], []).append(kind.__name__)
-    needed = {*ALWAYS, *modules, *(other for module in modules for other in NEEDS.get(module, ()))}
-    files = {f"{name}.py": (CODE / f"{name}.py").read_text(encoding="utf-8") for name in sorted(needed)}
-    return files | {f"{INDEX}.py": _index(modules)}
-
-
-def _index(modules: Mapping[str, list[str]]) -> str:
-    """The module that names the classes of blocks."""
-    imports = [f"from .{module} import {', '.join(names)}" for module, names in sorted(modules.items())]
-    rows = [f'    "{name}": {name},' for name in sorted(sum(modules.values(), []))]
-    head = ["# SPDX-License-Identifier: Apache-2.0", '"""What the blocks of the config are."""', ""]
-    return "\n".join([*head, *imports, "", "MIXERS = {", *rows, "}", ""])
+def code(config: ModelConfig) -> Mapping[str, str]:
+    """The files of CODE by name: all of them, whatever the blocks, as transformers takes folders of one name for the
+    same code."""
+    return {file.name: file.read_text(encoding="utf-8") for file in sorted(CODE.glob("*_hybridlm.py"))}
 
 
 FAMILY = Family(
@@ -292,5 +266,5 @@ FAMILY = Family(
     layers={},
     top=TOP,
     of_model=of_model,
-    code=code_of,
+    code=code,
 )

@@ -12,7 +12,7 @@ from .layers_hybridlm import Norm, Tokens, linear
 
 
 class Parallel(nn.Module):
-    """Mixers that read one input; their outputs are added, or the first is multiplied by the others' sigmoids."""
+    """Mixers that read one input; their outputs are added, or the first by name times the others' sigmoids."""
 
     def __init__(self, block: dict, d_model: int, make, norm_eps: float):
         """make: (block, d_model) -> a mixer."""
@@ -24,7 +24,7 @@ class Parallel(nn.Module):
 
     def forward(self, x_BTD, tokens: Tokens, cache: dict | None):
         parts = []
-        for branch in self.block["branches"]:
+        for branch in sorted(self.block["branches"], key=lambda branch: branch["name"]):
             name, memory = branch["name"], None if cache is None else cache.setdefault(branch["name"], {})
             y = getattr(self, f"branch_{name}")(x_BTD * branch["in_multiplier"], tokens, memory)
             norm = getattr(self, f"norm_{name}")

@@ -134,7 +134,9 @@ class HybridLMModel(HybridLMPreTrainedModel):
         self.embed_scales = ChannelScales(config.hidden_size, 1) if config.channel_scales else None
         self.embed_norm = stream_norm(config, False) if config.embedding_norm else None
         self.sharing = [s for s in dict.fromkeys(config.pattern) if config.blocks[s]["type"] == "Shared"]
-        made = [MIXERS["Shared"].transformer(config.blocks[s], config.hidden_size, config.norm_eps) for s in self.sharing]
+        made = [
+            MIXERS["Shared"].transformer(config.blocks[s], config.hidden_size, config.norm_eps) for s in self.sharing
+        ]
         self.shared = nn.ModuleList(made)
         self.layers = nn.ModuleList(HybridLMSublayer(config, symbol) for symbol in config.pattern)
         self.norm = stream_norm(config, False, config.final_norm_eps)
