@@ -2,6 +2,7 @@
 """`hybridlm convert`: a published checkpoint as the folder of a run, a run as a published checkpoint."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from hybridlm import storage
@@ -29,6 +30,9 @@ CONVERT = Command(
     run,
 )
 
+TEXTS = "texts/*.jsonl"
+"""What stands in the printed line for the text to train on."""
+
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     """The two directions and their options."""
@@ -54,7 +58,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _from_hf(args: argparse.Namespace, source: Path, target: Path) -> None:
-    from hybridlm.train.commands import hybridlm_command, python_command
+    from hybridlm.train.commands import hybridlm_command
     from hybridlm.train.published import run_from_published
 
     with _Bar("reading") as bar:
@@ -63,8 +67,13 @@ def _from_hf(args: argparse.Namespace, source: Path, target: Path) -> None:
     wanted = "" if tokenizer else " --data.tokenizer=PATH"
     if not tokenizer:
         print(f"{source} has no tokenizer.json: give --data.tokenizer=PATH of one, or byte, to write and to train on")
-    print(f"next: {hybridlm_command()} generate --run {target} --prompt TEXT{wanted}")
-    print(f"or train on: {python_command()} train.py --config configs/continue_from_hf.py --init.hf={source}{wanted}")
+    generate = ["generate", "--run", str(target), "--prompt", "TEXT"]
+    train = [
+        "train", "--config", "continue_from_hf", f"--init.hf={source}", f"--data.tokenizer={tokenizer or 'PATH'}",
+        f"--data.path={TEXTS}", f"--run.dir={target}_continued",
+    ]  # fmt: skip
+    print(f"next: {hybridlm_command()} {shlex.join(generate)}{wanted}")
+    print(f"or train on, on your text: {hybridlm_command()} {shlex.join(train)}")
 
 
 def _to_hf(args: argparse.Namespace, source: Path, target: Path) -> None:

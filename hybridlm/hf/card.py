@@ -33,8 +33,10 @@ class About:
     """What was typed to train it."""
     license: str | None = None
     """An identifier, as of the Hub; None: not known."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer that is written, in the place of one that comes with the checkpoint."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Files of the tokenizer, by name."""
+    """Files of a tokenizer that is none on the disk, by name."""
     ids: Mapping[str, int] = field(default_factory=dict)
     """bos_token_id and eos_token_id of config.json."""
 
@@ -53,9 +55,10 @@ def license_of(folder: Path) -> str | None:
 
 
 def model_card(
-    name: str, config: ModelConfig, family: Family, n_params: int, dtype: str, about: About, license: str | None
-) -> str:
-    """README.md of an export. name: of its folder."""
+    name: str, config: ModelConfig, family: Family, n_params: int, dtype: str, about: About, *,
+    license: str | None, tokenizer: bool,
+) -> str:  # fmt: skip
+    """README.md of an export. name: of its folder; tokenizer: whether it has one."""
     own = bool(family.code(config))
     top = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     top |= {} if license is None else {"license": license}
@@ -68,12 +71,15 @@ def model_card(
     }  # fmt: skip
     trust = ", trust_remote_code=True" if own else ""
     load = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if tokenizer else ''}", "",
         f"model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})",
-        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
-        'inputs = tokenizer("The ", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]  # fmt: skip
+    if tokenizer:
+        load += [
+            "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+            'inputs = tokenizer("The ", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        ]
     back = ["import hybridlm", "", "model = hybridlm.from_hf(FOLDER)  # in JAX, to train on"]
     own_code = "Its code, in plain PyTorch, is in this folder; it runs on the reader's side with `trust_remote_code`."
     parts = [

@@ -78,25 +78,35 @@ def find_family(config: ModelConfig) -> Family:
 
 
 def nearest(config: ModelConfig) -> tuple[str, str] | None:
-    """model_type of the published family that a config differs from in the fewest fields, and the first of these; None
-    where it has blocks that no family has."""
+    """model_type of the published family that a config differs from in the fewest blocks, then fields, and the first
+    of these; None where it has blocks that no family has."""
     found = []
     for family in _written():
         if family.of_model is not None:
             continue
         try:
             values = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
-            fields = list(dict.fromkeys(differences(config, read_values(family, values))))
+            read = read_values(family, values)
         except ConfigError:
             continue
-        found += [(len(fields), family.model_type, fields[0])] if fields else []
+        fields = list(dict.fromkeys(differences(config, read)))
+        if fields:
+            found.append(((*_kinds_apart(config, read), len(fields)), family.model_type, fields[0]))
     return min(found, key=lambda near: near[0])[1:] if found else None
+
+
+def _kinds_apart(ours: ModelConfig, read: ModelConfig) -> tuple[int, int]:
+    """How many sublayers two models differ by, and at how many depths one has a block of another class."""
+    pairs = zip(ours.pattern, read.pattern, strict=False)
+    return abs(len(ours.pattern) - len(read.pattern)), sum(
+        type(ours.blocks[a]) is not type(read.blocks[b]) for a, b in pairs
+    )
 
 
 def explained(error: ConfigError, config: ModelConfig, family: Family) -> ConfigError:
     """Why a family that was asked for cannot express a config, and what can."""
     try:
-        instead = f"; {find_family(config).model_type} can, which is written where none is named"
+        instead = f"; family {find_family(config).model_type} can"
     except ConfigError:
         instead = _near(config, but=family.model_type)
     return ConfigError(f"{error}{instead}")

@@ -19,7 +19,7 @@ from hybridlm.hf.checkpoint import Checkpoint, open_checkpoint
 from hybridlm.hf.config_json import explained, find_family, save_json, write_values
 from hybridlm.hf.families import family_of
 from hybridlm.hf.family import Family
-from hybridlm.hf.inside import check_file, files_like
+from hybridlm.hf.inside import check_file, files_like, has_file
 from hybridlm.hf.keys import Keys
 from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
 from hybridlm.hf.swap import CannotSwap, replaced
@@ -77,7 +77,7 @@ def to_hf(
     _check_here(params)
     about = About() if about is None else about
     texts = {**about.files, **of.code(model.config)}
-    _check_target(folder, None if like is None else like.folder, overwrite, texts)
+    _check_target(folder, [None if like is None else like.folder, about.tokenizer], overwrite, texts)
     tensors = plan.tensors | {name: plan.tensors[plan.copies[name]] for name in sorted(plan.doubled)}
     same = like is not None and of.model_type in (like.family.model_type, like.family.written_as)
     kinds = _dtypes(tensors, plan, params, dtype, like if same else None)
@@ -85,17 +85,22 @@ def to_hf(
     sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
     sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
     sources |= _constants(of, published, alike)
-    config = {**about.ids, **carried, **values, "dtype": dtype or str(kinds[of.embedding])}
+    config = {**carried, **about.ids, **values, "dtype": dtype or str(kinds[of.embedding])}
     if not is_kept(folder / CARD):
         n_params = sum(leaf.size for leaf in params.values())
-        license = about.license if like is None else about.license or license_of(like.folder)
-        texts[CARD] = model_card(folder.name, model.config, of, n_params, config["dtype"], about, license)
+        known = {
+            "license": about.license or (None if like is None else license_of(like.folder)),
+            "tokenizer": bool(about.tokenizer or about.files or (like and has_file(like.folder, "tokenizer.json"))),
+        }
+        texts[CARD] = model_card(folder.name, model.config, of, n_params, config["dtype"], about, **known)
 
     def write(into: Path, mark: str | None = None) -> None:
         write_tensors(into, sources.values(), max_shard_bytes, progress, mark)
         save_json(config, into / "config.json")
         if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
             copy_tokenizer(like.folder, into)
+        if about.tokenizer is not None:
+            copy_tokenizer(about.tokenizer, into)
         for name, text in texts.items():
             storage.write_text(into / name, text)
 
@@ -151,7 +156,7 @@ def _family(config: ModelConfig, name: str | None, like: Checkpoint | None) -> t
         raise explained(error, config, of) from None
 
 
-def _check_target(folder: Path, like: Path | None, overwrite: bool, texts: Iterable[str]) -> None:
+def _check_target(folder: Path, sources: list[Path | None], overwrite: bool, texts: Iterable[str]) -> None:
     """ConfigError where the folder cannot be written, or files are in the way that are not to be replaced."""
     storage.check(folder, "FOLDER", write=True)
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file, where a folder is to be written")
@@ -162,8 +167,10 @@ def _check_target(folder: Path, like: Path | None, overwrite: bool, texts: Itera
         f"{folder} holds a checkpoint already ({', '.join(old[:3])}): overwrite it, or choose another",
     )
     new = {"config.json", *texts}
-    if like is not None and storage.absolute(like) != storage.absolute(folder):
-        new |= {file.name for file in files_like(like, *TOKENIZER_FILES)}
+    for source in sources:
+        if source is None or storage.absolute(source) == storage.absolute(folder):
+            continue
+        new |= {file.name for file in files_like(source, *TOKENIZER_FILES)}
     taken = sorted(new & set(there))
     require(overwrite or not taken, f"{folder} has {', '.join(taken[:3])} already: overwrite it, or choose another")
 

@@ -16,6 +16,7 @@ from hybridlm.hf import from_hf, to_hf
 from hybridlm.hf.checkpoint import tokenizer_of
 from hybridlm.hf.save import copy_small_files
 from hybridlm.model.model import HybridLM
+from hybridlm.train.about import about_run
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.run_folder import RunFolder, stored_config
 from hybridlm.train.sample import load_model
@@ -75,6 +76,8 @@ def publish_run(
 ) -> tuple[HybridLM, int]:
     """Writes the model of a run's checkpoint (the newest, or that of a step) for others; gives it and its step.
 
+    The folder gets a model card of what the run's folder says, and the run's tokenizer.
+
     like: published checkpoint whose other files and keys are kept; None: the one that the run came from, or what the
     run kept of it, if any. own: a config whose own classes the run may have used; see from_dict. The rest as to_hf
     takes it.
@@ -83,6 +86,7 @@ def publish_run(
         origin = stored_config(source, own).init.hf
         folders = [*([storage.as_path(origin)] if origin else []), source / "published"]
         like = next((folder for folder in folders if storage.exists(folder / "config.json")), None)
-    model, _, _, step = load_model(source, step, own)
-    to_hf(model, target, family=family, like=like, dtype=dtype, overwrite=overwrite, progress=progress)
+    model, config, record, step = load_model(source, step, own)
+    about = about_run(source, config, step, record, like)
+    to_hf(model, target, family=family, like=like, dtype=dtype, overwrite=overwrite, about=about, progress=progress)
     return model, step

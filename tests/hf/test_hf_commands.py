@@ -2,6 +2,7 @@
 """`hybridlm convert` and training on from a published checkpoint, as typed."""
 
 import json
+import shlex
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from hybridlm.cli import main
 from hybridlm.config.find import load_config
 from hybridlm.train.run_folder import read_metrics, stored_config
 from tests.hf.hf_support import FOLDER
-from tests.train.conftest import write_texts
+from tests.train.conftest import mini, one_device, write_texts  # noqa: F401 (fixtures)
 
 LLAMA = FOLDER / "llama"
 
@@ -48,6 +49,33 @@ def test_there_and_back(bytes_checkpoint, tmp_path, capsys):
     assert (out / "generation_config.json").is_file()
     assert main(["convert", "from-hf", str(bytes_checkpoint), str(run)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_run_of_no_published_family(mini, one_device, capsys):  # noqa: F811
+    """Out with its tokenizer and a card of what the run says; in again, and on with the line that is printed then."""
+    folder = mini.parent
+    run, out, again = folder / "run", folder / "out", folder / "again run"
+    assert main(["train", "--config", str(mini), "--run.steps=2", "--run.eval_every=1", "--run.sample_tokens=0"]) == 0
+    assert main(["convert", "to-hf", str(run), str(out)]) == 0
+    config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
+    assert (config["model_type"], config["bos_token_id"], config["eos_token_id"]) == ("hybridlm", 256, 257)
+    assert (out / "tokenizer.json").is_file() and (out / "modeling_hybridlm.py").is_file()
+    for line in (r"/train-\*.txt |", "| steps | 2 |", "| tokens | 512 |", "| validation loss | ", "bits per byte"):
+        assert line in card, line
+    assert str(folder) not in card and "--config mini.py" in card and "jax " in card
+    capsys.readouterr()
+
+    assert main(["convert", "from-hf", str(out), str(again)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    line = next(shlex.split(line.partition(": ")[2]) for line in printed if line.startswith("or train on"))
+    words = line[line.index("train") :]
+    assert f"--init.hf={out}" in words and f"--data.tokenizer={again}/published" in words
+    words[words.index("--data.path=texts/*.jsonl")] = f"--data.path={folder}/train-*.txt"
+    small = ["--data.seq_len=32", "--data.batch_size=8", "--optim.accumulate=1", f"--data.cache_dir={folder}/cache"]
+    assert main([*words, *small, "--run.steps=2", "--run.sample_tokens=0", "--run.tensorboard=False"]) == 0
+    assert (folder / "again run_continued" / "checkpoints" / "2").is_dir()
+    assert main(["convert", "to-hf", f"{again}_continued", str(folder / "last")]) == 0
+    assert "| started from | out |" in (folder / "last" / "README.md").read_text()
 
 
 def test_training_on(bytes_checkpoint, tmp_path, capsys):
