@@ -32,6 +32,7 @@ ALL = {
     "attentions": ("abcd", dict(zip("abcd", ["gated", "window", "norm_of_all", "attention"])), {"norm": "layer"}),
     "deltas": ("ac", dict(zip("ac", ["delta", "kimi"])), {}),
     "reflecting": ("bd", dict(zip("bd", ["delta_reflecting", "kimi_bounded"])), {}),
+    "scans": ("abcde", dict(zip("abcde", ["mingru", "minlstm", "hgrn", "rglru", "gated_conv"])), {}),
     "composed": ("SpSqm", dict(zip("Spqm", ["shared", "parallel", "parallel_normed", "mlp"])), {}),
     "routed": (
         "EaE-",

@@ -17,9 +17,12 @@ from hybridlm.hf.family import Family, Table
 from hybridlm.hf.keys import Keys
 from hybridlm.layers import (
     MLP,
+    RGLRU,
     Attention,
     Block,
+    GatedConv,
     GatedDeltaNet,
+    GatedScan,
     KimiDelta,
     Mamba1,
     Mamba2,
@@ -160,6 +163,37 @@ def _kimi(block: KimiDelta) -> Table:
     return table
 
 
+def _gated_conv(block: GatedConv) -> Table:
+    return tables.named(tables.GATED_CONV, conv="conv1d")
+
+
+def _scan(block: GatedScan) -> Table:
+    return {
+        "conv1d.weight": "mixer.conv: D 1 W -> D W",
+        "conv1d.bias": "mixer.conv_bias: D",
+        "in_proj.weight": "mixer.w_in: (c F) D -> D c F",
+        "lower_bound": "mixer.lower_bound: F",
+        "norm.weight": "mixer.norm: F",
+        "out_proj.weight": "mixer.w_out: D F -> F D",
+    }
+
+
+def _rglru(block: RGLRU) -> Table:
+    return {
+        "linear_y.weight": "mixer.w_in: (H P) D -> D 0 H P",
+        "linear_x.weight": "mixer.w_in: (H P) D -> D 1 H P",
+        "linear_y.bias": "mixer.b_in: (H P) -> 0 H P",
+        "linear_x.bias": "mixer.b_in: (H P) -> 1 H P",
+        "conv1d.weight": "mixer.conv: (H P) 1 W -> H P W",
+        "conv1d.bias": "mixer.conv_bias: (H P) -> H P",
+        "gate_weights": "mixer.w_gates: c H Q P -> Q c H P",
+        "gate_biases": "mixer.b_gates: c H P",
+        "decay": "mixer.decay: H P",
+        "linear_out.weight": "mixer.w_out: D (H P) -> H P D",
+        "linear_out.bias": "mixer.b_out: D",
+    }
+
+
 def _mlp(block: MLP) -> Table:
     return tables.GATED_MLP if block.gated else tables.PLAIN_MLP
 
@@ -195,7 +229,7 @@ def _shared(block: Shared) -> Table:
 
 KINDS: dict[type, Callable[[Any], Table]] = {
     Attention: _attention, Mamba2: _mamba2, Mamba1: _mamba1, MLP: _mlp, MoE: _moe, GatedDeltaNet: _delta,
-    KimiDelta: _kimi, Parallel: _parallel, Shared: _shared,
+    KimiDelta: _kimi, GatedConv: _gated_conv, GatedScan: _scan, RGLRU: _rglru, Parallel: _parallel, Shared: _shared,
 }  # fmt: skip
 """Blocks of the format -> the table of their weights; CODE has a class of the same name."""
 

@@ -122,6 +122,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "norm", "after_norm", "q_norm", "k_norm", "o_norm", "mlp_norm", "norms", "A_log", "dt_bias", "D", "sinks",
         "conv1d", "q_conv1d", "k_conv1d", "v_conv1d", "scales", "embed_scales", "selection_bias",
+        "lower_bound", "decay", "gate_biases",
     ]  # fmt: skip
 
 
