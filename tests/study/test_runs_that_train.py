@@ -3,7 +3,7 @@
 
 import pytest
 
-from hybridlm.cli import main, train_main
+from hybridlm.cli import train_main
 from hybridlm.config.overrides import override
 from hybridlm.errors import RunError
 from hybridlm.model.flops import train_flops
@@ -11,7 +11,6 @@ from hybridlm.study.reading import read_run
 from hybridlm.train import loop
 from hybridlm.train.last_words import page_written
 from hybridlm.train.run_folder import RunFolder
-from tests.storage.conftest import upload
 from tests.study.folders import TINY, write_run
 
 
@@ -74,24 +73,3 @@ def test_a_page_is_no_matter_of_the_run(tmp_path, caplog):
         with page_written(folder, written.append):
             pass
     assert written == [run]
-
-
-@pytest.mark.buckets
-@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-def test_runs_of_a_bucket(bucket, tmp_path, capsys):
-    """Listed, compared and reported like those of folders."""
-    for name in ("a", "b"):
-        run = write_run(tmp_path / name, steps=())
-        (run / "checkpoints" / "20").mkdir(parents=True)
-        (run / "checkpoints" / "20" / "manifest.json").write_text("{}")
-        upload(run, f"{bucket}/runs/group/{name}")
-    (tmp_path / "other.txt").write_text("x")
-    upload(tmp_path / "b" / "checkpoints", f"{bucket}/runs/foreign/inner")
-    assert main(["runs", f"{bucket}/runs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[1:3]] == [["a", "complete", "20/20"], ["b", "complete", "20/20"]]
-    assert lines[3:] == ["foreign: no run: there is inner"]
-    assert main(["report", f"{bucket}/runs/group/a"]) == 0
-    assert main(["compare", f"{bucket}/runs/group", "--out", f"{bucket}/page.html"]) == 0
-    assert "2 runs: " in capsys.readouterr().out
-    assert main(["runs", f"{bucket}/nowhere"]) == 2
