@@ -63,7 +63,7 @@ def members(config: Config, alternatives: dict[str, list[str]], folder: Path, ov
     found = []
     for values in itertools.product(*alternatives.values()):
         pairs = list(zip(alternatives, values))
-        name = _file_name(",".join(f"{short[key]}={value}" for key, value in pairs))
+        name = _named(",".join(f"{short[key]}={_plain(value)}" for key, value in pairs))
         here = folder / name
         words = [word for key, value in pairs for word in _words(config, key, value)]
         found.append(Member(name, str(here), [*overrides, *words, f"--run.dir={here}"]))
@@ -76,12 +76,19 @@ def _short_keys(keys: list[str]) -> dict[str, str]:
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends)}
 
 
-def _file_name(text: str) -> str:
-    """A name that is nobody else's, without what means something to shells and buckets."""
-    plain = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)[:NAME_LENGTH].strip(".") or "_"
-    if plain == text and not plain.startswith("-"):
-        return plain
-    return f"{plain.lstrip('-')}-{hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=3).hexdigest()}"
+def _plain(value: str) -> str:
+    """A value in a file's name: nobody else's, without what means something to shells and buckets."""
+    plain = re.sub(r"[^A-Za-z0-9._+-]", "_", value)
+    return plain if plain == value and value not in ("", ".", "..") else f"{plain}-{_digest(value)}"
+
+
+def _named(text: str) -> str:
+    """A name that a file system takes, however long the values are."""
+    return text if len(text) <= NAME_LENGTH else f"{text[:NAME_LENGTH]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=3).hexdigest()
 
 
 def _words(config: Config, key: str, value: str) -> list[str]:
