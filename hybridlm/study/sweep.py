@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hybridlm import storage
 from hybridlm.config import Config
-from hybridlm.config.find import load_config
+from hybridlm.config.find import load_to_train
 from hybridlm.config.keys import hint_of
 from hybridlm.config.mesh import check_config
 from hybridlm.config.resume import refused
@@ -115,9 +115,7 @@ def check_members(name: str, found: Sequence[Member]) -> list[str]:
 
 
 def _check(name: str, member: Member) -> str:
-    config = load_config(name, member.words)
-    require(config.init.hf != "", "init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
-    require(bool(config.data.tokenizer), "data.tokenizer ('') is empty: give --data.tokenizer=PATH of one, or byte")
+    config = load_to_train(name, member.words)
     check_config(config, make_mesh(config.mesh))
     check_sinks(config.run)
     for argument in ("path", "val_path"):
