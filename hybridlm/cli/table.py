@@ -18,11 +18,12 @@ from hybridlm.cli.plan import PLAN
 from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.report import REPORT
 from hybridlm.cli.runs import RUNS
+from hybridlm.cli.sweep import SWEEP
 from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, PLAN, PROFILE)
+COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from hybridlm.errors import ConfigError
 
 def run(words: list[str], prog: str) -> int:
     """Trains; see Command."""
-    from hybridlm.config.find import load_config
+    from hybridlm.config.find import load_to_train
 
     name, overrides = _take_config(words)
     if "-h" in overrides or "--help" in overrides:
@@ -19,12 +19,7 @@ def run(words: list[str], prog: str) -> int:
         return 0
     if name is None:
         raise ConfigError(f"--config is missing: {_known()}")
-    config = load_config(name, overrides)
-    if config.init.hf == "":
-        raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
-    if not config.data.tokenizer:
-        where = f"{config.init.hf} has no tokenizer.json" if config.init.hf else "data.tokenizer ('') is empty"
-        raise ConfigError(f"{where}: give --data.tokenizer=PATH of one, or byte")
+    config = load_to_train(name, overrides)
     from hybridlm.train.stop import StopRequest
 
     typed = _typed(prog)

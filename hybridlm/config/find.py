@@ -57,6 +57,17 @@ def load_config(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] 
     return override(read_config(name_or_path), overrides)
 
 
+def load_to_train(name_or_path: str, overrides: Sequence[str]) -> Config:
+    """load_config, and a ConfigError where it leaves out what only the user can say."""
+    config = load_config(name_or_path, overrides)
+    if config.init.hf == "":
+        raise ConfigError("init.hf ('') must be the folder of a published checkpoint: give --init.hf=FOLDER")
+    if not config.data.tokenizer:
+        where = f"{config.init.hf} has no tokenizer.json" if config.init.hf else "data.tokenizer ('') is empty"
+        raise ConfigError(f"{where}: give --data.tokenizer=PATH of one, or byte")
+    return config
+
+
 def read_config(name_or_path: str) -> Config:
     """The config of a name or a file as it stands; behind a `:` one of the file's sizes, or a pod that it is set for.
 

@@ -63,6 +63,7 @@ def as_page(runs: Sequence[Run], title: str = "Runs compared") -> str:
         html.heading("Where they stand"),
         html.table(head, rows, numbers=range(2, len(head))),
         *(html.paragraph(line, note=True) for line in states),
+        *_sets(runs, keys),
         html.heading("In what their configs differ"),
     ]
     if differ:
@@ -71,6 +72,18 @@ def as_page(runs: Sequence[Run], title: str = "Runs compared") -> str:
     else:
         parts.append(html.paragraph("in nothing but names and folders"))
     return html.page(title, *parts)
+
+
+def _sets(runs: Sequence[Run], keys: Sequence[html.Markup]) -> list[html.Markup]:
+    """The last loss and bits per byte of each held-out set, where runs have several."""
+    names = [name for run in runs for record in run.of_kind("val") for name in record if "/" in name]
+    rows = []
+    for name in dict.fromkeys(names):
+        values = [run.last("val", name) for run in runs]
+        rows.append([name, *("-" if value is None else f"{value:.4f}" for value in values)])
+    if not rows:
+        return []
+    return [html.heading("By held-out set"), html.table(["", *keys], rows, numbers=range(1, len(keys) + 1))]
 
 
 def _cost(run: Run) -> list[str]:

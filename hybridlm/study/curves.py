@@ -44,9 +44,7 @@ def train_curve(run: Run) -> Curve:
     if np.isfinite(speed).any():
         speed = np.where(np.isfinite(speed), speed, np.nanmedian(speed))
     new = np.diff(tokens, prepend=0.0)
-    names = dict.fromkeys(name for record in records for name, value in record.items() if is_number(value))
-    values = {name: _column(records, name) for name in names}
-    return Curve(step, tokens, np.cumsum(new / speed), np.cumsum(new * _flops_per_token(run, step)), values)
+    return Curve(step, tokens, np.cumsum(new / speed), np.cumsum(new * _flops_per_token(run, step)), _columns(records))
 
 
 def val_curve(run: Run, train: Curve | None = None) -> Curve:
@@ -54,8 +52,7 @@ def val_curve(run: Run, train: Curve | None = None) -> Curve:
     train = train or train_curve(run)
     records = sorted(run.of_kind("val"), key=lambda record: record["step"])
     step = np.array([record["step"] for record in records], float)
-    values = {name: _column(records, name) for name in ("loss", "bits_per_byte")}
-    return Curve(step, *(_between(step, train, axis) for axis in ("tokens", "seconds", "flops")), values)
+    return Curve(step, *(_between(step, train, axis) for axis in ("tokens", "seconds", "flops")), _columns(records))
 
 
 def _between(step: np.ndarray, train: Curve, axis: str) -> np.ndarray:
@@ -66,6 +63,11 @@ def _between(step: np.ndarray, train: Curve, axis: str) -> np.ndarray:
 
 def _column(records: list[dict], name: str) -> np.ndarray:
     return np.array([record[name] if is_number(record.get(name)) else np.nan for record in records], float)
+
+
+def _columns(records: list[dict]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for record in records for name, value in record.items() if is_number(value))
+    return {name: _column(records, name) for name in names}
 
 
 def _tokens_per_step(run: Run) -> float:

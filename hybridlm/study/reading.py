@@ -69,6 +69,16 @@ class Run:
         return statistics.median(found) if found else None
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A folder that holds no run, or one that cannot be read."""
+
+    path: Path
+    word: str
+    """`broken` or `no run`."""
+    why: str
+
+
 def is_number(value) -> bool:
     """Whether a value of a record is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -120,22 +130,16 @@ def each_once(records: Sequence[dict]) -> list[dict]:
     return kept
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A folder that holds no run, or one that cannot be read."""
-
-    path: Path
-    word: str
-    """`broken` or `no run`."""
-    why: str
-
-
 def find_runs(folder: Path, like: Config | None = None) -> list[Run | Broken]:
     """The run in a folder or those in its folders, up to DEPTH deep; Broken for each that cannot be read, and for each
     of the folder's own folders without a run. ConfigError where the folder is not there."""
     storage.check(folder, "the folder of runs")
     require(storage.exists(folder), f"{folder} is not there: give the folder of runs")
-    places = list(_places(folder, DEPTH))
+    return read_each(list(_places(folder, DEPTH)), like)
+
+
+def read_each(places: Sequence[Path | Broken], like: Config | None = None) -> list[Run | Broken]:
+    """The runs in folders, in their order; Broken for those that cannot be read."""
     with _quiet(), ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda place: place if isinstance(place, Broken) else _run_or_broken(place, like), places))
 

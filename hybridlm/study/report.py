@@ -27,6 +27,8 @@ BESIDE = {
     "lr": "learning rate",
 }
 """What is drawn beside the losses, where it was recorded."""
+OF_A_SET = "bits_per_byte/"
+"""Before the name of a held-out set, where there are several."""
 MANY = ("train", "val", "inspect", "save")
 """Kinds of records that are no events of their own row."""
 EVENTS = 200
@@ -71,6 +73,10 @@ def _panels(run: Run) -> list[Panel]:
     losses = [
         Line(*train.over("step", "bits_per_byte"), "training"),
         Line(*val.over("step", "bits_per_byte"), "validation", 1, dots=True),
+    ]
+    sets = [name for name in val.values if name.startswith(OF_A_SET)]
+    losses += [
+        Line(*val.over("step", name), name.removeprefix(OF_A_SET), n, dots=True) for n, name in enumerate(sets, start=2)
     ]
     panels = [Panel(AXES["step"], "bits per byte", losses, marks=back)]
     for n, (name, words) in enumerate(BESIDE.items(), start=2):

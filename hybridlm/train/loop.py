@@ -69,7 +69,7 @@ def train(
     ended the run.
     """
     resume, peers = resume or command, peers or Peers()
-    check_sinks(config.run)
+    from_first(lambda: check_sinks(config.run))
     with nullcontext(stop) if stop else StopRequest() as stop:
         display = Display(config.run.steps, nobody_reads=lambda: stop.ask(signal.SIGHUP))
         with RunFolder(config, owner=jax.process_index() == 0) as folder:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of training have, for those here that train."""
+"""The config file that tests of training have."""
 
-from tests.storage.conftest import bucket, s3, server
-from tests.train.conftest import mini, one_device
-from tests.train.test_run import stop_at
+from tests.train.conftest import mini
 
-__all__ = ["bucket", "s3", "server", "mini", "one_device", "stop_at"]
+__all__ = ["mini"]

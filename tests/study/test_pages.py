@@ -19,6 +19,7 @@ from hybridlm.study.curves import train_curve, val_curve
 from hybridlm.study.differences import differences
 from hybridlm.study.figures import POINTS, Line, Panel, as_png, as_svg, draw
 from hybridlm.study.reading import read_run
+from hybridlm.study.report import as_page as report_of
 from hybridlm.study.report import write_report
 from hybridlm.study.survey import labels
 from tests.study.folders import TINY, WHOLE, start, train, val, write_run
@@ -180,6 +181,18 @@ def test_runs_of_different_tokens_are_compared_by_bytes(tmp_path):
     two = read_run(write_run(tmp_path / "two", config=override(TINY, ["model.vocab_size=320"])))
     assert measure([one, one]) == "loss" and measure([one, two]) == "bits_per_byte"
     assert "bits per byte" in as_page([one, two]) and "nats" not in as_page([one, two])
+
+
+def test_held_out_sets_by_name(tmp_path):
+    """Where evaluations have several sets, each is drawn in the report, and its last value stands on both pages."""
+    sets = val(20, 0.3) | {"loss/web": 0.4, "bits_per_byte/web": 0.2, "loss/co<de": 0.1234, "bits_per_byte/co<de": 0.05}
+    one, two = write_run(tmp_path / "one", [*WHOLE, sets]), write_run(tmp_path / "two")
+    text = check_self_contained(as_page([read_run(one), read_run(two)]))
+    assert "By held-out set" in text and "loss/co<de" in text and "0.1234" in text
+    assert "By held-out set" not in as_page([read_run(two)])
+    drawn = ET.fromstring(re.search(r"<svg.*</svg>", report_of(read_run(one)), re.DOTALL)[0])
+    said = [part.text for part in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "web" in said and "co<de" in said and "validation" in said
 
 
 def test_labels(tmp_path):

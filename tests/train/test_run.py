@@ -12,6 +12,9 @@ import jax
 import pytest
 
 from hybridlm.cli import main, train_main
+from hybridlm.model.flops import train_flops
+from hybridlm.study.page import text as as_text
+from hybridlm.study.reading import read_run
 from hybridlm.train import loop, report
 from hybridlm.train import step as step_module
 from hybridlm.train.checkpoint import finished_steps
@@ -127,16 +130,30 @@ def test_what_a_run_leaves_and_a_second_start(mini, capsys):
 
 
 def test_records_after_the_restored_step_are_dropped(mini, stop_at, capsys):
-    run = mini.parent / "run"
+    """And how each start ended is in the records and on the run's page, which is as new as they are."""
+    run, page = mini.parent / "run", mini.parent / "run" / "report.html"
     stop_at(8)
-    assert train(mini) == 130
+    assert train(mini, "--run.report=True") == 130
+    assert read_run(run).state == ("stopped", "at step 8, the newest checkpoint is of step 8")
+    assert "mini: stopped" in page.read_text()
     with open(run / "metrics.jsonl", "a") as file:  # as a process killed at step 12 would have left them
         file.write(
             '{"kind": "train", "step": 9, "loss": 1.0}\n{"kind": "train", "step": 12, "loss": 1.0}\n{"kind": "tr'
         )
     stop_at(None)
-    assert train(mini) == 0
+    capsys.readouterr()
+    assert train(mini, "--run.report=True") == 0
+    assert f", {page}\n" in capsys.readouterr().out
     assert [r["step"] for r in records(run, ["train"])] == [3, 6, 9, 12, 15, 18, 20]
+    assert [(r["step"], r["signal"]) for r in records(run, ["stop"])] == [(8, 2)]
+    found = read_run(run)
+    flops = train_flops(found.parsed.model, found.parsed.data.seq_len)
+    assert found.state == ("complete", "") and [r["flops_per_token"] for r in found.of_kind("start")] == [flops] * 2
+    written = page.read_text()
+    assert "mini: complete" in written and "tokens a second" in written
+    assert as_text((run / "sample.txt").read_bytes().decode("utf-8", "replace")) in written
+    before = page.stat().st_mtime_ns
+    assert train(mini, "--run.report=True") == 0 and page.stat().st_mtime_ns == before  # nothing was trained
 
 
 def test_a_run_cut_off_before_its_end_is_closed(mini, capsys, monkeypatch):

@@ -4,6 +4,7 @@
 import json
 import logging
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,7 +116,16 @@ def test_projects_and_resume():
         assert refused(config, replace(config, run=replace(config.run, **change))) == {}
 
 
-def histories(run: Path) -> list[tuple[str, list[dict]]]:
+def histories(run: Path, n_rows: int) -> list[tuple[str, list[dict]]]:
+    """What is there once its own process, which writes for a moment longer than the run, has written so many rows."""
+    until = time.monotonic() + 60
+    while len([row for _, rows in _histories(run) for row in rows]) < n_rows:
+        assert time.monotonic() < until, _histories(run)
+        time.sleep(0.1)
+    return _histories(run)
+
+
+def _histories(run: Path) -> list[tuple[str, list[dict]]]:
     """(id, logged rows) of each offline run of Weights & Biases, oldest first; a file is a log of LevelDB's format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -127,6 +137,8 @@ def histories(run: Path) -> list[tuple[str, list[dict]]]:
                 at += 32768 - at % 32768
                 continue
             length, kind = struct.unpack_from("<HB", content, at + 4)
+            if at + 7 + length > len(content):  # is being written
+                break
             part += content[at + 7 : at + 7 + length]
             at += 7 + length
             if kind in (1, 4):  # whole, or the last part
@@ -151,7 +163,9 @@ def test_weights_and_biases_offline(mini, stop_at, monkeypatch):
     assert train_main([*words, "--run.wandb=us/mine"]) == 130
     stop_at(None)
     assert train_main([*words, "--run.wandb=us/mine"]) == 0
-    (first, before), (second, after) = histories(run)
+    expected = numbers(run / "metrics.jsonl")
+    n_records = len({(key.partition("/")[0], step) for key, step in expected})
+    (first, before), (second, after) = histories(run, n_records)
     assert first == second == json.loads((run / "wandb.json").read_text())["id"]
     logged = {
         (key, row["step"]): value
@@ -159,7 +173,7 @@ def test_weights_and_biases_offline(mini, stop_at, monkeypatch):
         for key, value in row.items()
         if "/" in key and not key.startswith("_")
     }
-    assert logged == pytest.approx(numbers(run / "metrics.jsonl"))
+    assert logged == pytest.approx(expected)
     assert {step for key, step in logged if key == "train/loss"} == {3, 6, 9, 12, 15, 18, 20}
 
 
@@ -189,6 +203,6 @@ def test_weights_and_biases_that_cannot_be_reached(mini, monkeypatch, capsys, tm
     sink.add("train", 1, {"loss": 2.0})
     sink.add("stop", 1, {})
     sink.close()
-    ((_, rows),) = histories(tmp_path)
+    ((_, rows),) = histories(tmp_path, 1)
     assert [(row["train/loss"], row["step"]) for row in rows] == [(2.0, 1)]
     sink.add("train", 2, {"loss": 1.0})  # behind its end: a warning, no error
