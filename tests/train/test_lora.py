@@ -17,6 +17,7 @@ from hybridlm.cli import main
 from hybridlm.config import MLP, Attention, ConfigError, Mamba2, MeshConfig, MoE, Router, Shared
 from hybridlm.config.overrides import override
 from hybridlm.config.resume import refused
+from hybridlm.data import open_corpus
 from hybridlm.model import lora
 from hybridlm.model.init import abstract
 from hybridlm.sharding import make_mesh
@@ -248,6 +249,13 @@ def test_a_run_of_adapters(words, tmp_path, capsys):
         assert main(["generate", "--run", str(folder), "--prompt", "say a", "--max-new-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+    assert main(["eval", "--run", str(run), "--json"]) == 0
+    (of_set,) = json.loads(capsys.readouterr().out)["sets"].values()
+    recorded = [record for record in records if record["kind"] == "val"][-1]
+    assert of_set["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
+    assert of_set["bits_per_byte"] == pytest.approx(recorded["bits_per_byte"], rel=1e-5)
+    held_out = open_corpus(config.data).stats["val"]
+    assert of_set["tokens"] == held_out["trained"][0] < held_out["pairs"] / 2  # answers alone, there as here
 
 
 @pytest.mark.slow
