@@ -128,7 +128,15 @@ def test_gradients_are_those_of_the_dense_model(descent, pattern, words, sizes):
     jax.tree.map(np.testing.assert_array_equal, base, unchanged)
 
 
-def test_the_base_has_no_optimizer_state_and_the_loss_falls():
+def test_the_base_has_no_optimizer_state():
+    program = program_on(small_config("--lora.rank=2"))[1]
+    sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if len(x.shape))
+    assert sizes(program.state_like["opt_state"]) == 2 * sizes(program.state_like["params"])  # two moments of adapters
+    assert sizes(program.base.like) > sizes(program.state_like["params"])
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_the_base_stays():
     config = small_config(
         "--lora.rank=4", "--lora.blocks", "M", "*", "--lora.matrices", "in_*", "w_?", "--optim.lr=0.03"
     )
