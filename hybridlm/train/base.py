@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from hybridlm.config import Config
@@ -102,8 +103,17 @@ def read_params(
     step, state, record = found
     base = load_base(run, like)
     merge = partial(lora.merge, specs=specs, scale=config.lora.scale)
-    merged = jax.jit(merge, out_shardings=jax.tree.map(lambda x: x.sharding, like))(base, state["params"])
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    with jax.set_mesh(_mesh_of(jax.tree.leaves(shardings)[0])):  # one in force may have other devices
+        merged = jax.jit(merge, out_shardings=shardings)(base, state["params"])
     return step, merged, record
+
+
+def _mesh_of(at: jax.sharding.Sharding) -> Mesh:
+    """The mesh that arrays lie on, of one device where they lie on that alone."""
+    if isinstance(at, NamedSharding):
+        return at.mesh
+    return Mesh(np.array(list(at.device_set)), ("device",))
 
 
 def _adapters_like(specs: dict[tuple, lora.Spec], like: dict) -> dict[str, Any]:
