@@ -74,7 +74,7 @@ def find_family(config: ModelConfig) -> Family:
             reason = error
             continue
         return family
-    raise ConfigError(f"no published family can express this model{_near(config)}; {reason}")
+    raise ConfigError(f"no published family can express this model{_near(config)}; {family.model_type}: {reason}")
 
 
 def nearest(config: ModelConfig) -> tuple[str, str] | None:

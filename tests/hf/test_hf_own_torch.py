@@ -177,7 +177,7 @@ def test_the_configs_that_ship(name, tmp_path):
 def test_a_run_of_hybrid_tiny(tmp_path):
     """Trained a few steps, converted on the command line: logits, and greedy text as `generate` writes it."""
     run, out = tmp_path / "run", tmp_path / "out"
-    words = ["train", "--config", "hybrid_tiny", f"--run.dir={run}", "--run.steps=3", "--data.batch_size=4"]
+    words = ["train", "--config", "hybrid_tiny", f"--run.dir={run}", "--run.steps=3", "--data.batch_size=8"]
     words += ["--data.seq_len=64", "--run.eval_every=-1", "--run.sample_tokens=0", "--run.tensorboard=False"]
     assert main(words) == 0
     assert main(["convert", "to-hf", str(run), str(out)]) == 0
