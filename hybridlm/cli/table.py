@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from hybridlm.cli.chat import CHAT
 from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
@@ -22,7 +23,7 @@ from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, PLAN, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CHAT, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, PLAN, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:
