@@ -22,7 +22,7 @@ def run(words: list[str], prog: str) -> int:
     prompts = _prompts(args)
     start()
     from hybridlm.infer.show import Screen, show, show_json
-    from hybridlm.infer.write import Speed, write
+    from hybridlm.infer.texts import Speed, write
 
     model, tokenizer = open_model(args)
     options, speed, screen = options_of(args), Speed(), Screen(sys.stdout)

@@ -77,8 +77,8 @@ def open_model(args: argparse.Namespace) -> tuple:
 
 
 def options_of(args: argparse.Namespace):
-    """The `infer.write.Options`."""
-    from hybridlm.infer.write import Options
+    """The `infer.texts.Options`."""
+    from hybridlm.infer.texts import Options
     from hybridlm.model.decoding import CHUNK
 
     return Options(

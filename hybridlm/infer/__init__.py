@@ -5,8 +5,8 @@ from hybridlm.lazy import exporter
 
 _EXPORTS = {
     "Conversation": "hybridlm.infer.chat",
-    "Options": "hybridlm.infer.write",
-    "write": "hybridlm.infer.write",
+    "Options": "hybridlm.infer.texts",
+    "write": "hybridlm.infer.texts",
 }
 __all__ = sorted(_EXPORTS)
 __getattr__ = exporter(__name__, _EXPORTS)

@@ -10,7 +10,7 @@ from hybridlm.data.stream import TextStream
 from hybridlm.data.template import Rendered, Template
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, require
-from hybridlm.infer.write import Options, Speed, check_tokens
+from hybridlm.infer.texts import Options, Speed, check_tokens
 from hybridlm.model.decoding import State, Writer
 from hybridlm.model.generation import check_room
 from hybridlm.model.model import HybridLM

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TextIO
 
-from hybridlm.infer.write import Done, Piece
+from hybridlm.infer.texts import Done, Piece
 
 _JOINERS = "\u200c\u200d"
 """Make one sign of several, as in emoji; nothing that a terminal obeys."""

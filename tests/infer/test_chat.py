@@ -14,7 +14,7 @@ from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.infer import chat
 from hybridlm.infer.chat import Conversation
-from hybridlm.infer.write import Options
+from hybridlm.infer.texts import Options
 from hybridlm.model.generation import generate
 from tests.data.test_stream import brute
 from tests.data.test_template import CHATML, THINKING, needs_jinja

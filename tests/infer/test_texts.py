@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hybridlm.data.tokenizer import ByteTokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.infer.show import Screen, show, show_json, visible
-from hybridlm.infer.write import Done, Options, Piece, Speed, write
+from hybridlm.infer.texts import Done, Options, Piece, Speed, write
 from hybridlm.model.generation import generate
 from tests.data.test_stream import brute
 from tests.infer.letters import LETTERS, Letters
