@@ -138,7 +138,7 @@ def encode(tokenizer: Tokenizer, prompt: str, i: int | None = None) -> np.ndarra
 def check_tokens(model: HybridLM, tokenizer: Tokenizer, rows: Sequence[np.ndarray]) -> None:
     """ConfigError where the tokenizer gave tokens that the model does not have, or the model cannot write."""
     ahead, vocab_size = model.config.sees_ahead, model.config.vocab_size
-    require(not ahead, f"the model cannot write: {ahead}")
+    require(not ahead, f"the model cannot be decoded token by token: {ahead}")
     highest = max(int(row.max(initial=0)) for row in rows)
     require(
         highest < vocab_size,

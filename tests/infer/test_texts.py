@@ -135,7 +135,7 @@ def test_visible_examples():
         ("bytes", ["a"], {}, r"byte gives token 256, beyond the model's vocab_size \(29\)"),
         ("M", ["a"], {"stop": ("",)}, r"stop \(''\) must not be empty"),
         ("M", ["a"], {"max_new_tokens": 2**31}, r"max_new_tokens \(2147483648\) must be at most"),
-        ("both_ways", ["a"], {}, "the model cannot write: .* is bidirectional"),
+        ("both_ways", ["a"], {}, "cannot be decoded token by token: .* is bidirectional"),
     ],
 )
 def test_errors_are_one_line(model, kind, prompts, changes, told):
