@@ -1,68 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hybridlm generate`: text from the model of a run."""
+"""`hybridlm generate`: text from the model of a run or of a published checkpoint."""
 
 import argparse
+import sys
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
-from hybridlm.errors import require
-from hybridlm.fields import REAL, WHOLE
+from hybridlm.cli.writing import add_options, check_options, open_model, options_of
+from hybridlm.errors import ConfigError, print_line, require
+
+STANDARD_INPUT = "-"
 
 
 def run(words: list[str], prog: str) -> int:
-    """Writes text; see Command."""
+    """Writes texts; see Command."""
     args = parse(_parser(prog), words)
     if args is None:
         return 0
-    for name, (low, high, note) in LIMITS.items():
-        value = getattr(args, name)
-        fits = value is None or (low <= value <= high and (value > 0 or not note))  # nan is none of it
-        text = f"{value:g}" if isinstance(value, float) else str(value)[:40]
-        limit = f"at least {low}" if not note and not fits and value < low else f"between {low} and {high:.10g}{note}"
-        require(fits, f"--{name.replace('_', '-')} ({text}) must be {limit}")
+    check_options(args)
+    prompts = _prompts(args)
     start()
-    import jax
+    from hybridlm.infer.show import Screen, show, show_json
+    from hybridlm.infer.texts import Speed, write
 
-    from hybridlm.config.find import read_config
-    from hybridlm.train.progress import printable
-    from hybridlm.train.sample import load_run, sample_text
-
-    like = None if args.config is None else read_config(args.config)
-    model, tokenizer, _ = load_run(storage.as_path(args.run), args.step, like, args.tokenizer)
-    text = sample_text(
-        model, tokenizer, args.prompt, key=jax.random.key(args.seed), max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-    )  # fmt: skip
-    print("\n".join(printable(line) for line in text.split("\n")))
+    model, tokenizer = open_model(args)
+    options, speed, screen = options_of(args), Speed(), Screen(sys.stdout)
+    events = write(model, tokenizer, prompts, options, batch=args.batch, speed=speed)
+    (show_json if args.json else show)(events, prompts, screen)
+    if not args.quiet:
+        print_line(str(speed))
     return 0
 
 
-LIMITS = {
-    "max_new_tokens": (1, WHOLE, ""),
-    "temperature": (0, REAL, ""),
-    "top_k": (1, WHOLE, ""),
-    "top_p": (0, 1, ", and above 0"),
-    "seed": (-(2**63), 2**63 - 1, ""),
-}
-"""Lowest and highest value of the options that are numbers, and what else holds; memory may set a lower one."""
+GENERATE = Command(
+    "generate",
+    (
+        ("--run runs/NAME --prompt TEXT [...]", "write text with a run's model"),
+        ("--hf FOLDER --prompt-file FILE [...]", "the same with that of a published checkpoint"),
+    ),
+    run,
+)
 
 
-GENERATE = Command("generate", (("--run runs/NAME --prompt TEXT [...]", "write text with a run's model"),), run)
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts, those of files behind the others; the start of a document where there is none."""
+    from_input = [*args.prompt_file, *args.prompt_lines].count(STANDARD_INPUT)
+    require(from_input <= 1, "standard input (-) can be read once: give it to --prompt-file or to --prompt-lines")
+    prompts = list(args.prompt)
+    for name in args.prompt_file:
+        prompts.append(_text(name, "--prompt-file").removesuffix("\n"))
+    for name in args.prompt_lines:
+        lines = [line.rstrip("\r") for line in _text(name, "--prompt-lines").split("\n")]
+        prompts += [line for line in lines if line]
+    given = args.prompt or args.prompt_file or args.prompt_lines
+    require(bool(prompts) or not given, "--prompt-lines: there is no line that is not empty")
+    return prompts or [""]
+
+
+def _text(name: str, option: str) -> str:
+    """What a file holds, or standard input for "-"; ConfigError for what cannot be read, or is not UTF-8."""
+    try:
+        if name == STANDARD_INPUT:
+            return sys.stdin.buffer.read().decode()
+        return storage.read_bytes(storage.as_path(name)).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option} ({name}) is no UTF-8 text: byte {error.start} is {error.reason}") from None
+    except OSError as error:
+        raise ConfigError(f"{option} ({name}): {error.strerror or error}") from None
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = make_parser(prog, "Writes text with the model of a run.")
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run, as runs/hybrid_tiny")
-    parser.add_argument("--prompt", default="", help="start of the text (default: the start of a document)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write (200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
-    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that hold P of the mass")
-    parser.add_argument("--seed", type=int, default=0, help="of the choices (0)")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (the newest)")
+    parser = make_parser(prog, "Writes text with the model of a run, or of a published checkpoint.")
     parser.add_argument(
-        "--data.tokenizer", dest="tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the run)"
-    )
-    parser.add_argument("--config", metavar="FILE", help="config file of the run, where that defines blocks of its own")
+        "--prompt", nargs="+", action="extend", default=[], metavar="TEXT",
+        help="start of the text; several give a text each (the start of a document)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-file", nargs="+", action="extend", default=[], metavar="FILE",
+        help="files of which each is a prompt, but for a line end at its end; - is standard input",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-lines", nargs="+", action="extend", default=[], metavar="FILE",
+        help="files of which each line is a prompt; - is standard input",
+    )  # fmt: skip
+    add_options(parser, 200)
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts that are gone on with at once (8)")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
+    parser.add_argument("--quiet", action="store_true", help="say nothing of the speed on standard error")
     return parser

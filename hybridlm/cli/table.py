@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from hybridlm.cli.chat import CHAT
 from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
@@ -23,7 +24,7 @@ from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CHAT, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,6 +64,15 @@ class State:
         cache, *arrays = jax.tree.map(jnp.copy, (self.cache, self.x_BD, self.done_B, self.last_B))
         return State(cache, *arrays, self.length, self.room, self.drawn)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was not consumed, not even by a call that was interrupted."""
+        return not any(isinstance(a, jax.Array) and a.is_deleted() for a in jax.tree.leaves((self.cache, self.x_BD)))
+
+    def continued(self, drawn: int) -> "State":
+        """The same, whose next choice is drawn as that behind `drawn` others."""
+        return replace(self, drawn=drawn)
+
 
 class Writer:
     """A model made ready to write: its parameters are cast and laid out once, not in every step."""
@@ -88,13 +97,12 @@ class Writer:
         size = piece_size(n_tokens, self.prefill_chunk)
         pieces = max(1, -(-longest // size))
         tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, pieces * size - n_tokens))))
-        cache, x_BD, lengths_B = state.cache, state.x_BD, np.asarray(lengths_B, np.int32)
+        cache, arrays, lengths_B = state.cache, (state.x_BD,), np.asarray(lengths_B, np.int32)
         for start in range(0, pieces * size, size):
             piece_BT = np.ascontiguousarray(tokens_BT[:, start : start + size], np.int32)
             left_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
-            cache, x_BD = _read(cache, x_BD, self._graphdef, self._params, piece_BT, left_B)
-        done_B, last_B = np.zeros(x_BD.shape[:1], bool), np.zeros(x_BD.shape[:1], np.int32)
-        return State(cache, x_BD, done_B, last_B, state.length + longest, state.room, state.drawn)
+            cache, *arrays = _read(cache, arrays[0], self._graphdef, self._params, piece_BT, left_B)
+        return State(cache, *arrays, state.length + longest, state.room, state.drawn)
 
     def write(
         self, state: State, n_new: int, how: Sampling, done_B: np.ndarray | None = None
@@ -118,9 +126,13 @@ class Writer:
 
     def _with_room(self, state: State, more: int) -> State:
         """Rows whose caches hold that many tokens more."""
-        if state.length + more <= state.room:
+        return self.with_room(state, state.length + more)
+
+    def with_room(self, state: State, n: int) -> State:
+        """Rows whose caches hold n tokens in all; the state is not consumed where they do not."""
+        if n <= state.room:
             return state
-        room = room_for(state.length + more)
+        room = room_for(n)
         return replace(state, cache=_grown(state.cache, self._graphdef, self._params, room), room=room)
 
 
@@ -151,22 +163,24 @@ def _prepared(graphdef, params):
     return nnx.split(model if model.is_stacked else model.stacked())
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
+@partial(jax.jit, static_argnums=(0, 2, 3), keep_unused=True)
 def _empty(graphdef, params, batch: int, room: int) -> tuple:
-    """(cache, x_BD, done_B, last_B) of rows of which nothing was read."""
+    """(cache, x_BD, done_B, last_B) of rows of which nothing was read; where the parameters are, for a program is
+    compiled anew for arrays that are bound to a device and for those that are not."""
     model = nnx.merge(graphdef, params)
     x_BD = jnp.zeros((batch, model.unembedding().shape[-1]), model.config.compute_dtype)
     return model.init_cache(batch, room), x_BD, jnp.zeros((batch,), bool), jnp.zeros((batch,), jnp.int32)
 
 
 @partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
-def _read(cache, x_BD, graphdef, params, tokens_BT, lengths_B) -> tuple[Cache, jax.Array]:
-    """The cache after the first `lengths_B` tokens of each row, and the hidden vector of the last one."""
+def _read(cache, x_BD, graphdef, params, tokens_BT, lengths_B) -> tuple:
+    """(cache, x_BD, done_B, last_B) after the first `lengths_B` tokens of each row."""
     model = nnx.merge(graphdef, params)
     real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     x_BTD, cache = model.extend_hidden(tokens_BT, cache, real_BT.astype(jnp.int32))
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(lengths_B[:, None] > 0, last_BD, x_BD)
+    x_BD = jnp.where(lengths_B[:, None] > 0, last_BD, x_BD)
+    return cache, x_BD, jnp.zeros(x_BD.shape[:1], bool), jnp.zeros(x_BD.shape[:1], jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(1, 12, 13), donate_argnums=0)
@@ -196,7 +210,7 @@ def _write(
         return (i < n_new) & ~done_B.all()
 
     out_BN = jnp.zeros((x_BD.shape[0], BLOCK), jnp.int32)
-    start = (jnp.int32(0), x_BD, cache, jnp.asarray(done_B), jnp.asarray(last_B), out_BN)
+    start = (jnp.int32(0), x_BD, cache, done_B, last_B, out_BN)
     i, x_BD, cache, done_B, last_B, out_BN = jax.lax.while_loop(going, step, start)
     out_BN = jnp.where(jnp.arange(BLOCK)[None] < i, out_BN, last_B[:, None])
     return out_BN, cache, x_BD, done_B, last_B

@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import hybridlm
 from hybridlm.errors import ConfigError
@@ -69,6 +70,19 @@ def test_lengths_share_programs(model):
     assert programs() == before
     generate(model, random_tokens(2, 600), max_new_tokens=3, prefill_chunk=16)
     assert np.subtract(programs(), before).tolist() == [1, 1, 1, 0]  # of another room, however many pieces
+
+
+def test_arrays_bound_to_a_device_share_programs(model):
+    """As those of a checkpoint: each program is compiled once, however a conversation goes."""
+    graphdef, params = nnx.split(model)
+    writer = Writer(nnx.merge(graphdef, jax.device_put(params, jax.devices()[0])), prefill_chunk=16)
+    before = decoding._read._cache_size(), decoding._write._cache_size()
+    state = writer.read(writer.start(1, 90), random_tokens(1, 40), np.array([40]))
+    for done_B in (None, np.zeros(1, bool), None):
+        _, state = writer.write(state.copy(), 1, Sampling(), done_B)
+        state = writer.read(state, random_tokens(1, 7), np.array([7]))
+        _, state = writer.write(state, 2, Sampling())
+    assert before == (decoding._read._cache_size() - 1, decoding._write._cache_size() - 1)
 
 
 def test_sizes():

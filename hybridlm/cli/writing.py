@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that write text have in common: which model, and how its tokens are chosen."""
+
+import argparse
+
+from hybridlm import storage
+from hybridlm.errors import require
+from hybridlm.fields import REAL, WHOLE
+
+LIMITS = {
+    "max_new_tokens": (1, WHOLE, ""),
+    "temperature": (0, REAL, ""),
+    "top_k": (1, WHOLE, ""),
+    "top_p": (0, 1, ", and above 0"),
+    "seed": (-(2**63), 2**63 - 1, ""),
+    "prefill_chunk": (1, WHOLE, ""),
+    "batch": (1, WHOLE, ""),
+}
+"""Lowest and highest value of the options that are numbers, and what else holds; memory may set a lower one."""
+
+
+def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The model, and how tokens are chosen."""
+    parser.add_argument("--run", metavar="DIR", help="folder of the run, as runs/hybrid_tiny")
+    parser.add_argument("--hf", metavar="FOLDER", help="a published checkpoint in the place of a run")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"tokens to write ({max_new_tokens})"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that hold P of the mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the choices (0)")
+    parser.add_argument(
+        "--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end a text in front of any of these"
+    )
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="tokens of a prompt that are read at once (1024)"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step of the run (the newest)")
+    parser.add_argument(
+        "--data.tokenizer", dest="tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the run or folder)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="config file of the run, where that defines blocks of its own")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ConfigError, one line, for numbers out of range, an empty stop string, no model or two."""
+    for name, (low, high, note) in LIMITS.items():
+        value = getattr(args, name, None)
+        fits = value is None or (low <= value <= high and (value > 0 or not note))  # nan is none of it
+        text = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+        limit = f"at least {low}" if not note and not fits and value < low else f"between {low} and {high:.10g}{note}"
+        require(fits, f"--{name.replace('_', '-')} ({text}) must be {limit}")
+    require(all(args.stop), "--stop ('') must not be empty: every text holds it")
+    require(args.run is not None or args.hf is not None, "give --run DIR of a run, or --hf FOLDER of a checkpoint")
+    require(args.run is None or args.hf is None, f"--run ({args.run}) and --hf ({args.hf}): give one of them")
+    for name in ("step", "config"):
+        given = getattr(args, name) is not None and args.hf is not None
+        require(not given, f"--{name} belongs to a run, but --hf ({args.hf}) is none")
+
+
+def open_model(args: argparse.Namespace) -> tuple:
+    """(model, tokenizer) that the options name; ConfigError where there is none."""
+    if args.hf is None:
+        from hybridlm.config.find import read_config
+        from hybridlm.train.sample import load_run
+
+        like = None if args.config is None else read_config(args.config)
+        return load_run(storage.as_path(args.run), args.step, like, args.tokenizer)[:2]
+    from hybridlm.data.tokenizer import load_tokenizer
+    from hybridlm.hf.checkpoint import open_checkpoint, tokenizer_of
+    from hybridlm.hf.load import COMPUTE, from_hf
+
+    folder = storage.as_path(args.hf)
+    model = from_hf(folder, dtype=COMPUTE.get(open_checkpoint(folder).dtype, "bfloat16"))
+    return model, load_tokenizer(tokenizer_of(folder, model.config) if args.tokenizer is None else args.tokenizer)
+
+
+def options_of(args: argparse.Namespace):
+    """The `infer.texts.Options`."""
+    from hybridlm.infer.texts import Options
+    from hybridlm.model.decoding import CHUNK
+
+    return Options(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        seed=args.seed, stop=tuple(args.stop), prefill_chunk=args.prefill_chunk or CHUNK,
+    )  # fmt: skip
