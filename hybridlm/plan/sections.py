@@ -83,10 +83,10 @@ def _counted(plan: Plan) -> list[Section]:
         ("gradients", size(found.gradients)),
         ("inputs of sublayers", f"{size(found.inputs)}, kept under every remat policy"),
     ]
-    if found.replicated:
+    if found.whole:
         some = [f"{name} {size(n)}" for name, n in list(found.replicated.items())[:3]]
-        more = f" and {len(found.replicated) - 3} more" if len(found.replicated) > 3 else ""
-        rows.append(("whole on every device", ", ".join(some) + more))
+        largest = f", among them {', '.join(some)}" if some else ", each below a mebibyte"
+        rows.append(("whole on every device", f"{size(found.whole)}{largest}"))
     if found.repeated:
         rows.append(("repeated", found.repeated))
     if found.memory is not None:

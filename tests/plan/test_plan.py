@@ -11,6 +11,7 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, RunConfig
+from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.model.flops import train_flops
 from hybridlm.model.init import abstract
@@ -20,6 +21,7 @@ from hybridlm.plan.page import as_html
 from hybridlm.plan.plan import Plan
 from hybridlm.plan.sections import sections
 from hybridlm.plan.slices import read_devices
+from tests import budgets
 
 TINY = Config(
     name="tiny",
@@ -119,15 +121,14 @@ def test_a_slice_without_its_compiler():
         count(TINY, read_devices("v5p:2x2x1"))
 
 
-def test_state_of_a_pod_setting():
-    """hybrid_8b's state over 1,024 devices: 12 bytes a parameter, but for what `tensor` and `fsdp` leave whole."""
-    from hybridlm.config.find import load_config
-    from tests import budgets
-
-    name = "hybrid_8b:v5p:8x8x16"
-    found = count(load_config(name), read_devices("v5p:8x8x16"))
+@pytest.mark.parametrize("name", ["hybrid_8b:v5p:8x8x16", "hybrid_1b:2xv5e:16x16", "hybrid_125m:v5e:2x4"])
+def test_state_of_pod_settings(name):
+    """12 bytes a parameter over its shards (some are split by `fsdp` alone), as with libtpu's devices, and as the committed budgets say."""
+    found = count(load_config(name), read_devices(name.partition(":")[2]))
     assert sum(found.state.values()) == budgets.read()[name]["traced"]["state bytes"]
-    assert sum(found.state.values()) == pytest.approx(12 * found.parameters / 1024, rel=0.03)
+    shards = found.mesh.get("fsdp", 1) * found.mesh.get("tensor", 1)
+    whole = found.whole * (1 - 1 / shards)
+    assert sum(found.state.values()) == pytest.approx(12 * found.parameters / shards + whole, rel=0.03)
 
 
 def test_the_command(tmp_path, capsys):
