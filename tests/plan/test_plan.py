@@ -123,7 +123,8 @@ def test_a_slice_without_its_compiler():
 
 @pytest.mark.parametrize("name", ["hybrid_8b:v5p:8x8x16", "hybrid_1b:2xv5e:16x16", "hybrid_125m:v5e:2x4"])
 def test_state_of_pod_settings(name):
-    """12 bytes a parameter over its shards (some are split by `fsdp` alone), as with libtpu's devices, and as the committed budgets say."""
+    """12 bytes a parameter over its shards (some are split by `fsdp` alone), and what the committed budgets say, which
+    were made with libtpu's devices."""
     found = count(load_config(name), read_devices(name.partition(":")[2]))
     assert sum(found.state.values()) == budgets.read()[name]["traced"]["state bytes"]
     shards = found.mesh.get("fsdp", 1) * found.mesh.get("tensor", 1)
