@@ -19,7 +19,8 @@ from hybridlm.plan import budget
 from hybridlm.plan.counted import count
 from hybridlm.plan.page import as_html
 from hybridlm.plan.plan import Plan
-from hybridlm.plan.sections import sections
+from hybridlm.plan.search import Result
+from hybridlm.plan.sections import compared, sections
 from hybridlm.plan.slices import read_devices
 from tests import budgets
 
@@ -95,6 +96,21 @@ def test_the_rest_of_a_plan(plan):
         assert all(len(row) <= 8 for section in sections(plan, stage) for row in section.rows)
 
 
+def test_a_program_that_does_not_fit(plan):
+    """What a compiler that gives up says, and what was compiled instead, are tables."""
+    made = Plan(
+        "tiny", TINY, plan.devices, counted=plan.counted, refused="it needs 20 GiB of 16", needed_bytes=20 * 2**30
+    )
+    assert made.fits is False and made.needed == 20 * 2**30 and made.bounds is None
+    assert sections(made, "compiled")[0].rows == [("DOES NOT FIT", "it needs 20 GiB of 16")]
+    assert "it needs 20 GiB" in as_html(made) and json.loads(made.as_json())["fits"] is False
+    tried = [Result("", False, why="too large"), Result("--model.remat=full", True, 2**30, (0.5, 2.0))]
+    assert compared(tried, "Changes").rows == [
+        ("as it is", "too large", "", ""),
+        ("--model.remat=full", "fits", "1.00 GiB", "500.0 ms to 2.00 s"),
+    ]
+
+
 def test_a_budget(plan, tmp_path):
     """Figures of the plan, put beside those of other runs; what was compiled stays where a plan is only traced."""
     path = tmp_path / "budgets.json"
@@ -148,6 +164,7 @@ def test_the_command(tmp_path, capsys):
     ("--config", "hybrid_8b"): "--topology is missing",
     ("--config", "hybrid_tiny", "--topology", "v5e:3x3"): "slices of v5e are 2x2, 2x4",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--tokens", "many"): r"--tokens \('many'\) must be",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--search", "x.jsonl"): "no peaks are known of cpu:1",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "-1"): "must be positive",
     ("--config", "hybrid_tiny", "--topology", "v5e:2x4", "--mesh.tensor=3"): "8 devices not divisible by 3",
 }.items())  # fmt: skip
