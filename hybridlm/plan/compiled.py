@@ -53,15 +53,20 @@ class Compiled:
         return collectives.totals(self.collectives, by_axes=False)
 
 
+_SIZE = r"([\d.]+)([KMGT]?)"
+WANT = (rf"Used {_SIZE} of {_SIZE} hbm", rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+"""How compilers of TPUs say what a program needs, and what there is."""
+
+
 class DoesNotFit(RuntimeError):
     """The compiler gives up: the program needs more memory than a device has."""
 
     def __init__(self, said: str):
         """said: the compiler's own words."""
-        found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", said)
+        found = next(filter(None, (re.search(pattern, said) for pattern in WANT)), None)
         units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         self.needed = round(float(found[1]) * units[found[2]]) if found else None
-        more = f": it needs {found[1]}{found[2]}iB of {found[3]}{found[4]}iB" if found else ""
+        more = f": it needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB" if found else ""
         super().__init__(f"the compiler gives up, for want of memory{more}")
 
 

@@ -38,6 +38,8 @@ class Counted:
     replicated: dict[str, int]
     """Arrays of the train state that every device keeps whole although there are several: bytes of those of a
     mebibyte and more, by name."""
+    whole: int
+    """Bytes of all such arrays."""
     repeated: str | None
     """What is whole because `tensor` does not divide it, in words."""
     rows: int
@@ -85,14 +87,15 @@ def count(config: Config, devices: Devices) -> Counted:
     width = WIDTH[config.model.compute_dtype]
     stream = data.batch_size // config.optim.accumulate * data.seq_len // _shards(mesh.shape, "batch", "stream")
     fewest, most, readers = _rows(program.batch_sharding, places, data.batch_size, data.seq_len)
-    peak = devices.peaks
+    whole, peak = _replicated(like) if mesh.size > 1 else {}, devices.peaks
     return Counted(
         devices=mesh.size,
         hosts=devices.hosts,
         mesh={name: size for name, size in mesh.shape.items() if size > 1},
         parameters=sum(leaf.size for leaf in jax.tree.leaves(like["params"])),
         state=state,
-        replicated=_replicated(like) if mesh.size > 1 else {},
+        replicated={name: n for name, n in whole.items() if n >= SHOWN},
+        whole=sum(whole.values()),
         repeated=repeated(config, mesh),
         rows=data.batch_size,
         rows_of_host=(fewest, most),
@@ -119,7 +122,7 @@ def _replicated(like: dict) -> dict[str, int]:
     whole = {
         jax.tree_util.keystr(path, simple=True, separator="."): shard_bytes(leaf)
         for path, leaf in leaves
-        if leaf.sharding.is_fully_replicated and shard_bytes(leaf) >= SHOWN
+        if leaf.sharding.is_fully_replicated
     }
     return dict(sorted(whole.items(), key=lambda item: -item[1]))
 

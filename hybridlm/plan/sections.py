@@ -8,6 +8,7 @@ from hybridlm.plan.live import KINDS
 from hybridlm.plan.plan import Plan
 from hybridlm.plan.search import Result
 
+MEBIBYTE = 2**20
 SHOWN = 12
 """Rows of lists that could be long."""
 
@@ -46,7 +47,10 @@ def amount(n: float) -> str:
 
 def seconds(t: float) -> str:
     """A time in words."""
-    return f"{t:,.1f} s" if t >= 10 else f"{t:.2f} s" if t >= 1 else f"{1e3 * t:,.1f} ms"
+    for least, unit, factor, digits in ((10, "s", 1, 1), (1, "s", 1, 2), (1e-3, "ms", 1e3, 1), (0, "us", 1e6, 1)):
+        if t >= least:
+            return f"{t * factor:,.{digits}f} {unit}"
+    return "0"
 
 
 def between(pair: tuple[float, float], words=seconds) -> str:
@@ -83,10 +87,10 @@ def _counted(plan: Plan) -> list[Section]:
         ("gradients", size(found.gradients)),
         ("inputs of sublayers", f"{size(found.inputs)}, kept under every remat policy"),
     ]
-    if found.replicated:
+    if found.whole >= MEBIBYTE:
         some = [f"{name} {size(n)}" for name, n in list(found.replicated.items())[:3]]
-        more = f" and {len(found.replicated) - 3} more" if len(found.replicated) > 3 else ""
-        rows.append(("whole on every device", ", ".join(some) + more))
+        largest = f", among them {', '.join(some)}" if some else ", each below a mebibyte"
+        rows.append(("whole on every device", f"{size(found.whole)}{largest}"))
     if found.repeated:
         rows.append(("repeated", found.repeated))
     if found.memory is not None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from hybridlm.plan import hlo
-from hybridlm.plan.classes import MLP, NORMS, OTHER, PROJECTIONS, class_of
+from hybridlm.plan.classes import MLP, NORMS, OTHER, PROJECTIONS, class_of, sublayer_of
 from hybridlm.plan.collectives import KINDS
 from hybridlm.plan.dots import flops_of
 from hybridlm.plan.hlo import BRANCHES, CALLED, SHAPE, Instruction, Program
@@ -198,7 +198,7 @@ class _Counter:
         operands = [a for operand in operands_of(instruction) for a in _arrays(self._shape(name, operand))]
         cost = kernel_cost(kernel, operands, _arrays(instruction.shape))
         if cost is None:
-            counts.unknown[f"FLOPs of kernel {instruction.source or kernel}"] = None
+            counts.unknown[f"FLOPs of the kernel {kernel} in {sublayer_of(instruction.source)}"] = None
         return 0.0 if cost is None else cost.flops
 
     # Bytes

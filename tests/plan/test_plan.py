@@ -11,6 +11,7 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, RunConfig
+from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.model.flops import train_flops
 from hybridlm.model.init import abstract
@@ -18,8 +19,10 @@ from hybridlm.plan import budget
 from hybridlm.plan.counted import count
 from hybridlm.plan.page import as_html
 from hybridlm.plan.plan import Plan
-from hybridlm.plan.sections import sections
+from hybridlm.plan.search import Result
+from hybridlm.plan.sections import compared, sections
 from hybridlm.plan.slices import read_devices
+from tests import budgets
 
 TINY = Config(
     name="tiny",
@@ -93,6 +96,21 @@ def test_the_rest_of_a_plan(plan):
         assert all(len(row) <= 8 for section in sections(plan, stage) for row in section.rows)
 
 
+def test_a_program_that_does_not_fit(plan):
+    """What a compiler that gives up says, and what was compiled instead, are tables."""
+    made = Plan(
+        "tiny", TINY, plan.devices, counted=plan.counted, refused="it needs 20 GiB of 16", needed_bytes=20 * 2**30
+    )
+    assert made.fits is False and made.needed == 20 * 2**30 and made.bounds is None
+    assert sections(made, "compiled")[0].rows == [("DOES NOT FIT", "it needs 20 GiB of 16")]
+    assert "it needs 20 GiB" in as_html(made) and json.loads(made.as_json())["fits"] is False
+    tried = [Result("", False, why="too large"), Result("--model.remat=full", True, 2**30, (0.5, 2.0))]
+    assert compared(tried, "Changes").rows == [
+        ("as it is", "too large", "", ""),
+        ("--model.remat=full", "fits", "1.00 GiB", "500.0 ms to 2.00 s"),
+    ]
+
+
 def test_a_budget(plan, tmp_path):
     """Figures of the plan, put beside those of other runs; what was compiled stays where a plan is only traced."""
     path = tmp_path / "budgets.json"
@@ -119,15 +137,15 @@ def test_a_slice_without_its_compiler():
         count(TINY, read_devices("v5p:2x2x1"))
 
 
-def test_state_of_a_pod_setting():
-    """hybrid_8b's state over 1,024 devices: 12 bytes a parameter, but for what `tensor` and `fsdp` leave whole."""
-    from hybridlm.config.find import load_config
-    from tests import budgets
-
-    name = "hybrid_8b:v5p:8x8x16"
-    found = count(load_config(name), read_devices("v5p:8x8x16"))
+@pytest.mark.parametrize("name", ["hybrid_8b:v5p:8x8x16", "hybrid_1b:2xv5e:16x16", "hybrid_125m:v5e:2x4"])
+def test_state_of_pod_settings(name):
+    """12 bytes a parameter over its shards (some are split by `fsdp` alone), and what the committed budgets say, which
+    were made with libtpu's devices."""
+    found = count(load_config(name), read_devices(name.partition(":")[2]))
     assert sum(found.state.values()) == budgets.read()[name]["traced"]["state bytes"]
-    assert sum(found.state.values()) == pytest.approx(12 * found.parameters / 1024, rel=0.03)
+    shards = found.mesh.get("fsdp", 1) * found.mesh.get("tensor", 1)
+    whole = found.whole * (1 - 1 / shards)
+    assert sum(found.state.values()) == pytest.approx(12 * found.parameters / shards + whole, rel=0.03)
 
 
 def test_the_command(tmp_path, capsys):
@@ -146,6 +164,7 @@ def test_the_command(tmp_path, capsys):
     ("--config", "hybrid_8b"): "--topology is missing",
     ("--config", "hybrid_tiny", "--topology", "v5e:3x3"): "slices of v5e are 2x2, 2x4",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--tokens", "many"): r"--tokens \('many'\) must be",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--search", "x.jsonl"): "no peaks are known of cpu:1",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "-1"): "must be positive",
     ("--config", "hybrid_tiny", "--topology", "v5e:2x4", "--mesh.tensor=3"): "8 devices not divisible by 3",
 }.items())  # fmt: skip

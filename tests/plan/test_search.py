@@ -7,12 +7,15 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hybridlm.config import MLP, Attention, Config, DataConfig, MeshConfig, ModelConfig, RunConfig
 from hybridlm.errors import ConfigError
 from hybridlm.plan.change import current, exchanged, guesses, smaller
-from hybridlm.plan.compiled import DoesNotFit
+from hybridlm.plan.compiled import DoesNotFit, compile
 from hybridlm.plan.counted import count
 from hybridlm.plan.search import Book, fitting, key_of, order, search
 from hybridlm.plan.slices import read_devices
@@ -108,5 +111,24 @@ def test_what_cannot_be_ranked_is_one_line():
 def test_what_a_compiler_says_of_memory():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded by 7.75G."
     assert DoesNotFit(said).needed == 23.5 * GIB
-    assert str(DoesNotFit(said)) == "the compiler gives up, for want of memory: it needs 23.50GiB of 15.75GiB"
+    assert str(DoesNotFit(said)) == "the compiler gives up, for want of memory: it needs 23.50 GiB of 15.75 GiB"
+    said = "the total memory required for HLO temporaries (16.00G) exceeds available HBM (15.75G)."
+    assert DoesNotFit(said).needed == 16 * GIB
     assert DoesNotFit("other words").needed is None
+
+
+@pytest.mark.libtpu
+def test_a_compiler_that_gives_up():
+    """What libtpu says of a program that is too large becomes one line with what it needs."""
+    from hybridlm.plan.slices import slice_devices
+
+    mesh = jax.sharding.Mesh(np.array(slice_devices("v5e:2x2")), ("x",))
+    at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+
+    def too_large(x):
+        pairs = x[:, None] * x[None]
+        return pairs.sum(0) @ jnp.sort(pairs, axis=0)
+
+    x = jax.ShapeDtypeStruct((65536,), "float32", sharding=at)
+    with pytest.raises(DoesNotFit, match=r"^the compiler gives up, [^\n]*: it needs 16.00 GiB of 15.75 GiB$"):
+        compile(jax.jit(too_large).lower(x), "tpu")
