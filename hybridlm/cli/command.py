@@ -31,7 +31,7 @@ def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     def error(message: str):
         raise ConfigError(f"{message}; see {parser.prog} --help")
 
-    parser.error = error  # type: ignore[method-assign]
+    parser.error = error
     return parser
 
 

@@ -11,8 +11,8 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from hybridlm.cli.compare import COMPARE
 import hybridlm
+from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.eval import EVAL

@@ -12,7 +12,7 @@ def rows_of_integers(name: str, values: Any) -> np.ndarray:
     array = _array(name, values)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must be [batch, tokens], neither empty, not of shape {array.shape}")
-    return _integers(name, array)
+    return integers(name, array)
 
 
 def one_of_each_row(name: str, values: Any, rows: int) -> np.ndarray:
@@ -20,7 +20,7 @@ def one_of_each_row(name: str, values: Any, rows: int) -> np.ndarray:
     array = _array(name, values)
     if array.shape != (rows,):
         raise ValueError(f"{name} {array.shape} must have one entry for each of {rows} rows")
-    return _integers(name, array)
+    return integers(name, array)
 
 
 def check_whole(name: str, value: Any) -> None:
@@ -42,7 +42,8 @@ def _array(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} must be an array, or lists of one length: pad shorter ones, see lengths") from None
 
 
-def _integers(name: str, array: np.ndarray) -> np.ndarray:
+def integers(name: str, array: np.ndarray) -> np.ndarray:
+    """The array; TypeError where it is of another type."""
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name} ({array.dtype}) must be of an integer type")
     return array

@@ -83,9 +83,11 @@ def load_model(
     wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), model.shapes, places)
     checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
     try:
-        found, params, record = read_params(checkpoints, path, config, wanted, steps if step is None else [step])
+        read = read_params(checkpoints, path, config, wanted, steps if step is None else [step])
     finally:
         checkpoints.close()
+    assert read is not None  # of steps that are there one is read, or that none can be is an error
+    found, params, record = read
     return nnx.merge(model.graphdef, params), config, record, found
 
 

@@ -114,7 +114,7 @@ def test_models_name_the_argument():
 @pytest.mark.parametrize(
     ("tokens", "more", "text"),
     [
-        ([[1, 2], [3]], {}, "tokens_BT"),
+        ([[1, 2], [[3]]], {}, "tokens_BT"),
         ([1, 2], {}, "tokens_BT"),
         (np.ones((1, 2)), {}, r"tokens_BT \(float64\)"),
         ("abc", {}, "tokens_BT"),
