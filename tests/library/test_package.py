@@ -25,7 +25,8 @@ def state():
     return {
         "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
         "environment": {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        "finders": [getattr(f, "__module__", type(f).__module__) for f in sys.meta_path], "path": sys.path, "config": repr(sorted(jax.config.values.items())),
+        "finders": [getattr(f, "__module__", type(f).__module__) for f in sys.meta_path],
+        "path": sys.path, "config": repr(sorted(jax.config.values.items())),
         "filters": repr(warnings.filters), "handlers": repr(logging.getLogger().handlers),
         "level": logging.getLogger().level, "signals": [repr(signal.getsignal(s)) for s in (2, 15)],
         "unraisable": sys.unraisablehook is sys.__unraisablehook__, "excepthook": sys.excepthook is sys.__excepthook__,
