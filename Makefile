@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test test-all test-quick test-newer parity lm-eval storage-test wandb tpu-compiler lint docs clean
+.PHONY: train test test-all test-quick test-newer parity lm-eval storage-test wandb tpu-compiler lint types docs clean
 .DELETE_ON_ERROR:
 
 ifneq ($(SUPPORTED),True)
@@ -53,6 +53,10 @@ tpu-compiler: $(VENV)/installed-tpu-compiler
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
+# The types of the packages and of a user's program, tests/typed, whose wrong calls have to be errors.
+types: $(VENV)/installed-dev
+	$(RUN) -m mypy
+
 docs: $(VENV)/installed
 	$(RUN) -m pip install -q mkdocs-material && $(VENV)/bin/mkdocs build --strict
 
@@ -70,4 +74,4 @@ $(VENV)/installed-%: $(VENV)/installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache build dist site
+	rm -rf $(VENV) .jax_cache .mypy_cache .pytest_cache build dist site

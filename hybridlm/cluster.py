@@ -223,7 +223,7 @@ def gathered(value) -> list:
     if jax.process_count() == 1:
         return [value]
     raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = gather(np.int32(len(raw)))
+    sizes = gather(np.asarray(len(raw), np.int32))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(raw)] = raw
     return [json.loads(row[:size].tobytes()) for row, size in zip(gather(padded), sizes, strict=True)]
@@ -259,7 +259,7 @@ def on_all(make: Callable[[], Any]) -> Any:
 
 def _broadcast(text: bytes) -> bytes:
     """The bytes of process 0, on all."""
-    n = int(broadcast(np.int32(len(text))))
+    n = int(broadcast(np.asarray(len(text), np.int32)))
     buffer = np.zeros(n, np.uint8)
     if jax.process_index() == 0:
         buffer[:] = np.frombuffer(text, np.uint8)

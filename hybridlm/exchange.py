@@ -7,6 +7,7 @@ products of one input exchange it once, and a traced program says what it sends.
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
 
-def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> jax.Array | tuple:
+def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> Any:
     """`fn(*arrays)`, run by every device on its shards, which fn exchanges itself: by `gather`, `scatter` and `add`.
 
     axes: the logical axes of each array; outs: (logical axes, shape) of the result, or a list of those. Dims that do

@@ -38,7 +38,7 @@ def is_union(hint) -> bool:
 def variants(hint) -> dict[str, Any]:
     """What a field of dataclass type can be set to by name: {'Rope': Rope, 'None': ...}."""
     options = typing.get_args(hint) if is_union(hint) else (hint,)
-    classes = {t.__name__: t for t in options if dataclasses.is_dataclass(t)}
+    classes: dict[str, Any] = {t.__name__: t for t in options if isinstance(t, type) and dataclasses.is_dataclass(t)}
     return classes | ({"None": types.NoneType} if classes and types.NoneType in options else {})
 
 
@@ -74,14 +74,15 @@ def fits(value, hint) -> bool:
     return isinstance(value, hint) if hint in (bool, str, types.NoneType) else True
 
 
-def check_fields(config, at: str = "") -> None:
+def check_fields(config: Any, at: str = "") -> None:
     """ConfigError, one line, for the first field of a config, or of one inside it, whose value cannot be used.
 
     A value has to be of its field's type. Whole numbers lie within WHOLE or what the field's metadata say (MOST),
     numbers are float32 and finite, infinite only in fields whose default is; a text holds no NUL. at: put before names.
     """
     for field in dataclasses.fields(config):
-        hint = _types(type(config)).get(field.name, Any)
+        cls: Any = type(config)
+        hint = _types(cls).get(field.name, Any)
         _check(getattr(config, field.name), hint, f"{at}{field.name}", field)
 
 
@@ -112,8 +113,8 @@ def _check(value, hint, place: str, field: dataclasses.Field) -> None:
         for key, below in value.items():
             _check(below, typing.get_args(hint)[1], f"{place}.{key}", field)
     else:
-        known = variants(hint)
-        require(fits(value, hint) if not known else value is None and "None" in known, wanted)
+        named = variants(hint)
+        require(fits(value, hint) if not named else value is None and "None" in named, wanted)
         for leaf in _leaves(value):
             _check_leaf(leaf, place, field)
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -246,7 +247,7 @@ def per_device(
     out_axes,
     *,
     split_tokens: bool = False,
-) -> jax.Array | tuple:
+) -> Any:
     """`fn(*arrays)`, run by every device on its share of rows and heads, and of tokens with split_tokens.
 
     axes: the logical axes of each array, of its leading dims where there are more names than dims; out_axes: of the
@@ -294,7 +295,7 @@ def per_slice(fn: Callable, whole, rows):
         apart, summed = fn(whole, rows)
         return jax.tree.map(lambda x: x[None], apart), jax.lax.psum(summed, "slice")
 
-    specs = {"in_specs": (P(), P("slice")), "out_specs": (P("slice"), P())}
+    specs: dict[str, Any] = {"in_specs": (P(), P("slice")), "out_specs": (P("slice"), P())}
     return jax.shard_map(of_slice, **specs, axis_names={"slice"}, check_vma=False)(whole, rows)
 
 
@@ -312,7 +313,7 @@ def _is_auto(axis: str, mesh) -> bool:
 
 
 def _mesh_axes(name: str | None, mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in RULES.get(name, ()) if axis in mesh.shape and _is_auto(axis, mesh))
+    return tuple(axis for axis in RULES.get(name or "", ()) if axis in mesh.shape and _is_auto(axis, mesh))
 
 
 def _divisible_spec(axes, shape, mesh) -> P:

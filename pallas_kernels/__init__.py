@@ -4,7 +4,9 @@
 `causal_conv1d`, `long_conv`; `grouped_dot` for experts; `cache_write` for decoding. `assume_platform` traces them for
 another platform than the one at hand.
 
-Knows nothing of Flax, configs or meshes and imports nothing of hybridlm.
+Knows nothing of Flax, configs or meshes and imports nothing of hybridlm. Importing it has two effects on the process:
+with jaxlib 0.10 it adds a flag to XLA_FLAGS (`compat.avoid_faulty_cpu_fusions`), and a finder of earlier module names
+to `sys.meta_path` (`moved`). PALLAS_KERNELS_PURE_IMPORT=1 leaves out both.
 
 Segment contract of the sequence operators. `segment_ids_BT` is int32. A change of id between consecutive real tokens
 starts a document; nothing passes from one document into the next. Id 0 is padding, wherever it stands (right, left or
@@ -18,6 +20,7 @@ from pallas_kernels.compat import avoid_faulty_cpu_fusions
 avoid_faulty_cpu_fusions()
 
 from pallas_kernels.moved import MOVED, MovedModules  # noqa: E402
+from pallas_kernels.ops import NAMES  # noqa: E402
 from pallas_kernels.ops.attention.api import attention  # noqa: E402
 from pallas_kernels.ops.cache_write.api import cache_write  # noqa: E402
 from pallas_kernels.ops.causal_conv1d.api import causal_conv1d  # noqa: E402
@@ -37,7 +40,7 @@ from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
 from pallas_kernels.ops.titans.api import titans  # noqa: E402
 from pallas_kernels.platform import assume_platform  # noqa: E402
 
-MovedModules(MOVED).install()
+MovedModules(MOVED, {f"{__name__}.{name}": f"{__name__}.ops.{name}" for name in NAMES}).install()
 
 __all__ = [
     "assume_platform",

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,8 @@ def time_case(op: str, case, implementations: list[str], dtype: str, seconds: fl
     """Times one case; prints and returns a row for each implementation and pass. xla is timed for its ratio anyway."""
     implementations = ["xla", *(name for name in implementations if name != "xla")]
     flops, (forward_bytes, gradient_bytes) = OPS[op].cases_module().count_flops(case), count_bytes(op, case, dtype)
-    rows, reference = [], {}
+    rows: list[dict] = []
+    reference: dict = {}
     for implementation in implementations:
         for which in PASSES:
             row = {"case": case.name, "impl": implementation, "pass": which, "dtype": dtype}
@@ -125,7 +127,7 @@ def print_row(row: dict) -> None:
           f" {row['gbs']:8.1f} GB/s {ratio} {share}", flush=True)  # fmt: skip
 
 
-def make_call(op: str, case, implementation: str, dtype: str, which: str):
+def make_call(op: str, case, implementation: str, dtype: str, which: str) -> tuple[Callable, tuple]:
     """(jitted function, its arguments)."""
     module = OPS[op].cases_module()
     arrays, fixed = oracle.split(op, module.make_inputs(case, dtype))

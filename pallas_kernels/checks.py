@@ -1,11 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the ops. Every error names the argument, its value and the limit."""
 
+from typing import Any, TypeAlias
+
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+AnyArray: TypeAlias = jax.Array | np.ndarray[Any, Any]
+"""What is taken as an array: one of JAX or of NumPy."""
+
+
+def check_array(name: str, array) -> None:
+    """Raises TypeError for what is no array, as a list or a number: its type is not guessed."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        kind = type(array).__name__
+        raise TypeError(f"{name} is {'None' if array is None else f'a {kind}'}, expected an array: use jnp.asarray")
+
+
+def rank(name: str, array) -> int:
+    """Dimensions of an array; TypeError for what is none."""
+    check_array(name, array)
+    return array.ndim
 
 
 def check_shape(name: str, array, expected: tuple, legend: str) -> None:
-    """Raises ValueError unless array.shape == expected; None in `expected` matches any size."""
+    """Raises TypeError for what is no array, ValueError unless array.shape == expected; None in `expected` matches any
+    size."""
+    check_array(name, array)
     shape = tuple(array.shape)
     if len(shape) != len(expected) or any(want is not None and have != want for have, want in zip(shape, expected)):
         want = ", ".join("any" if size is None else str(size) for size in expected)
@@ -14,6 +36,7 @@ def check_shape(name: str, array, expected: tuple, legend: str) -> None:
 
 def check_float(name: str, array, minimum_bits: int = 16) -> None:
     """Raises TypeError unless array is floating point of at least `minimum_bits` bits."""
+    check_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).bits < minimum_bits:
         limit = "float32 or float64" if minimum_bits == 32 else "bfloat16, float16, float32 or float64"
         raise TypeError(f"{name} has dtype {array.dtype}, expected {limit}")
@@ -21,8 +44,9 @@ def check_float(name: str, array, minimum_bits: int = 16) -> None:
 
 def check_segment_ids(name: str, ids, expected: tuple, legend: str):
     """Returns ids as int32; raises TypeError unless they are integers, ValueError unless the shape fits."""
-    if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {getattr(ids, 'dtype', type(ids).__name__)}, expected int32")
+    check_array(name, ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {ids.dtype}, expected int32")
     check_shape(name, ids, expected, legend)
     return jnp.asarray(ids).astype(jnp.int32)
 
@@ -55,6 +79,7 @@ def check_log_decays(name: str, g, shapes: tuple, legend: str) -> None:
     """Raises ValueError or TypeError unless g is None or float32 or float64 of one of the shapes."""
     if g is None:
         return
+    check_array(name, g)
     fitting = [shape for shape in shapes if len(shape) == g.ndim]
     check_shape(name, g, fitting[0] if fitting else shapes[0], legend)
     check_float(name, g, minimum_bits=32)

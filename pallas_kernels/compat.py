@@ -18,7 +18,7 @@ def enable_x64(enabled: bool = True):
         with jax.enable_x64(enabled):
             yield
     else:
-        from jax.experimental import enable_x64 as experimental_enable_x64
+        from jax.experimental import enable_x64 as experimental_enable_x64  # type: ignore[attr-defined]
 
         with experimental_enable_x64(enabled):
             yield
@@ -31,6 +31,14 @@ def why_too_old(oldest: tuple[int, int]) -> str | None:
     return f"JAX ({jax.__version__}) older than {'.'.join(map(str, oldest))}, which the kernels are written for"
 
 
+def imports_purely() -> bool:
+    """Whether the user wants importing to change nothing of the process: PALLAS_KERNELS_PURE_IMPORT=1.
+
+    Left out are then `avoid_faulty_cpu_fusions` and the module names of before (`pallas_kernels.moved`).
+    """
+    return os.environ.get("PALLAS_KERNELS_PURE_IMPORT", "0") not in ("", "0")
+
+
 def avoid_faulty_cpu_fusions() -> None:
     """Turns off XLA's YNNPACK fusions on CPU where they are faulty; runs when the package is imported.
 
@@ -38,6 +46,8 @@ def avoid_faulty_cpu_fusions() -> None:
     results, and now and then a crash. A sum over the second of two blocked axes, `b.sum(-3)` of [..., 2, 16, 2, 16],
     is enough. jaxlib 0.11 is right. XLA reads the flag when JAX first computes, so later it can only be warned of.
     """
+    if imports_purely():
+        return
     flag = "--xla_cpu_experimental_ynn_fusion_type="
     flags = os.environ.get("XLA_FLAGS", "")
     if tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 11) or flag in flags:

@@ -51,14 +51,14 @@ def nothing(like: Documents | None) -> Documents | None:
 
 def is_cut(earlier: Documents | None, later: Documents | None):
     """[B] bool: the first real token of `later` starts a document; False without documents."""
-    if later is None:
+    if earlier is None or later is None:
         return jnp.zeros((), bool)
     return (earlier.last_B != 0) & (later.first_B != 0) & (earlier.last_B != later.first_B)
 
 
 def join(earlier: Documents | None, later: Documents | None) -> Documents | None:
     """Of both runs of tokens, one behind the other."""
-    if later is None:
+    if earlier is None or later is None:
         return None
     starts_B = earlier.starts_B | later.starts_B | is_cut(earlier, later).astype(jnp.int32)
     return Documents(

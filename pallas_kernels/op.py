@@ -11,6 +11,7 @@ import logging
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -106,6 +107,8 @@ def call(
 
     if context_axis is None or context.axis_size(context_axis) == 1:
         return run(*args, **kwargs)
+    if op.context is None:
+        raise ValueError(f"context_axis ({context_axis!r}): the tokens of {op.name} cannot be split")
     return _load(op.context)(run, args, context_axis=context_axis, **(context_options or {}), **kwargs)
 
 
@@ -176,7 +179,8 @@ def limit(op: Op, name: str, args: tuple, kwargs: dict) -> str | None:
         return f"compute capability of the device ({capability}) not that of Hopper ({kernel.capability})"
     if reason := kernel.supports and _load(kernel.supports)(*args, **kwargs):
         return reason
-    return "64-bit types are on (jax_enable_x64), kernels count in 32 bits" if jax.config.jax_enable_x64 else None
+    flags: Any = jax.config  # whose values its type does not name
+    return "64-bit types are on (jax_enable_x64), kernels count in 32 bits" if flags.jax_enable_x64 else None
 
 
 def _automatic_axes() -> tuple[str, ...]:

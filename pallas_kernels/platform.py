@@ -142,7 +142,8 @@ def platform() -> str:
 
 def default_device_platform() -> str:
     """Platform of the default device, whatever is assumed: "cpu", "gpu" or "tpu"."""
-    device = jax.config.jax_default_device
+    flags: typing.Any = jax.config  # whose values its type does not name
+    device = flags.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     name = name.split(":")[0].lower()
     return "gpu" if name in ("cuda", "rocm") else name

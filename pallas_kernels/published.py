@@ -7,6 +7,7 @@ that model.
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ def gated_delta_rule(a: Mapping, options: Mapping, implementation: str) -> dict:
         g = raw_decays(a["a"], a["A_log"], a["dt_bias"], options.get("lower_bound"))
         beta = options.get("bmax", 1.0) * jax.nn.sigmoid(a["b_raw"])
     o, state = ops.gated_delta_rule(
-        a["q"], a["k"], a["v"], beta, g, normalize=options.get("use_qk_l2norm", False), scale=options.get("scale"),
-        **_common(a), return_final_state=True, implementation=implementation,
+        a["q"], a["k"], a["v"], cast(jax.Array, beta), g, normalize=options.get("use_qk_l2norm", False),
+        scale=options.get("scale"), **_common(a), return_final_state=True, implementation=implementation,
     )  # fmt: skip
     return {"o": o, "final_state": state}
 
@@ -145,7 +146,8 @@ def mamba3(a: Mapping, options: Mapping, implementation: str) -> dict:
     """Mamba-3's scan, with one or several inputs and outputs."""
     weights = ("q_bias", "k_bias", "D", "z", "norm_weight", "mimo_v", "mimo_z", "mimo_o")
     states = {"angle": "angle_state", "ssm": "ssm_state", "k": "k_state", "v": "v_state"}
-    y, *final = ops.mamba3(
+    scan: Callable[..., tuple] = ops.mamba3
+    y, *final = scan(
         *(a[name] for name in ("q", "k", "v", "adt", "dt", "trap", "angles")),
         **{name: a[name] for name in weights if name in a},
         **{f"initial_{name}": a[theirs] for name, theirs in states.items() if theirs in a},

@@ -63,7 +63,7 @@ def check(path: Path, implementation: str, dtype: str = "float32") -> bool | Non
     line, passes = [], True
     for kind, limit in zip(("outputs", "gradients"), limits, strict=True):
         if found := kinds[kind]:
-            worst = max(found, key=found.get)
+            worst = max(found, key=lambda name: found[name])
             line.append(f"{kind} {found[worst]:.1e} of {limit:.0e} ({worst})")
             passes &= found[worst] <= limit
     print(f"{path.stem:40} {'ok  ' if passes else 'FAIL'} {', '.join(line)}", flush=True)

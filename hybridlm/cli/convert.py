@@ -4,6 +4,7 @@
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, one_line_errors, parse
@@ -94,7 +95,8 @@ class _Bar:
     """A progress bar that is called as from_hf and to_hf call it; it appears with the first call."""
 
     def __init__(self, verb: str):
-        self.verb, self.progress = verb, None
+        self.verb = verb
+        self.progress: Any = None
 
     def __enter__(self):
         return self

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybridlm.cluster import ClusterConfig
@@ -34,7 +34,8 @@ def start(
     warnings.filterwarnings("ignore", message="Sharding info not provided", category=UserWarning)
     warnings.filterwarnings("ignore", message="coroutine .*write_fragment.* was never awaited", category=RuntimeWarning)
     sys.unraisablehook = without_late_writes(sys.unraisablehook)
-    if not jax.config.jax_compilation_cache_dir:
+    flags: Any = jax.config  # whose values its type does not name
+    if not flags.jax_compilation_cache_dir:
         _keep_programs(Path("~/.cache/hybridlm/xla").expanduser())
     join(cluster, joining)
 

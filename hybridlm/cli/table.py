@@ -4,11 +4,14 @@
 A new one is a file with its Command, and a word in COMMANDS.
 """
 
+import importlib.metadata
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Callable
 
+import hybridlm
 from hybridlm.cli.chat import CHAT
 from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
@@ -34,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return Exit.COMPLETE if words else Exit.CHANGE
     commands = {command.name: command for command in COMMANDS}
+    if words[0] == "--version" or words[1:] == ["--version"]:
+        print(version())
+        return Exit.COMPLETE
     if words[0] not in commands:
         print_line(f"hybridlm: no command {words[0]!r}: there are {', '.join(commands)}")
         return Exit.CHANGE
@@ -43,13 +49,24 @@ def main(argv: list[str] | None = None) -> int:
 def train_main(argv: list[str] | None = None) -> int:
     """`python train.py ...`; returns the exit code."""
     words, script = (sys.argv[1:], sys.argv[0]) if argv is None else (argv, "train.py")
+    if words == ["--version"]:
+        print(version())
+        return Exit.COMPLETE
     return _run(lambda: TRAIN.run(words, f"python {shlex.quote(script)}"))
+
+
+def version() -> str:
+    """`hybridlm 0.1.0 (Python 3.11.9, JAX 0.10.2, jaxlib 0.10.2, Flax 0.12.8)`."""
+    found = {"Python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name.lower()) for name in ("JAX", "jaxlib", "Flax")}
+    return f"hybridlm {hybridlm.__version__} ({', '.join(f'{name} {number}' for name, number in found.items())})"
 
 
 def usage() -> str:
     """A line for each use of each command."""
     lines = [(f"hybridlm {command.name} {words}", what) for command in COMMANDS for words, what in command.uses]
     lines.append(("hybridlm COMMAND --help", "all options of a command"))
+    lines.append(("hybridlm --version", "version of this and of what it computes with"))
     width = max(len(typed) for typed, _ in lines)
     return "usage: " + "\n       ".join(f"{typed:{width}}    {what}" for typed, what in lines)
 

@@ -105,6 +105,7 @@ def _tokenize(args: argparse.Namespace) -> None:
                 bar.begin("training the BPE", known)
                 train_bpe(train, args.train_bpe, made, args.bpe_bytes, bar.to)
             spec, given = str(made), load_tokenizer(str(made), bos=args.bos_token, eos=args.eos_token)
+        assert given is not None  # trained, where none was given
         keep_tokenizer(given, folder)
         bar.begin("tokenising", known)
         job = Job(

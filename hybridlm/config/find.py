@@ -113,7 +113,7 @@ def read_config(name_or_path: str) -> Config:
 
 
 def _module(path: Path):
-    spec = importlib.util.spec_from_file_location(f"_hybridlm_config_{path.stem}", path)
+    spec: Any = importlib.util.spec_from_file_location(f"_hybridlm_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -128,7 +128,7 @@ def _words(text: str, name: str) -> list[str]:
     for statement in statements:
         targets = getattr(statement, "targets", [getattr(statement, "target", None)])
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            value = statement.value
+            value = getattr(statement, "value", None)
             parts = value.keys if isinstance(value, ast.Dict) else getattr(value, "elts", [])
             return [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
     return []

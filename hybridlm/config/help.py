@@ -78,6 +78,7 @@ def _by_tyro(config: Config, prog: str) -> str | None:
             )  # fmt: skip
         except SystemExit as done:
             return None if done.code else out.getvalue()
+    return None
 
 
 def _plain(config: Config) -> str:

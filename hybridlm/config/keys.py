@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import typing
+from typing import Any
 
 from hybridlm.config import Config
 from hybridlm.config.tree import children, old_words, walk
@@ -32,7 +33,8 @@ def _unknown(config: Config, key: str) -> ConfigError:
 
 def resolve(config: Config, key: str) -> tuple[str, ...]:
     """Path of a dotted key; `-` and `_` are alike but for block symbols. A new block symbol is allowed last."""
-    node, path = config, []
+    node: Any = config
+    path: list[str] = []
     parts = key.split(".")
     for i, part in enumerate(parts):
         below = children(node)
@@ -50,12 +52,14 @@ def resolve(config: Config, key: str) -> tuple[str, ...]:
 
 def hint_of(config: Config, key: str):
     """Annotation of the field that a key names."""
-    node, hint = config, Config
+    node: Any = config
+    hint: Any = Config
     for name in resolve(config, key):
         if isinstance(node, dict):
             hint = typing.get_args(hint)[1]
         else:
-            hint = {**old_words(type(node)), **field_types(type(node))}[name]
+            kind: Any = type(node)
+            hint = {**old_words(kind), **field_types(kind)}[name]
         node = children(node).get(name)
     return hint
 

@@ -96,7 +96,7 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             words = ["--value", *values] if len(values) != 1 else [f"--value={values[0]}"]
-            value = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
+            value: Any = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
     except SystemExit:
         text = " ".join(values)
         shown = text if len(text) <= 100 else f"{text[:97]}..."

@@ -39,6 +39,7 @@ def read_topology(words: str) -> Topology:
     """`v5p:8x8x16`, or `2xv5e:16x16` for two slices. ConfigError for other words."""
     match = re.fullmatch(r"(?:([1-9]\d*)x)?((?:v\d+[a-z]*|tpu\d+[a-z]*):[1-9]\d*(?:x[1-9]\d*){1,2})", words)
     require(match is not None, f"topology ({words!r}) must be GENERATION:CHIPSxCHIPS as v5p:8x8x16, or 2xv5e:16x16")
+    assert match is not None
     return Topology(match[2], int(match[1] or 1))
 
 

@@ -8,6 +8,7 @@ from hybridlm.config import Config, DataConfig, MeshConfig, OptimConfig, RunConf
 from hybridlm.hf.config_json import read_values
 from hybridlm.hf.families import family_of
 from hybridlm.model.config import ModelConfig
+from hybridlm.optim import Wsd
 
 
 def published(name: str, size: str, values: dict[str, Any]) -> Config:
@@ -26,7 +27,7 @@ def recipe(name: str, size: str, model: ModelConfig) -> Config:
         name=f"{name}_{size}",
         model=model,
         data=DataConfig(seq_len=4096, batch_size=1024),
-        optim=OptimConfig(lr=3e-4, schedule="wsd", warmup_steps=1000, final_lr_ratio=0.01),
+        optim=OptimConfig(lr=3e-4, schedule=Wsd(final_lr_ratio=0.01), warmup_steps=1000),
         mesh=MeshConfig(data=1, fsdp=-1),
         run=RunConfig(steps=100_000, eval_every=2000, eval_batches=32, save_every=1000, sample_tokens=256),
     )

@@ -62,6 +62,8 @@ def _same_block(symbol: str, old: Config, new: Config, free: Callable[[str], boo
     """Whether a block computes the same: one may say n_heads=None, the other the number that it comes to."""
     width = new.model.d_model
     a, b = (config.model.blocks[symbol] if symbol in config.model.pattern else None for config in (old, new))
+    if a is None or b is None:
+        return False
     if type(a) is not type(b) or old.model.d_model != width:
         return False
     changed = differences(a.resolved(width), b.resolved(width))

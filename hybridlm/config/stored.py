@@ -41,16 +41,22 @@ def _read(values, hint, own: Mapping[str, type], at: str):
         values = tuple(_read(v, inner[0] if inner else Any, own, f"{at}[{i}]") for i, v in enumerate(values))
     if hint is float and values in ("inf", "-inf", "nan"):
         values = float(values)
-    require(known or fits(values, hint), f"stored config: {at} ({values!r:.40}) is of another type than its field")
+    require(
+        bool(known) or fits(values, hint), f"stored config: {at} ({values!r:.40}) is of another type than its field"
+    )
     return values
+
+
+def _is_dataclass(cls: Any) -> bool:
+    return dataclasses.is_dataclass(cls)
 
 
 def _read_dataclass(values, known: Mapping[str, Any], own: Mapping[str, type], at: str):
     require(isinstance(values, Mapping), f"stored config: {at or 'it'} ({values!r:.40}) must be an object")
     kind = values.get("type", next(iter(known)))
     require(isinstance(kind, str), f"stored config: {at}.type ({kind!r:.40}) must be a name".replace(" .", " "))
-    cls = known.get(kind) or (own.get(kind) if len(known) > 1 else None)
-    if not dataclasses.is_dataclass(cls):
+    cls: Any = known.get(kind) or (own.get(kind) if len(known) > 1 else None)
+    if not _is_dataclass(cls):
         raise ConfigError(
             f"stored config has a {kind!r}, which is none of {', '.join(known)}: "
             "give the config file that defines it (--config FILE.py)"

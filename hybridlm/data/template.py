@@ -24,7 +24,7 @@ Messages = Sequence[Mapping[str, Any]]
 """Of each turn its "role" ("system", "user", "assistant", ...) and "content", and what else the template reads."""
 
 # Unicode's noncharacters, which no text has: they mark places in what a template makes.
-_BREAK, _OPEN, _CLOSE, *_CONTENTS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4"
+_BREAK, _OPEN, _CLOSE, *_CONTENTS = list("\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4")
 _RESERVED = re.compile("[\ufdd0-\ufdd4]")
 
 

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,8 @@ def from_hf(
     differ is read as untied, as the published implementation reads it.
     """
     checkpoint = open_checkpoint(folder)
-    compute_dtype = compute_dtype or COMPUTE.get(checkpoint.dtype, "bfloat16")
-    config = replace(checkpoint.config, compute_dtype=compute_dtype)
+    computed: Any = compute_dtype or COMPUTE.get(checkpoint.dtype, "bfloat16")
+    config = replace(checkpoint.config, compute_dtype=computed)
     params = read_params(checkpoint, config, mesh, dtype, progress)
     model = nnx.merge(abstract(config).graphdef, params)
     model.source = str(folder)
@@ -123,7 +124,8 @@ class _Fill:
         for tensor, rows, _ in self.sources[path]:
             n_rows = max(1, (*tensor.shape, 1)[0])
             self.done += self.entries[tensor.name].n_bytes * (rows.stop - rows.start) // n_rows
-            self.progress(tensor.name, self.done, self.total)
+            if self.progress is not None:
+                self.progress(tensor.name, self.done, self.total)
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a published tensor."""
@@ -133,7 +135,8 @@ class _Fill:
         """The part of a parameter within `bounds`, (start, stop) of each axis; read: as `_rows`."""
         buffer = np.empty([stop - start for start, stop in bounds], dtype)
         for tensor, rows, part in self.sources[path]:
-            target, wanted = [], []
+            target: list[slice | int] = []
+            wanted: list[slice | int] = []
             for at, (start, stop) in zip(part.index, bounds, strict=True):
                 if isinstance(at, slice):
                     first = at.start or 0

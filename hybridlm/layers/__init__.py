@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One mixer or sublayer a file: its frozen sub-config, its module, its one-token form. See `block` for the contract."""
+"""One mixer or sublayer a file: its frozen sub-config, its module, its one-token form. See `block` for the contract.
 
-from typing import Union
+`Mamba2Mixer(Mamba2(), d_model, rngs=nnx.Rngs(0))` is an `nnx.Module` of its own, called on arrays: docs/library.md.
+"""
 
-from hybridlm.layers.attention import Attention
-from hybridlm.layers.bidirectional import Bidirectional
-from hybridlm.layers.channel_mix import ChannelMix
-from hybridlm.layers.convolved_attention import ConvolvedAttention
-from hybridlm.layers.depth_moe import DepthMoE
-from hybridlm.layers.gated_conv import GatedConv
-from hybridlm.layers.gated_delta_net import GatedDeltaNet
-from hybridlm.layers.gated_scan import GatedScan
-from hybridlm.layers.hyena import Hyena
-from hybridlm.layers.kimi_delta import KimiDelta
-from hybridlm.layers.latent_attention import LatentAttention
+from typing import get_args
+
+from hybridlm.layers.attention import Attention, AttentionMixer
+from hybridlm.layers.bidirectional import Bidirectional, BidirectionalMixer
+from hybridlm.layers.channel_mix import ChannelMix, ChannelMixMixer
+from hybridlm.layers.convolved_attention import ConvolvedAttention, ConvolvedAttentionMixer
+from hybridlm.layers.depth_moe import DepthMoE, DepthMoEFeedForward
+from hybridlm.layers.gated_conv import GatedConv, GatedConvMixer
+from hybridlm.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetMixer
+from hybridlm.layers.gated_scan import GatedScan, GatedScanMixer
+from hybridlm.layers.hyena import Hyena, HyenaMixer
+from hybridlm.layers.kimi_delta import KimiDelta, KimiDeltaMixer
+from hybridlm.layers.latent_attention import LatentAttention, LatentAttentionMixer
 from hybridlm.layers.linear_attention import (
     ChannelDecay,
     FixedDecay,
@@ -21,40 +24,47 @@ from hybridlm.layers.linear_attention import (
     HeadDecay,
     HeadNorm,
     LinearAttention,
+    LinearAttentionMixer,
 )
 from hybridlm.layers.long_filter import ImplicitFilter, ModalFilter
-from hybridlm.layers.mamba1 import InnerNorm, Mamba1
-from hybridlm.layers.mamba2 import GatedNorm, Mamba2
-from hybridlm.layers.mamba3 import Mamba3
-from hybridlm.layers.memory_context import MemoryAsContext
-from hybridlm.layers.mixers import MIXERS
-from hybridlm.layers.mlp import MLP
-from hybridlm.layers.mlstm import MLSTM
-from hybridlm.layers.moe import MoE, Router
-from hybridlm.layers.parallel import Branch, Parallel
-from hybridlm.layers.rglru import RGLRU
+from hybridlm.layers.mamba1 import InnerNorm, Mamba1, Mamba1Mixer
+from hybridlm.layers.mamba2 import GatedNorm, Mamba2, Mamba2Mixer
+from hybridlm.layers.mamba3 import Mamba3, Mamba3Mixer
+from hybridlm.layers.memory_context import MemoryAsContext, MemoryAsContextMixer
+from hybridlm.layers.mixers import AnyMixer
+from hybridlm.layers.mlp import MLP, FeedForward
+from hybridlm.layers.mlstm import MLSTM, MLSTMMixer
+from hybridlm.layers.moe import MoE, MoEFeedForward, Router
+from hybridlm.layers.norm import LayerNorm, RMSNorm
+from hybridlm.layers.parallel import Branch, Parallel, ParallelMixer
+from hybridlm.layers.rglru import RGLRU, RGLRUMixer
 from hybridlm.layers.rope import NTK, Linear, Llama3, Proportional, Rope, YaRN
-from hybridlm.layers.rwkv4 import Rwkv4
-from hybridlm.layers.rwkv4_channel import Rwkv4Channel
-from hybridlm.layers.rwkv6 import Rwkv6
-from hybridlm.layers.rwkv7 import Rwkv7
-from hybridlm.layers.shared import Shared
-from hybridlm.layers.slstm import SLSTM
-from hybridlm.layers.titans import Titans
+from hybridlm.layers.rwkv4 import Rwkv4, Rwkv4Mixer
+from hybridlm.layers.rwkv4_channel import Rwkv4Channel, Rwkv4ChannelMixer
+from hybridlm.layers.rwkv6 import Rwkv6, Rwkv6Mixer
+from hybridlm.layers.rwkv7 import Rwkv7, Rwkv7Mixer
+from hybridlm.layers.shared import Shared, SharedLink, SharedTransformer
+from hybridlm.layers.slstm import SLSTM, SLSTMMixer
+from hybridlm.layers.titans import Titans, TitansMixer
 
 __all__ = [
-    "Attention", "BLOCKS", "Bidirectional", "Block", "Branch", "ChannelDecay", "ChannelMix", "ConvolvedAttention",
-    "DepthMoE", "FixedDecay", "ForgetDecay", "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay",
-    "HeadNorm", "Hyena", "ImplicitFilter", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention",
-    "Llama3", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "MemoryAsContext", "MoE", "ModalFilter", "NTK",
-    "Parallel", "Proportional", "RGLRU", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM",
-    "Shared", "Titans", "YaRN", "blocks_by_name",
+    "AnyMixer", "Attention", "AttentionMixer", "BLOCKS", "Bidirectional", "BidirectionalMixer", "Block", "Branch",
+    "ChannelDecay", "ChannelMix", "ChannelMixMixer", "ConvolvedAttention", "ConvolvedAttentionMixer", "DepthMoE",
+    "DepthMoEFeedForward", "FeedForward", "FixedDecay", "ForgetDecay", "GatedConv", "GatedConvMixer", "GatedDeltaNet",
+    "GatedDeltaNetMixer", "GatedNorm", "GatedScan", "GatedScanMixer", "HeadDecay", "HeadNorm", "Hyena", "HyenaMixer",
+    "ImplicitFilter", "InnerNorm", "KimiDelta", "KimiDeltaMixer", "LatentAttention", "LatentAttentionMixer",
+    "LayerNorm", "Linear", "LinearAttention", "LinearAttentionMixer", "Llama3", "MLP", "MLSTM", "MLSTMMixer", "Mamba1",
+    "Mamba1Mixer", "Mamba2", "Mamba2Mixer", "Mamba3", "Mamba3Mixer", "MemoryAsContext", "MemoryAsContextMixer", "MoE",
+    "MoEFeedForward", "ModalFilter", "NTK", "Parallel", "ParallelMixer", "Proportional", "RGLRU", "RGLRUMixer",
+    "RMSNorm", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "Rwkv4ChannelMixer", "Rwkv4Mixer", "Rwkv6", "Rwkv6Mixer",
+    "Rwkv7", "Rwkv7Mixer", "SLSTM", "SLSTMMixer", "Shared", "SharedLink", "SharedTransformer", "Titans", "TitansMixer",
+    "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
-BLOCKS = (*MIXERS, Parallel, Shared, Bidirectional, MemoryAsContext)
+Block = AnyMixer | Parallel | Shared | Bidirectional | MemoryAsContext
 """What a pattern symbol can stand for on the command line and in stored configs."""
-Block = Union[BLOCKS]  # noqa: UP007 (a tuple cannot be written with |)
-"""Their union, for annotations."""
+BLOCKS: tuple[type[Block], ...] = get_args(Block)
+"""Their classes."""
 
 
 def blocks_by_name() -> dict[str, type]:

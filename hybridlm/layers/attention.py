@@ -4,20 +4,32 @@
 Axis letters: B batch, T tokens, S keys, D model, H query heads, K key/value heads, P head width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, qk_norm
-from hybridlm.layers.block import LEFT_TO_RIGHT, Direction, Kept, Make, Output, Tokens, on_arrays, refuse_cache
+from hybridlm.layers.block import (
+    LEFT_TO_RIGHT,
+    Direction,
+    Kept,
+    Make,
+    Output,
+    Statistic,
+    Tokens,
+    on_arrays,
+    refuse_cache,
+)
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
 from hybridlm.layers.segments import positions_within
@@ -67,8 +79,8 @@ class Attention:
     direction: Direction = LEFT_TO_RIGHT
     """A token sees itself and those before it in its document, or all of it."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "attention_q": Kept("attention: queries, rotated; before their norm where they have one", kernels=True),
         "attention_k": Kept("attention: keys, rotated; before their norm where they have one", kernels=True),
         "attention_v": Kept("attention: values", kernels=True),
@@ -78,7 +90,7 @@ class Attention:
             "attention: output before the gate, and log-sum-exp, from which its backward starts", kernels=True
         ),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -123,7 +135,7 @@ class Attention:
     def resolved(self, d_model: int) -> "Attention":
         """With the number of key/value heads and the scale; without qk_norm its options are those of none, eps 1."""
         scale = self.d_head**-0.5 if self.scale is None else self.scale
-        norm = {"qk_norm_rotated": self.qk_norm_rotated and self.rope is not None}
+        norm: dict[str, Any] = {"qk_norm_rotated": self.qk_norm_rotated and self.rope is not None}
         if not self.qk_norm:
             norm = {"qk_norm_eps": 1.0, "qk_norm_over": "head", "qk_norm_offset": 0.0, "qk_norm_rotated": False}
         return replace(self, n_kv_heads=self.kv_heads, scale=scale, **norm)
@@ -158,12 +170,12 @@ class AttentionMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         d_out: int | None = None,
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
         d_out: width of the output (None: d_model)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, K, P = d_model, config.n_heads, config.kv_heads, config.d_head
         d_out = d_model if d_out is None else d_out
         query, key = ("heads", "d_head"), ("kv_heads", "d_head")
@@ -212,7 +224,12 @@ class AttentionMixer(nnx.Module):
         ids, positions, places = stand(x_BTD, tokens, self.config.window)
         q, k, _, _ = self._project(x_BTD, positions, added)
         c, sinks = self.config, None if self.sinks is None else self.sinks[...]
-        options = {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
+        options: dict[str, Any] = {
+            "window": c.window,
+            "scale": c.scale,
+            "softcap": c.softcap,
+            "causal": c.direction == LEFT_TO_RIGHT,
+        }
         return inspection.attention(q, k, sinks, ids, places, every=every, **options)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
@@ -248,8 +265,8 @@ class AttentionMixer(nnx.Module):
         k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
         q = self._placed(q, self.q_norm, positions_BT, "attention_q")
         k = self._placed(k, self.k_norm, positions_BT, "attention_k")
-        gate = checkpoint_name(gate[0], "attention_gate") if gate else None
-        return q, k, checkpoint_name(v, "attention_v"), gate
+        kept = checkpoint_name(gate[0], "attention_gate") if gate else None
+        return q, k, checkpoint_name(v, "attention_v"), kept
 
     def _placed(self, heads: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array, name: str) -> jax.Array:
         """Queries or keys, normed and rotated; what a backward pass starts from has the name."""
@@ -268,7 +285,12 @@ class AttentionMixer(nnx.Module):
     def _attend(self, q, k, v, gate, **places) -> jax.Array:
         """The attention op; places: where queries and keys stand, as `ops.attention` takes it."""
         c, sinks = self.config, None if self.sinks is None else self.sinks[...]
-        options = {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
+        options: dict[str, Any] = {
+            "window": c.window,
+            "scale": c.scale,
+            "softcap": c.softcap,
+            "causal": c.direction == LEFT_TO_RIGHT,
+        }
         return checkpoint_name(ops.attention(q, k, v, gate, sinks, **places, **options), "attention_out")
 
     @jax.named_scope("output")

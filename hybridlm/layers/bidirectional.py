@@ -4,21 +4,25 @@
 Axis letters: B batch, T tokens, D model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
 from hybridlm.layers.block import (
     Block,
+    Kept,
     Make,
     Output,
+    Statistic,
     Tokens,
     inspect,
-    on_arrays,
+    of_parts,
     passes,
     refuse_cache,
     sees_ahead,
@@ -38,9 +42,9 @@ class Bidirectional:
     tied: Literal["projections", "all", "none"] = "projections"
     """What both directions have in common: the matrices from and to the model width (Caduceus), all, or nothing."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {}
-    STATISTICS: ClassVar = {}
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
     direction = "bidirectional"
 
@@ -60,7 +64,7 @@ class Bidirectional:
 
     def build(self, d_model: int, make: Make) -> "BidirectionalMixer":
         """The mixer of one sublayer."""
-        return BidirectionalMixer(self, d_model, make)
+        return make.whole(BidirectionalMixer, self, d_model)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """Those of the mixer."""
@@ -79,12 +83,24 @@ class BidirectionalMixer(nnx.Module):
     """The mixer of one direction, and of the other one what it has of its own, under the same names."""
 
     cache_grows = False
-    __call__ = on_arrays
+    __call__ = of_parts
     init_cache = extend = staticmethod(refuse_cache)
 
-    def __init__(self, config: Bidirectional, d_model: int, make: Make):
-        """make: what every mixer is made with; the mixer of the other direction is drawn after this one."""
-        self.config = config
+    def __init__(
+        self,
+        config: Bidirectional,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: DTypeLike = "bfloat16",
+        norm_eps: float = 1e-5,
+        layer: tuple = (0, 1),
+    ):
+        """The options are those of `Make`; the mixer of the other direction is drawn after this one."""
+        make = Make(rngs, init_std, out_std, dtype, norm_eps, layer)
+        self.config, self.d_model = config, d_model
         self.ahead = config.mixer.build(d_model, make)
         if config.tied == "all":
             self.back = None
@@ -112,7 +128,7 @@ class BidirectionalMixer(nnx.Module):
         return nnx.merge(graphdef, state if self.back is None else nnx.merge_state(state, nnx.state(self.back)))
 
 
-def _reversed(x: jax.Array | None) -> jax.Array | None:
+def _reversed(x: Any) -> Any:
     """Rows from their ends: documents in turn, each from its end."""
     return None if x is None else jnp.flip(x, axis=1)
 
@@ -138,5 +154,5 @@ def _nested(leaves: dict[tuple, nnx.Param]) -> nnx.Dict:
         for part in module:
             inside = inside.setdefault(part, {})
         inside[name] = leaf
-    as_module = lambda tree: nnx.Dict({k: as_module(v) if isinstance(v, dict) else v for k, v in tree.items()})
+    as_module: Any = lambda tree: nnx.Dict({k: as_module(v) if isinstance(v, dict) else v for k, v in tree.items()})
     return as_module(made)

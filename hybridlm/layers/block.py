@@ -2,7 +2,7 @@
 """The contract of a block, all that the rest of the project asks of what a pattern symbol stands for.
 
 A block is a frozen dataclass; `build` makes its mixer, an `nnx.Module`. Write both in a file of `hybridlm/layers`, name
-the block in `layers.mixers.MIXERS`, and it trains, resumes, shards, counts its FLOPs, decodes through its cache and
+the block in `layers.mixers.AnyMixer`, and it trains, resumes, shards, counts its FLOPs, decodes through its cache and
 takes part in the property suite. Without that last step it does so too in a config file of one's own; only the command
 line and stored configs know blocks by name. `tests/model/test_a_new_block.py` is a complete example.
 
@@ -11,14 +11,17 @@ Axis letters: B batch, T tokens, D model.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybridlm.errors import ConfigError
+from pallas_kernels.checks import AnyArray, check_float, check_segment_ids, check_shape
 
-LEFT_TO_RIGHT = "left_to_right"
+LEFT_TO_RIGHT: Literal["left_to_right"] = "left_to_right"
 """The direction of a block that says nothing of it."""
 Direction = Literal["left_to_right", "bidirectional"]
 """Whether a token sees the tokens before it in its document, or all of them."""
@@ -57,7 +60,7 @@ class Tokens:
     """int32 [B, T], for rotations; None: the index within the document."""
     embedded_BTD: jax.Array | None = None
     """The model's embedded tokens; None outside a model."""
-    shared: nnx.Module | None = None
+    shared: Any = None
     """What the depths of the block's symbol share, as `build_shared` made it; None for other blocks."""
     gaps: bool = field(default=True, metadata={"static": True})
     """False promises that padding stands behind all tokens of a row, or in front of all, and that no id comes back:
@@ -85,7 +88,7 @@ class Make:
     """Standard deviation of its matrices."""
     out_std: float | None = None
     """That of the last ones, whose results are added to the residual stream; None: init_std."""
-    dtype: str = "bfloat16"
+    dtype: DTypeLike = "bfloat16"
     """Type of activations and of matrices at use; parameters are float32."""
     norm_eps: float = 1e-5
     """Added to the mean square in norms of the residual stream."""
@@ -99,12 +102,17 @@ class Make:
             block, d_model, rngs=self.rngs, init_std=self.init_std, out_std=self.out_std, dtype=self.dtype, **more
         )
 
+    def whole(self, kind: type, block: Any, d_model: int) -> Any:
+        """The same of a mixer that makes others, which may need all of the options."""
+        return self.mixer(kind, block, d_model, norm_eps=self.norm_eps, layer=self.layer)
+
 
 class Mixer(Protocol):
     """The module that a block configures. `__call__ = on_arrays` makes it callable on plain arrays."""
 
-    cache_grows: bool
-    """Whether the cache grows with the number of tokens; a property where it depends on the config."""
+    @property
+    def cache_grows(self) -> bool:
+        """Whether the cache grows with the number of tokens; a plain value where it does not depend on the config."""
 
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         """The mixer of the normed residual stream, in parallel over tokens. Padding changes nothing for real tokens,
@@ -152,14 +160,16 @@ class Block(Protocol):
     each depth.
     """
 
-    FREE: frozenset[str]
+    FREE: ClassVar[frozenset[str]]
     """Fields that change no result beyond rounding: a run may be resumed with others."""
-    KEPT: Mapping[str, Kept]
+    KEPT: ClassVar[Mapping[str, Kept]]
     """The mixer's intermediates with a `checkpoint_name`, by that name."""
-    STATISTICS: Mapping[str, Statistic]
+    STATISTICS: ClassVar[Mapping[str, Statistic]]
     """What the mixer reports, by its key in `Output.stats`."""
-    MIXES_TOKENS: bool
-    """False where every token is by itself, as in an MLP; the remat policy `mixer` recomputes the others alone."""
+
+    @property
+    def MIXES_TOKENS(self) -> bool:
+        """False where every token is by itself, as in an MLP; the remat policy `mixer` recomputes the others alone."""
 
     def check(self, d_model: int) -> None:
         """ConfigError, naming the field, its value and the limit, where the mixer cannot be built at this width."""
@@ -181,7 +191,9 @@ class Block(Protocol):
 class Link(Protocol):
     """What a depth adds to its mixer's input, before the norm, from what the depths of its symbol share."""
 
-    cache_grows: bool
+    @property
+    def cache_grows(self) -> bool:
+        """Whether the cache grows with the number of tokens."""
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
         """[B, T, D], of the residual stream, `tokens.shared` and `tokens.embedded_BTD`."""
@@ -195,15 +207,51 @@ class Link(Protocol):
         """As of a mixer; tokens: as in `__call__`."""
 
 
-def on_arrays(mixer: Mixer, x_BTD: jax.Array, segment_ids=None, positions=None, added=None):
-    """[B, T, D] -> [B, T, D] in `dtype`, or (that, statistics) of a mixer that has some: `__call__` of every mixer.
+def on_arrays(
+    mixer: Any,
+    x_BTD: AnyArray,
+    segment_ids: AnyArray | None = None,
+    positions: AnyArray | None = None,
+    added: Any = None,
+) -> jax.Array:
+    """[B, T, D] -> [B, T, D] in `dtype`: `__call__` of every mixer; (that, statistics) of one that has some, which
+    says so to type checkers by `reporting` or `of_parts` in the place of this.
 
-    segment_ids: int32 [B, T]; a change of id between real tokens starts a document, 0 is padding, anywhere; None: one
-    document a row. positions: int32 [B, T], for rotations; None: the index within the document. added: see the mixers
-    whose `mix` takes it.
+    x_BTD: floating point, an array of JAX or NumPy. segment_ids: int32 [B, T]; a change of id between real tokens
+    starts a document, 0 is padding, anywhere; None: one document a row. positions: int32 [B, T], for rotations; None:
+    the index within the document. added: see the mixers whose `mix` takes it.
+    Raises ValueError for a wrong shape and TypeError for a wrong type or no array, naming the argument.
     """
+    return of_parts(mixer, x_BTD, segment_ids, positions, added)
+
+
+def reporting(
+    mixer: Any,
+    x_BTD: AnyArray,
+    segment_ids: AnyArray | None = None,
+    positions: AnyArray | None = None,
+    added: Any = None,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """`on_arrays` of a mixer that always has statistics."""
+    return of_parts(mixer, x_BTD, segment_ids, positions, added)
+
+
+def of_parts(
+    mixer: Any,
+    x_BTD: Any,
+    segment_ids: AnyArray | None = None,
+    positions: AnyArray | None = None,
+    added: Any = None,
+) -> Any:
+    """`on_arrays` of a mixer that has statistics where one of its parts has some."""
+    check_shape("x_BTD", x_BTD, (None, None, getattr(mixer, "d_model", None)), "batch, tokens, d_model of the mixer")
+    check_float("x_BTD", x_BTD)
+    ids, places = (
+        None if array is None else check_segment_ids(name, array, x_BTD.shape[:2], "batch, tokens of x_BTD")
+        for name, array in (("segment_ids", segment_ids), ("positions", positions))
+    )
     more = {} if added is None else {"added": added}
-    y_BTD, stats = mixer.mix(x_BTD, Tokens(segment_ids, positions), **more)
+    y_BTD, stats = mixer.mix(jnp.asarray(x_BTD), Tokens(ids, places), **more)
     return (y_BTD, stats) if stats else y_BTD
 
 

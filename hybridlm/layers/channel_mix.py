@@ -5,19 +5,21 @@ arXiv:2503.14456): squared ReLU of each token mixed with the one before it.
 Axis letters: B batch, T tokens, D model, F feed-forward.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import params, recurrent, token_shift
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ class ChannelMix:
     gate: bool = False
     """The receptance, of RWKV-4 to 6: a gate for each channel of the model, from its own mix."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "channel_in": Kept("channel mix: result of the first product", kernels=True),
         "channel_hidden": Kept("channel mix: input of the last product"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -77,7 +79,7 @@ class ChannelMixMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the first matrices and of the last (None: init_std).
@@ -86,7 +88,7 @@ class ChannelMixMixer(nnx.Module):
         D, F, power = d_model, config.d_ff, 3 if config.gate else 4  # as published of RWKV-6 and of RWKV-7
         share = params.by_layer(layer, lambda index, count: token_shift.ramp(D, (1 - index / count) ** power))
         self.share_in = params.make(share, ("d_model",), "recurrence")
-        self.share_gate = params.make(share, ("d_model",), "recurrence") if config.gate else None
+        self.share_gate: Any = params.make(share, ("d_model",), "recurrence") if config.gate else None
         self.w_in = params.matrix(rngs, (D, F), ("d_model", "d_ff"), init_std)
         self.w_gate = params.matrix(rngs, (D, D), ("d_model", None), init_std) if config.gate else None
         self.w_out = params.matrix(rngs, (F, D), ("d_ff", "d_model"), init_std if out_std is None else out_std)

@@ -5,13 +5,15 @@ Axis letters: B batch, T tokens, D model, H query heads, K key/value heads, P he
 each channel, U taps of that within a head, c now and before.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
@@ -19,7 +21,7 @@ from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import attention, inspection, ops, params
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import mean_visible
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 from hybridlm.layers.rope import Rope, rotate
 
 NORM_EPS = 2.0**-23
@@ -47,8 +49,8 @@ class ConvolvedAttention:
     bias: bool = False
     """Bias of the projections; the convolutions always have one."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "attention_in": Kept("convolved attention: projections, before the convolutions", kernels=True),
         "attention_q": Kept("convolved attention: queries, normed and rotated", kernels=True),
         "attention_k": Kept("convolved attention: keys, normed and rotated", kernels=True),
@@ -58,7 +60,7 @@ class ConvolvedAttention:
             "convolved attention: log-sum-exp, and output, from which its backward starts", kernels=True
         ),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -111,11 +113,11 @@ class ConvolvedAttentionMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
         Convolutions start uniform up to +-1 / sqrt(fan-in)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, K, P, bias = d_model, config.n_heads, config.n_kv_heads, config.d_head, config.bias
         query, key, late = ("heads", "d_head"), ("kv_heads", "d_head"), K * P // 2
         self.w_q = params.matrix(rngs, (D, H, P), ("d_model", *query), init_std)
@@ -182,7 +184,7 @@ class ConvolvedAttentionMixer(nnx.Module):
         new |= {name: caches.write(cache[name], layer, a) for name, a in windows.items()}
         return self._output(self._attend(q, k, v, **places)), new
 
-    def _project(self, x_BTD, positions_BT, tokens: Tokens, old: dict | None) -> tuple[jax.Array, ...]:
+    def _project(self, x_BTD, positions_BT, tokens: Tokens, old: dict | None) -> tuple[Any, Any, Any, dict]:
         """Queries [B, T, H, P], keys and values [B, T, K, P], and from the cache's windows `old` the new ones."""
         with jax.named_scope("project"):
             pairs = (self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, None)

@@ -6,6 +6,7 @@ Axis letters: B batch, T tokens, D model, R router state, E choices (the experts
 feed-forward.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -14,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, reporting
 from hybridlm.layers.experts import routed_per_device
 from hybridlm.layers.mlp import ACTIVATIONS, GATED
 from hybridlm.layers.moe import STATISTICS, Router, inspected, route, statistics
@@ -51,12 +53,12 @@ class DepthMoE:
     capacity: float | None = None
     """As in MoE."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "moe_logits": Kept("MoE by depth: router logits", kernels=True),
         "moe_routed": Kept("MoE by depth: output of the experts, weighed and added up", kernels=True),
     }
-    STATISTICS: ClassVar = STATISTICS
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = STATISTICS
     MIXES_TOKENS = False
 
     def __post_init__(self):
@@ -98,7 +100,7 @@ class DepthMoEFeedForward(nnx.Module):
     + scale * (r of the depth before). The router is computed in float32."""
 
     cache_grows = False
-    __call__ = on_arrays
+    __call__ = reporting
 
     def __init__(
         self,
@@ -108,10 +110,10 @@ class DepthMoEFeedForward(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the first matrices and of the last (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, E, F, R = d_model, config.n_experts, config.d_ff, config.d_router
         exact = partial(params.matrix, rngs, std=init_std, exact=True)
         self.router_in = exact((D, R), ("d_model", None))

@@ -73,7 +73,7 @@ def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
     experts_Mk: int32; numbers that are no expert's (E and above) give zeros. apply(rows, sizes): the experts' outputs
     for rows sorted by expert, sizes[e] of them expert e's (see `feed_forward`).
     """
-    source_A, place_A, sizes_E = sort_by_expert(experts_Mk.reshape(-1), apply.n_experts)
+    source_A, place_A, sizes_E = sort_by_expert(experts_Mk.reshape(-1), vars(apply)["n_experts"])
     rows_AD = spread(x_MD, source_A, place_A, experts_Mk.shape[1])
     y_AD = collect(apply(rows_AD, sizes_E), source_A, place_A)
     return combine(y_AD, weights_Mk)
@@ -116,7 +116,7 @@ def feed_forward(w_in, w_out_EFD, activation: Callable) -> Callable:
         h_RF = activation(h[:, 0]) * h[:, 1] if h.ndim == 3 else activation(h)
         return grouped_dot(h_RF, w_out_EFD, sizes_E)
 
-    apply.n_experts = w_out_EFD.shape[0]
+    vars(apply)["n_experts"] = w_out_EFD.shape[0]
     return apply
 
 

@@ -4,18 +4,20 @@
 Axis letters: B batch, T tokens, D model, F inner width, W convolution window.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ class GatedConv:
     bias: bool = False
     """Bias of the projections and of the convolution."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "gated_conv_in": Kept("gated convolution: both gates and the input, before the convolution", kernels=True),
         "gated_conv_out": Kept("gated convolution: input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -77,10 +79,10 @@ class GatedConvMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, F, W, bias = d_model, config.d_inner or d_model, config.d_conv, config.bias
         out_std = init_std if out_std is None else out_std
         self.w_in = params.matrix(rngs, (D, 3, F), ("d_model", None, "d_inner"), init_std, fused_axes=(1,))

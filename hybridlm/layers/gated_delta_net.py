@@ -4,6 +4,7 @@
 Axis letters: B batch, T tokens, D model, H heads, P head width, G key heads, N key width, W convolution window.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import gated_rms_norm
 
@@ -52,8 +54,8 @@ class GatedDeltaNet:
     chunk: int | None = None
     """Chunk length of the rule; None: the op chooses. Results do not depend on it beyond rounding."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "delta_in": Kept("Gated DeltaNet: queries, keys, values and gate, before the convolutions", kernels=True),
         "delta_ba": Kept("Gated DeltaNet: step sizes of the rule and of the decay, before they are made", kernels=True),
         "delta_conv": Kept("Gated DeltaNet: queries, keys and values after convolution and activation"),
@@ -61,7 +63,7 @@ class GatedDeltaNet:
         "mamba_root": Kept("Gated DeltaNet: inverse root mean squares of the gated norm", kernels=True),
         "delta_norm": Kept("Gated DeltaNet: gated and normed input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -146,8 +148,9 @@ def run_rule(mixer, qkv: list, beta_BTH, g, tokens: Tokens, old: dict | None) ->
             )  # fmt: skip
             convolved.append(checkpoint_name(y, "delta_conv"))
     with jax.named_scope("rule"):
+        q, k, v = convolved
         y_BTHP, new["state"] = ops.gated_delta_rule(
-            *convolved, beta_BTH, g, segment_ids=tokens.segment_ids, initial_state=before.get("state"),
+            q, k, v, beta_BTH, g, segment_ids=tokens.segment_ids, initial_state=before.get("state"),
             chunk=mixer.config.chunk,
         )  # fmt: skip
         return checkpoint_name(y_BTHP, "delta_rule"), new
@@ -216,10 +219,10 @@ class GatedDeltaNetMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, P, G, N, W = d_model, config.n_heads, config.d_head, config.key_heads, config.d_key, config.d_conv
         out_std = init_std if out_std is None else out_std
         heads, keys, values = ("heads",), ("groups", "d_state"), ("heads", "d_head")

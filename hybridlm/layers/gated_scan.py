@@ -5,19 +5,21 @@ Needed?", arXiv:2410.01201), HGRN (Qin et al. 2023, arXiv:2311.04823).
 Axis letters: B batch, T tokens, D model, F channels, W convolution window.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.linear_attention import first_bound
 from hybridlm.layers.norm import gated_rms_norm
 
@@ -45,14 +47,14 @@ class GatedScan:
     norm_eps: float = 1e-5
     """Added to the mean square in the norm of HGRN."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "scan_in": Kept("gated scan: results of the projections", kernels=True),
         "scan_h": Kept("gated scan: what the recurrence gives", kernels=True),
         "mamba_root": Kept("gated norm: reciprocal root mean squares, one number a token and group", kernels=True),
         "scan_out": Kept("gated scan: input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -104,14 +106,16 @@ class GatedScanMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
         layer: as of `Make`."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, F, n_parts, W = d_model, config.inner(d_model), len(PARTS[config.cell]), config.d_conv
         draw = None if W is None else params.uniforms(rngs, (D, W + 1))[0]
+        self.conv: Any
+        self.conv_bias: Any
         self.conv, self.conv_bias = (None, None) if draw is None else short_conv.make(draw, (None,), True)
         self.w_in = params.matrix(rngs, (D, n_parts, F), ("d_model", None, "d_inner"), init_std, fused_axes=(1,))
         hgrn = config.cell == "hgrn"

@@ -5,20 +5,22 @@ Axis letters: B batch, T tokens, S tokens of a cache, D model, C channels, W win
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params, short_conv
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 from hybridlm.layers.long_filter import AnyFilter, ImplicitFilter
 
 
@@ -39,13 +41,13 @@ class Hyena:
     proj_bias: bool = True
     """Bias of the input and output projections."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "hyena_in": Kept("Hyena: x0, x1 and v, before the short convolution", kernels=True),
         "hyena_gated": Kept("Hyena: input of the long convolution"),
         "hyena_conv": Kept("Hyena: output of the long convolution", kernels=True),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -94,10 +96,10 @@ class HyenaMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, C, W, bias = d_model, d_model, config.d_conv, config.proj_bias
         channels = (None, "d_inner")
         self.w_in = params.matrix(rngs, (D, 3, C), ("d_model", *channels), init_std, fused_axes=(1,))
@@ -134,7 +136,8 @@ class HyenaMixer(nnx.Module):
         batch, n_tokens, _ = x_BTD.shape
         ids = None if real_BT is None else real_BT.astype(jnp.int32)
         real_BT = jnp.ones((batch, n_tokens), bool) if real_BT is None else real_BT
-        window, xv_BTcC = caches.read(cache["conv"], layer), self._project(x_BTD)
+        window: Any = caches.read(cache["conv"], layer)
+        xv_BTcC = self._project(x_BTD)
         with jax.named_scope("convolve"):
             if n_tokens == 1:
                 xv_BcC, new = short_conv.step(xv_BTcC, self.conv, self.conv_bias, None, window)

@@ -4,6 +4,7 @@
 Axis letters: B batch, T tokens, D model, H heads, P head width, N key width, W convolution window, R low rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.gated_delta_net import (
     check_sizes,
     delta_flops,
@@ -64,8 +66,8 @@ class KimiDelta:
     chunk: int | None = None
     """Chunk length of the rule; None: the op chooses. Results do not depend on it beyond rounding."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "delta_in": Kept("Kimi Delta: queries, keys and values, before the convolutions", kernels=True),
         "delta_ba": Kept("Kimi Delta: step sizes, decays and gate, before their activations", kernels=True),
         "delta_conv": Kept("Kimi Delta: queries, keys and values after convolution and activation"),
@@ -73,7 +75,7 @@ class KimiDelta:
         "mamba_root": Kept("Kimi Delta: inverse root mean squares of the gated norm", kernels=True),
         "delta_norm": Kept("Kimi Delta: gated and normed input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -112,6 +114,11 @@ class KimiDeltaMixer(nnx.Module):
     step sizes sigmoid(b) and log decays -exp(A_log) softplus(f + dt_bias), or lower_bound sigmoid(exp(A_log) (f +
     dt_bias)); RMS norm of each head, times sigmoid(z); projection."""
 
+    in_decay: nnx.Param | None
+    in_gate: nnx.Param | None
+    decay: nnx.Param
+    gate: nnx.Param
+
     cache_grows = False
     __call__ = on_arrays
     mix, extend = recurrent.mix, recurrent.extend
@@ -124,10 +131,10 @@ class KimiDeltaMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, P, N, W = d_model, config.n_heads, config.d_head, config.d_key, config.d_conv
         out_std = init_std if out_std is None else out_std
         keys, values = ("heads", "d_state"), ("heads", "d_head")
@@ -136,9 +143,9 @@ class KimiDeltaMixer(nnx.Module):
         self.in_v = params.matrix(rngs, (D, H, P), ("d_model", *values), init_std)
         self.in_b = params.matrix(rngs, (D, H), ("d_model", "heads"), init_std)
         for name, width, axes, rank in (("decay", N, keys, config.decay_rank), ("gate", P, values, config.gate_rank)):
-            low = None if rank is None else params.matrix(rngs, (D, rank), ("d_model", None), init_std)
+            down = None if rank is None else params.matrix(rngs, (D, rank), ("d_model", None), init_std)
             first = (D, "d_model") if rank is None else (rank, None)
-            setattr(self, f"in_{name}", low)
+            setattr(self, f"in_{name}", down)
             setattr(self, name, params.matrix(rngs, (first[0], H, width), (first[1], *axes), init_std))
         draw_q, draw_k, draw_v = params.uniforms(rngs, (H, N, W + 1), (H, N, W + 1), (H, P, W + 1))
         self.conv_q, _ = short_conv.make(draw_q, keys, bias=False)

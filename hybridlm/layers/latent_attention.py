@@ -5,13 +5,15 @@ Axis letters: B batch, T tokens, S keys, D model, H heads, N key width without r
 width, R latent width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
@@ -19,7 +21,7 @@ from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params
 from hybridlm.layers.attention import mean_visible, stand
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import RMSNorm
 from hybridlm.layers.rope import Rope, rotate
 
@@ -51,8 +53,8 @@ class LatentAttention:
     bias: bool = False
     """Bias of the projections to the latents and of the output projection."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "latent_q": Kept("latent attention: queries, rotated", kernels=True),
         "latent_kv": Kept("latent attention: normed latent and rotated shared keys", kernels=True),
         "attention_gate": Kept("latent attention: pre-activation of the output gate", kernels=True),
@@ -61,7 +63,7 @@ class LatentAttention:
             "latent attention: output before the gate, and log-sum-exp, from which its backward starts", kernels=True
         ),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -116,16 +118,16 @@ class LatentAttentionMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, N, P, V, R = d_model, config.n_heads, config.d_nope, config.d_rope, config.d_value, config.kv_rank
         heads, low, rank = ("d_model", "heads", "d_head"), ("d_model", None), config.q_rank
         self.w_q = params.matrix(rngs, (D, H, N + P), heads, init_std) if rank is None else None
         self.in_q = None if rank is None else params.matrix(rngs, (D, rank), low, init_std)
         self.in_q_bias = params.zeros((rank,), (None,), "bias") if rank and config.bias else None
-        self.q_norm = None if rank is None else RMSNorm(rank, config.norm_eps, axis=None)
+        self.q_norm: Any = None if rank is None else RMSNorm(rank, config.norm_eps, axis=None)
         self.up_q = None if rank is None else params.matrix(rngs, (rank, H, N + P), heads, init_std)
         self.in_kv = params.matrix(rngs, (D, R + P), low, init_std)
         self.in_kv_bias = params.zeros((R + P,), (None,), "bias") if config.bias else None
@@ -148,7 +150,7 @@ class LatentAttentionMixer(nnx.Module):
         """Entropy of the attention, and its share on the first token; see `inspection.attention`."""
         ids, positions, _ = stand(x_BTD, tokens, None)
         q_BTHX, latent_BTX, _ = self._project(x_BTD, positions)
-        options = {"window": None, "scale": self._scale, "softcap": None}
+        options: dict[str, Any] = {"window": None, "scale": self._scale, "softcap": None}
         return inspection.attention(q_BTHX, self._expand(latent_BTX)[0], None, ids, None, **options)
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:

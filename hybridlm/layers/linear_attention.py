@@ -8,20 +8,22 @@ et al. 2024 (arXiv:2402.18668); HGRN2, Qin et al. 2024 (arXiv:2404.07904). docs/
 Axis letters: B batch, T tokens, D model, H heads, N key width, P value width, R low rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.norm import GATES, gated_rms_norm, rms_normalise
 from hybridlm.layers.rope import Rope, rotate
@@ -120,8 +122,8 @@ class LinearAttention:
     chunk: int | None = None
     """Tokens a chunk of the op; None: as it chooses."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "linear_q": Kept("linear attention: queries, before features and rotation", kernels=True),
         "linear_k": Kept("linear attention: keys, or what the forget gate is made of", kernels=True),
         "linear_v": Kept("linear attention: values before their activation", kernels=True),
@@ -131,7 +133,7 @@ class LinearAttention:
         "mamba_root": Kept("gated norm: reciprocal root mean squares, one number a token and group", kernels=True),
         "linear_norm": Kept("linear attention: normed and gated input of the output projection"),
     }  # fmt: skip
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -201,12 +203,12 @@ class LinearAttentionMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
         layer: as of `Make`."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, N, P = d_model, config.n_heads, config.d_key, config.d_head
         key, value = ("heads", "d_head"), ("heads", "d_head")
         self.w_q = params.matrix(rngs, (D, H, N), ("d_model", *key), init_std)
@@ -216,6 +218,8 @@ class LinearAttentionMixer(nnx.Module):
         self.w_gate = params.matrix(rngs, (D, H, P), ("d_model", *value), init_std) if gated else None
         of_decay = decay_parameters(config, D, rngs, init_std, layer)
         self.w_decay, self.w_decay_up = of_decay.get("w_decay"), of_decay.get("w_decay_up")
+        self.decay_bias: Any
+        self.slopes: Any
         self.decay_bias, self.slopes = of_decay.get("decay_bias"), of_decay.get("slopes")
         self.lower_bound = of_decay.get("lower_bound")
         shape = {"head": (P,), "channel": (H, P), None: None}[config.norm.weight if config.norm else None]

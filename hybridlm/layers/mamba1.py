@@ -6,19 +6,21 @@ window, R rank of dt.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import RMSNorm, rms_normalise
 
@@ -72,15 +74,15 @@ class Mamba1:
     chunk: int | None = None
     """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "mamba1_xz": Kept("Mamba-1: inner input and gate, before the convolution", kernels=True),
         "mamba1_conv": Kept("Mamba-1: inner input after convolution and activation"),
         "mamba1_low": Kept("Mamba-1: low-rank dt, B and C, before norms", kernels=True),
         "mamba1_scan": Kept("Mamba-1: output of the selective scan", kernels=True),
         "mamba1_gated": Kept("Mamba-1: input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -147,10 +149,10 @@ class Mamba1Mixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, N, R, W = d_model, config.n_heads, config.d_state, config.rank(d_model), config.d_conv
         P, bias = config.inner(d_model) // H, config.proj_bias
         channels = self._channels
@@ -167,10 +169,8 @@ class Mamba1Mixer(nnx.Module):
         self.A_log = params.make(A_log, (*channels, None), "recurrence")
         self.D = params.ones((H, P), channels, "recurrence")
         norm = config.inner_norm
-        learned = norm is not None and norm.learned
-        self.dt_norm = RMSNorm(R, norm.eps, axis=None) if learned else None
-        self.B_norm = RMSNorm(N, norm.eps, axis=None) if learned else None
-        self.C_norm = RMSNorm(N, norm.eps, axis=None) if learned else None
+        scales = [RMSNorm(n, norm.eps, axis=None) if norm is not None and norm.learned else None for n in (R, N, N)]
+        self.dt_norm, self.B_norm, self.C_norm = scales
         out_std = init_std if out_std is None else out_std
         self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), out_std, n_in=2)
         self.out_bias = params.zeros((D,), ("d_model",), "bias") if bias else None
@@ -245,7 +245,8 @@ class Mamba1Mixer(nnx.Module):
         low = checkpoint_name(sharding.constrain(low, "batch", "tokens", self._channels[0], None), "mamba1_low")
         parts = jnp.split(low, [rank, rank + n_state], axis=-1)
         if norm is not None and norm.learned:
-            parts = [weigh(a) for weigh, a in zip((self.dt_norm, self.B_norm, self.C_norm), parts, strict=True)]
+            norms: tuple[Any, ...] = (self.dt_norm, self.B_norm, self.C_norm)
+            parts = [weigh(a) for weigh, a in zip(norms, parts, strict=True)]
         elif norm is not None:
             parts = [rms_normalise(a, norm.eps).astype(a.dtype) for a in parts]
         low_BTHR, B_BTHN, C_BTHN = parts

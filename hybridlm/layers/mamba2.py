@@ -5,19 +5,21 @@ Axis letters: B batch, T tokens, D model, H heads, P head width, G state groups,
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
 
 
@@ -79,8 +81,8 @@ class Mamba2:
     chunk: int | None = None
     """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "mamba_zx": Kept("Mamba-2: gate and inner input, before the convolution", kernels=True),
         "mamba_BC": Kept("Mamba-2: B and C, before the convolution", kernels=True),
         "mamba_dt": Kept("Mamba-2: step sizes, before bias and softplus", kernels=True),
@@ -94,7 +96,7 @@ class Mamba2:
         ),
         "mamba_norm": Kept("Mamba-2: gated and normed input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -195,10 +197,10 @@ class Mamba2Mixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, P, G, N, W = d_model, config.heads(d_model), config.d_head, config.n_groups, config.d_state, config.d_conv
         out_std = init_std if out_std is None else out_std
         heads, channels, BC = ("heads",), ("heads", "d_head"), (None, "groups", "d_state")
@@ -206,9 +208,9 @@ class Mamba2Mixer(nnx.Module):
         self.in_BC = params.matrix(rngs, (D, 2, G, N), ("d_model", *BC), init_std, fused_axes=(1,))
         self.in_dt = params.matrix(rngs, (D, H), ("d_model", *heads), init_std)
         bias = config.proj_bias
-        self.in_zx_bias = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
-        self.in_BC_bias = params.zeros((2, G, N), BC, "bias") if bias else None
-        self.in_dt_bias = params.zeros((H,), heads, "bias") if bias else None
+        self.in_zx_bias: Any = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
+        self.in_BC_bias: Any = params.zeros((2, G, N), BC, "bias") if bias else None
+        self.in_dt_bias: Any = params.zeros((H,), heads, "bias") if bias else None
         draw_x, draw_BC = params.uniforms(rngs, (H, P, W + 1), (2, G, N, W + 1))
         self.conv_x, self.conv_x_bias = short_conv.make(draw_x, channels, config.conv_bias)
         self.conv_BC, self.conv_BC_bias = short_conv.make(draw_BC, BC, config.conv_bias)
@@ -219,7 +221,7 @@ class Mamba2Mixer(nnx.Module):
         )
         per_D = 2 if config.per_channel_D else 1
         self.D = params.ones((H, P)[:per_D], channels[:per_D], "recurrence")
-        self.norm = params.ones((H, P), channels, "norm") if config.gated_norm is not None else None
+        self.norm: Any = params.ones((H, P), channels, "norm") if config.gated_norm is not None else None
         self.out = params.matrix(rngs, (H, P, D), (*channels, "d_model"), out_std, n_in=2)
         out_bias = config.proj_bias if config.out_bias is None else config.out_bias
         self.out_bias = params.zeros((D,), ("d_model",), "bias") if out_bias else None
@@ -244,7 +246,7 @@ class Mamba2Mixer(nnx.Module):
         }
 
     @property
-    def _convolutions(self) -> dict[str, tuple]:
+    def _convolutions(self) -> dict[str, tuple[nnx.Param, nnx.Param | None]]:
         """Weight and bias of the convolution over x and of that over B and C, by the name of their window."""
         return {"conv_x": (self.conv_x, self.conv_x_bias), "conv_BC": (self.conv_BC, self.conv_BC_bias)}
 
@@ -330,7 +332,18 @@ class Mamba2Mixer(nnx.Module):
             return params.leave(y_BTHP, self.out, self.out_bias)
 
 
-def init_dt_bias(uniform_H: jax.Array, config: Mamba2) -> jax.Array:
+class StepSizes(Protocol):
+    """What a block says of its step sizes at the start; see Mamba2."""
+
+    @property
+    def dt_min(self) -> float: ...
+    @property
+    def dt_max(self) -> float: ...
+    @property
+    def dt_init_floor(self) -> float: ...
+
+
+def init_dt_bias(uniform_H: jax.Array, config: StepSizes) -> jax.Array:
     """Inverse softplus of step sizes drawn log-uniformly from [dt_min, dt_max], at least dt_init_floor."""
     low, high = math.log(config.dt_min), math.log(config.dt_max)
     dt_H = jnp.maximum(jnp.exp(low + uniform_H * (high - low)), config.dt_init_floor)

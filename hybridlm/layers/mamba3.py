@@ -5,19 +5,21 @@ Axis letters: B batch, T tokens, D model, H heads, P head width, G state groups,
 outputs a head), S turned pairs of channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import RMSNorm
 from pallas_kernels.ops.mamba3.api import decay_rates
@@ -56,15 +58,15 @@ class Mamba3:
     chunk: int | None = None
     """Tokens a chunk of the op; None: as it chooses."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "mamba3_zx": Kept("Mamba-3: z and x", kernels=True),
         "mamba3_BC": Kept("Mamba-3: B and C before their norms", kernels=True),
         "mamba3_dt": Kept("Mamba-3: what dt, A and the trapezoid's share are made of", kernels=True),
         "mamba3_angles": Kept("Mamba-3: what angles are made of", kernels=True),
         "mamba3_scan": Kept("Mamba-3: the scan's output, gated", kernels=True),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -142,10 +144,10 @@ class Mamba3Mixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, P, G, N, R = d_model, config.heads(d_model), config.d_head, config.n_groups, config.d_state, config.rank
         heads, ranks, groups = ("heads", "d_head"), () if R is None else (R,), ("groups", "d_state")
         self.in_zx = params.matrix(rngs, (D, 2, H, P), ("d_model", None, *heads), init_std, fused_axes=(1,))
@@ -159,6 +161,9 @@ class Mamba3Mixer(nnx.Module):
         self.B_bias, self.C_bias = (params.ones((H, *ranks, N), bias_axes, "recurrence") for _ in range(2))
         self.D = params.ones((H,), ("heads",), "recurrence")
         mimo = lambda value: params.make(jnp.full((H, R, P), value), ("heads", None, "d_head"), "recurrence")
+        self.mimo_v: Any
+        self.mimo_z: Any
+        self.mimo_o: Any
         self.mimo_v, self.mimo_z, self.mimo_o = (mimo(v) for v in (1 / R, 1.0, 1 / R)) if R else (None,) * 3
         self.norm = params.ones((H, P), heads, "norm") if config.out_norm else None
         self.out = params.matrix(rngs, (H, P, D), (*heads, "d_model"), init_std if out_std is None else out_std, n_in=2)
@@ -184,7 +189,12 @@ class Mamba3Mixer(nnx.Module):
             dt, adt, trap = self._steps(dt_BTcH)
             B, C = self.B_norm(BC[:, :, 0]), self.C_norm(BC[:, :, 1])
         with jax.named_scope("scan"):
-            weights = {"q_bias": self.C_bias, "k_bias": self.B_bias, "D": self.D, "norm_weight": self.norm}
+            weights: dict[str, Any] = {
+                "q_bias": self.C_bias,
+                "k_bias": self.B_bias,
+                "D": self.D,
+                "norm_weight": self.norm,
+            }
             weights |= {"mimo_v": self.mimo_v, "mimo_z": self.mimo_z, "mimo_o": self.mimo_o}
             weights = {name: None if weight is None else weight[...] for name, weight in weights.items()}
             y_BTHP, new = ops.mamba3(
@@ -195,7 +205,7 @@ class Mamba3Mixer(nnx.Module):
             y_BTHP = checkpoint_name(y_BTHP, "mamba3_scan")
         with jax.named_scope("output"):
             y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", "heads", None)
-            return params.leave(y_BTHP, self.out), {} if old is None else new
+            return params.leave(y_BTHP, self.out), {} if old is None or new is None else new
 
     def _steps(self, dt_BTcH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Step sizes, log decays, and what the trapezoid's share is made of, [B, T, H] in float32."""

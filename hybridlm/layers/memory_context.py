@@ -5,22 +5,26 @@ over what a memory remembers at each of them.
 Axis letters: B batch, T tokens, D model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import (
     Block,
+    Kept,
     Make,
     Output,
+    Statistic,
     Tokens,
     inspect,
-    on_arrays,
+    of_parts,
     passes,
     sees_ahead,
     shares,
@@ -42,9 +46,9 @@ class MemoryAsContext:
     attention: Attention = Attention(window=1024)  # noqa: RUF009 (frozen)
     """Reads the tokens and what is remembered."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {}
-    STATISTICS: ClassVar = {}
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def parts(self) -> dict[str, Block]:
@@ -62,7 +66,7 @@ class MemoryAsContext:
 
     def build(self, d_model: int, make: Make) -> "MemoryAsContextMixer":
         """The mixer of one sublayer."""
-        return MemoryAsContextMixer(self, d_model, make)
+        return make.whole(MemoryAsContextMixer, self, d_model)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """Those of the parts."""
@@ -74,17 +78,30 @@ class MemoryAsContext:
 
     def resolved(self, d_model: int) -> "MemoryAsContext":
         """The parts resolved."""
-        return replace(self, **{name: part.resolved(d_model) for name, part in self.parts().items()})
+        resolved: dict[str, Any] = {name: part.resolved(d_model) for name, part in self.parts().items()}
+        return replace(self, **resolved)
 
 
 class MemoryAsContextMixer(nnx.Module):
     """A memory, and attention over its answers and the tokens in turn."""
 
-    __call__ = on_arrays
+    __call__ = of_parts
 
-    def __init__(self, config: MemoryAsContext, d_model: int, make: Make):
-        """make: what every mixer is made with."""
-        self.config = config
+    def __init__(
+        self,
+        config: MemoryAsContext,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: DTypeLike = "bfloat16",
+        norm_eps: float = 1e-5,
+        layer: tuple = (0, 1),
+    ):
+        """The options are those of `Make`."""
+        make = Make(rngs, init_std, out_std, dtype, norm_eps, layer)
+        self.config, self.d_model = config, d_model
         self.memory = config.memory.build(d_model, make)
         self.attention = config.attention.build(d_model, make)
 

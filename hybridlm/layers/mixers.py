@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixers: blocks that hold no other sequence mixer. A new one is its file and its name here."""
 
-from typing import Union
+from typing import get_args
 
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.channel_mix import ChannelMix
@@ -28,11 +28,11 @@ from hybridlm.layers.rwkv7 import Rwkv7
 from hybridlm.layers.slstm import SLSTM
 from hybridlm.layers.titans import Titans
 
-MIXERS = (
-    Mamba1, Mamba2, Attention, MLP, MoE, Mamba3, LinearAttention, GatedDeltaNet, KimiDelta, LatentAttention, GatedConv,
-    GatedScan, RGLRU, MLSTM, SLSTM, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7, ChannelMix, ConvolvedAttention, DepthMoE,
-    Hyena, Titans,
+AnyMixer = (
+    Mamba1 | Mamba2 | Attention | MLP | MoE | Mamba3 | LinearAttention | GatedDeltaNet | KimiDelta | LatentAttention
+    | GatedConv | GatedScan | RGLRU | MLSTM | SLSTM | Rwkv4 | Rwkv4Channel | Rwkv6 | Rwkv7 | ChannelMix
+    | ConvolvedAttention | DepthMoE | Hyena | Titans
 )  # fmt: skip
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
-AnyMixer = Union[MIXERS]  # noqa: UP007 (a tuple cannot be written with |)
-"""Their union, for annotations."""
+MIXERS: tuple[type[AnyMixer], ...] = get_args(AnyMixer)
+"""Their classes."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward sublayers: SwiGLU (Shazeer 2020), GELU, squared ReLU (So et al. 2021)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import params
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class MLP:
     out_multiplier: float = 1.0
     """Multiplies the output."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "mlp_in": Kept("MLP: result of the first product", kernels=True),
         "mlp_hidden": Kept("MLP: input of the last product"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = False
 
     def __post_init__(self):
@@ -94,10 +96,10 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the first matrices and of the last (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         out_std = init_std if out_std is None else out_std
         d_ff, bias = config.d_ff, config.bias
         if config.gated:

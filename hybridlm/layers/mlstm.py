@@ -4,6 +4,7 @@
 Axis letters: B batch, T tokens, D model, H heads, N query and key width, P head width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import ssd_flops
 from hybridlm.layers.norm import layer_normalise
 
@@ -42,14 +44,14 @@ class MLSTM:
     chunk: int | None = None
     """Chunk length of the scan; None: the op chooses. Results do not depend on it beyond rounding."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "mlstm_qkv": Kept("mLSTM: queries, keys and values", kernels=True),
         "mlstm_gates": Kept("mLSTM: input, forget and output gates before their activations", kernels=True),
         "mlstm_h": Kept("mLSTM: output of the memory", kernels=True),
         "mlstm_out": Kept("mLSTM: input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -95,11 +97,11 @@ class MLSTMMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std). The gates of the
         memory start as published: nearly closed to the input, the forget gates from 3 to 6 over the heads."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, N, P = d_model, config.n_heads, config.d_key, config.d_head
         out_std, heads, bias = init_std if out_std is None else out_std, ("heads", "d_head"), config.bias
         self.w_qk = params.matrix(rngs, (D, 2, H, N), ("d_model", None, *heads), init_std, fused_axes=(1,))
@@ -139,7 +141,9 @@ class MLSTMMixer(nnx.Module):
                 initial=None if old is None else (old["c"], old["n"], old["m"]), chunk=self.config.chunk,
             )  # fmt: skip
             h_BTHP = checkpoint_name(h_BTHP, "mlstm_h")
-        return self._output(h_BTHP, o_BTHP), {} if old is None else dict(zip(("c", "n", "m"), state, strict=True))
+        return self._output(h_BTHP, o_BTHP), {} if old is None or state is None else dict(
+            zip(("c", "n", "m"), state, strict=True)
+        )
 
     @jax.named_scope("project")
     def _project(self, x_BTD) -> tuple[jax.Array, ...]:

@@ -4,20 +4,22 @@
 Axis letters: B batch, T tokens, D model, E experts, k experts of a token, F feed-forward, R latent width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
-from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays, split_of_parts
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, reporting, split_of_parts
 from hybridlm.layers.experts import routed_per_device
 from hybridlm.layers.mlp import ACTIVATIONS, GATED, MLP, FeedForward
 
@@ -97,12 +99,12 @@ class MoE:
     """Over a mesh axis `expert`: room for that many times the rows of an even load in what a device sends to another,
     the rest is dropped; None: nothing is dropped, with room for all rows."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "moe_logits": Kept("MoE: router logits", kernels=True),
         "moe_routed": Kept("MoE: output of the routed experts, weighed and added up", kernels=True),
     }
-    STATISTICS: ClassVar = STATISTICS
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = STATISTICS
     MIXES_TOKENS = False
 
     def __post_init__(self):
@@ -148,7 +150,7 @@ class MoE:
         """Options of the router that are not used have their defaults, renormalise_eps 1."""
         r = self.router
         eps = r.renormalise_eps if r.renormalise else 1.0
-        grouped = {} if r.n_groups > 1 else {"top_groups": 1, "group_top": 2}
+        grouped: dict[str, Any] = {} if r.n_groups > 1 else {"top_groups": 1, "group_top": 2}
         shared = None if self.shared is None else self.shared.resolved(d_model)
         return replace(self, router=replace(r, renormalise_eps=eps, **grouped), shared=shared)
 
@@ -168,7 +170,7 @@ class MoEFeedForward(nnx.Module):
     """
 
     cache_grows = False
-    __call__ = on_arrays
+    __call__ = reporting
 
     def __init__(
         self,
@@ -178,10 +180,10 @@ class MoEFeedForward(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the first matrices and of the last (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         out_std = init_std if out_std is None else out_std
         D, E, F, R = d_model, config.n_experts, config.d_ff, config.d_latent or d_model
         self.router = params.matrix(rngs, (D, E), ("d_model", None), init_std, exact=True)
@@ -195,7 +197,7 @@ class MoEFeedForward(nnx.Module):
         self.w_out = params.matrix(rngs, (E, F, R), ("experts", "d_ff", "d_model"), out_std, fused_axes=(0,))
         self.latent_out = params.matrix(rngs, (R, D), (None, "d_model"), out_std) if latent else None
         self.latent_out_bias = params.zeros((D,), ("d_model",), "bias") if bias else None
-        options = {"rngs": rngs, "init_std": init_std, "out_std": out_std, "dtype": dtype}
+        options: dict[str, Any] = {"rngs": rngs, "init_std": init_std, "out_std": out_std, "dtype": dtype}
         self.shared = None if config.shared is None else FeedForward(config.shared, D, **options)
         self.shared_gate = params.matrix(rngs, (D, 1), ("d_model", None), init_std) if config.shared_gate else None
 
@@ -241,7 +243,7 @@ class MoEFeedForward(nnx.Module):
         experts_BTk = jnp.where(real_BT[..., None], experts_BTk, c.n_experts)
         w_in, w_out = (w[...].astype(u_BTR.dtype) for w in (self.w_in, self.w_out))
         activation = ACTIVATIONS[GATED.get(c.activation, c.activation)]
-        sizes = {"n_experts": c.n_experts, "d_ff": c.d_ff, "capacity": c.capacity}
+        sizes: dict[str, Any] = {"n_experts": c.n_experts, "d_ff": c.d_ff, "capacity": c.capacity}
         y_BTR, kept_BTk = routed_per_device(u_BTR, experts_BTk, weights_BTk, w_in, w_out, activation, **sizes)
         y_BTD = checkpoint_name(y_BTR, "moe_routed")
         if self.latent_out is not None:
@@ -276,7 +278,7 @@ def statistics(config, top_k: int, logits_BTE, scores_BTE, experts_BTk, real_BT,
     return dict(zip(STATISTICS, (loss, balance, z, entropy, max_load, dropped), strict=True))
 
 
-def inspected(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def inspected(stats: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What `inspect` of a mixture says, of its statistics."""
     names = {"load_max": "max_load", "router_entropy_mean": "entropy", "dropped_sum": "dropped"}
     return {name: stats[key] for name, key in names.items()}

@@ -2,6 +2,7 @@
 """RMS norm (Zhang & Sennrich 2019) and layer norm (Ba et al. 2016), in float32 whatever the type of their input."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ class RMSNorm(nnx.Module):
         """width: size of the last axis, or sizes of the last axes; axis: their logical names, for sharding; offset: is
         added to the weights, which start at 1 - offset; bias: whether there is one."""
         self.eps, self.offset = eps, offset
+        axes: Any
         width, axes = (width, axis) if isinstance(width, tuple) else ((width,), (axis,))
         self.weight = params.make(jnp.full(width, 1.0 - offset), axes, "norm")
         self.bias = params.zeros(width, axes, "bias") if bias else None

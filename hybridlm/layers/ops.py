@@ -298,9 +298,9 @@ def attention(
         )  # fmt: skip
 
     heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
-    kv_heads = kv_heads if layer is None else (None, *kv_heads)
+    keys = kv_heads if layer is None else (None, *kv_heads)
     arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset, layer)
-    names = (heads, kv_heads, kv_heads, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
+    names = (heads, keys, keys, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
     return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
 
 

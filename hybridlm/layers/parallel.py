@@ -5,18 +5,34 @@ normed before it is added (Hymba; Dong et al. 2024), or gating each other (Titan
 Axis letters: B batch, T tokens, D model.
 """
 
+import functools
 import math
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields
 from hybridlm.layers.attention import Attention
-from hybridlm.layers.block import Block, Make, Output, Tokens, inspect, on_arrays, passes, shares, split_of_parts
+from hybridlm.layers.block import (
+    Block,
+    Kept,
+    Make,
+    Output,
+    Statistic,
+    Tokens,
+    inspect,
+    of_parts,
+    passes,
+    shares,
+    split_of_parts,
+)
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.norm import RMSNorm
@@ -50,9 +66,9 @@ class Parallel:
     merge: Literal["add", "gate"] = "add"
     """gate: the output of the branch whose name comes first in the alphabet, times the sigmoids of the others'."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {}
-    STATISTICS: ClassVar = {}
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -78,7 +94,7 @@ class Parallel:
 
     def build(self, d_model: int, make: Make) -> "ParallelMixer":
         """The mixer of one sublayer."""
-        return make.mixer(ParallelMixer, self, d_model, norm_eps=make.norm_eps, layer=make.layer)
+        return make.whole(ParallelMixer, self, d_model)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
         """Those of the branches."""
@@ -99,9 +115,21 @@ class ParallelMixer(nnx.Module):
     """sum over branches of out_multiplier * mixer(in_multiplier * x), the mixer's output normed where the branch says
     so."""
 
-    def __init__(self, config: Parallel, d_model: int, **options):
-        """options: those of `Make`, which every mixer is made with."""
-        self.config, make = config, Make(**options)
+    def __init__(
+        self,
+        config: Parallel,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: DTypeLike = "bfloat16",
+        norm_eps: float = 1e-5,
+        layer: tuple = (0, 1),
+    ):
+        """The options are those of `Make`."""
+        make = Make(rngs, init_std, out_std, dtype, norm_eps, layer)
+        self.config, self.d_model = config, d_model
         mixers = {name: branch.mixer.build(d_model, make) for name, branch in config.branches.items()}
         self.branches = nnx.Dict(mixers)
         norms = {name: RMSNorm(d_model, make.norm_eps) for name, branch in config.branches.items() if branch.norm}
@@ -112,11 +140,12 @@ class ParallelMixer(nnx.Module):
         """Some branch's cache grows with the number of tokens."""
         return any(mixer.cache_grows for mixer in self.branches.values())
 
-    __call__ = on_arrays
+    __call__ = of_parts
 
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         """[B, T, D], and the statistics of the branches, behind their names."""
-        outputs, stats = {}, {}
+        outputs: dict[str, jax.Array] = {}
+        stats: dict[str, jax.Array] = {}
         for name, mixer in self.branches.items():
             with jax.named_scope(name):
                 outputs[name], of_branch = mixer.mix(self._input(name, x_BTD), tokens)
@@ -152,7 +181,7 @@ class ParallelMixer(nnx.Module):
             outputs = {name: self.norms[name](y) if name in self.norms else y for name, y in outputs.items()}
         parts = [scaled(y_BTD, self.config.branches[name].out_multiplier) for name, y_BTD in outputs.items()]
         if self.config.merge == "add":
-            return sum(parts)
+            return functools.reduce(operator.add, parts)
         gates = math.prod(jax.nn.sigmoid(y_BTD.astype(jnp.float32)) for y_BTD in parts[1:])
         return (parts[0] * gates).astype(parts[0].dtype)
 

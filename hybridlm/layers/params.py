@@ -15,7 +15,7 @@ stacks the values of its repeats along a leading axis that is not counted):
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,19 +126,19 @@ def use(param: nnx.Param, dtype) -> jax.Array:
     return sharding.gather_fsdp(param[...], dtype, param.get_metadata()["axes"])
 
 
-def project(x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+def project(x_BTD: jax.Array, weight: Any, bias: nnx.Param | None = None) -> jax.Array:
     """x @ weight [D, ...] + bias, [B, T, ...], in the input's type."""
     return projections(x_BTD, (weight, bias))[0]
 
 
-def projections(x_BTD: jax.Array, *pairs: tuple[nnx.Param, nnx.Param | None]) -> list[jax.Array]:
+def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[jax.Array]:
     """x @ weight [D, ...] + bias of each pair, [B, T, ...], in the input's type.
 
     x comes split over tokens like the residual stream, and is put together once for all products whose results are
     split by heads or widths; a product that is not stays split over tokens.
     """
     axes = [_results(weight) for weight, _ in pairs]
-    ys = [None] * len(pairs)
+    ys: list[Any] = [None] * len(pairs)
     for tokens in dict.fromkeys(names[1] for names in axes):
         here = [i for i, names in enumerate(axes) if names[1] == tokens]
         products = lambda x, *weights: [jnp.tensordot(x, w, 1) for w in weights]
@@ -168,5 +168,5 @@ def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax
 def _results(weight: nnx.Param) -> tuple[str | None, ...]:
     """Logical axes of x @ weight: tokens whole where something else is split over the axes that split the stream."""
     names = [None if name == "d_model" else name for name in weight.get_metadata()["axes"][1:]]
-    taken = {axis for name in names for axis in sharding.RULES.get(name, ())}
+    taken = {axis for name in names for axis in sharding.RULES.get(name or "", ())}
     return ("batch", "tokens" if taken & set(sharding.RULES["stream"]) else "stream", *names)

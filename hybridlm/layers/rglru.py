@@ -6,19 +6,21 @@ convolution window.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.segments import positions_within
 
@@ -43,14 +45,14 @@ class RGLRU:
     bias: bool = True
     """Bias of the projections; the convolution and the recurrence's gates always have one."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "rglru_in": Kept("RG-LRU: gate branch and recurrent branch, before the convolution", kernels=True),
         "rglru_gates": Kept("RG-LRU: input and recurrence gates before their sigmoids", kernels=True),
         "rglru_scan": Kept("RG-LRU: output of the recurrence", kernels=True),
         "rglru_out": Kept("RG-LRU: input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -95,11 +97,11 @@ class RGLRUMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std). The gates'
         blocks start at 1 / sqrt(P), decays so that a^c is uniform in [0.9, 0.999], as in the paper."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, W = d_model, config.n_heads, config.d_conv
         P, bias, heads = (config.d_inner or D) // H, config.bias, ("heads", "d_head")
         out_std = init_std if out_std is None else out_std
@@ -132,7 +134,7 @@ class RGLRUMixer(nnx.Module):
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
         ids, window, state = tokens.segment_ids, None, None
-        position_BT = tokens.positions
+        position_BT: Any = tokens.positions
         if old is None:  # positions may be any that are to rotate
             position_BT = positions_within(ids, x_BTD.shape[:2])
         else:

@@ -174,10 +174,10 @@ def rotate(x_BTHP: jax.Array, positions_BT: jax.Array, config: Rope) -> jax.Arra
         first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     turned = [first * cos - second * sin, second * cos + first * sin]
     if config.interleaved:
-        turned = jnp.stack(turned, axis=-1).reshape(*first.shape[:-1], 2 * half)
+        together = jnp.stack(turned, axis=-1).reshape(*first.shape[:-1], 2 * half)
     else:
-        turned = jnp.concatenate(turned, axis=-1)
-    return jnp.concatenate([turned.astype(x_BTHP.dtype), rest], axis=-1)
+        together = jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([together.astype(x_BTHP.dtype), rest], axis=-1)
 
 
 def _yarn(freqs: np.ndarray, theta: float, d: int, yarn: YaRN) -> np.ndarray:

@@ -4,6 +4,7 @@
 Axis letters: B batch, T tokens, D model, c of key, value and receptance, F inner width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
 STATES = ("a", "b", "m")
 
@@ -30,13 +32,13 @@ class Rwkv4:
     d_inner: int | None = None
     """Inner width F; None: the model's."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "rwkv4_kvr": Kept("RWKV-4: keys, values and receptance", kernels=True),
         "rwkv4_mean": Kept("RWKV-4: output of the recurrence", kernels=True),
         "rwkv4_out": Kept("RWKV-4: input of the output projection"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -79,13 +81,13 @@ class Rwkv4Mixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std). Decays are
         exp(-exp(w)) with w from -5 to 3 over the channels, shares of the token rise from 0 to 1, as published, by
         depth. layer: as of `Make`; both kinds of mixing count."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, F = d_model, config.d_inner or d_model
         out_std = init_std if out_std is None else out_std
         self.share = params.make(params.by_layer(layer, partial(_shares, D)), (None, "d_model"), "recurrence")
@@ -130,7 +132,7 @@ class Rwkv4Mixer(nnx.Module):
         with jax.named_scope("output"):
             y_BTF = sharding.constrain(y_BTF * jax.nn.sigmoid(kvr_BTcF[:, :, 2]), "batch", "tokens", "d_inner")
             y_BTD = params.leave(checkpoint_name(y_BTF, "rwkv4_out"), self.w_out)
-        return y_BTD, {} if old is None else {**dict(zip(STATES, sums, strict=True)), "before": before}
+        return y_BTD, {} if old is None or sums is None else {**dict(zip(STATES, sums, strict=True)), "before": before}
 
 
 def _shares(d_model: int, index: int, count: int) -> np.ndarray:

@@ -4,6 +4,7 @@
 Axis letters: B batch, T tokens, D model, c of key and receptance, F feed-forward.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
 from hybridlm.layers.rwkv4 import blend
 
@@ -29,12 +31,12 @@ class Rwkv4Channel:
     d_ff: int = 3072
     """Feed-forward width F."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "rwkv4_channel_in": Kept("channel mixing: result of the first product", kernels=True),
         "rwkv4_channel_hidden": Kept("channel mixing: input of the last product"),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -77,13 +79,13 @@ class Rwkv4ChannelMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the first matrices and of the last (None: init_std). Shares of the
         token rise from 0 to 1 over the channels, as published, by depth. layer: as of `Make`; both kinds of mixing
         count."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, F = d_model, config.d_ff
         out_std = init_std if out_std is None else out_std
         rising_D = np.arange(D) / D

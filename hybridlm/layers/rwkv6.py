@@ -4,21 +4,22 @@
 Axis letters: B batch, T tokens, D model, H heads, N width of a head's keys and of its values, R low ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.linear_attention import scan_flops
 from hybridlm.layers.norm import head_layer_norm
 from hybridlm.layers.rwkv7 import Rwkv7
@@ -40,11 +41,11 @@ class Rwkv6:
     chunk: int | None = None
     """Tokens a chunk of the op; None: as it chooses."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar[dict[str, Kept]] = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         name: what for name, what in Rwkv7.KEPT.items() if name not in ("rwkv_rate", "rwkv_share")
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -93,7 +94,7 @@ class Rwkv6Mixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
@@ -105,7 +106,7 @@ class Rwkv6Mixer(nnx.Module):
         self.shares = params.make(start["shares"], (None, "d_model"), "recurrence")  # of r, w, k, v, g
         self.share_down = params.make(jnp.zeros((D, 5, R)), ("d_model", None, None), "matrix", n_in=1, fused_axes=(1,))
         draw_share, draw_decay = params.uniforms(rngs, (5, R, D), (config.decay_rank, H, N))
-        ups = {"n_in": 1, "fused_axes": (0,)}
+        ups: dict[str, Any] = {"n_in": 1, "fused_axes": (0,)}
         self.share_up = params.make(0.02 * draw_share - 0.01, (None, None, "d_model"), "matrix", **ups)
         in_shape, in_axes = (D, H, N), ("d_model", *heads)
         self.w_r, self.w_k, self.w_v, self.w_gate = (params.matrix(rngs, in_shape, in_axes, init_std) for _ in range(4))

@@ -5,21 +5,23 @@ Axis letters: B batch, T tokens, D model, H heads, N width of a head's keys and 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
-from hybridlm.layers.block import Kept, Make, Output, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import head_layer_norm
 
 LARGEST_RATE = math.exp(-0.5)
@@ -48,8 +50,8 @@ class Rwkv7:
     chunk: int | None = None
     """Tokens a chunk of the op; None: as it chooses."""
 
-    FREE = frozenset({"chunk"})
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset({"chunk"})
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         **{
             f"rwkv_{name}": Kept(f"RWKV: {what}", kernels=True)
             for name, what in {
@@ -61,7 +63,7 @@ class Rwkv7:
         },
         "rwkv_out": Kept("RWKV: normed and gated input of the output projection"),
     }  # fmt: skip
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -104,7 +106,7 @@ class Rwkv7:
 
     def resolved(self, d_model: int) -> "Rwkv7":
         """With the ranks; value_rank is 1 where it is not used."""
-        ranks = self.ranks(d_model)
+        ranks: dict[str, Any] = self.ranks(d_model)
         return replace(self, **ranks | ({} if self.values == "mixed" else {"value_rank": 1}))
 
 
@@ -134,7 +136,7 @@ class Rwkv7Mixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """init_std, out_std: standard deviations of the input projections and of the output one (None: init_std).
@@ -156,6 +158,8 @@ class Rwkv7Mixer(nnx.Module):
         self.rate_down, self.rate_up = pair(ranks["rate_rank"])
         self.gate_down, self.gate_up = pair(ranks["gate_rank"])
         mixed = config.values == "mixed"
+        self.value_down: Any
+        self.value_up: Any
         self.value_down, self.value_up = pair(ranks["value_rank"]) if mixed else (None, None)
         line, zigzag = np.linspace(-0.5, 0.5, D), np.tile(np.linspace(-1, 1, N), H)
         zigzag *= np.abs(zigzag)
@@ -167,8 +171,8 @@ class Rwkv7Mixer(nnx.Module):
         self.decay_bias = params.make(params.by_layer(layer, decay), heads, "recurrence")
         rate = (-0.19 + 0.3 * zigzag + 0.4 * line).reshape(H, N)
         self.rate_bias = params.make(jnp.asarray(rate), heads, "recurrence")
-        share = jnp.asarray((0.73 - 0.4 * line).reshape(H, N)) if mixed else None
-        self.value_bias = params.make(share, heads, "recurrence") if mixed else None
+        share = (0.73 - 0.4 * line).reshape(H, N)
+        self.value_bias: Any = params.make(jnp.asarray(share), heads, "recurrence") if mixed else None
         self.k_k = params.make(jnp.asarray((0.71 - 0.1 * line).reshape(H, N)), heads, "recurrence")
         self.k_a = params.make(jnp.full((H, N), 1.02), heads, "recurrence")
         self.r_k = params.make(jnp.full((H, N), -0.04), heads, "recurrence")

@@ -12,7 +12,7 @@ from hybridlm.sharding import STREAM, per_device, split_axes
 from pallas_kernels.segments import document_numbers
 
 
-def positions_within(segment_ids_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+def positions_within(segment_ids_BT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """int32 [B, T]: how many real tokens of its document precede each token; without segments, the token's index."""
     if segment_ids_BT is None:
         return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

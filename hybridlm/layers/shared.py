@@ -9,18 +9,20 @@ Axis letters: B batch, T tokens, D model, H heads, K key/value heads, P head wid
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
 from hybridlm.layers.attention import Attention, AttentionMixer, cache_grows, init_cache
-from hybridlm.layers.block import Block, Make, Mixer, Tokens, passes, shares, split_of_parts
+from hybridlm.layers.block import Block, Kept, Make, Mixer, Statistic, Tokens, passes, shares, split_of_parts
 from hybridlm.layers.mamba2 import Mamba2
 from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.mlp import MLP, FeedForward
@@ -42,9 +44,9 @@ class Shared:
     attention_adapter: int | None = None
     """Rank of each depth's additions to the query, key and value matrices; None: no additions."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {}
-    STATISTICS: ClassVar = {}
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -91,13 +93,14 @@ class Shared:
 
     def resolved(self, d_model: int) -> "Shared":
         """The parts resolved."""
-        return replace(self, **{name: part.resolved(d_model) for name, part in self.parts().items()})
+        resolved: dict[str, Any] = {name: part.resolved(d_model) for name, part in self.parts().items()}
+        return replace(self, **resolved)
 
 
 class SharedTransformer(nnx.Module):
     """mlp(norm(attention(norm(concat(x, embeddings))))): what the depths share."""
 
-    def __init__(self, config: Shared, d_model: int, *, norm_eps: float, **options):
+    def __init__(self, config: Shared, d_model: int, *, norm_eps: float = 1e-5, **options: Any):
         """options: those of every mixer: rngs, init_std, out_std, dtype."""
         self.norm = RMSNorm(2 * d_model, norm_eps)
         self.attention = AttentionMixer(config.attention, 2 * d_model, d_out=d_model, **options)
@@ -108,8 +111,18 @@ class SharedTransformer(nnx.Module):
 class SharedLink(nnx.Module):
     """A depth's own part: its adapters of the shared weights, and the linear map behind them."""
 
-    def __init__(self, config: Shared, d_model: int, *, rngs: nnx.Rngs, init_std: float, dtype: str, **_):
-        """init_std: standard deviation of the linear map; adapters start at zero (their second matrix does)."""
+    def __init__(
+        self,
+        config: Shared,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+        dtype: DTypeLike = "bfloat16",
+    ):
+        """init_std: standard deviation of the linear map; adapters start at zero (their second matrix does); out_std is
+        that of mixers, of which a link is none."""
         self.dtype, self.attention = dtype, config.attention
         D, c = d_model, config.attention
         heads, kv_heads = ("heads", "d_head"), ("kv_heads", "d_head")
@@ -132,13 +145,13 @@ class SharedLink(nnx.Module):
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
         """What is added to the mixer's input, [B, T, D]."""
         shared = tokens.shared
-        u_BTE = shared.norm(jnp.concatenate([x_BTD, tokens.embedded_BTD], axis=-1))
+        u_BTE = shared.norm(_beside(x_BTD, tokens))
         y_BTD = shared.attention.mix(u_BTE, tokens, self._qkv(u_BTE)).y_BTD
         return self._rest(shared, y_BTD)
 
     def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
         """What the shared attention says of itself at this depth."""
-        u_BTE = tokens.shared.norm(jnp.concatenate([x_BTD, tokens.embedded_BTD], axis=-1))
+        u_BTE = tokens.shared.norm(_beside(x_BTD, tokens))
         return tokens.shared.attention.inspect(u_BTE, tokens, self._qkv(u_BTE))
 
     def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
@@ -148,7 +161,7 @@ class SharedLink(nnx.Module):
     def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT, layer, tokens: Tokens) -> tuple[jax.Array, dict]:
         """The same for the next T tokens, and the attention's cache after them."""
         shared = tokens.shared
-        u_BTE = shared.norm(jnp.concatenate([x_BTD, tokens.embedded_BTD], axis=-1))
+        u_BTE = shared.norm(_beside(x_BTD, tokens))
         added = self._qkv(u_BTE)
         y_BTD, cache = shared.attention.extend(u_BTE, cache, length_B, real_BT, layer, added, gaps=tokens.gaps)
         return self._rest(shared, y_BTD), cache
@@ -161,6 +174,12 @@ class SharedLink(nnx.Module):
         added = self.adapters["mlp"](y_BTD) if "mlp" in self.adapters else None
         y_BTD = shared.mlp.mix(y_BTD, Tokens(), added).y_BTD
         return params.project(y_BTD.astype(self.dtype), self.linear)
+
+
+def _beside(x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
+    """[B, T, 2 D]: the residual stream, and the model's embedded tokens."""
+    embedded_BTD: Any = tokens.embedded_BTD
+    return jnp.concatenate([x_BTD, embedded_BTD], axis=-1)
 
 
 class Adapter(nnx.Module):

@@ -8,6 +8,7 @@ Axis letters: B batch, T tokens, D model, G gates i, f, z, o, H heads, P head wi
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import layer_normalise
 
 STATES = ("y", "c", "n", "m")
@@ -38,12 +40,12 @@ class SLSTM:
     norm_eps: float = 1e-5
     """Added to the variance in the heads' norm."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "slstm_gates": Kept("sLSTM: gates before the recurrence", kernels=True),
         "slstm_y": Kept("sLSTM: output of the memory", kernels=True),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -87,13 +89,13 @@ class SLSTMMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         layer: tuple = (0, 1),
     ):
         """The authors' start: gates of standard deviation sqrt(2 / (5 D)), no recurrent weights, forget gates from 5
         down to -7 over the channels of a head, later in deeper layers. init_std and out_std do not matter.
         layer: as of `Make`."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         H, P, heads = config.n_heads, d_model // config.n_heads, ("heads", "d_head")
         std = math.sqrt(2 / (5 * d_model))
         self.w_in = params.matrix(rngs, (P, 4, H, P), ("d_head", None, *heads), std, fused_axes=(1, 2))
@@ -145,7 +147,7 @@ class SLSTMMixer(nnx.Module):
             R_HGPP = jnp.transpose(self.R[...], (2, 1, 3, 0))
             y_BTHP, states = ops.slstm(gates_BTGHP, R_HGPP, self.bias[...], segment_ids=ids, initial=initial)
             y_BTHP = checkpoint_name(y_BTHP, "slstm_y")
-        new = {} if old is None else {**dict(zip(STATES, states, strict=True)), "conv": window}
+        new = {} if old is None or states is None else {**dict(zip(STATES, states, strict=True)), "conv": window}
         return gates_BTGHP, y_BTHP, new
 
     @jax.named_scope("gates")

@@ -5,6 +5,7 @@ Axis letters: B batch, T tokens, D model, H heads, P head width, F hidden width 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
-from hybridlm.layers.block import Kept, Make, Tokens, on_arrays
+from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
 RATE, MOMENTUM, FORGET = range(3)
 
@@ -48,12 +50,12 @@ class Titans:
     """Tokens after which gradients are taken at the memory as it is then, a multiple of store_every; None: always at
     the weights that a document starts with. 1 and 1 is the paper's rule. Changes results."""
 
-    FREE = frozenset()
-    KEPT: ClassVar = {
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    KEPT: ClassVar[Mapping[str, Kept]] = {
         "titans_in": Kept("Titans: queries, keys and values, before the convolution", kernels=True),
         "titans_memory": Kept("Titans: what the memory answers", kernels=True),
     }
-    STATISTICS: ClassVar = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
 
     def __post_init__(self):
@@ -118,10 +120,10 @@ class TitansMixer(nnx.Module):
         rngs: nnx.Rngs,
         init_std: float = 0.02,
         out_std: float | None = None,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
     ):
         """init_std, out_std: standard deviations of the input and output projections (None: init_std)."""
-        self.config, self.dtype = config, dtype
+        self.config, self.d_model, self.dtype = config, d_model, dtype
         D, H, W = d_model, config.n_heads, config.d_conv
         P, F = config.sizes(d_model)
         channels = (None, "heads", "d_head")

@@ -34,6 +34,6 @@ def mixed(pair_BTcD: jax.Array, share: jax.Array) -> jax.Array:
     return x_BTD + (before_BTD - x_BTD) * (share[None, None] if share.ndim == 1 else share)
 
 
-def ramp(d_model: int, power: float) -> np.ndarray:
+def ramp(d_model: int, power: float | np.ndarray) -> np.ndarray:
     """Shares of the token before that fall over channels, 1 - (i / D)^power, as RWKV starts."""
     return 1.0 - (np.arange(d_model) / d_model) ** power

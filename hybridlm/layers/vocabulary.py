@@ -69,8 +69,8 @@ class Places(NamedTuple):
 
 def places(tokens_shape: tuple[int, int], table_shape: tuple[int, int]) -> Places:
     """Places of tokens [B, T] and a table [V, D] on the mesh that is set; all empty without one."""
-    (batch, tokens), (rows, columns) = tokens_shape, table_shape
-    rows, columns = sharding.split_axes("vocab", rows), sharding.split_axes("d_model", columns)
+    (batch, tokens), (n_rows, width) = tokens_shape, table_shape
+    rows, columns = sharding.split_axes("vocab", n_rows), sharding.split_axes("d_model", width)
     stream, whole = sharding.split_axes("stream", tokens), sharding.split_axes("tokens", tokens)
     met = whole if rows else stream
     of_batch = sharding.split_axes("batch", batch)

@@ -49,8 +49,8 @@ class State:
     cache: Cache
     x_BD: jax.Array
     """Hidden vector of each row's last token."""
-    done_B: jax.Array
-    last_B: jax.Array
+    done_B: jax.Array | np.ndarray
+    last_B: jax.Array | np.ndarray
     """The last token that was written."""
     length: int
     """Tokens of the longest row, at most."""
@@ -61,8 +61,8 @@ class State:
 
     def copy(self) -> "State":
         """The same, which survives that the other is consumed."""
-        cache, *arrays = jax.tree.map(jnp.copy, (self.cache, self.x_BD, self.done_B, self.last_B))
-        return State(cache, *arrays, self.length, self.room, self.drawn)
+        cache, x_BD, done_B, last_B = jax.tree.map(jnp.copy, (self.cache, self.x_BD, self.done_B, self.last_B))
+        return State(cache, x_BD, done_B, last_B, self.length, self.room, self.drawn)
 
     @property
     def is_whole(self) -> bool:
@@ -86,8 +86,8 @@ class Writer:
     def start(self, batch: int, room: int) -> State:
         """Rows of which nothing was read. room: tokens that they will have; more makes their caches grow."""
         room = room_for(room)
-        cache, *arrays = _empty(self._graphdef, self._params, batch, room)
-        return State(cache, *arrays, 0, room)
+        cache, x_BD, done_B, last_B = _empty(self._graphdef, self._params, batch, room)
+        return State(cache, x_BD, done_B, last_B, 0, room)
 
     def read(self, state: State, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> State:
         """Rows with the next tokens of each. tokens_BT: int32; lengths_B: how many of each row are real, from the left,

@@ -150,6 +150,7 @@ class _Consts:
         """A tree again; None for a key that is not there."""
         if key not in self._defs:
             return None
+        treedef: Any
         treedef, is_float = self._defs[key]
         of_type = {True: iter(floats[key]), False: iter(ints[key])}
         return treedef.unflatten([next(of_type[yes]) for yes in is_float])
@@ -166,8 +167,8 @@ class _Pull:
 
     def back(self, arrays: list, inputs, cotangents):
         """The function, from the arrays that were kept and the inputs of the forward, at the cotangents."""
-        leaves, arrays = jax.tree.leaves(inputs), iter(arrays)
-        return self.treedef.unflatten([next(arrays) if i is None else leaves[i] for i in self.inputs])(cotangents)
+        leaves, kept = jax.tree.leaves(inputs), iter(arrays)
+        return self.treedef.unflatten([next(kept) if i is None else leaves[i] for i in self.inputs])(cotangents)
 
 
 @dataclass(frozen=True, eq=False)

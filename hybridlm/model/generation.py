@@ -13,6 +13,7 @@ from flax import nnx
 
 from hybridlm.errors import require
 from hybridlm.fields import WHOLE
+from hybridlm.model.arguments import check_number, check_whole, integers, one_of_each_row, rows_of_integers
 from hybridlm.model.decoding import CHUNK, Sampling, Writer, room_for
 from hybridlm.model.model import HybridLM
 from pallas_kernels.platform import memory
@@ -20,12 +21,12 @@ from pallas_kernels.platform import memory
 
 def generate(
     model: HybridLM,
-    tokens_BT: jax.Array | Sequence[Sequence[int]],
+    tokens_BT: jax.Array | np.ndarray | Sequence[Sequence[int]],
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    lengths: jax.Array | None = None,
+    lengths: jax.Array | np.ndarray | Sequence[int] | None = None,
     eos_id: int | Sequence[int] | None = None,
     key: jax.Array | None = None,
     *,
@@ -51,13 +52,14 @@ def generate(
     ValueError for arguments out of range, for a bidirectional model and for more new tokens than memory can hold,
     TypeError for tokens that are not integers.
     """
-    tokens_BT, lengths_B = check_prompt(model, tokens_BT, lengths)
+    prompts_BT, lengths_B = check_prompt(model, tokens_BT, lengths)
     how = sampling(temperature, top_k, top_p, eos_id, seed, key)
     check_counts(max_new_tokens, prefill_chunk)
-    check_room(model, *tokens_BT.shape, max_new_tokens)
+    batch, tokens = prompts_BT.shape
+    check_room(model, batch, tokens, max_new_tokens)
     writer = Writer(model, prefill_chunk)
-    state = writer.start(tokens_BT.shape[0], tokens_BT.shape[1] + max_new_tokens)
-    return writer.write(writer.read(state, tokens_BT, lengths_B), max_new_tokens, how)[0]
+    state = writer.start(batch, tokens + max_new_tokens)
+    return writer.write(writer.read(state, prompts_BT, lengths_B), max_new_tokens, how)[0]
 
 
 def check_prompt(model: HybridLM, tokens_BT, lengths=None) -> tuple[np.ndarray, np.ndarray]:
@@ -66,15 +68,9 @@ def check_prompt(model: HybridLM, tokens_BT, lengths=None) -> tuple[np.ndarray, 
     require(not ahead, f"the model cannot be decoded token by token: {ahead}")
     if lengths is None and isinstance(tokens_BT, list | tuple) and len({np.size(row) for row in tokens_BT}) > 1:
         tokens_BT, lengths = _padded(tokens_BT)
-    tokens_BT = np.asarray(tokens_BT)
-    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
-        raise ValueError(f"tokens_BT must be [batch, tokens], neither empty, not of shape {tokens_BT.shape}")
-    if not np.issubdtype(tokens_BT.dtype, np.integer):
-        raise TypeError(f"tokens_BT ({tokens_BT.dtype}) must be of an integer type")
+    tokens_BT = rows_of_integers("tokens_BT", tokens_BT)
     batch, tokens = tokens_BT.shape
-    lengths_B = np.full((batch,), tokens) if lengths is None else np.asarray(lengths)
-    if lengths_B.shape != (batch,):
-        raise ValueError(f"lengths {lengths_B.shape} must have one entry for each of {batch} rows")
+    lengths_B = np.full((batch,), tokens) if lengths is None else one_of_each_row("lengths", lengths, batch)
     if lengths_B.min() < 1 or lengths_B.max() > tokens:
         raise ValueError(
             f"lengths ({lengths_B.min()}..{lengths_B.max()}) must be in 1..{tokens}, the width of tokens_BT"
@@ -107,6 +103,9 @@ def sampling(
     key: jax.Array | None = None,
 ) -> Sampling:
     """How tokens are chosen; arguments and errors of `generate`."""
+    check_number("temperature", temperature)
+    check_whole("top_k", top_k)
+    check_number("top_p", top_p)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature ({temperature}) must be finite and not negative")
     if top_k is not None and top_k < 1:
@@ -115,12 +114,14 @@ def sampling(
         raise ValueError(f"top_p ({top_p}) must be in (0, 1]")
     if not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed ({seed}) must be a whole number of 64 bits")
-    eos_ids = () if eos_id is None else tuple(int(i) for i in np.ravel(eos_id))
+    eos_ids = () if eos_id is None else tuple(integers("eos_id", np.ravel(eos_id)).tolist())
     return Sampling(temperature, top_k, top_p, eos_ids, int(seed), key)
 
 
 def check_counts(max_new_tokens: int, prefill_chunk: int | None) -> None:
     """ValueError where they are not positive."""
+    check_whole("max_new_tokens", max_new_tokens)
+    check_whole("prefill_chunk", prefill_chunk)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be positive")
     if prefill_chunk is not None and prefill_chunk < 1:

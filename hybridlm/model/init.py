@@ -3,7 +3,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -85,7 +85,7 @@ def compile_init(config: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
 
     shardings = jax.tree.leaves(param_shardings(abstract(config).info, mesh))
     on_cpu = platform_of(mesh.devices.flat[0]) == "cpu"  # where full effort triples the time to compile
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    options: dict[str, Any] | None = {"xla_backend_optimization_level": 1} if on_cpu else None
     with jax.set_mesh(mesh):
         draw = jax.jit(build, out_shardings=shardings)
         return draw.lower(jax.eval_shape(jax.random.key, 0)).compile(options)

@@ -125,8 +125,8 @@ def _spec(info: ParamInfo, rank: int) -> Spec:
             shape=(*front, *(rank if axis is None else shape[axis] for axis in axes)),
         )  # fmt: skip
 
-    words = tuple("".join(R if axis is None else letters[axis] for axis in axes) for axes in ([*axes_a, None], of_b))
-    return Spec(made([*axes_a, None], len(ins)), made(of_b, 1), (letters, *words))
+    of_A, of_B = ("".join(R if axis is None else letters[axis] for axis in axes) for axes in ([*axes_a, None], of_b))
+    return Spec(made([*axes_a, None], len(ins)), made(of_b, 1), (letters, of_A, of_B))
 
 
 def nested(specs: dict[tuple, Spec]) -> dict:

@@ -23,6 +23,7 @@ from hybridlm.model import depth, pattern, remat, stacks, strands
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.statistics import kind_of
 from hybridlm.model.sublayer import ChannelScales, Sublayer, make_options, stream_norm
+from pallas_kernels.checks import AnyArray, check_array, check_shape, rank
 from pallas_kernels.segments import document_ids
 
 __all__ = ["Cache", "HybridLM", "ParamInfo", "Sublayer", "param_info"]
@@ -57,10 +58,11 @@ class HybridLM(nnx.Module):
         key = rngs.params
         self.embedding = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
         self.groups = _build_groups(config, key())
-        self.shared = nnx.Dict(
+        blocks: dict[str, Any] = config.blocks
+        self.shared: Any = nnx.Dict(
             {
                 symbol: block.build_shared(D, make_options(config, nnx.Rngs(key())))
-                for symbol, block in config.blocks.items()
+                for symbol, block in blocks.items()
                 if shares(block) and symbol in config.pattern
             }
         )
@@ -71,6 +73,7 @@ class HybridLM(nnx.Module):
             self.output = None
         else:
             self.output = params.make(std * jax.random.normal(key(), (V, D)), ("vocab", "d_model"), "embedding")
+        self.prefix: nnx.Param | None
         if config.prefix_tokens:
             drawn = std * jax.random.normal(key(), (config.prefix_tokens, D))
             self.prefix = params.make(drawn, (None, "d_model"), "embedding")
@@ -102,13 +105,13 @@ class HybridLM(nnx.Module):
         return self.config.logit_multiplier
 
     def __call__(
-        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+        self, tokens_BT: AnyArray, segment_ids: AnyArray | None = None, positions: AnyArray | None = None
     ) -> jax.Array:
         """Logits [B, T, V], float32, of the token after each; arguments and errors as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, segment_ids, positions))
 
     def hidden(
-        self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+        self, tokens_BT: AnyArray, segment_ids: AnyArray | None = None, positions: AnyArray | None = None
     ) -> jax.Array:
         """[B, T, D] in compute_dtype, after the final norm: what the unembedding multiplies.
 
@@ -123,9 +126,9 @@ class HybridLM(nnx.Module):
 
     def hidden_with_stats(
         self,
-        tokens_BT: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        tokens_BT: Any,
+        segment_ids: Any = None,
+        positions: Any = None,
         sums=None,
         inspect: bool = False,
         low: depth.Low | None = None,
@@ -165,6 +168,8 @@ class HybridLM(nnx.Module):
     @jax.named_scope("unembedding")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden vectors [..., D]: logit_multiplier and logit_softcap applied."""
+        width = self.config.d_model * (2 if self.config.complement else 1)
+        check_shape("x_BTD", x_BTD, (*(None,) * (rank("x_BTD", x_BTD) - 1), width), "..., width of the hidden vectors")
         w_VD = params.use(self.embedding if self.output is None else self.output, x_BTD.dtype)
         w_VD = strands.unembedding(w_VD, self.config.complement) if self.config.complement else w_VD
         logits = jnp.einsum("...D,VD->...V", x_BTD, w_VD, preferred_element_type=jnp.float32)
@@ -187,14 +192,12 @@ class HybridLM(nnx.Module):
             caches.append(jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), cache))
             limit = max_len + n_prefix if sublayer.cache_grows else limit
         length_B = jnp.zeros((batch,), jnp.int32)
-        if n_prefix:
+        if self.prefix is not None:
             x_BTD = jnp.broadcast_to(params.use(self.prefix, self.config.compute_dtype)[None], (batch, n_prefix, D))
             caches = self._extend(x_BTD, caches, length_B, None, Tokens(embedded_BTD=x_BTD, gaps=False))[1]
         return Cache(length_B + n_prefix, self._by_loop(caches), limit)
 
-    def extend(
-        self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
+    def extend(self, tokens_BT: AnyArray, cache: Cache, segment_ids: AnyArray | None = None) -> tuple[jax.Array, Cache]:
         """Logits [B, T, V] of the next T tokens of each row, and the cache after them.
 
         Prefill, in one call or several, and decoding alike: the logits are those of one call with all tokens.
@@ -205,9 +208,7 @@ class HybridLM(nnx.Module):
         x_BTD, cache = self.extend_hidden(tokens_BT, cache, segment_ids)
         return self.logits(x_BTD), cache
 
-    def extend_hidden(
-        self, tokens_BT: jax.Array, cache: Cache, segment_ids: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
+    def extend_hidden(self, tokens_BT: Any, cache: Cache, segment_ids: Any = None) -> tuple[jax.Array, Cache]:
         """`extend`, with the hidden vectors [B, T, D] of which `logits` makes logits."""
         _check_tokens(tokens_BT, segment_ids=segment_ids)
         tokens_BT, segment_ids = _int32(tokens_BT, segment_ids)
@@ -376,16 +377,18 @@ def _documents(segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return document_ids(segment_ids_BT), positions_within(segment_ids_BT, segment_ids_BT.shape)
 
 
-def _int32(*arrays) -> list[jax.Array | None]:
+def _int32(*arrays) -> list[Any]:
     return [None if array is None else jnp.asarray(array, jnp.int32) for array in arrays]
 
 
 def _check_tokens(tokens_BT, **same_shape) -> None:
+    check_array("tokens_BT", tokens_BT)
     if jnp.ndim(tokens_BT) != 2 or 0 in jnp.shape(tokens_BT):
         raise ValueError(f"tokens_BT must be [batch, tokens], neither empty, not of shape {jnp.shape(tokens_BT)}")
     for name, array in {"tokens_BT": tokens_BT, **same_shape}.items():
         if array is None:
             continue
+        check_array(name, array)
         if jnp.shape(array) != jnp.shape(tokens_BT):
             raise ValueError(f"{name} {jnp.shape(array)} must have the shape of tokens_BT {jnp.shape(tokens_BT)}")
         if not jnp.issubdtype(jnp.result_type(array), jnp.integer):

@@ -54,9 +54,11 @@ def groups(pattern: str) -> tuple[Group, ...]:
     if period < len(pattern):
         return (Group(pattern[:period], len(pattern) // period),)
     n = len(pattern)
-    best = [(0, 0, ())] * (n + 1)  # of each suffix: total unit length, number of groups, the groups
+    best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())] * (
+        n + 1
+    )  # of each suffix: total unit length, number of groups, the groups
     for start in reversed(range(n)):
-        candidates = []
+        candidates: list[tuple[int, int, tuple[Group, ...]]] = []
         for length in range(1, n - start + 1):
             unit = pattern[start : start + length]
             stop = start + length
@@ -129,10 +131,10 @@ def spots(pattern: str, unroll: int = 1) -> list[Spot]:
 def _nest(pattern: str) -> tuple[tuple[int, int], tuple]:
     """((spots, loops), parts) of the cheapest program; a part is a symbol or (repeats, parts)."""
     n = len(pattern)
-    best = [((0, 0), ())] * (n + 1)  # of each suffix
+    best: list[tuple[tuple[int, int], tuple]] = [((0, 0), ())] * (n + 1)  # of each suffix
     for start in reversed(range(n)):
         (n_spots, n_loops), rest = best[start + 1]
-        candidates = [((n_spots + 1, n_loops), (pattern[start], *rest))]
+        candidates: list[tuple[tuple[int, int], tuple]] = [((n_spots + 1, n_loops), (pattern[start], *rest))]
         for length in range(1, (n - start) // 2 + 1):
             unit, stop = pattern[start : start + length], start + length
             while pattern[stop : stop + length] == unit:
@@ -147,7 +149,7 @@ def _nest(pattern: str) -> tuple[tuple[int, int], tuple]:
 
 def _unrolled(parts: tuple, unroll: int) -> tuple:
     """Parts with the loops of up to so many repeats written out."""
-    made = []
+    made: list = []
     for part in parts:
         if isinstance(part, str):
             made.append(part)
@@ -173,7 +175,8 @@ def _length(parts: tuple) -> int:
 
 def _placed(parts: tuple, repeats: int, starts: list[int], numbers: Iterator[int]) -> Loop:
     """Parts as a loop that is begun at each of the depths `starts`."""
-    size, made = _length(parts), []
+    size = _length(parts)
+    made: list[Spot | Loop] = []
     starts = [start + i * size for start in starts for i in range(repeats)]
     offset = 0
     for part in parts:

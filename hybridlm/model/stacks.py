@@ -7,13 +7,14 @@ Stored: `trees[g][position]`, arrays [repeats, ...] (`pattern.groups`). Stacked:
 
 from collections.abc import Hashable, Sequence
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hybridlm.model.pattern import groups, places, spots
 
-Row = tuple[Hashable, int]
+Row = tuple[Any, int]
 """Which stack, and its index there."""
 
 
@@ -37,7 +38,7 @@ def _sources(pattern: str, unroll: int) -> list[list[Row]]:
 @cache
 def _targets(pattern: str, unroll: int) -> list[list[list[Row]]]:
     """Of each sublayer of each group where its repeats are in the spots' stacks."""
-    made = [[[(None, 0)] * group.repeats for _ in group.unit] for group in groups(pattern)]
+    made: list[list[list[Row]]] = [[[(None, 0)] * group.repeats for _ in group.unit] for group in groups(pattern)]
     for number, of_spot in enumerate(_sources(pattern, unroll)):
         for index, ((group, position), repeat) in enumerate(of_spot):
             made[group][position][repeat] = (number, index)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the blocks of a model report of a batch: one number a statistic, and where they are inspected more."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,7 @@ from hybridlm.layers.block import Block, Statistic, walk
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.pattern import loops
 
-MERGE = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "min": jnp.min}
+MERGE: dict[str, Callable[[jax.Array], jax.Array]] = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "min": jnp.min}
 """Statistic.layers, or the end of an inspected number's name -> how an array of all layers' values becomes one."""
 
 

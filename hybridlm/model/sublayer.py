@@ -29,7 +29,7 @@ def make_options(config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array | int = 0
 
 def stream_norm(config: ModelConfig, *, inside: bool, eps: float | None = None) -> RMSNorm | LayerNorm:
     """A norm of the residual stream. inside: of a sublayer; eps: None: norm_eps."""
-    kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
+    kind: type[Any] = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
     bias = config.norm_bias == "all" or (inside and config.norm_bias == "sublayers")
     return kind(config.d_model, eps or config.norm_eps, offset=config.norm_offset, bias=bias)
 
@@ -56,15 +56,16 @@ class Sublayer(nnx.Module):
 
     def __init__(self, symbol: str, config: ModelConfig, *, rngs: nnx.Rngs, depth: jax.Array | int = 0):
         """rngs: parameters follow from it, in this order: mixer, link. depth: index into the pattern."""
-        make, block = make_options(config, rngs, depth), config.blocks[symbol]
+        make = make_options(config, rngs, depth)
+        block: Any = config.blocks[symbol]
         self.residual_multiplier, self.of_normed = config.residual_multiplier, config.normed_residual.get(symbol)
         before, after = config.norms(symbol)
         self.norm = stream_norm(config, inside=True) if before else None
         self.after_norm = stream_norm(config, inside=True) if after else None
         self.scales = ChannelScales(config.d_model) if config.channel_scales else None
         self.passes = passes(block, config.d_model) > 0
-        self.mixer = block.build(config.d_model, make)
-        self.link = block.build_link(config.d_model, make) if shares(block) else None
+        self.mixer: Any = block.build(config.d_model, make)
+        self.link: Any = block.build_link(config.d_model, make) if shares(block) else None
 
     @property
     def cache_grows(self) -> bool:
@@ -79,11 +80,13 @@ class Sublayer(nnx.Module):
             x_BTD, passed_BTR = x
             if not self.passes:
                 y_BTD, stats = self(x_BTD, tokens)
-                return Output((y_BTD, passed_BTR), stats)
+                both: Any = (y_BTD, passed_BTR)
+                return Output(both, stats)
             u_BTD = self._normed(x_BTD)
             (y_BTD, stats), on_BTR = self.mixer.pass_on(u_BTD, passed_BTR, tokens)
             stats = self._inspect(x_BTD, u_BTD, tokens, passed_BTR) if tokens.inspect else stats
-            return Output((self._add(x_BTD, u_BTD, y_BTD), on_BTR), stats)
+            both = (self._add(x_BTD, u_BTD, y_BTD), on_BTR)
+            return Output(both, stats)
         x_BTD = u_BTD = x
         if self.link is not None:
             with jax.named_scope("link"):

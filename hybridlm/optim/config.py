@@ -70,5 +70,5 @@ class OptimConfig:
         return old.read(self, word)
 
 
-OptimConfig.__init__ = old.accepting(OptimConfig.__init__)
+OptimConfig.__init__ = old.accepting(OptimConfig.__init__)  # type: ignore[method-assign]
 OptimConfig.__annotations__["numbers"] = ClassVar[Any]  # for tyro, whose help would offer it as an option

@@ -6,7 +6,7 @@ A new one is such a class and a word in OBJECTIVES.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Union, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -103,5 +103,5 @@ class Masked:
             require(value < vocab_size, f"{name} ({value}) is no token of model.vocab_size ({vocab_size})")
 
 
-OBJECTIVES = (NextToken, Masked)
-AnyObjective = Union[OBJECTIVES]  # noqa: UP007 (of a tuple)
+AnyObjective = NextToken | Masked
+OBJECTIVES: tuple[type[AnyObjective], ...] = get_args(AnyObjective)

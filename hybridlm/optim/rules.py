@@ -5,7 +5,7 @@ A new one is a file with such a class, and a word in RULES.
 """
 
 from collections.abc import Callable
-from typing import Protocol, Union, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import optax
 
@@ -29,5 +29,5 @@ class UpdateRule(Protocol):
         ...
 
 
-RULES = (AdamW, Muon)
-Rule = Union[RULES]  # noqa: UP007 (of a tuple)
+Rule = AdamW | Muon
+RULES: tuple[type[Rule], ...] = get_args(Rule)

@@ -10,7 +10,7 @@ takes as an argument: a run that is made longer is the same program. One without
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Union, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +143,8 @@ class Constant:
         return [optax.constant_schedule(peak)], []
 
 
-SCHEDULES = (Cosine, LinearDecay, Wsd, Constant)
-Schedule = Union[SCHEDULES]  # noqa: UP007 (of a tuple)
+Schedule = Cosine | LinearDecay | Wsd | Constant
+SCHEDULES: tuple[type[Schedule], ...] = get_args(Schedule)
 
 
 def schedule_lengths(optim, steps: int) -> tuple[int, ...]:

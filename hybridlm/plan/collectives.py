@@ -6,6 +6,7 @@ Bytes are of one device and a whole step: the result of a gather, the operand of
 loops around it. They say what is asked for, not how long it takes.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,9 +121,8 @@ def equations(jaxpr, runs: int, sizes: dict[str, int], scope: str = "") -> Itera
         times = runs * eqn.params["length"] if name == "scan" else runs
         inner = list(_inside(eqn.params.values()))
         if name == "cond":  # one of them runs: that with the most to exchange
-            inner = [
-                max(inner, key=lambda branch, here=here: sum(c.runs * c.bytes for c in _of_jaxpr(branch, 1, here)))
-            ]
+            cost = lambda branch, here: sum(c.runs * c.bytes for c in _of_jaxpr(branch, 1, here))
+            inner = [max(inner, key=functools.partial(cost, here=here))]
         for jaxpr_inside in inner:
             yield from equations(jaxpr_inside, times, here, stands_in)
 

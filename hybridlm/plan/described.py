@@ -4,6 +4,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -34,7 +35,8 @@ class Described:
 
     def trace(self) -> jax.stages.Traced:
         """The train step, traced."""
-        return self.program.train_step.trace(self.program.state_like, self.batch())
+        step: Any = self.program.train_step
+        return step.trace(self.program.state_like, self.batch())
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def _count(program: Program, name: str, times: int) -> None:
             n = trips(program, instruction)
             if n is None:
                 program.unknown.append(instruction.name)
-            _count(program, re.search(r"body=%?([\w.\-]+)", instruction.rest)[1], times * (n or 1))
+            _count(program, _named(re.search(r"body=%?([\w.\-]+)", instruction.rest)), times * (n or 1))
         elif instruction.op in ("call", "async-start", "fusion"):
             if called := CALLED.search(instruction.rest):
                 _count(program, called[1], times)
@@ -118,11 +118,17 @@ def _count(program: Program, name: str, times: int) -> None:
                     _count(program, branch.strip().lstrip("%"), times)
 
 
+def _named(found: re.Match[str] | None) -> str:
+    """What a pattern found that every program has."""
+    assert found is not None
+    return found[1]
+
+
 def trips(program: Program, loop: Instruction) -> int | None:
     """What the compiler says, else the constant that the condition compares with."""
     if known := re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)', loop.rest):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
+    condition = _named(re.search(r"condition=%?([\w.\-]+)", loop.rest))
     constants = []
     for name in [condition, *CALLED.findall(" ".join(i.rest for i in program.computations.get(condition, ())))]:
         for instruction in program.computations.get(name, ()):
@@ -209,7 +215,7 @@ def largest(program: Program, count: int = 12) -> list[Large]:
     """The largest arrays in memory, one for each type and shape; what lives inside a fusion is not in memory."""
     found: dict[str, Large] = {}
     every = [i for instructions in program.computations.values() for i in instructions]
-    fused = {CALLED.search(i.rest)[1] for i in every if i.op == "fusion"}
+    fused = {_named(CALLED.search(i.rest)) for i in every if i.op == "fusion"}
     for name, instructions in program.computations.items():
         if not program.runs[name] or name in fused:
             continue

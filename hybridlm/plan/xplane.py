@@ -97,7 +97,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             value, at = _varint(message, at)
         else:
             size, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            value, at = message[at : at + size], at + size
+            yield number, message[at : at + size]
+            at += size
+            continue
         yield number, value
 
 

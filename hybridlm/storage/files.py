@@ -33,7 +33,7 @@ def check(path: Path, argument: str, *, write: bool = False) -> None:
     """
     if not in_bucket(path):
         return
-    bucket, client = bucket_of(path)[0], CLIENTS[scheme_of(path)]
+    bucket, client = bucket_of(path)[0], CLIENTS[str(scheme_of(path))]
     name = f"{scheme_of(path)}://{bucket}"
 
     def ask() -> None:

@@ -131,9 +131,10 @@ _CLIENTS_OF = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp", 
 def reason(error: BaseException) -> str | None:
     """What the client of a bucket says, in one line; None for an error that is not of one."""
     seen = []
-    while error is not None:
-        seen.append(error)
-        error = error.__cause__ or error.__context__
+    at: BaseException | None = error
+    while at is not None:
+        seen.append(at)
+        at = at.__cause__ or at.__context__
     if not any(type(e).__module__.partition(".")[0] in _CLIENTS_OF for e in seen):
         return None
     return " ".join(str(seen[0]).split())[:200] or type(seen[0]).__name__

@@ -123,9 +123,13 @@ def numbers(values: Mapping[str, jax.Array]) -> dict[str, float]:
     return {name: value.item() for name, value in jax.device_get(dict(values)).items()}
 
 
+def _fields(metric: Any) -> tuple:
+    return astuple(metric)
+
+
 def to_json(metrics: Mapping[str, Metric]) -> dict[str, list]:
     """Metrics on the host, as a checkpoint keeps them: {"loss": ["Mean", total, weight]}."""
-    return {name: [type(metric).__name__, *astuple(metric)] for name, metric in metrics.items()}
+    return {name: [type(metric).__name__, *_fields(metric)] for name, metric in metrics.items()}
 
 
 def from_json(values: Mapping[str, Any]) -> Metrics:

@@ -5,19 +5,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from hybridlm import storage
-from hybridlm.config import Config, DataConfig
+from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
 from hybridlm.model.generation import generate
-from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
-from hybridlm.train.base import read_params
-from hybridlm.train.checkpoint import Checkpoints, finished_steps
-from hybridlm.train.run_folder import stored_config
-from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer, kept_tokenizer
+from hybridlm.train import loading
+from hybridlm.train.loading import load_model
+
+__all__ = ["load_model", "load_run", "sample_text"]
 
 
 def sample_text(
@@ -47,30 +44,7 @@ def sample_text(
 def load_run(
     path: Path, step: int | None = None, like: Config | None = None, tokenizer: str | None = None
 ) -> tuple[HybridLM, Tokenizer, int]:
-    """(model, tokenizer, step) of a run's newest checkpoint, or of one step. ConfigError where there is none.
-
-    like: a config whose own classes the run may have used; see from_dict. tokenizer: as data.tokenizer; None: that of
-    the run.
-    """
-    model, config, record, found = load_model(path, step, like)
-    if tokenizer is None:
-        return model, kept_tokenizer(config.data, path, record.get(IDENTITY)), found
-    return model, check_tokenizer(DataConfig(tokenizer=tokenizer), record.get(IDENTITY), path), found
-
-
-def load_model(path: Path, step: int | None = None, like: Config | None = None) -> tuple[HybridLM, Config, dict, int]:
-    """(model, config, loop record, step); as load_run, but for the tokenizer."""
-    storage.check(path, "the run's folder")
-    config = stored_config(path, like)
-    steps = finished_steps(path / "checkpoints")
-    require(bool(steps), f"{path} has no checkpoint yet")
-    require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")
-    graphdef, shapes, _ = abstract(config.model)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
-    try:
-        found, params, record = read_params(checkpoints, path, config, wanted, steps if step is None else [step])
-    finally:
-        checkpoints.close()
-    return nnx.merge(graphdef, params), config, record, found
+    """(model, tokenizer, step) of a run's newest checkpoint, or of one step; arguments and errors as of
+    `hybridlm.load_run`."""
+    run = loading.load_run(path, step, like=like, tokenizer=tokenizer)
+    return run.model, run.tokenizer, run.step

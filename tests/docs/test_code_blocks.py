@@ -2,13 +2,21 @@
 """What README.md and docs show runs: Python block by block, shell commands as far as their words are understood."""
 
 import logging
+from importlib.util import find_spec
 
 import pytest
 
+from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
 from tests.docs.commands import check_shell
 from tests.docs.pages import LANGUAGES, ROOT, SIZES, Block, find_blocks, pages, run_python
+from tests.library.runs import write_run
 
+WITH_RUN = ("docs/library.md",)
+"""Pages whose code reads the run runs/hybrid_tiny, which is there with the parameters that it starts from."""
+SMALL = {"model.d_model": 64, "model.pattern": "M-*-", "model.blocks.-.d_ff": 64}
+NEEDS = {"docs/frameworks.md": "equinox"}
+"""Pages whose code imports a package that only the extra dev names."""
 BLOCKS = {page: find_blocks(file.read_text(encoding="utf-8")) for page, file in pages().items()}
 
 
@@ -17,11 +25,13 @@ def pages_with(language: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, request):
     """Current folder and home, with the checkout's configs, and a published checkpoint by the names docs give one."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("FOLDER", "Bamba-9B"):
         (tmp_path / name).symlink_to(ROOT / "tests/golden/bamba")
+    if request.node.callspec.params.get("page") in WITH_RUN:
+        write_run(tmp_path / "runs/hybrid_tiny", load_config("hybrid_tiny", SMALL), steps=(200, 300))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     logger = logging.getLogger("pallas_kernels")
@@ -38,6 +48,8 @@ def test_every_block_has_a_language(page):
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page, folder):
+    if page in NEEDS and find_spec(NEEDS[page]) is None:
+        pytest.skip(f"needs {NEEDS[page]}: pip install -e '.[dev]'")
     namespace = {"__name__": "__docs__"}
     for block in BLOCKS[page]:
         if block.language == "python":

@@ -157,7 +157,7 @@ def test_a_one_percent_error_is_seen(name, monkeypatch, blocked):
         ({"B": np.zeros((2, 40, 5), np.float32)}, ValueError, r"B_BTN has shape \[2, 40, 5\], expected \[2, 40, 4\]"),
         ({"B": np.zeros((2, 40, 3, 4), np.float32)}, ValueError, "C_BTN has shape"),
         ({"B": np.zeros((2, 40, 4, 4), np.float32), "C": np.zeros((2, 40, 4, 4), np.float32)}, ValueError,
-         r"channels of x_BTD \(6\) not divisible by groups of B_BTGN \(4\)"),
+         r"channels of x_BTD \(6\) not divisible by groups of B_BTN \(4\)"),
         ({"D": np.zeros((7,), np.float32)}, ValueError, "D has shape"),
         ({"segment_ids": np.zeros((2, 39), np.int32)}, ValueError, r"segment_ids has shape \[2, 39\]"),
         ({"initial_state": np.zeros((2, 6, 5), np.float32)}, ValueError, "initial_state has shape"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context, segments
-from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.checks import check_array, check_float, check_positive_int, check_segment_ids, check_shape, rank
 from pallas_kernels.op import call
 from pallas_kernels.ops.attention import OP
 
@@ -107,7 +107,9 @@ def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window) -> None:
         check_float(name, array)
     if gate is not None:
         full = (n_batch, n_queries, n_heads, v_BSKP.shape[3])
-        check_shape("gate", gate, full[:3] if gate.ndim == 3 else full, "batch, tokens, heads[, width of v_BSKP]")
+        check_shape(
+            "gate", gate, full[:3] if rank("gate", gate) == 3 else full, "batch, tokens, heads[, width of v_BSKP]"
+        )
         check_float("gate", gate)
     if sinks is not None:
         check_shape("sinks", sinks, (n_heads,), "heads of q_BTHP")
@@ -118,12 +120,13 @@ def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window) -> None:
 
 def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:
     """(k, v, layer as an int32 scalar), checked."""
+    check_array("k_BSKP", k_LBSKP)
     for name, array in (("k_BSKP", k_LBSKP), ("v_BSKP", v_LBSKP)):
         check_shape(name, array, (*k_LBSKP.shape[:1], *[None] * 4), "layers, as layer is given, batch, keys, ...")
     if context_axis is not None:
         raise ValueError(f"context_axis ({context_axis!r}) and layer ({layer!r}) cannot be given together")
     n_layers = k_LBSKP.shape[0]
-    if isinstance(layer, numbers.Integral) and not 0 <= layer < n_layers:
+    if isinstance(layer, numbers.Integral) and not 0 <= int(layer) < n_layers:
         raise ValueError(f"layer ({layer}) outside of the layers of k_BSKP ({n_layers})")
     index = jnp.asarray(layer)
     if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):

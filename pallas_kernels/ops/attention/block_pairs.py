@@ -25,7 +25,7 @@ class Pairs(typing.NamedTuple):
     """Words [B or 1, n] of the pairs to visit, and their number: the most of any row, behind which words do nothing."""
 
     words_BN: jax.Array | np.ndarray
-    count: jax.Array | int
+    count: jax.Array | int  # type: ignore[assignment]  # a tuple's method has the name
 
 
 def query_block(word):

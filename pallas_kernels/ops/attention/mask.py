@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,10 @@ class Mask:
     causal: bool = True
     window: int | None = None
     q_offset: int | None = 0
-    q_ids_BT: jax.Array | np.ndarray | None = None
-    k_ids_BS: jax.Array | np.ndarray | None = None
-    q_position_BT: jax.Array | np.ndarray | None = None
-    k_position_BS: jax.Array | np.ndarray | None = None
+    q_ids_BT: Any = None
+    k_ids_BS: Any = None
+    q_position_BT: Any = None
+    k_position_BS: Any = None
     offset_B: jax.Array | None = None
 
     replace = dataclasses.replace
@@ -50,15 +51,21 @@ class Mask:
         return self.k_position_BS is not None
 
 
-def make_mask(causal: bool, window: int | None, segment_ids, positions, q_offset) -> Mask:
+def make_mask(
+    causal: bool, window: int | None, segment_ids: tuple[Any, Any] | None, positions: tuple[Any, Any] | None, q_offset
+) -> Mask:
     """From the arguments of `pallas_kernels.attention`, of which segment_ids and positions are pairs here."""
     known = isinstance(q_offset, int) and positions is None
+    q_ids, k_ids = segment_ids or (None, None)
+    q_positions, k_positions = positions or (None, None)
     return Mask(
         causal,
         window,
         q_offset if known else None,
-        *(segment_ids or (None, None)),
-        *(positions or (None, None)),
+        q_ids,
+        k_ids,
+        q_positions,
+        k_positions,
         offset_B=None if known or positions is not None else q_offset,
     )
 
@@ -69,7 +76,7 @@ def query_positions(mask: Mask, n_queries: int):
         return mask.q_position_BT
     if mask.q_offset is not None:
         return np.arange(n_queries, dtype=np.int32)[None] + np.int32(mask.q_offset)
-    return jnp.reshape(mask.offset_B, (-1, 1)) + jnp.arange(n_queries, dtype=jnp.int32)[None]
+    return jnp.reshape(jnp.asarray(mask.offset_B), (-1, 1)) + jnp.arange(n_queries, dtype=jnp.int32)[None]
 
 
 def key_positions(mask: Mask, n_keys: int):
@@ -77,7 +84,7 @@ def key_positions(mask: Mask, n_keys: int):
     return np.arange(n_keys, dtype=np.int32)[None] if mask.k_position_BS is None else mask.k_position_BS
 
 
-def visible_pairs(q_id, k_id, q_position, k_position, causal: bool, window: int | None):
+def visible_pairs(q_id, k_id, q_position, k_position, causal: bool, window: int | None) -> Any:
     """bool of pairs of queries and keys, whose ids (or None) and positions broadcast against each other; None: all."""
     visible = None
     if q_id is not None:

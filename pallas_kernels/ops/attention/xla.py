@@ -175,8 +175,8 @@ def _visible(mask: Mask, pair, settings: _Settings):
     key_1J = pair[1] * k_block + jnp.arange(k_block)[None, :]
     if mask.q_offset is not None:
         q_position, k_position = (mask.q_offset + pair[0] * q_block + jnp.arange(q_block))[None, :], key_1J
-    ids = (None, None) if q_ids is None else (q_ids[:, :, None], k_ids[:, None, :])
-    visible = visible_pairs(*ids, q_position[:, :, None], k_position[:, None, :], mask.causal, mask.window)
+    q_id, k_id = (None, None) if q_ids is None else (q_ids[:, :, None], k_ids[:, None, :])
+    visible = visible_pairs(q_id, k_id, q_position[:, :, None], k_position[:, None, :], mask.causal, mask.window)
     if not settings.n_keys % k_block:
         return visible
     inside = (key_1J < settings.n_keys)[:, None, :]

@@ -51,5 +51,6 @@ def cache_write(
         raise ValueError(f"layer ({layer}) outside of the layers of array ({array.shape[0]})")
     if layer is not None and (jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer)):
         raise TypeError(f"layer ({layer!r}) is neither an int nor an integer scalar")
-    args = (array, slots_BT.astype(jnp.int32), value_BTKP.astype(array.dtype))
+    array = jnp.asarray(array)
+    args = (array, jnp.asarray(slots_BT, jnp.int32), jnp.asarray(value_BTKP, array.dtype))
     return call(OP, implementation, args, {"layer": layer})

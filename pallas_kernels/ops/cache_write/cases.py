@@ -50,7 +50,7 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray]:
     slots = np.stack([rng.permutation(case.slots)[: case.tokens] for _ in range(case.batch)]).astype(np.int32)
     if case.outside:
         slots[-1] = np.where(np.arange(case.tokens) % 2, case.slots, -1 - np.arange(case.tokens))
-    draw = lambda *shape: rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+    draw = lambda *shape: np.asarray(rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
     return {
         "array": draw(*layers, case.batch, case.slots, case.kv_heads, case.width),
         "slots": slots,

@@ -62,7 +62,7 @@ def _joined(earlier: _Window, later: _Window) -> _Window:
     return _Window(inputs_BKD, count_B, context.join(earlier.documents, later.documents))
 
 
-def _last_inputs(x_BTD, segment_ids, n_before: int):
+def _last_inputs(x_BTD, segment_ids, n_before: int) -> tuple[jax.Array, jax.Array]:
     """(inputs_BKD, count_B) of one device's tokens."""
     n_batch, n_tokens, _ = x_BTD.shape
     if segment_ids is None:

@@ -37,8 +37,8 @@ def convolve_documents(
         y_BTD = convolve(*arrays, None, activation)
         if not return_final_state:
             return y_BTD
-        before = [_start(x_BTD, initial_state, n_before), x_BTD[:, max(0, x_BTD.shape[1] - n_before) :]]
-        before = jnp.concatenate(before, axis=1)
+        parts = [_start(x_BTD, initial_state, n_before), x_BTD[:, max(0, x_BTD.shape[1] - n_before) :]]
+        before = jnp.concatenate(parts, axis=1)
         return y_BTD, before[:, before.shape[1] - n_before :]
 
     if n_before == 0 or not gaps:

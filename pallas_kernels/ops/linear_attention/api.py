@@ -15,6 +15,7 @@ from pallas_kernels.checks import (
     check_segment_ids,
     check_shape,
     check_state,
+    rank,
 )
 from pallas_kernels.op import call
 from pallas_kernels.ops.linear_attention import OP
@@ -108,5 +109,5 @@ def _check_features(feature_map, g, bonus) -> None:
         return
     if bonus is not None:
         raise ValueError(f"bonus and feature_map ({feature_map!r}) cannot be given together")
-    if g is not None and g.ndim == 4:
+    if g is not None and rank("g", g) == 4:
         raise ValueError(f"g of shape {list(g.shape)} decays by key channel, feature_map ({feature_map!r}) has others")

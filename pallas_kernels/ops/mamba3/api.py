@@ -117,10 +117,12 @@ def decay_rates(raw: jax.Array, activation: str = "heavy_tail", floor: float = 1
 
 def _check_tokens(q, k, v, adt, dt, trap, angles, z, has_ranks: bool) -> None:
     """Raises ValueError or TypeError unless they fit together."""
+    check_shape("v_BTHP", v, (None,) * 4, "batch, tokens, heads, head width")
     if has_ranks:
-        check_shape("q_BTRGN", q, (*v.shape[:2], None, None, None), "batch, tokens of v_BTHP, ranks, groups, key width")
-        check_shape("k_BTRGN", k, q.shape, "shape of q_BTRGN")
-        check_heads(q[:, :, 0], k[:, :, 0], v, ("q_BTRGN of a rank", "k_BTRGN of a rank", "v_BTHP"))
+        shape = (*v.shape[:2], None, None, None)
+        check_shape("q_BTGN", q, shape, "batch, tokens of v_BTHP, ranks, as mimo_v is given, groups, key width")
+        check_shape("k_BTGN", k, q.shape, "shape of q_BTGN")
+        check_heads(q[:, :, 0], k[:, :, 0], v, ("q_BTGN of a rank", "k_BTGN of a rank", "v_BTHP"))
     else:
         check_heads(q, k, v)
     for name, array, bits in (("adt_BTH", adt, 32), ("dt_BTH", dt, 32), ("trap_BTH", trap, 16)):

@@ -61,7 +61,7 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     rng = np.random.default_rng(case.seed)
     by_token, by_head = (case.batch, case.tokens), (case.batch, case.tokens, case.heads)
     ranks = () if case.rank is None else (case.rank,)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    normal = lambda *shape: np.asarray(rng.standard_normal(shape, np.float32))
     typed = {
         "q": normal(*by_token, *ranks, case.groups, case.key) / np.sqrt(case.key),
         "k": normal(*by_token, *ranks, case.groups, case.key),

@@ -42,11 +42,13 @@ def mlstm_context(scan: Callable, args: tuple, *, context_axis: str, **options):
         return scan(*args, **options | from_nothing)[1:]
 
     state = jax.checkpoint(local, policy=jax.checkpoint_policies.nothing_saveable)(args)
-    own = _Map(_log_decay(f.astype(dtype), segment_ids), *state, context.describe(segment_ids))
+    c, n, m = state
+    own = _Map(_log_decay(f.astype(dtype), segment_ids), c, n, m, context.describe(segment_ids))
     names = ("initial_c", "initial_n", "initial_m")
     initial = tuple(options[name] for name in names)
     initial = zeros if initial[0] is None else tuple(array.astype(dtype) for array in initial)
-    start = _Map(jnp.zeros_like(own.log_decay_BH), *initial, context.nothing(own.documents))
+    c, n, m = initial
+    start = _Map(jnp.zeros_like(own.log_decay_BH), c, n, m, context.nothing(own.documents))
     entering = context.before(_join, start, own, context_axis)
     cut_B = context.is_cut(entering.documents, own.documents)
     options |= {name: context.keep_rows(~cut_B, array) for name, array in zip(names, entering[1:4])}

@@ -33,7 +33,8 @@ def rwkv4_context(scan: Callable, args: tuple, *, context_axis: str, **options):
 
     state = jax.checkpoint(local, policy=jax.checkpoint_policies.nothing_saveable)(args)
     own = _map(_log_decay(g_D.astype(state[0].dtype), k_BTD, segment_ids), state, context.describe(segment_ids))
-    initial = start_of(*args, options)
+    k, v, g, bonus = args
+    initial = start_of(k, v, g, bonus, options)
     start = _map(jnp.zeros_like(own.parts[0]), initial, context.nothing(own.documents))
     entering = context.before(_join, start, own, context_axis)
     keep_B = ~context.is_cut(entering.documents, own.documents)

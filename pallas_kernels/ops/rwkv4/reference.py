@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recurrence of `rwkv4`, token by token: the oracle of the others (float64 if the inputs are)."""
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.by_token import scan_tokens
@@ -29,7 +30,7 @@ def rwkv4_reference(k_BTD, v_BTD, g_D, bonus_D, *, segment_ids=None, return_fina
     return (y_BTD, *state) if return_final_state else y_BTD
 
 
-def start_of(k_BTD, v_BTD, g_D, bonus_D, states: dict) -> tuple:
+def start_of(k_BTD, v_BTD, g_D, bonus_D, states: dict) -> tuple[jax.Array, ...]:
     """(a, b, m) to begin with, in the dtype that all is computed in."""
     dtype = jnp.result_type(k_BTD, v_BTD, g_D, bonus_D, jnp.float32)
     zeros_BD = jnp.zeros_like(v_BTD[:, 0], dtype)

@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape, rank
 from pallas_kernels.op import call
 from pallas_kernels.ops.selective_scan import OP
 
@@ -80,14 +80,14 @@ def _check_arrays(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D, initial_state) -> None:
     check_shape("dt_BTD", dt_BTD, x_BTD.shape, "shape of x_BTD")
     check_shape("A_DN", A_DN, (n_channels, None), "channels of x_BTD, state size")
     d_state = A_DN.shape[1]
-    if B_BTN.ndim != 4:
+    if rank("B_BTN", B_BTN) != 4:
         check_shape("B_BTN", B_BTN, (n_batch, n_tokens, d_state), "batch, tokens of x_BTD, state size of A_DN")
     check_shape("C_BTN", C_BTN, B_BTN.shape, "shape of B_BTN")
     groups = (None,) if B_BTN.ndim == 4 else ()
-    check_shape("B_BTGN", B_BTN, (n_batch, n_tokens, *groups, d_state), "batch, tokens of x_BTD, groups, state size")
+    check_shape("B_BTN", B_BTN, (n_batch, n_tokens, *groups, d_state), "batch, tokens of x_BTD, groups, state size")
     n_groups = B_BTN.shape[2] if groups else 1
     if n_groups < 1 or n_channels % n_groups:
-        raise ValueError(f"channels of x_BTD ({n_channels}) not divisible by groups of B_BTGN ({n_groups})")
+        raise ValueError(f"channels of x_BTD ({n_channels}) not divisible by groups of B_BTN ({n_groups})")
     for name, array in (("x_BTD", x_BTD), ("B_BTN", B_BTN), ("C_BTN", C_BTN)):
         check_float(name, array)
     check_float("dt_BTD", dt_BTD, minimum_bits=32)

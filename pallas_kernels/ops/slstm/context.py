@@ -17,7 +17,8 @@ def slstm_context(scan: Callable, args: tuple, *, context_axis: str, **options):
         return from_state(state, return_final_state=True)[1:]
 
     own = context.describe(options["segment_ids"])
-    entering = context.in_order(run, start_of(*args, options), own, context_axis)
+    x, R, b = args
+    entering = context.in_order(run, start_of(x, R, b, options), own, context_axis)
     out = from_state(entering)
     if not options["return_final_state"]:
         return out

@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape
+from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape, rank
 from pallas_kernels.op import call
 from pallas_kernels.ops.ssd import OP
 
@@ -103,7 +103,7 @@ def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, decay, initial_state) 
         check_float(name, array)
     check_float("dt_BTH", dt_BTH, minimum_bits=32)
     if D is not None:
-        if D.ndim != 1:
+        if rank("D", D) != 1:
             check_shape("D", D, (n_heads, d_head), "heads, head width of x_BTHP; or [heads]")
         check_shape("D", D, (n_heads, d_head)[: D.ndim], "heads of x_BTHP; or [heads, head width]")
         check_float("D", D)

@@ -226,7 +226,7 @@ def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -
     dt_BCQGR = split(tokens.dt_BTH, dtype, n_groups, n_heads // n_groups)
     B_BCQGN = split(tokens.B_BTGN, product_dtype, n_groups)
     C_BCQGN = split(tokens.C_BTGN, product_dtype, n_groups)
-    if tokens.decay_BTH is None:
+    if weights.A_H is not None:
         steps_BCQGR = dt_BCQGR * weights.A_H.astype(dtype).reshape(n_groups, -1)[None, None, None]
     else:
         steps_BCQGR = split(tokens.decay_BTH, dtype, n_groups, n_heads // n_groups)
@@ -387,11 +387,11 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
         dD = (dD if weights.D.ndim == 2 else dD.sum(-1)).reshape(weights.D.shape)
     ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1)
     dA = ddecay = None
-    if tokens.decay_BTH is None:
+    if weights.A_H is not None:
         A_GR = weights.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
         ddt_BCQGR += dsteps_BCQGR * A_GR[None, None, None]
         dA = jnp.sum(dsteps_BCQGR * c.dt_BCQGR, axis=(0, 1, 2)).reshape(-1)
-    else:
+    elif tokens.decay_BTH is not None:
         ddecay = _where_real(marks, dsteps_BCQGR.reshape(tokens.decay_BTH.shape))
     dtokens = _Tokens(
         dx_BCQGRP.reshape(tokens.x_BTHP.shape).astype(tokens.x_BTHP.dtype),

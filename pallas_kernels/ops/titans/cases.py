@@ -62,7 +62,7 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     n = sizes.memory
     state[..., :n] = state[..., n : 2 * n] = 0.1 * rng.standard_normal((case.batch, case.heads, n))
     state[..., 2 * n : 3 * n] = 0.01 * rng.standard_normal((case.batch, case.heads, n))
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    normal = lambda *shape: np.asarray(rng.standard_normal(shape, np.float32))
     return {
         **{name: normal(*shape, case.width).astype(jnp.dtype(dtype)) for name in ("q", "k", "v")},
         "rate": rng.uniform(5e-4, 5e-3, shape).astype(np.float32),

@@ -9,7 +9,8 @@ from pallas_kernels.ops.titans.reference import prepare
 
 def titans_context(scan: Callable, args: tuple, *, context_axis: str, **options):
     """`scan(*args, **options)`, an implementation of the op, on tokens of which each device of the axis has a share."""
-    start = prepare(*args, options["initial_state"])[-1]
+    q, k, v, rate, eta, alpha, g, W1, W2 = args
+    start = prepare(q, k, v, rate, eta, alpha, g, W1, W2, options["initial_state"])[-1]
 
     def run(state):
         return scan(*args, **options | {"initial_state": state, "return_final_state": True})[1]

@@ -32,7 +32,8 @@ class State(typing.NamedTuple):
     gradient: jax.Array  # [..., M]: of the tokens that are not stored yet
     eta: jax.Array  # [..., 1]: sums of theirs
     alpha: jax.Array
-    count: jax.Array  # tokens since gradients are taken there (since the last store, where that never changes)
+    count: jax.Array  # type: ignore[assignment]  # tokens since gradients are taken there (since the last store, where
+    # that never changes); a tuple's method has the name
 
 
 def join(g, W1, W2):

@@ -397,7 +397,7 @@ def _body(cfg, *refs):
         if cfg.emit_y:
 
             @pl.when(wg == hb)
-            def _():
+            def scores():
                 plgpu.set_max_registers(most[1], action="increase")
                 _walk_scores(cfg, idx, smem, bars)
 
