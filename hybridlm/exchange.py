@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from hybridlm import sharding
@@ -74,7 +75,7 @@ def gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     """Inside `manual`: shards of a dim put together over mesh axes, outermost first; the gradient is scattered."""
     axes = _wide(axes)
     for groups in reversed(_stages(axes)):
-        x = jax.lax.all_gather(x, axes, axis=dim, tiled=True, axis_index_groups=groups)
+        x = _gradient_rows_outermost(jax.lax.all_gather(x, axes, axis=dim, tiled=True, axis_index_groups=groups))
     return x
 
 
@@ -82,7 +83,7 @@ def scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     """Inside `manual`: sums over mesh axes of which each device keeps its shard of a dim."""
     axes = _wide(axes)
     for groups in _stages(axes):
-        x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
+        x = jax.lax.psum_scatter(_rows_outermost(x), axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
     return x
 
 
@@ -102,6 +103,20 @@ def _as_rows(exchange: Callable, w: jax.Array, axes: Sequence[str], dim: int) ->
     w = jnp.moveaxis(w, dim, 0)
     rows = exchange(w.reshape(w.shape[0], -1), axes, 0)
     return jnp.moveaxis(rows.reshape(-1, *w.shape[1:]), 0, dim)
+
+
+def _rows_outermost(x: jax.Array) -> jax.Array:
+    """x laid out in memory as its dims stand, on TPU: a scatter over the innermost becomes an all-reduce there."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if platform.platform() == "tpu" else x
+
+
+@jax.custom_vjp
+def _gradient_rows_outermost(x: jax.Array) -> jax.Array:
+    """x, whose gradient is `_rows_outermost`."""
+    return x
+
+
+_gradient_rows_outermost.defvjp(lambda x: (x, None), lambda _, grad: (_rows_outermost(grad),))
 
 
 def add(x: jax.Array, axes: Sequence[str]) -> jax.Array:
