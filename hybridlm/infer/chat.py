@@ -118,7 +118,8 @@ class Conversation:
         answer = stream.text
         candidates = dict.fromkeys((answer, answer.removeprefix(" "), answer.strip()))
         turns = [[*self.messages, {"role": "assistant", "content": content}] for content in candidates]
-        fits = (turn for turn in turns if self._text(turn).startswith(self._asked.text + answer))
+        asked = "" if self._asked is None else self._asked.text
+        fits = (turn for turn in turns if self._text(turn).startswith(asked + answer))
         self.messages, self._answered = next(fits, turns[0]), read
 
     def _text(self, messages: list[dict]) -> str:

@@ -102,7 +102,7 @@ class Writer:
             piece_BT = np.ascontiguousarray(tokens_BT[:, start : start + size], np.int32)
             left_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
             cache, *arrays = _read(cache, arrays[0], self._graphdef, self._params, piece_BT, left_B)
-        return State(cache, *arrays, state.length + longest, state.room, state.drawn)
+        return State(cache, *arrays, length=state.length + longest, room=state.room, drawn=state.drawn)
 
     def write(
         self, state: State, n_new: int, how: Sampling, done_B: np.ndarray | None = None

@@ -55,7 +55,8 @@ def no_grad():
 
 
 CONFIGS = [*(pytest.param(config_of(name), id=name) for name in ALL),
-           *(pytest.param(random_config(seed), id=f"random-{seed}") for seed in range(12))]  # fmt: skip
+           *(pytest.param(random_config(seed), id=f"random-{seed}", marks=() if seed < 2 else pytest.mark.slow)
+             for seed in range(12))]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -158,7 +159,9 @@ def test_saved_by_transformers_and_read_by_us(tmp_path):
     np.testing.assert_array_equal(published(tmp_path / "saved")(ids(TOKENS)).logits, theirs(ids(TOKENS)).logits)
 
 
-@pytest.mark.parametrize("name", ["hybrid_tiny", "hybrid_125m", "hybrid_1b"])
+@pytest.mark.parametrize(
+    "name", ["hybrid_1b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hybrid_tiny", "hybrid_125m"))]
+)
 def test_the_configs_that_ship(name, tmp_path):
     """Their blocks and patterns, narrowed."""
     model, narrow = (
