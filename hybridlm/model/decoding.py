@@ -97,12 +97,12 @@ class Writer:
         size = piece_size(n_tokens, self.prefill_chunk)
         pieces = max(1, -(-longest // size))
         tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, pieces * size - n_tokens))))
-        cache, arrays, lengths_B = state.cache, (state.x_BD,), np.asarray(lengths_B, np.int32)
+        cache, x_BD, lengths_B = state.cache, state.x_BD, np.asarray(lengths_B, np.int32)
         for start in range(0, pieces * size, size):
             piece_BT = np.ascontiguousarray(tokens_BT[:, start : start + size], np.int32)
             left_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
-            cache, *arrays = _read(cache, arrays[0], self._graphdef, self._params, piece_BT, left_B)
-        return State(cache, *arrays, length=state.length + longest, room=state.room, drawn=state.drawn)
+            cache, x_BD, done_B, last_B = _read(cache, x_BD, self._graphdef, self._params, piece_BT, left_B)
+        return State(cache, x_BD, done_B, last_B, state.length + longest, state.room, state.drawn)
 
     def write(
         self, state: State, n_new: int, how: Sampling, done_B: np.ndarray | None = None
