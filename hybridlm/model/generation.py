@@ -114,7 +114,7 @@ def sampling(
         raise ValueError(f"top_p ({top_p}) must be in (0, 1]")
     if not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed ({seed}) must be a whole number of 64 bits")
-    eos_ids = () if eos_id is None else tuple(integers("eos_id", np.ravel(eos_id)).tolist())
+    eos_ids = () if eos_id is None or np.size(eos_id) == 0 else tuple(integers("eos_id", np.ravel(eos_id)).tolist())
     return Sampling(temperature, top_k, top_p, eos_ids, int(seed), key)
 
 

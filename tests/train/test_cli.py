@@ -168,7 +168,10 @@ def test_the_list_of_commands(capsys):
     assert main([]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("usage: hybridlm train --config NAME") and "a published checkpoint" in "".join(lines)
-    assert {line.removeprefix("usage:").split()[1] for line in lines[:-1]} == {c.name for c in COMMANDS}
+    assert {line.removeprefix("usage:").split()[1] for line in lines} == {c.name for c in COMMANDS} | {
+        "COMMAND",
+        "--version",
+    }
     check_fails(capsys, ["convert", "from-hf", "a"], "RUN; see hybridlm convert from-hf --help", command=main)
     check_fails(capsys, ["convert", "sideways"], "sideways", command=main)
 
