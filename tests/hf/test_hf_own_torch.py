@@ -54,9 +54,14 @@ def no_grad():
         yield
 
 
-CONFIGS = [*(pytest.param(config_of(name), id=name) for name in ALL),
-           *(pytest.param(random_config(seed), id=f"random-{seed}", marks=() if seed < 2 else pytest.mark.slow)
-             for seed in range(12))]  # fmt: skip
+BY_THE_MINUTE = ("attentions", "mambas", "composed", "random-0")
+CONFIGS = [
+    pytest.param(config, id=name, marks=() if name in BY_THE_MINUTE else pytest.mark.slow)
+    for name, config in (
+        *((name, config_of(name)) for name in ALL),
+        *((f"random-{seed}", random_config(seed)) for seed in range(12)),
+    )
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
