@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of caches are those of caches that are made: of every block, at several lengths, with prefixes, on a mesh."""
+
+import json
+import re
+import time
+
+import jax
+import pytest
+
+from hybridlm import sharding
+from hybridlm.cli import main
+from hybridlm.config import Config, ConfigError, LatentAttention, MeshConfig
+from hybridlm.config.find import config_names, load_config
+from hybridlm.infer.cache_claims import CLAIMS
+from hybridlm.infer.cache_size import (
+    KEYS,
+    LENGTHS,
+    SHARED,
+    STATES,
+    WINDOWED,
+    WINDOWS,
+    CacheSize,
+    cache_size,
+    default_attention,
+    transformer_beside,
+)
+from hybridlm.layers.block import passes, sees_ahead
+from hybridlm.layers.hyena import Hyena
+from hybridlm.model import pattern
+from hybridlm.model.init import abstract, init_sharded
+from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
+
+LATENTS, HISTORY = LatentAttention.GROWS["latent"], Hyena.GROWS["history"]
+D, GIB = 16, 2**30
+BLOCKS = {chr(0x4E00 + i): block for i, block in enumerate(VARIANTS.values()) if not sees_ahead(block)}
+SYMBOLS = dict(zip(VARIANTS, (chr(0x4E00 + i) for i in range(len(VARIANTS))), strict=True))
+ROUTED = {symbol: block for symbol, block in BLOCKS.items() if passes(block, D) not in (0, D)}
+"""What they hand on is of a width of its own: in a model apart."""
+HOLDS = {
+    "mamba2": {STATES, WINDOWS},
+    "mamba3": {STATES},
+    "attention": {KEYS},
+    "window": {WINDOWED},
+    "latent": {LATENTS},
+    "hyena": {HISTORY, WINDOWS},
+    "shared": {SHARED, STATES, WINDOWS},
+    "convolved": {KEYS, WINDOWS},
+    "convolved_window": {WINDOWED, WINDOWS},
+    "rwkv7": {STATES, WINDOWS},
+    "gated_conv": {WINDOWS},
+    "memory_context": {WINDOWED, STATES, WINDOWS},
+    "parallel": {KEYS, STATES, WINDOWS},
+    "mlp": set(),
+}
+MISTAKES = {
+    "--context 0": r"context \(0\) must be between 1 and 2147483647",
+    "--context 8 --batch -1": r"batch \(-1\) must be between 1 and",
+    "--context many": "argument --context: invalid int value: 'many'",
+    "--context 8 --mesh.tensor=3": r"model\.\S* \(\d+\) not divisible by mesh\.tensor \(3\)",
+    "--context 8 --cache_dtype int8": "unknown option --cache_dtype",
+}
+
+
+def made(config, batch: int, n_tokens: int) -> tuple[dict[str, int], int]:
+    """Bytes of a cache that is made, of each symbol and of all of it."""
+    model = abstract(config).model()
+    cache = jax.jit(lambda: model.init_cache(batch, n_tokens), compiler_options=QUICK)()
+    spots = [spot for loop in pattern.loops(config.pattern, 1) for spot in loop.spots()]
+    caches = [of_spot for of_loop in cache.groups for of_spot in of_loop]
+    found = dict.fromkeys(config.pattern, 0)
+    for spot, of_spot in zip(spots, caches, strict=True):
+        found[spot.symbol] += sum(leaf.nbytes for leaf in jax.tree.leaves(of_spot))
+    return found, sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+
+def of_symbols(size: CacheSize, of_part) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for part in size.parts:
+        found[part.symbol] = found.get(part.symbol, 0) + of_part(part)
+    return found
+
+
+@pytest.mark.parametrize("blocks", [BLOCKS.keys() - ROUTED, ROUTED], ids=["all", "routed"])
+def test_bytes_are_those_of_a_cache_that_is_made(blocks):
+    """Of every block at two depths: constant and slope exact, and a row that is shorter than the windows."""
+    config, batch = small("".join(sorted(blocks)) * 2, BLOCKS), 3
+    for n_tokens in (2, 30, 41):
+        size, (expected, all_bytes) = cache_size(config, batch, n_tokens), made(config, batch, n_tokens)
+        assert size.total().bytes == size.total().device_bytes == all_bytes
+        got = {symbol: 0 for symbol in expected} | of_symbols(size, lambda part: batch * part.row_bytes)
+        assert {symbol: got[symbol] for symbol in expected} == expected
+        if n_tokens > 2:
+            line = lambda part, n=n_tokens: batch * (part.constant + n * part.per_token)
+            line = of_symbols(size, line)
+            assert {symbol: line.get(symbol, 0) for symbol in expected} == expected
+
+
+def test_what_arrays_hold():
+    """In float32, too, where types do not tell states from windows."""
+    for dtype in ("float32", "bfloat16"):
+        for name, expected in HOLDS.items():
+            size = cache_size(small(SYMBOLS[name], BLOCKS, compute_dtype=dtype), 1, 30)
+            assert set(size.kinds) == expected | {LENGTHS}, name
+            assert size.dtypes.get(STATES, "float32") == "float32"
+            assert {size.dtypes[kind] for kind in expected - {STATES}} <= {dtype}
+
+
+def test_prefix_tokens_are_kept_once():
+    config = small("M*w", prefix_tokens=2)
+    cache = build(config).init_cache(2, 9)
+    size = cache_size(config, 2, 9)
+    assert size.total().bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert size.total().bytes == 2 * (size.total().constant + 9 * size.total().per_token)
+
+
+def test_a_device_holds_its_share():
+    """As a prompt leaves the cache on eight devices: rows split, heads where they divide."""
+    config, n_tokens = small("Mm*-aw"), 6
+    mesh_config = MeshConfig(2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:8])
+    model = init_sharded(config, mesh, seed=0)
+
+    def read(model, tokens_BT):
+        return model.extend_hidden(tokens_BT, model.init_cache(4, n_tokens))[1]
+
+    tokens_BT = jax.device_put(random_tokens(4, n_tokens), sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        cache = jax.jit(read, compiler_options=QUICK)(model, tokens_BT)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache.groups))
+    size = cache_size(config, 4, n_tokens, mesh_config)
+    assert size.total().device_bytes - size.total(LENGTHS).device_bytes == held
+    assert size.mesh == {"data": 2, "fsdp": 2, "tensor": 2} and size.rows_split
+    assert not cache_size(config, 3, n_tokens, mesh_config).rows_split
+
+
+def test_hybrid_8b_by_hand():
+    config = load_config("hybrid_8b")
+    size = cache_size(config.model, 8, 262_144)
+    assert size.kinds[KEYS] == (4, 0, 4 * 2 * 8 * 128 * 2, 32 * GIB, 32 * GIB)
+    assert size.kinds[STATES].constant == 24 * 128 * 64 * 128 * 4
+    assert size.kinds[WINDOWS].constant == 24 * 3 * (128 * 64 + 2 * 8 * 128) * 2
+    assert size.kinds[LENGTHS].bytes == 8 * 4
+    beside = transformer_beside(config.model, size)
+    assert (beside.mixers, beside.attention) == (28, "model.blocks.*")
+    assert beside.size.of_tokens.bytes == 7 * 32 * GIB
+    shared = cache_size(config.model, 8, 262_144, MeshConfig(1, fsdp=-1, tensor=8))
+    assert shared.kinds[KEYS].device_bytes == 4 * GIB
+
+
+def test_published_figures():
+    """7 to 1 keeps an eighth; Jamba's tables; 7 of 27 layers of Kimi Linear keep latents."""
+    for name, gib in (("jamba:52b", 4), ("jamba:398b", 9)):
+        config = load_config(name)
+        size = cache_size(config.model, 1, CLAIMS[config.name].context)
+        assert size.of_tokens.bytes == gib * GIB
+    for name, share in (("hybrid_1b", 1 / 8), ("jamba:52b", 1 / 8), ("kimi_linear:48b-a3b", 7 / 27)):
+        model = load_config(name).model
+        size = cache_size(model, 2, 4096)
+        assert size.of_tokens.bytes / transformer_beside(model, size).size.of_tokens.bytes == share
+    assert cache_size(load_config("kimi_linear:48b-a3b").model, 1, 8).kinds[LATENTS].per_token == 7 * (512 + 64) * 2
+
+
+def test_every_claim_is_of_a_config():
+    stems = {name.partition(":")[0] for name in config_names()}
+    for name in CLAIMS:
+        stem = next(stem for stem in sorted(stems, key=len, reverse=True) if name.startswith(stem))
+        assert name == stem or load_config(f"{stem}:{name.removeprefix(f'{stem}_')}").name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "mixers", "per_token"),
+    [
+        ("samba:421m", "model.blocks.*, without its window", 12, 12 * 2 * 12 * 128 * 2),
+        ("hymba:1.5b", "model.blocks.G.branches.attention", 32, 32 * 2 * 5 * 64 * 2),
+        ("mamba2:1.3b", "none in the config: 16 heads of 128, 8 of keys and values", 48, 48 * 2 * 8 * 128 * 2),
+        ("rwkv7:tiny", None, None, None),
+    ],
+)
+def test_a_transformer_of_the_same_size(name, attention, mixers, per_token):
+    """Windows are let go, mixers without attention become it, feed-forwards stay, those that read the token before
+    too."""
+    model = load_config(name).model
+    beside = transformer_beside(model, cache_size(model, 1, 64))
+    if attention is None:
+        assert beside.mixers == len(model.pattern) / 2
+        attention, block = default_attention(model.d_model)
+        per_token = beside.mixers * 2 * block.kv_heads * block.d_head * 2
+    else:
+        assert beside.mixers == mixers
+    assert (beside.attention, beside.size.total().per_token) == (attention, per_token)
+
+
+def test_a_model_of_feed_forwards_alone():
+    config = small("--")
+    size = cache_size(config, 2, 9)
+    assert size.total().bytes == 8 == transformer_beside(config, size).size.total().bytes
+
+
+def test_bidirectional_models_have_none():
+    name = next(name for name, block in VARIANTS.items() if sees_ahead(block))
+    config = small("X", {"X": VARIANTS[name]})
+    with pytest.raises(ConfigError, match=r"^the model cannot be decoded token by token, and has no cache: model\.blo"):
+        cache_size(config, 1, 8)
+
+
+def test_the_command(capsys):
+    words = ["cache", "--config", "hybrid_8b", "--context", "262144", "--batch", "8"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    for said in ("keys and values", "32.00 GiB", "recurrent states", "85.7% less", "28 sublayers: model.blocks.*"):
+        assert said in shown
+    assert "each device" not in shown
+    assert main([*words, "--mesh.tensor=8", "--mesh.fsdp=3"]) == 2
+    capsys.readouterr()
+    assert main([*words, "--mesh.tensor=8", "--mesh.fsdp=16"]) == 0
+    shown = capsys.readouterr().out
+    assert "on each device" in shown and "does not divide 8 rows" in shown
+
+
+def test_json(capsys):
+    assert main(["cache", "--config", "jamba:52b", "--context", "1000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kinds"][KEYS]["bytes"] == 1000 * 4 * 2 * 8 * 128 * 2
+    assert found["published"]["here_bytes"] == 4 * GIB
+    assert found["transformer"]["mixers"] == 32
+    assert sum(part["row_bytes"] for part in found["parts"]) == found["total"]["bytes"]
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_one_line(words, capsys):
+    assert main(["cache", "--config", "hybrid_tiny", *words.split()]) == 2
+    said = capsys.readouterr()
+    assert not said.out and len(said.err.splitlines()) == 1
+    assert re.search(MISTAKES[words], said.err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_in_two_seconds(name):
+    """And as its model makes it."""
+    config: Config = load_config(name)
+    if config.model.sees_ahead:
+        pytest.skip("it has no cache")
+    start = time.process_time()
+    size = cache_size(config.model, 2, 5000)
+    beside = transformer_beside(config.model, size)
+    took = time.process_time() - start
+    assert beside.size.total().bytes > 0
+    if not config.model.prefix_tokens:
+        model = abstract(config.model).model()
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(2, 5000)))
+        assert size.total().bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert took < 2, f"{took:.1f} s"
