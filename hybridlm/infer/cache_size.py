@@ -196,7 +196,8 @@ def default_attention(d_model: int) -> tuple[str, Attention]:
     d_head = next(width for width in (128, 64, 32, 16, 8, 4, 2, 1) if d_model % width == 0)
     n_heads = d_model // d_head
     block = Attention(n_heads=n_heads, n_kv_heads=math.gcd(n_heads, 8), d_head=d_head, rope=None)
-    return f"none in the config: {n_heads} heads of {d_head}, {block.kv_heads} of keys and values", block
+    plural = "" if n_heads == 1 else "s"
+    return f"none in the config: {n_heads} head{plural} of {d_head}, {block.kv_heads} of keys and values", block
 
 
 def _of_symbol(model: ModelConfig, symbol: str, context: int) -> list[Part]:

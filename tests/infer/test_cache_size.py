@@ -4,9 +4,11 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import jax
 import pytest
+from flax import nnx
 
 from hybridlm import sharding
 from hybridlm.cli import main
@@ -22,14 +24,13 @@ from hybridlm.infer.cache_size import (
     WINDOWS,
     CacheSize,
     cache_size,
-    default_attention,
     transformer_beside,
 )
 from hybridlm.layers.block import passes, sees_ahead
 from hybridlm.layers.hyena import Hyena
 from hybridlm.model import pattern
 from hybridlm.model.init import abstract, init_sharded
-from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
+from tests.model.model_support import QUICK, VARIANTS, random_tokens, small
 
 LATENTS, HISTORY = LatentAttention.GROWS["latent"], Hyena.GROWS["history"]
 D, GIB = 16, 2**30
@@ -53,6 +54,8 @@ HOLDS = {
     "parallel": {KEYS, STATES, WINDOWS},
     "mlp": set(),
 }
+FEW = ("mamba2", "attention", "window", "latent", "hyena", "shared", "mlp")
+"""Made by the minute."""
 MISTAKES = {
     "--context 0": r"context \(0\) must be between 1 and 2147483647",
     "--context 8 --batch -1": r"batch \(-1\) must be between 1 and",
@@ -81,10 +84,14 @@ def of_symbols(size: CacheSize, of_part) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("blocks", [BLOCKS.keys() - ROUTED, ROUTED], ids=["all", "routed"])
-def test_bytes_are_those_of_a_cache_that_is_made(blocks):
-    """Of every block at two depths: constant and slope exact, and a row that is shorter than the windows."""
-    config, batch = small("".join(sorted(blocks)) * 2, BLOCKS), 3
+@pytest.mark.parametrize(
+    "symbols",
+    [[SYMBOLS[name] for name in FEW], pytest.param(BLOCKS.keys() - ROUTED, marks=pytest.mark.slow), ROUTED],
+    ids=["each kind", "every block", "routed"],
+)
+def test_bytes_are_those_of_a_cache_that_is_made(symbols):
+    """Of blocks at two depths: constant and slope exact, and a row that is shorter than the windows."""
+    config, batch = small("".join(sorted(symbols)) * 2, BLOCKS), 3
     for n_tokens in (2, 30, 41):
         size, (expected, all_bytes) = cache_size(config, batch, n_tokens), made(config, batch, n_tokens)
         assert size.total().bytes == size.total().device_bytes == all_bytes
@@ -107,31 +114,48 @@ def test_what_arrays_hold():
 
 
 def test_prefix_tokens_are_kept_once():
-    config = small("M*w", prefix_tokens=2)
-    cache = build(config).init_cache(2, 9)
+    config = small("*w", prefix_tokens=2)
+    graphdef, shapes, _ = abstract(config)
+    cache = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(2, 9), shapes)
     size = cache_size(config, 2, 9)
-    assert size.total().bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert size.total().bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert size.total().bytes == 2 * (size.total().constant + 9 * size.total().per_token)
 
 
-def test_a_device_holds_its_share():
-    """As a prompt leaves the cache on eight devices: rows split, heads where they divide."""
-    config, n_tokens = small("Mm*-aw"), 6
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*HOLDS, "mamba1", "rglru", "delta", "kimi", "titans", "mlstm"])
+def test_a_device_holds_its_share(name):
+    """As a prompt and a token behind it leave the cache on eight devices: rows split, heads where they divide."""
+    config, n_tokens = replace(small(SYMBOLS[name] * 2, BLOCKS), vocab_size=32), 6
     mesh_config = MeshConfig(2, fsdp=2, tensor=2)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:8])
     model = init_sharded(config, mesh, seed=0)
 
     def read(model, tokens_BT):
-        return model.extend_hidden(tokens_BT, model.init_cache(4, n_tokens))[1]
+        cache = model.extend_hidden(tokens_BT[:, :-1], model.init_cache(4, n_tokens))[1]
+        return cache, model.extend_hidden(tokens_BT[:, -1:], cache)[1]
 
     tokens_BT = jax.device_put(random_tokens(4, n_tokens), sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        cache = jax.jit(read, compiler_options=QUICK)(model, tokens_BT)
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache.groups))
+        caches = jax.jit(read, compiler_options=QUICK)(model, tokens_BT)
     size = cache_size(config, 4, n_tokens, mesh_config)
-    assert size.total().device_bytes - size.total(LENGTHS).device_bytes == held
+    counted = size.total().device_bytes - size.total(LENGTHS).device_bytes
+    held = [sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(c.groups)) for c in caches]
+    assert held == [counted, counted]
+
+
+def test_what_a_mesh_splits():
+    """Rows and heads, where they divide: of two key/value heads each device of two has one, one is whole on both."""
+    config = replace(small("Maw*"), vocab_size=32)
+    alone, size = (cache_size(config, 4, 6, mesh) for mesh in (None, MeshConfig(2, fsdp=2, tensor=2)))
     assert size.mesh == {"data": 2, "fsdp": 2, "tensor": 2} and size.rows_split
-    assert not cache_size(config, 3, n_tokens, mesh_config).rows_split
+    assert size.kinds[STATES].device_bytes == alone.kinds[STATES].bytes // 8
+    assert size.kinds[WINDOWED].device_bytes == alone.kinds[WINDOWED].bytes // 8
+    two_heads, one_head = (6 * 4 * 2 * n_heads * width * 4 for n_heads, width in ((2, 6), (1, 8)))
+    assert alone.kinds[KEYS].bytes == two_heads + one_head
+    assert size.kinds[KEYS].device_bytes == two_heads // 8 + one_head // 4
+    odd = cache_size(config, 3, 6, MeshConfig(2, fsdp=2, tensor=2))
+    assert not odd.rows_split and odd.kinds[STATES].device_bytes == odd.kinds[STATES].bytes // 2
 
 
 def test_hybrid_8b_by_hand():
@@ -172,9 +196,9 @@ def test_every_claim_is_of_a_config():
     ("name", "attention", "mixers", "per_token"),
     [
         ("samba:421m", "model.blocks.*, without its window", 12, 12 * 2 * 12 * 128 * 2),
-        ("hymba:1.5b", "model.blocks.G.branches.attention", 32, 32 * 2 * 5 * 64 * 2),
+        ("hymba:1.5b", "model.blocks.G.branches.attention.mixer", 32, 32 * 2 * 5 * 64 * 2),
         ("mamba2:1.3b", "none in the config: 16 heads of 128, 8 of keys and values", 48, 48 * 2 * 8 * 128 * 2),
-        ("rwkv7:tiny", None, None, None),
+        ("rwkv7:0.1b", "none in the config: 6 heads of 128, 2 of keys and values", 12, 12 * 2 * 2 * 128 * 2),
     ],
 )
 def test_a_transformer_of_the_same_size(name, attention, mixers, per_token):
@@ -182,12 +206,7 @@ def test_a_transformer_of_the_same_size(name, attention, mixers, per_token):
     too."""
     model = load_config(name).model
     beside = transformer_beside(model, cache_size(model, 1, 64))
-    if attention is None:
-        assert beside.mixers == len(model.pattern) / 2
-        attention, block = default_attention(model.d_model)
-        per_token = beside.mixers * 2 * block.kv_heads * block.d_head * 2
-    else:
-        assert beside.mixers == mixers
+    assert beside.mixers == mixers
     assert (beside.attention, beside.size.total().per_token) == (attention, per_token)
 
 
