@@ -17,8 +17,8 @@ from flax import nnx
 
 from hybridlm.errors import require
 from hybridlm.fields import WHOLE
-from hybridlm.layers import Attention, Block, LatentAttention
-from hybridlm.layers.block import Make, grown, shares, walk
+from hybridlm.layers import Attention, LatentAttention
+from hybridlm.layers.block import Block, Make, grown, shares, walk
 from hybridlm.layers.params import param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import check_model
@@ -257,7 +257,12 @@ def _arrays(
 def _cache(module: nnx.Module, n_tokens: int) -> list[tuple[tuple[str, ...], jax.ShapeDtypeStruct]]:
     """(way, shape and type) of the arrays of the cache of one row."""
     graphdef, state = nnx.split(module)
-    cache = jax.eval_shape(lambda state: nnx.merge(graphdef, state).init_cache(1, n_tokens), state)
+
+    def init(state: nnx.State) -> Any:
+        mixer: Any = nnx.merge(graphdef, state)
+        return mixer.init_cache(1, n_tokens)
+
+    cache = jax.eval_shape(init, state)
     leaves = jax.tree_util.tree_leaves_with_path(cache)
     return [(tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves]
 
