@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import hybridlm
+from hybridlm.cli.cache import CACHE
 from hybridlm.cli.chat import CHAT
 from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
@@ -27,7 +28,7 @@ from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CHAT, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE)
+COMMANDS = (TRAIN, GENERATE, CHAT, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE, CACHE)
 
 
 def main(argv: list[str] | None = None) -> int:

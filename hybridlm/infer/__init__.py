@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models at work: texts as they are written, and conversations."""
+"""Trained models at work: texts as they are written, and conversations; and what their caches take."""
 
 from hybridlm.lazy import exporter
 

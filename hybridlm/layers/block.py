@@ -153,7 +153,7 @@ class Block(Protocol):
     came to it, it has `inspect_on(x_BTD, passed_BTR, tokens)`.
 
     A block in which tokens see later ones of their document says `direction = "bidirectional"`; its mixer needs no
-    cache.
+    cache. One whose cache grows by anything but keys and values says so in `GROWS`, {name of the array: what it holds}.
 
     A block that holds others has `parts()`, which gives them by their dotted field names. One whose depths share
     weights has `build_shared(d_model, make)`, the module that they share, and `build_link(d_model, make)`, a `Link` of
@@ -296,6 +296,11 @@ def walk(block: Block, name: str = "") -> Iterator[tuple[str, Block]]:
     yield name, block
     for part, inside in parts(block).items():
         yield from walk(inside, f"{name}.{part}" if name else part)
+
+
+def grown(block: Block) -> dict[str, str]:
+    """What arrays of the cache hold that grow and are no keys and values, by name, of the blocks inside too."""
+    return {name: what for _, inside in walk(block) for name, what in getattr(inside, "GROWS", {}).items()}
 
 
 def free_fields(block: Block) -> set[str]:

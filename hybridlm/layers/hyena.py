@@ -49,6 +49,7 @@ class Hyena:
     }
     STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
+    GROWS: ClassVar[Mapping[str, str]] = {"history": "inputs of long convolutions"}
 
     def __post_init__(self):
         check_fields(self)

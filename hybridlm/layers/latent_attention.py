@@ -65,6 +65,7 @@ class LatentAttention:
     }
     STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
     MIXES_TOKENS = True
+    GROWS: ClassVar[Mapping[str, str]] = {"latent": "latents"}
 
     def __post_init__(self):
         check_fields(self)
