@@ -8,8 +8,10 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.cli.probe import chosen
+from hybridlm.config.find import load_config
 from hybridlm.hf import from_hf
 from hybridlm.probes import MQAR, Needle, StateTracking, StringCopying, score
+from tests.library.runs import write_run
 
 LLAMA = Path(__file__).parents[1] / "golden" / "llama"
 WORDS = ("--hf", str(LLAMA), "--data.tokenizer=dna", "--mesh.data=2", "--tasks", "copying", "--copying.letters=6")
@@ -49,6 +51,24 @@ def test_a_published_model(command, monkeypatch):
     assert code == 0 and "state grows with the text" in text and "copying, accuracy by place:" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("copying  "))
     assert row[:6] == ["copying", "12", "40", f"{one['accuracy']:.3f}", "0.167", "-"]
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_bytes(command, tmp_path):
+    """Text, on eight devices, of a model whose state is fixed: the bound is printed beside the score."""
+    small = {"model.d_model": 32, "model.pattern": "M-M-", "model.blocks.-.d_ff": 64}
+    write_run(tmp_path / "run", load_config("hybrid_tiny", small), steps=(7,))
+    words = ("--run", str(tmp_path / "run"), "--tasks", "needle", "phonebook", "parity", "--lengths", "256", "300")
+    code, said, _ = command(*words, "--batches=1", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert (found["step"], found["rows"], found["devices"], found["tokenizer"]) == (7, 16, 8, "byte")
+    assert list(found["tasks"]) == ["needle", "phonebook", "parity"]
+    for name, asked in (("needle", 16 * 7), ("phonebook", 16 * 10), ("parity", 16 * 256)):
+        one, other = found["tasks"][name]["scores"]
+        assert one["asked"] == asked and other["length"] == 300 and one["fixed_state"] == 1
+    code, text, _ = command(*words, "--batches=1")
+    assert code == 0 and f"state {found['state_bits']:,} bits" in text and "needle, accuracy by depth:" in text
 
 
 def test_numbers_of_tasks():
