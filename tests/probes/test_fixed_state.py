@@ -17,6 +17,7 @@ from hybridlm.probes import (
     StateTracking,
     StringCopying,
 )
+from hybridlm.probes.bounds import fano
 from tests.probes.test_probes import CASES
 
 
@@ -61,6 +62,15 @@ def test_no_machine_is_better(name):
         assert found <= bound + 1e-9, (states, found, bound)
         assert bound - found <= (1e-9 if name in EXACT else 0.34), (states, found, bound)
     assert task.fixed_state(length, math.log2(len(answers))) == 1
+
+
+@pytest.mark.parametrize("choices", [2, 3, 26])
+def test_fano_is_exact_where_all_mistakes_are_as_likely(choices):
+    """An answer that is right with probability p, and else any other alike, has as many bits left as the bound says."""
+    for p in (0.99, 0.7, 0.55):
+        left = -sum(q * math.log2(q) for q in [p, *[(1 - p) / (choices - 1)] * (choices - 1)])
+        for n in (1, 40):
+            assert fano(n * (math.log2(choices) - left), n, choices, n * math.log2(choices)) == pytest.approx(p)
 
 
 def test_products_need_the_product_before():
