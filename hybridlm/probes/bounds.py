@@ -6,7 +6,7 @@ follow from that alone, whatever the model computes, however it is trained, and 
 (keys, places, filler) given to it for free. They bound from above: what training finds is less, mostly much less.
 
 - One answer of `choices` that are equally likely: 2**bits states lead to at most 2**bits different answers, so that
-  accuracy is at most min(1, 2**bits / choices). (Jelassi et al. 2024, theorem 2.7, is this of a whole string.)
+  accuracy is at most min(1, 2**bits / choices). (Jelassi et al. 2024 have this of a whole string.)
 - n answers that hold `entropy` bits together: the state tells at most `bits` of them, so that entropy - bits stay open.
   By Fano's inequality (Cover and Thomas 2006, theorem 2.10.1), added up over the answers by the chain rule, a mean
   accuracy of p leaves open at most n (h(p) + (1 - p) log2(choices - 1)) bits, h the binary entropy. The bound is the

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """n-shot classification: classes and labels that a row makes up (Chan et al. 2022, "Data Distributional Properties
-Drive Emergent In-Context Learning in Transformers", section 2, with strings of tokens in the place of images)."""
+Drive Emergent In-Context Learning in Transformers", with strings of tokens in the place of images)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

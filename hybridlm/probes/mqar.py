@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-query associative recall (Arora et al. 2023, "Zoology", section 3; its code, data/multiquery_ar.py)."""
+"""Multi-query associative recall (Arora et al. 2023, "Zoology"; its code, zoology/data/multiquery_ar.py)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

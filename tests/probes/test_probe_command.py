@@ -9,7 +9,6 @@ import pytest
 from hybridlm.cli import main
 from hybridlm.cli.probe import chosen
 from hybridlm.config.find import load_config
-from hybridlm.hf import from_hf
 from hybridlm.probes import MQAR, Needle, StateTracking, StringCopying, score
 from tests.library.runs import write_run
 
@@ -42,7 +41,9 @@ def test_a_published_model(command, monkeypatch):
     assert (found["step"], found["rows"], found["seed"], found["state_bits"], found["devices"]) == (None, 4, 3, None, 2)
     assert found["tasks"]["copying"]["fields"] == {"letters": 6}
     (one,) = found["tasks"]["copying"]["scores"]
-    expected = score(from_hf(LLAMA), StringCopying(letters=6), 12, rows=4, batches=2, seed=3)
+    opened = subject.open_published(LLAMA, WORDS[2:4])
+    with jax.set_mesh(opened.mesh):
+        expected = score(opened.model, StringCopying(letters=6), 12, rows=4, batches=2, seed=3)
     assert (one["asked"], one["rows"], one["chance"], one["fixed_state"]) == (40, 8, 1 / 6, None)
     assert (one["right"], one["rows_all_right"]) == (expected.right, expected.whole)
     by = {int(n): (cell["right"], cell["asked"]) for n, cell in one["by"]["place"].items()}
