@@ -315,3 +315,9 @@ def test_pages(page):
     quoted = re.findall(figure, prose)
     assert len(quoted) <= 1, f"figures belong under docs/results/: {quoted}"
     assert not quoted or "results/" in prose, f"{quoted[0]} without a link to its page under docs/results/"
+
+
+def test_test_files_have_names_of_their_own():
+    """Where their folder is no package: pytest imports two of one name as one, and runs one of them."""
+    alone = [file.name for file in (ROOT / "tests").rglob("test_*.py") if not (file.parent / "__init__.py").exists()]
+    assert [name for name in alone if alone.count(name) > 1] == []

@@ -20,6 +20,7 @@ from hybridlm.cli.ending import explained
 from hybridlm.cli.eval import EVAL
 from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.plan import PLAN
+from hybridlm.cli.probe import PROBE
 from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.report import REPORT
 from hybridlm.cli.runs import RUNS
@@ -28,7 +29,9 @@ from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
-COMMANDS = (TRAIN, GENERATE, CHAT, EVAL, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE, CACHE)
+COMMANDS = (
+    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE, CACHE,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

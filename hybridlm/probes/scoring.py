@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model, or any function that gives logits, does at a task.
+
+Axis letters: B rows, T tokens of a row, N answers of a row, D model, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybridlm.errors import require
+from hybridlm.model.model import HybridLM
+from hybridlm.probes.task import Task
+
+Logits = Callable[[np.ndarray], Any]
+"""tokens_BT -> logits [B, T, V], an array of NumPy or JAX."""
+Count = tuple[int, int]
+"""(right, asked)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was right: the likeliest token of all the vocabulary is the answer."""
+
+    length: int
+    right: int
+    asked: int
+    rows: int
+    """Rows in which something was asked."""
+    whole: int
+    """Those in which all was right."""
+    by: Mapping[str, Mapping[int, Count]]
+    """Facet of the task -> its values, in order -> counts."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the answers."""
+        return self.right / self.asked if self.asked else math.nan
+
+    def accuracies(self, facet: str) -> dict[int, float]:
+        """Accuracy by the values of a facet; ConfigError for one that the task does not have."""
+        require(facet in self.by, f"facet ({facet!r}) is none of this task: {', '.join(self.by) or 'it has none'}")
+        return {value: right / asked for value, (right, asked) in self.by[facet].items()}
+
+
+def score(
+    model: HybridLM | Logits, task: Task, length: int, *, rows: int = 16, batches: int = 4, seed: int = 0
+) -> Score:
+    """Scores `batches` batches of `rows` rows of `length` tokens: those of the seed, from step 0.
+
+    Of a HybridLM logits are made at the answers alone, on the devices where its parameters are; a second score of one
+    shape compiles nothing. Raises ConfigError, one line, for a task that the model or the length cannot hold.
+    """
+    require(batches >= 1, f"batches ({batches}) must be at least 1")
+    task.check(length)
+    read = _reader(model, task)
+    right = asked = n_rows = whole = 0
+    by: dict[str, dict[int, list[int]]] = {}
+    for step in range(batches):
+        examples = task.batch(seed, step, rows, length)
+        at_BN, real_BN = _places(examples.scored_BT)
+        wanted_BN = np.take_along_axis(examples.targets_BT, at_BN, axis=1)
+        right_BN = (read(examples.tokens_BT, at_BN) == wanted_BN) & real_BN
+        right, asked = right + int(right_BN.sum()), asked + int(real_BN.sum())
+        in_row = real_BN.any(axis=1)
+        n_rows, whole = n_rows + int(in_row.sum()), whole + int(((right_BN == real_BN).all(axis=1) & in_row).sum())
+        for name, values_BT in examples.facets.items():
+            values_BN = np.take_along_axis(np.asarray(values_BT), at_BN, axis=1)
+            for value in np.unique(values_BN[real_BN]).tolist():
+                counts = by.setdefault(name, {}).setdefault(value, [0, 0])
+                here_BN = (values_BN == value) & real_BN
+                counts[0] += int((right_BN & here_BN).sum())
+                counts[1] += int(here_BN.sum())
+    ordered = {name: {v: (counts[v][0], counts[v][1]) for v in sorted(counts)} for name, counts in by.items()}
+    return Score(length, right, asked, n_rows, whole, ordered)
+
+
+def heat_map(scores: Sequence[Score], facet: str = "depth") -> tuple[list[int], list[int], np.ndarray]:
+    """(lengths, values of the facet, accuracy [lengths, values]) of scores at several lengths; NaN where none asked."""
+    values = sorted({value for one in scores for value in one.accuracies(facet)})
+    accuracy = [[one.accuracies(facet).get(value, math.nan) for value in values] for one in scores]
+    return [one.length for one in scores], values, np.array(accuracy)
+
+
+def state_bits(model: HybridLM) -> int | None:
+    """Bits that the model carries from token to token, as its cache keeps them, for `Task.fixed_state`; None where they
+    grow with the text, as keys and values of attention do. ConfigError for a model that sees ahead."""
+    cache = nnx.eval_shape(lambda: model.init_cache(1, 1))
+    if cache.limit is not None:
+        return None
+    return sum(8 * leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(cache.groups))
+
+
+def _reader(model: HybridLM | Logits, task: Task) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """(tokens_BT, at_BN) -> the likeliest tokens behind those at these places, [B, N]."""
+    if not isinstance(model, HybridLM):
+        return partial(_likeliest_of, model, task)
+    check_vocabulary(model.config.vocab_size, task)
+    ahead = model.config.sees_ahead
+    require(not ahead, f"a model that sees ahead reads the answers: {ahead}")
+    graphdef, state = nnx.split(model)
+    return lambda tokens_BT, at_BN: np.asarray(_likeliest(graphdef, state, jnp.asarray(tokens_BT), jnp.asarray(at_BN)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _likeliest(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array, at_BN: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    x_BND = jnp.take_along_axis(model.hidden(tokens_BT), at_BN[..., None], axis=1)
+    return model.logits(x_BND).argmax(axis=-1)
+
+
+def _likeliest_of(logits_of: Logits, task: Task, tokens_BT: np.ndarray, at_BN: np.ndarray) -> np.ndarray:
+    logits = np.asarray(logits_of(tokens_BT))
+    fits = logits.ndim == 3 and logits.shape[:2] == tokens_BT.shape
+    require(fits, f"logits {logits.shape} must have the shape (rows, tokens, vocabulary) of tokens {tokens_BT.shape}")
+    check_vocabulary(logits.shape[2], task)
+    return np.take_along_axis(logits.argmax(axis=2), at_BN, axis=1)
+
+
+def check_vocabulary(size: int, task: Task) -> None:
+    """ConfigError where a model of so many tokens cannot read a task."""
+    name, needed = type(task).__name__, task.vocab_size
+    said = f"{name} needs a vocabulary of {needed} tokens, the model has {size}: make the task's smaller"
+    require(needed <= size, said)
+
+
+def _places(scored_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(at_BN, real_BN): places of the answers of each row, filled up to one number, a power of two or all of a row, so
+    that few shapes are compiled; and which of them are."""
+    counts_B = scored_BT.sum(axis=1)
+    n = min(1 << max(int(counts_B.max()) - 1, 0).bit_length(), scored_BT.shape[1])
+    at_BN = np.argsort(~scored_BT, axis=1, kind="stable")[:, :n]
+    return at_BN, np.arange(n) < counts_B[:, None]
