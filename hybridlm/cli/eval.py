@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator
 
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
+from hybridlm.cli.words import split_overrides
 from hybridlm.errors import require
 from hybridlm.fields import WHOLE
 
 
 def run(words: list[str], prog: str) -> int:
     """Evaluates; see Command."""
-    own, overrides = _split(words)
+    own, overrides = split_overrides(words)
     args = parse(_parser(prog), own)
     if args is None:
         return 0
@@ -70,17 +71,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     of_config.add_argument("--model.compute_dtype", metavar="TYPE", help="float32 or bfloat16 (that of the model)")
     parser.epilog = "--data.KEY=VALUE and --mesh.KEY=VALUE are those of training: see hybridlm train --help."
     return parser
-
-
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """(options of the command, those of the config), each with its values."""
-    own, of_config = [], []
-    into = own
-    for word in words:
-        if word.startswith("--"):
-            into = of_config if "." in word.partition("=")[0] else own
-        into.append(word)
-    return own, of_config
 
 
 def _checked(args: argparse.Namespace) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.side_by_side import Job, run_jobs, slots
+from hybridlm.cli.words import split_overrides
 from hybridlm.errors import ConfigError, Exit, RunError, require
 
 CHECK_SECONDS = 1800.0
@@ -22,7 +23,10 @@ DONE = ("complete", "running")
 
 def run(words: list[str], prog: str) -> int:
     """Trains the members that are not complete; see Command."""
-    own, overrides = _split(words)
+    for name in (word.partition("=")[0] for word in words):
+        ours = name in ("--run.dir", "--name")
+        require(not ours, f"{name}: each run has a folder of its own; give --dir of the sweep")
+    own, overrides = split_overrides(words)
     args = parse(_parser(prog), own)
     if args is None:
         return 0
@@ -70,21 +74,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--stop-on-failure", action="store_true", help="begin no further run behind one that fails")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs")
     return parser
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(words of this command, overrides of every run): those have a dot in their key."""
-    own, overrides, target = [], [], []
-    target = own
-    for word in words:
-        if word.startswith("--"):
-            key = word[2:].partition("=")[0]
-            target = overrides if "." in key or key == "name" else own
-            require(
-                key not in ("run.dir", "name"), f"--{key}: each run has a folder of its own; give --dir of the sweep"
-            )
-        target.append(word)
-    return own, overrides
 
 
 def _command(config: str, words: Sequence[str]) -> list[str]:

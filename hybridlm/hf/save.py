@@ -3,7 +3,7 @@
 
 import errno
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model",
     "chat_template*", "generation_config.json", "tokenization_*.py",
 )  # fmt: skip
+
+OWN_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What a tokenizer of the model's own takes the place of, whether or not it has each."""
 
 
 def to_hf(
@@ -98,7 +101,7 @@ def to_hf(
         write_tensors(into, sources.values(), max_shard_bytes, progress, mark)
         save_json(config, into / "config.json")
         if like is not None and storage.absolute(like.folder) != storage.absolute(folder):
-            copy_tokenizer(like.folder, into)
+            copy_tokenizer(like.folder, into, without=OWN_FILES if about.tokenizer or about.files else ())
         if about.tokenizer is not None:
             copy_tokenizer(about.tokenizer, into)
         for name, text in texts.items():
@@ -107,9 +110,10 @@ def to_hf(
     _write(folder, write)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copies the tokenizer's files, and says which. ConfigError for links and other things that are no files."""
-    files = files_like(source, *TOKENIZER_FILES)
+def copy_tokenizer(source: Path, folder: Path, without: Collection[str] = ()) -> list[str]:
+    """Copies the tokenizer's files but some, and says which. ConfigError for links and other things that are no
+    files."""
+    files = [file for file in files_like(source, *TOKENIZER_FILES) if file.name not in without]
     for file in files:
         storage.copy(file, folder / file.name)
     return [file.name for file in files]

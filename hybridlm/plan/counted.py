@@ -34,7 +34,8 @@ class Counted:
     """Of the model, in all."""
     state: dict[str, int]
     """Bytes of parameters, optimizer and all else of the train state, as shapes and types have them: the arguments of
-    the step beside the batch. TPUs pad some of them to tiles."""
+    the step beside the batch. TPUs pad some of them to tiles. Of a run with adapters these are the parameters, and what
+    they belong to is the base."""
     replicated: dict[str, int]
     """Arrays of the train state that every device keeps whole although there are several: bytes of those of a
     mebibyte and more, by name."""
@@ -60,8 +61,8 @@ class Counted:
     model_flops: float
     """Of a device and a step: multiply-adds of matrix products that the maths asks for, two each."""
     gradients: int
-    """Bytes of the gradients of all parameters, before the update: float32 sums with microbatches, else in the type of
-    activations."""
+    """Bytes of the gradients of all parameters, or of the adapters, before the update: float32 sums with microbatches,
+    else in the type of activations."""
     inputs: int
     """Bytes of the inputs of all sublayers of a microbatch: what every remat policy keeps at least."""
     memory: int | None
@@ -81,18 +82,20 @@ def count(config: Config, devices: Devices) -> Counted:
     program = make_program(config, mesh)
     like, data, model = program.state_like, config.data, unrolled(config.model, mesh)
     parts = {"parameters": like["params"], "optimizer": like["opt_state"]}
+    if program.base.like is not None:
+        parts["base"] = program.base.like
     parts["other"] = {name: value for name, value in like.items() if name not in ("params", "opt_state")}
     state = {name: sum(map(shard_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
     local = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(like["params"]))
     width = WIDTH[config.model.compute_dtype]
     stream = data.batch_size // config.optim.accumulate * data.seq_len // _shards(mesh.shape, "batch", "stream")
     fewest, most, readers = _rows(program.batch_sharding, places, data.batch_size, data.seq_len)
-    whole, peak = _replicated(like) if mesh.size > 1 else {}, devices.peaks
+    whole, peak = _replicated({**like, "base": program.base.like}) if mesh.size > 1 else {}, devices.peaks
     return Counted(
         devices=mesh.size,
         hosts=devices.hosts,
         mesh={name: size for name, size in mesh.shape.items() if size > 1},
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(like["params"])),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(program.base.like or like["params"])),
         state=state,
         replicated={name: n for name, n in whole.items() if n >= SHOWN},
         whole=sum(whole.values()),

@@ -89,7 +89,8 @@ class Book:
 
 def key_of(config: Config, devices: Devices) -> str:
     """Of what a result depends on: the config's program, the devices and the version of JAX."""
-    parts = {name: to_dict(getattr(config, name)) for name in ("model", "data", "optim", "mesh")}
+    names = ("model", "data", "optim", "mesh", *(["lora"] if config.lora.on else []))
+    parts = {name: to_dict(getattr(config, name)) for name in names}
     text = json.dumps([parts, devices.words, jax.__version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

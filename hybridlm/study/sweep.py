@@ -15,7 +15,9 @@ from hybridlm.config.find import load_to_train
 from hybridlm.config.keys import hint_of
 from hybridlm.config.mesh import check_config
 from hybridlm.config.resume import refused
+from hybridlm.data.config import DataConfig
 from hybridlm.data.find import find
+from hybridlm.data.held_out import held_out_sets
 from hybridlm.errors import ConfigError, require, within
 from hybridlm.sharding import make_mesh
 from hybridlm.study.reading import is_run, read_run
@@ -118,9 +120,8 @@ def _check(name: str, member: Member) -> str:
     config = load_to_train(name, member.words)
     check_config(config, make_mesh(config.mesh))
     check_sinks(config.run)
-    for argument in ("path", "val_path"):
-        patterns = [p for p in getattr(config.data, argument) if not storage.in_bucket(storage.as_path(p))]
-        find(patterns, f"data.{argument}")
+    for argument, patterns in _text_of(config.data):
+        find([p for p in patterns if not storage.in_bucket(storage.as_path(p))], argument)
     folder = storage.as_path(member.folder)
     if not is_run(storage.names(folder)):
         return "new"
@@ -130,3 +131,10 @@ def _check(name: str, member: Member) -> str:
     require(not changed, f"{folder} holds a run with another config: {shown}; choose another --dir")
     again = run.state.word == "complete" and run.steps < config.run.steps
     return "stopped" if again else run.state.word
+
+
+def _text_of(data: DataConfig) -> list[tuple[str, Sequence[str]]]:
+    """(argument, patterns) of each source, as a run opens them: those of a mixture and held-out sets by themselves."""
+    train = [(pattern,) for pattern in data.path] if data.weights else [data.path]
+    sets = held_out_sets(data.val_path).values()
+    return [*(("data.path", patterns) for patterns in train), *(("data.val_path", patterns) for patterns in sets)]

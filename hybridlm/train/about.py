@@ -10,6 +10,7 @@ from typing import Any
 from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.data.as_files import files_of
+from hybridlm.data.tokenizer import BUILT_IN
 from hybridlm.errors import ConfigError
 from hybridlm.hf.card import About
 from hybridlm.train.metrics_log import read_metrics
@@ -36,15 +37,23 @@ def about_run(run: Path, config: Config, step: int, record: dict, like: Path | N
     }
     folder = run / "tokenizer"
     kept = storage.exists(folder / FILES[0])
-    if like is not None and not (kept and _differ(folder / FILES[0], like / FILES[0])):
+    if like is not None and not _of_its_own(folder if kept else None, config, like):
         return About(**found)
     try:
         tokenizer = kept_tokenizer(config.data, run, record.get(IDENTITY))
     except ConfigError:  # of a file that is gone: the model is written without one
         return About(**found)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    ids = {name: i for name, i in ids.items() if i is not None}
+    same = like is not None and kept and not _differ(folder / FILES[0], like / FILES[0])
+    ids = {} if same else {name: i for name, i in ids.items() if i is not None}
     return About(**found, tokenizer=folder if kept else None, files={} if kept else files_of(tokenizer), ids=ids)
+
+
+def _of_its_own(kept: Path | None, config: Config, like: Path) -> bool:
+    """Whether a run's tokenizer, or its chat template, is another one than the published folder's. kept: its copy."""
+    if kept is None:
+        return config.data.tokenizer in BUILT_IN and storage.exists(like / FILES[0])
+    return any(storage.exists(kept / name) and _differ(kept / name, like / name) for name in FILES)
 
 
 def _training(config: Config, step: int, records: list[dict]) -> dict[str, Any]:
@@ -55,6 +64,10 @@ def _training(config: Config, step: int, records: list[dict]) -> dict[str, Any]:
         lines["started from"] = _name(config.init.hf or config.init.run)
     if not step:
         return lines
+    if data.format == "chat":
+        lines["conversations"] = "answers alone were trained on"
+    if config.lora.on:
+        lines["adapters"] = f"of rank {config.lora.rank}, merged; all other parameters are those that it started from"
     last = lambda kind, name: next((r[name] for r in reversed(records) if r["kind"] == kind and name in r), None)
     tokens = last("train", "tokens")
     lines |= {

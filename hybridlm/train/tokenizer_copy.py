@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.data import load_tokenizer
+from hybridlm.data.as_files import files_of
 from hybridlm.data.config import DataConfig
 from hybridlm.data.tokenizer import BESIDE, BUILT_IN, Tokenizer
 from hybridlm.errors import ConfigError, RunError
@@ -64,7 +65,7 @@ def told_of_other(tokenizer: Tokenizer, published: Path) -> str:
         return f"{published} has no tokenizer.json: whether data.tokenizer {tokenizer.name} is its own is not known"
     theirs = load_tokenizer(str(published))
     ids = lambda one: one.fingerprint.partition("-")[0]  # bos and eos, which documents are put between, may be others
-    if ids(theirs) == ids(tokenizer):
+    if ids(theirs) == ids(tokenizer) or storage.read_bytes(file) == files_of(tokenizer).get(FILES[0], "").encode():
         return ""
     return (
         f"data.tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids) is not the tokenizer of {published} "

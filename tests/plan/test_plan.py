@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from hybridlm.cli import main
-from hybridlm.config import MLP, Attention, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, RunConfig
+from hybridlm.config import MLP, Attention, Config, DataConfig, LoraConfig, Mamba2, MeshConfig, ModelConfig, RunConfig
 from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.model.flops import train_flops
@@ -53,6 +53,24 @@ def test_counted_bytes_are_those_of_the_compiled_step(plan):
     beside = plan.compiled.memory.arguments - sum(plan.counted.state.values()) - batch
     assert 0 <= beside <= 64
     assert plan.compiled.memory.aliased >= sum(plan.counted.state.values()) - 64
+
+
+def test_a_run_with_adapters_holds_its_base(plan):
+    """The base is the whole model, and so is the number of parameters; optimizer and gradients are the adapters'."""
+    low = count(replace(TINY, lora=LoraConfig(rank=1, blocks=("*",), matrices=("w_q",))), plan.devices)
+    assert low.parameters == plan.counted.parameters and low.state["base"] == plan.counted.state["parameters"]
+    one = 4 * (64 / 4 + 4 * 16 / 2)  # A over fsdp, B over tensor
+    assert low.state["parameters"] == one and 2 * one <= low.state["optimizer"] < 2 * one + 64
+    assert low.gradients == one and plan.counted.gradients > 100 * one
+    assert low.least == sum(low.state.values()) + low.gradients + low.inputs
+
+
+@pytest.mark.slow
+def test_counted_bytes_of_adapters_are_those_of_the_compiled_step():
+    made = Plan("tiny", replace(TINY, lora=LoraConfig(rank=2)), read_devices("cpu:8"))
+    assert list(made.run("compiled")) == ["counted", "lowered", "compiled"]
+    batch = 4 * 4 * TINY.data.batch_size * TINY.data.seq_len // 4
+    assert 0 <= made.compiled.memory.arguments - sum(made.counted.state.values()) - batch <= 64
 
 
 def test_flops_are_the_models(plan):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm.config import MLP, Attention, Config, DataConfig, MeshConfig, ModelConfig, RunConfig
+from hybridlm.config import MLP, Attention, Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, RunConfig
 from hybridlm.errors import ConfigError
 from hybridlm.plan.change import current, exchanged, guesses, smaller
 from hybridlm.plan.compiled import DoesNotFit, compile
@@ -86,6 +86,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     best = order(found)
     assert [sum(one.seconds) for one in best] == sorted(sum(one.seconds) for one in found)
     assert key_of(CONFIG, DEVICES) != key_of(CONFIG, read_devices("v6e:2x4"))
+    assert key_of(CONFIG, DEVICES) != key_of(replace(CONFIG, lora=LoraConfig(rank=2)), DEVICES)
 
 
 def test_the_smallest_change_that_fits():

@@ -192,6 +192,19 @@ def test_members_are_checked_before_the_first_starts(mini):
         check("run.seed=7")
 
 
+def test_text_is_looked_for_as_a_run_opens_it(mini):
+    """Held-out sets by their names, sources of a mixture one by one: text beside tokens."""
+    here, name = mini.parent, str(mini)
+    (here / "tokens.bin").touch()
+    words = ["--data.weights", "1", "2", "--data.path", f"{here}/train-*.txt", f"{here}/tokens.bin", "--data.val_path"]
+    check = lambda *sets: check_members(
+        name, members(load_config(name), {"optim.lr": ["0.1"]}, here / "s", [*words, *sets])
+    )
+    assert check(f"own={here}/val-0.txt", f"{here}/val-1.txt") == ["new"]
+    with pytest.raises(ConfigError, match=r"^lr=0.1: data.val_path \('[^']*/nowhere.txt'\)"):
+        check(f"own={here}/val-0.txt", f"other={here}/nowhere.txt")
+
+
 @pytest.fixture
 def made_up(monkeypatch, tmp_path):
     """`hybridlm sweep` with runs that are written, not trained: optim.lr=1 fails, the rest are complete at once."""
