@@ -36,7 +36,7 @@ def run(words: list[str], prog: str) -> int:
     runs = list({storage.absolute(each.path): each for each in found if isinstance(each, Run)}.values())
     require(bool(runs), f"no run in {', '.join(args.runs)}")
     write(runs, page, figure, args.title)
-    print(f"{len(runs)} runs: {page}, {figure}")
+    print(f"{len(runs)} run{'s' * (len(runs) > 1)}: {page}, {figure}")
     return 0
 
 

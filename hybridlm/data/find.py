@@ -47,9 +47,8 @@ def find(patterns: Sequence[str], argument: str) -> Found:
     found = Found(tuple(sorted(shards)), tuple(sorted(files)))
     if found.tokens and text is not None:
         first = (found.shards + found.files)[0]
-        raise ConfigError(
-            f"{argument} names text ({text}) and tokens ({first}): give them as two patterns, with data.weights"
-        )
+        mixed = ", with data.weights" if argument == "data.path" else ""
+        raise ConfigError(f"{argument} names text ({text}) and tokens ({first}): give them as two patterns{mixed}")
     return _copied(found)
 
 

@@ -100,6 +100,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     storage.check(folder, "the published checkpoint")
     file = folder / "config.json"
     values = load_json(file)
+    is_run = "model_type" not in values and {"model", "data", "run"} <= set(values)
+    require(not is_run, f"{folder} holds a run, not a published checkpoint: --run and --init.run take it")
     require("model_type" in values, f"{file}: model_type is missing")
     for name in ("dtype", "torch_dtype"):
         require(isinstance(values.get(name), str | None), f"{file}: {name} ({values.get(name)!r:.60}) must be a text")

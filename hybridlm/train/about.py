@@ -10,6 +10,7 @@ from typing import Any
 from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.data.as_files import files_of
+from hybridlm.data.held_out import NAMED
 from hybridlm.data.tokenizer import BUILT_IN
 from hybridlm.errors import ConfigError
 from hybridlm.hf.card import About
@@ -94,6 +95,8 @@ def _without_places(command: str) -> str:
 def _without_place(word: str) -> str:
     """One word, perhaps --name=value."""
     name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if named := NAMED.fullmatch(value):  # a held-out set
+        name, equals, value = f"{name}{equals}{named[1]}", "=", named[2]
     return f"{name}{equals}{_name(value) if ABSOLUTE.match(value) else value}"
 
 

@@ -309,7 +309,18 @@ def stored_config(path: Path, like: Config | None = None) -> Config:
     copies = [_config_of(path, step) for step in reversed(finished_steps(path / "checkpoints"))]
     if not storage.exists(file) and not copies:
         raise ConfigError(f"{path} holds no run (no config.json)")
+    if not copies and _is_published(file):
+        raise ConfigError(f"{path} holds a published checkpoint, not a run: --hf and --init.hf take it")
     return _first_readable([file, *copies], like)
+
+
+def _is_published(file: Path) -> bool:
+    """Whether a config.json is that of transformers."""
+    try:
+        values = read_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
 
 
 def _config_of(path: Path, step: int) -> Path:

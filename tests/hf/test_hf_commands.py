@@ -55,15 +55,23 @@ def test_a_run_of_no_published_family(mini, one_device, capsys):  # noqa: F811
     """Out with its tokenizer and a card of what the run says; in again, and on with the line that is printed then."""
     folder = mini.parent
     run, out, again = folder / "run", folder / "out", folder / "again run"
-    assert main(["train", "--config", str(mini), "--run.steps=2", "--run.eval_every=1", "--run.sample_tokens=0"]) == 0
+    words = ["--run.steps=2", "--run.eval_every=1", "--run.sample_tokens=0"]
+    words += ["--data.val_path", f"a={folder}/val-0.txt", f"{folder}/val-1.txt"]
+    assert main(["train", "--config", str(mini), *words]) == 0
     assert main(["convert", "to-hf", str(run), str(out)]) == 0
     config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
     assert (config["model_type"], config["bos_token_id"], config["eos_token_id"]) == ("hybridlm", 256, 257)
     assert (out / "tokenizer.json").is_file() and (out / "modeling_hybridlm.py").is_file()
     for line in (r"/train-\*.txt |", "| steps | 2 |", "| tokens | 512 |", "| validation loss | ", "bits per byte"):
         assert line in card, line
-    assert str(folder) not in card and "--config mini.py" in card and "jax " in card
+    assert str(folder) not in card and "--config mini.py" in card and "a=val-0.txt val-1.txt" in card and "jax " in card
     capsys.readouterr()
+    for words, told in (
+        (["generate", "--run", str(out)], "out holds a published checkpoint, not a run: --hf and --init.hf take it"),
+        (["generate", "--hf", str(run)], "run holds a run, not a published checkpoint: --run and --init.run take it"),
+    ):
+        assert main([*words, "--prompt", "a"]) == 2
+        assert told in capsys.readouterr().err
 
     assert main(["convert", "from-hf", str(out), str(again)]) == 0
     printed = capsys.readouterr().out.splitlines()
