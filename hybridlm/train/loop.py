@@ -354,7 +354,9 @@ def _next_lines(config: Config, folder: RunFolder, step: int, command: str) -> s
     train_on = f"{command} --run.steps={2 * step}"
     if config.model.sees_ahead:
         return f"train on: {train_on}"
-    return f"next: {hybridlm_command()} generate --run {folder.path} --prompt 'def '\nor train on: {train_on}"
+    of_prompt = "" if config.data.format == "chat" else " --prompt 'def '"
+    write = f"{'generate' if of_prompt else 'chat'} --run {folder.path}{of_prompt}"
+    return f"next: {hybridlm_command()} {write}\nor train on: {train_on}"
 
 
 def _check_vocabulary(config: Config, corpus: Corpus, display: Display) -> None:

@@ -227,6 +227,7 @@ def test_a_run_of_adapters(words, tmp_path, capsys):
     assert main([*words, "--run.steps=6", f"--run.dir={tmp_path}/straight"]) == 0
     said = capsys.readouterr().out
     assert "answers are trained on" in said and "has no tokenizer.json" in said and "adapters of rank 4:" in said
+    assert f" chat --run {tmp_path}/straight\n" in said
     assert main([*words, "--run.steps=3", f"--run.dir={run}"]) == 0
     (tmp_path / "published").rename(tmp_path / "elsewhere")
     words = [word if not word.startswith("--init.hf") else f"--init.hf={tmp_path}/elsewhere" for word in words]
