@@ -74,8 +74,10 @@ def test_text_and_tokens_mix_with_weights_alone(config, documents, folder, tmp_p
     corpus = open_corpus(config(path=paths, weights=(1, 3)))
     batches = take(make_loader(config(path=paths, weights=(1, 3)), corpus=corpus), 3)
     assert len(batches) == 3 and corpus.stats["val"]["documents"] > 0
-    with pytest.raises(ConfigError, match=r"names text .*.jsonl.* and tokens .*a.bin.*: give them as two patterns"):
+    with pytest.raises(ConfigError, match=r"names text .*.jsonl.* and tokens .*a.bin.*: give them as two .*, with"):
         open_corpus(config(path=paths))
+    with pytest.raises(ConfigError, match=r"data.val_path names text .* and tokens .*: give them as two patterns$"):
+        open_corpus(config(val_path=tuple(f"one={path}" for path in paths)))
 
 
 def test_identity_is_content(config, documents, tmp_path):
