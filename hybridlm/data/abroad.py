@@ -49,8 +49,9 @@ def rebuild(config: DataConfig, about: Mapping[str, Any]) -> Corpus:
     if tokenizer.fingerprint != about["tokenizer"]:
         raise ConfigError(f"data.tokenizer ({config.tokenizer}) is another one on this host than on the first")
     for patterns, argument in ((config.path, "data.path"), (patterns_of(config.val_path), "data.val_path")):
-        if any(storage.in_bucket(storage.as_path(pattern)) for pattern in patterns):
-            find(patterns, argument)  # this host's copies of tokens
+        for pattern in patterns:  # one by one: a mixture may have text beside tokens
+            if storage.in_bucket(storage.as_path(pattern)):
+                find((pattern,), argument)  # this host's copies of tokens
     cache = storage.as_path(config.cache_dir)
     files = [Path(file) for file in about["files"]]
     for file, digest in zip(files, content_hashes(files, local_cache(cache))):

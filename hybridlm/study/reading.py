@@ -135,6 +135,7 @@ def find_runs(folder: Path, like: Config | None = None) -> list[Run | Broken]:
     of the folder's own folders without a run. ConfigError where the folder is not there."""
     storage.check(folder, "the folder of runs")
     require(storage.exists(folder), f"{folder} is not there: give the folder of runs")
+    require(storage.in_bucket(folder) or folder.is_dir(), f"{folder} is a file: give the folder of runs")
     return read_each(list(_places(folder, DEPTH)), like)
 
 

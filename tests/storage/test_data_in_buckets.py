@@ -13,11 +13,13 @@ from hybridlm import storage
 from hybridlm.cli import main
 from hybridlm.data import corpus as corpus_module
 from hybridlm.data import make_loader, open_corpus
+from hybridlm.data.abroad import describe, rebuild
 from hybridlm.data.config import DataConfig
 from hybridlm.data.formats import open_source
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.storage import copies
+from tests.data.support import write_nanogpt
 from tests.storage.conftest import upload
 
 pytestmark = pytest.mark.buckets
@@ -69,6 +71,15 @@ def no_tokenising(monkeypatch):
 def test_every_format_reads_from_a_bucket(texts, bucket, name):
     upload(texts, f"{bucket}/texts")
     assert list(open_source(f"{bucket}/texts/{name}")) == list(open_source(f"{texts}/{name}")) != []
+
+
+def test_another_host_opens_a_mixture_of_text_and_tokens(configs, bucket, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    write_nanogpt(tmp_path / "tokens" / "a.bin", [[65, 66, 257], [67, 257]])
+    upload(tmp_path / "tokens", f"{bucket}/tokens")
+    mixed = replace(configs[1], path=(*configs[1].path, f"{bucket}/tokens/a.bin"), weights=(1.0, 2.0))
+    corpus = open_corpus(mixed)
+    assert rebuild(mixed, describe(corpus)).fingerprint == corpus.fingerprint
 
 
 def test_a_damaged_object_is_one_line(texts, bucket):

@@ -157,6 +157,9 @@ def test_one_run_and_none(tmp_path, capsys):
     assert main(["runs", str(tmp_path / "nothing")]) == 0 and "no runs" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not there" in capsys.readouterr().err
+    for command in ("runs", "compare"):
+        assert main([command, str(tmp_path / "runs" / "a" / "config.json")]) == 2
+        assert "config.json is a file: give the folder of runs" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="holds no run"):
         read_run(tmp_path / "nothing")
 
