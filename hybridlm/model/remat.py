@@ -36,7 +36,8 @@ def check(remat: str, blocks: Iterable[Block] = ()) -> None:
     for name in remat.split(","):
         if name.strip() not in names:
             known = f"{', '.join(POLICIES)}, or a comma-separated list of {', '.join(names)}"
-            raise ConfigError(f"model.remat ({remat!r}): {name.strip()!r} is not known; known are {known}")
+            said, unknown = (text if len(text) <= 80 else f"{text[:80]}..." for text in (remat, name.strip()))
+            raise ConfigError(f"model.remat ({said!r}): {unknown!r} is not known; known are {known}")
 
 
 def wrap(function: Callable, remat: str, block: Block, *, in_loop: bool) -> Callable:
