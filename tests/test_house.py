@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "exchange": BESIDE_SHARDING | {"sharding"},
     "storage": BESIDE_SHARDING,
     "cluster": BESIDE_SHARDING,
+    "page": set(),
     "layers": LOW,
     "model": LOW | {"layers"},
     "hf": LOW | {"layers", "model", "storage"},
@@ -35,8 +36,8 @@ MAY_IMPORT = {
     "optim": BESIDE_SHARDING,
     "config": MIDDLE | {"storage", "cluster"},
     "train": MIDDLE | {"config", "storage", "cluster"},
-    **{wing: MIDDLE | {"config", "storage", "cluster", "train"} for wing in ABOVE_TRAIN},
-    "cli": MIDDLE | {"config", "storage", "cluster", "train"} | ABOVE_TRAIN,
+    **{wing: MIDDLE | {"config", "storage", "cluster", "train", "page"} for wing in ABOVE_TRAIN},
+    "cli": MIDDLE | {"config", "storage", "cluster", "train", "page"} | ABOVE_TRAIN,
 }
 """Wing of hybridlm -> the other wings that it may import; pallas_kernels may be imported by all."""
 

@@ -45,8 +45,9 @@ COMPARE = Command("compare", (("RUN RUN ... [--out FILE]", "runs in one figure a
 
 def write(runs: list, page: Path, figure: Path, title: str) -> None:
     """Both files, each whole or not at all."""
+    from hybridlm.page import as_svg
     from hybridlm.study.compare import as_page, comparison
-    from hybridlm.study.figures import as_png, as_svg
+    from hybridlm.study.figures import as_png
 
     drawn = comparison(runs, title)
     svg = figure.name.endswith(".svg")

@@ -1,55 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan as one page that needs nothing beside itself."""
 
-import html
-import io
 from collections.abc import Callable
 
+from hybridlm import page as html
 from hybridlm.plan.live import KINDS
 from hybridlm.plan.plan import STAGES, Plan
 from hybridlm.plan.sections import Section, sections
 
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:.5em 0}td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top}"
-    "th{font-weight:600;border-bottom:1px solid #bbb}tr:nth-child(even) td{background:#f6f6f6}"
-    "h2{margin-top:1.6em;font-size:1.15em}.note{color:#666;font-size:.9em}svg{max-width:100%;height:auto}"
-)
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3")
 
 
 def as_html(plan: Plan) -> str:
     """The tables of all stages that are known, with plots of memory and times where the program is compiled."""
-    title = html.escape(f"{plan.name} on {plan.devices.words}")
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
     known = [stage for stage in STAGES if getattr(plan, stage) is not None or (stage == "compiled" and plan.refused)]
-    for n, section in enumerate(s for stage in ["head", *known] for s in sections(plan, stage)):
-        parts.append(_section(section, "h1" if n == 0 else "h2"))
+    first, *others = (section for stage in ["head", *known] for section in sections(plan, stage))
+    parts = _tables(first)
+    for section in others:
+        parts += [html.heading(section.title), *_tables(section)]
         if section.title == "Compiled" and plan.compiled is not None:
-            parts.append(_svg(lambda axes: _memory(axes, plan), height=1.9))
+            parts.append(_plot(lambda axes: _memory(axes, plan), height=1.9))
         if section.title.startswith("What bounds it"):
-            parts.append(_svg(lambda axes: _times(axes, plan), height=4.2))
-    return "\n".join(parts) + "\n</html>\n"
+            parts.append(_plot(lambda axes: _times(axes, plan), height=4.2))
+    return html.page(first.title, *parts)
 
 
-def _section(section: Section, heading: str) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.head)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in section.rows)
-    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in section.notes)
-    table = f"<table>{f'<tr>{head}</tr>' if head else ''}{rows}</table>" if rows else ""
-    return f"<{heading}>{html.escape(section.title)}</{heading}>{table}{notes}"
+def _tables(section: Section) -> list[html.Markup]:
+    """What stands below its title."""
+    tables = [html.table(section.head, section.rows)] if section.rows else []
+    return tables + [html.paragraph(note, note=True) for note in section.notes]
 
 
-def _svg(draw: Callable, height: float) -> str:
-    """A plot as the text of an element."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+def _plot(draw: Callable, height: float) -> html.Markup:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, height), layout="constrained")
     draw(figure.add_subplot())
-    out = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
-    return out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2]
+    return html.figure(html.as_svg(figure))
 
 
 def _memory(axes, plan: Plan) -> None:

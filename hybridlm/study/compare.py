@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybridlm.study import page as html
+from hybridlm import page as html
+from hybridlm.page import as_svg
 from hybridlm.study.curves import AXES, train_curve, val_curve
 from hybridlm.study.differences import differences, shown
-from hybridlm.study.figures import Line, Panel, as_svg, colour, draw
+from hybridlm.study.figures import Line, Panel, colour, draw
 from hybridlm.study.reading import Run
 from hybridlm.study.survey import COLUMNS, cells, labels
 from hybridlm.train.progress import clock, short

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves in panels side by side, as SVG for a page and as PNG for a file. The same curves give the same bytes."""
 
-import contextlib
 import io
-import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing
 
-from hybridlm.study.page import visible
+from hybridlm.page import quiet, visible
 
 WIDTH, HEIGHT = 4.6, 3.4
 """Of a panel, inches."""
@@ -129,29 +126,9 @@ def _plain(label: str) -> str:
     return f" {label}" if label.startswith("_") else label
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Signs that the font does not have are drawn as boxes, which needs no warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def as_svg(figure) -> str:
-    """The `<svg>` element, with nothing in it that names another place."""
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hybridlm"}), _quiet():
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL).strip()
-
-
 def as_png(figure) -> bytes:
     """The file's bytes."""
     out = io.BytesIO()
-    with _quiet():
+    with quiet():
         figure.savefig(out, format="png", dpi=130)
     return out.getvalue()

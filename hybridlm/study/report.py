@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hybridlm import page as html
 from hybridlm import storage
 from hybridlm.config import Config
-from hybridlm.study import page as html
+from hybridlm.page import as_svg
 from hybridlm.study.curves import AXES, train_curve, val_curve
-from hybridlm.study.figures import Line, Panel, as_svg, draw
+from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.reading import Run, read_run
 from hybridlm.study.survey import COLUMNS, cells
 from hybridlm.train.progress import clock

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridlm import page as html
 from hybridlm.cli import main
 from hybridlm.config.overrides import override
 from hybridlm.model.flops import train_flops
-from hybridlm.study import page as html
+from hybridlm.page import as_svg
 from hybridlm.study.compare import as_page, measure
 from hybridlm.study.curves import train_curve, val_curve
 from hybridlm.study.differences import differences
-from hybridlm.study.figures import POINTS, Line, Panel, as_png, as_svg, draw
+from hybridlm.study.figures import POINTS, Line, Panel, as_png, draw
 from hybridlm.study.reading import read_run
 from hybridlm.study.report import as_page as report_of
 from hybridlm.study.report import write_report

@@ -13,7 +13,7 @@ import pytest
 
 from hybridlm.cli import main, train_main
 from hybridlm.model.flops import train_flops
-from hybridlm.study.page import text as as_text
+from hybridlm.page import text as as_text
 from hybridlm.study.reading import read_run
 from hybridlm.train import loop, report
 from hybridlm.train import step as step_module

@@ -5,10 +5,13 @@ A page needs nothing but itself: styles and figures are in it, and its policy le
 is escaped where it enters, whatever bytes it came from; what has been made here is Markup and goes in as it is.
 """
 
+import contextlib
 import html
+import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -93,18 +96,39 @@ def preformatted(value: Any) -> Markup:
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> Markup:
-    """numbers: the columns that are set flush right."""
+    """head: may be empty; numbers: the columns that are set flush right."""
     right = set(numbers)
     side = lambda i: " class=number" if i in right else ""
     top = "".join(f"<th{side(i)}>{text(cell)}</th>" for i, cell in enumerate(head))
+    top = f"<tr>{top}</tr>\n" if top else ""
     lines = ["<tr>" + "".join(f"<td{side(i)}>{text(c)}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows]
-    return Markup(f'<div class="wide"><table>\n<tr>{top}</tr>\n' + "\n".join(lines) + "\n</table></div>")
+    return Markup(f'<div class="wide"><table>\n{top}' + "\n".join(lines) + "\n</table></div>")
 
 
 def figure(svg: str, caption: Any = "") -> Markup:
-    """A drawing that `figures.as_svg` made, in the page itself; a caption below it."""
+    """A drawing that `as_svg` made, in the page itself; a caption below it."""
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     return Markup(f"<figure>{svg}{below}</figure>")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Signs that the font does not have are drawn as boxes, which needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def as_svg(figure) -> str:
+    """The `<svg>` element, with nothing in it that names another place."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hybridlm"}), quiet():
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL).strip()
 
 
 def folded(summary: Any, *parts: Markup) -> Markup:
