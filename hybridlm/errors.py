@@ -35,6 +35,11 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def cut(text: str, most: int) -> str:
+    """The text, with `...` for its end where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 @contextmanager
 def within(prefix: str) -> Iterator[None]:
     """What a ConfigError inside says of a part, said of the whole: its message gets the prefix, such as "shared."."""

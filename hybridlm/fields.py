@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hybridlm.errors import require
+from hybridlm.errors import cut, require
 
 MOST = "most"
 """Key of a field's metadata: the largest whole number that it takes; infinite where its class says it."""
@@ -143,5 +143,4 @@ def _leaves(value) -> Iterator[Any]:
 def _shown(value) -> str:
     if isinstance(value, int) and value.bit_length() > 256:  # more digits than Python writes
         return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return cut(repr(value), 60)

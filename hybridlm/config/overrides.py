@@ -15,7 +15,7 @@ from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.keys import choice, hint_of, is_choice, resolve, variant
 from hybridlm.config.tree import children
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, cut
 from hybridlm.fields import type_name, variants
 
 
@@ -98,9 +98,7 @@ def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
             words = ["--value", *values] if len(values) != 1 else [f"--value={values[0]}"]
             value: Any = tyro.cli(holder, args=words, config=(tyro.conf.FlagConversionOff,)).value
     except SystemExit:
-        text = " ".join(values)
-        shown = text if len(text) <= 100 else f"{text[:97]}..."
-        raise ConfigError(f"--{'.'.join(path)}: {shown!r} is not {type_name(hint)}") from None
+        raise ConfigError(f"--{'.'.join(path)}: {cut(' '.join(values), 100)!r} is not {type_name(hint)}") from None
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"--{'.'.join(path)}: nan is not a number to compute with")
     return value

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm import storage
+from hybridlm.errors import cut
 from hybridlm.hf.family import Family
 from hybridlm.hf.inside import has_file
 from hybridlm.model.config import ModelConfig
@@ -17,6 +18,8 @@ CARD = "README.md"
 OURS = "<!-- model card written by hybridlm -->"
 """A line of every card; one without it is somebody's own, and stays."""
 LICENSE = re.compile(r"^license:\s*['\"]?([a-zA-Z0-9][a-zA-Z0-9.-]{0,60})['\"]?\s*$", re.MULTILINE)
+SHOWN = 400
+"""Characters of a value."""
 LONGEST = 1 << 20
 """Bytes of a card that are looked at."""
 
@@ -99,7 +102,7 @@ def model_card(
 
 def _said(block: Any) -> str:
     """A block in a table's cell: its class and the fields that are not as they start."""
-    return _code(_short(repr_of(block)), cell=True)
+    return _code(cut(repr_of(block), SHOWN), cell=True)
 
 
 def repr_of(block: Any) -> str:
@@ -122,7 +125,7 @@ def _table(values: Mapping[str, Any]) -> list[str]:
 def _plain(value: Any) -> str:
     """A value as text of one line, in which nothing is markup."""
     text = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", _short(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", cut(text, SHOWN))
 
 
 def _code(text: str, cell: bool = True) -> str:
@@ -138,10 +141,6 @@ def _fenced(lines: list[str], language: str) -> list[str]:
     """A block of code, whose fence no line of it closes."""
     fence = "`" * (max([2, *(len(run) for line in lines for run in re.findall("`+", line))]) + 1)
     return [f"{fence}{language}", *lines, fence]
-
-
-def _short(text: str, most: int = 400) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _text(file: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hybridlm.errors import cut
 from hybridlm.layers.block import shares
 from hybridlm.model.config import ModelConfig
 
@@ -68,5 +69,4 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = type(value).__name__ if is_dataclass(value) else str(value)
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    return cut(type(value).__name__ if is_dataclass(value) else str(value), LONGEST)

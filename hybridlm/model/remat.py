@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, cut
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.block import Block, Kept, walk
 
@@ -36,7 +36,7 @@ def check(remat: str, blocks: Iterable[Block] = ()) -> None:
     for name in remat.split(","):
         if name.strip() not in names:
             known = f"{', '.join(POLICIES)}, or a comma-separated list of {', '.join(names)}"
-            said, unknown = (text if len(text) <= 80 else f"{text[:80]}..." for text in (remat, name.strip()))
+            said, unknown = cut(remat, 80), cut(name.strip(), 80)
             raise ConfigError(f"model.remat ({said!r}): {unknown!r} is not known; known are {known}")
 
 

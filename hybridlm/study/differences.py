@@ -4,6 +4,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybridlm.errors import cut
+
 IGNORED = ("name", "run.dir", "cluster")
 """What differs between any two runs, or two starts of one."""
 
@@ -30,8 +32,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def shown(value: Any, most: int = 60) -> str:
     """A value of a config in a table: `AdamW(betas=0.9 0.95, eps=1e-08)`; cut to so many characters."""
-    text = _text(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return cut(_text(value), most)
 
 
 def _text(value: Any) -> str:

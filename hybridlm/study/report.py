@@ -10,6 +10,7 @@ import numpy as np
 from hybridlm import page as html
 from hybridlm import storage
 from hybridlm.config import Config
+from hybridlm.errors import cut
 from hybridlm.page import as_svg
 from hybridlm.study.curves import AXES, train_curve, val_curve
 from hybridlm.study.figures import Line, Panel, draw
@@ -129,7 +130,7 @@ def _pair(values) -> str:
 
 def _value(value) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return cut(text, 300)
 
 
 def _samples(folder: Path) -> list[html.Markup]:

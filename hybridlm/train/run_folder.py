@@ -29,7 +29,7 @@ from hybridlm.config import Config
 from hybridlm.config.resume import changes, refused
 from hybridlm.config.stored import from_dict, save_config
 from hybridlm.config.tree import to_dict
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, cut
 from hybridlm.train.lease import Lease
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.records import finished_steps, move_aside, parse_json, read_json
@@ -354,5 +354,4 @@ def _first_readable(files: list[Path], like: Config | None) -> Config:
 
 
 def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return cut(str(value), 40)
