@@ -72,14 +72,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-MAX_MAPPED = 20_000
-"""Pieces of memory, of the 65,530 that Linux grants a process, with which compiled programs are let go."""
+_LIMIT = Path("/proc/sys/vm/max_map_count")
+MAX_MAPPED = min(26_000, int(_LIMIT.read_text()) // 2 if _LIMIT.exists() else 26_000)
+"""Pieces of memory with which compiled programs are let go: at most half of what Linux grants a process; some 6 GB."""
 _ended = itertools.count(1)
 
 
 def pytest_runtest_teardown():
     """Lets go of compiled programs now and then: each takes some ten pieces of memory, and LLVM dies of the last."""
-    if next(_ended) % 25 == 0 and n_mapped() > MAX_MAPPED:
+    if next(_ended) % 10 == 0 and n_mapped() > MAX_MAPPED:
         jax.clear_caches()
         gc.collect()
 

@@ -250,8 +250,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["leave", "interrupt", "kill"])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("how", [pytest.param("leave", marks=pytest.mark.slow), "interrupt", "kill"])
 def test_the_process_ends_quietly_and_takes_its_workers_along(config, tmp_path, workers, how):
     script = tmp_path / "script.py"
     script.write_text(END_OF_PROCESS)

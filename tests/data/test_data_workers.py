@@ -103,6 +103,7 @@ def killed_after(config, tmp_path, n_workers, moments):
     return outlived
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent_while_they_start(config, tmp_path):
     open_corpus(config())
     assert max(killed_after(config, tmp_path, 6, [0.15, 0.6])) < 15

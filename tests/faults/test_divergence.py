@@ -51,7 +51,7 @@ def check(nano, count=1):
     assert numbers(run)[16][3] == 1 and entries(run, 16) == entries(expected, 16) == [(0, 0), (4, 5)]
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_killed_as_it_has_gone_back(nano):
     check(nano)
 

@@ -64,7 +64,7 @@ with Watchdog(0.5, Path(sys.argv[1]), "COMMAND") as watchdog:
         ("[(time.sleep(0.2), watchdog.step()) for _ in range(6)]", None),
         ("watchdog.rest(); time.sleep(1.5)", None),
         ("with watchdog.during('saving'): time.sleep(1.5)", None),
-        ("with watchdog.during('saving'): time.sleep(9)", "saving did not get on"),
+        pytest.param("with watchdog.during('saving'): time.sleep(9)", "saving did not get on", marks=pytest.mark.slow),
         ("time.sleep(0.4); watchdog.step(); time.sleep(1.2); watchdog.step()", None),
     ],
 )

@@ -182,6 +182,7 @@ def test_the_configs_that_ship(name, tmp_path):
     np.testing.assert_allclose(theirs(ids(TOKENS)).logits.numpy(), expected, rtol=0, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_a_run_of_hybrid_tiny(tmp_path):
     """Trained a few steps, converted on the command line: logits, and greedy text as `generate` writes it."""
     run, out = tmp_path / "run", tmp_path / "out"

@@ -13,8 +13,8 @@ from tests.hf.variants import VARIANTS
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
-CASES = [pytest.param(name, {**base, **change}, id=f"{name}-{i}") for name in VARIANTS
-         for i, (base, change) in enumerate(VARIANTS[name])]  # fmt: skip
+CASES = [pytest.param(name, {**base, **change}, id=f"{name}-{i}", marks=() if i < 2 else pytest.mark.slow)
+         for name in VARIANTS for i, (base, change) in enumerate(VARIANTS[name])]  # fmt: skip
 INPUTS = np.random.default_rng(0).integers(3, 48, (2, 19)).astype(np.int32)
 
 

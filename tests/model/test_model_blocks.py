@@ -35,6 +35,7 @@ def test_pieces_equal_the_full_forward():
     properties.check_cache(TURNS)
 
 
+@pytest.mark.slow
 def test_parallel_adds_its_branches():
     """x + out_1 mixer_1(in_1 norm(x)) + out_2 mixer_2(in_2 norm(x)), the mixers by themselves."""
     model = build(small("P", BLOCKS))

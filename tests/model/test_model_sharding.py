@@ -50,7 +50,7 @@ MESHES = {
     "context": MeshConfig(2, 1, 1, 4),
     "context and others": MeshConfig(1, 2, 2, 2),
 }
-SLOW = ("data", "fsdp", "tensor", "context", "all")
+SLOW = ("data", "fsdp", "tensor", "fsdp and tensor", "context", "all")
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4, [1] * 14 + [0] * 2] * 4, np.int32)
 
 

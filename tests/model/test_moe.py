@@ -148,7 +148,9 @@ def one():
     "mesh",
     [
         pytest.param(MeshConfig(1, fsdp=2, expert=4), id="fsdp 2, expert 4"),
-        pytest.param(MeshConfig(1, fsdp=2, tensor=2, expert=2), id="fsdp 2, tensor 2, expert 2"),
+        pytest.param(
+            MeshConfig(1, fsdp=2, tensor=2, expert=2), id="fsdp 2, tensor 2, expert 2", marks=pytest.mark.slow
+        ),
         pytest.param(MeshConfig(2, context=2, expert=2), id="data 2, context 2, expert 2", marks=pytest.mark.slow),
         pytest.param(MeshConfig(4, tensor=2), id="data 4, tensor 2", marks=pytest.mark.slow),
     ],

@@ -241,7 +241,7 @@ def test_which_calls_go_to_cudnn(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", ["_scores", "_apply_gate_backward"])
+@pytest.mark.parametrize("name", ["_scores", pytest.param("_apply_gate_backward", marks=pytest.mark.slow)])
 def test_a_one_percent_error_is_seen(name, monkeypatch, small_blocks):
     original = getattr(xla, name)
     if name == "_scores":

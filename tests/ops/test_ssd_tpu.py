@@ -118,6 +118,7 @@ def test_slots_are_invisible(monkeypatch):
     np.testing.assert_array_equal(*results)
 
 
+@pytest.mark.slow
 def test_a_group_over_several_blocks():
     inputs = cases.make_inputs(case_of(name="parts", heads=8, groups=1, tokens=140))
     check(inputs, heads_per_block=4, chunks_per_step=1)
@@ -141,7 +142,9 @@ def test_gradient_of_A_where_almost_nothing_passes():
     check(inputs)
 
 
-@pytest.mark.parametrize("log_decay", [-3.0, -9.0, -15.0, -17.0, -40.0])
+@pytest.mark.parametrize(
+    "log_decay", [*(pytest.param(x, marks=pytest.mark.slow) for x in (-3.0, -9.0, -15.0, -40.0)), -17.0]
+)
 def test_bfloat16_pairs_at_the_limit_of_the_factored_decay(log_decay):
     """Every token decays alike, around the limit up to which pairs within a group are factored."""
     inputs = cases.make_inputs(case_of(name="limit", layout="dense", tokens=128, skip=None), "bfloat16")
@@ -149,6 +152,7 @@ def test_bfloat16_pairs_at_the_limit_of_the_factored_decay(log_decay):
     check(inputs)
 
 
+@pytest.mark.slow
 def test_bfloat16_a_token_that_forgets_all_hides_what_was_before():
     """Behind a decay of -40 stands only what came after, however small beside what came before."""
     inputs = cases.make_inputs(case_of(name="forget", layout="dense", tokens=256, initial=False, skip=None), "bfloat16")
@@ -182,6 +186,7 @@ def test_padding_may_hold_anything(dtype):
         assert not np.any(actual[name][padded]), name
 
 
+@pytest.mark.slow
 def test_states_kept_in_float32_or_bfloat16_or_recomputed():
     inputs = cases.make_inputs(case_of(name="states", tokens=260, layout="dense", decay="typical"), "bfloat16")
     kept = {states: check(inputs, states=states) for states in ("float32", "bfloat16", "recompute")}

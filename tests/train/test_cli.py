@@ -195,6 +195,7 @@ def test_as_a_process(words):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_error_lines_are_always_printable(tmp_path):
     """Whatever a word holds, and whether or not anybody reads; the exit code says the same."""
     words = [sys.executable, "train.py", "--config", b"hybrid_tiny", b"--data.path=\xff\x1b.txt"]

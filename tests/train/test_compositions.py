@@ -94,7 +94,7 @@ TINY = (
     "based", "gated_deltanet_3_1", "gla", "griffin", "hgrn2", "kimi_linear_3_1", "mamba3", "mamba3_hybrid", "mingru",
     "retnet", "rwkv6", "rwkv7", "samba", "xlstm_7_1",
 )  # fmt: skip
-EACH_TIME = ("gla", "mingru")
+EACH_TIME = ("mingru",)
 COMPOSITIONS = {*PUBLISHED, *OURS, *(f"{name}:tiny" for name in TINY)}
 
 

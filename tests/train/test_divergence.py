@@ -122,6 +122,7 @@ def test_killed_while_it_goes_back(mini, as_told, saved, monkeypatch, moment):
     check_equal(mini.parent / "run", as_told, saved)
 
 
+@pytest.mark.slow
 def test_it_gives_up_and_what_it_advises_goes_on(mini, saved, capsys, monkeypatch):
     """Every batch from the third on is bad: back to the checkpoint of step 2 once, then to that of step 1."""
     run, words = mini.parent / "run", ["--run.save_every=1", "--run.keep=2", "--run.max_rollbacks=2", "--run.steps=9"]

@@ -44,9 +44,8 @@ def train(config: str, tmp_path, *words: str) -> list[float]:
     return [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize(
-    "config", [name if name == "caduceus:ps-1k" else pytest.param(name, marks=pytest.mark.slow) for name in GENOMES]
-)
+@pytest.mark.parametrize("config", GENOMES)
+@pytest.mark.slow
 def test_a_model_of_genomes_learns(config, tmp_path, one_device, capsys):
     write_fasta(tmp_path / "genome.fa.gz", make_genome(40, 300, n_motifs=1))
     words = (f"--data.path={tmp_path / 'genome.fa.gz'}", "--data.val_fraction=0.1", "--data.seq_len=64")

@@ -41,6 +41,7 @@ def by_kind(params):
     return {kind: np.concatenate([np.ravel(a) for a in jax.tree.leaves(part)]) for kind, part in parts.items()}
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_the_step():
     found, before, after, _ = inspected()
     weights, new = by_kind(before["params"]), by_kind(after["params"])

@@ -32,6 +32,7 @@ def of_kind(run, kind):
     return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_changed_gone_back_and_lost(mini, capsys):
     """One run through all that may happen to it; each start is in its records."""
     run = mini.parent / "run"
@@ -126,7 +127,9 @@ def test_a_run_from_another_runs_parameters(mini, capsys, monkeypatch):
     assert "is of another model: model.d_model (16 there, 32 now)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("schedule", ["Cosine", "LinearDecay", "Wsd", "Constant"])
+@pytest.mark.parametrize(
+    "schedule", ["Cosine", *(pytest.param(s, marks=pytest.mark.slow) for s in ("LinearDecay", "Wsd", "Constant"))]
+)
 def test_a_longer_run_is_the_same_program(schedule):
     """What is compiled for 20 steps, and kept, serves for 4,000."""
     texts, rates = [], []

@@ -129,6 +129,7 @@ def test_what_a_run_leaves_and_a_second_start(mini, capsys):
     assert "step (3) has no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_records_after_the_restored_step_are_dropped(mini, stop_at, capsys):
     """And how each start ended is in the records and on the run's page, which is as new as they are."""
     run, page = mini.parent / "run", mini.parent / "run" / "report.html"
@@ -194,6 +195,7 @@ def test_another_config_is_refused(mini, stop_at, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_a_broken_checkpoint_costs_its_steps_alone(mini, states, stop_at, caplog):
     whole = mini.parent / "whole"
     assert train(mini, f"--run.dir={whole}") == 0
@@ -238,6 +240,7 @@ def test_a_folder_that_is_no_run_is_left_alone(mini, capsys):
     assert "has files but no run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_accumulation_and_mesh_may_change_on_the_way(mini, stop_at, monkeypatch):
     from hybridlm.sharding import make_mesh
 

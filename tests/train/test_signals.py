@@ -57,7 +57,9 @@ def read_until(process, words, seconds=120):
     raise AssertionError(f"no {words!r} in:\n{''.join(lines)}")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_resume(mini, start, signum, code):
     """The line is what was typed, to the word: typed again, it goes on to the same length."""
     typed = ["--run.steps=100000", "--run.eval_every=-1", "--run.save_every=0", "--run.sample_prompt=it's a"]
@@ -113,6 +115,7 @@ def test_a_second_signal_leaves_at_once_but_an_echo_does_not(start_python):
     assert process.returncode == 143 and "stopped at once, without saving" in output
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step(mini, start):
     process = start()
     read_until(process, "mini: ")  # before it compiles

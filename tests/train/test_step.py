@@ -61,7 +61,7 @@ MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8,
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        ("adamw", "fsdp"),
+        pytest.param("adamw", "fsdp", marks=pytest.mark.slow),
         ("muon", "both"),
         pytest.param("adamw", "tensor", marks=pytest.mark.slow),
         pytest.param("adamw", "context", marks=pytest.mark.slow),
