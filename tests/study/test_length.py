@@ -137,6 +137,7 @@ def test_rows_are_kept(tmp_path):
         assert file.read_text() == content
 
 
+@pytest.mark.slow
 def test_the_page():
     page = as_page(ROWS, "A <study>")
     assert "A &lt;study&gt;" in page and page.count("<svg") == 1 and "trained at 8 tokens, read to 32" in page
@@ -158,7 +159,7 @@ def test_the_page():
         (["--config=hybrid_tiny", "--run.seed=3"], "--run.seed: each run has one of its own; give --dir and --seeds"),
         (["--config=mamba2:130m", "--gates", "none"], "no attention of"),
         (["--config=mamba2:130m"], "has no rotary embedding to scale: give --methods none"),
-        (["--config=hybrid_tiny", "--tune-step=3"], "unknown option --tune: did you mean --tune-steps?"),
+        (["--config=hybrid_tiny", "--tune-step=3"], "unknown option --tune-step: did you mean --tune-steps?"),
         (["--run=nowhere"], "nowhere holds no run"),
     ],
 )
