@@ -6,9 +6,9 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
             ours = any(word.partition("=")[0] == name for word in overrides)
             require(not ours, f"{name}: rows are of --times and hold whole documents")
         require(args.gates is None, f"--gates ({' '.join(args.gates or ())}) are trained with --config: leave it out")
-    for name, known in (("methods", METHODS), ("gates", GATES), ("seeds", None)):
+    for name, known in (("run", None), ("methods", METHODS), ("gates", GATES), ("seeds", None)):
         values = getattr(args, name) or []
         for value in values:
             require(known is None or value in known, f"--{name} ({value}) must be of {', '.join(known or ())}")
@@ -170,30 +170,33 @@ def _train(args: argparse.Namespace, subjects: Sequence[Read], folder: Path) -> 
     """Trains the runs that are not complete, those that others begin from first; the exit code."""
     places = slots(args.parallel)
     logs = None
-    if len(places) > 1:
+    if len(places) > 1 or args.json:  # standard output is for JSON alone
         logs = storage.scratch("studies", folder) if storage.in_bucket(folder) else folder
         logs.mkdir(parents=True, exist_ok=True)
     todo = [subject for subject in subjects if not _complete(subject, args.config)]
-    print(f"{len(subjects)} runs in {folder}: {len(todo)} to train", flush=True)
+    said = sys.stderr if args.json else sys.stdout
+    print(f"{len(subjects)} runs in {folder}: {len(todo)} to train", file=said, flush=True)
     words = [sys.executable, "-m", "hybridlm", "train", "--config", args.config]
     for stage in ([s for s in todo if not s.tuned], [s for s in todo if s.tuned]):
-        code = _side_by_side([Job(s.name, [*words, *s.words], logs and logs / f"{s.name}.log") for s in stage], places)
+        jobs = [Job(s.name, [*words, *s.words], logs and logs / f"{s.name}.log") for s in stage]
+        code = _side_by_side(jobs, places, said)
         if code != Exit.COMPLETE:
             return code
     return Exit.COMPLETE
 
 
-def _side_by_side(jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> int:
+def _side_by_side(jobs: Sequence[Job], places: Sequence[dict[str, str]], said: TextIO) -> int:
     """The exit code of the first that fails, behind which none begins, or of a signal."""
     codes: list[int] = []
 
     def began(job: Job) -> None:
-        print(f"{job.name}: {job.log or shlex.join(job.words)}", flush=True)
+        print(f"{job.name}: {job.log or shlex.join(job.words)}", file=said, flush=True)
 
     def ended(job: Job, code: int) -> bool:
         codes.append(code)
         if code:
-            print(f"{job.name}: ended with exit code {code}" + (f", see {job.log}" if job.log else ""), flush=True)
+            see = f", see {job.log}" if job.log else ""
+            print(f"{job.name}: ended with exit code {code}{see}", file=said, flush=True)
         return code == 0
 
     signum = run_jobs(jobs, [environment_with(place) for place in places], began, ended)
@@ -265,7 +268,7 @@ def _asked(args: argparse.Namespace, subjects: Sequence[Read], words: Sequence[s
 
     like = None if args.config is None else read_config(args.config)
     found: list[tuple[Read, Any, Any]] = []
-    trained = None
+    trained, plain = None, {}
     for subject in subjects:
         storage.check(subject.folder, "the run's folder")
         config = stored_config(subject.folder, like)
@@ -276,6 +279,8 @@ def _asked(args: argparse.Namespace, subjects: Sequence[Read], words: Sequence[s
         require(
             rows == trained, f"{subject.folder} was trained at rows of {rows} tokens, {subjects[0].folder} of {trained}"
         )
+        if not subject.tuned:
+            plain[str(subject.folder)] = config
         read = (*words, *([f"limit {args.limit}"] if args.limit else []), _digest(config))
         for method in subject.methods:
             if not subject.tuned:
@@ -284,7 +289,25 @@ def _asked(args: argparse.Namespace, subjects: Sequence[Read], words: Sequence[s
                 (subject, config, Row(str(subject.folder), steps[-1], gate_of(config), config.run.seed, method,
                                       subject.tuned, rows, rows * args.times, read, ()))
             )  # fmt: skip
+    _check_alike(plain)
     return found
+
+
+def _check_alike(configs: Mapping[str, Any]) -> None:
+    """ConfigError where runs differ in more than gate and seed, or in neither: their losses would be taken together."""
+    from hybridlm.config.tree import to_dict
+    from hybridlm.study.differences import differences
+    from hybridlm.study.length import gate_of, gates
+
+    (first, of_first), *others = configs.items()
+    known = {(gate_of(of_first), of_first.run.seed): first}
+    for folder, config in others:
+        may = (*OURS, *gates(config))
+        found = [key for key in differences([to_dict(of_first), to_dict(config)]) if not key.startswith(may)]
+        named = ", ".join(found[:4])
+        require(not found, f"{first} and {folder} differ in {named}: read them apart, each with a --dir of its own")
+        other = known.setdefault((gate_of(config), config.run.seed), folder)
+        require(other == folder, f"{other} and {folder} have the same gate and run.seed: give one of them")
 
 
 def _digest(config) -> str:

@@ -166,19 +166,29 @@ def read_rows(file: Path) -> list[Row]:
     try:
         found = json.loads(storage.read_bytes(file))["rows"]
         rows = [Row(**row) for row in found]
-        return [
-            row._replace(read=tuple(row.read), buckets=tuple(Bucket(**bucket) for bucket in row.buckets))
-            for row in rows
-        ]
+        return [row._replace(read=tuple(row.read), buckets=tuple(map(_bucket, row.buckets))) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{file} is no record of this study ({error}): move it away") from error
 
 
 def write_rows(file: Path, rows: Sequence[Row], shown: Sequence[Row]) -> None:
-    """All rows, and the summary of those that are shown; whole or not at all."""
+    """All rows, and the summary of those that are shown, whole or not at all; null for a number that is none."""
     plain = [{**row._asdict(), "buckets": [bucket._asdict() for bucket in row.buckets]} for row in rows]
     content = {"summary": [line._asdict() for line in summary(shown)], "gates": compared(shown), "rows": plain}
-    storage.write_text(file, json.dumps(content, indent=1) + "\n")
+    storage.write_text(file, json.dumps(_strict(content), indent=1, allow_nan=False) + "\n")
+
+
+def _bucket(values: Mapping[str, Any]) -> Bucket:
+    found = Bucket(**values)
+    return found if found.loss is not None else found._replace(loss=math.nan)
+
+
+def _strict(value):
+    if isinstance(value, dict):
+        return {key: _strict(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What is said --------------------------------------------------------------------------------------------------------

@@ -117,9 +117,10 @@ def test_a_study_that_trains(tmp_path, trained, capsys):
     assert longer["init"]["run"].endswith("study/gate=head,seed=1")
     said = capsys.readouterr().out
     assert "6 runs in" in said and "6 to train" in said and "with gate head the loss rises" in said
-    assert study(*words) == 0
+    assert study(*words, "--json") == 0
     again = capsys.readouterr()
-    assert "0 to train" in again.out and "[1/8]" not in again.err
+    assert len(json.loads(again.out)["gates"]) == 4
+    assert "0 to train" in again.err and "[1/8]" not in again.err
     assert study(*words, "--optim.lr=0.5") == 2
     assert "holds a run with another config: optim.lr (0.01 there, 0.5 now); choose another --dir" in (
         capsys.readouterr().err

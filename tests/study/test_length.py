@@ -30,6 +30,7 @@ from hybridlm.study.length import (
     write_rows,
 )
 from hybridlm.study.length_page import as_page
+from tests.study.folders import TINY, write_run
 
 
 def bucket(to: int, loss: float, tokens: int = 10) -> Bucket:
@@ -130,6 +131,8 @@ def test_rows_are_kept(tmp_path):
     assert read_rows(file) == ROWS
     assert ROWS[0].key == ROWS[0]._replace(gate="head", seed=9, buckets=()).key != ROWS[0]._replace(step=8).key
     assert len({kept.key for kept in ROWS}) == len(ROWS)
+    write_rows(file, [row("none", 0, {8: 2.0, 16: math.nan})], [])
+    assert "NaN" not in file.read_text() and math.isnan(read_rows(file)[0].buckets[1].loss)
     for content in ("", "[]", '{"rows": [{"run": 1}]}', '{"rows": 3}'):
         file.write_text(content)
         with pytest.raises(ConfigError, match="is no record of this study"):
@@ -152,6 +155,7 @@ def test_the_page():
         (["--run=a", "--times=1"], "--times (1) must be between 2 and"),
         (["--run=a", "--methods", "yarm"], "--methods (yarm) must be of none, linear, ntk, dynamic, yarn"),
         (["--run=a", "--methods", "yarn", "yarn"], "--methods (yarn yarn) has one of them twice"),
+        (["--run", "a", "a"], "--run (a a) has one of them twice"),
         (["--run=a", "--gates", "none"], "--gates (none) are trained with --config: leave it out"),
         (["--run=a", "--tune-steps=3"], "--tune-steps needs --config"),
         (["--run=a", "--data.packing=split"], "--data.packing: rows are of --times"),
@@ -168,6 +172,20 @@ def test_what_cannot_be_is_one_line(words, told, capsys, tmp_path, monkeypatch):
     assert main(["study", "length", *words]) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1, said
+
+
+def test_runs_of_other_models_are_not_taken_together(tmp_path, capsys):
+    runs = {"a": [], "b": ["--run.seed=1"], "c": ["--model.blocks.*.gate=head"], "d": ["--run.steps=30"],
+            "e": ["--model.d_model=64", "--optim.lr=1"]}  # fmt: skip
+    for name, words in runs.items():
+        write_run(tmp_path / name, config=override(TINY, words))
+    folders = {name: str(tmp_path / name) for name in runs}
+    for names, told in (
+        ("abce", f"{folders['a']} and {folders['e']} differ in model.d_model, optim.lr: read them apart"),
+        ("abcd", f"{folders['a']} and {folders['d']} have the same gate and run.seed: give one of them"),
+    ):
+        assert main(["study", "length", "--methods", "none", "--run", *(folders[name] for name in names)]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_studies_by_name(capsys):
