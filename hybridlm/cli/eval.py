@@ -69,7 +69,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     of_config.add_argument("--data.packing", metavar="HOW", help="split or best_fit (that of the run; best_fit)")
     of_config.add_argument("--data.tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the model)")
     of_config.add_argument("--model.compute_dtype", metavar="TYPE", help="float32 or bfloat16 (that of the model)")
-    parser.epilog = "--data.KEY=VALUE and --mesh.KEY=VALUE are those of training: see hybridlm train --help."
+    parser.epilog = (
+        "--data.KEY=VALUE and --mesh.KEY=VALUE are those of training: see hybridlm train --help. "
+        "--model.blocks.SYMBOL.rope.KEY=VALUE, window and scale read with other values than it was trained with."
+    )
     return parser
 
 

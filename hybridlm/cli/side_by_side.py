@@ -45,6 +45,12 @@ def slots(n: int, environment: Mapping[str, str] = os.environ) -> list[dict[str,
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(n)]
 
 
+def environment_with(more: dict[str, str]) -> dict[str, str]:
+    """What processes of this installation have beside this one's environment: the installation first, and `more`."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))} | more
+
+
 def _gpus(environment: Mapping[str, str]) -> list[str]:
     """Those that this process may use, as CUDA_VISIBLE_DEVICES names them; no library is asked, which would take
     them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.side_by_side import Job, run_jobs, slots
+from hybridlm.cli.side_by_side import Job, environment_with, run_jobs, slots
 from hybridlm.cli.words import split_overrides
 from hybridlm.errors import ConfigError, Exit, RunError, require
 
@@ -80,18 +80,12 @@ def _command(config: str, words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "hybridlm", "train", "--config", config, *words]
 
 
-def _environment(more: dict[str, str]) -> dict[str, str]:
-    """This process's, with this installation first."""
-    root = str(Path(__file__).resolve().parents[2])
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))} | more
-
-
 def _checked(config: str, found: Sequence, place: dict[str, str]) -> list[str]:
     """The state of each member; ConfigError for the first that cannot be trained. Asked of another process, which sees
     the devices as a member does: this one never takes any."""
     asked = json.dumps({"config": config, "members": found})
     words = [sys.executable, "-m", "hybridlm.cli.sweep_check"]
-    env = os.environ | _environment(place)
+    env = os.environ | environment_with(place)
     try:
         done = subprocess.run(
             words, input=asked, capture_output=True, text=True, env=env, timeout=CHECK_SECONDS, check=True
@@ -128,7 +122,7 @@ def _train(jobs: list[Job], places: list[dict[str, str]], stop_on_failure: bool,
         print(f"{job.name}: {word}", flush=True)
         return code == 0 or not stop_on_failure
 
-    signum = run_jobs(jobs, [_environment(place) for place in places], began, ended)
+    signum = run_jobs(jobs, [environment_with(place) for place in places], began, ended)
     if signum is not None:
         return 128 + signum
     failures = {code for code in codes if code}

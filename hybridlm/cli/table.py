@@ -24,13 +24,14 @@ from hybridlm.cli.probe import PROBE
 from hybridlm.cli.profile import PROFILE
 from hybridlm.cli.report import REPORT
 from hybridlm.cli.runs import RUNS
+from hybridlm.cli.study import STUDY
 from hybridlm.cli.sweep import SWEEP
 from hybridlm.cli.tokenize import TOKENIZE
 from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
 COMMANDS = (
-    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, PLAN, PROFILE, CACHE,
+    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN, PROFILE, CACHE,
 )  # fmt: skip
 
 

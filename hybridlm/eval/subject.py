@@ -23,6 +23,7 @@ from hybridlm.hf.load import COMPUTE, from_hf
 from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import RULES, make_mesh, param_shardings
+from hybridlm.train.init_run import is_otherwise
 from hybridlm.train.run_folder import stored_config
 from hybridlm.train.sample import load_model
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer, kept_tokenizer
@@ -56,8 +57,9 @@ def open_run(
 ) -> Subject:
     """The model of a run's newest checkpoint, or of one step, and the run's config with words of the command line.
 
-    words: of `data`, `mesh` and `model.compute_dtype`; the mesh is all devices side by side unless they say otherwise.
-    own: a config whose own classes the run may have used. Raises ConfigError, one line, for what cannot be.
+    words: of `data`, `mesh`, and what of the model has no parameters: `model.compute_dtype`, rope, window and scale of
+    a block; the mesh is all devices side by side unless they say otherwise. own: a config whose own classes the run may
+    have used. Raises ConfigError, one line, for what cannot be.
     """
     folder = storage.as_path(folder)
     storage.check(folder, "the run's folder")
@@ -102,6 +104,8 @@ def open_published(folder: str | Path, words: Sequence[str] = ()) -> Subject:
     compute = config.model.compute_dtype
     dtype = "bfloat16" if compute == checkpoint.dtype == "bfloat16" else "float32"
     loaded = from_hf(folder, mesh=mesh, dtype=dtype, compute_dtype=compute)
+    if config.model != replace(model, compute_dtype=compute):  # rope, window or scale are others than published
+        loaded = _placed(config, nnx.to_pure_dict(nnx.state(loaded, nnx.Param)), mesh)
     return Subject(str(folder), None, config, loaded, tokenizer, mesh, bos=_adds_bos(config.data.tokenizer, tokenizer))
 
 
@@ -109,8 +113,12 @@ def _arranged(config: Config, words: Sequence[str]) -> tuple[Config, Mesh]:
     """The config with the words, and its mesh; rows that nobody asked for are as many as the devices divide."""
     keys = _keys(words)
     for key in keys:
-        fits = key.startswith(("data.", "mesh.")) or key == "model.compute_dtype"
-        require(fits, f"--{key} is no option of an evaluation: --data.KEY, --mesh.KEY and --model.compute_dtype are")
+        fits = key.startswith(("data.", "mesh.")) or is_otherwise(key)
+        require(
+            fits,
+            f"--{key} is no option of an evaluation: --data.KEY, --mesh.KEY and --model.compute_dtype are, and rope, "
+            "window and scale of a block, as --model.blocks.*.rope.scaling=YaRN",
+        )
     before, config = config, override(config, words)
     mesh = make_mesh(config.mesh)
     if "data.batch_size" not in keys:

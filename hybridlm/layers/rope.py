@@ -83,14 +83,29 @@ class Llama3:
 
 @dataclass(frozen=True)
 class NTK:
-    """A longer base: theta times alpha ** (d / (d - 2)) for the rotated width d ("NTK-aware" scaling; Hunyuan)."""
+    """A longer base: theta times alpha ** (d / (d - 2)) for the rotated width d ("NTK-aware" scaling, Peng et al. 2023,
+    definition 1; Hunyuan)."""
 
     alpha: float = 1000.0
-    """The lowest frequency is divided by this (>= 1), the highest stays."""
+    """The lowest frequency is divided by this (>= 1), the highest stays. Of a context that is extended, the factor."""
 
     def __post_init__(self):
         check_fields(self)
         require(self.alpha >= 1, f"ntk alpha ({self.alpha}) must be at least 1")
+
+
+def dynamic_ntk(length: int, original_max_positions: int, factor: float = 1.0) -> NTK:
+    """What dynamic NTK scaling is for texts of `length` tokens: nothing up to the original length, then more with every
+    token (Peng et al. 2023, section 3.3: factor 1; transformers' rope_type "dynamic" has the factor).
+
+    It is a value for each length and no scaling of its own: caches keep rotated keys, and with every token that is
+    written all earlier ones would have to be turned anew, or decoding would not equal the full forward. Raises
+    ConfigError for lengths that are not positive and a factor below 1.
+    """
+    require(length > 0, f"length ({length}) must be positive")
+    require(original_max_positions > 0, f"original_max_positions ({original_max_positions}) must be positive")
+    require(factor >= 1, f"dynamic factor ({factor}) must be at least 1")
+    return NTK(max(1.0, factor * length / original_max_positions - (factor - 1)))
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that starts from the parameters of another one: init.run=RUN, of its newest checkpoint, or RUN@STEP."""
+"""A run that starts from the parameters of another one: init.run=RUN, of its newest checkpoint, or RUN@STEP.
+
+The parameters alone: the optimizer's state, the schedule and the order of text begin anew. Row length, mesh, text and
+what of the model has no parameters may be others than that run's.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.config import Config
-from hybridlm.config.resume import refused
-from hybridlm.errors import ConfigError, require
+from hybridlm.config.resume import changes, refused
+from hybridlm.errors import ConfigError, cut, require
 from hybridlm.train.base import read_params
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.records import finished_steps
 from hybridlm.train.run_folder import record_of, stored_config
 from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer
 
-OTHERWISE = {"compute_dtype", "rope", "window"}
+OTHERWISE = {"compute_dtype", "rope", "window", "scale"}
 """Fields of the model that may differ from that run's beside those that may change on resume: they have no parameters,
 and a stage of longer rows wants others."""
+
+
+def is_otherwise(key: str) -> bool:
+    """Whether a dotted name of the config is of one of these fields, or inside of one."""
+    return key.startswith("model.") and bool(OTHERWISE & set(key.split(".")))
 
 
 def split_run(text: str) -> tuple[Path, int | None]:
@@ -43,7 +52,7 @@ def check_init_run(config: Config) -> None:
     differing = {
         key: values
         for key, values in refused(stored_config(run, like=config), config).items()
-        if key.startswith("model.") and not OTHERWISE & set(key.split("."))
+        if key.startswith("model.") and not is_otherwise(key)
     }
     if differing:
         shown = ", ".join(f"{key} ({a} there, {b} now)" for key, (a, b) in list(differing.items())[:4])
@@ -62,3 +71,17 @@ def params_of_run(config: Config, like) -> tuple[dict, int]:
         checkpoints.close()
     require(found is not None, f"init.run ({run}) has no checkpoint")
     return found[1], found[0]
+
+
+def told_of_start(config: Config, step: int) -> str:
+    """What a run begins with, in words: whose parameters, what begins anew, and what of the model and of its rows is
+    other than there."""
+    run, _ = split_run(config.init.run)
+    found = changes(stored_config(run, like=config), config).items()
+    other = [f"{key} {_shown(a)} -> {_shown(b)}" for key, (a, b) in found if key == "data.seq_len" or is_otherwise(key)]
+    said = f"parameters of step {step} of {config.init.run}; optimizer state, schedule and order of text begin anew"
+    return "; ".join([said, *other])
+
+
+def _shown(value) -> str:
+    return cut(str(value), 80)

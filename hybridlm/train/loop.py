@@ -28,7 +28,7 @@ from hybridlm.train.corpora import open_together
 from hybridlm.train.evaluate import Validation
 from hybridlm.train.feed import Feed
 from hybridlm.train.health import Health
-from hybridlm.train.init_run import check_init_run, params_of_run
+from hybridlm.train.init_run import check_init_run, params_of_run, told_of_start
 from hybridlm.train.last_words import failure_recorded, page_written
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
@@ -253,7 +253,7 @@ def _first_state(
     published checkpoint, whose small files the run keeps."""
     if config.init.run is not None:
         params, step = params_of_run(config, program.base.like or program.state_like["params"])
-        display.say(f"parameters of step {step} of {config.init.run}")
+        display.say(told_of_start(config, step))
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
         return 0, program.init(), None

@@ -179,6 +179,7 @@ def test_options_of_the_run_are_one_line(trained, command):
             ("--optim.lr=1",),
             "--optim.lr is no option of an evaluation: --data.KEY, --mesh.KEY and --model.compute_dtype",
         ),
+        (("--model.blocks.*.n_heads=4",), "--model.blocks.*.n_heads is no option of an evaluation"),
         (("--data.val_pth=x",), "did you mean"),
         (("--data.val_path=nowhere.txt",), "data.val_path ('nowhere.txt'): no file matches"),
         (("--batch=3",), "data.batch_size (3) not divisible by mesh.data * mesh.fsdp (8)"),

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm.config import NTK, ConfigError, Llama3, Proportional, Rope, YaRN
-from hybridlm.layers.rope import frequencies, rotate
+from hybridlm.config import NTK, ConfigError, Linear, Llama3, Proportional, Rope, YaRN
+from hybridlm.layers.rope import dynamic_ntk, frequencies, rotate
 from tests.tolerances import check_close
 
 
@@ -87,6 +87,48 @@ def test_yarn_scales_scores():
     x = jnp.ones((1, 1, 1, 8))
     scale = frequencies(Rope(scaling=yarn), 8)[1]
     np.testing.assert_allclose(rotate(x, jnp.array([[0]]), Rope(scaling=yarn)), scale * x, rtol=1e-6)
+
+
+def test_yarns_temperature_is_of_the_scores():
+    """Equation 15: scores are divided by t, sqrt(1 / t) = 0.1 ln(s) + 1, whatever the positions are."""
+    rng = np.random.default_rng(2)
+    q, k = rng.normal(size=(2, 1, 5, 2, 32)).astype(np.float32)
+    i, j = (np.sort(rng.integers(0, 4000, (1, 5))).astype(np.int32) for _ in range(2))
+    yarn = YaRN(16.0, 256)
+    freqs = [yarn_frequency(n, 32, 10_000.0, yarn) for n in range(16)]
+    turned = [rotated(x, at, np.float32(freqs), 1.0, 32) for x, at in ((q, i), (k, j))]
+    expected = np.einsum("BTHP,BSHP->BHTS", *turned) * (0.1 * math.log(16) + 1) ** 2
+    scores = np.einsum("BTHP,BSHP->BHTS", *(rotate(x, at, Rope(scaling=yarn)) for x, at in ((q, i), (k, j))))
+    check_close(scores, expected, dtype="float32", what="scores")
+
+
+def test_position_interpolation_reads_positions_between():
+    """Chen et al. 2023, equation 3: f(x, m) becomes f(x, m L / L')."""
+    rng = np.random.default_rng(3)
+    x_BTHP = rng.normal(size=(1, 9, 2, 16)).astype(np.float32)
+    positions_BT = rng.integers(0, 4096, (1, 9)).astype(np.int32)
+    freqs = [500.0 ** (-2 * i / 16) for i in range(8)]
+    actual = rotate(jnp.asarray(x_BTHP), jnp.asarray(positions_BT), Rope(500.0, scaling=Linear(4.0)))
+    expected = rotated(x_BTHP, positions_BT / 4.0, np.float32(freqs), 1.0, 16)
+    check_close(actual, expected, dtype="float32", what="rotated")
+
+
+def test_dynamic_ntk_begins_at_the_trained_length():
+    assert dynamic_ntk(5, 256).alpha == dynamic_ntk(256, 256, 3.0).alpha == 1.0
+    assert dynamic_ntk(1024, 256) == NTK(4.0) and dynamic_ntk(1024, 256, 2.0) == NTK(7.0)
+    plain, _ = frequencies(Rope(500.0), 32)
+    longer, _ = frequencies(Rope(500.0, scaling=dynamic_ntk(4096, 256)), 32)
+    theta = 500.0 * 16 ** (32 / 30)  # the base of section 3.1
+    np.testing.assert_allclose(longer, [theta ** (-2 * i / 32) for i in range(16)], rtol=1e-6)
+    assert longer[0] == plain[0] and longer[-1] == pytest.approx(plain[-1] / 16, rel=1e-6)
+    for words, told in (
+        ((0, 256), "length (0)"),
+        ((1, 0), "original_max_positions (0)"),
+        ((9, 4, 0.5), "factor (0.5)"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            dynamic_ntk(*words)
+        assert told in str(error.value)
 
 
 @pytest.mark.parametrize("llama3", [Llama3(), Llama3(32.0, 1.0, 4.0, 8192), Llama3(8.0, 1.0, 4.0, 64)])

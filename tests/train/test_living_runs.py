@@ -17,6 +17,7 @@ from hybridlm.sharding import make_mesh
 from hybridlm.train import init_run, loop
 from hybridlm.train.checkpoint import Checkpoints, finished_steps
 from hybridlm.train.metrics_log import read_metrics
+from hybridlm.train.run_folder import stored_config
 from hybridlm.train.step import make_program
 from tests.train.conftest import make_batch, small_config
 
@@ -108,7 +109,18 @@ def test_a_run_from_another_runs_parameters(mini, capsys, monkeypatch):
 
     monkeypatch.setattr(loop, "params_of_run", seen)
     other = ["--data.seq_len=16", "--data.batch_size=4", "--optim.schedule=cosine"]
+    other += [
+        "--model.blocks.*.rope.scaling=YaRN",
+        "--model.blocks.*.rope.scaling.factor=8",
+        "--model.blocks.*.scale=1",
+    ]
+    capsys.readouterr()
     assert train(mini, f"--init.run={run}@2", f"--run.dir={new}", "--run.steps=2", *other) == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters of step 2 of")]
+    assert "optimizer state, schedule and order of text begin anew; " in told
+    assert "data.seq_len 32 -> 16" in told and "model.blocks.*.scale None -> 1.0" in told
+    assert "model.blocks.*.rope.scaling None -> YaRN(factor=8.0, " in told and "batch_size" not in told
+    assert of_kind(new, "train")[-1]["lr"] < 0.01 and stored_config(new).model.blocks["*"].rope.scaling.factor == 8
     checkpoints = Checkpoints(run / "checkpoints", keep=1, read_only=True)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), began[0][0])
@@ -125,6 +137,20 @@ def test_a_run_from_another_runs_parameters(mini, capsys, monkeypatch):
         assert words in capsys.readouterr().err
     assert train(mini, f"--init.run={run}", "--model.d_model=32", f"--run.dir={mini.parent}/fourth") == 2
     assert "is of another model: model.d_model (16 there, 32 now)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_longer_rows_split_over_devices_are_those_of_one(mini, monkeypatch):
+    """A run goes on from another one's parameters at longer rows with YaRN: tokens over four devices, rows over two."""
+    run = mini.parent / "run"
+    assert train(mini, "--run.steps=2") == 0
+    words = [f"--init.run={run}", "--run.steps=3", "--run.log_every=1", "--data.seq_len=128", "--data.batch_size=4"]
+    words += ["--model.blocks.*.rope.scaling=YaRN", "--model.blocks.*.rope.scaling.original_max_positions=32"]
+    assert train(mini, *words, f"--run.dir={mini.parent}/one") == 0
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:8]))
+    assert train(mini, *words, "--mesh.context=4", "--mesh.data=2", f"--run.dir={mini.parent}/eight") == 0
+    one, eight = ([r["loss"] for r in of_kind(mini.parent / name, "train")] for name in ("one", "eight"))
+    assert len(one) == 3 and eight == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize(
