@@ -13,24 +13,29 @@ from hybridlm.layers.block import sees_ahead
 from hybridlm.layers.cache import CacheTypes, Int8, Rounded, as_stored, in_int8
 from hybridlm.model.decoding import Sampling, Writer
 from hybridlm.model.init import abstract
+from pallas_kernels.oracle import rms
 from tests.model.model_support import HYBRID, QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
 SMALL = CacheTypes(keys="int8", states="bfloat16")
 T = 13
-PIECES = (4, 1, 1, 5, 1, 1)
+PIECES = (4, 1, 4, 1, 1, 1, 1)
 PROJECTED = {AttentionMixer: (1, 2), ConvolvedAttentionMixer: (1, 2), LatentAttentionMixer: (1,)}
 """Mixer -> which of what its `_project` gives is stored as keys and values."""
-BLOCKS = HYBRID | {"l": VARIANTS["latent"], "Z": VARIANTS["shared"], "c": VARIANTS["convolved_window"]}
+BLOCKS = HYBRID | {
+    "l": VARIANTS["latent"],
+    "Z": VARIANTS["shared"],
+    "c": VARIANTS["convolved_window"],
+    "g": VARIANTS["gla"],
+}
 
 
-def extender():
-    return jax.jit(lambda model, tokens, cache, ids=None: model.extend(tokens, cache, ids), compiler_options=QUICK)
+extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache), compiler_options=QUICK)
 
 
 def in_pieces(model, cache, tokens_BT, each=lambda cache: cache):
     """Logits of tokens read in PIECES, and the cache; each: what is done with a cache behind every piece."""
-    extend, start, logits = extender(), 0, []
+    start, logits = 0, []
     for size in PIECES:
         part, cache = extend(model, tokens_BT[:, start : start + size], cache)
         logits.append(part)
@@ -52,7 +57,6 @@ def test_keys_in_int8_are_those_of_a_forward_with_rounded_keys(pattern, monkeypa
     arrays = [leaf for leaf in jax.tree.leaves(cache.groups, is_leaf=lambda a: isinstance(a, Int8))]
     kept = [leaf for leaf in arrays if isinstance(leaf, Int8)]
     assert kept and all(leaf.values.dtype == jnp.int8 and leaf.scales.dtype == jnp.float32 for leaf in kept)
-    exact = np.asarray(jax.jit(lambda: model(tokens_BT), compiler_options=QUICK)())
 
     def patched(original, part):
         def project(self, *args, **kwargs):
@@ -68,12 +72,11 @@ def test_keys_in_int8_are_those_of_a_forward_with_rounded_keys(pattern, monkeypa
             patch.setattr(cls, "_project", patched(cls._project, part))
         expected = np.asarray(jax.jit(lambda: model(tokens_BT), compiler_options=QUICK)())
     check_close(logits, expected, dtype="float32", what="logits")
-    assert np.abs(expected - exact).max() > 1e-4  # rounding does something
 
 
-@pytest.mark.parametrize("pattern", ["M", pytest.param("m1-aw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", ["g", pytest.param("m1-awg", marks=pytest.mark.slow)])
 def test_states_are_updated_in_float32_and_rounded_behind_each_piece(pattern):
-    model, tokens_BT = build(small(pattern)), random_tokens(2, T)
+    model, tokens_BT = build(small(pattern, BLOCKS)), random_tokens(2, T)
     logits, typed = in_pieces(model, model.init_cache(2, T, CacheTypes(states="bfloat16")), tokens_BT)
 
     def by_hand(cache):
@@ -87,7 +90,7 @@ def test_states_are_updated_in_float32_and_rounded_behind_each_piece(pattern):
     expected, plain = in_pieces(model, model.init_cache(2, T), tokens_BT, by_hand)
     check_close(logits, expected, dtype="float32", what="logits")
     unrounded, _ = in_pieces(model, model.init_cache(2, T), tokens_BT)
-    assert np.abs(unrounded - expected).max() > 1e-4
+    assert rms(unrounded - expected) > 20 * rms(logits - expected)
     state = jax.tree.leaves(typed.groups, is_leaf=lambda leaf: isinstance(leaf, Rounded))
     state = next(leaf for leaf in state if isinstance(leaf, Rounded)).rounded
     assert state.dtype == jnp.bfloat16
@@ -136,9 +139,9 @@ def test_vectors_in_int8():
 
 
 def test_types_are_checked():
-    with pytest.raises(ConfigError, match=r"^cache\.keys \(int4\) must be one of bfloat16, int8 or None"):
+    with pytest.raises(ConfigError, match=r"^cache\.keys \('int4'\) must be one of bfloat16, int8 or None"):
         CacheTypes(keys="int4")
-    with pytest.raises(ConfigError, match=r"^cache\.states \(int8\) must be one of bfloat16 or None"):
+    with pytest.raises(ConfigError, match=r"^cache\.states \('int8'\) must be one of bfloat16 or None"):
         CacheTypes(states="int8")
 
 

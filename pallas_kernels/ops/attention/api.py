@@ -47,17 +47,15 @@ def attention(
         document, so that an id that comes back is another one; or a pair [B, T], [B, S], where equal ids are one
         document in any order; None is one document.
       positions: int32 like segment_ids; None counts tokens from 0, queries from q_offset.
-      scale: factor of q . k, default P ** -0.5.
-      softcap: scores become softcap * tanh(scores / softcap).
+      scale, softcap: factor of q . k, default P ** -0.5; scores become softcap * tanh(scores / softcap).
       sinks: [H] float, one more logit a head in the softmax's denominator.
       q_offset: position of the first query among the keys where positions is None: an int, or an int32 scalar or [B].
-      layer: the entry of k_BSKP and v_BSKP to read, which then are stacked caches [L, B, S, K, P]: the kernel for few
+      layer: the entry to read of k_BSKP and v_BSKP, which then are stacked caches [L, B, S, K, P]: the kernel for few
         queries reads it where it lies. Not with context_axis.
-      k_scale, v_scale: of int8 k_BSKP and v_BSKP, which stand for k_BSKP[b, s, k] * k_scale[b, k, s]: [B, K, S], or
-        [L, B, K, S] where layer is given, floating point. Served by reference and xla, which takes keys by blocks of at
-        most 64 MiB in the type of q. No gradients; not with context_axis.
-      context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order; to be called inside
-        a shard_map over it. The result is this device's share of that of the whole rows. Not with q_offset.
+      k_scale, v_scale: [B, K, S], with layer [L, B, K, S], of int8 k_BSKP and v_BSKP, which stand for k_BSKP[b, s, k] *
+        k_scale[b, k, s]. By reference and xla, in blocks; without gradients, and not with context_axis.
+      context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order, inside a shard_map
+        over it. The result is this device's share of that of the whole rows. Not with q_offset.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
 
     Returns:
@@ -69,12 +67,11 @@ def attention(
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_queries, _, d_head = q_BTHP.shape
-    stacked = None
-    scales = _scales(k_BSKP, v_BSKP, k_scale, v_scale, layer, context_axis)
+    scales, stacked = _scales(k_BSKP, v_BSKP, k_scale, v_scale, layer, context_axis), None
     if layer is not None:
         stacked = _stacked(k_BSKP, v_BSKP, layer, context_axis)
         entry = lambda array: jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False)
-        k_BSKP, v_BSKP, scales = entry(k_BSKP), entry(v_BSKP), {name: entry(array) for name, array in scales.items()}
+        k_BSKP, v_BSKP, scales = jax.tree.map(entry, (*stacked[:2], scales))
     _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales))
     sizes = n_batch, n_queries, k_BSKP.shape[1]
     pair = _pair("segment_ids", segment_ids, *sizes)
@@ -94,9 +91,8 @@ def attention(
         "q_offset": _offset(q_offset, n_batch, positions),
         **scales,
     }
-    offered = {} if stacked is None else {"stacked": stacked}
-    args, options = (q_BTHP, k_BSKP, v_BSKP), {"one_side": one_side}
-    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=options)
+    args, offered, more = (q_BTHP, k_BSKP, v_BSKP), {"stacked": stacked}, {"one_side": one_side}
+    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=more)
 
 
 def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool) -> None:
