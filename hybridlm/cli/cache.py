@@ -25,8 +25,9 @@ def run(words: list[str], prog: str) -> int:
     size = cache_size(config.model, args.batch, args.context, config.mesh, types)
     beside, claim = transformer_beside(config.model, size), CLAIMS.get(config.name)
     at_claim = size
-    if claim is not None and claim.context is not None:
-        at_claim = cache_size(config.model, 1, claim.context)
+    if claim is not None:  # what is published is of caches in the type of the model
+        of_claim = (args.batch, args.context) if claim.context is None else (1, claim.context)
+        at_claim = cache_size(config.model, *of_claim)
     if args.json:
         published = None if claim is None else {**claim._asdict(), "here_bytes": at_claim.of_tokens.bytes}
         print(json.dumps({"config": args.config, **as_json(size, beside), "published": published}, indent=1))
