@@ -22,8 +22,6 @@ from tests.tolerances import check_close
 
 MESH = MeshConfig(2, fsdp=2, tensor=2)
 SMALL = CacheTypes(keys="int8", states="bfloat16")
-ROUTED = ("depth_moe", "rwkv7_first", "rwkv7_mixed")
-"""What they hand from depth to depth has a width of its own, beside others' in no model."""
 
 
 def mesh():
@@ -52,12 +50,16 @@ def test_caches_are_born_split(types):
         check_split(config, model.init_cache(3, 9, types), 9, types)  # rows that four do not divide are everywhere
 
 
-NAMES = [name for name, block in VARIANTS.items() if not sees_ahead(block)]
+FIRST = {type(block): name for name, block in reversed(VARIANTS.items()) if not sees_ahead(block)}
+"""The first example of each class."""
+STORED = ("mamba2", "attention", "window", "latent", "shared", "convolved_window", "parallel", "slstm")
+"""Of what can be stored smaller: rings, grouped heads, a single one, blocks in blocks."""
+CASES = [pytest.param(name, AS_COMPUTED, id=name) for name in (*FIRST.values(), "window", "convolved_window")]
+CASES += [pytest.param(name, SMALL, id=f"{name} smaller") for name in STORED]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("types", [AS_COMPUTED, SMALL], ids=["as computed", "smaller"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "types"), CASES)
 def test_eight_devices_write_as_one(name, types):
     """Ragged prompts in pieces, a cache that grows, tokens: the same, and split all along."""
     config, lengths = config_of(name, "mlp"), np.array([9, 40, 3, 33])
