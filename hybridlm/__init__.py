@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # of the names below, what they are
     from hybridlm.errors import RunError as RunError
     from hybridlm.hf import from_hf as from_hf
     from hybridlm.hf import to_hf as to_hf
+    from hybridlm.layers.cache import CacheTypes as CacheTypes
     from hybridlm.model.config import ModelConfig as ModelConfig
     from hybridlm.model.generation import generate as generate
     from hybridlm.model.model import HybridLM as HybridLM
@@ -30,6 +31,7 @@ MovedModules(MOVED).install()
 
 __version__ = "0.1.0"
 _EXPORTS = {
+    "CacheTypes": "hybridlm.layers.cache",
     "Config": "hybridlm.config",
     "ConfigError": "hybridlm.errors",
     "HybridLM": "hybridlm.model.model",

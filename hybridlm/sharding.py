@@ -192,6 +192,12 @@ def split_axes(name: str | None, size: int) -> tuple[str, ...]:
     return () if mesh is None else _dividing(name, size, mesh)
 
 
+def mesh_in_force() -> Mesh | None:
+    """That of `jax.set_mesh`, with its devices; None where none is set. Not inside a jitted function."""
+    mesh = jax.sharding.get_mesh()
+    return mesh if isinstance(mesh, Mesh) and not mesh.empty else None
+
+
 def is_split() -> bool:
     """Whether a mesh is set that splits anything here."""
     return _current_mesh() is not None
@@ -203,6 +209,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, _divisible_spec(axes, x.shape, mesh))
+
+
+def zeros(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...]) -> jax.Array:
+    """Zeros that are split over the mesh from the start, as `constrain` splits: no device ever holds more than its
+    share."""
+    if _current_mesh() is None:
+        return jax.numpy.zeros(shape, dtype)
+    return _split_zeros(shape, np.dtype(dtype), axes)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _split_zeros(shape: tuple[int, ...], dtype: np.dtype, axes: tuple[str | None, ...]) -> jax.Array:
+    return constrain(jax.numpy.zeros(shape, dtype), *axes)
 
 
 def gather_fsdp(w: jax.Array, dtype, axes: tuple[str | None, ...]) -> jax.Array:

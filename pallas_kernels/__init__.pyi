@@ -23,6 +23,8 @@ def attention(
     sinks: AnyArray | None = None,
     q_offset: int | AnyArray = 0,
     layer: int | AnyArray | None = None,
+    k_scale: AnyArray | None = None,
+    v_scale: AnyArray | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array: ...

@@ -6,11 +6,13 @@ import json
 
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.words import split_overrides
+from hybridlm.cli.writing import CACHE as CACHE_OPTIONS
+from hybridlm.cli.writing import add_cache_options, cache_types
 
 
 def run(words: list[str], prog: str) -> int:
     """Prints the tables, or JSON; see Command."""
-    mine, overrides = split_overrides(words)
+    mine, overrides = split_overrides(words, CACHE_OPTIONS)
     args = parse(_parser(prog), mine)
     if args is None:
         return 0
@@ -19,11 +21,13 @@ def run(words: list[str], prog: str) -> int:
     from hybridlm.infer.cache_size import as_json, cache_size, transformer_beside
 
     config = load_config(args.config, overrides)
-    size = cache_size(config.model, args.batch, args.context, config.mesh)
+    types = cache_types(args)
+    size = cache_size(config.model, args.batch, args.context, config.mesh, types)
     beside, claim = transformer_beside(config.model, size), CLAIMS.get(config.name)
     at_claim = size
-    if claim is not None and claim.context is not None:
-        at_claim = cache_size(config.model, 1, claim.context)
+    if claim is not None:  # what is published is of caches in the type of the model
+        of_claim = (args.batch, args.context) if claim.context is None else (1, claim.context)
+        at_claim = cache_size(config.model, *of_claim)
     if args.json:
         published = None if claim is None else {**claim._asdict(), "here_bytes": at_claim.of_tokens.bytes}
         print(json.dumps({"config": args.config, **as_json(size, beside), "published": published}, indent=1))
@@ -52,6 +56,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="NAME", help="a config, as hybrid_8b or jamba:52b")
     parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens of each row, written and read")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows at once (1)")
+    add_cache_options(parser)
     parser.add_argument("--json", action="store_true", help="all of it as JSON, bytes as whole numbers")
     return parser
 
@@ -67,7 +72,7 @@ def _kinds(name: str, model, size):
         row = (kind, f"{total.sublayers:,}" if kind in size.kinds else "", size.dtypes.get(kind, ""))
         row += (words(total.constant), words(total.per_token), words(total.bytes))
         rows.append((*row, words(total.device_bytes)) if size.mesh else row)
-    notes = [f"states are float32 always, the rest is of model.compute_dtype ({model.compute_dtype})"]
+    notes = [_types(size.types, model.compute_dtype)]
     if model.prefix_tokens:
         notes.append(f"{model.prefix_tokens} prefix tokens of each row count once")
     if size.mesh:
@@ -78,6 +83,16 @@ def _kinds(name: str, model, size):
             notes.append(f"the mesh does not divide {size.batch} rows: every device keeps all of them")
     plural = "" if size.batch == 1 else "s"
     return Section(f"Cache of {name}: {size.batch:,} row{plural} of {size.context:,} tokens", rows, head, tuple(notes))
+
+
+def _types(types, compute_dtype: str) -> str:
+    """Which are stored as what."""
+    said = [] if types.states is None else [f"states {types.states}, computed in float32"]
+    if types.keys is not None:
+        said.append(f"keys, values and latents {types.keys}")
+    states = "states are float32, " if types.states is None else ""
+    rest = f"{states}the rest is of model.compute_dtype ({compute_dtype})"
+    return f"stored smaller: {'; '.join(said)}; {rest}" if said else f"{rest}; --cache.* stores them smaller"
 
 
 def _beside(size, beside):

@@ -2,13 +2,17 @@
 """Words of a command line that has options of its own beside those of a config."""
 
 
-def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """(words of the command, overrides of the config): an override's name has a dot, and its values follow it."""
+def split_overrides(words: list[str], own: str | None = None) -> tuple[list[str], list[str]]:
+    """(words of the command, overrides of the config): an override's name has a dot, and its values follow it.
+
+    own: names that begin so are the command's all the same, "--cache.".
+    """
     mine: list[str] = []
     overrides: list[str] = []
     into = mine
     for word in words:
         if word.startswith("--"):
-            into = overrides if "." in word.partition("=")[0] else mine
+            mine_too = own is not None and word.startswith(own)
+            into = overrides if "." in word.partition("=")[0] and not mine_too else mine
         into.append(word)
     return mine, overrides

@@ -36,11 +36,35 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help="tokens of a prompt that are read at once (1024)"
     )
+    add_cache_options(parser)
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step of the run (the newest)")
     parser.add_argument(
         "--data.tokenizer", dest="tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the run or folder)"
     )
     parser.add_argument("--config", metavar="FILE", help="config file of the run, where that defines blocks of its own")
+
+
+CACHE = "--cache."
+"""What the names of options of caches begin with."""
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """How caches are stored."""
+    parser.add_argument(
+        f"{CACHE}keys", dest="cache_keys", choices=("bfloat16", "int8"),
+        help="store keys, values and latents smaller (model.compute_dtype)",
+    )  # fmt: skip
+    parser.add_argument(
+        f"{CACHE}states", dest="cache_states", choices=("bfloat16",),
+        help="store recurrent states rounded; they are computed in float32 (float32)",
+    )  # fmt: skip
+
+
+def cache_types(args: argparse.Namespace):
+    """The `layers.cache.CacheTypes` that the options say."""
+    from hybridlm.layers.cache import CacheTypes
+
+    return CacheTypes(args.cache_keys, args.cache_states)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -83,5 +107,5 @@ def options_of(args: argparse.Namespace):
 
     return Options(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        seed=args.seed, stop=tuple(args.stop), prefill_chunk=args.prefill_chunk or CHUNK,
+        seed=args.seed, stop=tuple(args.stop), prefill_chunk=args.prefill_chunk or CHUNK, cache=cache_types(args),
     )  # fmt: skip

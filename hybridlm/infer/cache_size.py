@@ -3,7 +3,7 @@
 
 What an array of a cache is follows from how it behaves: with more tokens it grows without end (keys and values, or what
 the block says in GROWS), up to a window, or not at all. What does not grow is a state where it is float32 in a bfloat16
-model, and else the last inputs of a convolution.
+model, or rounded, and else the last inputs of a convolution.
 """
 
 import math
@@ -18,7 +18,9 @@ from flax import nnx
 from hybridlm.errors import require
 from hybridlm.fields import WHOLE
 from hybridlm.layers import Attention, LatentAttention
+from hybridlm.layers import cache as caches
 from hybridlm.layers.block import Block, Make, grown, shares, walk
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes, Layout
 from hybridlm.layers.params import param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import check_model
@@ -30,6 +32,8 @@ STATES, WINDOWS, LENGTHS = "recurrent states", "windows of convolutions", "lengt
 LATENTS = LatentAttention.GROWS["latent"]
 FAR = 2**28
 """Tokens: more than any window has, and twice as many can be counted."""
+SCALES = ("batch", "kv_heads", None)
+"""Logical axes of scales of int8."""
 LENGTH_BYTES = 4
 """Of a row: the number of its tokens, int32."""
 
@@ -84,6 +88,8 @@ class CacheSize:
     parts: tuple[Part, ...]
     mesh: Mapping[str, int]
     """Mesh axis -> size, of axes that split something."""
+    types: CacheTypes = AS_COMPUTED
+    """How it is stored."""
 
     @property
     def kinds(self) -> dict[str, Total]:
@@ -112,8 +118,11 @@ class CacheSize:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Type of each kind."""
-        return {part.kind: part.dtype for part in self.parts}
+        """Type of each kind: of several, as numbers and their scales are, that of most bytes first."""
+        found: dict[str, dict[str, None]] = {}
+        for part in sorted(self.parts, key=lambda part: -part.row_bytes):
+            found.setdefault(part.kind, {})[part.dtype] = None
+        return {kind: " + ".join(names) for kind, names in found.items()}
 
     @property
     def rows_split(self) -> bool:
@@ -123,12 +132,14 @@ class CacheSize:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, of all sublayers."""
         kinds = {name: {"dtype": self.dtypes[name], **total._asdict()} for name, total in self.kinds.items()}
-        return {"batch": self.batch, "context": self.context, "mesh": dict(self.mesh), "kinds": kinds,
-                "total": self.total()._asdict()}  # fmt: skip
+        return {"batch": self.batch, "context": self.context, "mesh": dict(self.mesh), "types": asdict(self.types),
+                "kinds": kinds, "total": self.total()._asdict()}  # fmt: skip
 
 
-def cache_size(model: ModelConfig, batch: int, context: int, mesh: MeshConfig | None = None) -> CacheSize:
-    """Of a model's cache. mesh: None: one device; an axis of size -1 counts as 1.
+def cache_size(
+    model: ModelConfig, batch: int, context: int, mesh: MeshConfig | None = None, types: CacheTypes = AS_COMPUTED
+) -> CacheSize:
+    """Of a model's cache. mesh: None: one device; an axis of size -1 counts as 1. types: how it is stored.
 
     ConfigError for a bidirectional model, numbers out of range, and a mesh that cannot split the model.
     """
@@ -138,14 +149,14 @@ def cache_size(model: ModelConfig, batch: int, context: int, mesh: MeshConfig | 
         require(1 <= value <= most, f"{name} ({value}) must be between 1 and {most}")
     sizes = {} if mesh is None else {axis: max(1, getattr(mesh, axis)) for axis in MESH_AXES}
     _check_mesh(model, sizes)
-    return _size(model, batch, context, sizes)
+    return _size(model, batch, context, sizes, types)
 
 
-def _size(model: ModelConfig, batch: int, context: int, sizes: Mapping[str, int]) -> CacheSize:
+def _size(model: ModelConfig, batch: int, context: int, sizes: Mapping[str, int], types: CacheTypes) -> CacheSize:
     """Of a model that has a cache. sizes: of mesh axes."""
-    parts = [part for symbol in dict.fromkeys(model.pattern) for part in _of_symbol(model, symbol, context)]
+    parts = [part for symbol in dict.fromkeys(model.pattern) for part in _of_symbol(model, symbol, context, types)]
     parts.append(Part("", "length", LENGTHS, "int32", 0, LENGTH_BYTES, 0, LENGTH_BYTES, ("batch",), (1,)))
-    return CacheSize(batch, context, tuple(parts), {axis: n for axis, n in sizes.items() if n > 1})
+    return CacheSize(batch, context, tuple(parts), {axis: n for axis, n in sizes.items() if n > 1}, types)
 
 
 class Transformer(NamedTuple):
@@ -159,7 +170,7 @@ class Transformer(NamedTuple):
 
 
 def transformer_beside(model: ModelConfig, size: CacheSize) -> Transformer:
-    """The transformer of a model's size, and its cache. size: of the model, see `cache_size`.
+    """The transformer of a model's size, and its cache, stored in the same types. size: of the model, see `cache_size`.
 
     Its attention is the config's own: of the pattern's blocks, and of those inside them, the one that keeps most of a
     token, without its window. A config without any gets d_model in heads, of which up to 8 are of keys and values.
@@ -180,7 +191,7 @@ def transformer_beside(model: ModelConfig, size: CacheSize) -> Transformer:
     one = ModelConfig(
         d_model=model.d_model, pattern="*", blocks={"*": _everywhere(block)}, compute_dtype=model.compute_dtype
     )
-    of_one = _size(one, size.batch, size.context, size.mesh)
+    of_one = _size(one, size.batch, size.context, size.mesh, size.types)
     parts = [_times(part, mixers) if part.symbol else part for part in of_one.parts]
     return Transformer(words, mixers, replace(of_one, parts=tuple(parts if mixers else parts[-1:])))
 
@@ -200,7 +211,7 @@ def default_attention(d_model: int) -> tuple[str, Attention]:
     return f"none in the config: {n_heads} head{plural} of {d_head}, {block.kv_heads} of keys and values", block
 
 
-def _of_symbol(model: ModelConfig, symbol: str, context: int) -> list[Part]:
+def _of_symbol(model: ModelConfig, symbol: str, context: int, types: CacheTypes) -> list[Part]:
     """Of all depths of a symbol."""
 
     def build(dtype: str) -> Any:
@@ -209,14 +220,14 @@ def _of_symbol(model: ModelConfig, symbol: str, context: int) -> list[Part]:
 
     linked = shares(model.blocks[symbol])
     names, counts = grown(model.blocks[symbol]), (context + model.prefix_tokens, model.prefix_tokens)
-    arrays = _arrays(build, model.compute_dtype, names, *counts, linked)
+    arrays = _arrays(build, model.compute_dtype, names, *counts, linked, types)
     return [_times(replace(part, symbol=symbol), model.pattern.count(symbol)) for part in arrays]
 
 
 def _kept_of_token(model: ModelConfig, block: Block) -> int:
     """Bytes that a block keeps of a token as attention does; 0 of one that does not, or lets only some of it."""
     build: Callable = lambda dtype: _everywhere(block).build(model.d_model, Make(nnx.Rngs(0), dtype=dtype))
-    parts = _arrays(build, model.compute_dtype, grown(block), 1, 0, linked=False)
+    parts = _arrays(build, model.compute_dtype, grown(block), 1, 0, False, AS_COMPUTED)
     return sum(part.per_token for part in parts if part.kind in (KEYS, LATENTS))
 
 
@@ -226,27 +237,30 @@ def _everywhere(block: Any) -> Any:
 
 
 def _arrays(
-    build: Callable[[str], Any], dtype: str, names: Mapping[str, str], n_tokens: int, n_prefix: int, linked: bool
-) -> list[Part]:
+    build: Callable[[str], Any], dtype: str, names: Mapping[str, str], n_tokens: int, n_prefix: int, linked: bool,
+    types: CacheTypes,
+) -> list[Part]:  # fmt: skip
     """Of the cache of a module at one depth. build: it by the type of its activations; names: see `block.grown`;
     n_tokens: of a row, n_prefix prefix tokens among them; linked: the cache is that of a mixer and of a link."""
     module = nnx.eval_shape(lambda: build(dtype))
     halved = module if dtype == "bfloat16" else nnx.eval_shape(lambda: build("bfloat16"))
     lengths = 1, FAR, FAR + 1, n_tokens
-    sizes = [_cache(module, n) for n in lengths]
+    sizes = [_cache(module, n, types) for n in lengths]
     found = []
-    for (path, near), (_, far), (_, further), (_, asked), (_, half) in zip(*sizes, _cache(halved, 1), strict=True):
+    for (path, near), (_, far), (_, further), (_, asked), (_, half) in zip(
+        *sizes, _cache(halved, 1, types), strict=True
+    ):
         per_token = _bytes(further) - _bytes(far)
         grows, rings = per_token > 0, _bytes(far) > _bytes(near)
         if linked and path[0] == "shared" and rings:
             kind = SHARED
         elif grows:
-            kind = names.get(path[-1], KEYS)
+            kind = next((names[name] for name in path if name in names), KEYS)
         elif rings:
             kind = WINDOWED
         else:
-            kind = STATES if half.dtype == np.float32 else WINDOWS
-        axes = _axes(kind, rings, asked.shape, module)
+            kind = STATES if half.dtype == np.float32 or path[-1] == "rounded" else WINDOWS
+        axes = SCALES if path[-1] == "scales" else _axes(kind, rings, asked.shape, module)
         constant = _bytes(far) - per_token * (FAR - n_prefix)
         found.append(
             Part("", ".".join(path), kind, asked.dtype.name, 1, constant, per_token, _bytes(asked), axes, asked.shape)
@@ -254,17 +268,21 @@ def _arrays(
     return found
 
 
-def _cache(module: nnx.Module, n_tokens: int) -> list[tuple[tuple[str, ...], jax.ShapeDtypeStruct]]:
+def _cache(module: nnx.Module, n_tokens: int, types: CacheTypes) -> list[tuple[tuple[str, ...], jax.ShapeDtypeStruct]]:
     """(way, shape and type) of the arrays of the cache of one row."""
     graphdef, state = nnx.split(module)
 
     def init(state: nnx.State) -> Any:
-        mixer: Any = nnx.merge(graphdef, state)
-        return mixer.init_cache(1, n_tokens)
+        return caches.make(nnx.merge(graphdef, state), 1, n_tokens, Layout(types))
 
     cache = jax.eval_shape(init, state)
     leaves = jax.tree_util.tree_leaves_with_path(cache)
-    return [(tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves]
+    return [(tuple(map(_name, path)), leaf) for path, leaf in leaves]
+
+
+def _name(key: Any) -> str:
+    """Of a key in a path of a pytree: of a dict, a list or a dataclass."""
+    return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
 
 def _axes(kind: str, of_tokens: bool, shape: tuple[int, ...], module: nnx.Module) -> tuple[str | None, ...]:

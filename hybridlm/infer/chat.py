@@ -45,7 +45,8 @@ class Conversation:
         self._model, self._tokenizer, self._template, self._options = model, tokenizer, template, options
         self._stop_ids, stop = template.stops(tokenizer)
         self._stop = (*options.stop, *stop)
-        self._how, self._writer = options.sampling(self._stop_ids), Writer(model, options.prefill_chunk)
+        self._how = options.sampling(self._stop_ids)
+        self._writer = Writer(model, options.prefill_chunk, options.cache)
         words = ((word, tokenizer.encode_template(word)[0]) for word in template.special)
         self._words = {int(ids[0]): word for word, ids in words if len(ids) == 1}
         self._system, self._drawn = system, 0
@@ -101,7 +102,7 @@ class Conversation:
         require(len(ids) > 0, "the chat template gives no text to read")
         check_tokens(self._model, tokenizer, [ids])
         n = (known[0].state.length if known else 0) + len(ids)
-        check_room(self._model, 1, n, self._options.max_new_tokens)
+        check_room(self._model, 1, n, self._options.max_new_tokens, types=self._options.cache)
         wanted = n + self._options.max_new_tokens
         if not known:
             state = self._writer.start(1, max(LEAST_ROOM, 1 << (wanted - 1).bit_length()))

@@ -10,6 +10,7 @@ import numpy as np
 from hybridlm.data.stream import TextStream
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.model.decoding import CHUNK, Sampling, Writer
 from hybridlm.model.generation import check_counts, check_room, sampling
 from hybridlm.model.model import HybridLM
@@ -27,6 +28,8 @@ class Options:
     stop: tuple[str, ...] = ()
     """A text ends in front of the first of them."""
     prefill_chunk: int | None = CHUNK
+    cache: CacheTypes = AS_COMPUTED
+    """How the cache is stored."""
 
     def sampling(self, eos_ids: Sequence[int]) -> Sampling:
         """How tokens are chosen, up to one of `eos_ids`; ValueError for numbers out of range."""
@@ -119,10 +122,10 @@ def write(
     check_tokens(model, tokenizer, rows)
     batch = min(batch, len(rows))
     longest = max(map(len, rows))
-    check_room(model, batch, longest, options.max_new_tokens)
+    check_room(model, batch, longest, options.max_new_tokens, types=options.cache)
     how = options.sampling(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
     speed.prompt_tokens += sum(map(len, rows))
-    writer = Writer(model, options.prefill_chunk)
+    writer = Writer(model, options.prefill_chunk, options.cache)
     for first in range(0, len(rows), batch):
         yield from _batch(writer, tokenizer, rows[first : first + batch], first, batch, options, how, block, speed)
 

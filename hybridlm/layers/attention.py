@@ -232,11 +232,11 @@ class AttentionMixer(nnx.Module):
         }
         return inspection.attention(q, k, sinks, ids, places, every=every, **options)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Keys and values, see `init_cache` below."""
         if self.config.direction != LEFT_TO_RIGHT:
             refuse_cache()
-        return init_cache(self.config, batch, max_len, self.dtype)
+        return init_cache(self.config, batch, max_len, self.dtype, layout)
 
     def extend(
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, added: list[jax.Array] | None = None,
@@ -310,11 +310,11 @@ def cache_grows(config: Attention) -> bool:
     return config.window is None
 
 
-def init_cache(config: Attention, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
+def init_cache(config: Attention, batch: int, max_len: int, dtype, layout: caches.Layout) -> dict[str, Any]:
     """Keys and values [B, S, K, P]: S is max_len, or the window where that is smaller (a ring)."""
     slots = max_len if config.window is None else min(max_len, config.window)
     shape = (batch, slots, config.kv_heads, config.d_head)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    return {name: layout.keys(shape, dtype) for name in ("k", "v")}
 
 
 class Next(NamedTuple):
@@ -364,7 +364,9 @@ class Next(NamedTuple):
             position_BS, real_BS = _ring_positions(length_B, slots)
             places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
             real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
-            k, v = (jnp.concatenate([caches.read(cache[n], layer), a], axis=1) for n, a in (("k", k), ("v", v)))
+            both = ((cache["k"], k), (cache["v"], v))
+            both = ((caches.read(old, layer, a.dtype), caches.as_stored(old, a)) for old, a in both)
+            k, v = (jnp.concatenate(pair, axis=1) for pair in both)
         places["segment_ids"] = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
         return k, v, new, places
 

@@ -119,7 +119,9 @@ class Mixer(Protocol):
         wherever it stands; what comes out at padding does not matter, but is finite."""
 
     def init_cache(self, batch: int, max_len: int) -> Any:
-        """The memory before the first token: a pytree of arrays [B, ...], states in float32."""
+        """The memory before the first token: a pytree of arrays [B, ...], states in float32, all of them zero where no
+        more is said. One that takes a `layers.cache.Layout` as `layout`, too, makes them by it: stored smaller where
+        that is asked for, and split over a mesh by heads and channels, not by rows alone."""
 
     def extend(
         self, x_BTD: jax.Array, cache: Any, length_B: jax.Array, real_BT: jax.Array | None = None, layer=None, *,

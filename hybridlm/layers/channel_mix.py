@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.layers import cache as caches
 from hybridlm.layers import params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
@@ -93,9 +94,9 @@ class ChannelMixMixer(nnx.Module):
         self.w_gate = params.matrix(rngs, (D, D), ("d_model", None), init_std) if config.gate else None
         self.w_out = params.matrix(rngs, (F, D), ("d_ff", "d_model"), init_std if out_std is None else out_std)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """The last token."""
-        return {"shift": token_shift.init_window(batch, self.d_model, self.dtype)}
+        return {"shift": token_shift.init_window(batch, self.d_model, self.dtype, layout)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""

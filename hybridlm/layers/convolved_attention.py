@@ -162,15 +162,16 @@ class ConvolvedAttentionMixer(nnx.Module):
         options = {"window": self.config.window, "scale": self.config.d_head**-0.5, "softcap": None}
         return inspection.attention(q, k, None, ids, places, **options)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Keys and values as of `Attention`, and of both convolutions and the late values the tokens before."""
         c, late = self.config, self.w_v.shape[-1]
         slots = max_len if c.window is None else min(max_len, c.window)
-        zeros = lambda n, *shape: jnp.zeros((batch, n, *shape), self.dtype)
-        heads = {"q": (c.n_heads, c.d_head), "k": (c.n_kv_heads, c.d_head)}
-        windows = {f"conv_{name}": zeros(c.d_conv - 1, *shape) for name, shape in heads.items()}
-        windows |= {f"heads_{name}": zeros(c.d_conv_heads - 1, *shape) for name, shape in heads.items()}
-        return {"k": zeros(slots, *heads["k"]), "v": zeros(slots, *heads["k"]), **windows, "late": zeros(1, late)}
+        kept = {name: layout.keys((batch, slots, c.n_kv_heads, c.d_head), self.dtype) for name in ("k", "v")}
+        for name, n_heads, axis in (("q", c.n_heads, "heads"), ("k", c.n_kv_heads, "kv_heads")):
+            for conv, width in (("conv", c.d_conv), ("heads", c.d_conv_heads)):
+                shape = (batch, width - 1, n_heads, c.d_head)
+                kept[f"{conv}_{name}"] = layout.zeros(shape, self.dtype, ("batch", None, axis))
+        return kept | {"late": layout.zeros((batch, 1, late), self.dtype)}
 
     def extend(
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True

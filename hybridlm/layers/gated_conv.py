@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
@@ -91,9 +92,9 @@ class GatedConvMixer(nnx.Module):
         self.w_out = params.matrix(rngs, (F, D), ("d_inner", "d_model"), out_std)
         self.b_out = params.zeros((D,), ("d_model",), "bias") if bias else None
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """The window of the convolution."""
-        return {"conv": short_conv.init_window(self.conv, batch, self.dtype)}
+        return {"conv": short_conv.init_window(self.conv, batch, self.dtype, layout)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

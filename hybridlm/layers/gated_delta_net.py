@@ -6,7 +6,7 @@ Axis letters: B batch, T tokens, D model, H heads, P head width, G key heads, N 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -174,11 +175,11 @@ def step_rule(mixer, qkv: list, beta_BTH, g_BTHN, old: dict) -> tuple[jax.Array,
         return y_BHP[:, None], new | {"state": state_BHNP}
 
 
-def init_cache(mixer, batch: int) -> dict[str, jax.Array]:
+def init_cache(mixer, batch: int, layout: caches.Layout) -> dict[str, Any]:
     """What these two read and write: a zero state (float32), and the windows of the convolutions."""
     c, windows = mixer.config, _convolutions(mixer).items()
-    state = jnp.zeros((batch, c.n_heads, c.d_key, c.d_head), jnp.float32)
-    return {"state": state} | {name: short_conv.init_window(weight, batch, mixer.dtype) for name, weight in windows}
+    kept = {name: short_conv.init_window(weight, batch, mixer.dtype, layout) for name, weight in windows}
+    return {"state": layout.state((batch, c.n_heads, c.d_key, c.d_head), ("batch", "heads"))} | kept
 
 
 def gated_head_norm(mixer, y_BTHP: jax.Array, z_BTHP: jax.Array, gating: str) -> jax.Array:
@@ -246,9 +247,9 @@ class GatedDeltaNetMixer(nnx.Module):
         """Decays of the state a token, and the norm of a row's last state."""
         return inspection.decays(self._project(x_BTD)[3], tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""
-        return init_cache(self, batch)
+        return init_cache(self, batch, layout)
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

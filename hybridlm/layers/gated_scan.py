@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.linear_attention import first_bound
@@ -129,10 +130,12 @@ class GatedScanMixer(nnx.Module):
         parts_BTcF, _ = self._parts(x_BTD.astype(self.dtype), tokens, {})
         return inspection.decays(self._gates(parts_BTcF)[1], tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""
-        state = {"state": jnp.zeros((batch, self.w_out.shape[-2]), jnp.float32)}
-        return state if self.conv is None else state | {"conv": short_conv.init_window(self.conv, batch, self.dtype)}
+        kept = {"state": layout.state((batch, self.w_out.shape[-2]), ("batch", "d_inner"))}
+        if self.conv is not None:
+            kept["conv"] = short_conv.init_window(self.conv, batch, self.dtype, layout)
+        return kept
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""

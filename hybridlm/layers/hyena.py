@@ -125,10 +125,10 @@ class HyenaMixer(nnx.Module):
             y_BTC = checkpoint_name(y_BTC, "hyena_conv")
         return Output(self._output(x0_BTC, y_BTC))
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """The window of the short convolution, and what the long one has read: [B, S, 1, C], S is max_len."""
-        history = jnp.zeros((batch, max_len, 1, self.D.shape[-1]), self.dtype)
-        return {"conv": short_conv.init_window(self.conv, batch, self.dtype), "history": history}
+        history = layout.zeros((batch, max_len, 1, self.D.shape[-1]), self.dtype)
+        return {"conv": short_conv.init_window(self.conv, batch, self.dtype, layout), "history": history}
 
     def extend(
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.gated_delta_net import (
@@ -162,9 +163,9 @@ class KimiDeltaMixer(nnx.Module):
         """Decays of the state a token, and the norm of a row's last state."""
         return inspection.decays(self._project(x_BTD)[3], tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""
-        return init_cache(self, batch)
+        return init_cache(self, batch, layout)
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

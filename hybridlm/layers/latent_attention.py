@@ -154,10 +154,10 @@ class LatentAttentionMixer(nnx.Module):
         options: dict[str, Any] = {"window": None, "scale": self._scale, "softcap": None}
         return inspection.attention(q_BTHX, self._expand(latent_BTX)[0], None, ids, None, **options)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Normed latents and rotated shared keys [B, S, 1, R + P]."""
         width = self.config.kv_rank + self.config.d_rope
-        return {"latent": jnp.zeros((batch, max_len, 1, width), self.dtype)}
+        return {"latent": layout.keys((batch, max_len, 1, width), self.dtype)}
 
     def extend(
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
@@ -178,7 +178,7 @@ class LatentAttentionMixer(nnx.Module):
         if tokens == 1:
             y_BTHV = self._absorbed(q_BTHX, new["latent"], gate_BTH, layer=layer, **places)
         else:
-            k, v = self._expand(caches.read(new["latent"], layer)[:, :, 0])
+            k, v = self._expand(caches.read(new["latent"], layer, self.dtype)[:, :, 0])
             y_BTHV = self._attend(q_BTHX, k, v, gate_BTH, **places)
         return self._output(y_BTHV), new
 

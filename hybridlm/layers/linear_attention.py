@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -237,11 +238,11 @@ class LinearAttentionMixer(nnx.Module):
         g = jnp.broadcast_to(g[None, None], v.shape[:3]) if g.ndim == 1 else g
         return inspection.decays(g, tokens) | state
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32); with a normaliser it has a column more."""
         c = self.config
         n_features = 1 + c.d_key + c.d_key**2 if c.feature_map == "taylor" else c.d_key
-        return {"state": jnp.zeros((batch, c.n_heads, n_features, c.d_head + c.normalizer), jnp.float32)}
+        return {"state": layout.state((batch, c.n_heads, n_features, c.d_head + c.normalizer), ("batch", "heads"))}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -190,10 +191,13 @@ class Mamba1Mixer(nnx.Module):
         numbers = inspection.steps(dt_BTHP, jnp.moveaxis(jnp.exp(self.A_log[...]), -1, 0), tokens)
         return numbers | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""
         state = (batch, *self.out.shape[-3:-1], self.config.d_state)
-        return {"state": jnp.zeros(state, jnp.float32), "conv": short_conv.init_window(self.conv, batch, self.dtype)}
+        return {
+            "state": layout.state(state, ("batch", *self._channels)),
+            "conv": short_conv.init_window(self.conv, batch, self.dtype, layout),
+        }
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

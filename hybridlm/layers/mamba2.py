@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
@@ -236,13 +237,13 @@ class Mamba2Mixer(nnx.Module):
         numbers = inspection.steps(dt_BTH, jnp.exp(self.A_log[...])[None], tokens)
         return numbers | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the windows of the convolutions."""
         state = (batch, *self.out.shape[-3:-1], self.config.d_state)
         return {
-            "state": jnp.zeros(state, jnp.float32),
-            "conv_x": short_conv.init_window(self.conv_x, batch, self.dtype),
-            "conv_BC": short_conv.init_window(self.conv_BC, batch, self.dtype),
+            "state": layout.state(state, ("batch", "heads")),
+            "conv_x": short_conv.init_window(self.conv_x, batch, self.dtype, layout),
+            "conv_BC": short_conv.init_window(self.conv_BC, batch, self.dtype, layout),
         }
 
     @property

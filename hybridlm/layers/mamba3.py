@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
@@ -174,12 +175,14 @@ class Mamba3Mixer(nnx.Module):
         numbers = inspection.span("dt", dt_BTH, tokens.segment_ids) | inspection.decays(g_BTH, tokens)
         return numbers | recurrent.state_norm(self, x_BTD, tokens, "ssm")
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Sum of angles, state, and the last key and value, all zero, float32."""
         c, (H, P) = self.config, self.out.shape[-3:-1]
         ranks = () if c.rank is None else (c.rank,)
         shapes = {"angle": (c.n_angles,), "ssm": (P, c.d_state), "k": (*ranks, c.d_state), "v": (*ranks, P)}
-        return {name: jnp.zeros((batch, H, *shape), jnp.float32) for name, shape in shapes.items()}
+        axes = ("batch", "heads")
+        zeros = {name: layout.zeros((batch, H, *shape), jnp.float32, axes) for name, shape in shapes.items()}
+        return zeros | {"ssm": layout.state((batch, H, *shapes["ssm"]), axes)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""

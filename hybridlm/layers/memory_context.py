@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
+from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import (
     Block,
@@ -124,10 +125,10 @@ class MemoryAsContextMixer(nnx.Module):
         found = {"memory": inspect(self.memory, x_BTD, tokens), "attention": self.attention.inspect(*both, every=2)}
         return {f"{name}.{key}": value for name, numbers in found.items() for key, value in numbers.items()}
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, Any]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, Any]:
         """The parts' by name; that of the attention has room for both."""
-        memory, attention = self.memory.init_cache(batch, max_len), self.attention.init_cache(batch, 2 * max_len)
-        return {"memory": memory, "attention": attention}
+        memory = caches.make(self.memory, batch, max_len, layout)
+        return {"memory": memory, "attention": caches.make(self.attention, batch, 2 * max_len, layout)}
 
     def extend(
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import ssd_flops
@@ -123,13 +124,13 @@ class MLSTMMixer(nnx.Module):
         memory_BHNP = new["c"] * jnp.exp(new["m"])[:, :, None, None]
         return inspection.decays(jax.nn.log_sigmoid(f_BTH), tokens) | inspection.state_norms(memory_BHNP)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """The empty memory, float32: C, its normaliser n, and the logarithm m of their scale."""
-        H, N, P = self.config.n_heads, self.config.d_key, self.config.d_head
+        (H, N, P), axes = (self.config.n_heads, self.config.d_key, self.config.d_head), ("batch", "heads")
         return {
-            "c": jnp.zeros((batch, H, N, P), jnp.float32),
-            "n": jnp.zeros((batch, H, N), jnp.float32),
-            "m": jnp.zeros((batch, H), jnp.float32),
+            "c": layout.state((batch, H, N, P), axes),
+            "n": layout.state((batch, H, N), axes),
+            "m": layout.zeros((batch, H), jnp.float32, axes),
         }
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:

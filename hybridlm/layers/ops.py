@@ -278,19 +278,28 @@ def attention(
     """`pallas_kernels.attention`: [B, T, H, P].
 
     segment_ids, positions: of queries and of keys. layer: of stacked caches k and v [L, B, S, K, P]; None: k and v are
-    [B, S, K, P]. options: window, scale and softcap.
+    [B, S, K, P]. Those of a cache may be `caches.Int8`, or of a smaller type than q: a single query reads them as they
+    are, several are worth the layer's keys in the type of q. options: window, scale and softcap.
     """
     n_heads, n_kv_heads = q.shape[2], k.shape[-2]
+    k_scale = v_scale = None
+    if not split_tokens and (q.shape[1] > 1 if isinstance(k, caches.Int8) else k.dtype != q.dtype):
+        k, v, layer = caches.read(k, layer, q.dtype), caches.read(v, layer, q.dtype), None
+    elif isinstance(k, caches.Int8):
+        (k, k_scale), (v, v_scale) = (k.values, k.scales), (v.values, v.scales)
     if layer is not None and n_kv_heads % sharding.axis_size("tensor"):
-        k, v, layer = caches.read(k, layer), caches.read(v, layer), None
+        k, v, k_scale, v_scale = (caches.entry(a, layer) for a in (k, v, k_scale, v_scale))
+        layer = None
     if layer is None:
         k, v = (sharding.repeat_for_heads(a, 2, n_heads) for a in (k, v))
+        if k_scale is not None:
+            k_scale, v_scale = (sharding.repeat_for_heads(a, 1, n_heads) for a in (k_scale, v_scale))
 
-    def run(q, k, v, gate, sinks, q_ids, k_ids, q_positions, k_positions, q_offset, layer, context_axis=None):
+    def run(q, k, v, k_scale, v_scale, gate, sinks, q_ids, k_ids, q_at, k_at, q_offset, layer, context_axis=None):
         return pallas_kernels.attention(
-            q, k, v, gate=gate, causal=causal, sinks=sinks,
+            q, k, v, k_scale=k_scale, v_scale=v_scale, gate=gate, causal=causal, sinks=sinks,
             segment_ids=None if q_ids is None else (q_ids, k_ids),
-            positions=None if q_positions is None else (q_positions, k_positions),
+            positions=None if q_at is None else (q_at, k_at),
             q_offset=0 if q_offset is None else q_offset,
             layer=layer,
             context_axis=context_axis,
@@ -298,9 +307,11 @@ def attention(
         )  # fmt: skip
 
     heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
-    keys = kv_heads if layer is None else (None, *kv_heads)
-    arrays = (q, k, v, gate, sinks, *segment_ids, *positions, q_offset, layer)
-    names = (heads, keys, keys, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
+    keys, scales = kv_heads, ("batch", "kv_heads", "tokens")
+    if layer is not None:
+        keys, scales = (None, *keys), (None, *scales)
+    arrays = (q, k, v, k_scale, v_scale, gate, sinks, *segment_ids, *positions, q_offset, layer)
+    names = (heads, keys, keys, scales, scales, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
     return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
 
 

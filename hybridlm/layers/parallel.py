@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields
+from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import (
     Block,
@@ -157,9 +158,9 @@ class ParallelMixer(nnx.Module):
         found = {name: inspect(mixer, self._input(name, x_BTD), tokens) for name, mixer in self.branches.items()}
         return {f"{name}.{key}": value for name, numbers in found.items() for key, value in numbers.items()}
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, dict]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, dict]:
         """The branches' caches by name."""
-        return {name: mixer.init_cache(batch, max_len) for name, mixer in self.branches.items()}
+        return {name: caches.make(mixer, batch, max_len, layout) for name, mixer in self.branches.items()}
 
     def extend(
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -126,10 +127,10 @@ class RGLRUMixer(nnx.Module):
         starts_BT = positions_within(tokens.segment_ids, x_BTD.shape[:2]) == 0
         return inspection.decays(self._gated(u_BTHP, starts_BT)[0], tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the window of the convolution."""
-        state = jnp.zeros((batch, *self.conv.shape[-3:-1]), jnp.float32)
-        return {"state": state, "conv": short_conv.init_window(self.conv, batch, self.dtype)}
+        state = layout.state((batch, *self.conv.shape[-3:-1]), ("batch", "heads"))
+        return {"state": state, "conv": short_conv.init_window(self.conv, batch, self.dtype, layout)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
@@ -105,11 +106,12 @@ class Rwkv4Mixer(nnx.Module):
         new, decay_F = recurrent.last(self, x_BTD, tokens), jnp.exp(-jnp.exp(self.decay[...]))
         return inspection.span("decay", decay_F, None) | inspection.state_norms(new["a"], new["b"])
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """The token before, and the sums of the recurrence (float32)."""
         D, _, F = self.w_in.shape[-3:]
-        sums = {name: jnp.zeros((batch, F), jnp.float32) for name in STATES}
-        return {**sums, "before": jnp.zeros((batch, 1, D), self.dtype)}
+        shape, axes = (batch, F), ("batch", "d_inner")
+        sums = {name: layout.state(shape, axes) for name in STATES} | {"m": layout.zeros(shape, jnp.float32, axes)}
+        return {**sums, "before": layout.zeros((batch, 1, D), self.dtype)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

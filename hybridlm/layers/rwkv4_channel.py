@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -18,6 +17,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.layers import cache as caches
 from hybridlm.layers import params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -95,9 +95,9 @@ class Rwkv4ChannelMixer(nnx.Module):
         self.w_receptance = params.matrix(rngs, (D, D), ("d_model", None), init_std)
         self.w_out = params.matrix(rngs, (F, D), ("d_ff", "d_model"), out_std)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """The token before."""
-        return {"before": jnp.zeros((batch, 1, self.w_in.shape[-2]), self.dtype)}
+        return {"before": layout.zeros((batch, 1, self.w_in.shape[-2]), self.dtype)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.linear_attention import scan_flops
@@ -124,11 +125,11 @@ class Rwkv6Mixer(nnx.Module):
         raw_decay = self._project(pair_BTcD)[4]
         return inspection.decays(self._log_decay(raw_decay), tokens) | recurrent.state_norm(self, x_BTD, tokens)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the last token."""
         state = (batch, self.config.heads(self.d_model), self.config.d_head, self.config.d_head)
-        window = token_shift.init_window(batch, self.d_model, self.dtype)
-        return {"state": jnp.zeros(state, jnp.float32), "shift": window}
+        window = token_shift.init_window(batch, self.d_model, self.dtype, layout)
+        return {"state": layout.state(state, ("batch", "heads")), "shift": window}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""

@@ -192,11 +192,11 @@ class Rwkv7Mixer(nnx.Module):
         numbers = inspection.decays(self._log_decay(self._project(pair_BTcD)[3]), tokens)
         return numbers | inspection.state_norms(new["state"])
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero state (float32), and the last token."""
         state = (batch, self.config.heads(self.d_model), self.config.d_head, self.config.d_head)
-        window = token_shift.init_window(batch, self.d_model, self.dtype)
-        return {"state": jnp.zeros(state, jnp.float32), "shift": window}
+        window = token_shift.init_window(batch, self.d_model, self.dtype, layout)
+        return {"state": layout.state(state, ("batch", "heads")), "shift": window}
 
     def pass_on(self, x_BTD: jax.Array, passed_BTD: jax.Array, tokens: Tokens) -> tuple[Output, jax.Array]:
         """`mix`, with the values of the first depth, and those for the next."""

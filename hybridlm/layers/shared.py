@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import params
 from hybridlm.layers.attention import Attention, AttentionMixer, cache_grows, init_cache
 from hybridlm.layers.block import Block, Kept, Make, Mixer, Statistic, Tokens, passes, shares, split_of_parts
@@ -154,9 +155,9 @@ class SharedLink(nnx.Module):
         u_BTE = tokens.shared.norm(_beside(x_BTD, tokens))
         return tokens.shared.attention.inspect(u_BTE, tokens, self._qkv(u_BTE))
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """That of the shared attention, at this depth."""
-        return init_cache(self.attention, batch, max_len, self.dtype)
+        return init_cache(self.attention, batch, max_len, self.dtype, layout)
 
     def extend(self, x_BTD: jax.Array, cache: dict, length_B, real_BT, layer, tokens: Tokens) -> tuple[jax.Array, dict]:
         """The same for the next T tokens, and the attention's cache after them."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params
 from hybridlm.layers.mlp import ACTIVATIONS
 
@@ -28,10 +29,11 @@ def make(uniform: jax.Array, axes: tuple[str | None, ...], bias: bool) -> tuple[
     return weight, params.make(uniform[..., width], axes, "bias") if bias else None
 
 
-def init_window(weight: nnx.Param, batch: int, dtype) -> jax.Array:
+def init_window(weight: nnx.Param, batch: int, dtype, layout: caches.Layout) -> jax.Array:
     """Zeros: nothing stands before the first token."""
-    *channels, width = weight.shape[-len(weight.get_metadata()["axes"]) :]
-    return jnp.zeros((batch, width - 1, *channels), dtype)
+    axes = weight.get_metadata()["axes"]
+    *channels, width = weight.shape[-len(axes) :]
+    return layout.zeros((batch, width - 1, *channels), dtype, ("batch", None, *axes[:-1]))
 
 
 def convolve(

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import layer_normalise
@@ -117,10 +118,11 @@ class SLSTMMixer(nnx.Module):
         f_BTHP = gates_BTGHP[:, :, 1] + jnp.einsum("BTHQ,QHP->BTHP", before_BTHP, w_PHP) + bias_HP[None, None]
         return inspection.decays(jax.nn.log_sigmoid(f_BTHP), tokens) | inspection.state_norms(new["c"], new["n"])
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Zero states (float32), and the window of the convolution."""
-        states = {name: jnp.zeros((batch, *self.norm.shape[-2:]), jnp.float32) for name in STATES}
-        return {**states, "conv": short_conv.init_window(self.conv, batch, self.dtype)}
+        shape, axes = (batch, *self.norm.shape[-2:]), ("batch", "heads")
+        states = {name: layout.state(shape, axes) for name in STATES} | {"m": layout.zeros(shape, jnp.float32, axes)}
+        return {**states, "conv": short_conv.init_window(self.conv, batch, self.dtype, layout)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """All tokens, from the cache `old` (None: from nothing, and no new one is made)."""

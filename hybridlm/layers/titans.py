@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
+from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 
@@ -148,12 +149,12 @@ class TitansMixer(nnx.Module):
         changed_BHM = state_BHS[..., : (state_BHS.shape[-1] - 3) // 4]
         return inspection.decays(jax.nn.log_sigmoid(-forget_BTH), tokens) | inspection.state_norms(changed_BHM)
 
-    def init_cache(self, batch: int, max_len: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """A memory as a document starts with it (float32), and the window of the convolution."""
         n_heads, width, hidden = self.memory_in.shape[-3:]
         n_memory = width + 2 * width * hidden
-        state = jnp.zeros((batch, n_heads, 4 * n_memory + 3), jnp.float32)
-        return {"state": state, "conv": short_conv.init_window(self.conv, batch, self.dtype)}
+        state = layout.zeros((batch, n_heads, 4 * n_memory + 3), jnp.float32, ("batch", "heads"))
+        return {"state": state, "conv": short_conv.init_window(self.conv, batch, self.dtype, layout)}
 
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens from the cache `old` (None: from nothing, and no new one is made)."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import sharding
+from hybridlm.layers import cache as caches
 from hybridlm.layers import short_conv
 from hybridlm.layers.block import Tokens
 
@@ -16,9 +17,9 @@ PAIR = ("batch", "tokens", None, None)
 """Logical axes of `with_previous`."""
 
 
-def init_window(batch: int, d_model: int, dtype) -> jax.Array:
+def init_window(batch: int, d_model: int, dtype, layout: caches.Layout) -> jax.Array:
     """What a cache remembers, [B, 1, D]: zeros, nothing stands before the first token."""
-    return jnp.zeros((batch, 1, d_model), dtype)
+    return layout.zeros((batch, 1, d_model), dtype)
 
 
 def with_previous(x_BTD: jax.Array, tokens: Tokens, window: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

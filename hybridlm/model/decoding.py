@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hybridlm import sharding
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import in_type, param_info
 from hybridlm.model.model import Cache, HybridLM
 
@@ -77,16 +79,17 @@ class State:
 class Writer:
     """A model made ready to write: its parameters are cast and laid out once, not in every step."""
 
-    def __init__(self, model: HybridLM, prefill_chunk: int | None = CHUNK):
-        """prefill_chunk: tokens of a prompt that are read at once; None: all."""
+    def __init__(self, model: HybridLM, prefill_chunk: int | None = CHUNK, types: CacheTypes = AS_COMPUTED):
+        """prefill_chunk: tokens of a prompt that are read at once; None: all. types: how caches are stored. Where a
+        mesh is set, caches are split over it from the start: rows, heads and channels."""
         graphdef, params = nnx.split(model)
-        self.config, self.prefill_chunk = model.config, prefill_chunk
+        self.config, self.prefill_chunk, self.types = model.config, prefill_chunk, types
         self._graphdef, self._params = _prepared(graphdef, params)
 
     def start(self, batch: int, room: int) -> State:
         """Rows of which nothing was read. room: tokens that they will have; more makes their caches grow."""
         room = room_for(room)
-        cache, x_BD, done_B, last_B = _empty(self._graphdef, self._params, batch, room)
+        cache, x_BD, done_B, last_B = _empty(self._graphdef, self._params, batch, room, self.types)
         return State(cache, x_BD, done_B, last_B, 0, room)
 
     def read(self, state: State, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> State:
@@ -133,7 +136,7 @@ class Writer:
         if n <= state.room:
             return state
         room = room_for(n)
-        return replace(state, cache=_grown(state.cache, self._graphdef, self._params, room), room=room)
+        return replace(state, cache=_grown(state.cache, self._graphdef, self._params, room, self.types), room=room)
 
 
 def room_for(n: int) -> int:
@@ -163,13 +166,14 @@ def _prepared(graphdef, params):
     return nnx.split(model if model.is_stacked else model.stacked())
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3), keep_unused=True)
-def _empty(graphdef, params, batch: int, room: int) -> tuple:
+@partial(jax.jit, static_argnums=(0, 2, 3, 4), keep_unused=True)
+def _empty(graphdef, params, batch: int, room: int, types: CacheTypes) -> tuple:
     """(cache, x_BD, done_B, last_B) of rows of which nothing was read; where the parameters are, for a program is
     compiled anew for arrays that are bound to a device and for those that are not."""
     model = nnx.merge(graphdef, params)
-    x_BD = jnp.zeros((batch, model.unembedding().shape[-1]), model.config.compute_dtype)
-    return model.init_cache(batch, room), x_BD, jnp.zeros((batch,), bool), jnp.zeros((batch,), jnp.int32)
+    x_BD = sharding.zeros((batch, model.unembedding().shape[-1]), model.config.compute_dtype, ("batch", None))
+    done_B, last_B = (sharding.zeros((batch,), dtype, ("batch",)) for dtype in (bool, jnp.int32))
+    return model.init_cache(batch, room, types), x_BD, done_B, last_B
 
 
 @partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
@@ -230,10 +234,11 @@ def filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) -
     return logits_BV
 
 
-def _grown(cache: Cache, graphdef, params, room: int) -> Cache:
+def _grown(cache: Cache, graphdef, params, room: int, types: CacheTypes) -> Cache:
     """The cache with room for more tokens: behind what it holds, which was never more than its room, so that no ring
     has begun anew."""
-    wanted = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(cache.length_B.shape[0], room), params)
+    batch = cache.length_B.shape[0]
+    wanted = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(batch, room, types), params)
 
     def widen(array, like):
         if array.shape == like.shape:

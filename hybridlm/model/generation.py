@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import WHOLE
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.model.arguments import check_number, check_whole, integers, one_of_each_row, rows_of_integers
 from hybridlm.model.decoding import CHUNK, Sampling, Writer, room_for
 from hybridlm.model.model import HybridLM
-from pallas_kernels.platform import memory
+from pallas_kernels.platform import memory, memory_of
 
 
 def generate(
@@ -32,6 +34,7 @@ def generate(
     *,
     seed: int = 0,
     prefill_chunk: int | None = CHUNK,
+    cache_types: CacheTypes = AS_COMPUTED,
 ) -> jax.Array:
     """The next `max_new_tokens` tokens of each row, int32 [B, N].
 
@@ -47,7 +50,10 @@ def generate(
       seed: integer; the same one gives the same tokens.
       prefill_chunk: tokens of a prompt that are read at once: beside the cache, memory grows with them instead of the
         prompt; None: all of it. What is written does not depend on it beyond float32 rounding.
+      cache_types: how the cache is stored, `hybridlm.CacheTypes(keys="int8", states="bfloat16")`: smaller, and what is
+        written may differ.
 
+    Where a mesh is set, the cache is split over it as the model is: rows, heads and channels.
     The number of compiled programs does not grow with the number of prompt lengths: they are rounded up inside. Raises
     ValueError for arguments out of range, for a bidirectional model and for more new tokens than memory can hold,
     TypeError for tokens that are not integers.
@@ -56,8 +62,8 @@ def generate(
     how = sampling(temperature, top_k, top_p, eos_id, seed, key)
     check_counts(max_new_tokens, prefill_chunk)
     batch, tokens = prompts_BT.shape
-    check_room(model, batch, tokens, max_new_tokens)
-    writer = Writer(model, prefill_chunk)
+    check_room(model, batch, tokens, max_new_tokens, types=cache_types)
+    writer = Writer(model, prefill_chunk, cache_types)
     state = writer.start(batch, tokens + max_new_tokens)
     return writer.write(writer.read(state, prompts_BT, lengths_B), max_new_tokens, how)[0]
 
@@ -128,17 +134,22 @@ def check_counts(max_new_tokens: int, prefill_chunk: int | None) -> None:
         raise ValueError(f"prefill_chunk ({prefill_chunk}) must be positive, or None for the whole prompt at once")
 
 
-def check_room(model: HybridLM, batch: int, tokens: int, max_new_tokens: int, argument: str = "max_new_tokens") -> None:
-    """ConfigError where memory cannot hold so many new tokens of each row, and what the model keeps of them.
+def check_room(
+    model: HybridLM, batch: int, tokens: int, max_new_tokens: int, argument: str = "max_new_tokens",
+    types: CacheTypes = AS_COMPUTED,
+) -> None:  # fmt: skip
+    """ConfigError where memory, that of all devices of a mesh that is set, cannot hold so many new tokens of each row,
+    and what the model keeps of them.
 
     model: may be abstract. tokens: width of the prompts. argument: what the message calls max_new_tokens.
     """
-    limit = memory()
+    mesh = sharding.mesh_in_force()
+    limit = memory() if mesh is None else memory_of(mesh.devices.flat)
     longest = WHOLE - tokens  # positions are int32
     require(max_new_tokens <= longest, f"{argument} ({max_new_tokens}) must be at most {longest}")
     graphdef, params = nnx.split(model)
     cache = jax.eval_shape(
-        lambda p: nnx.merge(graphdef, p).init_cache(batch, room_for(tokens + max_new_tokens)), params
+        lambda p: nnx.merge(graphdef, p).init_cache(batch, room_for(tokens + max_new_tokens), types), params
     )
     n_bytes = 4 * batch * max_new_tokens + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
     require(

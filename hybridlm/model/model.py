@@ -17,6 +17,7 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.layers import params, vocabulary
 from hybridlm.layers.block import Tokens, shares
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes, Layout
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within, room_in_front
 from hybridlm.model import depth, pattern, remat, stacks, strands
@@ -178,9 +179,9 @@ class HybridLM(nnx.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
+    def init_cache(self, batch: int, max_len: int, types: CacheTypes = AS_COMPUTED) -> Cache:
         """Cache for `batch` rows of up to `max_len` tokens, with the prefix tokens alone in it; states and windows do
-        not grow with it. ConfigError for a bidirectional model."""
+        not grow with it. It is split over the mesh that is set. ConfigError for a bidirectional model."""
         ahead, n_prefix = self.config.sees_ahead, self.config.prefix_tokens
         require(not ahead, f"the model cannot be decoded token by token: {ahead}")
         for name, value in (("batch", batch), ("max_len", max_len)):
@@ -188,10 +189,9 @@ class HybridLM(nnx.Module):
                 raise ValueError(f"{name} ({value}) must be positive")
         D, caches, limit, sublayers = self.config.d_model, [], None, self._sublayers()
         for spot, sublayer in zip(self._spots, sublayers, strict=True):
-            cache, n = sublayer.init_cache(batch, max_len + n_prefix), len(spot.depths)
-            caches.append(jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), cache))
+            caches.append(sublayer.init_cache(batch, max_len + n_prefix, Layout(types, len(spot.depths))))
             limit = max_len + n_prefix if sublayer.cache_grows else limit
-        length_B = jnp.zeros((batch,), jnp.int32)
+        length_B = sharding.zeros((batch,), jnp.int32, ("batch",))
         if self.prefix is not None:
             x_BTD = jnp.broadcast_to(params.use(self.prefix, self.config.compute_dtype)[None], (batch, n_prefix, D))
             caches = self._extend(x_BTD, caches, length_B, None, Tokens(embedded_BTD=x_BTD, gaps=False))[1]

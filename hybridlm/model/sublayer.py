@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
+from hybridlm.layers import cache as caches
 from hybridlm.layers import params
 from hybridlm.layers.block import Make, Output, Tokens, inspect, passes, shares
 from hybridlm.layers.norm import LayerNorm, RMSNorm
@@ -103,10 +104,12 @@ class Sublayer(nnx.Module):
         of_mixer = inspect(self.mixer, u_BTD, tokens, passed_BTR)
         return of_mixer | {f"link.{name}": value for name, value in of_link.items()}
 
-    def init_cache(self, batch: int, max_len: int) -> Any:
+    def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> Any:
         """The mixer's cache; with a link that and the link's, by name."""
-        cache = self.mixer.init_cache(batch, max_len)
-        return cache if self.link is None else {"mixer": cache, "shared": self.link.init_cache(batch, max_len)}
+        cache = caches.make(self.mixer, batch, max_len, layout)
+        return (
+            cache if self.link is None else {"mixer": cache, "shared": caches.make(self.link, batch, max_len, layout)}
+        )
 
     def extend(self, x, cache: Any, length_B, real_BT, layer, tokens: Tokens) -> tuple[Any, Any]:
         """The next T tokens from the cache, and the cache after them. x: as in a call."""

@@ -15,7 +15,7 @@ from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
 from hybridlm.model.init import Abstract, abstract, check_model
 from hybridlm.model.model import HybridLM
-from hybridlm.sharding import MESH_AXES, param_shardings
+from hybridlm.sharding import MESH_AXES, mesh_in_force, param_shardings
 from hybridlm.train.base import read_params
 from hybridlm.train.checkpoint import Checkpoints, finished_steps
 from hybridlm.train.run_folder import stored_config
@@ -69,7 +69,7 @@ def load_model(
     path: Path, step: int | None = None, like: Config | None = None, mesh: Mesh | None = None
 ) -> tuple[HybridLM, Config, dict, int]:
     """(model, config, loop record, step); as load_run, but for the tokenizer."""
-    mesh = _mesh_in_force() if mesh is None else mesh
+    mesh = mesh_in_force() if mesh is None else mesh
     storage.check(path, "the run's folder")
     config = stored_config(path, like)
     steps = finished_steps(path / "checkpoints")
@@ -89,12 +89,6 @@ def load_model(
     assert read is not None  # of steps that are there one is read, or that none can be is an error
     found, params, record = read
     return nnx.merge(model.graphdef, params), config, record, found
-
-
-def _mesh_in_force() -> Mesh | None:
-    """That of `jax.set_mesh`; None where none is set."""
-    mesh = jax.sharding.get_mesh()
-    return mesh if isinstance(mesh, Mesh) and not mesh.empty else None
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -27,11 +27,13 @@ from hybridlm.infer.cache_size import (
     transformer_beside,
 )
 from hybridlm.layers.block import passes, sees_ahead
+from hybridlm.layers.cache import CacheTypes
 from hybridlm.layers.hyena import Hyena
 from hybridlm.model import pattern
 from hybridlm.model.init import abstract, init_sharded
 from tests.model.model_support import QUICK, VARIANTS, random_tokens, small
 
+SMALL = CacheTypes(keys="int8", states="bfloat16")
 LATENTS, HISTORY = LatentAttention.GROWS["latent"], Hyena.GROWS["history"]
 D, GIB = 16, 2**30
 BLOCKS = {chr(0x4E00 + i): block for i, block in enumerate(VARIANTS.values()) if not sees_ahead(block)}
@@ -60,15 +62,17 @@ MISTAKES = {
     "--context 0": r"context \(0\) must be between 1 and 2147483647",
     "--context 8 --batch -1": r"batch \(-1\) must be between 1 and",
     "--context many": "argument --context: invalid int value: 'many'",
+    "--context 8 --cache.keys=int4": r"argument --cache\.keys: invalid choice: 'int4'",
+    "--context 8 --cache.state=bfloat16": r"unknown option --cache\.state: did you mean --cache\.states\?",
     "--context 8 --mesh.tensor=3": r"model\.\S* \(\d+\) not divisible by mesh\.tensor \(3\)",
     "--context 8 --cache_dtype int8": "unknown option --cache_dtype",
 }
 
 
-def made(config, batch: int, lengths: tuple[int, ...]) -> list:
+def made(config, batch: int, lengths: tuple[int, ...], types: CacheTypes) -> list:
     """Caches of several lengths that are made."""
     model = abstract(config).model()
-    return jax.jit(lambda: [model.init_cache(batch, n) for n in lengths], compiler_options=QUICK)()
+    return jax.jit(lambda: [model.init_cache(batch, n, types) for n in lengths], compiler_options=QUICK)()
 
 
 def weighed(config, cache) -> tuple[dict[str, int], int]:
@@ -93,12 +97,13 @@ def of_symbols(size: CacheSize, of_part) -> dict[str, int]:
     [[SYMBOLS[name] for name in FEW], pytest.param(BLOCKS.keys() - ROUTED, marks=pytest.mark.slow), ROUTED],
     ids=["each kind", "every block", "routed"],
 )
-def test_bytes_are_those_of_a_cache_that_is_made(symbols):
+@pytest.mark.parametrize("types", [CacheTypes(), SMALL], ids=["as computed", "smaller"])
+def test_bytes_are_those_of_a_cache_that_is_made(symbols, types):
     """Of blocks at two depths: constant and slope exact, and a row that is shorter than the windows."""
     config, batch = small("".join(sorted(symbols)) * 2, BLOCKS), 3
     lengths = (2, 30, 41)
-    for n_tokens, cache in zip(lengths, made(config, batch, lengths), strict=True):
-        size, (expected, all_bytes) = cache_size(config, batch, n_tokens), weighed(config, cache)
+    for n_tokens, cache in zip(lengths, made(config, batch, lengths, types), strict=True):
+        size, (expected, all_bytes) = cache_size(config, batch, n_tokens, types=types), weighed(config, cache)
         assert size.total().bytes == size.total().device_bytes == all_bytes
         got = {symbol: 0 for symbol in expected} | of_symbols(size, lambda part: batch * part.row_bytes)
         assert {symbol: got[symbol] for symbol in expected} == expected
@@ -249,6 +254,25 @@ def test_the_command(capsys):
     assert main([*words, "--mesh.tensor=8", "--mesh.fsdp=16"]) == 0
     shown = capsys.readouterr().out
     assert "on each device" in shown and "does not divide 8 rows" in shown
+
+
+def test_stored_smaller(capsys):
+    """By hand: a byte for each number and four for each head and token; states of two bytes; the transformer alike."""
+    words = ["cache", "--config", "hybrid_8b", "--context", "262144", "--cache.keys=int8", "--cache.states", "bfloat16"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kinds"][KEYS]["bytes"] == 262_144 * 4 * 2 * 8 * (128 + 4)
+    assert found["kinds"][KEYS]["dtype"] == "int8 + float32"
+    assert found["kinds"][STATES] | {"dtype": "bfloat16", "constant": 24 * 128 * 64 * 128 * 2} == found["kinds"][STATES]
+    assert found["transformer"]["kinds"][KEYS]["bytes"] == 7 * found["kinds"][KEYS]["bytes"]
+    assert found["types"] == {"keys": "int8", "states": "bfloat16"}
+    assert main(words) == 0
+    assert "stored smaller: states bfloat16, computed in float32; keys, values and latents int8; the rest" in (
+        capsys.readouterr().out
+    )
+    model = load_config("hybrid_8b").model
+    split = cache_size(model, 8, 4096, MeshConfig(1, fsdp=-1, tensor=8), SMALL)
+    assert split.kinds[KEYS].device_bytes * 8 == split.kinds[KEYS].bytes
 
 
 def test_json(capsys):

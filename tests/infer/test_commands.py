@@ -13,6 +13,8 @@ import pytest
 
 from hybridlm.cli import main
 from hybridlm.hf import to_hf
+from hybridlm.layers.cache import CacheTypes
+from hybridlm.model import decoding
 from hybridlm.train.sample import load_run
 from tests.hf.hf_support import golden
 
@@ -49,6 +51,22 @@ def test_prompts_from_everywhere(capsys, tmp_path, monkeypatch):
     stop = found[4]["text"][2]
     stopped = texts(said(capsys, "generate", *words, "--prompt", "one", "--stop", "no such", stop).out)[0]
     assert stopped["reason"] == "stop" and stopped["text"] == found[4]["text"].split(stop)[0]
+
+
+@pytest.mark.slow
+def test_caches_stored_smaller(capsys, monkeypatch):
+    """The options reach the cache, of texts and of conversations."""
+    made, original = [], decoding._empty
+
+    def note(*args):
+        made.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(decoding, "_empty", note)
+    words = ["--run", RUN, *GREEDY, "--cache.keys=int8", "--cache.states", "bfloat16"]
+    assert said(capsys, "generate", *words, "--prompt", "one").out.startswith("one")
+    said(capsys, "chat", *words, stdin=b"ab\n", monkeypatch=monkeypatch)
+    assert made == [CacheTypes("int8", "bfloat16")] * 2
 
 
 def test_a_published_folder(capsys, tmp_path):
@@ -88,6 +106,7 @@ def test_chat_from_a_pipe(capsys, monkeypatch):
         (["--hf", "x", "--step", "3"], "--step belongs to a run, but --hf (x) is none"),
         (["--hf", "/nowhere/x"], "/nowhere/x"),
         (["--run", RUN, "--stop", ""], "--stop ('') must not be empty"),
+        (["--run", RUN, "--cache.keys", "int4"], "argument --cache.keys: invalid choice: 'int4'"),
         (["--run", RUN, "--top-k", "0"], "--top-k (0) must be at least 1"),
         (["--run", RUN, "--prefill-chunk", "0"], "--prefill-chunk (0) must be at least 1"),
         (["--run", RUN, "--max-new-tokens", "2147483647"], "max_new_tokens (2147483647) must be at most 2147483646"),

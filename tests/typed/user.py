@@ -45,6 +45,8 @@ def models(folder: str, tokens: jax.Array) -> None:
     model = hybridlm.HybridLM(config.model, rngs=nnx.Rngs(0))
     assert_type(model(tokens), jax.Array)
     assert_type(hybridlm.generate(model, tokens, max_new_tokens=8), jax.Array)
+    hybridlm.generate(model, tokens, cache_types=hybridlm.CacheTypes(keys="int8", states="bfloat16"))
+    hybridlm.CacheTypes(keys="int4")  # type: ignore[arg-type]
     run = hybridlm.load_run(folder, mesh=hybridlm.make_mesh(hybridlm.MeshConfig(fsdp=2)))
     assert_type(run.model, hybridlm.HybridLM)
     assert_type(run.tokenizer, Tokenizer)

@@ -14,7 +14,7 @@ OP = Op(
     has_segments=True,
     implementations={
         "reference": Implementation("pallas_kernels.ops.attention.reference:attention_reference", forward_mode=True),
-        "xla": Implementation("pallas_kernels.ops.attention.xla:attention_xla"),
+        "xla": Implementation("pallas_kernels.ops.attention.xla:attention_xla", takes=("stacked",)),
         "tpu": Implementation(
             "pallas_kernels.ops.attention.tpu.api:attention_tpu",
             "pallas_kernels.ops.attention.tpu.api:supports",

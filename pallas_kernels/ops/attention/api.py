@@ -28,6 +28,8 @@ def attention(
     sinks: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
     layer: int | jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -45,14 +47,15 @@ def attention(
         document, so that an id that comes back is another one; or a pair [B, T], [B, S], where equal ids are one
         document in any order; None is one document.
       positions: int32 like segment_ids; None counts tokens from 0, queries from q_offset.
-      scale: factor of q . k, default P ** -0.5.
-      softcap: scores become softcap * tanh(scores / softcap).
+      scale, softcap: factor of q . k, default P ** -0.5; scores become softcap * tanh(scores / softcap).
       sinks: [H] float, one more logit a head in the softmax's denominator.
       q_offset: position of the first query among the keys where positions is None: an int, or an int32 scalar or [B].
-      layer: the entry of k_BSKP and v_BSKP to read, which then are stacked caches [L, B, S, K, P]: the kernel for few
+      layer: the entry to read of k_BSKP and v_BSKP, which then are stacked caches [L, B, S, K, P]: the kernel for few
         queries reads it where it lies. Not with context_axis.
-      context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order; to be called inside
-        a shard_map over it. The result is this device's share of that of the whole rows. Not with q_offset.
+      k_scale, v_scale: [B, K, S], with layer [L, B, K, S], of int8 k_BSKP and v_BSKP, which stand for k_BSKP[b, s, k] *
+        k_scale[b, k, s]. By reference and xla, in blocks; without gradients, and not with context_axis.
+      context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order, inside a shard_map
+        over it. The result is this device's share of that of the whole rows. Not with q_offset.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
 
     Returns:
@@ -64,11 +67,12 @@ def attention(
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_queries, _, d_head = q_BTHP.shape
-    stacked = None
+    scales, stacked = _scales(k_BSKP, v_BSKP, k_scale, v_scale, layer, context_axis), None
     if layer is not None:
         stacked = _stacked(k_BSKP, v_BSKP, layer, context_axis)
-        k_BSKP, v_BSKP = (jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False) for array in stacked[:2])
-    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window)
+        entry = lambda array: jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False)
+        k_BSKP, v_BSKP, scales = jax.tree.map(entry, (*stacked[:2], scales))
+    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales))
     sizes = n_batch, n_queries, k_BSKP.shape[1]
     pair = _pair("segment_ids", segment_ids, *sizes)
     one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
@@ -85,13 +89,13 @@ def attention(
         "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),
         "sinks": sinks,
         "q_offset": _offset(q_offset, n_batch, positions),
+        **scales,
     }
-    offered = {} if stacked is None else {"stacked": stacked}
-    args, options = (q_BTHP, k_BSKP, v_BSKP), {"one_side": one_side}
-    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=options)
+    args, offered, more = (q_BTHP, k_BSKP, v_BSKP), {"stacked": stacked}, {"one_side": one_side}
+    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=more)
 
 
-def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window) -> None:
+def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool) -> None:
     """Raises ValueError or TypeError unless they fit together."""
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape
     check_shape(
@@ -104,7 +108,8 @@ def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window) -> None:
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
     for name, array in (("q_BTHP", q_BTHP), ("k_BSKP", k_BSKP), ("v_BSKP", v_BSKP)):
-        check_float(name, array)
+        if not in_int8 or name == "q_BTHP":
+            check_float(name, array)
     if gate is not None:
         full = (n_batch, n_queries, n_heads, v_BSKP.shape[3])
         check_shape(
@@ -116,6 +121,26 @@ def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window) -> None:
         check_float("sinks", sinks)
     if window is not None:
         check_positive_int("window", window)
+
+
+def _scales(k, v, k_scale, v_scale, layer, context_axis: str | None) -> dict[str, jax.Array]:
+    """Both scales by name, checked; {} where neither is given."""
+    if k_scale is None and v_scale is None:
+        return {}
+    given = {"k_scale": k_scale, "v_scale": v_scale}
+    axes, stack = ((), "") if layer is None else ((None,), "layers, ")
+    for (name, scale), of, array in zip(given.items(), ("k_BSKP", "v_BSKP"), (k, v), strict=True):
+        if scale is None:
+            raise ValueError(f"{name} is None, the other scale is not: give both or none")
+        check_shape(of, array, (*axes, *[None] * 4), f"{stack}batch, keys, key heads, width")
+        if array.dtype != jnp.int8:
+            raise TypeError(f"{of} has dtype {array.dtype}, expected int8, as {name} is given")
+        *rows, slots, heads, _ = array.shape
+        check_shape(name, scale, (*rows, heads, slots), f"{stack}batch, heads, keys of {of}")
+        check_float(name, scale)
+    if context_axis is not None:
+        raise ValueError(f"context_axis ({context_axis!r}) and k_scale cannot be given together")
+    return given
 
 
 def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:

@@ -19,9 +19,16 @@ def attention_reference(
     softcap=None,
     sinks=None,
     q_offset=0,
+    k_scale=None,
+    v_scale=None,
 ):
     """See `pallas_kernels.attention`; segment_ids and positions are pairs here."""
     dtype = jnp.promote_types(q_BTHP.dtype, jnp.float32)
+    if k_scale is not None:
+        k_BSKP, v_BSKP = (
+            values.astype(dtype) * jnp.swapaxes(scale, 1, 2)[..., None].astype(dtype)
+            for values, scale in ((k_BSKP, k_scale), (v_BSKP, v_scale))
+        )
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape
     n_keys, n_kv_heads = k_BSKP.shape[1:3]
     k_BSHP = jnp.repeat(k_BSKP.astype(dtype), n_heads // n_kv_heads, axis=2)

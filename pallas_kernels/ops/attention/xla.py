@@ -17,6 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import platform
+from pallas_kernels.ops.attention import int8
 from pallas_kernels.ops.attention.mask import LOWEST, Mask, key_positions, make_mask, query_positions, visible_pairs
 
 _BLOCK = 512
@@ -43,9 +44,20 @@ def attention_xla(
     softcap=None,
     sinks=None,
     q_offset=0,
+    k_scale=None,
+    v_scale=None,
+    stacked=None,
 ):
-    """See `pallas_kernels.attention`; segment_ids and positions are pairs here."""
+    """See `pallas_kernels.attention`; segment_ids and positions are pairs here.
+
+    stacked: (k, v, layer), where k and v are the entries `layer` of [L, B, S, K, P]: those of int8 are read there.
+    """
     scale = q_BTHP.shape[-1] ** -0.5 if scale is None else scale
+    if k_scale is not None:
+        mask = make_mask(causal, window, segment_ids, positions, q_offset)
+        settings = int8.Settings(scale, softcap, sinks)
+        out_BTHP = int8.attend(q_BTHP, (k_BSKP, v_BSKP), (k_scale, v_scale), mask, settings, stacked)
+        return out_BTHP if gate is None else apply_gate(out_BTHP, gate)
     plain = segment_ids is None and positions is None and softcap is None and sinks is None
     if plain and isinstance(q_offset, int) and q_offset == 0 and cudnn_serves(q_BTHP, k_BSKP, v_BSKP, causal, window):
         local = None if window is None else (window - 1, 0)
