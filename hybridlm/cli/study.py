@@ -17,6 +17,9 @@ def run(words: list[str], prog: str) -> int:
     lines = [f"{prog} {study.name} {use}" for study in STUDIES for use, _ in study.uses]
     if words and words[0] in ("-h", "--help"):
         print("usage: " + "\n       ".join(lines))
+        for study in STUDIES:
+            print()
+            study.run(["--help"], f"{prog} {study.name}")
         return Exit.COMPLETE
     named = words[0] if words else ""
     require(named in studies, f"study ({named}): name one of {', '.join(studies)}; see {prog} --help")
