@@ -4,12 +4,12 @@
 import argparse
 import ast
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
 from hybridlm.errors import require, within
@@ -31,10 +31,11 @@ def run(words: list[str], prog: str) -> int:
     start()
     from hybridlm.config.find import read_config
     from hybridlm.eval.subject import open_published, open_run
+    from hybridlm.probes.repeated_bigrams import RepeatedBigrams
 
     tasks = chosen(args.tasks, of_tasks)
     for name, task in tasks.items():
-        for length in args.lengths:
+        for length in args.lengths if not isinstance(task, RepeatedBigrams) and not task.is_text else ():
             with within(f"{name}: "):
                 task.check(length)
     if args.hf is not None:
@@ -42,8 +43,12 @@ def run(words: list[str], prog: str) -> int:
     else:
         like = None if args.config is None else read_config(args.config)
         subject = open_run(args.run, args.step, of_config, like)
-    found = probed(args, subject, tasks)
-    print(json.dumps(found, indent=1) if args.json else _as_text(found))
+    found = probed(args, subject, tasks, trained=args.hf is None or "--data.path" in keys(of_config))
+    print(json.dumps(found, indent=1) if args.json else as_text(found))
+    if args.page is not None:
+        from hybridlm.study.probed import as_page
+
+        storage.write_text(storage.as_path(args.page), as_page(found))
     return 0
 
 
@@ -66,9 +71,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="batches of each task and length (4)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--page", metavar="FILE", help="write a page with the numbers and maps of depth and length")
     parser.epilog = (
-        "--NAME.FIELD=VALUE is a number of a task (--mqar.pairs=16, --needle.needles=4); --mesh.KEY=VALUE, "
-        "--model.compute_dtype=TYPE and --data.tokenizer=PATH are those of training."
+        "--NAME.FIELD=VALUE is a number of a task (--mqar.pairs=16, --needle.needles=4), as in --tasks mqar:pairs=16; "
+        "--mesh.KEY=VALUE, --model.compute_dtype=TYPE and --data.KEY=VALUE are those of training."
     )
     return parser
 
@@ -97,38 +103,35 @@ def _check(args: argparse.Namespace) -> None:
         require(1 <= length <= WHOLE, f"--lengths ({length}) must be at least 1")
 
 
-def chosen(names: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
-    """The tasks of these names, with the numbers that words give them: `--mqar.pairs=16`, `--needle.depths 0 50`."""
-    from hybridlm.probes import PROBES
+def chosen(words_of_tasks: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
+    """The probes of these words by themselves, with the numbers that more words give them: `--mqar.pairs=16`,
+    `--needle.depths 0 50`."""
+    from hybridlm.config.probe import split_task
+    from hybridlm.probes.named import probe_of
 
-    given: dict[str, dict[str, list[str]]] = {name: {} for name in names}
+    names = {word: split_task(word, "--tasks")[0] for word in words_of_tasks}
+    for word in names:
+        probe_of(word, "--tasks")
+    given: dict[str, dict[str, list[str]]] = {name: {} for name in names.values()}
     values: list[str] = []
-    for name in names:
-        require(name in PROBES, f"--tasks ({name}): no task of that name: there are {', '.join(PROBES)}")
     for word in words:
         if not word.startswith("--"):
             values.append(word)
             continue
         key, equals, value = word[2:].partition("=")
         name, _, field = key.partition(".")
-        require(name in given, f"--{key}: {name} is none of --tasks: {', '.join(names)}")
-        known = [f.name for f in dataclasses.fields(PROBES[name])]
-        near = difflib.get_close_matches(field, known, n=1) or [", ".join(known)]
-        require(field in known, f"unknown field --{key}: {name} has no {field}: did you mean {near[0]}?")
+        require(name in given, f"--{key}: {name} is none of --tasks: {', '.join(given)}")
         values = given[name][field] = [value] if equals else []
-    return {name: _changed(name, PROBES[name], fields) for name, fields in given.items()}
+    return {word: probe_of(word, "--tasks", _values(name, given[name])) for word, name in names.items()}
 
 
-def _changed(name: str, task: Any, fields: Mapping[str, list[str]]) -> Any:
-    new = {}
+def _values(name: str, fields: Mapping[str, list[str]]) -> dict[str, Any]:
+    found = {}
     for field, texts in fields.items():
-        require(bool(texts), f"--{name}.{field} needs a value")
         values = [_value(text) for text in texts]
-        value = values[0] if len(values) == 1 else tuple(values)
-        several = isinstance(getattr(task, field), tuple)
-        new[field] = (value,) if several and not isinstance(value, tuple) else value
-    with within(f"{name}."):
-        return dataclasses.replace(task, **new)
+        require(bool(values), f"--{name}.{field} needs a value")
+        found[field] = values[0] if len(values) == 1 else tuple(values)
+    return found
 
 
 def _value(text: str) -> Any:
@@ -138,36 +141,91 @@ def _value(text: str) -> Any:
         return text
 
 
-def probed(args: argparse.Namespace, subject, tasks: Mapping[str, Any]) -> dict:
-    """What there is to say, as JSON: of each task its numbers, and of each length what was right."""
+def probed(args: argparse.Namespace, subject, tasks: Mapping[str, Any], trained: bool) -> dict:
+    """What there is to say, as JSON: of each task its numbers, and of each length what was right; of held-out text the
+    losses of its sets. trained: the config names the text that was trained on."""
     import jax
 
     from hybridlm.probes import score, state_bits
+    from hybridlm.probes.repeated_bigrams import RepeatedBigrams
     from hybridlm.probes.scoring import check_vocabulary
+    from hybridlm.probes.tokenised import for_tokenizer
     from hybridlm.sharding import RULES
 
     n = math.prod(subject.mesh.shape[axis] for axis in RULES["batch"])
     rows = -(-ROWS // n) * n if args.rows is None else args.rows
     require(rows % n == 0, f"--rows ({rows}) must be a multiple of {n}: that many devices share them")
-    for name, task in tasks.items():
-        fits = not task.is_text or subject.tokenizer.name == "byte"
-        said = f"{name} is text in bytes, the model's tokenizer {subject.tokenizer.name}: take tasks without a language"
-        require(fits, said)
+    on_text = {name: task for name, task in tasks.items() if isinstance(task, RepeatedBigrams)}
+    asked = {name: for_tokenizer(task, subject.tokenizer, subject.bos)
+             for name, task in tasks.items() if name not in on_text}  # fmt: skip
+    for name, task in asked.items():
         with within(f"{name}: "):
             check_vocabulary(subject.config.model.vocab_size, task)
+            for length in args.lengths:
+                task.check(length)
+    for name, bigrams in on_text.items():
+        with within(f"{name}: "):
+            _check_of_text(subject, bigrams, trained)
     bits = None if subject.config.model.sees_ahead else state_bits(subject.model)
     found: dict[str, Any] = {}
     with jax.set_mesh(subject.mesh):
-        for name, task in tasks.items():
+        for name, task in asked.items():
             with within(f"{name}: "):
                 scores = [score(subject.model, task, length, rows=rows, batches=args.batches, seed=args.seed)
                           for length in args.lengths]  # fmt: skip
-            found[name] = {"fields": dataclasses.asdict(task), "scores": [_said(one, task, bits) for one in scores]}
+            found[name] = {
+                "fields": dataclasses.asdict(tasks[name]),
+                "scores": [_said(one, task, bits) for one in scores],
+            }
+        for name, bigrams in on_text.items():
+            with within(f"{name}: "):
+                found[name] = {"fields": dataclasses.asdict(bigrams), "sets": _of_text(subject, bigrams)}
     return {
         "model": subject.name, "step": subject.step, "compute_dtype": subject.config.model.compute_dtype,
         "tokenizer": subject.tokenizer.name, "devices": subject.mesh.size, "rows": rows, "batches": args.batches,
-        "seed": args.seed, "state_bits": bits, "tasks": found,
+        "seed": args.seed, "state_bits": bits, "tasks": {name: found[name] for name in tasks},
     }  # fmt: skip
+
+
+def _check_of_text(subject, bigrams, trained: bool) -> None:
+    """ConfigError where there is no text, or the model is not asked for its next token."""
+    config, objective, ahead = subject.config, subject.config.optim.objective, subject.config.model.sees_ahead
+    asks = ahead or (f"optim.objective {type(objective).__name__}" if objective.reads_ahead else "")
+    require(not asks, f"it asks for the next token, which the model is not for: {asks}")
+    require(
+        trained or not bigrams.frequent,
+        "frequent pairs are counted in the training text: give --data.path, or --repeated_bigrams.frequent=0",
+    )
+    has_text = trained or bool(config.data.val_path)
+    require(has_text, "a published model holds out no text: give --data.val_path A B")
+
+
+def _of_text(subject, bigrams) -> dict[str, dict]:
+    """The losses of each held-out set in repeated pairs and in the rest; what to count is there, or not asked for."""
+    from flax import nnx
+
+    from hybridlm.data import open_corpus
+    from hybridlm.eval.sets import OWN, open_sets
+    from hybridlm.probes.forward import Forward
+    from hybridlm.probes.repeated_bigrams import as_json, frequent_pairs, read_set
+    from hybridlm.sharding import batch_sharding
+    from hybridlm.train.batches import Batches
+
+    config = subject.config
+    if bigrams.frequent:
+        corpus = open_corpus(config.data, subject.tokenizer)
+        sets, frequent = corpus.held_out, frequent_pairs(bigrams, corpus)
+    else:
+        sets = open_sets(subject)
+        frequent = frequent_pairs(bigrams, next(iter(sets.values())))
+    graphdef, params = nnx.split(subject.model, nnx.Param)
+    forward, found = Forward(graphdef, subject.mesh), {}
+    for name, of_set in sets.items():
+        n_rows, room = config.data.batch_size, config.model.prefix_tokens
+        with Batches(config, of_set, "val", n_rows, batch_sharding(subject.mesh)) as batches:
+            metrics = read_set(forward, (params,), batches, frequent, 0, lambda: False, room)
+        found[name or OWN] = as_json(metrics)
+    return found
 
 
 def _said(score, task, bits: int | None) -> dict[str, Any]:
@@ -181,32 +239,20 @@ def _said(score, task, bits: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _as_text(found: Mapping[str, Any]) -> str:
+def as_text(found: Mapping[str, Any]) -> str:
+    """Tables; where a task hides things, its accuracy by depth and length with a shade behind each number."""
     from hybridlm.eval.report import table
+    from hybridlm.study.probed import BY_SET, SCORES, facets, of_sets, of_tasks, title
 
-    step = "" if found["step"] is None else f", step {found['step']}"
-    state = "grows with the text" if found["state_bits"] is None else f"{found['state_bits']:,} bits"
-    parts = [f"{found['model']}{step}: {found['compute_dtype']}, state {state}"]
-    rows = [["task", "length", "answers", "accuracy", "chance", "bound of the state", "rows all right"]]
-    for name, of_task in found["tasks"].items():
-        for one in of_task["scores"]:
-            numbers = [_shown(one[key]) for key in ("accuracy", "chance", "fixed_state")]
-            rows.append(
-                [name, str(one["length"]), str(one["asked"]), *numbers, f"{one['rows_all_right']} of {one['rows']}"]
-            )
-    parts.append(table(rows))
-    for name, of_task in found["tasks"].items():
-        scores = of_task["scores"]
-        for facet in scores[0]["by"]:
-            values = sorted({value for one in scores for value in one["by"].get(facet, {})}, key=int)
-            lines = [["length", *values]]
-            for one in scores:
-                cells = (one["by"].get(facet, {}).get(value) for value in values)
-                lines.append([str(one["length"]), *(_shown(c and c["right"] / c["asked"]) for c in cells)])
-            if len(values) > 1:
-                parts.append(f"{name}, accuracy by {facet}:\n{table(lines)}")
+    parts = [title(found)]
+    for head, rows in ((SCORES, of_tasks(found)), (BY_SET, of_sets(found))):
+        if rows:
+            parts.append(table([head, *rows]))
+    for name, facet, head, rows in facets(found, shades=True):
+        parts.append(f"{name}, accuracy by {facet}:\n{table([head, *rows])}")
     return "\n\n".join(parts)
 
 
-def _shown(share: float | None) -> str:
-    return "-" if share is None else f"{share:.3f}"
+def keys(words: Sequence[str]) -> set[str]:
+    """The options that words set, with their dashes."""
+    return {word.partition("=")[0] for word in words if word.startswith("--")}

@@ -15,10 +15,12 @@ def main() -> int:
     """Exit code 0 with an answer on standard output, whatever that is."""
     asked = json.load(sys.stdin)
     try:
+        from hybridlm.probes.in_training import check as check_probes
         from hybridlm.study.sweep import Member, check_members
 
         start()
-        answer = {"states": check_members(asked["config"], [Member(*member) for member in asked["members"]])}
+        members = [Member(*member) for member in asked["members"]]
+        answer = {"states": check_members(asked["config"], members, also=check_probes)}
     except Exception as error:
         _, line = explained(error)
         if line is None:

@@ -32,11 +32,12 @@ def run(words: list[str], prog: str) -> int:
         start(config.cluster, peers.joining)
         stop.join(peers)
         with ended_together(peers):
+            from hybridlm.probes.in_training import IN_TRAINING
             from hybridlm.study.report import write_report
             from hybridlm.train.loop import train
 
             page = lambda folder: write_report(folder, like=config, ours=True)
-            code = train(config, longer, stop, peers, again, page)
+            code = train(config, longer, stop, peers, again, page, IN_TRAINING)
             peers.close(code)
             return code
 

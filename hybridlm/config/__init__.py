@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 
 from hybridlm.cluster import ClusterConfig
+from hybridlm.config.probe import ProbeConfig
 from hybridlm.config.run import InitConfig, RunConfig
 from hybridlm.config.tree import to_dict
 from hybridlm.data.config import DataConfig
@@ -73,9 +74,9 @@ __all__ = [
     "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "Hyena", "ImplicitFilter",
     "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3",
     "LoraConfig", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE",
-    "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "Proportional", "RGLRU",
-    "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans", "Wsd",
-    "YaRN",
+    "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "ProbeConfig", "Proportional",
+    "RGLRU", "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans",
+    "Wsd", "YaRN",
 ]  # fmt: skip
 
 
@@ -101,6 +102,8 @@ class Config:
     """Which processes make the run together."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that are trained in the place of the model's parameters."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """What it recalls of its context, measured while it trains."""
 
     def __post_init__(self):
         check_fields(self)
@@ -116,6 +119,15 @@ class Config:
         require(
             not ahead or not self.run.sample_tokens,
             f"run.sample_tokens ({self.run.sample_tokens}): the model cannot write text ({ahead}): set it to 0",
+        )
+        tasks, every = " ".join(self.probe.tasks), self.run.eval_every
+        asks = ahead or (f"optim.objective {type(objective).__name__}" if objective.reads_ahead else "")
+        require(
+            not (tasks and asks), f"probe.tasks ({tasks}) ask for the next token, which the model is not for: {asks}"
+        )
+        require(
+            not tasks or self.probe.every is not None or every >= 0,
+            f"probe.tasks ({tasks}) come with each evaluation, and run.eval_every ({every}) has none: set probe.every",
         )
         require(
             self.data.batch_size % self.optim.accumulate == 0,

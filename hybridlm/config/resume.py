@@ -27,6 +27,7 @@ FREE = {
     ),
     "which checkpoint it goes on from": ("run.from_step",),
     "how it is evaluated": ("run.eval_every", "run.eval_batches", "data.val_path", "data.val_fraction"),
+    "what it is probed with, and when": ("probe",),
     "how fast it learns": ("optim.lr", "optim.schedule", "optim.warmup_steps"),
     "what holds it back": ("optim.weight_decay", "optim.clip_norm", "optim.z_loss"),
     "what it reads": ("data.path", "data.format", "data.weights", "data.epochs", "data.text_key"),

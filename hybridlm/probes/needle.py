@@ -11,7 +11,7 @@ from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.probes.bounds import fano
 from hybridlm.probes.task import Examples, begin, check_fits, distinct
-from hybridlm.probes.text import BYTES, DIGITS, KEYS, NOISE, cuts, ending, hide, longest, number, repeated
+from hybridlm.probes.text import BYTES, DIGITS, KEYS, NOISE, Story, ending, hide, in_bytes, longest, number
 
 HAY = f"{NOISE} "
 NEEDLE = "One of the special magic numbers for {key} is: {value}. "
@@ -29,9 +29,9 @@ class Needle:
                                                                                    ^^^^^^^
 
     `bytes` is RULER's text in bytes (its noise, its needle, the beginning of its answer; not its instruction, and words
-    of a list of our own). `tokens` is the same without a language, for small models: the needle is [0, key, value ...],
-    the question [1, key]; keys, values and hay are a third each of the other tokens, all drawn alike. Of the number a
-    model reads the digits before the one that is asked.
+    of a list of our own), and in the tokens of any tokenizer (`tokenised`). `tokens` is the same without a language,
+    for small models: the needle is [0, key, value ...], the question [1, key]; keys, values and hay are a third each of
+    the other tokens, all drawn alike. Of the number a model reads the digits before the one that is asked.
 
     The needle that is asked stands at each depth of `depths` in turn, row by row; the others at any of these depths.
     With several lengths that is the grid of depth and length: see `scoring.heat_map`.
@@ -74,32 +74,52 @@ class Needle:
             return DIGITS
         return np.arange(2 + self._third, 2 + 2 * self._third, dtype=np.int32)
 
-    def check(self, length: int) -> None:
+    @property
+    def letters(self) -> str:
+        """The digits."""
+        return "0123456789"
+
+    @property
+    def least(self) -> tuple[int, str]:
         """All needles, with the longest keys, and the question; the last digit is not read."""
         if self.is_text:
             sizes = [len(text.format(key="", value="")) + longest(KEYS) + self.digits for text in (NEEDLE, QUESTION)]
         else:
             sizes = [2 + self.digits, 2 + self.digits]
-        least = self.needles * sizes[0] + sizes[1] - 1
-        check_fits(length, least, f"needles ({self.needles}) and digits ({self.digits})")
+        return self.needles * sizes[0] + sizes[1] - 1, f"needles ({self.needles}) and digits ({self.digits})"
+
+    def check(self, length: int) -> None:
+        """See `least`."""
+        check_fits(length, *self.least)
 
     def batch(self, seed: int, step: int, rows: int, length: int) -> Examples:
         """Facet `depth`: of the needle that is asked, in percent."""
+        if self.is_text:
+            return in_bytes(self, seed, step, rows, length)
         rng = begin(self, seed, step, rows, length)
         found, depth_B1 = [], np.zeros((rows, 1), np.int32)
-        keys_BN = distinct(rng, rows, 0, len(KEYS) if self.is_text else self._third, self.needles)
+        keys_BN = distinct(rng, rows, 0, self._third, self.needles)
         for row in range(rows):
-            depths = [self.depths[(step * rows + row) % len(self.depths)]]
-            depths += [int(depth) for depth in rng.choice(self.depths, self.needles - 1)]
-            make = self._of_bytes if self.is_text else self._of_tokens
-            needles, question = make(rng, keys_BN[row])
+            depths = self._depths(rng, step * rows + row)
+            needles, question = self._of_tokens(rng, keys_BN[row])
             size = length + 1 - sum(map(len, needles)) - len(question)
-            hay, gaps = self._hay(rng, size)
-            order = rng.permutation(self.needles)
-            hidden = hide(hay, gaps, [(depths[i] / 100, needles[i]) for i in order])
-            found.append([*hidden, *question])
+            hay = rng.integers(2 + 2 * self._third, self.tokens, size).tolist()
+            pieces = [(depths[i] / 100, needles[i]) for i in rng.permutation(self.needles)]
+            found.append([*hide(hay, range(size + 1), pieces), *question])
             depth_B1[row] = depths[0]
         return ending(found, np.ones(self.digits, bool), {"depth": depth_B1})
+
+    def stories(self, rng: np.random.Generator, step: int, rows: int, size: int) -> list[Story]:
+        """See `TextTask`."""
+        found = []
+        keys_BN = distinct(rng, rows, 0, len(KEYS), self.needles)
+        for row in range(rows):
+            depths = self._depths(rng, step * rows + row)
+            said = [{"key": KEYS[key], "value": number(rng, "123456789", self.digits)} for key in keys_BN[row]]
+            pieces = [(depths[i] / 100, NEEDLE.format(**said[i])) for i in rng.permutation(self.needles)]
+            facets = {"depth": [depths[0]] * self.digits}
+            found.append(Story(HAY, ". ", pieces, QUESTION.format(**said[0]), [True] * self.digits, facets))
+        return found
 
     def chance(self, length: int) -> float:
         """1 / 10, or 1 / values."""
@@ -108,26 +128,25 @@ class Needle:
     def fixed_state(self, length: int, bits: float) -> float:
         """Fano's bound of the numbers of all keys, any of which may be asked: of bytes log2(9) + (digits - 1) log2(10)
         bits each, of v values digits log2(v)."""
-        choices = len(self.answers)
+        letters, entropy = self.askable(length)
+        return fano(bits, letters, len(self.answers), entropy)
+
+    def askable(self, length: int) -> tuple[int, float]:
+        """See `fixed_state`."""
         lost = math.log2(10 / 9) if self.is_text else 0.0
-        return fano(bits, self.needles * self.digits, choices, self.needles * (self.digits * math.log2(choices) - lost))
+        bits = self.digits * math.log2(len(self.answers)) - lost
+        return self.needles * self.digits, self.needles * bits
 
     @property
     def _third(self) -> int:
         return (self.tokens - 2) // 3
 
-    def _of_bytes(self, rng: np.random.Generator, keys) -> tuple[list[list[int]], list[int]]:
-        said = [{"key": KEYS[key], "value": number(rng, "123456789", self.digits)} for key in keys]
-        return [list(NEEDLE.format(**one).encode()) for one in said], list(QUESTION.format(**said[0]).encode())
+    def _depths(self, rng: np.random.Generator, row: int) -> list[int]:
+        """Of each needle of a row, that which is asked first."""
+        depths = [self.depths[row % len(self.depths)]]
+        return depths + [int(depth) for depth in rng.choice(self.depths, self.needles - 1)]
 
     def _of_tokens(self, rng: np.random.Generator, keys) -> tuple[list[list[int]], list[int]]:
         values = rng.choice(self.answers, (self.needles, self.digits))
         needles = [[HIDE, 2 + int(key), *map(int, value)] for key, value in zip(keys, values, strict=True)]
         return needles, [ASK, *needles[0][1:]]
-
-    def _hay(self, rng: np.random.Generator, size: int) -> tuple[list[int], list[int]]:
-        """Hay of so many tokens, and where it may be cut."""
-        if self.over == "tokens":
-            return rng.integers(2 + 2 * self._third, self.tokens, size).tolist(), list(range(size + 1))
-        text = repeated(HAY, size)
-        return list(text.encode()), cuts(text, ". ")

@@ -10,8 +10,8 @@ import numpy as np
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.probes.bounds import fano
-from hybridlm.probes.task import Examples, begin, check_fits, distinct
-from hybridlm.probes.text import BYTES, DIGITS, NAMES, ending, longest, number
+from hybridlm.probes.task import Examples, check_fits, distinct
+from hybridlm.probes.text import BYTES, DIGITS, NAMES, Story, in_bytes, longest, number
 
 NUMBER = 10
 """Digits of a number; the first is one of 6 to 9."""
@@ -35,8 +35,9 @@ class Phonebook:
         Ada Xu: 6000123456
                 ^^^^^^^^^^
 
-    In bytes, each a token. Of the number a model reads the digits before the one that is asked. Names are of 32 first
-    and 32 last ones (the paper's are of a package with more), no name twice. Line ends in front fill a row up.
+    In bytes, each a token, or in the tokens of any tokenizer (`tokenised`). Of the number a model reads the digits
+    before the one that is asked. Names are of 32 first and 32 last ones (the paper's are of a package with more), no
+    name twice. Line ends in front fill a row up.
     """
 
     entries: int | None = None
@@ -61,25 +62,36 @@ class Phonebook:
         """The digits."""
         return DIGITS
 
-    def check(self, length: int) -> None:
+    @property
+    def letters(self) -> str:
+        """The digits."""
+        return "0123456789"
+
+    @property
+    def least(self) -> tuple[int, str]:
         """Names of the longest, in the book and in what follows it."""
         entries = self.entries or 3
-        check_fits(length, _size(entries), f"{entries} entries")
+        return _size(entries), f"{entries} entries"
+
+    def check(self, length: int) -> None:
+        """See `least`."""
+        check_fits(length, *self.least)
 
     def batch(self, seed: int, step: int, rows: int, length: int) -> Examples:
         """Facets `entries`, and `depth`: where in the book the name stands, in tens of percents."""
-        rng = begin(self, seed, step, rows, length)
-        n = self._entries(length)
-        texts, depth_B1 = [], np.zeros((rows, 1), np.int32)
-        for row, names in enumerate(distinct(rng, rows, 0, len(NAMES), n)):
+        return in_bytes(self, seed, step, rows, length)
+
+    def stories(self, rng: np.random.Generator, step: int, rows: int, size: int) -> list[Story]:
+        """See `TextTask`."""
+        n = self._entries(size - 1)
+        found = []
+        for names in distinct(rng, rows, 0, len(NAMES), n):
             lines = [f"{NAMES[name]}: {number(rng, '6789', NUMBER)}" for name in names]
             first, second, asked = rng.permutation(n)[:3]
             text = "\n".join(lines) + f"\n\n{lines[first]}\n{lines[second]}\n\n{lines[asked]}"
-            texts.append(text.rjust(length + 1, "\n").encode())
-            depth_B1[row] = 10 * (10 * asked // n)
-        return ending(
-            [list(text) for text in texts], np.ones(NUMBER, bool), {"entries": np.array([n]), "depth": depth_B1}
-        )
+            facets = {"entries": [n] * NUMBER, "depth": [10 * (10 * int(asked) // n)] * NUMBER}
+            found.append(Story("\n", "\n", (), text, [True] * NUMBER, facets))
+        return found
 
     def chance(self, length: int) -> float:
         """1 / 10."""
@@ -88,8 +100,13 @@ class Phonebook:
     def fixed_state(self, length: int, bits: float) -> float:
         """Fano's bound of all numbers that may be asked, those of the examples not among them: 10 (entries - 2) digits,
         2 + 9 log2(10) bits a number."""
+        letters, entropy = self.askable(length)
+        return fano(bits, letters, len(DIGITS), entropy)
+
+    def askable(self, length: int) -> tuple[int, float]:
+        """See `fixed_state`."""
         n = self._entries(length) - 2
-        return fano(bits, n * NUMBER, 10, n * BITS)
+        return n * NUMBER, n * BITS
 
     def _entries(self, length: int) -> int:
         least, more = _size(0), _size(1) - _size(0)

@@ -17,7 +17,8 @@ from flax import nnx
 
 from hybridlm.errors import require
 from hybridlm.model.model import HybridLM
-from hybridlm.probes.task import Task
+from hybridlm.probes.task import Examples, Task
+from hybridlm.probes.tokenised import inner
 
 Logits = Callable[[np.ndarray], Any]
 """tokens_BT -> logits [B, T, V], an array of NumPy or JAX."""
@@ -60,26 +61,42 @@ def score(
     """
     require(batches >= 1, f"batches ({batches}) must be at least 1")
     task.check(length)
-    read = _reader(model, task)
-    right = asked = n_rows = whole = 0
-    by: dict[str, dict[int, list[int]]] = {}
+    read, counts = _reader(model, task), Counts(length)
     for step in range(batches):
         examples = task.batch(seed, step, rows, length)
-        at_BN, real_BN = _places(examples.scored_BT)
+        at_BN, real_BN = places(examples.scored_BT)
+        counts.add(examples, at_BN, real_BN, read(examples.tokens_BT, at_BN))
+    return counts.score()
+
+
+class Counts:
+    """What was right so far, of rows of one length."""
+
+    def __init__(self, length: int):
+        self._length = length
+        self._right = self._asked = self._rows = self._whole = 0
+        self._by: dict[str, dict[int, list[int]]] = {}
+
+    def add(self, examples: Examples, at_BN: np.ndarray, real_BN: np.ndarray, likeliest_BN: np.ndarray) -> None:
+        """More rows. at_BN, real_BN: of `places`. likeliest_BN: what a model thinks comes behind those."""
         wanted_BN = np.take_along_axis(examples.targets_BT, at_BN, axis=1)
-        right_BN = (read(examples.tokens_BT, at_BN) == wanted_BN) & real_BN
-        right, asked = right + int(right_BN.sum()), asked + int(real_BN.sum())
+        right_BN = (likeliest_BN == wanted_BN) & real_BN
         in_row = real_BN.any(axis=1)
-        n_rows, whole = n_rows + int(in_row.sum()), whole + int(((right_BN == real_BN).all(axis=1) & in_row).sum())
+        self._right, self._asked = self._right + int(right_BN.sum()), self._asked + int(real_BN.sum())
+        self._rows += int(in_row.sum())
+        self._whole += int(((right_BN == real_BN).all(axis=1) & in_row).sum())
         for name, values_BT in examples.facets.items():
             values_BN = np.take_along_axis(np.asarray(values_BT), at_BN, axis=1)
             for value in np.unique(values_BN[real_BN]).tolist():
-                counts = by.setdefault(name, {}).setdefault(value, [0, 0])
+                counts = self._by.setdefault(name, {}).setdefault(value, [0, 0])
                 here_BN = (values_BN == value) & real_BN
                 counts[0] += int((right_BN & here_BN).sum())
                 counts[1] += int(here_BN.sum())
-    ordered = {name: {v: (counts[v][0], counts[v][1]) for v in sorted(counts)} for name, counts in by.items()}
-    return Score(length, right, asked, n_rows, whole, ordered)
+
+    def score(self) -> Score:
+        """All of them."""
+        by = {name: {v: (counts[v][0], counts[v][1]) for v in sorted(counts)} for name, counts in self._by.items()}
+        return Score(self._length, self._right, self._asked, self._rows, self._whole, by)
 
 
 def heat_map(scores: Sequence[Score], facet: str = "depth") -> tuple[list[int], list[int], np.ndarray]:
@@ -92,7 +109,7 @@ def heat_map(scores: Sequence[Score], facet: str = "depth") -> tuple[list[int], 
 def state_bits(model: HybridLM) -> int | None:
     """Bits that the model carries from token to token, as its cache keeps them, for `Task.fixed_state`; None where they
     grow with the text, as keys and values of attention do. ConfigError for a model that sees ahead."""
-    cache = nnx.eval_shape(lambda: model.init_cache(1, 1))
+    cache = nnx.eval_shape(lambda model: model.init_cache(1, 1), model)
     if cache.limit is not None:
         return None
     return sum(8 * leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(cache.groups))
@@ -126,12 +143,12 @@ def _likeliest_of(logits_of: Logits, task: Task, tokens_BT: np.ndarray, at_BN: n
 
 def check_vocabulary(size: int, task: Task) -> None:
     """ConfigError where a model of so many tokens cannot read a task."""
-    name, needed = type(task).__name__, task.vocab_size
+    name, needed = type(inner(task)).__name__, task.vocab_size
     said = f"{name} needs a vocabulary of {needed} tokens, the model has {size}: make the task's smaller"
     require(needed <= size, said)
 
 
-def _places(scored_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def places(scored_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(at_BN, real_BN): places of the answers of each row, filled up to one number, a power of two or all of a row, so
     that few shapes are compiled; and which of them are."""
     counts_B = scored_BT.sum(axis=1)

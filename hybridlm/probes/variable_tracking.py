@@ -9,8 +9,8 @@ import numpy as np
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.probes.bounds import fano
-from hybridlm.probes.task import Examples, begin, check_fits, log2_orders
-from hybridlm.probes.text import BYTES, NOISE, cuts, ending, hide, repeated
+from hybridlm.probes.task import Examples, check_fits, log2_orders
+from hybridlm.probes.text import BYTES, NOISE, Story, in_bytes
 
 HAY = f"{NOISE}\n"
 LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8).astype(np.int32)
@@ -31,9 +31,10 @@ class VariableTracking:
         Variables that are assigned the value 54321: QWERT ABCDE
                                                      ^^^^^ ^^^^^
 
-    In bytes, each a token, RULER's noise and statements, with a shorter question than its. The answer names the
-    variables of a chain in their order; a model reads of it what stands before the letter that is asked, so that each
-    name is one hop further from the number. Statements stand anywhere, those of a chain in order.
+    In bytes, each a token, or in the tokens of any tokenizer (`tokenised`); RULER's noise and statements, with a
+    shorter question than its. The answer names the variables of a chain in their order; a model reads of it what stands
+    before the letter that is asked, so that each name is one hop further from the number. Statements stand anywhere,
+    those of a chain in order.
     """
 
     hops: int = 4
@@ -60,19 +61,29 @@ class VariableTracking:
         """The letters A to Z."""
         return LETTERS
 
-    def check(self, length: int) -> None:
+    @property
+    def letters(self) -> str:
+        """A to Z."""
+        return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+    @property
+    def least(self) -> tuple[int, str]:
         """All statements, the question, and the answer but for its last letter."""
         statements = len("VAR ABCDE = 12345\n") + self.hops * len("VAR ABCDE = VAR QWERT\n")
         answer = len(QUESTION.format(value=12345)) + (self.hops + 1) * (NAME + 1)
-        check_fits(length, self.chains * statements + answer - 1, f"chains ({self.chains}) and hops ({self.hops})")
+        return self.chains * statements + answer - 1, f"chains ({self.chains}) and hops ({self.hops})"
+
+    def check(self, length: int) -> None:
+        """See `least`."""
+        check_fits(length, *self.least)
 
     def batch(self, seed: int, step: int, rows: int, length: int) -> Examples:
         """Facet `hop`: how many hops from the number a variable is, from 0."""
-        rng = begin(self, seed, step, rows, length)
-        found = [self._row(rng, length) for _ in range(rows)]
-        asked_N = np.tile(np.arange(NAME + 1) > 0, self.hops + 1)  # not the space in front of a name
-        hop_N = np.repeat(np.arange(self.hops + 1), NAME + 1)
-        return ending(found, asked_N, {"hop": hop_N})
+        return in_bytes(self, seed, step, rows, length)
+
+    def stories(self, rng: np.random.Generator, step: int, rows: int, size: int) -> list[Story]:
+        """See `TextTask`."""
+        return [self._story(rng) for _ in range(rows)]
 
     def chance(self, length: int) -> float:
         """1 / 26."""
@@ -81,10 +92,15 @@ class VariableTracking:
     def fixed_state(self, length: int, bits: float) -> float:
         """Fano's bound of the names of all chains, any of which may be asked: 5 chains (hops + 1) letters of
         n different names, log2(m (m - 1) ... (m - n + 1)) bits of m = 26 ** 5."""
-        names = self.chains * (self.hops + 1)
-        return fano(bits, NAME * names, len(LETTERS), log2_orders(len(LETTERS) ** NAME, names))
+        letters, entropy = self.askable(length)
+        return fano(bits, letters, len(LETTERS), entropy)
 
-    def _row(self, rng: np.random.Generator, length: int) -> list[int]:
+    def askable(self, length: int) -> tuple[int, float]:
+        """See `fixed_state`."""
+        names = self.chains * (self.hops + 1)
+        return NAME * names, log2_orders(len(LETTERS) ** NAME, names)
+
+    def _story(self, rng: np.random.Generator) -> Story:
         per_chain = self.hops + 1
         names = [_spelled(name) for name in _different(rng, 0, len(LETTERS) ** NAME, self.chains * per_chain)]
         values = _different(rng, 10_000, 100_000, self.chains)
@@ -94,12 +110,12 @@ class VariableTracking:
             of_chain = names[chain * per_chain : (chain + 1) * per_chain]
             sources = [str(value), *(f"VAR {name}" for name in of_chain[:-1])]
             lines = [f"VAR {name} = {source}\n" for name, source in zip(of_chain, sources, strict=True)]
-            pieces += [(float(share), line.encode()) for share, line in zip(shares, lines, strict=True)]
+            pieces += [(float(share), line) for share, line in zip(shares, lines, strict=True)]
         asked = int(rng.integers(self.chains))
         answer = "".join(f" {name}" for name in names[asked * per_chain : (asked + 1) * per_chain])
-        question = (QUESTION.format(value=values[asked]) + answer).encode()
-        hay = repeated(HAY, length + 1 - sum(len(line) for _, line in pieces) - len(question))
-        return [*hide(hay.encode(), cuts(hay, "\n"), pieces), *question]
+        asked_N = [letter != " " for letter in answer]  # not the space in front of a name
+        hop_N = [i // (NAME + 1) for i in range(len(answer))]
+        return Story(HAY, "\n", pieces, QUESTION.format(value=values[asked]) + answer, asked_N, {"hop": hop_N})
 
 
 def _different(rng: np.random.Generator, low: int, high: int, n: int) -> list[int]:

@@ -16,6 +16,8 @@ POINTS = 500
 """Most points of a line: of more, the means of as many stretches are drawn."""
 COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#c2185b", "#7b52ab", "#8c564b", "#17a2b8", "#7f7f7f", "#b8a000", "#000000")
 DASHES = ("-", "--", ":", "-.")
+CELLS = 11
+"""Most columns and rows of a map whose cells have numbers, and most labels of its columns."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Line:
     """The n-th colour, from 0; behind the last colour they come again, dashed."""
     bold: bool = True
     dots: bool = False
+    dotted: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,19 @@ class Panel:
     """The x axis is logarithmic."""
     marks: Sequence[float] = field(default=())
     """Places on the x axis at which something happened."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A map: numbers from 0 to 1 by column and row, the first row at the top."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: np.ndarray
+    """[rows, columns]; NaN where there is none."""
 
 
 def colour(n: int) -> str:
@@ -81,6 +97,43 @@ def draw(panels: Sequence[Panel], title: str = "", columns: int = 3):
     return figure
 
 
+def draw_grids(grids: Sequence[Grid], columns: int = 3):
+    """A matplotlib figure of the maps, `columns` of them in a row, in the same colours; numbers in the cells where
+    there is room."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    across, down = min(columns, len(grids)), -(-len(grids) // columns)
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for place, grid in zip(axes, grids):
+            _fill_grid(place, grid)
+        for place in axes[len(grids) :]:
+            place.set_axis_off()
+    return figure
+
+
+def _fill_grid(axes, grid: Grid) -> None:
+    """Cells are drawn as shapes, not as an image, which a page would have to fetch."""
+    values = np.ma.masked_invalid(grid.values)
+    axes.set_facecolor("#dddddd")
+    n_rows, n_columns = grid.values.shape
+    width = 0.6 if n_columns <= CELLS else 0.0
+    axes.pcolormesh(
+        values, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="white" if width else "none", linewidth=width
+    )
+    for (row, column), value in np.ndenumerate(grid.values) if n_columns <= CELLS and n_rows <= CELLS else ():
+        if np.isfinite(value):
+            shade = "black" if value > 0.6 else "white"
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=7)
+    each = -(-n_columns // CELLS)
+    axes.set_xticks(np.arange(0, n_columns, each) + 0.5, [_plain(label) for label in grid.columns[::each]])
+    axes.set_yticks(np.arange(n_rows) + 0.5, [_plain(label) for label in grid.rows])
+    axes.invert_yaxis()
+    axes.set(xlabel=_plain(grid.xlabel), ylabel=_plain(grid.ylabel), title=_plain(grid.title))
+
+
 def _fill(axes, panel: Panel) -> None:
     drawn = False
     for line in panel.lines:
@@ -89,7 +142,8 @@ def _fill(axes, panel: Panel) -> None:
             continue
         drawn = True
         axes.plot(
-            x, y, color=colour(line.n), linestyle=DASHES[line.n // len(COLOURS) % len(DASHES)],
+            x, y, color=colour(line.n),
+            linestyle=":" if line.dotted else DASHES[line.n // len(COLOURS) % len(DASHES)],
             linewidth=1.6 if line.bold else 0.9, alpha=1.0 if line.bold else 0.55,
             marker="o" if line.dots or len(x) == 1 else None, markersize=3,
             label=_plain(line.label) if line.label else "_",

@@ -123,7 +123,7 @@ def each_once(records: Sequence[dict]) -> list[dict]:
         if kind in ("start", "rollback") and any(at > step for at in newest.values()):
             kept = [r for r in kept if r["step"] <= step]
             newest = {of: min(at, step) for of, at in newest.items()}
-        elif kind in ("train", "val") and step <= newest.get(kind, -1):
+        elif kind in ("train", "val", "probe") and step <= newest.get(kind, -1):
             kept = [r for r in kept if r["step"] < step or r["kind"] != kind]
         kept.append(record)
         newest[kind] = max(step, newest.get(kind, -1))

@@ -14,6 +14,7 @@ from hybridlm.errors import cut
 from hybridlm.page import as_svg
 from hybridlm.study.curves import AXES, train_curve, val_curve
 from hybridlm.study.figures import Line, Panel, draw
+from hybridlm.study.probed import of_run
 from hybridlm.study.reading import Run, read_run
 from hybridlm.study.survey import COLUMNS, cells
 from hybridlm.train.progress import clock
@@ -31,7 +32,7 @@ BESIDE = {
 """What is drawn beside the losses, where it was recorded."""
 OF_A_SET = "bits_per_byte/"
 """Before the name of a held-out set, where there are several."""
-MANY = ("train", "val", "inspect", "save")
+MANY = ("train", "val", "probe", "inspect", "save")
 """Kinds of records that are no events of their own row."""
 EVENTS = 200
 """Most rows of events: the last ones."""
@@ -58,6 +59,7 @@ def as_page(run: Run) -> str:
         html.figure(
             as_svg(draw(_panels(run))), "Dotted: it went back to this step." if run.of_kind("rollback") else ""
         ),
+        *of_run(run),
         html.heading("Events"),
         *_events(run),
         *_samples(run.path),

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,23 +103,26 @@ def _words(config: Config, key: str, value: str) -> list[str]:
     return [f"--{key}", *value.split()] if several and " " in value else [f"--{key}={value}"]
 
 
-def check_members(name: str, found: Sequence[Member]) -> list[str]:
+def check_members(
+    name: str, found: Sequence[Member], also: Callable[[Config], None] = lambda config: None
+) -> list[str]:
     """The state of each member before the sweep, "new" where there is nothing yet.
 
-    ConfigError, with the member's name, for the first that cannot be trained with the devices of this process, or
-    whose folder has another run.
+    also: what else raises for a config that cannot be. ConfigError, with the member's name, for the first that cannot
+    be trained with the devices of this process, or whose folder has another run.
     """
     states = []
     for member in found:
         with within(f"{member.name}: "):
-            states.append(_check(name, member))
+            states.append(_check(name, member, also))
     return states
 
 
-def _check(name: str, member: Member) -> str:
+def _check(name: str, member: Member, also: Callable[[Config], None]) -> str:
     config = load_to_train(name, member.words)
     check_config(config, make_mesh(config.mesh))
     check_sinks(config.run)
+    also(config)
     for argument, patterns in _text_of(config.data):
         find([p for p in patterns if not storage.in_bucket(storage.as_path(p))], argument)
     folder = storage.as_path(member.folder)

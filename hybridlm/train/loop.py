@@ -34,6 +34,8 @@ from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.peers import Peers
 from hybridlm.train.plot import plot_loss
+from hybridlm.train.probing import Probes, Probing
+from hybridlm.train.probing import check as check_probes
 from hybridlm.train.progress import Display, clock, printable, short
 from hybridlm.train.provenance import start_record
 from hybridlm.train.recovery import Recovery, resumable, rollback_file, told
@@ -59,16 +61,18 @@ FEED_PATIENCE = 0.8
 def train(
     config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None,
     peers: Peers | None = None, resume: str | None = None, page: Callable[[Path], None] | None = None,
+    probes: Probes | None = None,
 ) -> int:  # fmt: skip
     """Trains, or resumes, the run of the config's folder; returns the exit code.
 
     0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, and resume: with it
     (None: the same), for the lines that say what to type next. stop: the signals, where the caller has them already.
     peers: the other processes of the run. page: writes the page of a run into its folder, when it ends; None: nothing
-    does. Raises ConfigError for what the user has to change and RunError for what
+    does. probes: what `probe.tasks` names. Raises ConfigError for what the user has to change and RunError for what
     ended the run.
     """
     resume, peers = resume or command, peers or Peers()
+    check_probes(config, probes)
     from_first(lambda: check_sinks(config.run))
     with nullcontext(stop) if stop else StopRequest() as stop:
         display = Display(config.run.steps, nobody_reads=lambda: stop.ask(signal.SIGHUP))
@@ -86,17 +90,13 @@ def train(
             stacks = here / f"stacks-{jax.process_index()}.txt"
             watchdog = Watchdog(config.run.watchdog, stacks, resume)
             with page_written(folder, page), jax.set_mesh(mesh), watchdog, _memory_explained():
-                step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume)
+                step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume, probes)
             if reached is None:
                 display.say(_stopped(config, step, resume))
                 return 128 + (stop.signum or 0)
             display.say(reached)
-            written = [
-                folder.plot,
-                folder.metrics,
-                folder.checkpoints,
-                *([folder.report] if page and config.run.report else []),
-            ]
+            written = [folder.plot, folder.metrics, folder.checkpoints]
+            written += [folder.report] if page and config.run.report else []
             display.say(f"files: {', '.join(map(str, written))}")
             display.say(_next_lines(config, folder, step, command))
             return Exit.COMPLETE
@@ -104,7 +104,7 @@ def train(
 
 def _run(
     config: Config, folder: RunFolder, found: Found, mesh: Mesh, display: Display, stop: StopRequest, peers: Peers,
-    watchdog: Watchdog, resume: str,
+    watchdog: Watchdog, resume: str, probes: Probes | None,
 ) -> tuple[int, str | None]:  # fmt: skip
     """Opens, restores, steps to the end, closes: (last step, what was reached or None where a signal stopped it)."""
     run, began = config.run, time.monotonic()
@@ -119,6 +119,7 @@ def _run(
         _check_vocabulary(config, corpus, display)
         program = make_program(config, mesh)
         batches, held_out = _open_batches(config, corpus, program, opened)
+        probe = probes.open(config, mesh, program, corpus, held_out) if probes and config.probe.tasks else None
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         bytes_per_token = corpus.stats["train"]["bytes_per_pair"]
@@ -153,8 +154,8 @@ def _run(
         )  # fmt: skip
         steps = Steps(
             config, program, feed, meter, health, recovery, checkpoints, validation, reports, log, trace, stop,
-            watchdog, display, may_write=lambda: (may_write(), log.flush()), tokenizer=corpus.tokenizer.fingerprint,
-            single=peers.count == 1,
+            watchdog, display, Probing(config, probe, log, display, between),
+            lambda: (may_write(), log.flush()), tokenizer=corpus.tokenizer.fingerprint, single=peers.count == 1,
         )  # fmt: skip
         _introduce(config, program, mesh, corpus, folder, display)
         if config.data.packing != "split":

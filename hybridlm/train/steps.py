@@ -16,6 +16,7 @@ from hybridlm.train.health import Health
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics import numbers
 from hybridlm.train.metrics_log import MetricsLog
+from hybridlm.train.probing import Probing
 from hybridlm.train.progress import Display
 from hybridlm.train.recovery import Recovery
 from hybridlm.train.report import Reports
@@ -44,6 +45,7 @@ class Steps:
     stop: StopRequest
     watchdog: Watchdog
     display: Display
+    probing: Probing
     may_write: Callable[[], None]
     tokenizer: str
     """Its fingerprint, which every checkpoint holds."""
@@ -58,7 +60,7 @@ class Steps:
         for evaluations, inspections and saves. Where the run diverges it goes back, and the step with it.
         """
         run, validation, first = self.config.run, self.validation, step + 1
-        stopping = validation.missed(step) and not self.evaluate(step, state)
+        stopping = not self._caught_up(step, state)
         self.trace.turn(step)
         while step < run.steps and not stopping:
             fetched = time.monotonic()
@@ -80,7 +82,7 @@ class Steps:
             self.reports.add(step, metrics)
             self.watchdog.step()
             stopping = self.stop.agreed()
-            evaluating = validation.due(step) and not stopping
+            evaluating = (validation.due(step) or self.probing.due(step)) and not stopping
             saving = run.save_every >= 0 and (_due(run.save_every, step) or step == run.steps or stopping)
             between = evaluating or saving or stopping or step == run.steps or self.trace.turns(step)
             if between:
@@ -90,16 +92,33 @@ class Steps:
             elif between:
                 self.trace.turn(step)
                 if evaluating:
-                    stopping = not self.evaluate(step, state)
+                    stopping = not self._evaluate_due(step, state)
                 if saving or stopping:
                     self._save(step, state)
                 self.meter.resume()
         return step, state, stopping
 
     def evaluate(self, step: int, state: dict) -> bool:
-        """Reads the validation text with the parameters after a step; False where that was cut short."""
+        """Reads the validation text with the parameters after a step, and probes; False where that was cut short."""
+        return self._validate(step, state) and self._probe(step, state)
+
+    def _evaluate_due(self, step: int, state: dict) -> bool:
+        """What of it follows this step."""
+        read = not self.validation.due(step) or self._validate(step, state)
+        return read and (not self.probing.due(step) or self._probe(step, state))
+
+    def _caught_up(self, step: int, state: dict) -> bool:
+        """What of it a signal came before, at the step that is gone on from."""
+        read = not self.validation.missed(step) or self._validate(step, state)
+        return read and (not self.probing.missed(step) or self._probe(step, state))
+
+    def _validate(self, step: int, state: dict) -> bool:
         with self.watchdog.during("the evaluation"):
             return self.validation.read(step, state["params"])
+
+    def _probe(self, step: int, state: dict) -> bool:
+        with self.watchdog.during("the probe"):
+            return self.probing.read(step, state["params"])
 
     def _go_back(self, state: dict) -> tuple[int, dict]:
         with self.watchdog.during("going back"):

@@ -34,11 +34,12 @@ def small_run(folder: Path, **parts) -> Config:
     return replace(config, **parts)
 
 
-def records(config: Config, n_devices: int = 1) -> list[dict]:
-    """Trains the config to its last step on the first devices, and reads the training records of its run."""
+def records(config: Config, n_devices: int = 1, **more) -> list[dict]:
+    """Trains the config to its last step on the first devices, and reads the training records of its run. more: what
+    `train` takes."""
     first = mock.patch("hybridlm.train.loop.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:n_devices]))
     with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing), first:
-        assert train(config) == 0
+        assert train(config, **more) == 0
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
     return [record for line in lines if (record := json.loads(line))["kind"] == "train"]
 

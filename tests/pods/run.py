@@ -20,6 +20,7 @@ def main(folder: str, mesh: str, order: str, *words: str) -> int:
     from hybridlm.config import MeshConfig
     from hybridlm.config.overrides import override
     from hybridlm.errors import ConfigError
+    from hybridlm.probes.in_training import IN_TRAINING
     from hybridlm.sharding import make_mesh
     from hybridlm.train import loop
     from tests.contributing.runs import small_run
@@ -30,7 +31,8 @@ def main(folder: str, mesh: str, order: str, *words: str) -> int:
     places = json.loads(order)
     loop.make_mesh = lambda config: make_mesh(config, [jax.devices()[i] for i in places])
     try:
-        return loop.train(override(small_run(Path(folder), mesh=MeshConfig(**json.loads(mesh))), words))
+        config = override(small_run(Path(folder), mesh=MeshConfig(**json.loads(mesh))), words)
+        return loop.train(config, probes=IN_TRAINING)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

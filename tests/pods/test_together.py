@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridlm.config.overrides import override
+from hybridlm.probes.in_training import IN_TRAINING
 from tests.contributing.runs import records, small_run
 from tests.pods.processes import free_port, run_together
 from tests.train.conftest import write_texts
@@ -58,6 +60,32 @@ def test_any_order_on_a_shared_cache(tmp_path, alone, mesh, order):
     said = train(tmp_path, mesh, order)
     assert [code for code, _, _ in said] == [0, 0], said
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 1, "fsdp": 2, "context": 2}])
+def test_probes_of_processes_together_are_those_of_one(tmp_path, mesh):
+    """Tasks and held-out text, whose rows each of them has a part of; one that cannot be is told on all."""
+    tasks = ["--probe.tasks", "copying", "repeated_bigrams:frequent=100", "--probe.examples=9", "--run.eval_every=3"]
+    found = {}
+    for name, sizes in (("one", None), ("two", mesh)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_texts(folder)
+        if sizes is None:
+            records(override(small_run(folder), tasks), probes=IN_TRAINING)
+        else:
+            said = train(folder, sizes, words=[tasks, tasks])
+            assert [code for code, _, _ in said] == [0, 0], said
+        lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+        found[name] = [record for record in lines if record["kind"] == "probe"]
+    assert [record["step"] for record in found["two"]] == [3, 6] and found["one"][0]["copying/32"] is not None
+    for one, two in zip(found["one"], found["two"], strict=True):
+        assert one.keys() == two.keys()
+        numbers = [name for name in one if isinstance(one[name], float) and name != "seconds"]
+        assert [two[name] for name in numbers] == pytest.approx([one[name] for name in numbers], rel=1e-3)
+    wrong = train(tmp_path / "two", mesh, words=[["--probe.tasks=copy", "--probe.every=0"]] * 2)
+    assert [code for code, _, _ in wrong] == [2, 2] and all("no task of that name" in e for _, _, e in wrong), wrong
 
 
 def test_what_the_first_cannot_read_is_told_on_all(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hybridlm probe`: a published model, as JSON and as text; numbers of tasks; mistakes in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from hybridlm.cli import main
 from hybridlm.cli.probe import chosen
 from hybridlm.config.find import load_config
-from hybridlm.probes import MQAR, Needle, StateTracking, StringCopying, score
+from hybridlm.data import load_tokenizer
+from hybridlm.probes import MQAR, Needle, Phonebook, StateTracking, StringCopying, score
+from hybridlm.probes.tokenised import InTokens
 from tests.library.runs import write_run
+from tests.probes.test_tokenised import byte_level
 
 LLAMA = Path(__file__).parents[1] / "golden" / "llama"
 WORDS = ("--hf", str(LLAMA), "--data.tokenizer=dna", "--mesh.data=2", "--tasks", "copying", "--copying.letters=6")
@@ -60,8 +64,9 @@ def test_a_run_that_reads_bytes(command, tmp_path):
     small = {"model.d_model": 32, "model.pattern": "M-M-", "model.blocks.-.d_ff": 64}
     write_run(tmp_path / "run", load_config("hybrid_tiny", small), steps=(7,))
     words = ("--run", str(tmp_path / "run"), "--tasks", "needle", "phonebook", "parity", "--lengths", "256", "300")
-    code, said, _ = command(*words, "--batches=1", "--json")
-    assert code == 0
+    page = tmp_path / "page.html"
+    code, said, _ = command(*words, "--batches=1", "--json", "--page", str(page))
+    assert code == 0 and "depth, percent" in page.read_text()
     found = json.loads(said)
     assert (found["step"], found["rows"], found["devices"], found["tokenizer"]) == (7, 16, 8, "byte")
     assert list(found["tasks"]) == ["needle", "phonebook", "parity"]
@@ -70,6 +75,25 @@ def test_a_run_that_reads_bytes(command, tmp_path):
         assert one["asked"] == asked and other["length"] == 300 and one["fixed_state"] == 1
     code, text, _ = command(*words, "--batches=1")
     assert code == 0 and f"state {found['state_bits']:,} bits" in text and "needle, accuracy by depth:" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_other_tokens(command, tmp_path):
+    """Text by the run's own tokenizer: what is asked are its tokens, and their chance; rows begin with its bos."""
+    byte_level(True).save(str(tmp_path / "tokenizer.json"))
+    small = {"model.d_model": 32, "model.pattern": "M-M-", "model.blocks.-.d_ff": 64, "model.vocab_size": 700}
+    config = load_config("hybrid_tiny", small | {"data.tokenizer": str(tmp_path / "tokenizer.json")})
+    write_run(tmp_path / "run", config, steps=(7,))
+    words = ("--run", str(tmp_path / "run"), "--tasks", "needle", "phonebook", "--lengths", "200", "--rows=8")
+    code, said, error = command(*words, "--batches=1", "--json")
+    assert code == 0, error
+    found = json.loads(said)
+    for name, task in (("needle", Needle()), ("phonebook", Phonebook())):
+        tokens = InTokens(task, load_tokenizer(str(tmp_path)), True)
+        (one,) = found["tasks"][name]["scores"]
+        assert one["asked"] == tokens.batch(0, 0, 8, 200).scored_BT.sum() and one["rows"] == 8
+        assert one["chance"] == tokens.chance(200) and one["fixed_state"] == 1
+        assert found["tasks"][name]["fields"] == json.loads(json.dumps(dataclasses.asdict(task)))
 
 
 def test_numbers_of_tasks():
@@ -88,6 +112,8 @@ def test_numbers_of_tasks():
         "mqar": MQAR(pairs=4), "needle": Needle(over="tokens", depths=(0, 50), digits=2), "s5": StateTracking("Z60"),
     }  # fmt: skip
     assert chosen(["needle"], ["--needle.depths=30"])["needle"].depths == (30,)
+    two = chosen(["mqar:pairs=4", "mqar"], ["--mqar.vocab_size=64"])
+    assert two == {"mqar:pairs=4": MQAR(4, 64), "mqar": MQAR(vocab_size=64)}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +139,12 @@ def test_numbers_of_tasks():
             (*WORDS[:5], "mqar"),
             "mqar: MQAR needs a vocabulary of 8192 tokens, the model has 64: make the task's smaller",
         ),
-        ((*WORDS[:5], "needle"), "needle is text in bytes, the model's tokenizer dna: take tasks without a language"),
+        ((*WORDS[:5], "needle"), "needle: Needle is text, whose answers data.tokenizer dna does not tell apart: take"),
+        (
+            (*WORDS[:5], "copying", "repeated_bigrams"),
+            "repeated_bigrams: frequent pairs are counted in the training text",
+        ),
+        ((*WORDS[:5], "repeated_bigrams:frequent=0"), "a published model holds out no text: give --data.val_path A B"),
     ],
 )
 def test_mistakes_are_one_line(words, told, command, monkeypatch):

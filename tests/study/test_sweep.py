@@ -18,6 +18,7 @@ from hybridlm.cli import compare, main, side_by_side, sweep
 from hybridlm.cli.side_by_side import Job, run_jobs, slots
 from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
+from hybridlm.probes.in_training import check as check_probes
 from hybridlm.study.reading import Run, find_runs
 from hybridlm.study.sweep import Member, check_members, members, read_alternatives
 from tests.study.folders import TINY, WHOLE, start, train, write_run
@@ -167,7 +168,8 @@ def test_members_are_checked_before_the_first_starts(mini):
     folder, name = mini.parent / "s", str(mini)
 
     def check(*words):
-        return check_members(name, members(load_config(name), read_alternatives(words), folder, []))
+        found = members(load_config(name), read_alternatives(words), folder, [])
+        return check_members(name, found, also=check_probes)
 
     assert check("optim.lr=0.1", "optim.lr=0.2") == ["new", "new"] and not folder.exists()
     for words, told in {
@@ -175,6 +177,7 @@ def test_members_are_checked_before_the_first_starts(mini):
         ("data.batch_size=8", "data.batch_size=12"): "batch_size=12: data.batch_size (12) not divisible by",
         ("data.path=nowhere/*.txt",): "data.path",
         ("data.tokenizer=",): "data.tokenizer",
+        ("probe.tasks=parity", "probe.tasks=mqr"): "tasks=mqr: probe.tasks (mqr): no task of that name",
         ("optim.rule=AdamW", "optim.rule=Muon", "optim.rule.momentum=0.9"): "rule=AdamW,momentum=0.9: unknown key",
     }.items():
         with pytest.raises(ConfigError) as error:
