@@ -25,7 +25,9 @@ from pallas_kernels import platform
 TYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 """What values are stored as."""
 FEW_ROWS = 16
-"""Up to so many rows a CPU multiplies and adds while it converts; its matrix products want whole float32 operands."""
+"""Up to so many rows a CPU converts a matrix block by block: its products want operands in float32 in memory."""
+BLOCK = 128
+"""Rows of such a block."""
 
 
 @jax.tree_util.register_dataclass
@@ -171,10 +173,16 @@ def rounded_rows(rows_RD: jax.Array, matrix: Any) -> jax.Array:
 def _product(x: jax.Array, values: jax.Array, n: int) -> jax.Array:
     """x times eight-bit values, float32."""
     rows, inputs = x.shape[: x.ndim - n], math.prod(values.shape[:n])
-    if platform.platform() != "cpu" or math.prod(rows) > FEW_ROWS:
+    if platform.platform() != "cpu" or math.prod(rows) > FEW_ROWS or inputs <= BLOCK:
         return jnp.tensordot(x, values.astype(x.dtype), n, preferred_element_type=jnp.float32)
     x_MK, w_KN = x.reshape(-1, inputs).astype(jnp.float32), values.reshape(inputs, -1)
-    y_MN = jnp.sum(x_MK[:, :, None] * w_KN.astype(jnp.float32)[None], axis=1)
+    part = lambda start, size: jnp.dot(
+        jax.lax.dynamic_slice_in_dim(x_MK, start, size, 1),
+        jax.lax.dynamic_slice_in_dim(w_KN, start, size).astype(jnp.float32),
+    )
+    whole, rest = divmod(inputs, BLOCK)
+    y_MN = part(whole * BLOCK, rest) if rest else jnp.zeros((x_MK.shape[0], w_KN.shape[1]), jnp.float32)
+    y_MN = jax.lax.fori_loop(0, whole, lambda i, y_MN: y_MN + part(i * BLOCK, BLOCK), y_MN)
     return y_MN.reshape(*rows, *values.shape[n:])
 
 
