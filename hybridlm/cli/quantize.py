@@ -3,6 +3,7 @@
 
 import argparse
 import shlex
+from typing import Any
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
@@ -19,26 +20,25 @@ def run(words: list[str], prog: str) -> int:
         return _count(args)
     require(args.target is not None, f"give the folder to write, too: {prog} {args.source} OUT")
     start()
-    from hybridlm.config import QuantizeConfig
     from hybridlm.config.find import read_config
     from hybridlm.model.quantize import sizes
     from hybridlm.train.commands import hybridlm_command
     from hybridlm.train.quantized import is_run, quantize_published, quantize_run, table
 
-    how = QuantizeConfig(args.weights, args.activations, tuple(args.keep))
+    given = _given(args)
     source, target = storage.as_path(args.source), storage.as_path(args.target)
     storage.check(source, "RUN")
     if is_run(source):
         said = f"--data.tokenizer ({args.tokenizer}) is of published folders: {source} is a run"
         require(args.tokenizer is None, said)
         own = None if args.config is None else read_config(args.config)
-        config, step = quantize_run(source, target, how, args.step, own)
+        config, step = quantize_run(source, target, given, args.step, own)
         what = f"step {step} of {source}"
     else:
         for name in ("step", "config"):
             given = getattr(args, name)
             require(given is None, f"--{name} ({given}) is of runs: {source} has no checkpoints of one")
-        config = quantize_published(source, target, how, args.tokenizer)
+        config = quantize_published(source, target, given, args.tokenizer)
         what = str(source)
     activations = f", activations {config.quantize.activations}" if config.quantize.activations else ""
     print(f"{target}: {what}, matrices {config.quantize.weights}{activations}\n")
@@ -65,9 +65,14 @@ def _count(args: argparse.Namespace) -> int:
     from hybridlm.train.quantized import table
 
     config = load_config(args.config)
-    how = QuantizeConfig(args.weights or config.quantize.weights or "int8", args.activations, tuple(args.keep))
-    print(table(sizes(config.model, how)))
+    print(table(sizes(config.model, QuantizeConfig(**{"weights": "int8", **_given(args)}))))
     return 0
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of QuantizeConfig that were asked for."""
+    given = {"weights": args.weights, "activations": args.activations, "keep": tuple(args.keep)}
+    return {name: value for name, value in given.items() if value}
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

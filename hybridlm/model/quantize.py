@@ -128,6 +128,16 @@ def from_dicts(tree: dict) -> dict:
 # Rounded in training ------------------------------------------------------------------------------------------------
 
 
+def check_trained(config: ModelConfig, quantize: QuantizeConfig) -> None:
+    """ConfigError, one line, where a model cannot be trained so."""
+    require(
+        not quantize.stored,
+        "quantize.stored (True) is of a model whose parameters are quantised: train the run that they were made of",
+    )
+    if quantize.on:
+        chosen(quantize, init.abstract(config).info)
+
+
 def round_matrices(params: dict, config: ModelConfig, quantize: QuantizeConfig) -> dict:
     """Parameters whose matrices are those that a quantised model has, in float32."""
     if quantize.weights is None:

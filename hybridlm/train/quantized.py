@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantised model as the folder of a run: of a run's checkpoint, or of a published one."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -32,18 +34,18 @@ def is_run(folder: Path) -> bool:
 
 
 def quantize_run(
-    source: Path, target: Path, how: QuantizeConfig, step: int | None = None, own: Config | None = None
+    source: Path, target: Path, given: Mapping[str, Any], step: int | None = None, own: Config | None = None
 ) -> tuple[Config, int]:
     """Writes the model of a run's checkpoint (the newest, or that of a step), quantised, as the folder of a run with
     one checkpoint of that step; gives its config and the step.
 
-    how: as training takes it; without weights, what the run was trained with. own: a config whose own classes the run
-    may have used. ConfigError, one line, for a folder that is not empty, a run that cannot be read or is quantised.
+    given: fields of QuantizeConfig; others are those that the run was trained with. own: a config whose own classes the
+    run may have used. ConfigError, one line, for a folder that is not empty, a run that cannot be read or is quantised.
     """
     _check_target(target)
     stored = stored_config(source, own)
     require(not stored.quantize.stored, f"{source} holds a quantised model: name the run that it was made of")
-    how = how if how.on else replace(stored.quantize, weights=stored.quantize.weights or "int8")
+    how = _how(given, stored.quantize)
     make = quantize.parameters(stored.model, how)  # says what cannot be before anything is read
     model, config, record, step = load_model(source, step, own)
     identity = record.get(IDENTITY)
@@ -60,7 +62,7 @@ def quantize_run(
 
 
 def quantize_published(
-    source: Path, target: Path, how: QuantizeConfig, tokenizer: str | None = None, progress: Progress | None = None
+    source: Path, target: Path, given: Mapping[str, Any], tokenizer: str | None = None, progress: Progress | None = None
 ) -> Config:
     """The same of a folder with config.json and safetensors; the checkpoint is of step 0.
 
@@ -68,7 +70,7 @@ def quantize_published(
     """
     _check_target(target)
     checkpoint = open_checkpoint(source)
-    how = how if how.on else replace(how, weights="int8")
+    how = _how(given, QuantizeConfig())
     make = quantize.parameters(checkpoint.config, how)
     told = tokenizer_of(source, checkpoint.config) if tokenizer is None else tokenizer
     data = replace(DataConfig(), tokenizer=told)
@@ -84,6 +86,12 @@ def quantize_published(
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     _write(target, config, make(params), 0, data, identity)
     return config
+
+
+def _how(given: Mapping[str, Any], trained: QuantizeConfig) -> QuantizeConfig:
+    """What is asked for, else what was trained for where that is of the same weights, else int8."""
+    weights = given.get("weights") or trained.weights or "int8"
+    return replace(trained if trained.weights == weights else QuantizeConfig(weights), **given)
 
 
 def table(rows: list[Row]) -> str:

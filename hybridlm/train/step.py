@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config, DataConfig
 from hybridlm.data.packing import FIELDS
-from hybridlm.errors import require
 from hybridlm.model import lora, quantize
 from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
@@ -78,13 +77,7 @@ class Program(NamedTuple):
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
-    require(
-        not config.quantize.stored,
-        f"quantize.stored: {config.run_dir} holds quantised parameters, which cannot be trained: train the run that "
-        "they were made of",
-    )
-    if config.quantize.on:
-        quantize.chosen(config.quantize, abstract(config.model).info)  # says what is wrong with quantize.keep
+    quantize.check_trained(config.model, config.quantize)
     graphdef, _, info = abstract(config.model)
     steps = config.run.steps
     specs = lora.adapters(config.model, config.lora) if config.lora.on else {}

@@ -60,6 +60,11 @@ def test_the_folder_loads_as_a_run(out, capsys):
     assert {leaf.values.dtype for leaf in matrices(run.model)} == {jnp.dtype("int8")}
     told = (out / TABLE).read_text()
     assert told.startswith(" ") and "matrices" in told and "int8, a scale for each output" in told and "norms" in told
+
+
+@pytest.mark.slow
+def test_it_writes_text(out, capsys):
+    run = hybridlm.load_run(out)
     words = ["--run", out, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "6", "--json", "--quiet"]
     text = json.loads(said(capsys, "generate", *words).out)["text"]
     prompt = jnp.asarray(run.tokenizer.encode("def ", bos=run.tokenizer.bos_id is not None))[None]
@@ -89,6 +94,7 @@ def test_what_cannot_be_done_is_one_line(out, capsys, tmp_path):
     assert "matrices" in text and "fp8, a scale for each output" in text
 
 
+@pytest.mark.slow
 def test_gradients_are_those_at_the_rounded_matrices(monkeypatch):
     """Straight through: the state in float32 moves by the gradient that a model of the rounded matrices has."""
     plain = lambda optim, steps, info, lengths=None: (optax.sgd(1.0), lambda step: 1.0)
@@ -162,7 +168,7 @@ def test_a_published_folder(tmp_path, capsys):
     out, run = tmp_path / "out", tmp_path / "run"
     said(capsys, "quantize", FOLDER / "nemotron_h", out, "--quantize.weights=fp8", "--data.tokenizer=byte")
     said(capsys, "convert", "from-hf", FOLDER / "nemotron_h", run, "--data.tokenizer=byte")
-    quantize_run(run, tmp_path / "again", QuantizeConfig("fp8"))
+    quantize_run(run, tmp_path / "again", {"weights": "fp8"})
     a, b = (hybridlm.load_run(folder) for folder in (out, tmp_path / "again"))
     assert matrices(a.model) and a.step == b.step == 0
     jax.tree.map(np.testing.assert_array_equal, nnx.state(a.model, nnx.Param), nnx.state(b.model, nnx.Param))
