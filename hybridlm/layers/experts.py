@@ -39,7 +39,7 @@ def routed_per_device(
     """
 
     def run(x_BTD, experts_BTk, weights_BTk, *matrices, context_axis=None):
-        w_in, w_out = tree.unflatten(matrices)
+        w_in, w_out = jax.tree.unflatten(tree, matrices)
         width, is_stream = x_BTD.shape[-1], x_BTD.shape[1] != experts_BTk.shape[1]
         x_BTD = exchange.gather(x_BTD, ("tensor",), 1) if is_stream else x_BTD
         w_in, w_out = (_whole(w, dim, width) for w, dim in ((w_in, 1), (w_out, 2)))

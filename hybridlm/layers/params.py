@@ -158,7 +158,7 @@ def held(param: nnx.Param, dtype) -> Any:
         return use(param, dtype)
     names = leaf_axes(value, axes)
     leaves, tree = jax.tree.flatten(value)
-    return tree.unflatten([sharding.gather_fsdp(a, a.dtype, of) for a, of in zip(leaves, names, strict=True)])
+    return jax.tree.unflatten(tree, [sharding.gather_fsdp(a, a.dtype, of) for a, of in zip(leaves, names, strict=True)])
 
 
 def operand(param: nnx.Param, dtype) -> Operand:
@@ -214,7 +214,7 @@ def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axe
     axes = [weight.get_metadata()["axes"] for weight in weights]
     names = [of for value, of_value in zip(values, axes, strict=True) for of in leaf_axes(value, of_value)]
     leaves, tree = jax.tree.flatten(values)
-    whole = lambda x, *leaves: fn(x, *tree.unflatten(leaves))
+    whole = lambda x, *leaves: fn(x, *jax.tree.unflatten(tree, leaves))
     return exchange.products(whole, x, leaves, x_axes=x_axes, weight_axes=names, out_axes=out_axes)
 
 

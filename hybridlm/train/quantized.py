@@ -96,7 +96,7 @@ def _how(given: Mapping[str, Any], trained: QuantizeConfig) -> QuantizeConfig:
 
 def table(rows: list[Row]) -> str:
     """What each kind of parameter is in, and takes, as text."""
-    total = Row("all", *(sum(row[i] for row in rows) if i != 2 else "" for i in range(1, 5)), ())  # type: ignore[misc]
+    total = Row("all", *(sum(row[i] for row in rows) if i != 2 else "" for i in range(1, 5)), ())
     lines = [("", "parameters", "bfloat16", "quantised", "")]
     for row in (*rows, total):
         names = ", ".join(row.names[:6]) + (", ..." if len(row.names) > 6 else "")
