@@ -92,11 +92,18 @@ def test_products(spec, contracted, n, rows, activations):
         values, scale = by_hand(np.asarray(x), summed, "int8")
         there = values.astype(np.float64) * scale
     expected = np.einsum(spec, there, exact)
-    check_close(quantized.einsum(spec, x, w), expected, dtype="float32", what=spec)
+
+    def check(y):
+        if activations:  # a number of x at the edge of a step may fall to either side
+            assert relative_rms(y, expected) < 1e-3
+        else:
+            check_close(y, expected, dtype="float32", what=spec)
+
+    check(quantized.einsum(spec, x, w))
     low = quantized.einsum(spec, x.astype(jnp.bfloat16), w)
     assert low.dtype == jnp.bfloat16 and relative_rms(low.astype(jnp.float32), expected) < 2e-2
     if n:
-        check_close(quantized.dot(x, w, n), expected, dtype="float32", what=spec)
+        check(quantized.dot(x, w, n))
 
 
 def test_parts_of_a_matrix_are_cut_where_each_has_its_scale():
@@ -169,7 +176,8 @@ def test_models_compute_with_the_matrices_they_stand_for(name, blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [FP8, WHOLE], ids=["fp8", "activations"])
 def test_eight_devices_equal_one(how):
-    """Values are split like their matrix, scales along its outputs."""
+    """Values are split like their matrix, scales along its outputs. Activations are rounded by the part of a token that
+    a device has."""
     config = replace(small("M-*EM-*E"), d_model=32, vocab_size=32)
     few, _ = stood_for(config, how, build(config))
     graphdef, params = nnx.split(few, nnx.Param)
@@ -184,7 +192,7 @@ def test_eight_devices_equal_one(how):
     assert all(
         not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed["groups"]) if leaf.dtype.itemsize == 1
     )
-    assert relative_rms(together, alone) < (2e-2 if how.activations else 1e-5)
+    assert relative_rms(together, alone) < (4e-2 if how.activations else 1e-5)
 
 
 @pytest.mark.slow
@@ -192,12 +200,15 @@ def test_training_computes_what_the_quantised_model_will():
     """The program of a step, which rounds matrices and activations in float, is the model in eight bits."""
     config = small("M-*E", unroll=1)
     model = build(config)
-    few, _ = stood_for(config, WHOLE, model)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    few, large = stood_for(config, WHOLE, model)
+    params, exact = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, large))
     near = quantize.round_matrices(params, config, WHOLE)
-    trained = nnx.merge(quantize.stacked_graphdef(config, WHOLE), _stacked(config, near))
+    rounded = quantize.chosen(WHOLE, init.abstract(config).info)
+    assert all(np.array_equal(flat(near)[path], flat(exact)[path]) for path in rounded)
+    assert all(np.array_equal(leaf, flat(params)[path]) for path, leaf in flat(near).items() if path not in rounded)
+    trained = nnx.merge(quantize.stacked_graphdef(config, WHOLE), _stacked(config, exact))
     tokens_BT = random_tokens(2, 9)
-    small_types, floats, before = (texts_read(m, tokens_BT, True)[0] for m in (few, trained, model))
+    small_types, floats, before = (texts_read(m, tokens_BT, True)[0] for m in (few, trained, large))
     assert relative_rms(floats, small_types) < 2e-3  # a number at the edge of a step may fall to either side
     assert relative_rms(before, small_types) > 1e-2
 
