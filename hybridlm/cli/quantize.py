@@ -36,8 +36,8 @@ def run(words: list[str], prog: str) -> int:
         what = f"step {step} of {source}"
     else:
         for name in ("step", "config"):
-            given = getattr(args, name)
-            require(given is None, f"--{name} ({given}) is of runs: {source} has no checkpoints of one")
+            value = getattr(args, name)
+            require(value is None, f"--{name} ({value}) is of runs: {source} has no checkpoints of one")
         config = quantize_published(source, target, given, args.tokenizer)
         what = str(source)
     activations = f", activations {config.quantize.activations}" if config.quantize.activations else ""

@@ -209,8 +209,9 @@ def test_training_computes_what_the_quantised_model_will():
     trained = nnx.merge(quantize.stacked_graphdef(config, WHOLE), _stacked(config, exact))
     tokens_BT = random_tokens(2, 9)
     small_types, floats, before = (texts_read(m, tokens_BT, True)[0] for m in (few, trained, large))
-    assert relative_rms(floats, small_types) < 2e-3  # a number at the edge of a step may fall to either side
-    assert relative_rms(before, small_types) > 1e-2
+    beside = relative_rms(before, small_types)  # without rounding of activations
+    assert beside > 1e-2  # a number at the edge of a step may fall to either side
+    assert relative_rms(floats, small_types) < 0.25 * beside
 
 
 def _stacked(config, params: dict) -> dict:
