@@ -147,6 +147,15 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
     return (_product(x, matrix.values, n) * scale).astype(x.dtype)
 
 
+def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
+    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one the product is
+    cut, not the matrix: its parts do not lie together, so that they would be copied, in the type of the product."""
+    if isinstance(matrix, Quantized):
+        y = dot(x, matrix)
+        return [y[:, :, i] for i in range(matrix.shape[1])]
+    return [dot(x, matrix[:, i]) for i in range(matrix.shape[1])]
+
+
 def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:
     """`jnp.einsum(spec, x, matrix)` in the type `preferred`, or that of x. Letters that are summed over are in both."""
     if not isinstance(matrix, Quantized | Rounding):
