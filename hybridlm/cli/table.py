@@ -22,6 +22,7 @@ from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.plan import PLAN
 from hybridlm.cli.probe import PROBE
 from hybridlm.cli.profile import PROFILE
+from hybridlm.cli.quantize import QUANTIZE
 from hybridlm.cli.report import REPORT
 from hybridlm.cli.runs import RUNS
 from hybridlm.cli.study import STUDY
@@ -31,7 +32,8 @@ from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
 COMMANDS = (
-    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN, PROFILE, CACHE,
+    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, QUANTIZE, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN, PROFILE,
+    CACHE,
 )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ from hybridlm.layers import (
     Titans,
     YaRN,
 )  # fmt: skip
-from hybridlm.model.config import LoraConfig, ModelConfig
+from hybridlm.model.config import LoraConfig, ModelConfig, QuantizeConfig
 from hybridlm.optim import AdamW, Constant, Cosine, LinearDecay, Masked, Muon, NextToken, OptimConfig, Wsd
 from hybridlm.sharding import MeshConfig
 
@@ -75,8 +75,8 @@ __all__ = [
     "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3",
     "LoraConfig", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE",
     "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "ProbeConfig", "Proportional",
-    "RGLRU", "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans",
-    "Wsd", "YaRN",
+    "QuantizeConfig", "RGLRU", "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM",
+    "Shared", "Titans", "Wsd", "YaRN",
 ]  # fmt: skip
 
 
@@ -104,10 +104,17 @@ class Config:
     """Adapters that are trained in the place of the model's parameters."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """What it recalls of its context, measured while it trains."""
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    """Matrices in eight bits."""
 
     def __post_init__(self):
         check_fields(self)
         self.lora.check(self.model.pattern)
+        require(
+            not (self.lora.on and self.quantize.weights),
+            f"quantize.weights ({self.quantize.weights}) and lora.rank ({self.lora.rank}) exclude each other: train "
+            "the adapters, then quantise the run",
+        )
         objective, ahead = self.optim.objective, self.model.sees_ahead
         with within("optim.objective."):
             objective.check(self.model.vocab_size)

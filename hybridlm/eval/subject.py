@@ -20,8 +20,8 @@ from hybridlm.data.tokenizer import BUILT_IN, Tokenizer
 from hybridlm.errors import ConfigError, require
 from hybridlm.hf.checkpoint import open_checkpoint, tokenizer_of
 from hybridlm.hf.load import COMPUTE, from_hf
-from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
+from hybridlm.model.quantize import of_run
 from hybridlm.sharding import RULES, make_mesh, param_shardings
 from hybridlm.train.init_run import is_otherwise
 from hybridlm.train.run_folder import stored_config
@@ -144,7 +144,7 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _placed(config: Config, params: dict, mesh: Mesh) -> HybridLM:
-    graphdef, _, info = abstract(config.model)
+    graphdef, _, info = of_run(config.model, config.quantize)
     return nnx.merge(graphdef, jax.device_put(params, param_shardings(info, mesh)))
 
 

@@ -21,6 +21,7 @@ from hybridlm.fields import check_fields
 from hybridlm.layers import cache as caches
 from hybridlm.layers import params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
+from hybridlm.layers.quantized import dot
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class ChannelMixMixer(nnx.Module):
         with jax.named_scope("shift"):
             pair_BTcD, window = token_shift.with_previous(x_BTD, tokens, None if old is None else old["shift"])
         with jax.named_scope("channel_in"):
-            product = lambda pair, share, w: jnp.tensordot(token_shift.mixed(pair, share), w, 1)
+            product = lambda pair, share, w: dot(token_shift.mixed(pair, share), w)
             axes = ("batch", "tokens", "d_ff")
             h_BTF = params.enter(product, pair_BTcD, [self.share_in, self.w_in], axes, x_axes=token_shift.PAIR)
             h_BTF = checkpoint_name(h_BTF, "channel_in")

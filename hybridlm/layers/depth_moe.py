@@ -141,7 +141,7 @@ class DepthMoEFeedForward(nnx.Module):
             choices_BTk, weights_BTk, scores_BTE = route(router, logits_BTE, self.selection_bias[...])
         with jax.named_scope("experts"):
             experts_BTk = jnp.where(real_BT[..., None], choices_BTk, c.n_experts)
-            w_in, w_out = (w[...].astype(x_BTD.dtype) for w in (self.w_in, self.w_out))
+            w_in, w_out = (params.operand(w, x_BTD.dtype) for w in (self.w_in, self.w_out))
             y_BTD, kept_BTk = routed_per_device(
                 x_BTD, experts_BTk, weights_BTk, w_in, w_out, ACTIVATIONS[GATED[c.activation]],
                 n_experts=c.n_experts, d_ff=c.d_ff, capacity=c.capacity,

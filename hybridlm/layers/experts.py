@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm import exchange, sharding
+from hybridlm.layers.quantized import Quantized, Rounding, leaf_axes, rounded_rows
 from pallas_kernels import grouped_dot
 
 
@@ -37,7 +38,8 @@ def routed_per_device(
     over tokens like the residual stream.
     """
 
-    def run(x_BTD, experts_BTk, weights_BTk, w_in, w_out, context_axis=None):
+    def run(x_BTD, experts_BTk, weights_BTk, *matrices, context_axis=None):
+        w_in, w_out = jax.tree.unflatten(tree, matrices)
         width, is_stream = x_BTD.shape[-1], x_BTD.shape[1] != experts_BTk.shape[1]
         x_BTD = exchange.gather(x_BTD, ("tensor",), 1) if is_stream else x_BTD
         w_in, w_out = (_whole(w, dim, width) for w, dim in ((w_in, 1), (w_out, 2)))
@@ -57,14 +59,20 @@ def routed_per_device(
     divides = sharding.split_axes("stream", x_BTD.shape[1])[-1:] == ("tensor",)
     tokens, stream = ("batch", "tokens", None), sharding.STREAM if divides else ("batch", "tokens", None)
     sides = (None,) * (w_in.ndim - 3)
-    names = (stream, tokens, tokens, ("experts", "d_model", *sides, "d_ff"), ("experts", "d_ff", "d_model"))
-    arrays = (x_BTD, experts_BTk, weights_BTk, w_in, w_out)
+    of_in, of_out = ("experts", "d_model", *sides, "d_ff"), ("experts", "d_ff", "d_model")
+    names = (stream, tokens, tokens, *leaf_axes(w_in, of_in), *leaf_axes(w_out, of_out))
+    matrices, tree = jax.tree.flatten((w_in, w_out))
+    arrays = (x_BTD, experts_BTk, weights_BTk, *matrices)
     return sharding.per_device(run, arrays, names, [stream, tokens], split_tokens=True)
 
 
 def _whole(w, dim: int, width: int):
     """Inside `per_device`: a weight put together over the axes that split d_model."""
-    return w if w.shape[dim] == width else exchange.gather_weight(w, sharding.RULES["d_model"], dim)
+    if w.shape[dim] == width:
+        return w
+    return jax.tree.map(
+        lambda a: a if a.shape[dim] == 1 else exchange.gather_weight(a, sharding.RULES["d_model"], dim), w
+    )
 
 
 def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
@@ -112,12 +120,26 @@ def feed_forward(w_in, w_out_EFD, activation: Callable) -> Callable:
     """The experts' (rows, sizes) -> outputs. w_in: [E, D, F], or [E, D, 2, F] where the activation's side is gated."""
 
     def apply(rows_RD, sizes_E):
-        h = grouped_dot(rows_RD, w_in.reshape(*w_in.shape[:2], -1), sizes_E).reshape(-1, *w_in.shape[2:])
+        h = _grouped(rows_RD, w_in, sizes_E)
         h_RF = activation(h[:, 0]) * h[:, 1] if h.ndim == 3 else activation(h)
-        return grouped_dot(h_RF, w_out_EFD, sizes_E)
+        return _grouped(h_RF, w_out_EFD, sizes_E)
 
     vars(apply)["n_experts"] = w_out_EFD.shape[0]
     return apply
+
+
+def _grouped(rows_RD: jax.Array, w, sizes_E: jax.Array) -> jax.Array:
+    """Rows times the matrix [E, D, ...] of their expert. The op takes floats: eight-bit matrices are converted for it,
+    and what comes out is scaled."""
+    rows_RD = rounded_rows(rows_RD, w)
+    if not isinstance(w, Quantized):
+        w = w.value if isinstance(w, Rounding) else w
+        return grouped_dot(rows_RD, w.reshape(*w.shape[:2], -1), sizes_E).reshape(-1, *w.shape[2:])
+    values = w.values.astype(rows_RD.dtype).reshape(*w.shape[:2], -1)
+    y = grouped_dot(rows_RD, values, sizes_E).reshape(-1, *w.shape[2:])
+    expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(y.shape[0]), side="right")
+    scale = jnp.take(w.scale[:, 0], expert_R, axis=0, mode="clip")
+    return (y.astype(jnp.float32) * scale).astype(y.dtype)
 
 
 def combine(y_AD: jax.Array, weights_Mk: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mamba2 import init_dt_bias
 from hybridlm.layers.norm import RMSNorm, rms_normalise
+from hybridlm.layers.quantized import einsum
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class Mamba1Mixer(nnx.Module):
     def _select(self, x_BTHP) -> tuple[jax.Array, jax.Array, jax.Array]:
         """dt [B, T, H, P] (float32, after softplus), B and C [B, T, H, N]: what the input selects."""
         rank, n_state, norm = self.dt_proj.shape[-3], self.config.d_state, self.config.inner_norm
-        low = jnp.einsum("BTHP,PHR->BTHR", x_BTHP, params.use(self.x_proj, x_BTHP.dtype))
+        low = einsum("BTHP,PHR->BTHR", x_BTHP, params.held(self.x_proj, x_BTHP.dtype))
         low = checkpoint_name(sharding.constrain(low, "batch", "tokens", self._channels[0], None), "mamba1_low")
         parts = jnp.split(low, [rank, rank + n_state], axis=-1)
         if norm is not None and norm.learned:
@@ -254,8 +255,8 @@ class Mamba1Mixer(nnx.Module):
         elif norm is not None:
             parts = [rms_normalise(a, norm.eps).astype(a.dtype) for a in parts]
         low_BTHR, B_BTHN, C_BTHN = parts
-        w_RHP = params.use(self.dt_proj, low_BTHR.dtype)
-        dt_BTHP = jnp.einsum("BTHR,RHP->BTHP", low_BTHR, w_RHP, preferred_element_type=jnp.float32)
+        w_RHP = params.held(self.dt_proj, low_BTHR.dtype)
+        dt_BTHP = einsum("BTHR,RHP->BTHP", low_BTHR, w_RHP, jnp.float32)
         dt_BTHP = sharding.constrain(dt_BTHP, "batch", "tokens", *self._channels)
         return jax.nn.softplus(dt_BTHP + self.dt_bias[...][None, None]), B_BTHN, C_BTHN
 

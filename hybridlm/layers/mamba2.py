@@ -22,6 +22,7 @@ from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
+from hybridlm.layers.quantized import dot, dot_parts
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class Mamba2Mixer(nnx.Module):
         x_BTD, c = x_BTD.astype(self.dtype), self.config
 
         def products(x_BTD, w_DcHP, *others):
-            return [jnp.tensordot(x_BTD, w, 1) for w in (w_DcHP[:, 0], w_DcHP[:, 1], *others)]
+            return [*dot_parts(x_BTD, w_DcHP), *(dot(x_BTD, w) for w in others)]
 
         heads, BC_axes = ("batch", "tokens", "heads", None), ("batch", "tokens", None, "groups", None)
         axes = [heads, heads, BC_axes, heads[:3]]

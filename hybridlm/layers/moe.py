@@ -241,7 +241,7 @@ class MoEFeedForward(nnx.Module):
         if self.latent_in is not None:
             u_BTR = params.project(x_BTD, self.latent_in, self.latent_in_bias)
         experts_BTk = jnp.where(real_BT[..., None], experts_BTk, c.n_experts)
-        w_in, w_out = (w[...].astype(u_BTR.dtype) for w in (self.w_in, self.w_out))
+        w_in, w_out = (params.operand(w, u_BTR.dtype) for w in (self.w_in, self.w_out))
         activation = ACTIVATIONS[GATED.get(c.activation, c.activation)]
         sizes: dict[str, Any] = {"n_experts": c.n_experts, "d_ff": c.d_ff, "capacity": c.capacity}
         y_BTR, kept_BTk = routed_per_device(u_BTR, experts_BTk, weights_BTk, w_in, w_out, activation, **sizes)

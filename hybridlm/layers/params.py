@@ -10,11 +10,14 @@ stacks the values of its repeats along a leading axis that is not counted):
 - fused_axes: of a matrix, axes that count independent matrices stored together.
 - exact: of a matrix, that it is used in float32. Others reach a layer in the type of the computation already where all
   are cast at once: once a step in training, once a text in decoding.
+- activations: of a matrix, that its products round their other side, see `layers.quantized`; else not there.
+
+The value of a matrix may be a `Quantized`, whose arrays are of the kinds quantized and scale.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -23,8 +26,9 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import exchange, sharding
+from hybridlm.layers.quantized import Operand, Quantized, Rounding, dot, leaf_axes
 
-Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink"]
+Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class ParamInfo:
     axes: tuple[str | None, ...]
     """Logical axes of one layer's value (without the stacked axis)."""
     kind: Kind
-    """matrix, embedding, norm, bias, recurrence, conv or sink."""
+    """matrix, embedding, norm, bias, recurrence, conv or sink; of a quantised matrix, quantized and scale."""
     n_in: int
     """How many axes of a matrix are contracted: the first, the stacked one and fused ones aside."""
     fused_axes: tuple[int, ...]
@@ -55,14 +59,30 @@ def param_info(params):
     """
     state = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
     variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return jax.tree.unflatten(jax.tree.structure(state), [_info(variable) for variable in variables])
+    return jax.tree.unflatten(jax.tree.structure(state), [info for variable in variables for info in _info(variable)])
 
 
-def _info(variable: nnx.Variable) -> ParamInfo:
-    meta, shape = variable.get_metadata(), tuple(variable.get_value().shape)
+def _info(variable: nnx.Variable) -> list[ParamInfo]:
+    """Of each array of a parameter: of one that is not quantised there is one."""
+    meta, value = variable.get_metadata(), variable.get_value()
+    shape = tuple(value.shape)
     stacked = len(shape) == len(meta["axes"]) + 1
     exact = meta.get("exact", False)
-    return ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, exact)
+    info = ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, exact)
+    return jax.tree.leaves(quantized_info(info, value.scale.shape)) if isinstance(value, Quantized) else [info]
+
+
+def quantized_info(info: ParamInfo, scale_shape: tuple[int, ...]) -> Quantized:
+    """ParamInfo of the arrays of a matrix, whose own is given, once it is quantised."""
+    inner = scale_shape[1:] if info.stacked else scale_shape
+    axes = tuple(None if n == 1 else name for name, n in zip(info.axes, inner, strict=True))
+    return Quantized(replace(info, kind="quantized"), replace(info, kind="scale", axes=axes, shape=tuple(scale_shape)))
+
+
+def contracted_axes(info: ParamInfo) -> list[int]:
+    """The axes of a matrix's value, the stacked one counted, that its product adds over."""
+    free = [axis for axis in range(len(info.axes)) if axis not in info.fused_axes]
+    return [axis + info.stacked for axis in free[: info.n_in]]
 
 
 def make(
@@ -123,7 +143,31 @@ def uniforms(rngs: nnx.Rngs, *shapes: tuple[int, ...]) -> list[jax.Array]:
 
 def use(param: nnx.Param, dtype) -> jax.Array:
     """The parameter's value in the type of the computation, gathered over the fsdp axis."""
-    return sharding.gather_fsdp(param[...], dtype, param.get_metadata()["axes"])
+    value = param[...]
+    if isinstance(value, Quantized):
+        return held(param, dtype).dequantised(dtype)
+    return sharding.gather_fsdp(value, dtype, param.get_metadata()["axes"])
+
+
+def held(param: nnx.Param, dtype) -> Any:
+    """`use` of a matrix as `layers.quantized.einsum` takes it: quantised ones stay so."""
+    value, axes = operand(param, dtype), param.get_metadata()["axes"]
+    if isinstance(value, Rounding):
+        return Rounding(use(param, dtype), value.activations)
+    if not isinstance(value, Quantized):
+        return use(param, dtype)
+    names = leaf_axes(value, axes)
+    leaves, tree = jax.tree.flatten(value)
+    return jax.tree.unflatten(tree, [sharding.gather_fsdp(a, a.dtype, of) for a, of in zip(leaves, names, strict=True)])
+
+
+def operand(param: nnx.Param, dtype) -> Operand:
+    """The parameter's value as products take it, in the type of the computation unless it is quantised."""
+    value, activations = param[...], param.get_metadata().get("activations")
+    if isinstance(value, Quantized):
+        return replace(value, activations=activations)
+    value = value.astype(dtype)
+    return value if activations is None else Rounding(value, activations)
 
 
 def project(x_BTD: jax.Array, weight: Any, bias: nnx.Param | None = None) -> jax.Array:
@@ -141,7 +185,7 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
     ys: list[Any] = [None] * len(pairs)
     for tokens in dict.fromkeys(names[1] for names in axes):
         here = [i for i, names in enumerate(axes) if names[1] == tokens]
-        products = lambda x, *weights: [jnp.tensordot(x, w, 1) for w in weights]
+        products = lambda x, *weights: [dot(x, w) for w in weights]
         found = enter(products, x_BTD, [pairs[i][0] for i in here], [axes[i] for i in here])
         for i, y in zip(here, found, strict=True):
             ys[i] = y
@@ -149,20 +193,29 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
 
 
 def enter(fn: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param], out_axes, x_axes: tuple = sharding.STREAM):
-    """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`."""
-    values = [weight[...].astype(x_BTD.dtype) for weight in weights]
-    axes = [weight.get_metadata()["axes"] for weight in weights]
-    return exchange.products(fn, x_BTD, values, x_axes=x_axes, weight_axes=axes, out_axes=out_axes)
+    """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`. Matrices
+    are for `layers.quantized.dot` and its like."""
+    return _products(fn, x_BTD, weights, x_axes=x_axes, out_axes=out_axes)
 
 
 def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream."""
     axes = weight.get_metadata()["axes"]
-    out = exchange.products(
-        lambda y, w: jnp.tensordot(y, w, len(axes) - 1), y, [weight[...].astype(y.dtype)],
-        x_axes=("batch", "tokens", *axes[:-1]), weight_axes=[axes], out_axes=sharding.STREAM,
+    out = _products(
+        lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),
+        out_axes=sharding.STREAM,
     )  # fmt: skip
     return out if bias is None else out + use(bias, out.dtype)[None, None]
+
+
+def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes):
+    """`exchange.products` with parameters, of which each may be several arrays."""
+    values = [operand(weight, x.dtype) for weight in weights]
+    axes = [weight.get_metadata()["axes"] for weight in weights]
+    names = [of for value, of_value in zip(values, axes, strict=True) for of in leaf_axes(value, of_value)]
+    leaves, tree = jax.tree.flatten(values)
+    whole = lambda x, *leaves: fn(x, *jax.tree.unflatten(tree, leaves))
+    return exchange.products(whole, x, leaves, x_axes=x_axes, weight_axes=names, out_axes=out_axes)
 
 
 def _results(weight: nnx.Param) -> tuple[str | None, ...]:

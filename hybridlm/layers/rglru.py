@@ -23,6 +23,7 @@ from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.mlp import ACTIVATIONS
+from hybridlm.layers.quantized import einsum
 from hybridlm.layers.segments import positions_within
 
 POWER = 8.0
@@ -163,9 +164,7 @@ class RGLRUMixer(nnx.Module):
     @jax.named_scope("gates")
     def _gated(self, u_BTHP: jax.Array, starts_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log decays and what is added to the state, float32: sqrt(1 - a^2) i u, at a document's first token i u."""
-        gates = jnp.einsum(
-            "BTHQ,QcHP->BTcHP", u_BTHP, params.use(self.w_gates, u_BTHP.dtype), preferred_element_type=jnp.float32
-        )
+        gates = einsum("BTHQ,QcHP->BTcHP", u_BTHP, params.held(self.w_gates, u_BTHP.dtype), jnp.float32)
         gates = sharding.constrain(gates, "batch", "tokens", None, "heads", None)
         gates = checkpoint_name(gates + self.b_gates[...][None, None], "rglru_gates")
         i_BTHP, r_BTHP = jax.nn.sigmoid(gates[:, :, 0]), jax.nn.sigmoid(gates[:, :, 1])

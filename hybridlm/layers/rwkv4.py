@@ -22,6 +22,7 @@ from hybridlm.fields import check_fields
 from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
+from hybridlm.layers.quantized import einsum
 
 STATES = ("a", "b", "m")
 
@@ -123,7 +124,7 @@ class Rwkv4Mixer(nnx.Module):
             shifted_BTD, before = short_conv.shift(x_BTD, segment_ids=ids, gaps=tokens.gaps, window=before)
             mixed_BTcD = blend(x_BTD, shifted_BTD, self.share)
         with jax.named_scope("project"):
-            kvr_BTcF = jnp.einsum("BTcD,DcF->BTcF", mixed_BTcD, params.use(self.w_in, self.dtype))
+            kvr_BTcF = einsum("BTcD,DcF->BTcF", mixed_BTcD, params.held(self.w_in, self.dtype))
             kvr_BTcF = checkpoint_name(sharding.constrain(kvr_BTcF, "batch", "tokens", None, "d_inner"), "rwkv4_kvr")
         with jax.named_scope("mean"):
             y_BTF, sums = ops.rwkv4(

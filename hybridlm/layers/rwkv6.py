@@ -23,6 +23,7 @@ from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.linear_attention import scan_flops
 from hybridlm.layers.norm import head_layer_norm
+from hybridlm.layers.quantized import dot, einsum
 from hybridlm.layers.rwkv7 import Rwkv7
 
 
@@ -159,12 +160,11 @@ class Rwkv6Mixer(nnx.Module):
         """Receptances, keys, values, the gate's pre-activation, what the decay is made of, all [B, T, H, N]."""
 
         def products(pair, share, shares, down, up, w_r, w_k, w_v, w_gate, decay_down, decay_up):
-            low_BTcR = jnp.tanh(jnp.tensordot(token_shift.mixed(pair, share), down, 1))
-            more_BTcD = jnp.einsum("BTcR,cRD->BTcD", low_BTcR, up)
+            low_BTcR = jnp.tanh(dot(token_shift.mixed(pair, share), down))
+            more_BTcD = einsum("BTcR,cRD->BTcD", low_BTcR, up)
             r, w, k, v, g = (token_shift.mixed(pair, shares[None, None, i] + more_BTcD[:, :, i]) for i in range(5))
-            times = lambda x, weight: jnp.tensordot(x, weight, 1)
-            decay = times(jnp.tanh(times(w, decay_down)), decay_up)
-            return [times(r, w_r), times(k, w_k), times(v, w_v), times(g, w_gate), decay]
+            decay = dot(jnp.tanh(dot(w, decay_down)), decay_up)
+            return [dot(r, w_r), dot(k, w_k), dot(v, w_v), dot(g, w_gate), decay]
 
         weights = [self.share, self.shares, self.share_down, self.share_up]
         weights += [self.w_r, self.w_k, self.w_v, self.w_gate, self.decay_down, self.decay_up]

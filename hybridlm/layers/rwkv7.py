@@ -23,6 +23,7 @@ from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, token_shift
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import head_layer_norm
+from hybridlm.layers.quantized import dot
 
 LARGEST_RATE = math.exp(-0.5)
 """Log decays are between minus this and 0."""
@@ -263,11 +264,10 @@ class Rwkv7Mixer(nnx.Module):
         def products(pair, shares, w_r, w_k, w_v, *low):
             r, w, k, v, a, g = (token_shift.mixed(pair, share) for share in shares)
             decay_down, decay_up, rate_down, rate_up, gate_down, gate_up, *of_values = low
-            times = lambda x, weight: jnp.tensordot(x, weight, 1)
             return [
-                times(r, w_r), times(k, w_k), times(v, w_v), times(jnp.tanh(times(w, decay_down)), decay_up),
-                times(times(a, rate_down), rate_up), times(jax.nn.sigmoid(times(g, gate_down)), gate_up),
-                *([times(times(v, of_values[0]), of_values[1])] if of_values else []),
+                dot(r, w_r), dot(k, w_k), dot(v, w_v), dot(jnp.tanh(dot(w, decay_down)), decay_up),
+                dot(dot(a, rate_down), rate_up), dot(jax.nn.sigmoid(dot(g, gate_down)), gate_up),
+                *([dot(dot(v, of_values[0]), of_values[1])] if of_values else []),
             ]  # fmt: skip
 
         weights = [self.shares, self.w_r, self.w_k, self.w_v, self.decay_down, self.decay_up]

@@ -26,6 +26,7 @@ from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import layer_normalise
+from hybridlm.layers.quantized import einsum
 
 STATES = ("y", "c", "n", "m")
 
@@ -155,9 +156,9 @@ class SLSTMMixer(nnx.Module):
     @jax.named_scope("gates")
     def _gates(self, u_BTHP: jax.Array, x_BTHP: jax.Array) -> jax.Array:
         """The four gates before recurrence and bias: i and f of u, z and o of x."""
-        w_PGHP = params.use(self.w_in, self.dtype)
+        w_PGHP = params.held(self.w_in, self.dtype)
         parts = [
-            jnp.einsum("BTHQ,QGHP->BTGHP", of, w_PGHP[:, gates])
+            einsum("BTHQ,QGHP->BTGHP", of, w_PGHP[:, gates])
             for of, gates in ((u_BTHP, slice(2)), (x_BTHP, slice(2, 4)))
         ]
         gates_BTGHP = jnp.concatenate(parts, axis=2)

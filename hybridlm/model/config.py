@@ -177,3 +177,37 @@ class LoraConfig:
         for symbol in self.blocks:
             known = " ".join(dict.fromkeys(pattern))
             require(symbol in pattern and len(symbol) == 1, f"lora.blocks ({symbol}) is none of the pattern's: {known}")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Matrices in eight bits: what training rounds them to, or what a quantised model has them in."""
+
+    weights: Literal["int8", "fp8"] | None = None
+    """Matrices are rounded to int8 or fp8 (e4m3), with a scale for each output channel; None: they are not. In training
+    steps compute with the rounded ones and their gradient changes those in float32."""
+    activations: Literal["int8"] | None = None
+    """What is multiplied with them is rounded to int8, with a scale for each token; None: it is not."""
+    keep: tuple[str, ...] = ()
+    """Matrices that stay as they are: patterns of names as mixer.in_dt, or of the last part alone (in_*)."""
+    stored: bool = False
+    """The parameters are the rounded ones, as `hybridlm quantize` writes them: they cannot be trained."""
+
+    def __post_init__(self):
+        check_fields(self, "quantize.")
+        for name in ("activations", "stored"):
+            value = getattr(self, name)
+            require(
+                not value or self.weights is not None,
+                f"quantize.{name} ({value}) needs quantised matrices: set --quantize.weights=int8",
+            )
+        require(
+            self.activations is None or self.weights == "int8",
+            f"quantize.activations ({self.activations}) needs quantize.weights=int8, not {self.weights}: integers are "
+            "multiplied with integers",
+        )
+
+    @property
+    def on(self) -> bool:
+        """Whether any matrix is rounded."""
+        return self.weights is not None

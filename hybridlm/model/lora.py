@@ -62,8 +62,8 @@ def _adapters(config: ModelConfig, lora: LoraConfig, info: dict) -> dict[tuple, 
     matrices = {
         path: leaf for path, leaf in flat(info).items() if leaf.kind == "matrix" and _symbol(config, path) in symbols
     }
-    named = {path: leaf for path, leaf in matrices.items() if _fits(path, lora.matrices)}
-    names = sorted({_name(path) for path in matrices})
+    named = {path: leaf for path, leaf in matrices.items() if fits(path, lora.matrices)}
+    names = sorted({name_of(path) for path in matrices})
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     require(
         bool(named),
@@ -86,14 +86,14 @@ def _symbol(config: ModelConfig, path: tuple) -> str:
     return spots(config.pattern, config.unroll or 1)[path[1]].symbol
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
     """What a matrix is called: `mixer.in_zx`, `shared.attention.qkv`."""
     behind = path[2:] if path[0] == "shared" else tuple(part for part in path[1:] if isinstance(part, str))
     return ".".join(map(str, ("shared", *behind) if path[0] == "shared" else behind))
 
 
-def _fits(path: tuple, patterns: tuple[str, ...]) -> bool:
-    name = _name(path)
+def fits(path: tuple, patterns: tuple[str, ...]) -> bool:
+    name = name_of(path)
     return any(fnmatchcase(name, p) or fnmatchcase(name.rpartition(".")[2], p) for p in patterns)
 
 

@@ -89,7 +89,7 @@ class Book:
 
 def key_of(config: Config, devices: Devices) -> str:
     """Of what a result depends on: the config's program, the devices and the version of JAX."""
-    names = ("model", "data", "optim", "mesh", *(["lora"] if config.lora.on else []))
+    names = ("model", "data", "optim", "mesh", *(name for name in ("lora", "quantize") if getattr(config, name).on))
     parts = {name: to_dict(getattr(config, name)) for name in names}
     text = json.dumps([parts, devices.words, jax.__version__], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

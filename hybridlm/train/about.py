@@ -69,6 +69,8 @@ def _training(config: Config, step: int, records: list[dict]) -> dict[str, Any]:
         lines["conversations"] = "answers alone were trained on"
     if config.lora.on:
         lines["adapters"] = f"of rank {config.lora.rank}, merged; all other parameters are those that it started from"
+    if config.quantize.on:
+        lines["rounding"] = f"matrices were trained to be rounded to {config.quantize.weights}"
     last = lambda kind, name: next((r[name] for r in reversed(records) if r["kind"] == kind and name in r), None)
     tokens = last("train", "tokens")
     lines |= {

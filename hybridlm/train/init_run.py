@@ -48,10 +48,12 @@ def check_init_run(config: Config) -> None:
     )
     steps = finished_steps(run / "checkpoints")
     require(bool(steps), f"init.run ({run}) has no checkpoint")
+    there = stored_config(run, like=config)
+    require(not there.quantize.stored, f"init.run ({run}) holds a quantised model: name the run that it was made of")
     require(step is None or step in steps, f"init.run ({config.init.run}): step {step} has no checkpoint, only {steps}")
     differing = {
         key: values
-        for key, values in refused(stored_config(run, like=config), config).items()
+        for key, values in refused(there, config).items()
         if key.startswith("model.") and not is_otherwise(key)
     }
     if differing:

@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from hybridlm.layers.params import in_type
-from hybridlm.model import stacks
-from hybridlm.model.config import ModelConfig
+from hybridlm.model import quantize, stacks
+from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings
@@ -43,9 +43,13 @@ class Layout(NamedTuple):
     apart: bool = False
     """Each slice of the mesh sums its own gradients, which cross from slice to slice once a step; otherwise the
     compiler has them cross when it sees fit."""
+    rounding: QuantizeConfig = QuantizeConfig()
+    """What matrices are rounded to once a step. Gradients are of the rounded ones and change those of the state."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
+        with jax.named_scope("round"):
+            params = quantize.round_matrices(params, self.config, self.rounding)
         spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
         spots = in_type(spots, stacked(self.config).info["groups"], self.config.compute_dtype)
         return lax.with_sharding_constraint(params | {"groups": spots}, self._at(stacked(self.config)))

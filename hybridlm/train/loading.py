@@ -13,7 +13,8 @@ from hybridlm import storage
 from hybridlm.config import Config, DataConfig
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import require
-from hybridlm.model.init import Abstract, abstract, check_model
+from hybridlm.model import quantize
+from hybridlm.model.init import Abstract, check_model
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import MESH_AXES, mesh_in_force, param_shardings
 from hybridlm.train.base import read_params
@@ -75,12 +76,13 @@ def load_model(
     steps = finished_steps(path / "checkpoints")
     require(bool(steps), f"{path} has no checkpoint yet")
     require(step is None or step in steps, f"step ({step}) has no checkpoint in {path}: there are {steps}")
-    model = abstract(config.model)
+    model = quantize.of_run(config.model, config.quantize)
     if mesh is not None:
         _check_mesh(mesh)
         check_model(config.model, mesh)
     places = _places(model, mesh)
     wanted = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), model.shapes, places)
+    wanted = quantize.as_dicts(wanted)
     checkpoints = Checkpoints(path / "checkpoints", keep=1, read_only=True)
     try:
         read = read_params(checkpoints, path, config, wanted, steps if step is None else [step])
@@ -88,7 +90,7 @@ def load_model(
         checkpoints.close()
     assert read is not None  # of steps that are there one is read, or that none can be is an error
     found, params, record = read
-    return nnx.merge(model.graphdef, params), config, record, found
+    return nnx.merge(model.graphdef, quantize.from_dicts(params)), config, record, found
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -82,8 +82,13 @@ def publish_run(
     run kept of it, if any. own: a config whose own classes the run may have used; see from_dict. The rest as to_hf
     takes it.
     """
+    stored = stored_config(source, own)
+    require(
+        not stored.quantize.stored,
+        f"{source} holds a quantised model, which no published family has: convert the run that it was made of",
+    )
     if like is None:
-        origin = stored_config(source, own).init.hf
+        origin = stored.init.hf
         folders = [*([storage.as_path(origin)] if origin else []), source / "published"]
         like = next((folder for folder in folders if storage.exists(folder / "config.json")), None)
     model, config, record, step = load_model(source, step, own)

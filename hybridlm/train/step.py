@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm.config import Config, DataConfig
 from hybridlm.data.packing import FIELDS
-from hybridlm.model import lora
-from hybridlm.model.init import abstract, stacked
+from hybridlm.model import lora, quantize
+from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
@@ -77,6 +77,7 @@ class Program(NamedTuple):
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
+    quantize.check_trained(config.model, config.quantize)
     graphdef, _, info = abstract(config.model)
     steps = config.run.steps
     specs = lora.adapters(config.model, config.lora) if config.lora.on else {}
@@ -109,8 +110,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
-    objective = make_objective(replace(config, model=model), stacked(model).graphdef)
-    layout = Layout(model, mesh, apart)
+    program = quantize.stacked_graphdef(model, config.quantize)
+    objective = make_objective(replace(config, model=model), program)
+    layout = Layout(model, mesh, apart, config.quantize)
     rule = partial(make_optimizer, config.optim, steps, trained)
     prepare = config.optim.objective.prepare
     if specs:
@@ -123,7 +125,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
         return objective(layout.stack(whole(params, *base)), batch)[1]
 
-    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, stacked(model).graphdef, prepare, whole)
+    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     platform = platform_of(mesh.devices.flat[0])

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices in eight bits with a scale for each output channel, and products with them.
+
+What is rounded to what is qwix's (`qwix.quantize`), and so are products of int8 with int8 (`qwix.dot_general`,
+`qwix.einsum`). A product with activations that stay in float has the scale behind it, y = (x q) * scale: q is exact in
+bfloat16, and a compiler converts it on its way into the product, so that no copy of the matrix is made. (qwix scales
+such a matrix first, which rounds it once more and needs the whole.)
+
+A scale has the axes of its matrix, of size 1 where the product contracts them: matrices of several axes, fused ones and
+those stacked over depths have one for each of their outputs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybridlm.errors import ConfigError
+from pallas_kernels import platform
+
+TYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+"""What values are stored as."""
+FEW_ROWS = 16
+"""Up to so many rows a CPU converts a matrix block by block: its products want operands in float32 in memory."""
+BLOCK = 128
+"""Rows of such a block."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix W = values * scale; a pytree of two arrays."""
+
+    values: Any
+    """int8 or float8_e4m3fn, in the shape of the matrix."""
+    scale: Any
+    """float32, the same axes, of size 1 where they are contracted."""
+    activations: str | None = field(default=None, metadata={"static": True})
+    """What the other side of a product is rounded to, token by token: int8; None: it stays as it is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Its axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Its numbers."""
+        return math.prod(self.shape)
+
+    def __getitem__(self, index) -> "Quantized":
+        """Parts of the matrix along axes that are not contracted. IndexError for others."""
+        if index is Ellipsis:
+            return self
+        index = index if isinstance(index, tuple) else (index,)
+        for at, n, n_scales in zip(index, self.shape, self.scale.shape):
+            if at != slice(None) and n != n_scales:
+                raise IndexError(f"index {index} cuts an axis of the quantised matrix {self.shape} that has one scale")
+        return Quantized(self.values[index], self.scale[index], self.activations)
+
+    def dequantised(self, dtype: Any) -> jax.Array:
+        """The matrix, in a float type."""
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rounding:
+    """A matrix in float whose product rounds its other side, as training does that has a quantised model as its end."""
+
+    value: jax.Array
+    activations: str = field(default="int8", metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        return tuple(self.value.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Its axes."""
+        return len(self.shape)
+
+    def __getitem__(self, index) -> "Rounding":
+        return Rounding(self.value[index], self.activations)
+
+
+Operand = jax.Array | Quantized | Rounding
+"""What products take as their matrix."""
+
+
+def library() -> ModuleType:
+    """qwix; ConfigError, one line, where it is not installed."""
+    try:
+        import qwix
+    except ImportError as error:
+        raise ConfigError(f"quantising needs qwix ({error}): pip install 'hybridlm[quantize]'") from None
+    return qwix
+
+
+def quantise(matrix: Any, contracted: Sequence[int], weights: str) -> Quantized:
+    """A matrix rounded to `weights`, a key of TYPES: symmetric, the largest of each output channel at the type's end.
+
+    contracted: the axes that the product adds over.
+    """
+    matrix = jnp.asarray(matrix, jnp.float32)
+    channels = [axis for axis in range(matrix.ndim) if axis not in contracted]
+    made = library().quantize(matrix, TYPES[weights], channelwise_axes=channels)
+    return Quantized(made.qvalue, made.scale)
+
+
+def rounded(matrix: jax.Array, contracted: Sequence[int], weights: str) -> jax.Array:
+    """The matrix that `quantise` stands for, float32."""
+    return quantise(matrix, contracted, weights).dequantised(jnp.float32)
+
+
+def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
+    """The logical axes of each array of an operand whose matrix has these; a scale has none where it is of size 1."""
+    if not isinstance(operand, Quantized):
+        return [axes]
+    return [axes, tuple(None if n == 1 else name for name, n in zip(axes, operand.scale.shape, strict=True))]
+
+
+# Products -----------------------------------------------------------------------------------------------------------
+
+
+def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
+    """x [..., *inputs] times a matrix [*inputs, *outputs] of n inputs: [..., *outputs] in the type of x."""
+    if isinstance(matrix, Rounding):
+        return jnp.tensordot(_activations(x, range(x.ndim - n, x.ndim)), matrix.value, n)
+    if not isinstance(matrix, Quantized):
+        return jnp.tensordot(x, matrix, n)
+    last, first = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+    if matrix.activations is not None:
+        y = library().dot_general(_integers(x, last), _array(matrix), ((last, first), ((), ())))
+        return y.astype(x.dtype)
+    scale = matrix.scale.reshape((1,) * (x.ndim - n) + matrix.shape[n:])
+    return (_product(x, matrix.values, n) * scale).astype(x.dtype)
+
+
+def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
+    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one the product is
+    cut, not the matrix: its parts do not lie together, so that they would be copied, in the type of the product."""
+    if isinstance(matrix, Quantized):
+        y = dot(x, matrix)
+        return [y[:, :, i] for i in range(matrix.shape[1])]
+    return [dot(x, matrix[:, i]) for i in range(matrix.shape[1])]
+
+
+def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:
+    """`jnp.einsum(spec, x, matrix)` in the type `preferred`, or that of x. Letters that are summed over are in both."""
+    if not isinstance(matrix, Quantized | Rounding):
+        return jnp.einsum(spec, x, matrix, preferred_element_type=preferred)
+    of_x, of_matrix, out = spec.replace("->", ",").split(",")
+    summed = [axis for axis, letter in enumerate(of_x) if letter not in out]
+    if isinstance(matrix, Rounding):
+        return jnp.einsum(spec, _activations(x, summed), matrix.value, preferred_element_type=preferred)
+    dtype = x.dtype if preferred is None else preferred
+    if matrix.activations is not None:
+        return library().einsum(spec, _integers(x, summed), _array(matrix)).astype(dtype)
+    y = jnp.einsum(spec, x, matrix.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    kept = [letter for letter in out if letter in of_matrix]
+    scale = jnp.einsum(f"{of_matrix}->{''.join(kept)}", matrix.scale)
+    sizes = dict(zip(kept, scale.shape, strict=True))
+    return (y * scale.reshape([sizes.get(letter, 1) for letter in out])).astype(dtype)
+
+
+def rounded_rows(rows_RD: jax.Array, matrix: Any) -> jax.Array:
+    """Rows as a product rounds them that takes floats alone."""
+    return rows_RD if getattr(matrix, "activations", None) is None else _activations(rows_RD, (1,))
+
+
+def _product(x: jax.Array, values: jax.Array, n: int) -> jax.Array:
+    """x times eight-bit values, float32."""
+    rows, inputs = x.shape[: x.ndim - n], math.prod(values.shape[:n])
+    if platform.platform() != "cpu" or math.prod(rows) > FEW_ROWS or inputs <= BLOCK:
+        return jnp.tensordot(x, values.astype(x.dtype), n, preferred_element_type=jnp.float32)
+    x_MK, w_KN = x.reshape(-1, inputs).astype(jnp.float32), values.reshape(inputs, -1)
+    part = lambda start, size: jnp.dot(
+        jax.lax.dynamic_slice_in_dim(x_MK, start, size, 1),
+        jax.lax.dynamic_slice_in_dim(w_KN, start, size).astype(jnp.float32),
+    )
+    whole, rest = divmod(inputs, BLOCK)
+    y_MN = part(whole * BLOCK, rest) if rest else jnp.zeros((x_MK.shape[0], w_KN.shape[1]), jnp.float32)
+    y_MN = jax.lax.fori_loop(0, whole, lambda i, y_MN: y_MN + part(i * BLOCK, BLOCK), y_MN)
+    return y_MN.reshape(*rows, *values.shape[n:])
+
+
+def _array(matrix: Quantized) -> Any:
+    """As qwix holds it."""
+    return library().QArray(matrix.values, matrix.scale)
+
+
+def _integers(x: jax.Array, summed: Sequence[int]) -> Any:
+    """Activations as int8 of qwix, with a scale for each token."""
+    channels = [axis for axis in range(x.ndim) if axis not in summed]
+    return library().quantize(x.astype(jnp.float32), TYPES["int8"], channelwise_axes=channels)
+
+
+def _activations(x: jax.Array, summed: Sequence[int]) -> jax.Array:
+    """Activations rounded to int8 and back; the gradient is that of the activations themselves."""
+    near = rounded(jax.lax.stop_gradient(x), [a for a in range(x.ndim) if a in summed], "int8").astype(x.dtype)
+    return x + jax.lax.stop_gradient(near - x)
