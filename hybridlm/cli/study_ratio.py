@@ -168,7 +168,7 @@ def _train(study, todo: Sequence, places: list[dict[str, str]], n_members: int) 
         codes.append(code)
         told = _last_line(job.log)
         print(f"{job.name}: {told if code == 0 else f'ended with exit code {code}, see {job.log}'}", flush=True)
-        return code == 0  # what ends one model ends all alike: a mistake, a full disk
+        return code != Exit.CHANGE  # a mistake is that of all; one that diverges leaves the others
 
     share = {"NPROC": str(max(1, cores() // len(places)))}  # threads of XLA
     env = [environment_with(share | place) for place in places]

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 
@@ -77,10 +77,7 @@ class Point:
         check_fields(self)
         check_positive(self, ("state",))
         share(self.ratio)
-        for name, known in (("placement", Placement), ("arrangement", Arrangement), ("mixer", MIXERS)):
-            words = known if known is MIXERS else get_args(known)
-            value = getattr(self, name)
-            require(value in words, f"{name} ({value}) must be one of {', '.join(words)}")
+        require(self.mixer in MIXERS, f"mixer ({self.mixer}) must be one of {', '.join(MIXERS)}")
 
     def attention(self, mixers: int) -> int:
         """Sublayers with attention, of so many mixers; ConfigError where the ratio does not divide them."""
@@ -182,16 +179,17 @@ def _model(point: Point, sizes: Sizes, d_ff: int) -> ModelConfig:
     symbols = ["*" if i in at else "M" for i in range(sizes.mixers)]
     n = sizes.mlp_every
     pattern = "".join("".join(symbols[i : i + n]) + "-" for i in range(0, sizes.mixers, n))
-    attention = Attention(
-        n_heads=sizes.d_model // sizes.d_head, d_head=sizes.d_head, gate="elementwise" if point.gate else None
-    )
+    heads, gate = sizes.d_model // sizes.d_head, "elementwise" if point.gate else None
+    attention = Attention(n_heads=heads, d_head=sizes.d_head, qk_norm=True, gate=gate)
     mixer = MIXERS[point.mixer](sizes.d_model, sizes.d_head, point.state)
     both = Parallel(branches={"mixer": Branch(mixer), "attention": Branch(attention)})
     blocks = {"M": mixer, "*": attention if point.arrangement == "sequential" else both, "-": MLP(d_ff=d_ff)}
     used = {symbol: block for symbol, block in blocks.items() if symbol in pattern}
+    std = sizes.d_model**-0.5  # what is usual is that of wide models, under which narrow ones take long to begin
     return ModelConfig(
-        vocab_size=sizes.vocab_size, d_model=sizes.d_model, pattern=pattern, blocks=used, compute_dtype="float32"
-    )
+        vocab_size=sizes.vocab_size, d_model=sizes.d_model, pattern=pattern, blocks=used, compute_dtype="float32",
+        init_std=std,
+    )  # fmt: skip
 
 
 @functools.cache

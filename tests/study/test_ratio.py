@@ -22,7 +22,7 @@ from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, Sizes, count, model_of, placed, points, share
 from hybridlm.study.mixers import MIXERS
 from hybridlm.study.on_task import TEST_SEED, rows_of
-from hybridlm.study.ratio_page import as_page, as_text, figure, labels, lines
+from hybridlm.study.ratio_page import as_text, figure, labels, lines
 
 SMALL = Sizes(d_model=32, mixers=4, mlp_every=2, d_head=16, vocab_size=264, params=60_000)
 STUDY = ratio.Study("mqar", MQAR(pairs=2, vocab_size=16), ratio.RECIPE, SMALL, (16, 24), rows=4, batches=1)
@@ -130,14 +130,16 @@ def test_rows_of_a_task():
 
 def made_up(folder, study=STUDY, kinds=("0", "1:3", "1:1", "all"), gate=(False, True), seeds=(0, 1)):
     """Results of models that nobody trained: accuracy is the share of attention, and a bit more with the seed."""
-    written = []
+    written, costs = [], {}
     for member in ratio.members(study, points({"ratio": kinds, "gate": gate}), seeds, folder):
         base = share(member.point.ratio) * 0.9 + 0.02 * member.seed
+        if member.point not in costs:
+            costs[member.point] = ratio.measures(member.config, study.lengths)
         scores = [{"length": n, "accuracy": base + 0.01 * i, "right": 1, "asked": 2, "chance": 0.01 * (1 + i), "by": {}}
                   for i, n in enumerate(study.lengths)]  # fmt: skip
         found = {
             "asked": ratio.asked(study, member), "scores": scores, "losses": [[10, 2.0 - base], [20, 1.0 - base]],
-            "seconds": 60.0, "device": "cpu", "versions": {"jax": "1"}, **ratio.measures(member.config, study.lengths),
+            "seconds": 60.0, "device": "cpu", "versions": {"jax": "1"}, **costs[member.point],
         }  # fmt: skip
         member.folder.mkdir(parents=True)
         (member.folder / ratio.RESULT).write_text(json.dumps(found))
@@ -166,14 +168,18 @@ def test_results_are_found_again_and_others_are_refused(tmp_path):
 
 def test_what_does_not_fit_the_task_is_said_before_a_model_is_trained(tmp_path):
     study = replace(STUDY, of_task=MQAR(pairs=8, vocab_size=64))
-    with pytest.raises(ConfigError, match=r"length \(24\) must be at least 32 for pairs \(8\)"):
+    with pytest.raises(ConfigError, match=r"length \(16\) must be at least 32 for pairs \(8\)"):
         ratio.members(study, [Point("1:1")], (0,), tmp_path)
     with pytest.raises(ConfigError, match=r"^1:1: MQAR needs a vocabulary of 512 tokens, the model has 264"):
         ratio.members(replace(STUDY, of_task=MQAR(vocab_size=512, pairs=2)), [Point("1:1")], (0,), tmp_path)
 
 
-def test_numbers_of_a_grid(tmp_path):
-    results = made_up(tmp_path)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return made_up(tmp_path_factory.mktemp("grid"))
+
+
+def test_numbers_of_a_grid(results):
     found = ratio.kinds(results)
     assert [kind.share for kind in found] == [0, 1 / 4, 1 / 4, 1 / 2, 1 / 2, 1, 1]
     half = next(kind for kind in found if kind.point == Point("1:1"))
@@ -192,8 +198,8 @@ def test_numbers_of_a_grid(tmp_path):
     assert numbers["training"]["tokens"] == ratio.RECIPE.run.steps * 32 * 128
 
 
-def test_lines_go_from_no_attention_to_nothing_else(tmp_path):
-    found = ratio.kinds(made_up(tmp_path))
+def test_lines_go_from_no_attention_to_nothing_else(results):
+    found = ratio.kinds(results)
     grouped = lines(found)
     assert labels(list(grouped)) == ["no gate", "gate"]
     for key, kinds in grouped.items():
@@ -207,8 +213,6 @@ def test_lines_go_from_no_attention_to_nothing_else(tmp_path):
     np.testing.assert_allclose([(bar[0][1], bar[1][1]) for bar in bars], [(v - 0.01, v + 0.01) for v in y])
     said = as_text(STUDY, found)
     assert said.count("chance") == 2 and "1:1 gate" in said
-    page = as_page(STUDY, found, [], "hybridlm study ratio --task <mqar>")
-    assert "<svg" in page and "&lt;mqar&gt;" in page and "1:3 gate" in page
 
 
 def test_bars_of_what_cannot_be_drawn_are_left_out():
@@ -234,6 +238,8 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         return 0
 
     monkeypatch.setattr(study_ratio, "_train", train)
+    write = study_ratio._write
+    monkeypatch.setattr(study_ratio, "_write", lambda *given: None)  # drawn once is enough
     words = ["study", "ratio", *WORDS, "--dir", str(tmp_path)]
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -241,13 +247,16 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
     assert main(words) == 0
     assert trained == ["none,seed=0", "none,seed=1", "1-1,seed=0", "1-1,seed=1"]
     capsys.readouterr()
+    monkeypatch.setattr(study_ratio, "_write", write)
     assert main(words) == 0 and trained[4:] == ["1-1,seed=0", "1-1,seed=1"]
     assert "2 done, 2 to train" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "ratio.json").read_text())
-    assert [kind["name"] for kind in numbers["kinds"]] == ["none", "1:1"] and numbers["command"].startswith(
-        "hybridlm study"
-    )
-    assert (tmp_path / "ratio.html").exists() and (tmp_path / "ratio.png").exists()
+    assert [kind["name"] for kind in numbers["kinds"]] == ["none", "1:1"]
+    assert numbers["command"].startswith("hybridlm study ratio --task mqar --ratios 0 1:1")
+    page = (tmp_path / "ratio.html").read_text()
+    assert "<svg" in page and "--mqar.pairs=2" in page and "4 models took 4 minutes" in page
+    assert (tmp_path / "ratio.png").exists()
+    monkeypatch.setattr(study_ratio, "_write", lambda *given: None)
     assert main(words) == 0 and len(trained) == 6
     capsys.readouterr()
     assert main([*words, "--optim.lr=0.5"]) == 2
@@ -262,7 +271,7 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--ratios", "1:0:1"], "must be 0, all or ATTENTION:OTHERS"),
         (["ratio", "--ratios", "1:1", "1:1"], "--ratios (1:1) is there twice"),
         (["ratio", "--mixers", "mamba9"], "mixer (mamba9) must be one of mamba2,"),
-        (["ratio", "--placement", "top"], "placement (top) must be one of even, first, middle, last"),
+        (["ratio", "--placement", "top"], "placement ('top') must be one of even, first, middle, last"),
         (["ratio", "--seeds", "0"], "--seeds (0) must be between 1 and 100"),
         (["ratio", "--task", "mqr"], "no task of that name"),
         (["ratio", "--model.d_model=3"], "--model.d_model is no option of study ratio"),
