@@ -216,12 +216,12 @@ def _distilled(args: argparse.Namespace, subject, task, recipe, student, kept: l
 def _batches(args: argparse.Namespace, config, subject, task) -> Iterator[Iterator]:
     """Rows of the task, or of the run's text."""
     from hybridlm.sharding import batch_sharding
-    from hybridlm.study.on_task import rows_of
+    from hybridlm.study.on_task import Trial, rows_of
     from hybridlm.train.batches import Batches
     from hybridlm.train.corpora import open_together
 
     if not args.text:
-        yield rows_of(task, args.seed + 1, config.data.batch_size, config.data.seq_len)
+        yield rows_of([Trial(task, args.length)], args.seed + 1, config.data.batch_size, args.length, config.run.steps)
         return
     with Batches(
         config, open_together(config.data), "train", config.data.batch_size, batch_sharding(subject.mesh)

@@ -17,8 +17,13 @@ from hybridlm.errors import Exit, require
 from hybridlm.fields import WHOLE
 
 GATES = {"off": (False,), "on": (True,), "both": (False, True)}
-PAIRS, VOCABULARY = 32, 128
-"""Of mqar, unless words say otherwise: as many pairs as rows of RECIPE hold, few enough keys to learn in minutes."""
+USUAL = {
+    "mqar": (
+        ("--mqar.vocab_size=128", "--mqar.random_filler=False"), ("pairs=8@32", "pairs=16@64", "pairs=32@128"),
+    ),
+}  # fmt: skip
+"""Of a task: its numbers, and the stages in which it is learned, unless words say otherwise. Of mqar rows are full of
+pairs and their queries, of few enough keys to be learned in minutes."""
 
 
 def run(words: list[str], prog: str) -> int:
@@ -81,7 +86,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--mixers", nargs="+", default=["mamba2"], metavar="NAME", help="what attention is mixed with (mamba2)"
     )
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="models of each kind (2)")
-    parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="tokens of scored rows (those of training)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        metavar="FIELD=VALUE@T",
+        help="what is learned in turn (of mqar pairs=8@32 pairs=16@64 ...)",
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="more lengths that are scored")
     for name, what in (
         ("d_model", "width"), ("depth", "mixers of the stack"), ("mlp_every", "mixers to a feed-forward"),
         ("d_head", "width of a head"), ("vocab_size", "tokens of the models"), ("params", "parameters of each"),
@@ -109,14 +120,30 @@ def _check(args: argparse.Namespace) -> None:
 def _study(args: argparse.Namespace, of_config: list[str], of_task: list[str]):
     from hybridlm.config.overrides import override
     from hybridlm.study.grid import Sizes
+    from hybridlm.study.on_task import Trial
     from hybridlm.study.ratio import MAY_SET, RECIPE, Study
 
     check_settable(of_config, MAY_SET, "study ratio")
     config = override(RECIPE, of_config)
-    usual = [f"--mqar.pairs={PAIRS}", f"--mqar.vocab_size={VOCABULARY}"] if args.task == "mqar" else []
-    task = task_of(args.task, [*usual, *of_task])
+    usual, stages = USUAL.get(args.task, ((), ()))
+    own = any(word.startswith(f"--{args.task}.") for word in of_task) or config.data != RECIPE.data
+    stages = args.stages or ([] if own else stages)
+    words = [*usual, *of_task]
+    learned = [_stage(args.task, words, stage) for stage in stages or [f"@{config.data.seq_len}"]]
+    last = learned[-1]
+    tests = [last, *(Trial(last.task, length) for length in args.lengths or ()), *reversed(learned[:-1])]
     sizes = Sizes(args.d_model, args.depth, args.mlp_every, args.d_head, args.vocab_size, args.params)
-    return Study(args.task, task, config, sizes, tuple(args.lengths or (config.data.seq_len,)))
+    return Study(args.task, tuple(learned), tuple(dict.fromkeys(tests)), config, sizes)
+
+
+def _stage(task: str, words: list[str], stage: str):
+    """The trial of `pairs=8@32`, or of `@32`."""
+    from hybridlm.study.on_task import Trial
+
+    fields, at, length = stage.rpartition("@")
+    fits = bool(at) and length.isascii() and length.isdecimal() and 1 <= int(length) <= WHOLE
+    require(fits, f"--stages ({stage}) must be FIELD=VALUE,...@LENGTH, as pairs=8@32")
+    return Trial(task_of(task, [*words, *(f"--{task}.{field}" for field in fields.split(",") if field)]), int(length))
 
 
 def _points(args: argparse.Namespace) -> list:
@@ -139,7 +166,7 @@ def _listed(study, found: Sequence) -> str:
     rows = [["model", "pattern", "parameters", "cache of a row", "FLOPs a token", "models"]]
     for point in dict.fromkeys(member.point for member in found):
         of = [member for member in found if member.point == point]
-        costs = measures(of[0].config, study.lengths)
+        costs = measures(of[0].config, study.tests)
         rows.append([
             point.name, of[0].config.model.pattern, f"{costs['params']:,}", f"{costs['cache_bytes'][0]:,} B",
             short(costs["flops_per_token"][0]), str(len(of)),

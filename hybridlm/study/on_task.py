@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from hybridlm.config.tree import to_dict
 from hybridlm.data import load_tokenizer
 from hybridlm.errors import RunError, require
 from hybridlm.model.model import HybridLM
-from hybridlm.probes import Task, score
+from hybridlm.probes import UNSCORED, Task, score
 from hybridlm.probes.scoring import check_vocabulary
 from hybridlm.sharding import make_mesh
 from hybridlm.train.checkpoint import Checkpoints
@@ -49,40 +49,64 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
-def rows_of(task: Task, seed: int, rows: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of a task as a train step takes them, int32 [rows, length], from step 0 of the seed on. Targets are the
-    answers alone; a row is one document."""
-    step = 0
-    whole = {"segment_ids": np.ones((rows, length), np.int32),
-             "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()}  # fmt: skip
-    while True:
-        examples = task.batch(seed, step, rows, length)
-        yield {"tokens": examples.tokens_BT, "targets": examples.targets_BT, **whole}
-        step += 1
+class Trial(NamedTuple):
+    """A task at a length."""
+
+    task: Task
+    length: int
+    """Tokens of a document of it."""
 
 
-def check(config: Config, task: Task) -> None:
-    """ConfigError, one line, where the model cannot be trained on the task or on one device."""
+def rows_of(trials: Sequence[Trial], seed: int, rows: int, length: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches as a train step takes them, int32 [rows, length], one for each of the steps.
+
+    Each trial has an equal share of the steps, in their order. A row holds as many documents of its length as fit, one
+    behind the other, and padding; targets are the answers alone. A batch is a function of the trial, seed and step.
+    """
+    for step in range(steps):
+        trial = trials[step * len(trials) // steps]
+        n = length // trial.length
+        examples = trial.task.batch(seed, step, rows * n, trial.length)
+        ids = np.repeat(np.arange(1, n + 1), trial.length)
+        fields = {
+            "tokens": (examples.tokens_BT, 0), "targets": (examples.targets_BT, UNSCORED),
+            "segment_ids": (np.broadcast_to(ids, (rows, len(ids))), 0),
+            "positions": (np.broadcast_to(np.arange(trial.length), (rows * n, trial.length)), 0),
+        }  # fmt: skip
+        yield {
+            name: np.pad(value.reshape(rows, -1), ((0, 0), (0, length - len(ids))), constant_values=filler).astype(
+                np.int32
+            )
+            for name, (value, filler) in fields.items()
+        }
+
+
+def check(config: Config, trials: Sequence[Trial]) -> None:
+    """ConfigError, one line, where the model cannot be trained on the trials or on one device."""
     ahead = config.model.sees_ahead
     require(not ahead, f"a model that sees ahead reads the answers: {ahead}")
     prefix = config.model.prefix_tokens
     require(not prefix, f"model.prefix_tokens ({prefix}) must be 0: rows of a task have no room for them")
-    task.check(config.data.seq_len)
-    check_vocabulary(config.model.vocab_size, task)
+    for task, length in trials:
+        task.check(length)
+        check_vocabulary(config.model.vocab_size, task)
+        row = config.data.seq_len
+        require(length <= row, f"length ({length}) of a document must be at most data.seq_len ({row})")
     check_config(config, one_device())
 
 
-def train_on(config: Config, task: Task, say: Callable[[str], None] = lambda line: None) -> Trained:
-    """Trains the config's model on the task for run.steps steps of data.batch_size rows of data.seq_len tokens.
+def train_on(config: Config, trials: Sequence[Trial], say: Callable[[str], None] = lambda line: None) -> Trained:
+    """Trains the config's model on tasks, in their order, for run.steps steps of data.batch_size rows of data.seq_len
+    tokens.
 
     Parameters follow from run.seed and rows from run.seed + 1, whatever the device. Raises ConfigError as `check`, and
-    RunError where a step in a row of optim.max_skipped is not finite.
+    RunError where optim.max_skipped steps in a row are not finite.
     """
-    check(config, task)
-    mesh = one_device()
+    check(config, trials)
+    mesh, data, run = one_device(), config.data, config.run
     with jax.set_mesh(mesh):
         program = make_program(config, mesh)
-        batches = rows_of(task, config.run.seed + 1, config.data.batch_size, config.data.seq_len)
+        batches = rows_of(trials, run.seed + 1, data.batch_size, data.seq_len, run.steps)
         return take_steps(config, program, program.init(), batches, say)
 
 
@@ -108,11 +132,11 @@ def take_steps(
     return Trained(program.model(state["params"]), state, losses, time.monotonic() - began)
 
 
-def scored(model: HybridLM, task: Task, lengths: Sequence[int], rows: int, batches: int) -> list[dict[str, Any]]:
-    """Of each length what was right, as JSON, of rows that no training saw; of a model on one device."""
+def scored(model: HybridLM, trials: Sequence[Trial], rows: int, batches: int) -> list[dict[str, Any]]:
+    """Of each trial what was right, as JSON, of rows that no training saw; of a model on one device."""
     found = []
     with jax.set_mesh(one_device()):
-        for length in lengths:
+        for task, length in trials:
             one = score(model, task, length, rows=rows, batches=batches, seed=TEST_SEED)
             by = {facet: {str(value): list(count) for value, count in of.items()} for facet, of in one.by.items()}
             found.append({"length": length, "accuracy": one.accuracy, "right": one.right, "asked": one.asked,

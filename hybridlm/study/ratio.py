@@ -16,9 +16,11 @@ from hybridlm.config.tree import to_dict
 from hybridlm.errors import ConfigError, require, within
 from hybridlm.infer.cache_size import cache_size
 from hybridlm.model.flops import forward_flops
-from hybridlm.probes import PROBES, Task
+from hybridlm.probes import PROBES
+from hybridlm.probes.scoring import check_vocabulary
 from hybridlm.study import on_task
 from hybridlm.study.grid import Point, Sizes, count, model_of, share
+from hybridlm.study.on_task import Trial
 from hybridlm.train.provenance import versions
 from hybridlm.train.records import read_json
 from pallas_kernels.platform import device_name
@@ -44,17 +46,17 @@ class Study:
 
     task: str
     """Name in PROBES."""
-    of_task: Task
-    """With its numbers."""
+    stages: tuple[Trial, ...]
+    """What they are trained on, each for an equal share of the steps: the task, and before it easier ones of it."""
+    tests: tuple[Trial, ...]
+    """What they are scored on; figures show the first."""
     config: Config
     """Steps, rows and optimizer of the training; its model is none of the grid's."""
     sizes: Sizes
-    lengths: tuple[int, ...]
-    """Tokens of the rows that models are scored on; the first is that which figures show."""
     rows: int = 64
     """Rows of a batch that is scored."""
     batches: int = 8
-    """Such batches of each length."""
+    """Such batches of each test."""
 
 
 class Member(NamedTuple):
@@ -80,9 +82,10 @@ def members(study: Study, points: Sequence[Point], seeds: Sequence[int], folder:
     for point in points:
         model = model_of(point, study.sizes)
         with within(f"{point.name}: "):
-            on_task.check(replace(study.config, model=model), study.of_task)
-            for length in study.lengths:
-                study.of_task.check(length)
+            on_task.check(replace(study.config, model=model), study.stages)
+            for task, length in study.tests:
+                task.check(length)
+                check_vocabulary(model.vocab_size, task)
         for seed in seeds:
             run = replace(study.config.run, seed=seed, dir="")
             config = replace(study.config, name=point.file, model=model, run=run)
@@ -92,10 +95,9 @@ def members(study: Study, points: Sequence[Point], seeds: Sequence[int], folder:
 
 def asked(study: Study, member: Member) -> dict[str, Any]:
     """What a model is asked, as JSON: its result has it, too."""
-    task = {"name": study.task, "fields": asdict(study.of_task)}  # type: ignore[call-overload]
-    test = {"lengths": list(study.lengths), "rows": study.rows, "batches": study.batches}
-    spec = {"point": asdict(member.point), "seed": member.seed, "task": task, "test": test,
-            "config": to_dict(member.config)}  # fmt: skip
+    test = {"trials": trials_as_json(study.tests), "rows": study.rows, "batches": study.batches}
+    spec = {"point": asdict(member.point), "seed": member.seed, "task": study.task, "test": test,
+            "stages": trials_as_json(study.stages), "config": to_dict(member.config)}  # fmt: skip
     return json.loads(json.dumps(spec))
 
 
@@ -121,36 +123,55 @@ def train_member(folder: Path) -> dict[str, Any]:
     with within(f"{folder / MEMBER}: "):
         spec = read_json(folder / MEMBER)
         config: Config = from_dict(spec["config"])
-        task = task_of(spec["task"])
+        stages, tests = (trials_of(spec["task"], given) for given in (spec["stages"], spec["test"]["trials"]))
     test = spec["test"]
-    trained = on_task.train_on(config, task, lambda line: print(line, flush=True))
-    scores = on_task.scored(trained.model, task, test["lengths"], test["rows"], test["batches"])
+    trained = on_task.train_on(config, stages, lambda line: print(line, flush=True))
+    scores = on_task.scored(trained.model, tests, test["rows"], test["batches"])
     on_task.keep(folder, config, trained)
     found = {
         "asked": spec, "scores": scores, "losses": trained.losses, "seconds": round(trained.seconds, 1),
-        "device": device_name(), "versions": versions(), **measures(config, test["lengths"]),
+        "device": device_name(), "versions": versions(), **measures(config, tests),
     }  # fmt: skip
     storage.write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def task_of(spec: Mapping[str, Any]) -> Task:
-    """The task of its name and its fields in JSON."""
-    name, fields = spec["name"], spec["fields"]
+def trials_as_json(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The fields of each task, and its length."""
+    return [{"length": trial.length, "fields": _fields(trial.task)} for trial in trials]
+
+
+def trials_of(name: str, given: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """The inverse of `trials_as_json`, for tasks of a name."""
     require(name in PROBES, f"no task {name!r}: there are {', '.join(PROBES)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    task: Any = replace(PROBES[name], **values)  # type: ignore[type-var]
-    return task
+    made = []
+    for one in given:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in one["fields"].items()}
+        task: Any = PROBES[name]
+        made.append(Trial(replace(task, **values), one["length"]))
+    return made
 
 
-def measures(config: Config, lengths: Sequence[int]) -> dict[str, Any]:
+def _fields(task: Any) -> dict[str, Any]:
+    return asdict(task)
+
+
+def labels(trials: Sequence[Trial]) -> list[str]:
+    """`pairs=32, 128 tokens`: the length of each, and its fields in which they differ."""
+    fields = [_fields(trial.task) for trial in trials]
+    differ = [name for name in fields[0] if len({str(of[name]) for of in fields}) > 1]
+    words = ([f"{name}={of[name]}" for name in differ] for of in fields)
+    return [", ".join([*said, f"{trial.length:,} tokens"]) for said, trial in zip(words, trials)]
+
+
+def measures(config: Config, tests: Sequence[Trial]) -> dict[str, Any]:
     """What a model costs, counted from its config: parameters; bytes of its cache and forward FLOPs a token, each at
-    these lengths."""
+    the lengths of the tests."""
     model = config.model
     return {
         "params": count(model),
-        "cache_bytes": [cache_size(model, 1, length).total().bytes for length in lengths],
-        "flops_per_token": [forward_flops(model, length) for length in lengths],
+        "cache_bytes": [cache_size(model, 1, length).total().bytes for _, length in tests],
+        "flops_per_token": [forward_flops(model, length) for _, length in tests],
     }
 
 
@@ -161,10 +182,10 @@ class Kind(NamedTuple):
     seeds: list[int]
     params: int
     cache_bytes: list[int]
-    """By length, as all that follow."""
+    """By test, as all that follow."""
     flops_per_token: list[float]
     accuracies: np.ndarray
-    """[seeds, lengths]."""
+    """[seeds, tests]."""
     losses: list[list]
     """Of each seed (step, loss)."""
     chance: list[float]
@@ -175,7 +196,7 @@ class Kind(NamedTuple):
         return share(self.point.ratio)
 
     def spread(self, at: int = 0) -> tuple[float, float, float]:
-        """(mean, lowest, highest) accuracy of the seeds at the at-th length."""
+        """(mean, lowest, highest) accuracy of the seeds in the at-th test."""
         values = self.accuracies[:, at]
         return float(values.mean()), float(values.min()), float(values.max())
 
@@ -210,10 +231,10 @@ def recovered(kind: Kind, found: Sequence[Kind], at: int = 0) -> float | None:
 
 def as_json(study: Study, found: Sequence[Kind], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All of a study: what was asked, and of each kind of model what came of it."""
-    of_task = asdict(study.of_task)  # type: ignore[call-overload]
     data, optim = study.config.data, to_dict(study.config.optim)
     return {
-        "task": study.task, "fields": of_task, "lengths": list(study.lengths), "sizes": asdict(study.sizes),
+        "task": study.task, "tests": trials_as_json(study.tests), "stages": trials_as_json(study.stages),
+        "sizes": asdict(study.sizes),
         "training": {"steps": study.config.run.steps, "batch_size": data.batch_size, "seq_len": data.seq_len,
                      "tokens": study.config.run.steps * data.batch_size * data.seq_len, "optim": optim},
         "devices": sorted({one["device"] for one in results}), "versions": results[0]["versions"] if results else {},
@@ -222,7 +243,7 @@ def as_json(study: Study, found: Sequence[Kind], results: Sequence[Mapping[str, 
                 "name": kind.point.name, **asdict(kind.point), "share": kind.share, "seeds": kind.seeds,
                 "params": kind.params, "cache_bytes": kind.cache_bytes, "flops_per_token": kind.flops_per_token,
                 "chance": kind.chance, "accuracies": kind.accuracies.tolist(),
-                "recovered": [recovered(kind, found, at) for at in range(len(study.lengths))],
+                "recovered": [recovered(kind, found, at) for at in range(len(study.tests))],
                 "last_losses": [losses[-1][1] for losses in kind.losses],
             }
             for kind in found

@@ -2,7 +2,7 @@
 """A grid of `hybridlm study ratio` as text, as a figure and as a page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from hybridlm.model.flops import train_flops
 from hybridlm.page import as_svg
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, model_of
-from hybridlm.study.ratio import Kind, Study, recovered
+from hybridlm.study.ratio import Kind, Study, recovered, trials_as_json
+from hybridlm.study.ratio import labels as tests_of
 from hybridlm.train.progress import short
 
 HEAD = (
@@ -25,11 +26,11 @@ FREE = ("gate", "placement", "arrangement", "state", "mixer")
 
 
 def as_text(study: Study, found: Sequence[Kind]) -> str:
-    """A table for each length."""
+    """A table for each test."""
     parts = []
-    for at, length in enumerate(study.lengths):
+    for at, label in enumerate(tests_of(study.tests)):
         rows = [list(HEAD), *(_cells(kind, found, at) for kind in found)]
-        parts.append(f"{study.task}, {length:,} tokens, chance {_share(found[0].chance[at])}:\n{table(rows)}")
+        parts.append(f"{study.task}, {label}, chance {_share(found[0].chance[at])}:\n{table(rows)}")
     return "\n\n".join(parts)
 
 
@@ -74,10 +75,10 @@ def labels(keys: Sequence[Point]) -> list[str]:
 
 def figure(study: Study, found: Sequence[Kind], title: str = ""):
     """Accuracy over the share of attention, the bytes of the cache and FLOPs, bars from the lowest to the highest seed;
-    and how the loss came down. A matplotlib figure, of the first length."""
+    and how the loss came down. A matplotlib figure, of the first test."""
     grouped = lines(found)
     names = labels(list(grouped))
-    word = f"accuracy, {study.task} of {study.lengths[0]} tokens"
+    word = f"accuracy, {study.task}, {tests_of(study.tests)[0]}"
     axes = {
         "share of attention among the mixers": (lambda kind: kind.share, False),
         "bytes of the cache of a row": (lambda kind: kind.cache_bytes[0], True),
@@ -112,22 +113,24 @@ def as_page(study: Study, found: Sequence[Kind], results: Sequence[Mapping[str, 
     """The page."""
     data, steps = study.config.data, study.config.run.steps
     n_tokens = steps * data.batch_size * data.seq_len
-    fields_of = ", ".join(f"{f.name}={getattr(study.of_task, f.name)}" for f in fields(study.of_task))  # type: ignore[arg-type]
+    first = trials_as_json(study.tests)[0]["fields"]
+    fields_of = ", ".join(f"{name}={value}" for name, value in first.items())
+    stages = "; then ".join(tests_of(study.stages))
     devices = sorted({str(one["device"]) for one in results})
     minutes = sum(one["seconds"] for one in results) / 60
     flops = [train_flops(model_of(kind.point, study.sizes), data.seq_len) * n_tokens for kind in found]
     told = (
-        f"{study.task} ({fields_of}). Every model: {steps:,} steps of {data.batch_size} rows of {data.seq_len} tokens "
-        f"({n_tokens:,} tokens, {min(flops):.2g} to {max(flops):.2g} FLOPs), about {study.sizes.params:,} parameters, "
-        f"width {study.sizes.d_model}, {study.sizes.mixers} mixers. {len(results)} models took {minutes:.0f} minutes "
-        f"of training in all on {', '.join(devices)}."
+        f"{study.task} ({fields_of}), learned by {stages}. Every model: {steps:,} steps of {data.batch_size} rows of "
+        f"{data.seq_len} tokens ({n_tokens:,} tokens, {min(flops):.2g} to {max(flops):.2g} FLOPs), about "
+        f"{study.sizes.params:,} parameters, width {study.sizes.d_model}, {study.sizes.mixers} mixers. {len(results)} "
+        f"models took {minutes:.0f} minutes of training in all on {', '.join(devices)}."
     )
     drawn = "Dots: means of the seeds; bars: from the lowest seed to the highest."
     figures = html.figure(as_svg(figure(study, found)), drawn)
     parts = [html.paragraph(told), html.preformatted(command), figures]
-    for at, length in enumerate(study.lengths):
+    for at, label in enumerate(tests_of(study.tests)):
         rows = [_cells(kind, found, at) for kind in found]
-        parts += [html.heading(f"{length:,} tokens"), html.table(HEAD, rows, numbers=range(1, len(HEAD)))]
+        parts += [html.heading(label), html.table(HEAD, rows, numbers=range(1, len(HEAD)))]
         parts.append(html.paragraph(f"Chance: {_share(found[0].chance[at])}.", note=True))
     versions = results[0]["versions"] if results else {}
     parts.append(html.paragraph(", ".join(f"{name} {number}" for name, number in versions.items()), note=True))

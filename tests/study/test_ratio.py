@@ -21,11 +21,14 @@ from hybridlm.study import grid, ratio
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, Sizes, count, model_of, placed, points, share
 from hybridlm.study.mixers import MIXERS
-from hybridlm.study.on_task import TEST_SEED, rows_of
+from hybridlm.study.on_task import TEST_SEED, Trial, rows_of
 from hybridlm.study.ratio_page import as_text, figure, labels, lines
 
 SMALL = Sizes(d_model=32, mixers=4, mlp_every=2, d_head=16, vocab_size=264, params=60_000)
-STUDY = ratio.Study("mqar", MQAR(pairs=2, vocab_size=16), ratio.RECIPE, SMALL, (16, 24), rows=4, batches=1)
+EASY, TASK = Trial(MQAR(pairs=2, vocab_size=16), 8), Trial(MQAR(pairs=4, vocab_size=16), 16)
+LONGER = Trial(TASK.task, 24)
+RECIPE = replace(ratio.RECIPE, data=replace(ratio.RECIPE.data, seq_len=24))
+STUDY = ratio.Study("mqar", (EASY, TASK), (TASK, LONGER, EASY), RECIPE, SMALL, rows=4, batches=1)
 
 
 def test_ratios_are_shares_of_the_mixers():
@@ -114,18 +117,25 @@ def test_every_recurrent_mixer_is_there():
     assert left == {"Attention", "ConvolvedAttention", "LatentAttention", "ChannelMix", "Rwkv4Channel"}
 
 
-def test_rows_of_a_task():
-    """Answers alone are targets, a row is one document, and training never sees the rows of a test."""
-    task = MQAR(pairs=2, vocab_size=16)
-    batches = rows_of(task, 7, 3, 16)
-    first, second = next(batches), next(batches)
-    expected = task.batch(7, 1, 3, 16)
-    np.testing.assert_array_equal(second["tokens"], expected.tokens_BT)
-    np.testing.assert_array_equal(second["targets"], expected.targets_BT)
-    assert UNSCORED < 0 and (first["targets"] >= 0).sum() == 3 * 2
-    assert (first["segment_ids"] == 1).all() and (first["positions"] == np.arange(16)).all()
-    assert {value.dtype for value in first.values()} == {np.dtype(np.int32)}
-    assert not np.array_equal(first["tokens"], task.batch(TEST_SEED, 0, 3, 16).tokens_BT)
+def test_rows_of_tasks():
+    """Stages in turn, as many documents in a row as fit, answers alone as targets; training never sees rows of a
+    test."""
+    batches = list(rows_of((EASY, TASK), 7, 3, 24, steps=5))
+    assert len(batches) == 5 and {v.dtype for batch in batches for v in batch.values()} == {np.dtype(np.int32)}
+    for step, batch in enumerate(batches):
+        task, length = EASY if step < 3 else TASK
+        n = 24 // length
+        expected = task.batch(7, step, 3 * n, length)
+        for i in range(3 * n):
+            at = (i // n, slice(i % n * length, (i % n + 1) * length))
+            np.testing.assert_array_equal(batch["tokens"][at], expected.tokens_BT[i])
+            np.testing.assert_array_equal(batch["targets"][at], expected.targets_BT[i])
+            assert (batch["segment_ids"][at] == i % n + 1).all()
+            assert (batch["positions"][at] == np.arange(length)).all()
+        rest = slice(n * length, None)
+        assert UNSCORED < 0 and (batch["targets"][:, rest] < 0).all() and not batch["segment_ids"][:, rest].any()
+    unlike = TASK.task.batch(TEST_SEED, 3, 3, 16).tokens_BT
+    assert not np.array_equal(batches[3]["tokens"][:, :16], unlike)
 
 
 def made_up(folder, study=STUDY, kinds=("0", "1:3", "1:1", "all"), gate=(False, True), seeds=(0, 1)):
@@ -134,9 +144,9 @@ def made_up(folder, study=STUDY, kinds=("0", "1:3", "1:1", "all"), gate=(False, 
     for member in ratio.members(study, points({"ratio": kinds, "gate": gate}), seeds, folder):
         base = share(member.point.ratio) * 0.9 + 0.02 * member.seed
         if member.point not in costs:
-            costs[member.point] = ratio.measures(member.config, study.lengths)
+            costs[member.point] = ratio.measures(member.config, study.tests)
         scores = [{"length": n, "accuracy": base + 0.01 * i, "right": 1, "asked": 2, "chance": 0.01 * (1 + i), "by": {}}
-                  for i, n in enumerate(study.lengths)]  # fmt: skip
+                  for i, (_, n) in enumerate(study.tests)]  # fmt: skip
         found = {
             "asked": ratio.asked(study, member), "scores": scores, "losses": [[10, 2.0 - base], [20, 1.0 - base]],
             "seconds": 60.0, "device": "cpu", "versions": {"jax": "1"}, **costs[member.point],
@@ -151,11 +161,11 @@ def test_results_are_found_again_and_others_are_refused(tmp_path):
     made_up(tmp_path, kinds=("0",), gate=(False,))
     (one, two) = ratio.members(STUDY, [Point("0")], (0, 1), tmp_path)
     assert ratio.result(STUDY, two)["asked"]["seed"] == 1
-    assert ratio.task_of(ratio.asked(STUDY, one)["task"]) == STUDY.of_task
+    assert ratio.trials_of("mqar", ratio.asked(STUDY, one)["stages"]) == [EASY, TASK]
     assert ratio.result(STUDY, *ratio.members(STUDY, [Point("0")], (5,), tmp_path)) is None
     for changed, what in (
-        (replace(STUDY, of_task=MQAR(pairs=3, vocab_size=16)), "task"),
-        (replace(STUDY, lengths=(16,)), "test"),
+        (replace(STUDY, stages=(TASK,)), "stages"),
+        (replace(STUDY, tests=(TASK,)), "test"),
         (replace(STUDY, sizes=replace(SMALL, params=70_000)), "config"),
     ):
         (member, *_) = ratio.members(changed, [Point("0")], (0,), tmp_path)
@@ -166,12 +176,17 @@ def test_results_are_found_again_and_others_are_refused(tmp_path):
         ratio.result(STUDY, one)
 
 
-def test_what_does_not_fit_the_task_is_said_before_a_model_is_trained(tmp_path):
-    study = replace(STUDY, of_task=MQAR(pairs=8, vocab_size=64))
-    with pytest.raises(ConfigError, match=r"length \(16\) must be at least 32 for pairs \(8\)"):
-        ratio.members(study, [Point("1:1")], (0,), tmp_path)
-    with pytest.raises(ConfigError, match=r"^1:1: MQAR needs a vocabulary of 512 tokens, the model has 264"):
-        ratio.members(replace(STUDY, of_task=MQAR(vocab_size=512, pairs=2)), [Point("1:1")], (0,), tmp_path)
+def test_what_does_not_fit_is_said_before_a_model_is_trained(tmp_path):
+    def told(stages, tests=(TASK,)):
+        with pytest.raises(ConfigError) as error:
+            ratio.members(replace(STUDY, stages=stages, tests=tests), [Point("1:1")], (0,), tmp_path)
+        return str(error.value)
+
+    many, wide = MQAR(pairs=7, vocab_size=16), MQAR(pairs=2, vocab_size=512)
+    assert told((Trial(many, 24),)).startswith("1:1: length (24) must be at least 28 for pairs (7)")
+    assert told((TASK,), (Trial(many, 16),)).startswith("1:1: length (16) must be at least 28")
+    assert told((Trial(wide, 16),)).startswith("1:1: MQAR needs a vocabulary of 512 tokens, the model has 264")
+    assert told((Trial(TASK.task, 25),)) == "1:1: length (25) of a document must be at most data.seq_len (24)"
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +210,8 @@ def test_numbers_of_a_grid(results):
     assert half.cache_bytes[1] - half.cache_bytes[0] == 8 * 2 * 2 * 32 * 4
     numbers = ratio.as_json(STUDY, found, results)
     assert json.loads(json.dumps(numbers))["kinds"][3]["accuracies"] == half.accuracies.tolist()
-    assert numbers["training"]["tokens"] == ratio.RECIPE.run.steps * 32 * 128
+    assert numbers["training"]["tokens"] == RECIPE.run.steps * RECIPE.data.batch_size * 24
+    assert [trial["length"] for trial in numbers["tests"]] == [16, 24, 8]
 
 
 def test_lines_go_from_no_attention_to_nothing_else(results):
@@ -212,7 +228,9 @@ def test_lines_go_from_no_attention_to_nothing_else(results):
     np.testing.assert_allclose(y, [0.01, 0.235, 0.46, 0.91])
     np.testing.assert_allclose([(bar[0][1], bar[1][1]) for bar in bars], [(v - 0.01, v + 0.01) for v in y])
     said = as_text(STUDY, found)
-    assert said.count("chance") == 2 and "1:1 gate" in said
+    assert said.count("chance") == 3 and "1:1 gate" in said
+    assert ratio.labels(STUDY.tests) == ["pairs=4, 16 tokens", "pairs=4, 24 tokens", "pairs=2, 8 tokens"]
+    assert ratio.labels((TASK,)) == ["16 tokens"]
 
 
 def test_bars_of_what_cannot_be_drawn_are_left_out():
@@ -225,7 +243,7 @@ def test_bars_of_what_cannot_be_drawn_are_left_out():
 
 WORDS = shlex.split(
     "--task mqar --ratios 0 1:1 --gate off --depth 4 --mlp-every 2 --d-model 32 --d-head 16 --params 60000 "
-    "--mqar.pairs=2 --mqar.vocab_size=16 --data.seq_len=16"
+    "--mqar.vocab_size=16 --stages pairs=2@8 pairs=4@16 --data.seq_len=16"
 )
 
 
@@ -254,7 +272,12 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
     assert [kind["name"] for kind in numbers["kinds"]] == ["none", "1:1"]
     assert numbers["command"].startswith("hybridlm study ratio --task mqar --ratios 0 1:1")
     page = (tmp_path / "ratio.html").read_text()
-    assert "<svg" in page and "--mqar.pairs=2" in page and "4 models took 4 minutes" in page
+    assert (
+        "<svg" in page
+        and "--stages pairs=2@8" in page
+        and "then pairs=4, 16 tokens" in page
+        and "4 models took 4 minutes" in page
+    )
     assert (tmp_path / "ratio.png").exists()
     monkeypatch.setattr(study_ratio, "_write", lambda *given: None)
     assert main(words) == 0 and len(trained) == 6
@@ -279,6 +302,9 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--mqar.pair=3"], "did you mean pairs?"),
         (["ratio", "--d-head", "48"], "d_model (64) not divisible by d_head (48)"),
         (["ratio", "--depth", "10"], "mixers (10) not divisible by mlp_every (4)"),
+        (["ratio", "--stages", "pairs=8"], "--stages (pairs=8) must be FIELD=VALUE,...@LENGTH"),
+        (["ratio", "--stages", "pair=8@32"], "did you mean pairs?"),
+        (["ratio", "--stages", "pairs=8@256"], "length (256) of a document must be at most data.seq_len (128)"),
         (["layers", "--run", "nowhere"], "--task"),
         (["layers", "--run", "nowhere", "--task", "mqar", "--keep", "0"], "--keep (0.0) must be above 0"),
         (["layers", "--run", "nowhere", "--task", "mqar", "--text"], "give --distill FOLDER"),
@@ -306,15 +332,15 @@ def test_a_grid_from_start_to_page(tmp_path, capfd):
     """Two kinds of models of one seed, as processes: attention solves what a state of one number a head does not; what
     is kept is a run that other commands read; a second start trains nothing."""
     words = ["study", "ratio", *WORDS, "--dir", str(tmp_path), "--seeds", "1", "--state", "1", "--parallel", "1"]
-    words += ["--data.batch_size=64", "--run.steps=150", "--run.log_every=50", "--mqar.pairs=3"]
+    words += ["--data.batch_size=64", "--run.steps=150", "--run.log_every=50"]
     assert main(words) == 0
     said = capfd.readouterr().out
     assert "[2/2] 1-1,state=1,seed=0" in said and said.count("accuracy 0.") + said.count("accuracy 1.") == 2
     numbers = {kind["ratio"]: kind for kind in json.loads((tmp_path / "ratio.json").read_text())["kinds"]}
     assert numbers["1:1"]["accuracies"][0][0] > numbers["0"]["accuracies"][0][0] + 0.2
     run = tmp_path / "models" / "1-1,state=1,seed=0"
-    assert main(["probe", "--run", str(run), "--tasks", "mqar", "--mqar.pairs=3", "--mqar.vocab_size=16", "--lengths",
-                 "16", "--rows", "64", "--batches", "8", "--json"]) == 0  # fmt: skip
+    words_of_probe = "--tasks mqar --mqar.pairs=4 --mqar.vocab_size=16 --lengths 16 --rows 64 --batches 8 --json"
+    assert main(["probe", "--run", str(run), *words_of_probe.split()]) == 0
     one = json.loads(capfd.readouterr().out)["tasks"]["mqar"]["scores"][0]
     assert one["accuracy"] == pytest.approx(numbers["1:1"]["accuracies"][0][0])  # the same rows
     assert main(words) == 0 and "0 to train" in capfd.readouterr().out
