@@ -19,9 +19,10 @@ from hybridlm.fields import WHOLE
 GATES = {"off": (False,), "on": (True,), "both": (False, True)}
 USUAL = {
     "mqar": (
-        ("--mqar.vocab_size=128", "--mqar.random_filler=False"), ("pairs=8@32", "pairs=16@64", "pairs=32@128"),
+        ("--mqar.vocab_size=128", "--mqar.random_filler=False"),
+        tuple(f"pairs={n}@{4 * n}" for n in (2, 4, 8, 16, 32)),
     ),
-}  # fmt: skip
+}
 """Of a task: its numbers, and the stages in which it is learned, unless words say otherwise. Of mqar rows are full of
 pairs and their queries, of few enough keys to be learned in minutes."""
 
@@ -83,14 +84,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--state", nargs="+", type=int, default=[64], metavar="N", help="state of a head, 16 to 256 (64)"
     )
     parser.add_argument(
-        "--mixers", nargs="+", default=["mamba2"], metavar="NAME", help="what attention is mixed with (mamba2)"
+        "--mixers", nargs="+", default=["Mamba2"], metavar="NAME", help="what attention is mixed with (Mamba2)"
     )
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="models of each kind (2)")
     parser.add_argument(
         "--stages",
         nargs="+",
         metavar="FIELD=VALUE@T",
-        help="what is learned in turn (of mqar pairs=8@32 pairs=16@64 ...)",
+        help="what is learned in turn (of mqar pairs=2@8 pairs=4@16 ...)",
     )
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="more lengths that are scored")
     for name, what in (

@@ -70,7 +70,7 @@ class Point:
     """Attention in the place of the other mixer, or in parallel to it in one sublayer."""
     state: int = 64
     """Size N of the state of a head, as of Mamba-2; of mixers without such a size it says nothing."""
-    mixer: str = "mamba2"
+    mixer: str = "Mamba2"
     """What stands where attention does not: a name of MIXERS."""
 
     def __post_init__(self):

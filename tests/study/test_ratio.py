@@ -69,7 +69,7 @@ def test_the_default_grid():
     found = points({"ratio": grid.RATIOS, "gate": (False, True)})
     assert len(found) == 11 and len(set(found)) == 11
     assert [p.name for p in found if not p.gate] == ["none", "1:15", "1:7", "1:3", "1:1", "all"]
-    more = points({"ratio": ("0", "1:1", "all"), "placement": ("even", "last"), "state": (16, 64), "mixer": ("gla",)})
+    more = points({"ratio": ("0", "1:1", "all"), "placement": ("even", "last"), "state": (16, 64), "mixer": ("GLA",)})
     assert len(more) == 2 + 4 + 1  # none: a state each; all: neither placed nor mixed with anything
     assert len({p.file for p in more}) == 7 and not set("".join(p.file for p in more)) & set(":/ *")
     with pytest.raises(ConfigError, match="at most 2000"):
@@ -293,7 +293,7 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratios"], "study (ratios): name one of"),
         (["ratio", "--ratios", "1:0:1"], "must be 0, all or ATTENTION:OTHERS"),
         (["ratio", "--ratios", "1:1", "1:1"], "--ratios (1:1) is there twice"),
-        (["ratio", "--mixers", "mamba9"], "mixer (mamba9) must be one of mamba2,"),
+        (["ratio", "--mixers", "mamba9"], "mixer (mamba9) must be one of Mamba2,"),
         (["ratio", "--placement", "top"], "placement ('top') must be one of even, first, middle, last"),
         (["ratio", "--seeds", "0"], "--seeds (0) must be between 1 and 100"),
         (["ratio", "--task", "mqr"], "no task of that name"),
