@@ -206,7 +206,6 @@ def _distilled(args: argparse.Namespace, subject, task, recipe, student, kept: l
         trained = take_steps(config, program, state, batches, say)
         rows = config.data.batch_size
         after = score(trained.model, task, args.length, rows=rows, batches=args.batches, seed=args.seed)
-    storage.make_folder(out)
     keep(out, config, trained, subject.tokenizer.fingerprint)
     return {"run": str(out), "steps": config.run.steps, "accuracy": after.accuracy, "loss": trained.losses[-1][1],
             "seconds": round(trained.seconds, 1)}  # fmt: skip

@@ -44,7 +44,7 @@ class Sizes:
     """Width P of a head, of attention and of other mixers."""
     vocab_size: int = 264
     """Tokens V of the models, at least those of the task; 264 has room for the byte tokenizer."""
-    params: int = 500_000
+    params: int = 400_000
     """Parameters of every model, as nearly as the feed-forwards' width allows."""
 
     def __post_init__(self):

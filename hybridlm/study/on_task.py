@@ -151,6 +151,7 @@ def keep(folder: Path, config: Config, trained: Trained, tokenizer: str | None =
     """
     steps, rows = config.run.steps, config.data.batch_size * config.data.seq_len
     config = replace(config, run=replace(config.run, dir=str(folder)))
+    storage.make_folder(folder)
     save_config(config, folder / "config.json")
     records = [{"kind": "train", "step": step, "loss": loss, "tokens": step * rows} for step, loss in trained.losses]
     end = {"kind": "end", "step": steps, "seconds": round(trained.seconds, 1)}

@@ -27,12 +27,12 @@ from pallas_kernels.platform import device_name
 
 RECIPE = Config(
     name="ratio",
-    data=DataConfig(seq_len=128, batch_size=32),
+    data=DataConfig(seq_len=128, batch_size=16),
     optim=OptimConfig(
-        lr=3e-3, rule=Muon(lr=0.02), schedule=Wsd(decay_fraction=0.3, final_lr_ratio=0.05), warmup_steps=20
+        lr=5e-3, rule=Muon(lr=0.05), schedule=Wsd(decay_fraction=0.25, final_lr_ratio=0.02), warmup_steps=20
     ),
-    run=RunConfig(steps=300, log_every=10),
-)  # fmt: skip
+    run=RunConfig(steps=400, log_every=20),
+)
 """How every model of a grid is trained, unless the words say otherwise."""
 MAY_SET = ("data.seq_len", "data.batch_size", "optim.", "run.steps", "run.log_every")
 """What words may say of it: names, or what names begin with."""
