@@ -12,15 +12,16 @@ from flax import nnx
 from hybridlm.cli import main
 from hybridlm.config import (
     MLP,
-    AdamW,
     Attention,
     Config,
     DataConfig,
     Mamba2,
     ModelConfig,
+    Muon,
     OptimConfig,
     Parallel,
     RunConfig,
+    Wsd,
 )
 from hybridlm.errors import ConfigError
 from hybridlm.layers.parallel import Branch
@@ -161,19 +162,24 @@ WORDS = ["--task", "mqar", "--mqar.pairs=3", "--mqar.vocab_size=16", "--length",
 LEARNER = Config(
     name="whole",
     model=replace(
-        MODEL, pattern="M*-*-", d_model=32, norm_after="",
-        blocks={"*": Attention(n_heads=2, d_head=16), "-": MLP(d_ff=64), "M": Mamba2(d_state=2, d_head=16, expand=1)},
+        MODEL, pattern="M*-*-", d_model=32, norm_after="", init_std=32**-0.5,
+        blocks={
+            "*": Attention(n_heads=2, d_head=16, qk_norm=True), "-": MLP(d_ff=64),
+            "M": Mamba2(d_state=2, d_head=16, expand=1),
+        },
     ),
-    data=DataConfig(seq_len=16, batch_size=64), optim=OptimConfig(lr=3e-3, rule=AdamW(), warmup_steps=20),
-    run=RunConfig(steps=400, log_every=50),
+    data=DataConfig(seq_len=16, batch_size=64),
+    optim=OptimConfig(lr=5e-3, rule=Muon(lr=0.05), schedule=Wsd(), warmup_steps=20),
+    run=RunConfig(steps=240, log_every=40),
 )  # fmt: skip
+STAGES = [Trial(MQAR(pairs=2, vocab_size=16), 8), Trial(TASK, 16)]
 
 
 @pytest.mark.slow
 def test_a_model_with_less_attention_from_a_trained_one(tmp_path, capsys):
     """A model learns the task; the study finds what it can spare; distilled into that pattern it recalls as much as
     before, is a run, and its cache is smaller."""
-    trained = on_task.train_on(LEARNER, [Trial(TASK, 16)])
+    trained = on_task.train_on(LEARNER, STAGES)
     on_task.keep(tmp_path / "whole", LEARNER, trained)
     assert on_task.scored(trained.model, [Trial(TASK, 16)], 64, 4)[0]["accuracy"] > 0.9
     words = ["study", "layers", "--run", str(tmp_path / "whole"), *WORDS, "--window", "2", "--keep", "0.6"]
