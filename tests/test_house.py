@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "optim": BESIDE_SHARDING,
     "config": MIDDLE | {"storage", "cluster"},
     "train": MIDDLE | {"config", "storage", "cluster"},
-    **{wing: MIDDLE | {"config", "storage", "cluster", "train", "page"} for wing in ABOVE_TRAIN},
+    **{wing: MIDDLE | {"config", "storage", "cluster", "train", "page"} for wing in ABOVE_TRAIN - {"study"}},
+    "study": MIDDLE | {"config", "storage", "cluster", "train", "page"} | (ABOVE_TRAIN - {"study"}),
     "cli": MIDDLE | {"config", "storage", "cluster", "train", "page"} | ABOVE_TRAIN,
 }
 """Wing of hybridlm -> the other wings that it may import; pallas_kernels may be imported by all."""

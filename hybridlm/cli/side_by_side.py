@@ -16,6 +16,8 @@ from hybridlm.errors import ConfigError, require
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
+MOST = 64
+"""Processes at once."""
 
 
 class Job(NamedTuple):
@@ -32,7 +34,7 @@ def slots(n: int, environment: Mapping[str, str] = os.environ) -> list[dict[str,
 
     ConfigError where there are fewer GPUs than processes, and on TPUs, which one process has as a whole.
     """
-    require(1 <= n <= 64, f"--parallel ({n}) must be between 1 and 64")
+    require(1 <= n <= MOST, f"--parallel ({n}) must be between 1 and {MOST}")
     if n == 1 or environment.get("JAX_PLATFORMS", "") == "cpu":
         return [{}] * n
     if glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):
@@ -43,6 +45,22 @@ def slots(n: int, environment: Mapping[str, str] = os.environ) -> list[dict[str,
     require(n <= len(gpus), f"--parallel ({n}): there are {len(gpus)} GPUs ({', '.join(gpus)})")
     each = len(gpus) // n
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(n)]
+
+
+def at_once(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes this host computes with at once without one waiting for another: one a GPU, one for all TPUs,
+    else one a core."""
+    if environment.get("JAX_PLATFORMS", "") != "cpu":
+        if glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):
+            return 1
+        if gpus := _gpus(environment):
+            return min(len(gpus), MOST)
+    return min(cores(), MOST)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment_with(more: dict[str, str]) -> dict[str, str]:

@@ -5,10 +5,12 @@ A new one is a file with its Command, whose uses and words are those behind its 
 """
 
 from hybridlm.cli.command import Command
+from hybridlm.cli.study_layers import LAYERS
 from hybridlm.cli.study_length import LENGTH
+from hybridlm.cli.study_ratio import RATIO
 from hybridlm.errors import Exit, require
 
-STUDIES = (LENGTH,)
+STUDIES = (RATIO, LAYERS, LENGTH)
 
 
 def run(words: list[str], prog: str) -> int:

@@ -33,6 +33,8 @@ class Line:
     bold: bool = True
     dots: bool = False
     dotted: bool = False
+    between: tuple[np.typing.ArrayLike, np.typing.ArrayLike] | None = None
+    """The lowest and the highest value at each x, drawn as a bar; of a line with at most POINTS points."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def _fill(axes, panel: Panel) -> None:
             marker="o" if line.dots or len(x) == 1 else None, markersize=3,
             label=_plain(line.label) if line.label else "_",
         )  # fmt: skip
+        if line.between is not None:
+            _bars(axes, line, panel.log)
     if panel.log and drawn:
         axes.set_xscale("log")
     for place in panel.marks:
@@ -157,6 +161,14 @@ def _fill(axes, panel: Panel) -> None:
     axes.set(xlabel=_plain(panel.xlabel), ylabel=_plain(panel.ylabel))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(axes, line: Line, log: bool) -> None:
+    """From the lowest to the highest value at each point that is drawn."""
+    x, y, low, high = (np.asarray(a, float) for a in (line.x, line.y, *(line.between or ())))
+    fits = np.isfinite(x) & np.isfinite(y) & np.isfinite(low) & np.isfinite(high) & ((x > 0) | (not log))
+    x, y, low, high = x[fits], y[fits], low[fits], high[fits]
+    axes.errorbar(x, y, yerr=(y - low, high - y), fmt="none", ecolor=colour(line.n), elinewidth=1.0, capsize=2.5)
 
 
 def _thinned(x: np.ndarray, y: np.ndarray, log: bool) -> tuple[np.ndarray, np.ndarray]:

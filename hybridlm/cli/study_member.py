@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of its own that trains one model of a study, on the devices that it sees.
+
+`python -m hybridlm.cli.study_member FOLDER` reads what is asked from the model's folder, and writes the result there.
+"""
+
+import sys
+
+from hybridlm import storage
+from hybridlm.cli.ending import explained
+from hybridlm.cli.start import start
+from hybridlm.errors import Exit, print_line
+
+
+def main(folder: str) -> int:
+    """The exit code; what the user has to mend is one line."""
+    try:
+        start()
+        from hybridlm.study.ratio import train_member
+
+        found = train_member(storage.as_path(folder))
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = explained(error)
+        if line is None:
+            raise
+        print_line(f"error: {line}")
+        return code
+    told = ", ".join(f"{score['accuracy']:.3f} at {score['length']} tokens" for score in found["scores"])
+    print(f"accuracy {told}; loss {found['losses'][-1][1]:.4f} after {found['seconds']:.0f} s")
+    return Exit.COMPLETE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
