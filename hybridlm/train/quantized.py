@@ -20,7 +20,7 @@ from hybridlm.model import quantize
 from hybridlm.model.quantize import Row
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.records import finished_steps
-from hybridlm.train.run_folder import RunFolder, stored_config
+from hybridlm.train.run_folder import RunFolder, is_published, stored_config
 from hybridlm.train.sample import load_model
 from hybridlm.train.tokenizer_copy import FILES, IDENTITY, check_tokenizer, keep_tokenizer, kept_tokenizer
 
@@ -29,8 +29,9 @@ TABLE = "quantized.txt"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, and no published one."""
-    return bool(finished_steps(folder / "checkpoints"))
+    """Whether a folder is that of a run, perhaps without a checkpoint yet, and no published one."""
+    file = folder / "config.json"
+    return bool(finished_steps(folder / "checkpoints")) or (storage.exists(file) and not is_published(file))
 
 
 def quantize_run(

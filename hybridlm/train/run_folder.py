@@ -309,12 +309,12 @@ def stored_config(path: Path, like: Config | None = None) -> Config:
     copies = [_config_of(path, step) for step in reversed(finished_steps(path / "checkpoints"))]
     if not storage.exists(file) and not copies:
         raise ConfigError(f"{path} holds no run (no config.json)")
-    if not copies and _is_published(file):
+    if not copies and is_published(file):
         raise ConfigError(f"{path} holds a published checkpoint, not a run: --hf and --init.hf take it")
     return _first_readable([file, *copies], like)
 
 
-def _is_published(file: Path) -> bool:
+def is_published(file: Path) -> bool:
     """Whether a config.json is that of transformers."""
     try:
         values = read_json(file)

@@ -81,6 +81,9 @@ def test_what_cannot_be_done_is_one_line(out, capsys, tmp_path):
         "quantize", RUN, tmp_path / "a", "--quantize.weights=fp8", "--quantize.activations=int8"
     )
     assert "step (7)" in line("quantize", RUN, tmp_path / "a", "--step", "7")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_bytes((RUN / "config.json").read_bytes())
+    assert "begun has no checkpoint yet" in line("quantize", tmp_path / "begun", tmp_path / "a")
     assert "give the folder to write" in line("quantize", RUN)
     assert "give a run or a published folder, or --config NAME" in line("quantize")
     assert "no published family has" in line("convert", "to-hf", out, tmp_path / "a")
