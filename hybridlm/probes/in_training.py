@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from hybridlm.config import Config
 from hybridlm.data import Corpus
 from hybridlm.errors import require, within
+from hybridlm.model import quantize
 from hybridlm.model.init import abstract
 from hybridlm.probes.forward import HITS, REST, Forward
 from hybridlm.probes.named import AnyProbe, probe_of
@@ -140,7 +141,12 @@ class InTraining:
 
     @cached_property
     def _forward(self) -> Forward:
-        return Forward(self.program.graphdef, self.mesh, self.program.whole)
+        """Of the model that an evaluation reads: rounded where training rounds it."""
+        model, rounding, program = self.config.model, self.config.quantize, self.program
+        graphdef = quantize.abstract(model, rounding).graphdef if rounding.activations else program.graphdef
+        return Forward(
+            graphdef, self.mesh, lambda *args: quantize.round_matrices(program.whole(*args), model, rounding)
+        )
 
     @cached_property
     def _bits(self) -> int | None:

@@ -147,6 +147,17 @@ def test_adapters_and_several_sets(train, mini, capsys):
     assert "depth, percent" in text and "loss there" in text and "repeated_bigrams" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("weights=fp8",), ("weights=int8", "activations=int8")])
+def test_a_run_that_rounds_is_probed_as_it_is_evaluated(train, more):
+    """The loss of all tokens is that of the evaluation, which is of the rounded model."""
+    words = ["--probe.tasks=repeated_bigrams:frequent=300", "--optim.lr=0.1", "--run.steps=2", "--run.eval_every=2"]
+    run = train("run", *words, *(f"--quantize.{word}" for word in more))
+    (val,) = (record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "val")
+    hits, rest, share = (probes_of(run)[0][name] for name in PARTS)
+    assert share * hits + (1 - share) * rest == pytest.approx(val["loss"], rel=1e-5)
+
+
 # Any mesh -----------------------------------------------------------------------------------------------------------
 
 
