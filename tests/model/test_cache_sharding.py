@@ -62,7 +62,10 @@ CASES += [pytest.param(name, SMALL, id=f"{name} smaller") for name in STORED]
 @pytest.mark.parametrize(("name", "types"), CASES)
 def test_eight_devices_write_as_one(name, types):
     """Ragged prompts in pieces, a cache that grows, tokens: the same, and split all along."""
-    config, lengths = config_of(name, "mlp"), np.array([9, 40, 3, 33])
+    blocks = {"X": VARIANTS[name], "-": VARIANTS["mlp"]}
+    if name == "titans":  # of a memory that learns so fast that rounding grows with every token, a slow one
+        blocks["X"] = replace(VARIANTS[name], max_rate=0.02)
+    config, lengths = replace(small("X-X-", blocks), vocab_size=32), np.array([9, 40, 3, 33])
     model, tokens = init_sharded(config, mesh(), seed=0), random_tokens(4, 40)
 
     def write(model, check):

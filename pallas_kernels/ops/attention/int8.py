@@ -6,6 +6,9 @@ Keys come by blocks, from where they lie; a block is converted to the type of th
 127), and the scales multiply scores and weights, of which there is one a key and not one a number. So no more than a
 block is ever there in floating point. Softmax and sums are online, in float32 at least. Forward alone.
 
+On a GPU the products of a single query are sums over blocks that lie as the cache does: matrix products want the tokens
+of a head side by side, for which XLA would transpose the whole cache, of all layers, before each.
+
 Axis letters beyond hybridlm's: R query heads of a key head, J keys of a block, V width of v.
 """
 
@@ -13,11 +16,15 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from pallas_kernels import platform
 from pallas_kernels.ops.attention.mask import LOWEST, Mask, query_positions, visible_pairs
 
 MOST = 2**25
 """Numbers of a block of keys, and of its scores: 64 MiB in bfloat16."""
+ROWS_FIRST = Layout((0, 1, 2, 3))
+"""Of a block [B, J, K, P]."""
 LEAST_KEYS = 512
 """Keys of a block at least, however many rows and heads there are."""
 
@@ -39,6 +46,7 @@ def attend(q_BTHP, sides: tuple, scales: tuple, mask: Mask, settings: Settings, 
     q_BTKRP = q_BTHP.reshape(n_batch, n_queries, n_kv_heads, n_heads // n_kv_heads, -1)
     block = block_size(n_batch * max(n_kv_heads * width, n_heads * n_queries), n_keys)
     position_BT = jnp.asarray(query_positions(mask, n_queries))
+    in_sums = n_queries == 1 and platform.platform() == "gpu"
 
     def cut(array, start, axis: int):
         return jax.lax.dynamic_slice_in_dim(array, start, block, axis)
@@ -46,10 +54,11 @@ def attend(q_BTHP, sides: tuple, scales: tuple, mask: Mask, settings: Settings, 
     def numbers(side: int, start):
         """[B, J, K, P] of a block, in the type of q."""
         if stacked is None:
-            return cut(sides[side], start, 1).astype(q_BTHP.dtype)
-        stack, layer = stacked[side], stacked[2]
-        sizes = (1, n_batch, block, *stack.shape[3:])
-        return jax.lax.dynamic_slice(stack, (layer, 0, start, 0, 0), sizes)[0].astype(q_BTHP.dtype)
+            found = cut(sides[side], start, 1)
+        else:
+            stack, layer = stacked[side], stacked[2]
+            found = jax.lax.dynamic_slice(stack, (layer, 0, start, 0, 0), (1, n_batch, block, *stack.shape[3:]))[0]
+        return (with_layout_constraint(found, ROWS_FIRST) if in_sums else found).astype(q_BTHP.dtype)
 
     def by_key(side: int, start):
         """[B, K, 1, 1, J]: scales of a block."""
@@ -58,8 +67,7 @@ def attend(q_BTHP, sides: tuple, scales: tuple, mask: Mask, settings: Settings, 
     def visit(i, carry):
         sum_BKRTV, top_BKRT, total_BKRT = carry
         start = jnp.minimum(i * block, n_keys - block)  # the last block begins earlier, its first keys were seen
-        scores = jnp.einsum("btkrp,bjkp->bkrtj", q_BTKRP, numbers(0, start), preferred_element_type=dtype)
-        scores = scores * (settings.scale * by_key(0, start))
+        scores = _scores(q_BTKRP, numbers(0, start), dtype, in_sums) * (settings.scale * by_key(0, start))
         if settings.softcap is not None:
             scores = settings.softcap * jnp.tanh(scores / settings.softcap)
         visible = _visible(mask, position_BT, start, i * block, block, cut)[:, None, None]
@@ -67,8 +75,7 @@ def attend(q_BTHP, sides: tuple, scales: tuple, mask: Mask, settings: Settings, 
         new_top_BKRT = jnp.maximum(top_BKRT, scores.max(axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new_top_BKRT[..., None]), 0)
         shrink_BKRT = jnp.exp(top_BKRT - new_top_BKRT)
-        scaled = (weights * by_key(1, start)).astype(q_BTHP.dtype)
-        added = jnp.einsum("bkrtj,bjkv->bkrtv", scaled, numbers(1, start), preferred_element_type=dtype)
+        added = _weighed(weights * by_key(1, start), numbers(1, start), in_sums)
         sum_BKRTV = sum_BKRTV * shrink_BKRT[..., None] + added
         return sum_BKRTV, new_top_BKRT, total_BKRT * shrink_BKRT + weights.sum(axis=-1)
 
@@ -88,6 +95,24 @@ def attend(q_BTHP, sides: tuple, scales: tuple, mask: Mask, settings: Settings, 
     sum_BKRTV, _, total_BKRT = carry
     out_BKRTV = sum_BKRTV / jnp.where(total_BKRT > 0, total_BKRT, 1)[..., None]
     return jnp.moveaxis(out_BKRTV, 3, 1).reshape(n_batch, n_queries, n_heads, -1).astype(q_BTHP.dtype)
+
+
+def _scores(q_BTKRP, k_BJKP, dtype, in_sums: bool):
+    """[B, K, R, T, J]. in_sums: of a single query."""
+    if not in_sums:
+        return jnp.einsum("btkrp,bjkp->bkrtj", q_BTKRP, k_BJKP, preferred_element_type=dtype)
+    products_BJKRP = q_BTKRP.astype(dtype) * k_BJKP.astype(dtype)[:, :, :, None]
+    return jnp.moveaxis(products_BJKRP.sum(axis=-1), 1, 3)[:, :, :, None]
+
+
+def _weighed(weights_BKRTJ, v_BJKV, in_sums: bool):
+    """[B, K, R, T, V] in the type of the weights: sums of values. in_sums: of a single query."""
+    dtype = weights_BKRTJ.dtype
+    if not in_sums:
+        weights_BKRTJ = weights_BKRTJ.astype(v_BJKV.dtype)
+        return jnp.einsum("bkrtj,bjkv->bkrtv", weights_BKRTJ, v_BJKV, preferred_element_type=dtype)
+    weights_BJKR = jnp.moveaxis(weights_BKRTJ[:, :, :, 0], 3, 1)
+    return (weights_BJKR[..., None] * v_BJKV.astype(dtype)[:, :, :, None]).sum(axis=1)[:, :, :, None]
 
 
 def block_size(numbers_of_key: int, n_keys: int) -> int:
