@@ -112,7 +112,8 @@ def _weighed(weights_BKRTJ, v_BJKV, in_sums: bool):
         weights_BKRTJ = weights_BKRTJ.astype(v_BJKV.dtype)
         return jnp.einsum("bkrtj,bjkv->bkrtv", weights_BKRTJ, v_BJKV, preferred_element_type=dtype)
     weights_BJKR = jnp.moveaxis(weights_BKRTJ[:, :, :, 0], 3, 1)
-    return (weights_BJKR[..., None] * v_BJKV.astype(dtype)[:, :, :, None]).sum(axis=1)[:, :, :, None]
+    products_BJKRV = weights_BJKR[..., None] * v_BJKV.astype(dtype)[:, :, :, None]
+    return with_layout_constraint(products_BJKRV, Layout((0, 1, 2, 3, 4))).sum(axis=1)[:, :, :, None]
 
 
 def block_size(numbers_of_key: int, n_keys: int) -> int:
