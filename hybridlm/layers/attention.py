@@ -365,8 +365,8 @@ class Next(NamedTuple):
             places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
             real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
             both = ((cache["k"], k), (cache["v"], v))
-            both = ((caches.read(old, layer, a.dtype), caches.as_stored(old, a)) for old, a in both)
-            k, v = (jnp.concatenate(pair, axis=1) for pair in both)
+            pairs = ((caches.read(old, layer, a.dtype), caches.as_stored(old, a)) for old, a in both)
+            k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
         places["segment_ids"] = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
         return k, v, new, places
 

@@ -292,8 +292,7 @@ def attention(
         layer = None
     if layer is None:
         k, v = (sharding.repeat_for_heads(a, 2, n_heads) for a in (k, v))
-        if k_scale is not None:
-            k_scale, v_scale = (sharding.repeat_for_heads(a, 1, n_heads) for a in (k_scale, v_scale))
+        k_scale, v_scale = (a if a is None else sharding.repeat_for_heads(a, 1, n_heads) for a in (k_scale, v_scale))
 
     def run(q, k, v, k_scale, v_scale, gate, sinks, q_ids, k_ids, q_at, k_at, q_offset, layer, context_axis=None):
         return pallas_kernels.attention(
@@ -307,9 +306,8 @@ def attention(
         )  # fmt: skip
 
     heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
-    keys, scales = kv_heads, ("batch", "kv_heads", "tokens")
-    if layer is not None:
-        keys, scales = (None, *keys), (None, *scales)
+    stack = () if layer is None else (None,)
+    keys, scales = (*stack, *kv_heads), (*stack, "batch", "kv_heads", "tokens")
     arrays = (q, k, v, k_scale, v_scale, gate, sinks, *segment_ids, *positions, q_offset, layer)
     names = (heads, keys, keys, scales, scales, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
     return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)

@@ -124,9 +124,11 @@ def block_size(numbers_of_key: int, n_keys: int) -> int:
 def _visible(mask: Mask, position_BT, start, first, block: int, cut: typing.Callable):
     """[B or 1, T, J] bool: keys from `start` that a query sees, none of them before `first`."""
     key_1J = (start + jnp.arange(block, dtype=jnp.int32))[None]
-    ids = (None, None) if mask.q_ids_BT is None else (mask.q_ids_BT[:, :, None], cut(mask.k_ids_BS, start, 1)[:, None])
+    q_id, k_id = mask.q_ids_BT, mask.k_ids_BS
+    if q_id is not None:
+        q_id, k_id = q_id[:, :, None], cut(k_id, start, 1)[:, None]
     k_position = key_1J if mask.k_position_BS is None else cut(mask.k_position_BS, start, 1)
-    visible = visible_pairs(*ids, position_BT[:, :, None], k_position[:, None], mask.causal, mask.window)
+    visible = visible_pairs(q_id, k_id, position_BT[:, :, None], k_position[:, None], mask.causal, mask.window)
     new_1TJ = (key_1J >= first)[:, None]
     return jnp.broadcast_to(new_1TJ, (1, position_BT.shape[1], block)) if visible is None else visible & new_1TJ
 
