@@ -36,11 +36,11 @@ def run(words: list[str], prog: str) -> int:
     from hybridlm.eval.subject import open_run
 
     task = task_of(args.task, of_task)
-    task.check(args.length)
     of_recipe, of_run = _shared_out(of_config)
     recipe = load_config(args.recipe, of_recipe)
     out = None if args.distill is None else _new_folder(args.distill)
     subject = open_run(args.run, args.step, of_run, None if args.config is None else read_config(args.config))
+    task = _read_by(subject, task, args.length)
     found, student, kept = _studied(args, subject, task)
     spared = bool(found.settings)
     require(spared or out is None, f"--distill ({out}): no attention can be spared at --keep {args.keep}: lower it")
@@ -121,6 +121,22 @@ def _new_folder(text: str) -> Path:
     return folder
 
 
+def _read_by(subject, task, length: int):
+    """The task as the model reads it: text by its own tokens. ConfigError where it does not fit."""
+    from hybridlm.probes.scoring import check_vocabulary
+    from hybridlm.probes.tokenised import for_tokenizer
+
+    rounded = subject.config.quantize
+    said = (
+        f"--run ({subject.name}) holds matrices in {rounded.weights}, of which layers are not taken apart: give the run"
+    )
+    require(not rounded.stored, f"{said} that it was made of")
+    read = for_tokenizer(task, subject.tokenizer, subject.bos)
+    check_vocabulary(subject.config.model.vocab_size, read)
+    read.check(length)
+    return read
+
+
 def _studied(args: argparse.Namespace, subject, task) -> tuple[Any, Any, list[int]]:
     """(findings, the config of the proposed model, of each of its sublayers the index in the run's pattern)."""
     import jax
@@ -129,8 +145,6 @@ def _studied(args: argparse.Namespace, subject, task) -> tuple[Any, Any, list[in
     from hybridlm.sharding import RULES
     from hybridlm.study.layers import proposed, study_layers
 
-    fits = not task.is_text or subject.tokenizer.name == "byte"
-    require(fits, f"{args.task} is text in bytes, the model's tokenizer {subject.tokenizer.name}: take another task")
     n = math.prod(subject.mesh.shape[axis] for axis in RULES["batch"])
     rows = -(-16 // n) * n if args.rows is None else args.rows
     require(rows % n == 0, f"--rows ({rows}) must be a multiple of {n}: that many devices share them")

@@ -37,5 +37,8 @@ def check_settable(words: Sequence[str], may: Sequence[str], what: str) -> None:
 
 
 def task_of(name: str, words: Sequence[str]) -> Any:
-    """The task of a name, with the numbers that words give it."""
+    """The task of a name, with the numbers that words give it; what is read of held-out text is none."""
+    from hybridlm.probes import PROBES
+
+    require(name in PROBES, f"--task ({name}): no task of that name: there are {', '.join(PROBES)}")
     return chosen([name], words)[name]

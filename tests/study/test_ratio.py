@@ -297,6 +297,7 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--placement", "top"], "placement ('top') must be one of even, first, middle, last"),
         (["ratio", "--seeds", "0"], "--seeds (0) must be between 1 and 100"),
         (["ratio", "--task", "mqr"], "no task of that name"),
+        (["ratio", "--task", "repeated_bigrams"], "no task of that name"),
         (["ratio", "--model.d_model=3"], "--model.d_model is no option of study ratio"),
         (["ratio", "--run.dir=x"], "--run.dir is no option of study ratio"),
         (["ratio", "--mqar.pair=3"], "did you mean pairs?"),
