@@ -3,6 +3,10 @@
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -11,6 +15,9 @@ from safetensors.numpy import load_file
 
 from hybridlm.cli import main
 from hybridlm.config.find import load_config
+from hybridlm.data.as_files import files_of
+from hybridlm.data.tokenizer import ByteTokenizer
+from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics, stored_config
 from tests.hf.hf_support import FOLDER
 from tests.train.conftest import mini, one_device, write_texts  # noqa: F401 (fixtures)
@@ -49,6 +56,53 @@ def test_there_and_back(bytes_checkpoint, tmp_path, capsys):
     assert (out / "generation_config.json").is_file()
     assert main(["convert", "from-hf", str(bytes_checkpoint), str(run)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["copy_small_files", "keep_tokenizer", "Checkpoints.save"])
+def test_a_conversion_that_was_stopped_begins_again(at, bytes_checkpoint, tmp_path, capsys, monkeypatch):
+    """Wherever it stopped, of another source, too; what is not of such a call is never touched."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(bytes_checkpoint, other)
+    for name, text in files_of(ByteTokenizer()).items():
+        (other / name).write_text(text)
+    (other / "generation_config.json").unlink()
+    convert = lambda source: main(["convert", "from-hf", str(source), str(run), "--data.tokenizer=byte"])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hybridlm.train.published.{at}", stop)
+        assert convert(other) == 130
+    assert (run / "converting").is_file() and main(["generate", "--run", str(run)]) == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    assert convert(bytes_checkpoint) == 0
+    assert not (run / "converting").exists() and not (run / "published" / "tokenizer.json").exists()
+    assert (run / "published" / "generation_config.json").is_file()
+    assert main(["generate", "--run", str(run), "--prompt", "a", "--max-new-tokens", "3"]) == 0
+    (run / "converting").touch()  # of a call that was killed right behind its checkpoint
+    assert convert(bytes_checkpoint) == 2 and "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_begins_again(bytes_checkpoint, tmp_path):
+    """SIGKILL at ten moments of its way."""
+    words = [sys.executable, "-m", "hybridlm", "convert", "from-hf", str(bytes_checkpoint)]
+    began = time.monotonic()
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, timeout=120)
+    seconds = time.monotonic() - began
+    for i in range(10):
+        run = tmp_path / f"run{i}"
+        process = subprocess.Popen([*words, str(run)])
+        until = time.monotonic() + 0.9 * seconds
+        while time.monotonic() < until and not run.exists():
+            time.sleep(0.002)
+        time.sleep(0.02 * i * i)
+        process.kill()
+        process.wait()
+        code = main(["convert", "from-hf", str(bytes_checkpoint), str(run)])
+        assert code == 0 or (code == 2 and finished_steps(run / "checkpoints") == [0])
+        assert main(["generate", "--run", str(run), "--data.tokenizer=byte", "--max-new-tokens=2"]) == 0
 
 
 def test_a_run_of_no_published_family(mini, one_device, capsys):  # noqa: F811
