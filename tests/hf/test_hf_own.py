@@ -26,7 +26,7 @@ CODE = ast.parse((own.CODE / "modeling_hybridlm.py").read_text())
 NAMES = next(
     ast.literal_eval(node.value)
     for node in CODE.body
-    if isinstance(node, ast.Assign) and node.targets[0].id == "FLOAT32"  # type: ignore[attr-defined]
+    if isinstance(node, ast.Assign) and node.targets[0].id == "FLOAT32"
 )
 FLOAT32 = re.compile("|".join(rf"\b{name}\b" for name in NAMES))
 """Of names of parameters that the PyTorch code has in float32."""
