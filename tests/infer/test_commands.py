@@ -76,7 +76,7 @@ def test_on_a_mesh(capsys, monkeypatch, tmp_path):
     for model in (["--run", RUN], ["--hf", str(tmp_path / "hf"), "--data.tokenizer=byte"]):
         words = ["generate", *model, *GREEDY, "--json", "--quiet", "--prompt", "x", "the second"]
         alone = texts(said(capsys, *words).out)
-        for mesh in (["--mesh.data=1", "--mesh.tensor=-1"], ["--mesh.fsdp", "4"]):
+        for mesh in (["--mesh.tensor=2"], ["--mesh.fsdp", "4"]):
             assert texts(said(capsys, *words, *mesh).out) == alone
     talk = lambda *mesh: said(
         capsys, "chat", "--run", RUN, *GREEDY, *mesh, stdin=b"hello\n", monkeypatch=monkeypatch
