@@ -27,8 +27,10 @@ def together(folder: Path, *words: str) -> list[tuple[int, str, str]]:
         )
         for i in range(2)
     ]  # fmt: skip
+    own = lambda said: "".join(line for line in said.splitlines(True) if not line.startswith("[Gloo]"))
     try:
-        return [(out[1].returncode, *out[0]) for out in [(p.communicate(timeout=300), p) for p in processes]]
+        said = [process.communicate(timeout=300) for process in processes]
+        return [(process.returncode, own(out), error) for process, (out, error) in zip(processes, said, strict=True)]
     finally:
         for process in processes:
             process.kill()
