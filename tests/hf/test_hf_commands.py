@@ -117,6 +117,7 @@ def test_a_run_of_no_published_family(mini, one_device, capsys):  # noqa: F811
     config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
     assert (config["model_type"], config["bos_token_id"], config["eos_token_id"]) == ("hybridlm", 256, 257)
     assert (out / "tokenizer.json").is_file() and (out / "modeling_hybridlm.py").is_file()
+    assert card.count("trust_remote_code=True)") == 2  # transformers asks for it of the tokenizer, too
     for line in (r"/train-\*.txt |", "| steps | 2 |", "| tokens | 512 |", "| validation loss | ", "bits per byte"):
         assert line in card, line
     assert str(folder) not in card and "--config mini.py" in card and "a=val-0.txt val-1.txt" in card and "jax " in card
