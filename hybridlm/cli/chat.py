@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.start import start
-from hybridlm.cli.writing import add_options, check_options, open_model, options_of
+from hybridlm.cli.start import start_alone
+from hybridlm.cli.words import split_section
+from hybridlm.cli.writing import add_options, check_options, in_force, mesh_of, open_model, options_of
 from hybridlm.errors import ConfigError, print_line
 
 HELP = "/reset forgets the conversation, /quit or end of input (Ctrl-D) ends, Ctrl-C stops an answer"
@@ -18,16 +19,22 @@ HELP = "/reset forgets the conversation, /quit or end of input (Ctrl-D) ends, Ct
 
 def run(words: list[str], prog: str) -> int:
     """Talks until the end of input; see Command."""
+    of_mesh, words = split_section(words, "mesh")
     args = parse(_parser(prog), words)
     if args is None:
         return 0
     check_options(args)
-    start()
+    start_alone("chat")
+    mesh = mesh_of(of_mesh)
+    with in_force(mesh):
+        return _talk(args, *open_model(args, mesh))
+
+
+def _talk(args: argparse.Namespace, model, tokenizer) -> int:
     from hybridlm.data.template import template_of
     from hybridlm.infer.chat import Conversation
     from hybridlm.infer.show import Screen
 
-    model, tokenizer = open_model(args)
     template = template_of(tokenizer)
     conversation = Conversation(model, tokenizer, template, options_of(args), args.system)
     talking, screen = sys.stdin.isatty(), Screen(sys.stdout)

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from hybridlm.cli.command import Command, make_parser, parse
+from hybridlm.cli.ending import ended_together
 from hybridlm.cli.start import start
-from hybridlm.cli.words import split_overrides
-from hybridlm.errors import require
+from hybridlm.cli.words import split_overrides, split_section
+from hybridlm.errors import Exit, require
 from hybridlm.fields import WHOLE
 
 
@@ -22,7 +23,22 @@ def run(words: list[str], prog: str) -> int:
     overrides += _checked(args)
     has_text = args.hf is None or args.tasks or any(word.partition("=")[0] == "--data.val_path" for word in overrides)
     require(has_text, "a published model holds out no text: give --data.val_path A B, or --tasks NAME")
-    start()
+    of_cluster, overrides = split_section(overrides, "cluster")
+    from hybridlm.config import Config
+    from hybridlm.config.overrides import override
+    from hybridlm.train.peers import Peers
+
+    peers = Peers()
+    start(override(Config(), of_cluster).cluster, peers.joining)
+    peers.start(on_stop=lambda signum: None)
+    with ended_together(peers):
+        _evaluate(args, overrides, speaks=peers.index == 0)
+        peers.close(Exit.COMPLETE)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str], speaks: bool) -> None:
+    """speaks: whether this process, of several, says what was found."""
     from hybridlm.config.find import read_config
     from hybridlm.eval.subject import open_published, open_run
 
@@ -31,8 +47,9 @@ def run(words: list[str], prog: str) -> int:
         subject = open_published(args.hf, overrides)
     else:
         subject = open_run(args.run, args.step, overrides, like)
-    (_tasks if args.tasks else _sets)(args, subject)
-    return 0
+    said = (_tasks if args.tasks else _sets)(args, subject, speaks)
+    if speaks:
+        print(said)
 
 
 EVAL = Command(
@@ -57,10 +74,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="batches of each set, examples of each task (all)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm-evaluation-harness")
-    parser.add_argument("--include_path", metavar="DIR", help="folder with tasks of your own, in YAML")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with tasks of your own, in YAML")
     parser.add_argument(
-        "--num_fewshot", type=int, metavar="N", help="examples in front of each question (those of the task)"
+        "--num-fewshot", type=int, metavar="N", help="examples in front of each question (those of the task)"
     )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="ask by the tokenizer's chat template, examples as turns"
+    )
+    hidden = argparse.SUPPRESS  # as the harness spells them
+    parser.add_argument("--include_path", default=hidden, help=hidden)
+    parser.add_argument("--num_fewshot", type=int, default=hidden, help=hidden)
+    parser.add_argument("--apply_chat_template", action="store_true", help=hidden)
     parser.add_argument("--json", action="store_true", help="print JSON")
     of_config = parser.add_argument_group("as in training")
     of_config.add_argument(
@@ -70,7 +94,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     of_config.add_argument("--data.tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the model)")
     of_config.add_argument("--model.compute_dtype", metavar="TYPE", help="float32 or bfloat16 (that of the model)")
     parser.epilog = (
-        "--data.KEY=VALUE and --mesh.KEY=VALUE are those of training: see hybridlm train --help. "
+        "--data.KEY=VALUE, --mesh.KEY=VALUE and --cluster.KEY=VALUE are those of training: see hybridlm train --help. "
         "--model.blocks.SYMBOL.rope.KEY=VALUE, window and scale read with other values than it was trained with."
     )
     return parser
@@ -81,31 +105,34 @@ def _checked(args: argparse.Namespace) -> list[str]:
     require((args.run is None) != (args.hf is None), "give --run DIR or --hf FOLDER, one of them")
     require(args.hf is None or args.step is None, f"--step ({args.step}) is of a run: give --run")
     require(args.hf is None or args.config is None, f"--config ({args.config}) is of a run: give --run")
-    for name in ("include_path", "num_fewshot"):
-        require(args.tasks or getattr(args, name) is None, f"--{name} is of tasks: give --tasks NAME")
+    spelled = lambda name: f"--{name.replace('_', '-')}"
+    for name in ("include_path", "num_fewshot", "apply_chat_template"):
+        given = getattr(args, name) not in (None, False)
+        require(args.tasks or not given, f"{spelled(name)} is of tasks: give --tasks NAME")
     for name, least in (("length", 1), ("batch", 1), ("limit", 1), ("num_fewshot", 0)):
         value = getattr(args, name)
-        require(value is None or least <= value <= WHOLE, f"--{name} ({value}) must be at least {least}")
+        require(value is None or least <= value <= WHOLE, f"{spelled(name)} ({value}) must be at least {least}")
     fields = {"length": "data.seq_len", "batch": "data.batch_size"}
     given = {field: getattr(args, name) for name, field in fields.items()}
     return [f"--{field}={value}" for field, value in given.items() if value is not None]
 
 
-def _sets(args: argparse.Namespace, subject) -> None:
+def _sets(args: argparse.Namespace, subject, speaks: bool) -> str:
     from hybridlm.eval.report import sets_as_json, sets_as_text
     from hybridlm.eval.sets import evaluate_sets
 
-    results = evaluate_sets(subject, args.limit or 0, _shown)
-    print(json.dumps(sets_as_json(subject, results), indent=1) if args.json else sets_as_text(subject, results))
+    results = evaluate_sets(subject, args.limit or 0, _shown if speaks else lambda batches, name, n: batches)
+    return json.dumps(sets_as_json(subject, results), indent=1) if args.json else sets_as_text(subject, results)
 
 
-def _tasks(args: argparse.Namespace, subject) -> None:
+def _tasks(args: argparse.Namespace, subject, speaks: bool) -> str:
     from hybridlm.eval.tasks import evaluate_tasks, tasks_as_json, tasks_as_text
 
     found = evaluate_tasks(
-        subject, args.tasks, include_path=args.include_path, limit=args.limit, num_fewshot=args.num_fewshot
-    )
-    print(json.dumps(tasks_as_json(subject, found), indent=1) if args.json else tasks_as_text(subject, found))
+        subject, args.tasks, include_path=args.include_path, limit=args.limit, num_fewshot=args.num_fewshot,
+        apply_chat_template=args.apply_chat_template,
+    )  # fmt: skip
+    return json.dumps(tasks_as_json(subject, found), indent=1) if args.json else tasks_as_text(subject, found)
 
 
 def _shown(batches: Iterable, name: str, n: int) -> Iterator:

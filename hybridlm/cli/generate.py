@@ -6,8 +6,9 @@ import sys
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.start import start
-from hybridlm.cli.writing import add_options, check_options, open_model, options_of
+from hybridlm.cli.start import start_alone
+from hybridlm.cli.words import split_section
+from hybridlm.cli.writing import add_options, check_options, in_force, mesh_of, open_model, options_of
 from hybridlm.errors import ConfigError, print_line, require
 
 STANDARD_INPUT = "-"
@@ -15,19 +16,22 @@ STANDARD_INPUT = "-"
 
 def run(words: list[str], prog: str) -> int:
     """Writes texts; see Command."""
+    of_mesh, words = split_section(words, "mesh")
     args = parse(_parser(prog), words)
     if args is None:
         return 0
     check_options(args)
     prompts = _prompts(args)
-    start()
+    start_alone("generate")
     from hybridlm.infer.show import Screen, show, show_json
     from hybridlm.infer.texts import Speed, write
 
-    model, tokenizer = open_model(args)
+    mesh = mesh_of(of_mesh)
     options, speed, screen = options_of(args), Speed(), Screen(sys.stdout)
-    events = write(model, tokenizer, prompts, options, batch=args.batch, speed=speed)
-    (show_json if args.json else show)(events, prompts, screen)
+    with in_force(mesh):
+        model, tokenizer = open_model(args, mesh)
+        events = write(model, tokenizer, prompts, options, batch=args.batch, speed=speed)
+        (show_json if args.json else show)(events, prompts, screen)
     if not args.quiet:
         print_line(str(speed))
     return 0

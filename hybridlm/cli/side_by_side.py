@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 MOST = 64
 """Processes at once."""
+PARENT = "HYBRIDLM_PARENT"
+"""The variable that tells a process whose end, however that comes, is its own: `end_with_parent`."""
 
 
 class Job(NamedTuple):
@@ -86,7 +89,8 @@ def run_jobs(
     """Runs the jobs, len(places) at once, in order; the signal that ended this early, or None.
 
     began: told before each. ended: told the exit code of each (128 + signal where one ended it); False starts no more.
-    A signal goes on to the processes that run, which save and end; no further one is begun.
+    A signal goes on to the processes that run, which save and end; no further one is begun. Where this process is gone
+    without a word (SIGKILL), those that call `end_with_parent` do so too.
     """
     waiting, free, going = list(jobs), list(range(len(places))), True
     running: dict[subprocess.Popen, tuple[Job, int, BinaryIO | None]] = {}
@@ -98,7 +102,7 @@ def run_jobs(
                     job, place = waiting.pop(0), free.pop(0)
                     began(job)
                     out = None if job.log is None else open(job.log, "ab")  # noqa: SIM115 (closed when it ends)
-                    env = os.environ | places[place]
+                    env = os.environ | places[place] | {PARENT: str(os.getpid())}
                     process = subprocess.Popen(job.words, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
                     running[process] = job, place, out
                 for number in received[passed:]:  # one from the terminal has reached them too: that counts once
@@ -117,6 +121,20 @@ def run_jobs(
             for process in running:  # only where this process itself fails
                 process.terminate()
     return received[0] if received else None
+
+
+def end_with_parent() -> None:
+    """Has this process get SIGTERM, upon which a run saves and ends, once the one that started it by `run_jobs` is no
+    more; nothing for a process that nobody has started so."""
+    parent = os.environ.pop(PARENT, "")
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent.isdecimal():
+        threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 @contextmanager

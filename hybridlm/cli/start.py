@@ -40,6 +40,20 @@ def start(
     join(cluster, joining)
 
 
+def start_alone(command: str) -> None:
+    """`start` of a command that is of one process. ConfigError where this is one of several, which nobody joins."""
+    from hybridlm.cluster import ClusterConfig, find_place
+    from hybridlm.errors import ConfigError
+
+    place = find_place(ClusterConfig())
+    if place is not None:
+        raise ConfigError(
+            f"hybridlm {command} is of one process, and this is one of several ({place.found_by}): start it in one, "
+            "where --mesh.KEY=VALUE takes all devices"
+        )
+    start()
+
+
 def _keep_programs(cache: Path) -> None:
     """Has compiled programs kept in a folder that this user alone can write; where it cannot be made, nothing is kept.
     Whoever can write there has a say in what the next start runs."""

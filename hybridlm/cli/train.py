@@ -5,6 +5,7 @@ import shlex
 
 from hybridlm.cli.command import Command
 from hybridlm.cli.ending import ended_together
+from hybridlm.cli.side_by_side import end_with_parent
 from hybridlm.cli.start import start
 from hybridlm.errors import ConfigError
 
@@ -26,6 +27,7 @@ def run(words: list[str], prog: str) -> int:
     again = f"{typed} {shlex.join(['--config', name, *overrides])}"
     longer = f"{typed} {shlex.join(['--config', name, *_without(overrides, '--run.steps')])}"
     with StopRequest() as stop:
+        end_with_parent()
         from hybridlm.train.peers import Peers
 
         peers = Peers(config.run.heartbeat, again)

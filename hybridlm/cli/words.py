@@ -16,3 +16,15 @@ def split_overrides(words: list[str], own: str | None = None) -> tuple[list[str]
             into = overrides if "." in word.partition("=")[0] and not mine_too else mine
         into.append(word)
     return mine, overrides
+
+
+def split_section(words: list[str], section: str) -> tuple[list[str], list[str]]:
+    """(words of a section of the config, the others): `--mesh.tensor=2`, or `--mesh.tensor` with its values behind."""
+    of_section: list[str] = []
+    others: list[str] = []
+    into = others
+    for word in words:
+        if word.startswith("--"):
+            into = of_section if word.startswith(f"--{section}.") else others
+        into.append(word)
+    return of_section, others

@@ -2,6 +2,7 @@
 """What the commands that write text have in common: which model, and how its tokens are chosen."""
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 
 from hybridlm import storage
 from hybridlm.errors import require
@@ -42,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
         "--data.tokenizer", dest="tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the run or folder)"
     )
     parser.add_argument("--config", metavar="FILE", help="config file of the run, where that defines blocks of its own")
+    parser.epilog = "--mesh.KEY=VALUE, as of training, takes all devices: --mesh.tensor=4, say (the first alone)."
 
 
 CACHE = "--cache."
@@ -83,8 +85,29 @@ def check_options(args: argparse.Namespace) -> None:
         require(not given, f"--{name} belongs to a run, but --hf ({args.hf}) is none")
 
 
-def open_model(args: argparse.Namespace) -> tuple:
-    """(model, tokenizer) that the options name; ConfigError where there is none."""
+def mesh_of(words: list[str]):
+    """The mesh that `--mesh.KEY=VALUE` arrange all devices in; None without a word, for the first device alone."""
+    if not words:
+        return None
+    from hybridlm.config import Config
+    from hybridlm.config.overrides import override
+    from hybridlm.sharding import make_mesh
+
+    return make_mesh(override(Config(), words).mesh)
+
+
+def in_force(mesh) -> AbstractContextManager:
+    """Inside, what is computed is split over the mesh, where there is one."""
+    import jax
+
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def open_model(args: argparse.Namespace, mesh=None) -> tuple:
+    """(model, tokenizer) that the options name, on the mesh in force; ConfigError where there is none.
+
+    mesh: the same; None: the first device.
+    """
     if args.hf is None:
         from hybridlm.config.find import read_config
         from hybridlm.train.sample import load_run
@@ -96,7 +119,7 @@ def open_model(args: argparse.Namespace) -> tuple:
     from hybridlm.hf.load import COMPUTE, from_hf
 
     folder = storage.as_path(args.hf)
-    model = from_hf(folder, dtype=COMPUTE.get(open_checkpoint(folder).dtype, "bfloat16"))
+    model = from_hf(folder, mesh=mesh, dtype=COMPUTE.get(open_checkpoint(folder).dtype, "bfloat16"))
     return model, load_tokenizer(tokenizer_of(folder, model.config) if args.tokenizer is None else args.tokenizer)
 
 

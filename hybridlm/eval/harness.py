@@ -3,47 +3,53 @@
 
 The harness gives texts; how they become tokens is its own `TemplateLM`'s, as for its model of transformers: context and
 continuation are encoded together and cut where the context alone ends, its trailing spaces being the continuation's.
-Each context is read once into the model's cache, from which each of its continuations is scored.
+Each context is read once, in pieces, into the model's cache, from which each of its continuations is scored; a prompt
+is read once, too, however many rounds of writing go on from it.
 
-Axis letters: B rows, T tokens of contexts, K tokens of continuations, D model, V vocabulary.
+Axis letters: B rows, T tokens of contexts, N new tokens.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import lax
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from hybridlm.data.template import template_of
 from hybridlm.errors import require
 from hybridlm.eval.subject import Subject
-from hybridlm.model.generation import generate
-from hybridlm.sharding import batch_sharding
+from hybridlm.model.decoding import State, Writer, piece_size
+from hybridlm.model.generation import sampling
+from hybridlm.model.scoring import score
 
 MAX_GEN_TOKENS = 256
 """Tokens that are written where a task does not say how many; the harness's own number."""
 FIRST_WRITTEN = 32
 """Tokens that are written before stop sequences are looked for; each time after it twice as many."""
-LOGITS_TOKENS = 64
-"""Positions of a row whose logits are in memory at once."""
 
-Scored = tuple[float, bool]
+Likelihood = tuple[float, bool]
 """(log-likelihood of a continuation in nats, whether each of its tokens is the likeliest)."""
 
 
 class HarnessModel(TemplateLM):
     """A subject for `lm_eval.simple_evaluate(HarnessModel(subject), ...)`; tasks are scored in batches of the subject's
     config on its mesh. Contexts beyond data.seq_len lose their first tokens, texts of rolling tasks are read in windows
-    of it, both as the harness does. ConfigError for a model that sees ahead."""
+    of it, both as the harness does. ConfigError for a model that sees ahead, and in several processes.
 
-    def __init__(self, subject: Subject):
+    chat: texts are conversations by the tokenizer's template (`simple_evaluate(..., apply_chat_template=True)`), where
+    special tokens are read as such and an answer ends as the template ends one. ConfigError where there is none.
+    """
+
+    def __init__(self, subject: Subject, chat: bool = False):
         super().__init__()
+        require(
+            jax.process_count() == 1,
+            f"tasks are of one process, and this is one of {jax.process_count()}: start it in one, on all its devices",
+        )
         config, tokenizer = subject.config, subject.tokenizer
         ahead = config.model.sees_ahead
         require(
@@ -58,7 +64,13 @@ class HarnessModel(TemplateLM):
         ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
         require(bool(ends), f"data.tokenizer {tokenizer.name} has no bos and no eos token: set --data.bos_token")
         self.subject, self._prefix, self._eot = subject, ends[0], ends[-1]
-        self._graphdef, self._params = nnx.split(subject.model)
+        self._template = template_of(tokenizer) if chat else None
+        require(
+            self._template is None or bool(self._template.source),
+            f"--apply-chat-template: the tokenizer {tokenizer.name} comes with no chat template",
+        )
+        with jax.set_mesh(subject.mesh):
+            self._writer = Writer(subject.model)
 
     @property
     def max_length(self) -> int:
@@ -88,10 +100,29 @@ class HarnessModel(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What the harness's cache of requests tells tokenizers apart by."""
-        return self.subject.tokenizer.fingerprint
+        chat = "" if self._template is None else "-chat"
+        return f"{self.subject.tokenizer.fingerprint}{chat}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that conversations are written by, for the harness's record."""
+        return None if self._template is None else self._template.source
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, with the head of the assistant's next turn, or else up to the end of what the last
+        message says, which is then gone on with."""
+        assert self._template is not None, "HarnessModel(subject, chat=True) has the template"
+        text = self._template.render(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        require(last in text, f"the chat template of {self._template.name} does not write what a message says")
+        return text[: text.rindex(last) + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """The ids of a text, behind bos where the subject's texts begin with it, or as `add_special_tokens` says."""
+        """The ids of a text, behind bos where the subject's texts begin with it, or as `add_special_tokens` says; of a
+        conversation as its template writes it."""
+        if self._template is not None:
+            return self.subject.tokenizer.encode_template(string)[0].tolist()
         bos = self.subject.bos if add_special_tokens is None else add_special_tokens
         return self.subject.tokenizer.encode(string, bos=bos).tolist()
 
@@ -114,7 +145,9 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals.tolist()
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], disable_tqdm: bool = False, **kwargs) -> list[Scored]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple], disable_tqdm: bool = False, **kwargs
+    ) -> list[Likelihood]:
         """Of each (texts, context, continuation) the continuation's log-likelihood; one context is read once."""
         asked: dict[tuple, dict[tuple, list[int]]] = {}
         for number, (_, context, continuation) in enumerate(requests):
@@ -137,27 +170,29 @@ class HarnessModel(TemplateLM):
     def _score(self, contexts: Sequence[tuple], wanted: Sequence[Mapping[tuple, list[int]]], results: list) -> None:
         """Reads contexts and scores what is wanted after each into the results, a continuation of each at a time."""
         turns = [list(of_context) for of_context in wanted]
-        n_turns = max(map(len, turns))
         longest = max(len(continuation) for of_context in turns for continuation in of_context)
-        tokens_BT, lengths_B = self._rows(contexts, _rounded(max(map(len, contexts))))
-        max_len = tokens_BT.shape[1] + _rounded(longest)
-        x_BD, cache = _read(self._graphdef, self._params, tokens_BT, lengths_B, max_len)
-        for turn in range(n_turns):
+        state = self._read(contexts, longest)
+        for turn in range(max(map(len, turns))):
             here = [of_context[turn] if turn < len(of_context) else () for of_context in turns]
-            width = max(map(len, here))
-            tokens_BK, lengths_B = self._rows(here, 1 if width == 1 else _rounded(width))
-            scored = jax.device_get(_after(self._graphdef, self._params, cache, x_BD, tokens_BK, lengths_B))
+            scored = score(self._writer, state, *self._rows(here, 0))
             for row, (continuation, of_context) in enumerate(zip(here, wanted, strict=True)):
                 for number in of_context[continuation] if continuation else ():
-                    results[number] = float(scored[0][row]), bool(scored[1][row])
+                    results[number] = float(scored.nats[row]), bool(scored.likeliest[row])
 
-    def _rows(self, rows: Sequence[Sequence[int]], width: int) -> tuple[jax.Array, jax.Array]:
-        """(tokens int32 [B, width], their numbers int32 [B]) of batch_size rows, on the mesh; rows of nobody have one
-        token."""
-        tokens, lengths = np.zeros((self.batch_size, width), np.int32), np.ones(self.batch_size, np.int32)
+    def _read(self, rows: Sequence[Sequence[int]], more: int) -> State:
+        """What was read of rows, with room for so many tokens behind them. The room is rounded up, that few programs
+        are compiled."""
+        tokens_BT, lengths_B = self._rows(rows, 1)
+        room = piece_size(tokens_BT.shape[1], None) + piece_size(more, None)
+        return self._writer.read(self._writer.start(self.batch_size, room), tokens_BT, lengths_B)
+
+    def _rows(self, rows: Sequence[Sequence[int]], least: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [B, T], their numbers int32 [B]) of batch_size rows; those of nobody have `least` tokens."""
+        tokens = np.zeros((self.batch_size, max(map(len, rows))), np.int32)
+        lengths = np.full(self.batch_size, least, np.int32)
         for number, row in enumerate(rows):
             tokens[number, : len(row)], lengths[number] = row, len(row)
-        return jax.device_put(tokens, batch_sharding(self.subject.mesh)), jnp.asarray(lengths)
+        return tokens, lengths
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to a stop sequence, the end of the text or max_gen_toks."""
@@ -180,63 +215,29 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _write(self, prompts: Sequence[list[int]], n_new: int, stops: list[str], options: Mapping) -> list[str]:
-        """Texts after some prompts. Rows that have not come to an end go on in the next round from what they wrote."""
-        sampling = {name: options[name] for name in ("temperature", "top_k", "top_p") if options.get(name) is not None}
-        decode, eos = self.subject.tokenizer.decode, self.subject.tokenizer.eos_id
+        """Texts after some prompts, which are read once: rounds of writing go on from what was written before."""
+        chosen = {name: options[name] for name in ("temperature", "top_k", "top_p") if options.get(name) is not None}
+        tokenizer = self.subject.tokenizer
+        ends, turn_ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,), ()
+        if self._template is not None:
+            ends, turn_ends = self._template.stops(tokenizer)
+        decode, stops, how = tokenizer.decode, [*stops, *turn_ends], sampling(eos_id=ends, **chosen)
         written: list[list[int]] = [[] for _ in prompts]
-        going, done, n = list(range(len(prompts))), 0, FIRST_WRITTEN
-        while going and done < n_new:
-            n = min(n, n_new - done)
-            rows = [prompts[row] + written[row] for row in going]
-            tokens_BT, lengths_B = self._rows(rows, max(map(len, rows)))
-            with jax.set_mesh(self.subject.mesh):
-                key = jax.random.fold_in(jax.random.key(0), done)
-                new_BN = np.asarray(
-                    generate(self.subject.model, tokens_BT, n, lengths=lengths_B, eos_id=eos, key=key, **sampling)
-                )
-            for row, ids in zip(going, new_BN.tolist()):
-                written[row] += ids[: ids.index(eos)] if eos in ids else ids
-            done, n = done + n, 2 * n
-            ended = {row for row in going if len(written[row]) < done or _stopped(decode(written[row]), stops)}
-            going = [row for row in going if row not in ended]
+        going, done, n = set(range(len(prompts))), 0, FIRST_WRITTEN
+        with jax.set_mesh(self.subject.mesh):
+            state = self._read(prompts, n_new)
+            while going and done < n_new:
+                n = min(n, n_new - done)
+                ended_B = ~np.isin(np.arange(self.batch_size), sorted(going))
+                new_BN, state = self._writer.write(state, n, how, ended_B)
+                for row, ids in enumerate(np.asarray(new_BN)[: len(prompts)].tolist()):
+                    if row in going:
+                        written[row] += itertools.takewhile(lambda i: i not in ends, ids)
+                done, n = done + n, 2 * n
+                going = {
+                    row for row in going if len(written[row]) == done and not _stopped(decode(written[row]), stops)
+                }
         return [postprocess_generated_text(decode(ids), stops, None) for ids in written]
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _read(graphdef, params, tokens_BT, lengths_B, max_len: int):
-    """(hidden vector [B, D] of each row's last token, the cache after it, for rows of up to max_len tokens)."""
-    model = nnx.merge(graphdef, params)
-    real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
-    cache = model.init_cache(tokens_BT.shape[0], max_len)
-    x_BTD, cache = model.extend_hidden(tokens_BT, cache, real_BT.astype(jnp.int32))
-    return jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0], cache
-
-
-@partial(jax.jit, static_argnums=0)
-def _after(graphdef, params, cache, x_BD, tokens_BK, lengths_B):
-    """(log-likelihood [B] of the tokens after what is in the cache, whether each is the likeliest [B])."""
-    model = nnx.merge(graphdef, params)
-    real_BK = jnp.arange(tokens_BK.shape[1])[None] < lengths_B[:, None]
-    x_BKD = x_BD[:, None]
-    if tokens_BK.shape[1] > 1:
-        y_BKD, _ = model.extend_hidden(tokens_BK[:, :-1], cache, real_BK[:, 1:].astype(jnp.int32))
-        x_BKD = jnp.concatenate([x_BKD, y_BKD], axis=1)
-
-    def part(total, at):
-        x_BCD, token_BC, real_BC = at
-        logits_BCV = model.logits(x_BCD)
-        chosen_BC = jnp.take_along_axis(logits_BCV, token_BC[..., None], axis=-1)[..., 0]
-        nats_BC = jnp.where(real_BC, chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1), 0.0)
-        is_likeliest_BC = (jnp.argmax(logits_BCV, axis=-1) == token_BC) | ~real_BC
-        return (total[0] + nats_BC.sum(-1), total[1] & is_likeliest_BC.all(-1)), None
-
-    batch, width = tokens_BK.shape
-    n = min(width, LOGITS_TOKENS)
-    parts = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(batch, width // n, n, *a.shape[2:]), 1, 0), (x_BKD, tokens_BK, real_BK)
-    )
-    start = jnp.zeros((batch,), jnp.float32), jnp.ones((batch,), bool)
-    return lax.scan(part, start, parts)[0]
 
 
 def _alike(requests: Sequence[Instance]) -> Iterator[tuple[dict, list[int]]]:
@@ -254,9 +255,3 @@ def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 def _stopped(text: str, stops: Sequence[str]) -> bool:
     return any(stop and stop in text for stop in stops)
-
-
-def _rounded(n: int) -> int:
-    """A width of few different ones, so that few programs are compiled: a power of two, from 512 on a multiple of it.
-    All above LOGITS_TOKENS are multiples of that."""
-    return max(16, 1 << (n - 1).bit_length()) if n <= 512 else -(-n // 512) * 512

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from hybridlm.cluster import from_first, on_all
 from hybridlm.config import Config
 from hybridlm.data import Corpus, open_corpus, open_held_out
 from hybridlm.errors import within
@@ -93,7 +94,14 @@ def evaluate_sets(
 
 
 def open_sets(subject: Subject) -> Mapping[str, Corpus]:
-    """The held-out sets of the subject's config by name, tokenised."""
+    """The held-out sets of the subject's config by name, tokenised. Of several processes the first makes the entries of
+    data.cache_dir, in which the others find them, or else make them where they have a folder of their own."""
+    if jax.process_count() > 1:
+        from_first(lambda: list(_open_sets(subject)))
+    return on_all(lambda: _open_sets(subject))
+
+
+def _open_sets(subject: Subject) -> Mapping[str, Corpus]:
     data = subject.config.data
     if data.val_path:
         return open_held_out(data, subject.tokenizer)

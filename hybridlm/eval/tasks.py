@@ -25,11 +25,13 @@ def evaluate_tasks(
     include_path: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
 ) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` finds of the subject.
 
     tasks: names of tasks and groups, or tasks as the harness's YAML has them. include_path: folder of more tasks.
     limit: examples of each; None: all. num_fewshot: examples in front of each question; None: as the task says.
+    apply_chat_template: questions, and examples as turns before them, are a conversation by the tokenizer's template.
     Raises ConfigError for tasks that are not known and where the harness is not installed. Tasks whose data are not on
     this machine are fetched by the harness.
     """
@@ -41,7 +43,7 @@ def evaluate_tasks(
         raise ConfigError(told) from error
     from hybridlm.eval.harness import HarnessModel
 
-    require(include_path is None or Path(include_path).is_dir(), f"--include_path ({include_path}) is no folder")
+    require(include_path is None or Path(include_path).is_dir(), f"--include-path ({include_path}) is no folder")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     known = manager.all_tasks
     for name in (task for task in tasks if isinstance(task, str)):
@@ -49,12 +51,13 @@ def evaluate_tasks(
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"{len(known)} are known, see lm-eval ls tasks"
             raise ConfigError(f"--tasks ({name}): no task of that name: {hint}")
-    model = HarnessModel(subject)
+    model = HarnessModel(subject, apply_chat_template)
     # what it prints is no result; forked processes would wait for this one's threads
     with contextlib.redirect_stdout(sys.stderr), _environment(DISABLE_MULTIPROC="1"):
         return simple_evaluate(
             model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot,
             batch_size=model.batch_size, log_samples=False, bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=apply_chat_template,
         )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def model_card(
     ]  # fmt: skip
     if tokenizer:
         load += [
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+            f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})",
             'inputs = tokenizer("The ", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]

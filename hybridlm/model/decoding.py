@@ -86,6 +86,11 @@ class Writer:
         self.config, self.prefill_chunk, self.types = model.config, prefill_chunk, types
         self._graphdef, self._params = _prepared(graphdef, params)
 
+    @property
+    def parts(self) -> tuple:
+        """(graph definition, parameters) as programs of one's own read them, see `scoring`."""
+        return self._graphdef, self._params
+
     def start(self, batch: int, room: int) -> State:
         """Rows of which nothing was read. room: tokens that they will have; more makes their caches grow."""
         room = room_for(room)

@@ -65,8 +65,11 @@ def _training(config: Config, step: int, records: list[dict]) -> dict[str, Any]:
         lines["started from"] = _name(config.init.hf or config.init.run)
     if not step:
         return lines
-    if data.format == "chat":
-        lines["conversations"] = "answers alone were trained on"
+    start = next((r for r in reversed(records) if r["kind"] == "start"), {})
+    share = start.get("answers_share")
+    if data.format == "chat" or isinstance(share, float):  # shards and mixtures hold conversations whatever the format
+        told = f", {share:.1%} of the tokens" if isinstance(share, float) else ""
+        lines["conversations"] = f"answers alone were trained on{told}"
     if config.lora.on:
         lines["adapters"] = f"of rank {config.lora.rank}, merged; all other parameters are those that it started from"
     if config.quantize.on:

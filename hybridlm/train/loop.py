@@ -16,7 +16,7 @@ from hybridlm.cluster import from_first
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
 from hybridlm.data import Corpus, Tokenizer
-from hybridlm.data.said import of_conversations
+from hybridlm.data.said import answers_share, of_conversations
 from hybridlm.errors import Exit, RunError, require, within
 from hybridlm.model.flops import train_flops
 from hybridlm.sharding import make_mesh
@@ -135,7 +135,7 @@ def _run(
             _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
         opened.enter_context(failure_recorded(log))
-        _record_start(config, mesh, folder, log, display, resume, step, origin)
+        _record_start(config, mesh, corpus, folder, log, display, resume, step, origin)
         if batches.loader.changed:
             display.say(f"other batches from step {step} on: {batches.loader.changed}")
             log.write("data", step, {"changed": batches.loader.changed})
@@ -283,16 +283,18 @@ def _with_base(
 
 
 def _record_start(
-    config: Config, mesh: Mesh, folder: RunFolder, log: MetricsLog, display: Display, command: str, step: int,
-    origin: dict | None,
+    config: Config, mesh: Mesh, corpus: Corpus, folder: RunFolder, log: MetricsLog, display: Display, command: str,
+    step: int, origin: dict | None,
 ) -> None:  # fmt: skip
     """What this start is, and what it changes in the run, in its records."""
     changed = folder.changed(step)
     folder.write_config()
     folder.write_history(step, changed)
     if folder.owner:
-        flops = {"flops_per_token": train_flops(config.model, config.data.seq_len)}
-        log.write("start", step, start_record(command, mesh) | flops | ({"init": origin} if origin else {}))
+        of_text = {"flops_per_token": train_flops(config.model, config.data.seq_len)}
+        if (share := answers_share(corpus)) is not None:
+            of_text["answers_share"] = share
+        log.write("start", step, start_record(command, mesh) | of_text | ({"init": origin} if origin else {}))
     if step == 0 and log.n_dropped:
         display.say(
             f"no checkpoint yet: starts again; the {log.n_dropped} records of before are in {folder.superseded}"

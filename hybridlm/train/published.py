@@ -17,11 +17,13 @@ from hybridlm.hf.checkpoint import tokenizer_of
 from hybridlm.hf.save import copy_small_files
 from hybridlm.model.model import HybridLM
 from hybridlm.train.about import about_run
-from hybridlm.train.checkpoint import Checkpoints
-from hybridlm.train.run_folder import RunFolder, stored_config
+from hybridlm.train.checkpoint import Checkpoints, finished_steps
+from hybridlm.train.run_folder import CONVERTING, RunFolder, stored_config
 from hybridlm.train.sample import load_model
 from hybridlm.train.tokenizer_copy import IDENTITY, keep_tokenizer, kept_tokenizer
 
+LEFT = ("published", "tokenizer")
+"""Folders of which a call that was killed may have left files, of another source perhaps."""
 Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all) as from_hf and to_hf call it."""
 
@@ -32,11 +34,11 @@ def run_from_published(
     """Makes a run's folder with one checkpoint, of step 0, that holds the parameters alone; gives the model and what
     its tokenizer is, as `data.tokenizer` says it.
 
-    tokenizer: the same; None: the one in the source, or to be given. ConfigError where the target is not empty or the
-    source cannot be read.
+    tokenizer: the same; None: the one in the source, or to be given. What an earlier call that was killed has left in
+    the target is made anew. ConfigError where anything else is there or the source cannot be read.
     """
     storage.check(target, "RUN", write=True)
-    require(not storage.names(target) and not target.is_file(), f"{target} is not empty: choose a new folder")
+    require(_is_free(target) and not target.is_file(), f"{target} is not empty: choose a new folder")
     model = from_hf(source, progress=progress)
     told = tokenizer_of(source, model.config) if tokenizer is None else tokenizer
     if told == str(source):
@@ -49,6 +51,12 @@ def run_from_published(
     init, run = InitConfig(str(source)), RunConfig(dir=str(target))
     config = Config(name=source.name, model=model.config, init=init, data=data, run=run)
     with RunFolder(config) as folder:
+        require(
+            _is_free(target), f"{target} is not empty: choose a new folder"
+        )  # another call may have ended meanwhile
+        storage.write_text(target / CONVERTING, f"{source}\n")
+        for left in (target / name / file for name in LEFT for file in storage.names(target / name)):
+            storage.remove(left)
         folder.write_config()
         copy_small_files(source, folder.published)
         identity = {IDENTITY: kept_tokenizer(data, target, None).fingerprint} if told else {}
@@ -59,7 +67,15 @@ def run_from_published(
             checkpoints.save(0, {"params": params}, to_dict(config), identity)
         finally:
             checkpoints.close()
+        storage.remove(target / CONVERTING)
     return model, told
+
+
+def _is_free(target: Path) -> bool:
+    """Whether nothing is there but what a call that was killed has left: its mark, and no checkpoint, which is written
+    last and whole."""
+    names = set(storage.names(target))
+    return names <= {"lock"} or (CONVERTING in names and not finished_steps(target / "checkpoints"))
 
 
 def publish_run(

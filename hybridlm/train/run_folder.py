@@ -38,7 +38,9 @@ from hybridlm.train.tokenizer_copy import IDENTITY, check_tokenizer
 
 log = logging.getLogger(__name__)
 
-OF_A_START = {"lock", "config.json.part", "checkpoints", "published", "tokenizer"}
+CONVERTING = "converting"
+"""Stands in a folder while a published checkpoint is made into a run there (train/published.py)."""
+OF_A_START = {"lock", "config.json.part", "checkpoints", "published", "tokenizer", CONVERTING}
 """What a start that was stopped may have left before there was a config, when that was not yet written first."""
 
 

@@ -12,7 +12,7 @@ from hybridlm.cli import main
 from hybridlm.data import make_loader, open_corpus
 from hybridlm.data.config import DataConfig
 from hybridlm.data.documents import READ_ONLY
-from hybridlm.data.said import of_conversations
+from hybridlm.data.said import answers_share, of_conversations
 from hybridlm.data.tokenizer import load_tokenizer
 from hybridlm.errors import ConfigError
 from tests.data.support import check_equal, take
@@ -213,7 +213,9 @@ def test_shards_of_conversations(make, tmp_path, tokenizer, capsys):
     assert manifest["format"] == 2 and manifest["dtype"] == "uint32" and manifest["bigram_bits_per_byte"] is None
     of_shards = make(path=(f"{tmp_path}/shards",))
     check_equal(take(make_loader(of_shards, seed=3), 4), take(make_loader(config, seed=3), 4))
-    here, there = open_corpus(config).stats, open_corpus(of_shards).stats
+    corpora = open_corpus(config), open_corpus(of_shards)
+    assert answers_share(corpora[0]) == answers_share(corpora[1]) > 0
+    here, there = (corpus.stats for corpus in corpora)
     for split in ("train", "val"):
         assert here[split]["trained"] == there[split]["trained"]
         assert here[split]["bytes_per_pair"] == pytest.approx(there[split]["bytes_per_pair"])

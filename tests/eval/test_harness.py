@@ -134,6 +134,63 @@ def test_generate_until(model, logits_after):
         asked(model, "generate_until", [("a", {"max_gen_toks": 64, "until": []})])
 
 
+@harness
+@pytest.mark.slow
+def test_texts_are_read_in_pieces_and_once(subject, model, logits_after, monkeypatch):
+    """Contexts and continuations far longer than what is read at once are scored alike; however many continuations a
+    context has, and however many rounds a text takes, a token of a prompt is read once."""
+    from hybridlm.eval import HarnessModel
+    from hybridlm.model.decoding import Writer
+
+    read = []
+    whole = Writer.read
+    monkeypatch.setattr(Writer, "read", lambda self, state, *rows: (read.append(rows), whole(self, state, *rows))[1])
+    short = HarnessModel(subject)
+    short._writer.prefill_chunk = 16
+    pairs = [("ab " * 8, "cd" * n) for n in (1, 9, 19)] + [("a", "efgh" * 15)]
+    expected = asked(model, "loglikelihood", pairs)
+    read.clear()
+    for (nats, greedy), other in zip(asked(short, "loglikelihood", pairs), expected, strict=True):
+        assert nats == pytest.approx(other[0], rel=1e-5) and greedy == other[1]
+    assert len(read) == 1 and sorted(read[0][1].tolist())[-2:] == [2, 24]
+    read.clear()
+    option = {"max_gen_toks": 40, "until": []}
+    assert asked(short, "generate_until", [("gh ab", option)]) == [written(logits_after, "gh ab", 40)]
+    assert [lengths.sum() for _, lengths in read] == [6 + short.batch_size - 1]
+
+
+@harness
+def test_conversations_by_the_tokenizers_template(subject, tmp_path, monkeypatch):
+    """Special words of the template are read as tokens, an answer that has begun is gone on with, and an answer ends
+    where the template ends one; a tokenizer without a template is refused."""
+    import dataclasses
+
+    from hybridlm.data.tokenizer import load_tokenizer
+    from hybridlm.eval import HarnessModel
+    from tests.data.test_data_tokenizer import train_bpe
+    from tests.data.test_template import CHATML, SPECIAL
+
+    with pytest.raises(ConfigError, match=r"^--apply-chat-template: the tokenizer byte comes with no chat template$"):
+        HarnessModel(subject, chat=True)
+    train_bpe(tmp_path / "tokenizer.json", SPECIAL)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    model = HarnessModel(dataclasses.replace(subject, tokenizer=tokenizer), chat=True)
+    turn = {"role": "user", "content": "the theme"}
+    text = model.apply_chat_template([turn])
+    assert text.startswith("<|im_start|>user\nthe theme<|im_end|>\n<|im_start|>assistant")
+    ids = model.tok_encode(text)
+    start, end = (int(tokenizer.encode_template(word)[0][0]) for word in ("<|im_start|>", "<|im_end|>"))
+    assert ids.count(start) == 2 and ids.count(end) == 1 and model.tok_encode("of") == tokenizer.encode("of").tolist()
+    begun = model.apply_chat_template([turn, {"role": "assistant", "content": "this"}], add_generation_prompt=False)
+    assert begun.endswith("this") and begun.startswith(text[: text.rindex("assistant")])
+    told = []
+    monkeypatch.setattr("hybridlm.eval.harness.sampling", lambda **options: told.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asked(model, "generate_until", [(text, {"max_gen_toks": 8, "until": []})])
+    assert end in told[0]["eos_id"]
+
+
 TASK = """
 task: local_{kind}
 dataset_path: json
@@ -189,7 +246,7 @@ def test_tasks_of_ones_own(trained, command, logits_after, tmp_path, monkeypatch
     for kind, rest in REST.items():
         (tmp_path / f"{kind}.yaml").write_text(TASK.format(kind=kind, data=data, rest=rest))
     names = [f"local_{kind}" for kind in REST]
-    words = ["--run", trained / "run", "--length", LENGTH, "--batch", 8, "--include_path", tmp_path]
+    words = ["--run", trained / "run", "--length", LENGTH, "--batch", 8, "--include-path", tmp_path]
     code, said, error = command(*words, "--tasks", *names, "--json")
     assert code == 0, error
     found = json.loads(said)
@@ -200,6 +257,7 @@ def test_tasks_of_ones_own(trained, command, logits_after, tmp_path, monkeypatch
     ]
     assert values == pytest.approx([0.75, bits, 0.5], rel=1e-4)
     assert found["examples"] == dict.fromkeys(names, 4) and found["step"] == 2 and found["seq_len"] == LENGTH
+    words[-2] = "--include_path"  # as the harness spells it
     code, said, _ = command(*words, "--tasks", names[0], "--limit=1")
     assert code == 0 and said.splitlines()[-1].split() == [names[0], "1", "acc", "0.0000"], said
     code, _, error = command(*words, "--tasks", "local_multiple_choise")

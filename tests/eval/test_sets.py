@@ -163,7 +163,9 @@ def test_a_published_folder(tmp_path, command):
         (("--run=a", "--hf=b"), "give --run DIR or --hf FOLDER, one of them"),
         (("--hf=a", "--step=3"), "--step (3) is of a run: give --run"),
         (("--run=a", "--length=0"), "--length (0) must be at least 1"),
-        (("--run=a", "--num_fewshot=1"), "--num_fewshot is of tasks: give --tasks NAME"),
+        (("--run=a", "--num-fewshot=1"), "--num-fewshot is of tasks: give --tasks NAME"),
+        (("--run=a", "--num_fewshot=1"), "--num-fewshot is of tasks: give --tasks NAME"),  # as the harness spells it
+        (("--run=a", "--apply-chat-template"), "--apply-chat-template is of tasks: give --tasks NAME"),
         (("--run=a", "--limt=1"), "unknown option --limt: did you mean --limit? see hybridlm eval --help"),
         (("--run=nowhere",), "nowhere"),
     ],

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of no published family, for the tests of our own format."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from hybridlm.layers import (
     MLP,
+    MLSTM,
     NTK,
     Attention,
     Branch,
+    ChannelMix,
     GatedNorm,
     InnerNorm,
     Linear,
@@ -25,8 +29,14 @@ from hybridlm.layers import (
 from hybridlm.model.config import ModelConfig
 from tests.model.model_support import VARIANTS, small
 
-UNKNOWN = ("latent", "gla", "hyena", "titans", "rwkv7_first", "depth_moe")
-"""Of VARIANTS some that the format has not."""
+UNKNOWN = ("bidirectional", "bidirectional_apart", "bidirectional_tied")
+"""Of VARIANTS those that the format has not."""
+KNOWN = VARIANTS | {
+    "channel_mix_open": ChannelMix(d_ff=20),
+    "mlstm_plain": MLSTM(n_heads=2, d_key=6, d_head=8, gate_softcap=None),
+    "depth_moe_first": replace(VARIANTS["depth_moe"], first=True, top_k=1),
+}
+"""What the symbols of ALL can be."""
 ALL = {
     "mambas": ("abcd", dict(zip("abcd", ["mamba2_norm_first", "mamba1_heads", "mamba2_no_norm", "mamba1"])), {}),
     "attentions": ("abcd", dict(zip("abcd", ["gated", "window", "norm_of_all", "attention"])), {"norm": "layer"}),
@@ -34,6 +44,16 @@ ALL = {
     "reflecting": ("bd", dict(zip("bd", ["delta_reflecting", "kimi_bounded"])), {}),
     "scans": ("abcde", dict(zip("abcde", ["mingru", "minlstm", "hgrn", "rglru", "gated_conv"])), {}),
     "composed": ("SpSqm", dict(zip("Spqm", ["shared", "parallel", "parallel_normed", "mlp"])), {}),
+    "latents": ("abcd", dict(zip("abcd", ["latent", "latent_queries", "convolved", "convolved_window"])), {}),
+    "decays": ("abcd", dict(zip("abcd", ["gla", "retnet", "lightning", "simple_gla"])), {}),
+    "features": ("abcd", dict(zip("abcd", ["hgrn2", "hgrn2_no_bound", "based", "linear"])), {}),
+    "mamba3": ("ab", dict(zip("ab", ["mamba3", "mamba3_mimo"])), {}),
+    "rwkv7": ("fcmom", dict(zip("fcmo", ["rwkv7_first", "channel_mix", "rwkv7_mixed", "rwkv7"])), {"norm": "layer"}),
+    "rwkvs": ("abcd", dict(zip("abcd", ["rwkv6", "channel_mix_open", "rwkv4", "rwkv4_channel"])), {}),
+    "lstms": ("abc", dict(zip("abc", ["mlstm", "slstm", "mlstm_plain"])), {}),
+    "long": ("ab", dict(zip("ab", ["hyena", "hyena_modal"])), {}),
+    "memories": ("abc", dict(zip("abc", ["titans", "titans_chunks", "memory_context"])), {}),
+    "depths": ("EaDaD", dict(zip("EaD", ["depth_moe_first", "window", "depth_moe"])), {}),
     "routed": (
         "EaE-",
         dict(zip("Ea-", ["moe", "window", "mlp"])),
@@ -45,13 +65,13 @@ ALL = {
         },
     ),
 }  # fmt: skip
-"""Pattern, what its symbols are in VARIANTS, options of the model: every block of the format, most options."""
+"""Pattern, what its symbols are in KNOWN, options of the model: every block of the format, most options."""
 
 
 def config_of(name: str) -> ModelConfig:
     """A config of ALL."""
     pattern, names, options = ALL[name]
-    return small(pattern, {symbol: VARIANTS[variant] for symbol, variant in names.items()}, **options)
+    return small(pattern, {symbol: KNOWN[variant] for symbol, variant in names.items()}, **options)
 
 
 def random_config(seed: int) -> ModelConfig:

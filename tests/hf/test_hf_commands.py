@@ -3,6 +3,10 @@
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -11,6 +15,10 @@ from safetensors.numpy import load_file
 
 from hybridlm.cli import main
 from hybridlm.config.find import load_config
+from hybridlm.data.as_files import files_of
+from hybridlm.data.tokenizer import ByteTokenizer
+from hybridlm.train.checkpoint import finished_steps
+from hybridlm.train.loading import load_run
 from hybridlm.train.run_folder import read_metrics, stored_config
 from tests.hf.hf_support import FOLDER
 from tests.train.conftest import mini, one_device, write_texts  # noqa: F401 (fixtures)
@@ -51,6 +59,53 @@ def test_there_and_back(bytes_checkpoint, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("at", ["copy_small_files", "keep_tokenizer", "Checkpoints.save"])
+def test_a_conversion_that_was_stopped_begins_again(at, bytes_checkpoint, tmp_path, capsys, monkeypatch):
+    """Wherever it stopped, of another source, too; what is not of such a call is never touched."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(bytes_checkpoint, other)
+    for name, text in files_of(ByteTokenizer()).items():
+        (other / name).write_text(text)
+    (other / "generation_config.json").unlink()
+    convert = lambda source: main(["convert", "from-hf", str(source), str(run), "--data.tokenizer=byte"])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hybridlm.train.published.{at}", stop)
+        assert convert(other) == 130
+    assert (run / "converting").is_file() and main(["generate", "--run", str(run)]) == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    assert convert(bytes_checkpoint) == 0
+    assert not (run / "converting").exists() and not (run / "published" / "tokenizer.json").exists()
+    assert (run / "published" / "generation_config.json").is_file()
+    assert load_run(run).step == 0
+    (run / "converting").touch()  # of a call that was killed right behind its checkpoint
+    assert convert(bytes_checkpoint) == 2 and "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_begins_again(bytes_checkpoint, tmp_path):
+    """SIGKILL at ten moments of its way."""
+    words = [sys.executable, "-m", "hybridlm", "convert", "from-hf", str(bytes_checkpoint)]
+    began = time.monotonic()
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, timeout=120)
+    seconds = time.monotonic() - began
+    for i in range(10):
+        run = tmp_path / f"run{i}"
+        process = subprocess.Popen([*words, str(run)])
+        until = time.monotonic() + 0.9 * seconds
+        while time.monotonic() < until and not run.exists():
+            time.sleep(0.002)
+        time.sleep(0.02 * i * i)
+        process.kill()
+        process.wait()
+        code = main(["convert", "from-hf", str(bytes_checkpoint), str(run)])
+        assert code == 0 or (code == 2 and finished_steps(run / "checkpoints") == [0])
+        assert main(["generate", "--run", str(run), "--data.tokenizer=byte", "--max-new-tokens=2"]) == 0
+
+
 def test_a_run_of_no_published_family(mini, one_device, capsys):  # noqa: F811
     """Out with its tokenizer and a card of what the run says; in again, and on with the line that is printed then."""
     folder = mini.parent
@@ -62,6 +117,7 @@ def test_a_run_of_no_published_family(mini, one_device, capsys):  # noqa: F811
     config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
     assert (config["model_type"], config["bos_token_id"], config["eos_token_id"]) == ("hybridlm", 256, 257)
     assert (out / "tokenizer.json").is_file() and (out / "modeling_hybridlm.py").is_file()
+    assert card.count("trust_remote_code=True)") == 2  # transformers asks for it of the tokenizer, too
     for line in (r"/train-\*.txt |", "| steps | 2 |", "| tokens | 512 |", "| validation loss | ", "bits per byte"):
         assert line in card, line
     assert str(folder) not in card and "--config mini.py" in card and "a=val-0.txt val-1.txt" in card and "jax " in card

@@ -3,6 +3,7 @@
 
 import ast
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,14 @@ from hybridlm.model.config import ModelConfig
 from tests.hf.own_support import ALL, UNKNOWN, config_of, random_config
 from tests.model.model_support import VARIANTS, build, named, small
 
+CODE = ast.parse((own.CODE / "modeling_hybridlm.py").read_text())
+NAMES = next(
+    ast.literal_eval(node.value)
+    for node in CODE.body
+    if isinstance(node, ast.Assign) and node.targets[0].id == "FLOAT32"
+)
+FLOAT32 = re.compile("|".join(rf"\b{name}\b" for name in NAMES))
+"""Of names of parameters that the PyTorch code has in float32."""
 LINE = 200
 """Most characters of a refusal."""
 
@@ -39,7 +48,11 @@ def test_configs_and_names_there_and_back(config):
     assert again == published
     for symbol in set(config.pattern):
         assert again.blocks[symbol] == config.blocks[symbol].resolved(16)
-    assert make_plan(own.FAMILY, config, config.pattern).tensors
+    plan = make_plan(own.FAMILY, config, config.pattern)
+    for name, tensor in plan.tensors.items():
+        kinds = {plan.infos[part.path].kind for part in tensor.pieces}
+        if kinds & {"norm", "recurrence", "conv", "sink"}:
+            assert FLOAT32.search(name), f"{name} ({kinds}) is read in the type of the matrices"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -107,7 +120,7 @@ def test_a_family_that_is_asked_for(tmp_path):
         ({"blocks": {"x": {"type": "MLP", "d_ff": -4}}}, r"d_ff \(-4\)"),
         ({"blocks": {"x": {"type": "Attention", "rope": "yes"}}}, "rope"),
         ({"blocks": {"x": {"type": "Parallel", "branches": {"a": 1}}}}, "branches"),
-        ({"blocks": {"x": {"type": "Hyena"}}}, "Hyena"),
+        ({"blocks": {"x": {"type": "Bidirectional"}}}, "Bidirectional"),
         ({"normed_residual": {"x": 3}}, "normed_residual"),
         ({"invented": 3}, "invented"),
         ({"hidden_size": None}, "hidden_size|d_model"),

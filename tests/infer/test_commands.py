@@ -69,6 +69,33 @@ def test_caches_stored_smaller(capsys, monkeypatch):
     assert made == [CacheTypes("int8", "bfloat16")] * 2
 
 
+@pytest.mark.slow
+def test_on_a_mesh(capsys, monkeypatch, tmp_path):
+    """All devices write what one does, a run's model and a published one, several rows and one."""
+    to_hf(load_run(Path(RUN))[0], tmp_path / "hf", family="hybridlm")
+    for model in (["--run", RUN], ["--hf", str(tmp_path / "hf"), "--data.tokenizer=byte"]):
+        words = ["generate", *model, *GREEDY, "--json", "--quiet", "--prompt", "x", "the second"]
+        alone = texts(said(capsys, *words).out)
+        for mesh in (["--mesh.tensor=2"], ["--mesh.fsdp", "4"]):
+            assert texts(said(capsys, *words, *mesh).out) == alone
+    talk = lambda *mesh: said(
+        capsys, "chat", "--run", RUN, *GREEDY, *mesh, stdin=b"hello\n", monkeypatch=monkeypatch
+    ).out  # fmt: skip
+    assert talk("--mesh.fsdp=-1", "--mesh.data=1") == talk()
+
+
+def test_several_processes_and_wrong_meshes_are_one_line(capsys, monkeypatch):
+    words = ["generate", "--run", RUN, "--prompt=a"]
+    assert said(capsys, *words, "--mesh.fsdp=3", code=2).err.startswith("error: mesh (data -1 x fsdp 3): 8 devices")
+    assert "mesh.wings" in said(capsys, *words, "--mesh.wings=3", code=2).err
+    for name, value in (("COORDINATOR_ADDRESS", "localhost:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    for command in (words, ["chat", "--run", RUN]):
+        error = said(capsys, *command, code=2).err
+        assert f"hybridlm {command[0]} is of one process, and this is one of several" in error
+        assert error.count("\n") == 1
+
+
 def test_a_published_folder(capsys, tmp_path):
     model = golden("mamba2")[0]
     to_hf(model, tmp_path / "published", family="mamba2")

@@ -163,6 +163,34 @@ def test_a_signal_goes_on_to_the_jobs(tmp_path):
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "saved"
 
 
+def test_jobs_end_with_a_process_that_is_killed(tmp_path):
+    """SIGKILL leaves it no word to say: they notice, and save and end as upon SIGTERM."""
+    text = (
+        "import pathlib, signal, sys, time; from hybridlm.cli.side_by_side import end_with_parent\n"
+        "def stop(number, _):\n    pathlib.Path(sys.argv[1]).write_text(f'saved upon {number}'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, stop); end_with_parent(); print('ready', flush=True); time.sleep(60)\n"
+    )
+    code = (
+        "import sys, pathlib; from hybridlm.cli.side_by_side import Job, run_jobs; log, done, text = sys.argv[1:]\n"
+        "job = Job('a', [sys.executable, '-c', text, done], pathlib.Path(log))\n"
+        "run_jobs([job], [{}], lambda job: None, lambda job, code: True)"
+    )
+    log, done = tmp_path / "log", tmp_path / "done"
+    with subprocess.Popen([sys.executable, "-c", code, log, done, text], cwd=ROOT) as process:
+        _await(lambda: log.exists() and log.read_text())
+        assert log.read_text() == "ready\n"
+        process.kill()
+    _await(lambda: done.exists() and done.read_text())
+    assert done.read_text() == "saved upon 15"
+
+
+def _await(there, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_members_are_checked_before_the_first_starts(mini):
     """The first that cannot be trained is named; folders with other runs are refused, with the same one go on."""
     folder, name = mini.parent / "s", str(mini)

@@ -243,6 +243,8 @@ def test_a_run_of_adapters(words, tmp_path, capsys):
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] in ("train", "val")]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert losses[-1] < losses[0] and all(0 < r["trained"] < 0.5 for r in records if r["kind"] == "train")
+    begun = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "start")
+    assert 0 < begun["answers_share"] < 0.5  # what a model card of shards goes by
 
     assert main(["convert", "to-hf", str(run), str(out)]) == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "elsewhere", out))

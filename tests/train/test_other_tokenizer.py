@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on from a published folder keeps its tokenizer, or says that it does not."""
 
+import json
 import shutil
 
 import pytest
@@ -64,7 +65,12 @@ def test_an_export_has_the_runs_own_tokenizer(published, tmp_path):
     about = about_run(run, config, 2, {}, published)
     assert about.tokenizer is None and not about.files and not about.ids  # the same: that of the folder is carried
     assert about.training["adapters"].startswith("of rank 3, merged") and "answers" in about.training["conversations"]
-    assert "adapters" not in about_run(run, Config(), 2, {}, published).training
+    of_text = about_run(run, Config(), 2, {}, published).training
+    assert "adapters" not in of_text and "conversations" not in of_text
+    line = {"kind": "start", "step": 0, "answers_share": 0.25}  # shards of conversations are no format of their own
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    told = "answers alone were trained on, 25.0% of the tokens"
+    assert about_run(run, Config(), 2, {}, published).training["conversations"] == told
 
     (run / "tokenizer" / "tokenizer_config.json").write_text('{"chat_template": "mine"}')
     (published / "chat_template.jinja").write_text("theirs")

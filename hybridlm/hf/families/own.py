@@ -5,32 +5,19 @@ the model's code in plain PyTorch stands beside it (`hybridlm/hf/torch_code`; `t
 Published folders name symbols as the model does; a block's table of weights follows from the block.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hybridlm.errors import require
 from hybridlm.hf.families import tables
+from hybridlm.hf.families.own_tables import KINDS, table_of
 from hybridlm.hf.families.values import read_value, write_value
 from hybridlm.hf.family import Family, Table
 from hybridlm.hf.keys import Keys
-from hybridlm.layers import (
-    MLP,
-    RGLRU,
-    Attention,
-    Block,
-    GatedConv,
-    GatedDeltaNet,
-    GatedScan,
-    KimiDelta,
-    Mamba1,
-    Mamba2,
-    MoE,
-    Parallel,
-    Shared,
-)
-from hybridlm.layers.block import passes, sees_ahead, shares, walk
+from hybridlm.layers import Block, Shared
+from hybridlm.layers.block import sees_ahead, shares, walk
 from hybridlm.model.config import ModelConfig
 
 NAMES = {
@@ -97,146 +84,12 @@ def require_own(config: ModelConfig) -> None:
         for name, inside in walk(block, f"blocks.{symbol}"):
             kind = type(inside)
             require(kind in KINDS, f"{name} is {kind.__name__}, a block that the format has not")
-            require(not passes(inside, config.d_model), f"{name} ({kind.__name__}) hands on from depth to depth")
         require(not (ahead := sees_ahead(block, f"blocks.{symbol}")), ahead)
         unfit = shares(block) and symbol in ":;"
         require(not unfit, f"blocks.{symbol}: a symbol whose depths share weights must be neither : nor ;")
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
-
-
-def _attention(block: Attention) -> Table:
-    table = {**tables.ATTENTION, "sinks": "mixer.sinks: H"}
-    of_head = block.gate == "head"
-    table["gate_proj.weight"] = "mixer.w_gate: H D -> D H" if of_head else "mixer.w_gate: (H P) D -> D H P"
-    table["gate_proj.bias"] = "mixer.b_gate: H" if of_head else "mixer.b_gate: (H P) -> H P"
-    if block.qk_norm_over == "all":
-        table["q_norm.weight"] = "mixer.q_norm.weight: (H P) -> H P"
-        table["k_norm.weight"] = "mixer.k_norm.weight: (K P) -> K P"
-    return table
-
-
-def _mamba2(block: Mamba2) -> Table:
-    return {**tables.MAMBA2, "D": "mixer.D: (H P) -> H P"} if block.per_channel_D else tables.MAMBA2
-
-
-def _mamba1(block: Mamba1) -> Table:
-    kept = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "out_proj.weight", "out_proj.bias")
-    return {
-        **{name: tables.MAMBA1[name] for name in kept},
-        "x_proj": "mixer.x_proj: H R P -> P H R",
-        "dt_proj": "mixer.dt_proj: H P R -> R H P",
-        "dt_bias": "mixer.dt_bias: H P",
-        "A_log": "mixer.A_log: H P N",
-        "D": "mixer.D: H P",
-        "norms.0.weight": "mixer.dt_norm.weight: R",
-        "norms.1.weight": "mixer.B_norm.weight: N",
-        "norms.2.weight": "mixer.C_norm.weight: N",
-    }
-
-
-def _delta(block: GatedDeltaNet) -> Table:
-    return {
-        "q_proj.weight": "mixer.in_q: (G N) D -> D G N",
-        "k_proj.weight": "mixer.in_k: (G N) D -> D G N",
-        "v_proj.weight": "mixer.in_v: (H P) D -> D H P",
-        "z_proj.weight": "mixer.in_z: (H P) D -> D H P",
-        "b_proj.weight": "mixer.in_ba: H D -> D 0 H",
-        "a_proj.weight": "mixer.in_ba: H D -> D 1 H",
-        **tables.CONV_QKV,
-        "A_log": "mixer.A_log: H",
-        "dt_bias": "mixer.dt_bias: H",
-        "o_norm.weight": "mixer.norm: P",
-        "o_proj.weight": "mixer.out: D (H P) -> H P D",
-    }
-
-
-def _kimi(block: KimiDelta) -> Table:
-    table = {**tables.KIMI_DELTA, "A_log": "mixer.A_log: H"}
-    for name, ours, rank in (("f_proj", "decay", block.decay_rank), ("g_proj", "gate", block.gate_rank)):
-        if rank is None:
-            table[f"{name}.weight"] = f"mixer.{ours}: (H P) D -> D H P"
-        else:
-            table[f"{name}.0.weight"] = f"mixer.in_{ours}: R D -> D R"
-            table[f"{name}.1.weight"] = f"mixer.{ours}: (H P) R -> R H P"
-    return table
-
-
-def _gated_conv(block: GatedConv) -> Table:
-    return tables.named(tables.GATED_CONV, conv="conv1d")
-
-
-def _scan(block: GatedScan) -> Table:
-    return {
-        "conv1d.weight": "mixer.conv: D 1 W -> D W",
-        "conv1d.bias": "mixer.conv_bias: D",
-        "in_proj.weight": "mixer.w_in: (c F) D -> D c F",
-        "lower_bound": "mixer.lower_bound: F",
-        "norm.weight": "mixer.norm: F",
-        "out_proj.weight": "mixer.w_out: D F -> F D",
-    }
-
-
-def _rglru(block: RGLRU) -> Table:
-    return {
-        "linear_y.weight": "mixer.w_in: (H P) D -> D 0 H P",
-        "linear_x.weight": "mixer.w_in: (H P) D -> D 1 H P",
-        "linear_y.bias": "mixer.b_in: (H P) -> 0 H P",
-        "linear_x.bias": "mixer.b_in: (H P) -> 1 H P",
-        "conv1d.weight": "mixer.conv: (H P) 1 W -> H P W",
-        "conv1d.bias": "mixer.conv_bias: (H P) -> H P",
-        "gate_weights": "mixer.w_gates: c H Q P -> Q c H P",
-        "gate_biases": "mixer.b_gates: c H P",
-        "decay": "mixer.decay: H P",
-        "linear_out.weight": "mixer.w_out: D (H P) -> H P D",
-        "linear_out.bias": "mixer.b_out: D",
-    }
-
-
-def _mlp(block: MLP) -> Table:
-    return tables.GATED_MLP if block.gated else tables.PLAIN_MLP
-
-
-def _moe(block: MoE) -> Table:
-    firsts = {"gate_proj": " 0", "up_proj": " 1"} if block.gated else {"up_proj": ""}
-    return {
-        "router.weight": "mixer.router: E D -> D E",
-        "selection_bias": "mixer.selection_bias: E",
-        **{f"experts.{{e}}.{name}.weight": f"mixer.w_in: F D -> e D{side} F" for name, side in firsts.items()},
-        "experts.{e}.down_proj.weight": "mixer.w_out: D F -> e F D",
-        "latent_in.weight": "mixer.latent_in: R D -> D R",
-        "latent_in.bias": "mixer.latent_in_bias: R",
-        "latent_out.weight": "mixer.latent_out: D R -> R D",
-        "latent_out.bias": "mixer.latent_out_bias: D",
-        **({} if block.shared is None else tables.at("shared_expert.", _mlp(block.shared), "mixer.shared")),
-        "shared_expert_gate.weight": "mixer.shared_gate: 1 D -> D 0",
-    }
-
-
-def _parallel(block: Parallel) -> Table:
-    table = {}
-    for name, branch in block.branches.items():
-        table |= tables.at(f"branch_{name}.", table_of(branch.mixer), f"mixer.branches.{name}")
-        table[f"norm_{name}.weight"] = f"mixer.norms.{name}.weight: D"
-    return table
-
-
-def _shared(block: Shared) -> Table:
-    """Of each depth's own mixer; the rest stands in `_link` and `_top`."""
-    return table_of(block.mixer)
-
-
-KINDS: dict[type, Callable[[Any], Table]] = {
-    Attention: _attention, Mamba2: _mamba2, Mamba1: _mamba1, MLP: _mlp, MoE: _moe, GatedDeltaNet: _delta,
-    KimiDelta: _kimi, GatedConv: _gated_conv, GatedScan: _scan, RGLRU: _rglru, Parallel: _parallel, Shared: _shared,
-}  # fmt: skip
-"""Blocks of the format -> the table of their weights; CODE has a class of the same name."""
-
-
-def table_of(block: Block) -> Table:
-    """The weights of a block's mixer, behind `mixer.`."""
-    return KINDS[type(block)](block)
 
 
 def _link(block: Shared) -> Table:

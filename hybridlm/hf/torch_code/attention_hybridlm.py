@@ -42,9 +42,13 @@ class Attention(nn.Module):
         q = self._placed(q, self.q_norm, tokens)
         k = self._placed(k * self.block["key_multiplier"], self.k_norm, tokens)
         v, place_BS = v.unflatten(-1, (self.n_kv_heads, self.d_head)), tokens.place_BT
+        c = self.block
         if cache is not None:
-            k, v, place_BS = self._remember(cache, k, v, place_BS)
-        y_BTHP = self._attend(q, k, v, tokens.place_BT, place_BS, plain=cache is None and tokens.real_BT is None)
+            (k, v), place_BS = remember(cache, {"k": k, "v": v}, place_BS, c["window"])
+        places = {"place_BT": tokens.place_BT, "place_BS": place_BS}
+        plain = cache is None and tokens.real_BT is None
+        options = {"scale": c["scale"], "window": c["window"], "softcap": c["softcap"], "sinks": self.sinks}
+        y_BTHP = attend(q, k, v, **places, plain=plain, **options)
         if self.gate_proj is not None:
             gate = torch.sigmoid(self.gate_proj(x_BTD).float()).unflatten(-1, (self.n_heads, -1))
             y_BTHP = (y_BTHP.float() * gate).to(x_BTD.dtype)
@@ -64,41 +68,43 @@ class Attention(nn.Module):
     def _normed(self, x, norm: Norm):
         return norm(x) if self.over_all else norm(x.unflatten(-1, (-1, self.d_head))).flatten(-2)
 
-    def _remember(self, cache: dict, k, v, place_BS):
-        """Keys, values and their places behind those of the cache, which keeps what some later token may see."""
-        if cache:
-            k, v = torch.cat([cache["k"], k], 1), torch.cat([cache["v"], v], 1)
-            place_BS = torch.cat([cache["place"], place_BS], 1)
-        old, window = 0, self.block["window"]
-        if window is not None:
-            last_B1 = place_BS.amax(1, keepdim=True)
-            unseen_S = ((place_BS < 0) | (place_BS <= last_B1 - window + 1)).all(0)
-            old = int(unseen_S.long().cumprod(0).sum())
-        cache.update(k=k[:, old:], v=v[:, old:], place=place_BS[:, old:])
-        return k, v, place_BS
 
-    def _attend(self, q, k, v, place_BT, place_BS, plain: bool):
-        """[B, T, H, P]. plain: all tokens are here and real."""
-        c, T, S, n = self.block, q.shape[1], k.shape[1], self.n_heads // self.n_kv_heads
-        q, k, v = q.transpose(1, 2), *(a.repeat_interleave(n, 2).transpose(1, 2) for a in (k, v))
-        mask = None
-        if not plain or c["window"] is not None:
-            distance_BTS = place_BT[:, :, None] - place_BS[:, None]
-            mask = (distance_BTS >= 0) & (place_BS >= 0)[:, None]
-            mask = mask if c["window"] is None else mask & (distance_BTS < c["window"])
-            mask = (mask | torch.eye(S, dtype=torch.bool, device=q.device)[S - T :])[:, None]  # padding sees itself
-        if c["softcap"] is None and self.sinks is None:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=c["scale"])
-            return y.transpose(1, 2)
-        if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        scores = c["scale"] * (q.float() @ k.float().transpose(-1, -2))
-        scores = scores if c["softcap"] is None else c["softcap"] * torch.tanh(scores / c["softcap"])
-        scores = scores.masked_fill(~mask, -torch.inf)
-        if self.sinks is not None:  # one more key, without a value
-            sinks = self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat([scores, sinks], -1)
-        return (scores.softmax(-1)[..., :S] @ v.float()).to(v.dtype).transpose(1, 2)
+def remember(cache: dict, new: dict[str, torch.Tensor], place_BS, window: int | None = None):
+    """(New [B, T, ...] and their places behind those of the cache, which keeps what some later token may see)."""
+    if "place" in cache:
+        new = {name: torch.cat([cache[name], a], 1) for name, a in new.items()}
+        place_BS = torch.cat([cache["place"], place_BS], 1)
+    old = 0
+    if window is not None:
+        last_B1 = place_BS.amax(1, keepdim=True)
+        unseen_S = ((place_BS < 0) | (place_BS <= last_B1 - window + 1)).all(0)
+        old = int(unseen_S.long().cumprod(0).sum())
+    cache.update({name: a[:, old:] for name, a in new.items()}, place=place_BS[:, old:])
+    return new.values(), place_BS
+
+
+def attend(q, k, v, *, place_BT, place_BS, plain: bool, scale: float, window=None, softcap=None, sinks=None):
+    """[B, T, H, P] of queries at place_BT and keys and values at place_BS. plain: all tokens are here and real."""
+    T, S, n = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), *(a.repeat_interleave(n, 2).transpose(1, 2) for a in (k, v))
+    mask = None
+    if not plain or window is not None:
+        distance_BTS = place_BT[:, :, None] - place_BS[:, None]
+        mask = (distance_BTS >= 0) & (place_BS >= 0)[:, None]
+        mask = mask if window is None else mask & (distance_BTS < window)
+        mask = (mask | torch.eye(S, dtype=torch.bool, device=q.device)[S - T :])[:, None]  # padding sees itself
+    if softcap is None and sinks is None:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+        return y.transpose(1, 2)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = scale * (q.float() @ k.float().transpose(-1, -2))
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:  # one more key, without a value
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    return (scores.softmax(-1)[..., :S] @ v.float()).to(v.dtype).transpose(1, 2)
 
 
 def rotate(x_BTHP, position_BT, rope: dict):

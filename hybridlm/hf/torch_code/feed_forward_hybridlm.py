@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feed-forward sublayers: the MLP and the mixture of experts. Letters: B batch, T tokens, E experts, k chosen ones."""
+"""Feed-forward sublayers: the MLP and the mixtures of experts.
+
+Letters: B batch, T tokens, M tokens of all rows, E experts, k chosen ones, R width of a latent or of a router.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .layers_hybridlm import ACTIVATIONS, GATED, Tokens, linear
+from .layers_hybridlm import ACTIVATIONS, GATED, Norm, Tokens, linear
 
 
 class FeedForward(nn.Module):
@@ -55,11 +59,7 @@ class MoE(nn.Module):
     def forward(self, x_BTD, tokens: Tokens, cache: dict | None):
         experts_Mk, weights_Mk = self._route(x_BTD.flatten(0, 1).float())
         u_MR = x_BTD.flatten(0, 1) if self.latent_in is None else self.latent_in(x_BTD.flatten(0, 1))
-        y_MR = torch.zeros_like(u_MR, dtype=torch.float32)
-        for i in experts_Mk.unique().tolist():
-            rows, choice = torch.where(experts_Mk == i)
-            y_MR = y_MR.index_add(0, rows, self.experts[i](u_MR[rows]).float() * weights_Mk[rows, choice, None])
-        y_MR = y_MR.to(x_BTD.dtype)
+        y_MR = mixed(self.experts, u_MR, experts_Mk, weights_Mk)
         y_BTD = (y_MR if self.latent_out is None else self.latent_out(y_MR)).view_as(x_BTD)
         if self.shared_expert is None:
             return y_BTD
@@ -70,7 +70,7 @@ class MoE(nn.Module):
     def _route(self, x_MD):
         """The chosen experts of each token and their weights, [M, k]."""
         c = self.block["router"]
-        logits = x_MD @ self.router.weight.float().T
+        logits = exact(self.router, x_MD)
         scores = torch.sigmoid(logits) if c["score"] == "sigmoid" else logits.softmax(-1)
         choice = logits if c["score"] == "softmax_after" else scores
         choice = choice if self.selection_bias is None else choice + self.selection_bias.float()
@@ -85,3 +85,47 @@ class MoE(nn.Module):
         if c["renormalise"]:
             weights = weights / (weights.sum(-1, keepdim=True) + c["renormalise_eps"])
         return experts, weights * c["scaling"]
+
+
+def mixed(experts: nn.ModuleList, u_MR, experts_Mk, weights_Mk):
+    """The sum over a token's choices of weight * expert(u), of a choice behind the last expert 0; in the type of u."""
+    y_MR = torch.zeros_like(u_MR, dtype=torch.float32)
+    for i in experts_Mk[experts_Mk < len(experts)].unique().tolist():
+        rows, choice = torch.where(experts_Mk == i)
+        y_MR = y_MR.index_add(0, rows, experts[i](u_MR[rows]).float() * weights_Mk[rows, choice, None])
+    return y_MR.to(u_MR.dtype)
+
+
+class DepthMoE(nn.Module):
+    """Experts chosen by an MLP of a state that each depth hands to the next; one choice more is none of them."""
+
+    hands_on = True
+
+    def __init__(self, block: dict, d_model: int, **_):
+        super().__init__()
+        self.block, E, R = block, block["n_experts"], block["d_router"]
+        self.router_in = linear(d_model, R, bias=True)
+        self.state_scale = None if block["first"] else nn.Parameter(torch.ones(R))
+        self.router_norm = Norm(R, block["norm_eps"])
+        self.fc1, self.fc2 = linear(R, R, bias=True), linear(R, R, bias=True)
+        self.router_out = linear(R, E + 1)
+        self.selection_bias = nn.Parameter(torch.zeros(E + 1))
+        self.experts = nn.ModuleList([FeedForward(d_model, block["d_ff"], block["activation"]) for _ in range(E)])
+
+    def forward(self, x_BTD, tokens: Tokens, cache: dict | None, passed_BTR):
+        """The output, and the router's state for the next depth."""
+        state_BTR = exact(self.router_in, x_BTD.float())
+        if passed_BTR is not None and self.state_scale is not None:
+            state_BTR = state_BTR + passed_BTR * self.state_scale.float()
+        h_BTR = self.router_norm(state_BTR)
+        for layer in (self.fc1, self.fc2):
+            h_BTR = ACTIVATIONS["gelu"](exact(layer, h_BTR))
+        scores_ME = exact(self.router_out, h_BTR).softmax(-1).flatten(0, 1)
+        experts_Mk = (scores_ME + self.selection_bias.float()).topk(self.block["top_k"], -1).indices
+        y_MD = mixed(self.experts, x_BTD.flatten(0, 1), experts_Mk, scores_ME.gather(-1, experts_Mk))
+        return y_MD.view_as(x_BTD), state_BTR
+
+
+def exact(layer: nn.Linear, x):
+    """A linear map in float32, whatever its weights are stored in."""
+    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())

@@ -86,6 +86,21 @@ class GatedNorm(nn.Module):
         return (u * gate if self.before_gate else u).to(z.dtype)
 
 
+def behind(x: torch.Tensor, before: int, tokens: Tokens, cache: dict | None, name: str) -> torch.Tensor:
+    """x [B, T, C] behind the last `before` tokens, [B, before + T, C]: cache[name], which is brought up to date, or
+    zeros. They stand right before the row's real tokens, behind its padding."""
+    window = None if cache is None else cache.get(name)
+    window = x.new_zeros(x.shape[0], before, x.shape[2]) if window is None else window
+    x = torch.cat([window, tokens.without_padding(x)], 1)
+    if tokens.real_BT is not None:
+        kept = torch.cat([tokens.real_BT.new_ones(x.shape[0], before), tokens.real_BT], 1)
+        order = kept.int().argsort(dim=1, stable=True)
+        x = x.gather(1, order[..., None].expand_as(x))
+    if cache is not None:
+        cache[name] = x[:, x.shape[1] - before :]
+    return x
+
+
 class ShortConv(nn.Module):
     """Causal convolution of W tokens, each channel by itself; the last W - 1 tokens are its memory."""
 
@@ -96,21 +111,30 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 1, window).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
-    def forward(self, x: torch.Tensor, tokens: Tokens, cache: dict | None, name: str = "conv") -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, tokens: Tokens, cache: dict | None, name: str = "conv", with_bias: bool = True
+    ) -> torch.Tensor:
         """x [B, T, C] behind the tokens of cache[name], which is brought up to date."""
-        before = self.weight.shape[-1] - 1
-        window = None if cache is None else cache.get(name)
-        window = x.new_zeros(x.shape[0], before, x.shape[2]) if window is None else window
-        x = torch.cat([window, tokens.without_padding(x)], 1)
-        if tokens.real_BT is not None:  # the window goes behind the padding, right before the real tokens
-            kept = torch.cat([tokens.real_BT.new_ones(x.shape[0], before), tokens.real_BT], 1)
-            order = kept.int().argsort(dim=1, stable=True)
-            x = x.gather(1, order[..., None].expand_as(x))
-        if cache is not None:
-            cache[name] = x[:, x.shape[1] - before :]
-        bias = None if self.bias is None else self.bias.float()
+        x = behind(x, self.weight.shape[-1] - 1, tokens, cache, name)
+        bias = None if self.bias is None or not with_bias else self.bias.float()
         y = F.conv1d(x.float().transpose(1, 2), self.weight.float(), bias, groups=x.shape[2]).transpose(1, 2)
         return (y if self.activation is None else ACTIVATIONS[self.activation](y)).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of each head by itself, with a weight and a bias for each channel of all; float32."""
+
+    def __init__(self, width: int, eps: float, bias: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, y_BTHP: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, P] -> [B, T, H * P]."""
+        y = y_BTHP.float()
+        y = rms_normalise(y - y.mean(-1, keepdim=True), self.eps).flatten(-2) * self.weight.float()
+        return y if self.bias is None else y + self.bias.float()
 
 
 def number(value: Any) -> float:

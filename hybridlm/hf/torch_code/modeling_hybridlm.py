@@ -18,6 +18,17 @@ PAST = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "p
 """What outputs of the installed transformers call the memory."""
 
 
+FLOAT32 = (
+    "norm", "after_norm", "q_norm", "k_norm", "o_norm", "mlp_norm", r"norm_\w+", "norms", "embed_norm", "router_norm",
+    "B_norm", "C_norm", "q_a_layernorm", "kv_a_layernorm", "memory_norm", "A_log", "dt_bias", "D", "sinks", "conv1d",
+    "q_conv1d", "k_conv1d", "v_conv1d", "filter", "scales", "embed_scales", "key_scale", "state_scale",
+    "selection_bias", "lower_bound", "decay", "slopes", "bonus", "gate_biases", "decay_bias", "rate_bias", "share_bias",
+    "shares", "first_share", "share_in", "share_gate", "k_k", "k_a", "r_k", "B_bias", "C_bias", "mimo_v", "mimo_z",
+    "mimo_o", "rates", "memory_in", "memory_out",
+)  # fmt: skip
+"""Parts of names of parameters that are used in float32, whatever the others are stored in."""
+
+
 class HybridLMCache:
     """What the model remembers of the tokens that it has read: of each sublayer a dict of tensors [B, ...]."""
 
@@ -95,21 +106,28 @@ class HybridLMSublayer(nn.Module):
             self.link, block = MIXERS["Shared"].link(block, D), block["mixer"]
         self.mixer = make_mixer(block, D, config.norm_eps)
 
-    def forward(self, x_BTD, tokens: Tokens, cache: dict | None, shared: nn.Module | None):
-        """The residual stream behind the sublayer. shared: what the depths of the symbol share."""
+    def forward(self, x_BTD, tokens: Tokens, cache: dict | None, shared: nn.Module | None, passed=None):
+        """(The residual stream behind the sublayer, what blocks that hand something from depth to depth hand on).
+
+        shared: what the depths of the symbol share. passed: what came from the depths before, None from none.
+        """
         memory, u_BTD = cache, x_BTD
         if self.link is not None:
             memory, of_link = (None, None) if cache is None else (cache.setdefault(n, {}) for n in ("mixer", "link"))
             u_BTD = x_BTD + self.link(x_BTD, tokens, of_link, shared)
         u_BTD = u_BTD if self.norm is None else self.norm(u_BTD)
-        y_BTD, multiplier = self.mixer(u_BTD, tokens, memory), self.multiplier
+        if getattr(self.mixer, "hands_on", False):
+            y_BTD, passed = self.mixer(u_BTD, tokens, memory, passed)
+        else:
+            y_BTD = self.mixer(u_BTD, tokens, memory)
+        multiplier = self.multiplier
         y_BTD = y_BTD if self.after_norm is None else self.after_norm(y_BTD)
         if self.of_normed is not None:
             kept, multiplier = self.of_normed
             x_BTD = u_BTD * kept
         if self.scales is not None:
             x_BTD, y_BTD = self.scales(x_BTD, y_BTD)
-        return x_BTD + y_BTD * multiplier
+        return x_BTD + y_BTD * multiplier, passed
 
 
 class HybridLMPreTrainedModel(PreTrainedModel):
@@ -119,11 +137,7 @@ class HybridLMPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "norm", "after_norm", "q_norm", "k_norm", "o_norm", "mlp_norm", "norms", "A_log", "dt_bias", "D", "sinks",
-        "conv1d", "q_conv1d", "k_conv1d", "v_conv1d", "scales", "embed_scales", "selection_bias",
-        "lower_bound", "decay", "gate_biases",
-    ]  # fmt: skip
+    _keep_in_fp32_modules_strict = [rf"\b{name}\b" for name in FLOAT32]  # noqa: RUF012
 
 
 class HybridLMModel(HybridLMPreTrainedModel):
@@ -173,15 +187,16 @@ class HybridLMModel(HybridLMPreTrainedModel):
             back, real_BT, x_BTD = order.argsort(dim=1), real_BT.gather(1, order), _take(x_BTD, order)
             position_ids = None if position_ids is None else position_ids.expand(order.shape).gather(1, order)
         tokens = self._tokens(x_BTD, real_BT, position_ids, cache)
-        hidden = []
+        hidden, passed = [], None
         for i, (symbol, layer) in enumerate(zip(self.config.pattern, self.layers)):
             hidden.append(x_BTD)
             memory = None if cache is None else cache.layers[i]
             shared = self.shared[self.sharing.index(symbol)] if symbol in self.sharing else None
             if self.gradient_checkpointing and self.training:
-                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD, tokens, memory, shared)
+                again = self._gradient_checkpointing_func
+                x_BTD, passed = again(layer.__call__, x_BTD, tokens, memory, shared, passed)
             else:
-                x_BTD = layer(x_BTD, tokens, memory, shared)
+                x_BTD, passed = layer(x_BTD, tokens, memory, shared, passed)
         hidden.append(self.norm(x_BTD))
         hidden = hidden if back is None else [_take(x, back) for x in hidden]
         states = tuple(hidden) if output_hidden_states else None
