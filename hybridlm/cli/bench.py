@@ -9,6 +9,7 @@ from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
 from hybridlm.cli.words import split_overrides
+from hybridlm.cli.writing import CACHE, add_cache_options, cache_types
 from hybridlm.errors import require
 
 PHASES = ("decode", "prefill")
@@ -16,7 +17,7 @@ PHASES = ("decode", "prefill")
 
 def run(words: list[str], prog: str) -> int:
     """Measures, prints tables, writes JSON and a page; see Command."""
-    mine, overrides = split_overrides(words)
+    mine, overrides = split_overrides(words, CACHE)
     args = parse(_parser(prog), mine)
     if args is None:
         return 0
@@ -27,7 +28,8 @@ def run(words: list[str], prog: str) -> int:
     from hybridlm.infer import bench_tables
     from hybridlm.infer.bench import Key, measure
 
-    here, kept = bench_tables.about(overrides), []
+    stored = [f"{CACHE}{name}={value}" for name, value in vars(cache_types(args)).items() if value is not None]
+    here, kept = bench_tables.about([*overrides, *stored]), []
     if args.json is not None:
         path = storage.as_path(args.json)
         kept = bench_tables.read(path, here)
@@ -69,6 +71,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--most-seconds", type=float, default=120.0, metavar="S", help="longest turn of prefill that is tried (120)"
     )
+    add_cache_options(parser)
     parser.add_argument("--peers", action="store_true", help="time transformers' Mamba-2 and mamba2-jax too")
     parser.add_argument(
         "--json", metavar="FILE", help="write all figures; what stands there already is not timed again"
@@ -106,7 +109,7 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
             args.phase, tuple(args.context), (*dict.fromkeys(batches), *((0,) if args.fill else ())), args.tokens,
             args.rounds, None if args.memory is None else round(args.memory * 2**30), args.most_seconds,
         )  # fmt: skip
-    ours = [Ours(name, load_config(name, overrides).model) for name in args.config]
+    ours = [Ours(name, load_config(name, overrides).model, cache_types(args)) for name in args.config]
     for one in ours:
         ahead = one.model.sees_ahead
         require(not ahead, f"--config ({one.name}): it cannot be decoded token by token: {ahead}")

@@ -18,6 +18,7 @@ from flax import nnx
 
 from hybridlm.infer.bound import Moved, kind_of, moved, weights_held
 from hybridlm.infer.cache_size import cache_size
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import in_type, param_info
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.decoding import CHUNK, Sampling, State, Writer, room_for
@@ -85,6 +86,8 @@ class Ours:
 
     name: str
     model: ModelConfig
+    types: CacheTypes = AS_COMPUTED
+    """How its cache is stored."""
     filled: str = "noise in states, keys and values"
 
     @property
@@ -103,7 +106,7 @@ class Ours:
 
     def cache(self, batch: int, context: int) -> tuple[int, dict[str, str]]:
         """With the room that a Writer makes."""
-        size = cache_size(self.model, batch, room_for(context))
+        size = cache_size(self.model, batch, room_for(context), types=self.types)
         return size.total().bytes, {part.kind: part.dtype for part in size.parts if part.symbol}
 
     def beside(self, batch: int) -> int:
@@ -113,7 +116,7 @@ class Ours:
 
     def moved(self, batch: int, context: int) -> Moved:
         """See Subject."""
-        return moved(self.model, batch, context)
+        return moved(self.model, batch, context, self.types)
 
     def flops(self, context: int) -> float:
         """See Subject."""
@@ -123,7 +126,7 @@ class Ours:
     def opened(self) -> Iterator["OurOpen"]:
         """Parameters are drawn in the type of the computation, so that a large model needs no float32 of all."""
         graphdef = abstract(self.model).graphdef
-        writer = Writer(nnx.merge(graphdef, _drawn(self.model)(jax.random.key(0))))
+        writer = Writer(nnx.merge(graphdef, _drawn(self.model)(jax.random.key(0))), types=self.types)
         yield OurOpen(writer)
 
 

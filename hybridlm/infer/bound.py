@@ -15,6 +15,7 @@ from flax import nnx
 
 from hybridlm.infer.cache_size import STATES, WINDOWS, CacheSize, Part, cache_size, mixes
 from hybridlm.layers.block import walk
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.model import pattern
 from hybridlm.model.config import ModelConfig
@@ -41,19 +42,19 @@ class Moved(NamedTuple):
         return sum(self)
 
 
-def moved(model: ModelConfig, batch: int, context: int) -> Moved:
+def moved(model: ModelConfig, batch: int, context: int, types: CacheTypes = AS_COMPUTED) -> Moved:
     """Of a step of `batch` rows whose tokens are the `context`-th. Arguments and errors as of `cache_size`."""
-    size = cache_size(model, batch, context)
+    size = cache_size(model, batch, context, types=types)
     fixed = sum(part.row_bytes for part in size.parts if part.kind in (STATES, WINDOWS))
     kept = [part for part in size.parts if part.kind not in (STATES, WINDOWS) and part.symbol]
-    added = sum(part.row_bytes // _slots(part) for part in kept)
+    added = sum(part.per_token or part.row_bytes // _slots(part) for part in kept)
     read = batch * sum(part.row_bytes for part in kept)
     return Moved(weights_read(model, batch), 2 * batch * fixed, read, batch * added)
 
 
 def _slots(part: Part) -> int:
-    """Tokens of a row that an array has room for."""
-    return max(1, part.shape[1]) if len(part.shape) > 1 else 1
+    """Tokens that a ring has room for: the second axis, of scales the last."""
+    return part.shape[-1 if part.name.endswith("scales") else 1]
 
 
 def weights_held(model: ModelConfig) -> int:

@@ -150,8 +150,8 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
 
 
 def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
-    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one, and of any for
-    one token, the product is cut, not the matrix: its parts do not lie together, so that they would be copied."""
+    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one, and for one
+    token, the product is cut, not the matrix: its parts do not lie together, so that they would be copied."""
     if isinstance(matrix, Quantized) or x.shape[1] == 1:
         y = dot(x, matrix)
         return [y[:, :, i] for i in range(matrix.shape[1])]

@@ -51,6 +51,7 @@ def compile_step(model, batch: int, context: int, topology: str):
     from flax import nnx
     from jax.sharding import SingleDeviceSharding
 
+    from hybridlm.layers.cache import AS_COMPUTED
     from hybridlm.model import decoding
     from hybridlm.model.init import abstract
     from hybridlm.plan.slices import read_devices
@@ -65,7 +66,7 @@ def compile_step(model, batch: int, context: int, topology: str):
         graphdef, params = nnx.split(abstract(model).model())
         unroll = decoding.UNROLL["gpu"]
         graphdef, params = jax.eval_shape(lambda p: decoding._prepared(graphdef, p, unroll), params)
-        cache, *arrays = jax.eval_shape(lambda p: decoding._empty(graphdef, p, batch, context), params)
+        cache, *arrays = jax.eval_shape(lambda p: decoding._empty(graphdef, p, batch, context, AS_COMPUTED), params)
         key, number = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), np.int32)
         ends = jax.ShapeDtypeStruct((1,), np.int32)
         given = put((cache, params, *arrays, key, number, number))

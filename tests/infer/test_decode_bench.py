@@ -21,6 +21,8 @@ from hybridlm.infer.bench import Key, Plan, Row, measure
 from hybridlm.infer.bench_claims import CLAIMS, beside, ratios
 from hybridlm.infer.bench_models import Ours, filled
 from hybridlm.infer.bound import HYBRID, RECURRENT, TRANSFORMER, Moved, kind_of, moved, weights_held, weights_read
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
+from hybridlm.layers.quantized import dot
 from hybridlm.model import decoding
 from hybridlm.model.decoding import Sampling
 from hybridlm.model.init import abstract
@@ -52,6 +54,17 @@ def test_bytes_are_those_counted_by_hand():
     many = moved(model, 64, context)
     assert many == Moved(found.weights, 64 * found.states, 64 * found.kept, 64 * found.added)
     assert many.all == sum(many)
+
+
+def test_bytes_of_caches_stored_smaller():
+    """int8 keys with a float32 scale for each head and token; bfloat16 states."""
+    model = load_config("hybrid_1b").model
+    full, small = (moved(model, 1, 4096, types) for types in (AS_COMPUTED, CacheTypes("int8", "bfloat16")))
+    assert small.added == 3 * 2 * (512 + 8 * 4) and small.kept == 4096 * small.added
+    assert full.states - small.states == 2 * 21 * 64 * 64 * 128 * 2
+    ring = replace(model, blocks=model.blocks | {"*": replace(model.blocks["*"], window=256)})
+    assert moved(ring, 1, 4096, CacheTypes("int8")) == moved(ring, 1, 256, CacheTypes("int8"))
+    assert moved(ring, 1, 4096, CacheTypes("int8")).added == small.added
 
 
 def test_an_embedding_of_its_own_is_looked_up():
