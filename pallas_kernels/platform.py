@@ -180,6 +180,20 @@ def memory_of(devices: Iterable[jax.Device]) -> int | None:
     return None if limit is None else limit * len(devices)
 
 
+class InUse(typing.NamedTuple):
+    """Bytes of a device's memory that arrays have."""
+
+    now: int
+    peak: int
+    """The most since this process began."""
+
+
+def memory_in_use() -> InUse | None:
+    """Of the default device, as it says; None where it does not, as CPUs do not."""
+    said = _device().memory_stats() or {}
+    return InUse(said["bytes_in_use"], said["peak_bytes_in_use"]) if "peak_bytes_in_use" in said else None
+
+
 @functools.cache
 def _host_memory() -> int:
     """Bytes of this host's memory, or what its control group may have of it."""

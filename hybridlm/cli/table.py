@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import hybridlm
+from hybridlm.cli.bench import BENCH
 from hybridlm.cli.cache import CACHE
 from hybridlm.cli.chat import CHAT
 from hybridlm.cli.compare import COMPARE
@@ -33,7 +34,7 @@ from hybridlm.errors import Exit, print_line
 
 COMMANDS = (
     TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, QUANTIZE, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN, PROFILE,
-    CACHE,
+    CACHE, BENCH,
 )  # fmt: skip
 
 

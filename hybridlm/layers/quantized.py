@@ -28,6 +28,8 @@ FEW_ROWS = 16
 """Up to so many rows a CPU converts a matrix block by block: its products want operands in float32 in memory."""
 BLOCK = 128
 """Rows of such a block."""
+LEAST_ROWS = 8
+"""Rows of a product on a GPU."""
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +140,7 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
     if isinstance(matrix, Rounding):
         return jnp.tensordot(_activations(x, range(x.ndim - n, x.ndim)), matrix.value, n)
     if not isinstance(matrix, Quantized):
-        return jnp.tensordot(x, matrix, n)
+        return _plain(x, matrix, n)
     last, first = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
     if matrix.activations is not None:
         y = library().dot_general(_integers(x, last), _array(matrix), ((last, first), ((), ())))
@@ -148,9 +150,9 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
 
 
 def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
-    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one the product is
-    cut, not the matrix: its parts do not lie together, so that they would be copied, in the type of the product."""
-    if isinstance(matrix, Quantized):
+    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one, and for one
+    token, the product is cut, not the matrix: its parts do not lie together, so that they would be copied."""
+    if isinstance(matrix, Quantized) or x.shape[1] == 1:
         y = dot(x, matrix)
         return [y[:, :, i] for i in range(matrix.shape[1])]
     return [dot(x, matrix[:, i]) for i in range(matrix.shape[1])]
@@ -179,11 +181,24 @@ def rounded_rows(rows_RD: jax.Array, matrix: Any) -> jax.Array:
     return rows_RD if getattr(matrix, "activations", None) is None else _activations(rows_RD, (1,))
 
 
+def _plain(x: jax.Array, matrix: jax.Array, n: int, preferred: Any = None) -> jax.Array:
+    """`jnp.tensordot(x, matrix, n)`, of one row on a GPU with rows of zeros beside it.
+
+    Alone, as in decoding one text, XLA makes a multiplication of such a product, whose result it writes to memory, and
+    a sum, so that a matrix of up to 2**23 numbers moves three times. The sum over the rows is that of the one.
+    """
+    rows, inputs = x.shape[: x.ndim - n], x.shape[x.ndim - n :]
+    if math.prod(rows) != 1 or platform.platform() != "gpu":
+        return jnp.tensordot(x, matrix, n, preferred_element_type=preferred)
+    x = jnp.pad(x.reshape(1, *inputs), [(0, LEAST_ROWS - 1), *[(0, 0)] * n])
+    return jnp.tensordot(x, matrix, n, preferred_element_type=preferred).sum(axis=0).reshape(*rows, *matrix.shape[n:])
+
+
 def _product(x: jax.Array, values: jax.Array, n: int) -> jax.Array:
     """x times eight-bit values, float32."""
     rows, inputs = x.shape[: x.ndim - n], math.prod(values.shape[:n])
     if platform.platform() != "cpu" or math.prod(rows) > FEW_ROWS or inputs <= BLOCK:
-        return jnp.tensordot(x, values.astype(x.dtype), n, preferred_element_type=jnp.float32)
+        return _plain(x, values.astype(x.dtype), n, jnp.float32)
     x_MK, w_KN = x.reshape(-1, inputs).astype(jnp.float32), values.reshape(inputs, -1)
     part = lambda start, size: jnp.dot(
         jax.lax.dynamic_slice_in_dim(x_MK, start, size, 1),

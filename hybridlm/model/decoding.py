@@ -18,12 +18,18 @@ from flax import nnx
 from hybridlm import sharding
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import in_type, param_info
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.init import abstract
 from hybridlm.model.model import Cache, HybridLM
+from pallas_kernels.platform import platform
 
 CHUNK = 1024
 """Tokens of a prompt that are read at once: what is needed beside the cache grows with them, not with the prompt."""
 BLOCK = 64
 """Tokens that are written at most without the host."""
+UNROLL = {"gpu": 64}
+"""`model.unroll` where it is None: on a GPU matrices of a stack would be copied out of it for each token, and states
+copied in."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Writer:
         mesh is set, caches are split over it from the start: rows, heads and channels."""
         graphdef, params = nnx.split(model)
         self.config, self.prefill_chunk, self.types = model.config, prefill_chunk, types
-        self._graphdef, self._params = _prepared(graphdef, params)
+        self._graphdef, self._params = _prepared(graphdef, params, UNROLL.get(platform()))
 
     @property
     def parts(self) -> tuple:
@@ -157,10 +163,10 @@ def piece_size(n_tokens: int, prefill_chunk: int | None = CHUNK) -> int:
     return n if prefill_chunk is None else min(n, prefill_chunk)
 
 
-@partial(jax.jit, static_argnums=0)
-def _prepared(graphdef, params):
+@partial(jax.jit, static_argnums=(0, 2))
+def _prepared(graphdef, params, unroll: int | None = None):
     """The model as the program reads it, split, matrices and embeddings cast; the same numbers, as each use would cast
-    them."""
+    them. unroll: `model.unroll` where the config says nothing."""
     config = nnx.merge(graphdef, params).config
     info = param_info(params)
     cast = in_type(params, info, config.compute_dtype)
@@ -168,7 +174,10 @@ def _prepared(graphdef, params):
         embedded = lambda a, leaf: a.astype(config.compute_dtype) if leaf.kind == "embedding" else a
         cast = jax.tree.map(embedded, cast, info)
     model = nnx.merge(graphdef, cast)
-    return nnx.split(model if model.is_stacked else model.stacked())
+    if not model.is_stacked:
+        model.config = replace(config, unroll=unroll if config.unroll is None else config.unroll)
+        model = model.stacked()
+    return nnx.split(model)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3, 4), keep_unused=True)
@@ -252,3 +261,10 @@ def _grown(cache: Cache, graphdef, params, room: int, types: CacheTypes) -> Cach
 
     groups = jax.tree.map(widen, cache.groups, wanted.groups)
     return Cache(cache.length_B, groups, wanted.limit)
+
+
+def shapes_at_work(config: ModelConfig) -> nnx.State:
+    """Shapes and types of the parameters of a config's model as a Writer holds them, by the sublayers of its program;
+    nothing is made."""
+    graphdef, params = nnx.split(abstract(config).model())
+    return jax.eval_shape(partial(_prepared, graphdef), params)[1]

@@ -67,9 +67,9 @@ class Counts:
         return total
 
 
-def work(program: Program) -> Counts:
-    """Of a parsed program."""
-    return _Counter(program).of(program.entry)
+def work(program: Program, computation: str = "") -> Counts:
+    """Of a parsed program, or of one run of a computation in it."""
+    return _Counter(program).of(computation or program.entry)
 
 
 def hbm_bytes(shape: str) -> int:

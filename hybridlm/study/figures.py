@@ -48,6 +48,8 @@ class Panel:
     """The x axis is logarithmic."""
     marks: Sequence[float] = field(default=())
     """Places on the x axis at which something happened."""
+    log_y: bool = False
+    """The y axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def _fill(axes, panel: Panel) -> None:
             _bars(axes, line, panel.log)
     if panel.log and drawn:
         axes.set_xscale("log")
+    if panel.log_y and drawn:
+        axes.set_yscale("log")
     for place in panel.marks:
         axes.axvline(place, color="#c62828", linestyle=":", linewidth=0.9)
     if not drawn:

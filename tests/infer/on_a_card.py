@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that is asked of a GPU about writing and reading, within minutes: `python tests/infer/on_a_card.py --out FOLDER`.
+
+Stages in the order of what is asked first: hybrid_1b, mamba2_1b and transformer_1b at batch 1 and 64; each at the batch
+that fills the card behind 131,072 tokens; a trace of what the card does between tokens; peers; reading; long contexts;
+hybrid_8b reading 262,144 tokens. A stage begins only while the minutes last, and each adds to FOLDER/bench.json, so a
+second call goes on where the first one ended. Programs that were compiled are kept in FOLDER/programs.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+NAMES = ("hybrid_1b", "mamba2_1b", "transformer_1b")
+SIDE = ("--config", *NAMES)
+STAGES = {
+    "batches": ("decode", *SIDE, "--context", "2048", "--batch", "1", "64", "--rounds", "3"),
+    "fill": ("decode", *SIDE, "--context", "131072", "--fill", "--rounds", "3"),
+    "trace": (),
+    "peers": ("decode", "--config", "mamba2_1b", "--context", "2048", "--batch", "1", "--peers", "--rounds", "3"),
+    "reading": ("prefill", *SIDE, "--context", "2048", "32768", "--batch", "1", "--rounds", "2"),
+    "long": ("decode", *SIDE, "--context", "32768", "1048576", "--batch", "1", "--rounds", "3"),
+    "large": ("prefill", "--config", "hybrid_8b", "--context", "262144", "--batch", "1", "--rounds", "1"),
+}
+"""Name -> words of `hybridlm bench`."""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the stages; the exit code is that of the worst."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no stage begins (8)")
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
+    parser.add_argument("--trace-config", default="hybrid_1b")
+    args = parser.parse_args(words)
+    began = time.monotonic()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    if "peers" in args.stages:  # PyTorch wants memory of the same card
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    args.out.mkdir(parents=True, exist_ok=True)
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(args.out / "programs"))
+    from hybridlm.cli import main as hybridlm
+
+    worst = 0
+    for name in args.stages:
+        spent = (time.monotonic() - began) / 60
+        if spent > args.minutes:
+            print(f"{name}: left for the next call", flush=True)
+            continue
+        print(f"\n{name}, after {spent:.1f} minutes", flush=True)
+        if name == "trace":
+            traced(args.trace_config, args.out)
+            continue
+        files = ["--json", str(args.out / "bench.json"), "--html", str(args.out / "bench.html")]
+        worst = max(worst, hybridlm(["bench", *STAGES[name], *files]))
+    return worst
+
+
+def traced(name: str, out: Path, context: int = 2048, n_new: int = 64) -> dict:
+    """What a device does while tokens are written, as its trace says: the share of the time in which a kernel runs, and
+    the longest time in which none does. Written to trace.json; nothing where the device traces no kernels."""
+    import jax
+
+    from hybridlm.config.find import load_config
+    from hybridlm.infer.bench_models import Ours, filled
+    from hybridlm.model.decoding import Sampling
+    from hybridlm.plan import xplane
+
+    with Ours(name, load_config(name).model).opened() as opened:
+        writer = opened.writer
+        jax.block_until_ready(writer.write(filled(writer, 1, context, n_new), n_new, Sampling())[0])  # compiles
+        state = filled(writer, 1, context, n_new)
+        jax.block_until_ready(state.cache)
+        with jax.profiler.trace(str(out / "trace")):
+            jax.block_until_ready(writer.write(state, n_new, Sampling())[0])
+    path = xplane.find(out / "trace")
+    events = [] if path is None else xplane.read(path)[0]
+    found = {"config": name, "tokens": n_new, **between(events)}
+    (out / "trace.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def between(events) -> dict:
+    """Of kernels (start and duration in nanoseconds): busy share, gaps."""
+    if not events:
+        return {"kernels": 0}
+    end, busy, gaps = 0.0, 0.0, []
+    ordered = sorted(events, key=lambda event: event.start)
+    first = end = ordered[0].start
+    for event in ordered:
+        if event.start > end:
+            gaps.append(event.start - end)
+        stop = event.start + event.duration
+        busy += max(0.0, stop - max(end, event.start))
+        end = max(end, stop)
+    gaps.sort(reverse=True)
+    return {
+        "kernels": len(ordered), "seconds": (end - first) / 1e9, "busy": busy / (end - first),
+        "longest_gaps_us": [round(gap / 1e3, 1) for gap in gaps[:5]],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.exit(main())
