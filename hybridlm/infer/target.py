@@ -15,6 +15,10 @@ PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 """As JAX's exports name them -> as ops do."""
 BEFORE_KERNELS = "8.0"
 """Compute capability that a program for any CUDA device is traced for: no kernel is written for it."""
+TPUS = {"v4i": "TPU v4 lite", "7x": "TPU7x"}
+"""Generation -> what JAX calls the device, where that is not TPU and the generation."""
+CORES = {"v4": 2, "v5p": 2}
+"""Generation -> cores of a device, where that is not 1."""
 _tracing_for = jax.make_user_context("")
 
 
@@ -42,8 +46,17 @@ class Target:
         capability = (self.device or BEFORE_KERNELS) if kind == "gpu" else None
         generation = self.device if kind == "tpu" else None
         assumed = platform.assume_platform(kind, generation=generation, capability=capability)
-        with assumed, _tracing_for(self.name):
+        with assumed, _tracing_for(self.name), _at(generation):
             yield
+
+
+def _at(generation: str | None) -> contextlib.AbstractContextManager:
+    """Within, JAX lowers kernels for such a TPU, which need not be there. None: nothing changes."""
+    if generation is None:
+        return contextlib.nullcontext()
+    kind, cores = TPUS.get(generation, f"TPU {generation}"), CORES.get(generation, 1)
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def targets(names: Sequence[str]) -> list[Target]:
