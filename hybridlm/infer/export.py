@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from hybridlm.errors import ConfigError, cut, require
 from hybridlm.fields import WHOLE
 from hybridlm.hf.swap import CannotSwap, replaced
 from hybridlm.hf.tensors import Source, write_tensors
-from hybridlm.infer.steps import Steps
+from hybridlm.infer.steps import Steps, stored
 from hybridlm.infer.target import Target, targets
 from hybridlm.model.decoding import Writer
 from hybridlm.model.model import HybridLM
@@ -106,9 +105,7 @@ def export(
     steps = Steps(graphdef, params, context)
     programs = [program for target in wanted for program in lowered(steps, target, batch, prefill)]
     arrays = dict(zip(steps.weights, jax.tree.leaves(params), strict=True))
-    sources = [
-        Source(name, array.shape, np.dtype(array.dtype), partial(np.asarray, array)) for name, array in arrays.items()
-    ]
+    sources = [_source(name, array) for name, array in arrays.items()]
     texts = _tokenizer_files(tokenizer)
     manifest = _manifest(steps, programs, batch, prefill, tokenizer if texts else None, source)
     texts[EXAMPLE] = Path(__file__).with_name("run_exported.py").read_text(encoding="utf-8")
@@ -191,6 +188,12 @@ def _manifest(
         "cache": steps.describe_cache(batch),
         "weights": steps.describe_weights(),
     }
+
+
+def _source(name: str, array: jax.Array) -> Source:
+    """A weight as it is written."""
+    kind = stored(np.dtype(array.dtype))
+    return Source(name, array.shape, kind, lambda: np.asarray(array).view(kind))
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, str]:

@@ -33,17 +33,16 @@ class Steps:
         self._variables = _variables(params)
         self.weights = [name for variable in self._variables for name in variable[0]]
         """Names of the weights, in the order of the leaves of the parameters."""
-        like = jax.tree.leaves(params)
+        like = dict(zip(self.weights, jax.tree.leaves(params), strict=True))
+        self._types = {name: np.dtype(a.dtype) for name, a in like.items()}
         self._weights_like = {
-            name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in zip(self.weights, like, strict=True)
+            name: jax.ShapeDtypeStruct(a.shape, stored(self._types[name])) for name, a in like.items()
         }
-        self.config = self._model(self._weights_like).config
+        self.config = nnx.merge(graphdef, params).config
         empty: Cache = jax.eval_shape(lambda weights: self._model(weights).init_cache(1, context), self._weights_like)
         self._cache_structure = jax.tree.structure(empty)
         paths = [_words(path) for path, _ in jax.tree_util.tree_leaves_with_path(empty)]
-        by_place = [
-            [spot for spot in loop.spots()] for loop in pattern.loops(self.config.pattern, self.config.unroll or 1)
-        ]
+        by_place = [loop.spots() for loop in pattern.loops(self.config.pattern, self.config.unroll or 1)]
         self._held: dict[str, tuple[pattern.Spot, str] | None] = {}
         for path in paths:
             if path[0] != "groups":
@@ -90,7 +89,11 @@ class Steps:
         return logits_BV, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), self._packed(read, x_BD)
 
     def _model(self, weights: Arrays) -> HybridLM:
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, [weights[name] for name in self.weights]))
+        arrays = [
+            weights[name] if stored(kind) == kind else jax.lax.bitcast_convert_type(weights[name], kind)
+            for name, kind in self._types.items()
+        ]
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, arrays))
 
     def _packed(self, cache: Cache, x_BD: jax.Array) -> Arrays:
         return {**dict(zip(self._held, jax.tree.leaves(cache), strict=True)), LAST: x_BD}
@@ -131,10 +134,18 @@ class Steps:
         found = {}
         for names, axes in self._variables:
             for name in names:
-                like = self._weights_like[name]
+                like, kind = self._weights_like[name], self._types[name]
                 known = None if axes is None or len(names) > 1 else ["depth"] * (like.ndim - len(axes)) + list(axes)
                 found[name] = {"shape": list(like.shape), "dtype": like.dtype.name, "axes": known}
+                if kind != like.dtype:
+                    found[name]["bits_of"] = kind.name
         return found
+
+
+def stored(kind: np.dtype) -> np.dtype:
+    """The type in which weights of a type are written, and given to programs: numbers of eight bits that libraries for
+    safetensors do not read are whole numbers with the same bits."""
+    return np.dtype(np.uint8) if kind.itemsize == 1 and kind != np.int8 else kind
 
 
 def _variables(params: nnx.State) -> list[tuple[list[str], tuple[str | None, ...] | None]]:

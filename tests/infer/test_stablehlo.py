@@ -63,8 +63,8 @@ def read(folder: Path, file: str) -> jax_export.Exported:
     return jax_export.deserialize(bytearray((folder / file).read_bytes()))
 
 
-def greedy(folder: Path, rows: list[list[int]], n_new: int, context: int, piece: int) -> np.ndarray:
-    """Tokens [B, n_new] by the exported programs, on the CPU; lengths, room and pieces by arithmetic of its own."""
+def greedy(folder: Path, rows: list[list[int]], n_new: int, piece: int) -> np.ndarray:
+    """Tokens [B, n_new] by the exported programs, on the CPU; pieces are cut otherwise than in run.py."""
     files = json.loads((folder / "manifest.json").read_text())["programs"]["cpu"]
     start, prefill, decode = (jax.jit(read(folder, files[step]).call) for step in ("start", "prefill", "decode"))
     weights = {k: a for file in folder.glob("*.safetensors") for k, a in load_file(file).items()}
@@ -242,9 +242,9 @@ def check_tokens(config, tmp_path, rows, n_new: int = 12, batch: int | None = No
     model, context = build(config), max(map(len, rows)) + n_new
     export(model, tmp_path / "out", ["cpu"], context=context, prefill=prefill, batch=batch)
     expected = np.asarray(hybridlm.generate(model, rows, n_new))
-    np.testing.assert_array_equal(greedy(tmp_path / "out", rows, n_new, context, prefill), expected)
+    np.testing.assert_array_equal(greedy(tmp_path / "out", rows, n_new, prefill), expected)
     if batch is None:
-        np.testing.assert_array_equal(greedy(tmp_path / "out", rows[:1], n_new, context, prefill), expected[:1])
+        np.testing.assert_array_equal(greedy(tmp_path / "out", rows[:1], n_new, prefill), expected[:1])
 
 
 ROWS = [random_tokens(5, seed=1).tolist(), random_tokens(19, seed=2).tolist(), random_tokens(8, seed=3).tolist()]
