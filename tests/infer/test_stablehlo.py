@@ -327,5 +327,5 @@ def test_a_named_device_gets_kernels(name, call):
     assert any("auto uses xla" not in line for program in programs for line in program.chosen)
     anywhere = list(lowered(steps, Target(device.platform), None, 512))
     assert all(call not in program.content for program in anywhere)
-    with pytest.raises(ConfigError, match=rf"for {name} and any number of rows: give batch as a number \\("):
+    with pytest.raises(ConfigError, match=rf"for {name} and any number of rows: give batch as a number \("):
         list(lowered(steps, device, None, 512))
