@@ -151,8 +151,8 @@ def lowered(steps: Steps, target: Target, batch: int | None, prefill: int) -> It
             if batch is not None and not isinstance(error, NotImplementedError):
                 raise
             why = cut(" ".join(str(error).split()) or type(error).__name__, 200)
-            ways = "" if batch is not None else "; with a number of rows (batch) it may be"
-            raise ConfigError(f"{step} cannot be a program for {target.name}: {why}{ways}") from error
+            of_any = "" if batch is not None else " and any number of rows: give batch as a number"
+            raise ConfigError(f"{step} cannot be a program for {target.name}{of_any} ({why})") from error
         require(program.nr_devices == 1, f"{step} would be for {program.nr_devices} devices: leave the mesh first")
         content = bytes(program.serialize())
         yield Program(step, target, content, program.calling_convention_version, tuple(sorted(chosen)))
