@@ -9,7 +9,7 @@ from typing import Any
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
-from hybridlm.cli.writing import open_model
+from hybridlm.cli.writing import add_cache_options, cache_types, open_model
 from hybridlm.errors import ConfigError, require
 
 ANY = "any"
@@ -36,8 +36,8 @@ def run(words: list[str], prog: str) -> int:
     check_folder(out)
     model, tokenizer = open_model(args)
     manifest = export(
-        model, out, args.platforms, context=args.context, batch=batch, prefill=args.prefill, tokenizer=tokenizer,
-        source=source.name,
+        model, out, args.platforms, context=args.context, batch=batch, prefill=args.prefill,
+        cache_types=cache_types(args), tokenizer=tokenizer, source=source.name,
     )  # fmt: skip
     _say(out, manifest)
     return 0
@@ -67,6 +67,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="NAME",
         help="cpu, cuda, tpu: for any such device; cuda:9.0, tpu:v5e, ...: with the kernels of one (cpu cuda tpu)",
     )  # fmt: skip
+    add_cache_options(parser)
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step of the run (the newest)")
     parser.add_argument(
         "--data.tokenizer", dest="tokenizer", metavar="PATH", help="tokenizer.json, or byte (that of the run or folder)"

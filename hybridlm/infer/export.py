@@ -17,7 +17,7 @@ Axis letters: B batch, T tokens of a piece, D model, V vocabulary.
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from hybridlm.hf.swap import CannotSwap, replaced
 from hybridlm.hf.tensors import Source, write_tensors
 from hybridlm.infer.steps import Steps, stored
 from hybridlm.infer.target import Target, targets
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.model.decoding import Writer
 from hybridlm.model.model import HybridLM
 from pallas_kernels.op import choices
@@ -75,6 +76,7 @@ def export(
     context: int,
     batch: int | None = None,
     prefill: int | None = None,
+    cache_types: CacheTypes = AS_COMPUTED,
     tokenizer: Tokenizer | None = None,
     source: str = "",
     progress: Callable[[str, int, int], None] | None = None,
@@ -88,6 +90,7 @@ def export(
       context: tokens that a row can have, prompt and answer together.
       batch: rows; None: any number, decided when the program is called.
       prefill: tokens of a prompt that are read at once; None: PIECE, or the context where that is shorter.
+      cache_types: how caches are stored.
       tokenizer: is written beside the programs where it is a file, or bytes.
       source: what the manifest calls the model.
       progress: called with (name, bytes written, bytes of all) after each array of weights.
@@ -102,7 +105,7 @@ def export(
     prefill = piece(context, batch, prefill, WHOLE - model.config.prefix_tokens)
     check_folder(folder)
     graphdef, params = Writer(model).prepared
-    steps = Steps(graphdef, params, context)
+    steps = Steps(graphdef, params, context, cache_types)
     programs = [program for target in wanted for program in lowered(steps, target, batch, prefill)]
     arrays = dict(zip(steps.weights, jax.tree.leaves(params), strict=True))
     sources = [_source(name, array) for name, array in arrays.items()]
@@ -180,6 +183,7 @@ def _manifest(
         "context": steps.context,
         "prefill": prefill,
         "batch": batch,
+        "cache_types": asdict(steps.types),
         "tokenizer": None if tokenizer is None else TOKENIZER,
         "bos_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_id": None if tokenizer is None else tokenizer.eos_id,

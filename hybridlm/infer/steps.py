@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm.infer.cache_size import cache_size
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.model import pattern
 from hybridlm.model.decoding import read_piece
 from hybridlm.model.model import Cache, HybridLM
@@ -26,9 +27,9 @@ Arrays = dict[str, Any]
 class Steps:
     """Of a model as `Writer.prepared` gives it; its parameters may be shapes."""
 
-    def __init__(self, graphdef: nnx.GraphDef, params: nnx.State, context: int):
-        """context: tokens that a row can have."""
-        self.context = context
+    def __init__(self, graphdef: nnx.GraphDef, params: nnx.State, context: int, types: CacheTypes = AS_COMPUTED):
+        """context: tokens that a row can have. types: how caches are stored."""
+        self.context, self.types = context, types
         self._graphdef, self._structure = graphdef, jax.tree.structure(params)
         self._variables = _variables(params)
         self.weights = [name for variable in self._variables for name in variable[0]]
@@ -39,7 +40,7 @@ class Steps:
             name: jax.ShapeDtypeStruct(a.shape, stored(self._types[name])) for name, a in like.items()
         }
         self.config = nnx.merge(graphdef, params).config
-        empty: Cache = jax.eval_shape(lambda weights: self._model(weights).init_cache(1, context), self._weights_like)
+        empty: Cache = jax.eval_shape(lambda w: self._model(w).init_cache(1, context, types), self._weights_like)
         self._cache_structure = jax.tree.structure(empty)
         paths = [_words(path) for path, _ in jax.tree_util.tree_leaves_with_path(empty)]
         by_place = [loop.spots() for loop in pattern.loops(self.config.pattern, self.config.unroll or 1)]
@@ -57,7 +58,8 @@ class Steps:
         """The cache of rows of which nothing was read; how many there are is what lengths_B says, nothing else."""
         model, batch = self._model(weights), lengths_B.shape[0]
         width = jax.eval_shape(model.unembedding).shape[-1]
-        return self._packed(model.init_cache(batch, self.context), jnp.zeros((batch, width), self.config.compute_dtype))
+        x_BD = jnp.zeros((batch, width), self.config.compute_dtype)
+        return self._packed(model.init_cache(batch, self.context, self.types), x_BD)
 
     def prefill(self, weights: Arrays, cache: Arrays, tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple:
         """(logits [B, V] of the next token, the likeliest, cache) after the first lengths_B of these tokens of each
@@ -109,7 +111,8 @@ class Steps:
     def describe_cache(self, batch: int | None) -> dict[str, dict[str, Any]]:
         """Of each array of the cache its shape ("batch" for rows of any number), type, logical axes, and what it
         holds, of which sublayers."""
-        parts = {(part.symbol, part.name): part for part in cache_size(self.config, 1, self.context).parts}
+        size = cache_size(self.config, 1, self.context, types=self.types)
+        parts = {(part.symbol, part.name): part for part in size.parts}
         found: dict[str, dict[str, Any]] = {}
         for name, like in self._cache_like(1 if batch is None else batch).items():
             said: dict[str, Any]

@@ -27,6 +27,7 @@ from hybridlm.infer.export import Program, export, lowered
 from hybridlm.infer.steps import Steps
 from hybridlm.infer.target import Target, targets
 from hybridlm.layers.block import passes, sees_ahead
+from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.model.decoding import Writer, _prepared
 from hybridlm.model.init import abstract
 from tests.model.model_support import VARIANTS, build, random_tokens, small
@@ -237,11 +238,13 @@ TOGETHER = [name for name, symbol in NAMES.items() if symbol in BLOCKS and name 
 GROUPS = [TOGETHER[i : i + 6] for i in range(0, len(TOGETHER), 6)] + [[name] for name in ALONE]
 
 
-def check_tokens(config, tmp_path, rows, n_new: int = 12, batch: int | None = None, prefill: int = 8) -> None:
+def check_tokens(
+    config, tmp_path, rows, n_new: int = 12, batch: int | None = None, prefill: int = 8, cache: CacheTypes = AS_COMPUTED
+) -> None:
     """Of the exported programs and of `generate`."""
     model, context = build(config), max(map(len, rows)) + n_new
-    export(model, tmp_path / "out", ["cpu"], context=context, prefill=prefill, batch=batch)
-    expected = np.asarray(hybridlm.generate(model, rows, n_new))
+    export(model, tmp_path / "out", ["cpu"], context=context, prefill=prefill, batch=batch, cache_types=cache)
+    expected = np.asarray(hybridlm.generate(model, rows, n_new, prefill_chunk=prefill, cache_types=cache))
     np.testing.assert_array_equal(greedy(tmp_path / "out", rows, n_new, prefill), expected)
     if batch is None:
         np.testing.assert_array_equal(greedy(tmp_path / "out", rows[:1], n_new, prefill), expected[:1])
@@ -275,6 +278,16 @@ def test_every_mixer(names, tmp_path):
 def test_models(changes, tmp_path):
     """Prefix tokens in an empty cache, heads of their own, sublayers that are run at several depths."""
     check_tokens(small(**{"pattern": "Mm*-aw", **changes}), tmp_path, ROWS)
+
+
+@pytest.mark.slow
+def test_caches_that_are_stored_smaller(tmp_path):
+    """Their scales are arrays of the cache as others are."""
+    check_tokens(small("Mw*"), tmp_path, ROWS, cache=CacheTypes("int8", "bfloat16"))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["cache_types"] == {"keys": "int8", "states": "bfloat16"}
+    assert {array["dtype"] for array in manifest["cache"].values()} == {"int8", "bfloat16", "float32", "int32"}
+    assert all(len(array["axes"]) == len(array["shape"]) for array in manifest["cache"].values())
 
 
 @pytest.mark.slow
