@@ -165,9 +165,9 @@ def _manifest(
     steps: Steps, programs: list[Program], batch: int | None, prefill: int, tokenizer: Tokenizer | None, source: str
 ) -> dict[str, Any]:
     """What the folder says of itself."""
-    config, by_target = steps.config, {program.target.name: {} for program in programs}
+    config, by_target = steps.config, dict[str, dict[str, str]]()
     for program in programs:
-        by_target[program.target.name][program.step] = program.file
+        by_target.setdefault(program.target.name, {})[program.step] = program.file
     chosen = {
         name: sorted({line for program in programs if program.target.name == name for line in program.chosen})
         for name in by_target

@@ -138,7 +138,7 @@ class Steps:
         for names, axes in self._variables:
             for name in names:
                 like, kind = self._weights_like[name], self._types[name]
-                known = None if axes is None or len(names) > 1 else ["depth"] * (like.ndim - len(axes)) + list(axes)
+                known = None if axes is None or len(names) > 1 else [*["depth"] * (like.ndim - len(axes)), *axes]
                 found[name] = {"shape": list(like.shape), "dtype": like.dtype.name, "axes": known}
                 if kind != like.dtype:
                     found[name]["bits_of"] = kind.name
