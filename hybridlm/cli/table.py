@@ -35,7 +35,6 @@ from hybridlm.errors import Exit, print_line
 COMMANDS = (
     TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, QUANTIZE, EXPORT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN,
     PROFILE, CACHE,
-    CACHE,
 )  # fmt: skip
 
 

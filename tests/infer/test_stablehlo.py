@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 import hybridlm
 from hybridlm.cli import main
+from hybridlm.config import QuantizeConfig
 from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
 from hybridlm.infer import export as module
@@ -28,6 +29,7 @@ from hybridlm.infer.steps import Steps
 from hybridlm.infer.target import Target, targets
 from hybridlm.layers.block import passes, sees_ahead
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
+from hybridlm.model import quantize
 from hybridlm.model.decoding import Writer, _prepared
 from hybridlm.model.init import abstract
 from tests.model.model_support import VARIANTS, build, random_tokens, small
@@ -239,10 +241,10 @@ GROUPS = [TOGETHER[i : i + 6] for i in range(0, len(TOGETHER), 6)] + [[name] for
 
 
 def check_tokens(
-    config, tmp_path, rows, n_new: int = 12, batch: int | None = None, prefill: int = 8, cache: CacheTypes = AS_COMPUTED
+    model, tmp_path, rows, n_new: int = 12, batch: int | None = None, prefill: int = 8, cache: CacheTypes = AS_COMPUTED
 ) -> None:
     """Of the exported programs and of `generate`."""
-    model, context = build(config), max(map(len, rows)) + n_new
+    context = max(map(len, rows)) + n_new
     export(model, tmp_path / "out", ["cpu"], context=context, prefill=prefill, batch=batch, cache_types=cache)
     expected = np.asarray(hybridlm.generate(model, rows, n_new, prefill_chunk=prefill, cache_types=cache))
     np.testing.assert_array_equal(greedy(tmp_path / "out", rows, n_new, prefill), expected)
@@ -258,11 +260,11 @@ ROWS = [random_tokens(5, seed=1).tolist(), random_tokens(19, seed=2).tolist(), r
 def test_every_mixer(names, tmp_path):
     """Ragged rows, over the edges of pieces and of windows; one program for three rows and for one."""
     symbols = [NAMES[name] for name in names]
-    config = small("".join(symbols) * (2 if len(symbols) == 1 else 1), BLOCKS)
+    model = build(small("".join(symbols) * (2 if len(symbols) == 1 else 1), BLOCKS))
     if numbered := set(names) & set(NUMBERED):
         with pytest.raises(ConfigError, match=r"any number of rows: give batch as a number \("):
-            check_tokens(config, tmp_path, ROWS)
-    check_tokens(config, tmp_path, ROWS, batch=len(ROWS) if numbered else None)
+            check_tokens(model, tmp_path, ROWS)
+    check_tokens(model, tmp_path, ROWS, batch=len(ROWS) if numbered else None)
 
 
 @pytest.mark.slow
@@ -277,14 +279,14 @@ def test_every_mixer(names, tmp_path):
 )
 def test_models(changes, tmp_path):
     """Prefix tokens in an empty cache, heads of their own, sublayers that are run at several depths."""
-    check_tokens(small(**{"pattern": "Mm*-aw", **changes}), tmp_path, ROWS)
+    check_tokens(build(small(**{"pattern": "Mm*-aw", **changes})), tmp_path, ROWS)
 
 
 @pytest.mark.slow
 def test_caches_that_are_stored_smaller(tmp_path):
     """Their scales are arrays of the cache as others are."""
     types = CacheTypes("int8", "bfloat16")
-    check_tokens(small("Mw*"), tmp_path, ROWS, batch=len(ROWS), cache=types)
+    check_tokens(build(small("Mw*")), tmp_path, ROWS, batch=len(ROWS), cache=types)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["cache_types"] == {"keys": "int8", "states": "bfloat16"}
     assert {array["dtype"] for array in manifest["cache"].values()} == {"int8", "bfloat16", "float32", "int32"}
@@ -294,8 +296,27 @@ def test_caches_that_are_stored_smaller(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.quantize
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_matrices_in_eight_bits(weights, tmp_path):
+    """They are written, and read by programs, in as many bytes; fp8, which no library for safetensors reads, as its
+    bits."""
+    config, how = small("M*-"), QuantizeConfig(weights)
+    params = quantize.parameters(config, how)(nnx.to_pure_dict(nnx.state(build(config), nnx.Param)))
+    check_tokens(nnx.merge(quantize.abstract(config, how).graphdef, params), tmp_path, ROWS)
+    kinds = {array.get("bits_of", array["dtype"]) for array in weights_of(tmp_path / "out").values()}
+    assert {"int8": "int8", "fp8": "float8_e4m3fn"}[weights] in kinds
+    small_bytes = {array.dtype.name for array in load_file(tmp_path / "out/model.safetensors").values()}
+    assert {"int8": "int8", "fp8": "uint8"}[weights] in small_bytes
+
+
+def weights_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())["weights"]
+
+
+@pytest.mark.slow
 def test_a_number_of_rows(tmp_path):
-    check_tokens(small("M*w"), tmp_path, ROWS, batch=3)
+    check_tokens(build(small("M*w")), tmp_path, ROWS, batch=3)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["batch"] == 3 and all(3 in array["shape"] for array in manifest["cache"].values())
 
