@@ -19,6 +19,7 @@ from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
 from hybridlm.cli.ending import explained
 from hybridlm.cli.eval import EVAL
+from hybridlm.cli.export import EXPORT
 from hybridlm.cli.generate import GENERATE
 from hybridlm.cli.plan import PLAN
 from hybridlm.cli.probe import PROBE
@@ -33,8 +34,8 @@ from hybridlm.cli.train import TRAIN
 from hybridlm.errors import Exit, print_line
 
 COMMANDS = (
-    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, QUANTIZE, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN, PROFILE,
-    CACHE, BENCH,
+    TRAIN, GENERATE, CHAT, EVAL, PROBE, CONVERT, QUANTIZE, EXPORT, TOKENIZE, RUNS, COMPARE, REPORT, SWEEP, STUDY, PLAN,
+    PROFILE, CACHE, BENCH,
 )  # fmt: skip
 
 

@@ -97,6 +97,11 @@ class Writer:
         """(graph definition, parameters) as programs of one's own read them, see `scoring`."""
         return self._graphdef, self._params
 
+    @property
+    def prepared(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """(graphdef, parameters) of the model as programs read it: stacked, in the types in which each is used."""
+        return self._graphdef, self._params
+
     def start(self, batch: int, room: int) -> State:
         """Rows of which nothing was read. room: tokens that they will have; more makes their caches grow."""
         room = room_for(room)
@@ -193,12 +198,17 @@ def _empty(graphdef, params, batch: int, room: int, types: CacheTypes) -> tuple:
 @partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
 def _read(cache, x_BD, graphdef, params, tokens_BT, lengths_B) -> tuple:
     """(cache, x_BD, done_B, last_B) after the first `lengths_B` tokens of each row."""
-    model = nnx.merge(graphdef, params)
+    cache, x_BD = read_piece(nnx.merge(graphdef, params), cache, x_BD, tokens_BT, lengths_B)
+    return cache, x_BD, jnp.zeros(x_BD.shape[:1], bool), jnp.zeros(x_BD.shape[:1], jnp.int32)
+
+
+def read_piece(model: HybridLM, cache: Cache, x_BD: jax.Array, tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple:
+    """(cache, hidden vector of each row's last token) after the first `lengths_B` of these tokens of each row; a row
+    without any keeps its x_BD."""
     real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     x_BTD, cache = model.extend_hidden(tokens_BT, cache, real_BT.astype(jnp.int32))
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    x_BD = jnp.where(lengths_B[:, None] > 0, last_BD, x_BD)
-    return cache, x_BD, jnp.zeros(x_BD.shape[:1], bool), jnp.zeros(x_BD.shape[:1], jnp.int32)
+    return cache, jnp.where(lengths_B[:, None] > 0, last_BD, x_BD)
 
 
 @partial(jax.jit, static_argnums=(1, 12, 13), donate_argnums=0)

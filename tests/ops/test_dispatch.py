@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import assume_platform, causal_conv1d, layouts, op, ops, platform, segments, ssd
+from pallas_kernels import assume_platform, causal_conv1d, compat, layouts, op, ops, platform, segments, ssd
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops import NAMES, OPS
 
@@ -24,7 +24,8 @@ X, W = jnp.ones((1, 5, 3)), jnp.ones((3, 4))
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """A gpu kernel for causal_conv1d that serves up to 4 taps."""
+    """A gpu kernel for causal_conv1d that serves up to 4 taps, with any JAX."""
+    monkeypatch.setattr(compat, "why_too_old", lambda oldest: None)
     module = types.ModuleType("pallas_kernels.ops.causal_conv1d.gpu.api")
     module.__spec__ = types.SimpleNamespace(name=module.__name__)
     module.supports = lambda x, w, b, **_: None if w.shape[1] <= 4 else f"taps of w_DW ({w.shape[1]}) above 4"
@@ -189,3 +190,9 @@ def test_enable_x64_is_local():
     with enable_x64():
         assert jnp.ones(1, jnp.float64).dtype == jnp.float64
     assert jnp.ones(1).dtype == jnp.float32
+
+
+def test_gpu_kernels_say_which_jax_they_are_written_for():
+    """So that auto leaves them where that is not at hand."""
+    found = {name: kinds["gpu"].oldest_jax for name in NAMES if "gpu" in (kinds := OPS[name].implementations)}
+    assert "causal_conv1d" in found and set(found.values()) == {(0, 11)}

@@ -27,6 +27,7 @@ OP = Op(
             "pallas_kernels.ops.causal_conv1d.gpu.api:causal_conv1d_gpu",
             "pallas_kernels.ops.causal_conv1d.gpu.api:supports",
             capability=HOPPER,
+            oldest_jax=(0, 11),
         ),
     },
     proven=("gpu",),
