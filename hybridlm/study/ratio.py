@@ -31,7 +31,7 @@ RECIPE = Config(
     optim=OptimConfig(
         lr=5e-3, rule=Muon(lr=0.05), schedule=Wsd(decay_fraction=0.25, final_lr_ratio=0.02), warmup_steps=20
     ),
-    run=RunConfig(steps=400, log_every=20),
+    run=RunConfig(steps=700, log_every=20),
 )
 """How every model of a grid is trained, unless the words say otherwise."""
 MAY_SET = ("data.seq_len", "data.batch_size", "optim.", "run.steps", "run.log_every")
