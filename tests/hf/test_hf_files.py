@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import hybridlm
-from hybridlm.config import MLP, Attention, LatentAttention, MeshConfig, ModelConfig
+from hybridlm.config import MLP, Attention, MeshConfig, ModelConfig
 from hybridlm.errors import ConfigError
 from hybridlm.hf.axes import parse, piece
 from hybridlm.sharding import make_mesh
@@ -123,9 +123,9 @@ def test_models_that_no_family_can_express(tmp_path):
     model = build(config)
     with pytest.raises(ConfigError, match=r"llama cannot express this model: blocks\.\*\.gate is head where None"):
         hybridlm.to_hf(model, tmp_path / "out", family="llama")
-    latent = ModelConfig(32, 16, "*", {"*": LatentAttention(2, d_nope=4, d_rope=2, d_value=4, kv_rank=4)})
+    ahead = ModelConfig(32, 16, "*", {"*": Attention(2, d_head=8, direction="bidirectional")})
     with pytest.raises(ConfigError, match="no published family can express this model"):
-        hybridlm.to_hf(build(latent), tmp_path / "out")
+        hybridlm.to_hf(build(ahead), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -86,6 +86,7 @@ def test_one_device_equals_eight(name, one):
         check_close(named(grads)[path], grad, dtype="float32", what=f"gradient of {path}")
 
 
+@pytest.mark.slow
 def test_padding_anywhere_with_tokens_split():
     """Documents over the edges of shards, padding inside them: the rows' tokens change devices and come back."""
     rows = packed_rows()

@@ -68,6 +68,7 @@ def test_attention_that_can_be_set():
         attention_at(replace(MODEL, pattern="*", blocks={"*": ahead}))
 
 
+@pytest.mark.slow
 def test_a_setting_is_the_model_of_its_pattern(model):
     """One program with its dials gives what the model with that pattern of its own gives, with the parameters of the
     sublayers that it keeps; nothing turned, it is the model."""

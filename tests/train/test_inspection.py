@@ -54,6 +54,7 @@ def test_updates_are_those_of_the_step():
         assert ratio > 0
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_mean_loss():
     _, _, program = small_program(WORDS, (1, 1, 1))
     found, before, _, batch = inspected()
