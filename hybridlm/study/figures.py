@@ -156,6 +156,7 @@ def _fill(axes, panel: Panel) -> None:
             _bars(axes, line, panel.log)
     if panel.log and drawn:
         axes.set_xscale("log")
+        _name_few(axes)
     if panel.log_y and drawn:
         axes.set_yscale("log")
     for place in panel.marks:
@@ -165,6 +166,25 @@ def _fill(axes, panel: Panel) -> None:
     axes.set(xlabel=_plain(panel.xlabel), ylabel=_plain(panel.ylabel))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_few(axes) -> None:
+    """Of a logarithmic x axis that shows less than two powers of ten, names 2 and 5 between them, and else nothing:
+    more would touch. One of a small range hardly differs from a linear one, which is drawn in its place."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    low, high = np.log10(axes.get_xlim())
+
+    def name(x: float, _) -> str:
+        power = int(np.floor(np.log10(x) + 1e-9))
+        digit = round(x / 10.0**power)
+        return rf"$\mathdefault{{{digit}\times10^{{{power}}}}}$" if digit in (2, 5) else ""
+
+    if high - low < 0.4:  # a factor of 2.5: in more than that there is 1, 2 or 5 of some power
+        axes.set_xscale("linear")
+    else:
+        few = np.floor(high) - np.ceil(low) + 1 < 2
+        axes.xaxis.set_minor_formatter(FuncFormatter(name) if few else NullFormatter())
 
 
 def _bars(axes, line: Line, log: bool) -> None:

@@ -20,6 +20,8 @@ SHADES = " ░▒▓█"
 SCORES = ["task", "length", "answers", "accuracy", "chance", "bound of the state", "rows all right"]
 BY_SET = ["task", "set", "tokens", "loss", "repeated", "loss there"]
 COST = "seconds"
+SHARE = "/share"
+"""Behind the names of numbers that stand in the table alone: they are of the text, and no loss."""
 COLUMNS = 60
 """Most steps of a map of depth and step: of more, some at even distances, the last among them."""
 
@@ -105,7 +107,8 @@ def of_run(run: Run) -> list[html.Markup]:
         return []
     by_task: dict[str, list[str]] = {}
     for name in names:
-        by_task.setdefault(name.partition("/")[0], []).append(name)
+        if not name.endswith(SHARE):
+            by_task.setdefault(name.partition("/")[0], []).append(name)
     panels = [_panel(task, of_task, records) for task, of_task in by_task.items()]
     seconds = [record[COST] for record in records if is_number(record.get(COST))]
     parts = [html.heading("Probes"), html.figure(as_svg(draw(panels)), "Dotted: chance.")]

@@ -51,9 +51,11 @@ def check_tokenizer(data: DataConfig, identity: str | None, run: Path) -> Tokeni
     """The tokenizer of a config; ConfigError where it is not the one that the run was trained with."""
     tokenizer = load_tokenizer(data.tokenizer, bos=data.bos_token, eos=data.eos_token)
     if identity is not None and tokenizer.fingerprint != identity:
+        copy = run / "tokenizer"
+        others = data.tokenizer not in (str(copy), str(copy / FILES[0])) and storage.exists(copy / FILES[0])
         raise ConfigError(
             f"data.tokenizer ({data.tokenizer}) is not the tokenizer that the run in {run} was trained with "
-            f"({tokenizer.fingerprint} here, {identity} in its checkpoint): give that one"
+            f"({tokenizer.fingerprint} here, {identity} in its checkpoint): give {copy if others else 'that one'}"
         )
     return tokenizer
 

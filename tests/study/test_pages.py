@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differences, curves, figures and pages: against what is counted here, and with any text in them."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hybridlm import page as html
 from hybridlm.cli import main
@@ -150,6 +152,23 @@ def test_figures_of_any_label():
     drawn = figure.axes[0].get_lines()[0].get_xydata()
     assert len(drawn) == POINTS and drawn[:, 1].mean() == pytest.approx(y.mean(), rel=1e-3)
     assert np.all(np.diff(drawn[:, 0]) > 0)
+
+
+def test_names_on_logarithmic_axes_do_not_touch():
+    """Whatever part of a decade, or how many, an axis shows, and there are such."""
+    ends = [
+        (start, start * 10**decades) for start in (1.7e-2, 4.9e2, 6e8) for decades in (0.2, 0.45, 0.8, 1.3, 1.75, 4)
+    ]
+    figure = draw([Panel("x", "y", [Line(x, [1, 2])], log=True) for x in ends])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    for axes, (low, high) in zip(figure.axes, ends, strict=True):
+        names = [n for n in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)) if n.get_text()]
+        left, right = axes.get_xlim()
+        boxes = [n.get_window_extent(renderer) for n in names if left <= n.get_position()[0] <= right]
+        boxes.sort(key=lambda box: box.x0)
+        assert len(boxes) >= (1 if high < 4 * low else 2), (low, high)
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)), (low, high, [n.get_text() for n in names])
 
 
 def test_comparison(tmp_path, capsys):

@@ -58,8 +58,10 @@ def test_a_runs_page(tmp_path):
     (grid,) = _grids("needle", ["needle/64"], many)
     assert len(grid.columns) == 44 and grid.columns[-3:] == ["125", "128", "131"]
     bigrams = {"kind": "probe", "step": 20, "repeated_bigrams/hits": 2.5, "repeated_bigrams/rest": None, "seconds": 1}
+    bigrams["repeated_bigrams/share"] = 0.207  # of the text, which has its place in the table and not among losses
     said = part_of(write_run(tmp_path / "d", [*WHOLE, bigrams]))
     assert "repeated_bigrams: nats a token" in said and "2.500" in said
+    assert "0.207" in said and said.count("repeated_bigrams/share") == 1 < said.count("repeated_bigrams/hits")
 
 
 def test_records_of_any_content(tmp_path):
