@@ -8,11 +8,14 @@ import sys
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
+from hybridlm.cli.study_words import check_settable
 from hybridlm.cli.words import split_overrides
 from hybridlm.cli.writing import CACHE, add_cache_options, cache_types
 from hybridlm.errors import require
 
 PHASES = ("decode", "prefill")
+MAY_SET = ("model.", "init.hf")
+"""What words may say of the configs: their models. All else is of training, and would be said for nothing."""
 
 
 def run(words: list[str], prog: str) -> int:
@@ -24,6 +27,7 @@ def run(words: list[str], prog: str) -> int:
     plan, subjects, notes = _checked(args, overrides)
     for name in ("json", "html"):
         _check_target(getattr(args, name), f"--{name}")
+    require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
     start()
     from hybridlm.infer import bench_tables
     from hybridlm.infer.bench import Key, measure
@@ -84,8 +88,10 @@ def _check_target(text: str | None, name: str) -> None:
     """ConfigError, before anything is timed, where no file can be written."""
     if text is None:
         return
-    folder = storage.as_path(text).parent
+    file = storage.as_path(text)
+    folder = file.parent
     require(storage.in_bucket(folder) or folder.is_dir(), f"{name} ({text}): there is no folder {folder}")
+    require(storage.in_bucket(folder) or not file.is_dir(), f"{name} ({text}) is a folder: name a file in it")
     storage.check(folder, name, write=True)
 
 
@@ -97,6 +103,7 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
     from hybridlm.infer.bench_models import Ours
     from hybridlm.infer.bench_peers import peers
 
+    check_settable(overrides, MAY_SET, "bench")
     require(len({*args.config}) == len(args.config), f"--config ({' '.join(args.config)}) has one of them twice")
     for name in ("memory", "most_seconds"):
         value = getattr(args, name)
