@@ -17,6 +17,8 @@ from hybridlm.cli import main
 from hybridlm.config import QuantizeConfig
 from hybridlm.config.find import load_config
 from hybridlm.config.resume import refused
+from hybridlm.errors import ConfigError
+from hybridlm.hf import to_hf
 from hybridlm.layers.quantized import Quantized
 from hybridlm.model import init, quantize
 from hybridlm.train.quantized import TABLE, quantize_run
@@ -87,6 +89,8 @@ def test_what_cannot_be_done_is_one_line(out, capsys, tmp_path):
     assert "give the folder to write" in line("quantize", RUN)
     assert "give a run or a published folder, or --config NAME" in line("quantize")
     assert "no published family has" in line("convert", "to-hf", out, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"the model is quantised .* give the one that it was made of"):
+        to_hf(hybridlm.load_run(out).model, tmp_path / "a")
     train = ["train", "--config", "hybrid_tiny", f"--run.dir={tmp_path / 'b'}", "--data.tokenizer=byte"]
     assert "holds a quantised model" in line(*train, f"--init.run={out}")
     assert "quantize.weights (int8) and lora.rank (2) exclude" in line(
