@@ -162,6 +162,9 @@ def test_what_a_distillation_does_not_do(model):
         make_distillation(rounded, mesh, model)
 
 
+OF_TASK = ["--task", "mqar", "--mqar.pairs=2", "--mqar.vocab_size=16", "--length", "16"]
+
+
 @pytest.mark.parametrize(
     "change, words, told",
     [
@@ -181,7 +184,7 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_scored(change, word
     monkeypatch.setattr("hybridlm.cli.study_layers._studied", studied)
     config = replace(Config(name="run", model=MODEL, data=DataConfig(seq_len=16, batch_size=8)), **change)
     write_run(tmp_path / "run", config)
-    asked = ["study", "layers", "--run", str(tmp_path / "run"), "--task", "mqar", "--mqar.pairs=2", "--length", "16"]
+    asked = ["study", "layers", "--run", str(tmp_path / "run"), *OF_TASK]
     assert main([*asked, "--data.batch_size=8", "--distill", str(tmp_path / "less"), *words]) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1 and not (tmp_path / "less").exists(), said
@@ -191,7 +194,7 @@ def test_numbers_are_shown_where_nothing_can_be_spared(tmp_path, capsys, monkeyp
     found = Findings(2, 0.5, 0.1, 0.1, (Worth(0, 0.1, 0.1, 0.5),), {}, 0.5)
     monkeypatch.setattr("hybridlm.cli.study_layers._studied", lambda *_: (found, MODEL, [*range(6)]))
     write_run(tmp_path / "run", Config(name="run", model=MODEL, data=DataConfig(seq_len=16, batch_size=8)))
-    words = ["study", "layers", "--run", str(tmp_path / "run"), "--task", "mqar", "--mqar.pairs=2", "--length", "16"]
+    words = ["study", "layers", "--run", str(tmp_path / "run"), *OF_TASK]
     words += ["--distill", str(tmp_path / "less"), "--data.batch_size=8"]
     for more in ([], ["--json"]):
         assert main([*words, *more]) == 2
