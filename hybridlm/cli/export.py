@@ -97,7 +97,8 @@ def _is_run(source: Path) -> bool:
 
 def _say(out: Path, manifest: dict[str, Any]) -> None:
     """What was written, and how it is used."""
-    rows = "any number of rows" if manifest["batch"] is None else f"{manifest['batch']:,} rows"
+    n = manifest["batch"]
+    rows = "any number of rows" if n is None else f"{n:,} row{'' if n == 1 else 's'}"
     context, names = manifest["context"], ", ".join(manifest["programs"])
     print(f"{out}: prefill and decode for {names}, {rows} of up to {context:,} tokens, in {manifest['compute_dtype']}")
     for name, lines in manifest["implementations"].items():
