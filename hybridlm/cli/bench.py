@@ -9,7 +9,7 @@ from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
 from hybridlm.cli.study_words import check_settable
-from hybridlm.cli.words import split_overrides
+from hybridlm.cli.words import check_file, split_overrides
 from hybridlm.cli.writing import CACHE, add_cache_options, cache_types
 from hybridlm.errors import require
 
@@ -26,7 +26,7 @@ def run(words: list[str], prog: str) -> int:
         return 0
     plan, subjects, notes = _checked(args, overrides)
     for name in ("json", "html"):
-        _check_target(getattr(args, name), f"--{name}")
+        check_file(getattr(args, name), f"--{name}")
     require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
     start()
     from hybridlm.infer import bench_tables
@@ -82,17 +82,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with curves")
     return parser
-
-
-def _check_target(text: str | None, name: str) -> None:
-    """ConfigError, before anything is timed, where no file can be written."""
-    if text is None:
-        return
-    file = storage.as_path(text)
-    folder = file.parent
-    require(storage.in_bucket(folder) or folder.is_dir(), f"{name} ({text}): there is no folder {folder}")
-    require(storage.in_bucket(folder) or not file.is_dir(), f"{name} ({text}) is a folder: name a file in it")
-    storage.check(folder, name, write=True)
 
 
 def _checked(args: argparse.Namespace, overrides: list[str]):

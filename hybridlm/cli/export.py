@@ -92,7 +92,18 @@ def _is_run(source: Path) -> bool:
     there = storage.names(source)
     known = "checkpoints" in there or "config.json" in there
     require(known, f"{source} holds neither a run (checkpoints) nor a published checkpoint (config.json)")
-    return "checkpoints" in there
+    return "checkpoints" in there or _is_begun(source / "config.json")
+
+
+def _is_begun(file: Path) -> bool:
+    """Whether a config.json is that of a run, of which there is no more yet."""
+    from hybridlm.train.records import read_json
+
+    try:
+        values = read_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and isinstance(values.get("model"), dict)
 
 
 def _say(out: Path, manifest: dict[str, Any]) -> None:

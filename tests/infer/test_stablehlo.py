@@ -191,8 +191,11 @@ def test_folders_that_are_wrong(tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("1")
     (tmp_path / "file").write_text("2")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_bytes((RUN / "config.json").read_bytes())
     golden = ROOT / "tests/golden/bamba"
     words = {
+        (tmp_path / "begun", "out", ""): "begun has no checkpoint yet",
         (RUN, "full", ""): "is there and not empty: choose a new folder",
         (RUN, "file", ""): "is there and not empty",
         (tmp_path / "full", "out", ""): "holds neither a run (checkpoints) nor a published checkpoint (config.json)",
@@ -205,7 +208,7 @@ def test_folders_that_are_wrong(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert main(["export", str(RUN), str(tmp_path / "out"), "--context", "8"]) == 2
     assert "programs are written by flatbuffers: pip install 'hybridlm[export]'" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "file", "full"]
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"] and (tmp_path / "file").read_text() == "2"
 
 

@@ -64,6 +64,11 @@ def test_the_folder_loads_as_a_run(out, capsys):
     assert told.startswith(" ") and "matrices" in told and "int8, a scale for each output" in told and "norms" in told
 
 
+def test_the_line_to_go_on_with_names_the_config_file(tmp_path, capsys):
+    text = said(capsys, "quantize", RUN, tmp_path / "out", "--config", "hybrid_tiny").out
+    assert text.endswith(f"generate --run {tmp_path / 'out'} --config hybrid_tiny --prompt TEXT\n")
+
+
 @pytest.mark.slow
 def test_it_writes_text(out, capsys):
     run = hybridlm.load_run(out)
