@@ -116,4 +116,5 @@ def _say(out: Path, manifest: dict[str, Any]) -> None:
         kernels = [line.partition(":")[0] for line in lines if ": auto uses xla " not in line]
         print(f"{name}: {'kernels of ' + ', '.join(kernels) if kernels else 'XLA alone'}")
     if manifest["tokenizer"]:
-        print(f"next: python {shlex.quote(str(out / 'run.py'))} TEXT")
+        texts = " ".join(["TEXT"] * (n or 1)) if (n or 1) <= 4 else f"TEXT ... ({n:,} of them)"
+        print(f"next: python {shlex.quote(str(out / 'run.py'))} {texts}")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 import hybridlm
+from hybridlm.cli import export as command
 from hybridlm.cli import main
 from hybridlm.config import QuantizeConfig
 from hybridlm.config.find import load_config
@@ -152,6 +153,22 @@ def test_weights_are_those_that_programs_read(folder):
     assert len(found) == len(params)
     key = lambda a: (a.shape, a.dtype.name, np.asarray(a).tobytes())
     assert sorted(map(key, found.values())) == sorted(map(key, params))
+
+
+@pytest.mark.parametrize(
+    "batch, rows, texts",
+    [
+        (None, "any number of rows", "TEXT"),
+        (1, "1 row", "TEXT"),
+        (2, "2 rows", "TEXT TEXT"),
+        (9, "9 rows", "TEXT ... (9 of them)"),
+    ],
+)
+def test_what_is_said_of_rows(batch, rows, texts, manifest, capsys):
+    """As many texts as the programs take rows."""
+    command._say(Path("out"), manifest | {"batch": batch})
+    said = capsys.readouterr().out
+    assert f", {rows} of up to 80 tokens" in said and said.endswith(f"next: python out/run.py {texts}\n")
 
 
 def test_the_page_shows_the_program(folder):

@@ -98,6 +98,8 @@ def test_what_cannot_be_done_is_one_line(out, capsys, tmp_path):
         to_hf(hybridlm.load_run(out).model, tmp_path / "a")
     train = ["train", "--config", "hybrid_tiny", f"--run.dir={tmp_path / 'b'}", "--data.tokenizer=byte"]
     assert "holds a quantised model" in line(*train, f"--init.run={out}")
+    told = f"{out} holds a quantised model, which is not trained on: train the run that it was made of"
+    assert told in line("train", "--config", "hybrid_tiny", f"--run.dir={out}")
     assert "quantize.weights (int8) and lora.rank (2) exclude" in line(
         *train, "--quantize.weights=int8", "--lora.rank=2"
     )
