@@ -117,4 +117,7 @@ def _say(out: Path, manifest: dict[str, Any]) -> None:
         print(f"{name}: {'kernels of ' + ', '.join(kernels) if kernels else 'XLA alone'}")
     if manifest["tokenizer"]:
         texts = " ".join(["TEXT"] * (n or 1)) if (n or 1) <= 4 else f"TEXT ... ({n:,} of them)"
-        print(f"next: python {shlex.quote(str(out / 'run.py'))} {texts}")
+        if storage.in_bucket(out):
+            print(f"next, in a copy of the folder: python run.py {texts}")
+        else:
+            print(f"next: python {shlex.quote(str(out / 'run.py'))} {texts}")
