@@ -8,11 +8,14 @@ import sys
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
-from hybridlm.cli.words import split_overrides
+from hybridlm.cli.study_words import check_settable
+from hybridlm.cli.words import check_file, split_overrides
 from hybridlm.cli.writing import CACHE, add_cache_options, cache_types
 from hybridlm.errors import require
 
 PHASES = ("decode", "prefill")
+MAY_SET = ("model.", "init.hf")
+"""What words may say of the configs: their models. All else is of training, and would be said for nothing."""
 
 
 def run(words: list[str], prog: str) -> int:
@@ -23,7 +26,8 @@ def run(words: list[str], prog: str) -> int:
         return 0
     plan, subjects, notes = _checked(args, overrides)
     for name in ("json", "html"):
-        _check_target(getattr(args, name), f"--{name}")
+        check_file(getattr(args, name), f"--{name}")
+    require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
     start()
     from hybridlm.infer import bench_tables
     from hybridlm.infer.bench import Key, measure
@@ -80,15 +84,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _check_target(text: str | None, name: str) -> None:
-    """ConfigError, before anything is timed, where no file can be written."""
-    if text is None:
-        return
-    folder = storage.as_path(text).parent
-    require(storage.in_bucket(folder) or folder.is_dir(), f"{name} ({text}): there is no folder {folder}")
-    storage.check(folder, name, write=True)
-
-
 def _checked(args: argparse.Namespace, overrides: list[str]):
     """(Plan, models, notes); ConfigError before anything is computed."""
     from hybridlm.config.find import load_config
@@ -97,6 +92,7 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
     from hybridlm.infer.bench_models import Ours
     from hybridlm.infer.bench_peers import peers
 
+    check_settable(overrides, MAY_SET, "bench")
     require(len({*args.config}) == len(args.config), f"--config ({' '.join(args.config)}) has one of them twice")
     for name in ("memory", "most_seconds"):
         value = getattr(args, name)

@@ -92,16 +92,32 @@ def _is_run(source: Path) -> bool:
     there = storage.names(source)
     known = "checkpoints" in there or "config.json" in there
     require(known, f"{source} holds neither a run (checkpoints) nor a published checkpoint (config.json)")
-    return "checkpoints" in there
+    return "checkpoints" in there or _is_begun(source / "config.json")
+
+
+def _is_begun(file: Path) -> bool:
+    """Whether a config.json is that of a run, of which there is no more yet."""
+    from hybridlm.train.records import read_json
+
+    try:
+        values = read_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and isinstance(values.get("model"), dict)
 
 
 def _say(out: Path, manifest: dict[str, Any]) -> None:
     """What was written, and how it is used."""
-    rows = "any number of rows" if manifest["batch"] is None else f"{manifest['batch']:,} rows"
+    n = manifest["batch"]
+    rows = "any number of rows" if n is None else f"{n:,} row{'' if n == 1 else 's'}"
     context, names = manifest["context"], ", ".join(manifest["programs"])
     print(f"{out}: prefill and decode for {names}, {rows} of up to {context:,} tokens, in {manifest['compute_dtype']}")
     for name, lines in manifest["implementations"].items():
         kernels = [line.partition(":")[0] for line in lines if ": auto uses xla " not in line]
         print(f"{name}: {'kernels of ' + ', '.join(kernels) if kernels else 'XLA alone'}")
     if manifest["tokenizer"]:
-        print(f"next: python {shlex.quote(str(out / 'run.py'))} TEXT")
+        texts = " ".join(["TEXT"] * (n or 1)) if (n or 1) <= 4 else f"TEXT ... ({n:,} of them)"
+        if storage.in_bucket(out):
+            print(f"next, in a copy of the folder: python run.py {texts}")
+        else:
+            print(f"next: python {shlex.quote(str(out / 'run.py'))} {texts}")

@@ -12,6 +12,7 @@ from typing import Any
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
+from hybridlm.cli.words import check_file
 from hybridlm.errors import require, within
 from hybridlm.fields import WHOLE
 
@@ -28,6 +29,7 @@ def run(words: list[str], prog: str) -> int:
     if args is None:
         return 0
     _check(args)
+    check_file(args.page, "--page")
     start()
     from hybridlm.config.find import read_config
     from hybridlm.eval.subject import open_published, open_run

@@ -43,7 +43,9 @@ def run(words: list[str], prog: str) -> int:
     activations = f", activations {config.quantize.activations}" if config.quantize.activations else ""
     print(f"{target}: {what}, matrices {config.quantize.weights}{activations}\n")
     print(table(sizes(config.model, config.quantize)))
-    print(f"\nnext: {hybridlm_command()} {shlex.join(['generate', '--run', str(target), '--prompt', 'TEXT'])}")
+    own_file = [] if args.config is None else ["--config", args.config]
+    following = ["generate", "--run", str(target), *own_file, "--prompt", "TEXT"]
+    print(f"\nnext: {hybridlm_command()} {shlex.join(following)}")
     return 0
 
 

@@ -41,14 +41,17 @@ def run(words: list[str], prog: str) -> int:
     out = None if args.distill is None else _new_folder(args.distill)
     subject = open_run(args.run, args.step, of_run, None if args.config is None else read_config(args.config))
     task = _read_by(subject, task, args.length)
+    config = None if out is None else _of_student(args, subject, recipe, out)
     found, student, kept = _studied(args, subject, task)
-    spared = bool(found.settings)
-    require(spared or out is None, f"--distill ({out}): no attention can be spared at --keep {args.keep}: lower it")
     numbers = _as_json(args, subject, found, student)
+    spared = out is None or bool(found.settings)
     if not args.json:
         print(_as_text(args, numbers), flush=True)
-    if out is not None:
-        numbers["distilled"] = _distilled(args, subject, task, recipe, student, kept, out)
+    elif not spared:
+        print(json.dumps(numbers, indent=1), flush=True)
+    require(spared, f"--distill ({out}): no attention can be spared at --keep {args.keep}: lower it")
+    if config is not None:
+        numbers["distilled"] = _distilled(args, subject, task, replace(config, model=student), kept, out)
         if not args.json:
             before, after = numbers["proposal"]["accuracy"], numbers["distilled"]["accuracy"]
             print(
@@ -194,7 +197,32 @@ def _as_text(args: argparse.Namespace, numbers: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def _distilled(args: argparse.Namespace, subject, task, recipe, student, kept: list[int], out: Path) -> dict[str, Any]:
+def _of_student(args: argparse.Namespace, subject, recipe, out: Path):
+    """The config of the run that a distillation will be, but for its pattern; ConfigError, before anything is scored,
+    where there can be none. Adapters of the run are in its weights, and its weights are trained as they are."""
+    from hybridlm.config import LoraConfig, ProbeConfig, QuantizeConfig
+    from hybridlm.config.mesh import check_config
+    from hybridlm.study.distill import check_distilled
+    from hybridlm.train.corpora import open_together
+
+    data = replace(subject.config.data, batch_size=recipe.data.batch_size)
+    data = replace(data, seq_len=recipe.data.seq_len if args.text else args.length)
+    run = replace(recipe.run, dir="", sample_tokens=0)
+    config = replace(
+        subject.config, name=out.name, data=data, optim=recipe.optim, run=run, lora=LoraConfig(),
+        quantize=QuantizeConfig(), probe=ProbeConfig(),
+    )  # fmt: skip
+    check_distilled(config)
+    check_config(config, subject.mesh)
+    prefix = config.model.prefix_tokens
+    said = f"model.prefix_tokens ({prefix}): rows of a task have no room for them: distil on the run's text (--text)"
+    require(args.text or not prefix, said)
+    if args.text:
+        open_together(config.data)  # what is tokenised now is found again
+    return config
+
+
+def _distilled(args: argparse.Namespace, subject, task, config, kept: list[int], out: Path) -> dict[str, Any]:
     """Trains the proposal to the run's logits and writes it as a run; what it has then, as JSON."""
     import jax
     from flax import nnx
@@ -205,15 +233,11 @@ def _distilled(args: argparse.Namespace, subject, task, recipe, student, kept: l
     from hybridlm.study.layers import carried
     from hybridlm.study.on_task import keep, take_steps
 
-    data = replace(subject.config.data, batch_size=recipe.data.batch_size)
-    data = replace(data, seq_len=recipe.data.seq_len if args.text else args.length)
-    run = replace(recipe.run, dir="", sample_tokens=0)
-    config = replace(subject.config, name=out.name, model=student, data=data, optim=recipe.optim, run=run)
     check_config(config, subject.mesh)
     with jax.set_mesh(subject.mesh), _batches(args, config, subject, task) as batches:
         program = make_distillation(config, subject.mesh, subject.model)
         params = nnx.to_pure_dict(nnx.state(subject.model, nnx.Param))
-        params = carried(params, subject.config.model.pattern, student.pattern, kept)
+        params = carried(params, subject.config.model.pattern, config.model.pattern, kept)
         at = jax.tree.map(lambda like: like.sharding, program.state_like["params"])
         state = program.init_from(jax.device_put(jax.tree.map(lambda a: a.copy(), params), at))
         say = (lambda line: None) if args.json else print

@@ -41,7 +41,7 @@ def run(words: list[str], prog: str) -> int:
     if args is None:
         return 0
     _check(args, overrides)
-    if args.config is not None:
+    if args.run is None:
         stem = args.config.removesuffix(".py").rpartition("/")[2].replace(":", "_")
         folder = storage.as_path(args.dir or f"runs/length-{stem}")
         subjects = _members(args, overrides, folder)
@@ -73,7 +73,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "Options of train may stand beside these with --config, as --data.seq_len=512: they hold for every run that is "
         "trained. With --run they are those of hybridlm eval, as --data.val_path=books.jsonl."
     )
-    parser.add_argument("--config", metavar="NAME", help="train this for each gate and seed, a name or FILE.py")
+    parser.add_argument(
+        "--config", metavar="NAME",
+        help="train this for each gate and seed, a name or FILE.py; with --run, the file of the runs' own blocks",
+    )  # fmt: skip
     parser.add_argument("--run", nargs="+", metavar="DIR", help="runs that are there, in the place of --config")
     parser.add_argument(
         "--times", type=int, default=16, metavar="N", help="read to so many times the trained rows (16)"
@@ -104,11 +107,13 @@ def _check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """ConfigError for options that do not go together, and numbers."""
     from hybridlm.study.length import GATES, METHODS
 
-    require((args.config is None) != (args.run is None), "give --config NAME or --run RUN ..., one of them")
+    of_runs = args.config is None or args.config.partition(":")[0].endswith(".py")  # blocks of their own
+    fits = args.config is not None if args.run is None else of_runs
+    require(fits, "give --config NAME or --run RUN ..., one of them")
     for name in ("--run.dir", "--run.seed", "--name"):
         ours = any(word.partition("=")[0] == name for word in overrides)
         require(not ours, f"{name}: each run has one of its own; give --dir and --seeds")
-    require(args.config is not None or not args.tune_steps, "--tune-steps needs --config, which says how to train")
+    require(args.run is None or not args.tune_steps, "--tune-steps needs --config, which says how to train")
     for name, least in (("times", 2), ("tune_steps", 0), ("tune_batch", 1), ("limit", 0)):
         value = getattr(args, name)
         option = f"--{name.replace('_', '-')}"

@@ -8,6 +8,7 @@ import sys
 
 from hybridlm import storage
 from hybridlm.cli.ending import explained
+from hybridlm.cli.side_by_side import end_with_parent
 from hybridlm.cli.start import start
 from hybridlm.errors import Exit, print_line
 
@@ -15,6 +16,7 @@ from hybridlm.errors import Exit, print_line
 def main(folder: str) -> int:
     """The exit code; what the user has to mend is one line."""
     try:
+        end_with_parent()  # else the study's next start would train the same model beside it
         start()
         from hybridlm.study.ratio import train_member
 

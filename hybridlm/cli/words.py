@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Words of a command line that has options of its own beside those of a config."""
 
+from hybridlm import storage
+from hybridlm.errors import require
+
 
 def split_overrides(words: list[str], own: str | None = None) -> tuple[list[str], list[str]]:
     """(words of the command, overrides of the config): an override's name has a dot, and its values follow it.
@@ -28,3 +31,14 @@ def split_section(words: list[str], section: str) -> tuple[list[str], list[str]]
             into = of_section if word.startswith(f"--{section}.") else others
         into.append(word)
     return of_section, others
+
+
+def check_file(text: str | None, name: str) -> None:
+    """ConfigError, before anything is computed, where no file can be written; None is none."""
+    if text is None:
+        return
+    file = storage.as_path(text)
+    folder = file.parent
+    require(storage.in_bucket(folder) or folder.is_dir(), f"{name} ({text}): there is no folder {folder}")
+    require(storage.in_bucket(folder) or not file.is_dir(), f"{name} ({text}) is a folder: name a file in it")
+    storage.check(folder, name, write=True)

@@ -25,6 +25,7 @@ from hybridlm.hf.plan import Plan, Tensor, dotted, make_plan
 from hybridlm.hf.swap import CannotSwap, replaced
 from hybridlm.hf.tensors import DTYPES as STORED
 from hybridlm.hf.tensors import INDEX, Source, shards_of, write_tensors
+from hybridlm.layers.quantized import Quantized
 from hybridlm.model.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -225,6 +226,8 @@ def _take_back(folder: Path, mark: str | None, old: list[str]) -> None:
 
 
 def _check_here(params: dict) -> None:
+    rounded = [path for path, leaf in params.items() if isinstance(leaf[...], Quantized)]
+    require(not rounded, f"the model is quantised ({', '.join(rounded[:3])}): give the one that it was made of")
     far = [path for path, leaf in params.items() if not leaf[...].is_fully_addressable]
     require(not far, f"parameters of other processes cannot be written from here: {', '.join(far[:3])}")
 

@@ -44,6 +44,7 @@ if __name__ == "__main__":
     here, texts = Path(__file__).parent, sys.argv[1:]
     known, words = json.loads((here / "manifest.json").read_text()), Tokenizer.from_file(str(here / "tokenizer.json"))
     first, eos = [known["bos_id"]] * (known["bos_id"] is not None), known["eos_id"]
-    rows = write(here, [first + words.encode(text, add_special_tokens=False).ids for text in texts], 50).tolist()
-    for text, row in zip(texts, rows, strict=True):
+    prompts = [first + words.encode(text, add_special_tokens=False).ids for text in texts]
+    n_new = min(50, known["context"] - max(map(len, prompts)))
+    for text, row in zip(texts, write(here, prompts, n_new).tolist(), strict=True):
         print(text + words.decode(row[: row.index(eos)] if eos in row else row))

@@ -52,14 +52,8 @@ def divergence(teacher: HybridLM, student: HybridLM, x_BTD, y_BTD, places_BT, n_
     return lax.scan(add, jnp.float32(0.0), (cut(lax.stop_gradient(x_BTD)), cut(y_BTD), cut(places_BT)))[0]
 
 
-def make_distillation(config: Config, mesh: Mesh, teacher: HybridLM) -> Program:
-    """The program of a student's config whose step brings its logits to the teacher's, at the places of a batch that
-    have a target. Its metric `loss` is their divergence, nats a place.
-
-    ConfigError where the vocabularies differ, and for what this does not do: adapters, microbatches, rounded matrices.
-    """
-    theirs, ours = teacher.config.vocab_size, config.model.vocab_size
-    require(theirs == ours, f"model.vocab_size ({ours}) must be the teacher's ({theirs})")
+def check_distilled(config: Config) -> None:
+    """ConfigError for what a distillation does not do: microbatches, adapters, rounded matrices."""
     n_micro = config.optim.accumulate
     require(n_micro == 1, f"optim.accumulate ({n_micro}) must be 1 in a distillation: lower data.batch_size")
     require(not config.lora.on, f"lora.rank ({config.lora.rank}) must be 0 in a distillation")
@@ -67,6 +61,17 @@ def make_distillation(config: Config, mesh: Mesh, teacher: HybridLM) -> Program:
     require(
         not rounded, f"quantize.weights ({rounded}) must be none in a distillation: the weights are trained as they are"
     )
+
+
+def make_distillation(config: Config, mesh: Mesh, teacher: HybridLM) -> Program:
+    """The program of a student's config whose step brings its logits to the teacher's, at the places of a batch that
+    have a target. Its metric `loss` is their divergence, nats a place.
+
+    ConfigError where the vocabularies differ, and as of `check_distilled`.
+    """
+    theirs, ours = teacher.config.vocab_size, config.model.vocab_size
+    require(theirs == ours, f"model.vocab_size ({ours}) must be the teacher's ({theirs})")
+    check_distilled(config)
     program = make_program(config, mesh)
     graphdef, params = nnx.split(teacher, nnx.Param)
     whole = nnx.to_pure_dict(params)

@@ -29,7 +29,7 @@ from hybridlm.config import Config
 from hybridlm.config.resume import changes, refused
 from hybridlm.config.stored import from_dict, save_config
 from hybridlm.config.tree import to_dict
-from hybridlm.errors import ConfigError, RunError, cut
+from hybridlm.errors import ConfigError, RunError, cut, require
 from hybridlm.train.lease import Lease
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
 from hybridlm.train.records import finished_steps, move_aside, parse_json, read_json
@@ -180,6 +180,8 @@ class RunFolder:
 
     def _check_config(self, stored: Config, step: int) -> None:
         """ConfigError, one line naming the keys, where a run of the stored config cannot be resumed with this one."""
+        said = f"{self.path} holds a quantised model, which is not trained on: train the run that it was made of"
+        require(not stored.quantize.stored, said)
         fatal = refused(stored, self.config)
         identity = record_of(self.path, step).get(IDENTITY)
         if identity is not None:

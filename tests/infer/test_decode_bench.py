@@ -391,6 +391,10 @@ MISTAKES = {
     "decode --config hybrid_tiny --context 128 --peers": "peers: no config here is of Mamba-2 alone",
     "decode --config hybrid_tiny --context 128 --memory 0": r"--memory \(0.0\) must be positive",
     "decode --config hybrid_tiny --context 128 --json none/b.json": r"--json \(none/b.json\): there is no folder none",
+    "decode --config hybrid_tiny --context 128 --json docs": r"--json \(docs\) is a folder: name a file in it",
+    "decode --config hybrid_tiny --context 128 --json b --html b": r"--json and --html \(b\) are one file: name two",
+    "decode --config hybrid_tiny --context 128 --quantize.weights=int8": "--quantize.weights is no option of bench",
+    "decode --config hybrid_tiny --context 128 --mesh.tensor=2": "--mesh.tensor is no option of bench: .* model.KEY",
     "train --config hybrid_tiny --context 128": "invalid choice: 'train'",
 }
 

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 import hybridlm
+from hybridlm import storage
+from hybridlm.cli import export as command
 from hybridlm.cli import main
 from hybridlm.config import QuantizeConfig
 from hybridlm.config.find import load_config
@@ -52,7 +54,7 @@ assert not any(name.split(".")[0] in ("hybridlm", "pallas_kernels", "flax") for 
 def folder(tmp_path_factory) -> Path:
     """A run, exported for all platforms and any number of rows."""
     out = tmp_path_factory.mktemp("exported") / "out"
-    words = ["export", str(RUN), str(out), "--context", "96", "--prefill", "16", "--platforms", *PLATFORMS]
+    words = ["export", str(RUN), str(out), "--context", "80", "--prefill", "16", "--platforms", *PLATFORMS]
     assert main(words) == 0
     return out
 
@@ -96,7 +98,9 @@ def test_tokens_are_those_of_generate_without_this_project(folder):
     done = subprocess.run(code, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=folder)
     assert done.returncode == 0, done.stderr
     spelled, eos = Tokenizer.from_file(str(folder / "tokenizer.json")), run.tokenizer.eos_id
-    expected = np.asarray(hybridlm.generate(run.model, rows, 50)).tolist()
+    n_new = 80 - len(rows[1])
+    assert n_new < 50  # as many as the context has room for
+    expected = np.asarray(hybridlm.generate(run.model, rows, n_new)).tolist()
     expected = [row[: row.index(eos)] if eos in row else row for row in expected]
     texts = [spelled.decode(row) for row in expected]
     assert [spelled.encode(text, add_special_tokens=False).ids for text in texts] == expected  # none is lost in text
@@ -152,6 +156,24 @@ def test_weights_are_those_that_programs_read(folder):
     assert sorted(map(key, found.values())) == sorted(map(key, params))
 
 
+@pytest.mark.parametrize(
+    "batch, rows, texts",
+    [
+        (None, "any number of rows", "TEXT"),
+        (1, "1 row", "TEXT"),
+        (2, "2 rows", "TEXT TEXT"),
+        (9, "9 rows", "TEXT ... (9 of them)"),
+    ],
+)
+def test_what_is_said_of_rows(batch, rows, texts, manifest, capsys):
+    """As many texts as the programs take rows."""
+    command._say(Path("out"), manifest | {"batch": batch})
+    said = capsys.readouterr().out
+    assert f", {rows} of up to 80 tokens" in said and said.endswith(f"next: python out/run.py {texts}\n")
+    command._say(storage.as_path("s3://bucket/out"), manifest | {"batch": batch})
+    assert capsys.readouterr().out.endswith(f"next, in a copy of the folder: python run.py {texts}\n")
+
+
 def test_the_page_shows_the_program(folder):
     shown = re.search(r"<!-- (\S+) -->\n```python\n(.*?)```", (ROOT / "docs/stablehlo.md").read_text(), re.DOTALL)
     code = (ROOT / shown[1]).read_text()
@@ -189,8 +211,11 @@ def test_folders_that_are_wrong(tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("1")
     (tmp_path / "file").write_text("2")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_bytes((RUN / "config.json").read_bytes())
     golden = ROOT / "tests/golden/bamba"
     words = {
+        (tmp_path / "begun", "out", ""): "begun has no checkpoint yet",
         (RUN, "full", ""): "is there and not empty: choose a new folder",
         (RUN, "file", ""): "is there and not empty",
         (tmp_path / "full", "out", ""): "holds neither a run (checkpoints) nor a published checkpoint (config.json)",
@@ -203,7 +228,7 @@ def test_folders_that_are_wrong(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert main(["export", str(RUN), str(tmp_path / "out"), "--context", "8"]) == 2
     assert "programs are written by flatbuffers: pip install 'hybridlm[export]'" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["begun", "file", "full"]
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"] and (tmp_path / "file").read_text() == "2"
 
 

@@ -134,6 +134,7 @@ def test_numbers_of_tasks():
         (("--run=x", "--tasks=mqar", "--rows=0"), "--rows (0) must be at least 1"),
         (("--hf=x", "--tasks=mqar", "--step=1"), "--step (1) is of a run: give --run"),
         (("--run=nowhere", "--tasks=mqar"), "nowhere"),
+        (("--run=x", "--tasks=mqar", "--page=none/p.html"), "--page (none/p.html): there is no folder none"),
         ((*WORDS, "--rows=3"), "--rows (3) must be a multiple of 2: that many devices share them"),
         (
             (*WORDS[:5], "mqar"),

@@ -30,7 +30,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.probes import MQAR
 from hybridlm.study import on_task
 from hybridlm.study.distill import divergence, make_distillation
-from hybridlm.study.layers import attention_at, carried, dial, proposed, study_layers
+from hybridlm.study.layers import Findings, Worth, attention_at, carried, dial, proposed, study_layers
 from hybridlm.study.on_task import Trial
 from tests.library.runs import write_run
 
@@ -160,6 +160,47 @@ def test_what_a_distillation_does_not_do(model):
     rounded = Config(model=MODEL, quantize=QuantizeConfig(weights="int8"))
     with pytest.raises(ConfigError, match=r"quantize.weights \(int8\) must be none"):
         make_distillation(rounded, mesh, model)
+
+
+OF_TASK = ["--task", "mqar", "--mqar.pairs=2", "--mqar.vocab_size=16", "--length", "16"]
+
+
+@pytest.mark.parametrize(
+    "change, words, told",
+    [
+        ({}, ["--optim.accumulate=2"], "optim.accumulate (2) must be 1 in a distillation"),
+        ({}, ["--data.batch_size=3"], "data.batch_size (3) not divisible by"),
+        ({"model": replace(MODEL, prefix_tokens=2)}, [], "model.prefix_tokens (2): rows of a task have no room"),
+        ({"data": DataConfig(path=("gone.txt",))}, ["--text", "--data.seq_len=16"], "gone.txt"),
+        ({"quantize": QuantizeConfig("int8")}, [], "reached"),
+    ],
+)
+def test_what_cannot_be_distilled_is_said_before_anything_is_scored(change, words, told, tmp_path, capsys, monkeypatch):
+    """A run whose matrices training rounds can be: its student is trained as it is."""
+
+    def studied(*_):
+        raise ConfigError("reached")
+
+    monkeypatch.setattr("hybridlm.cli.study_layers._studied", studied)
+    config = replace(Config(name="run", model=MODEL, data=DataConfig(seq_len=16, batch_size=8)), **change)
+    write_run(tmp_path / "run", config)
+    asked = ["study", "layers", "--run", str(tmp_path / "run"), *OF_TASK]
+    assert main([*asked, "--data.batch_size=8", "--distill", str(tmp_path / "less"), *words]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and not (tmp_path / "less").exists(), said
+
+
+def test_numbers_are_shown_where_nothing_can_be_spared(tmp_path, capsys, monkeypatch):
+    found = Findings(2, 0.5, 0.1, 0.1, (Worth(0, 0.1, 0.1, 0.5),), {}, 0.5)
+    monkeypatch.setattr("hybridlm.cli.study_layers._studied", lambda *_: (found, MODEL, [*range(6)]))
+    write_run(tmp_path / "run", Config(name="run", model=MODEL, data=DataConfig(seq_len=16, batch_size=8)))
+    words = ["study", "layers", "--run", str(tmp_path / "run"), *OF_TASK]
+    words += ["--distill", str(tmp_path / "less"), "--data.batch_size=8"]
+    for more in ([], ["--json"]):
+        assert main([*words, *more]) == 2
+        said = capsys.readouterr()
+        assert "no attention can be spared" in said.err and "0.5" in said.out
+    assert json.loads(said.out)["accuracy"] == 0.5
 
 
 TASK = MQAR(pairs=3, vocab_size=16)

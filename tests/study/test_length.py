@@ -188,6 +188,30 @@ def test_runs_of_other_models_are_not_taken_together(tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+OWN = """
+from dataclasses import dataclass
+from hybridlm.config import MLP, Config, ModelConfig
+
+@dataclass(frozen=True)
+class Wide(MLP):
+    pass
+
+def config():
+    return Config(name="own", model=ModelConfig(vocab_size=264, d_model=32, pattern="W", blocks={"W": Wide(d_ff=32)}))
+"""
+
+
+def test_runs_with_blocks_of_their_own(tmp_path, capsys):
+    """They are read once the file is named, as of every command that takes a run; a name would say two things."""
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    file.write_text(OWN)
+    write_run(run, config=load_config(str(file)))
+    words = ["study", "length", "--run", str(run), "--methods", "yarn"]
+    assert main(words) == 2 and "give the config file that defines it (--config FILE.py)" in capsys.readouterr().err
+    assert main([*words, "--config", str(file)]) == 2
+    assert "own has no rotary embedding to scale: give --methods none" in capsys.readouterr().err
+
+
 def test_studies_by_name(capsys):
     assert main(["study", "--help"]) == 0 and "study length --config NAME" in capsys.readouterr().out
     for words in ((), ("lenght",)):

@@ -4,13 +4,15 @@
 import json
 import math
 import shlex
+import signal
+import time
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from hybridlm.cli import main, side_by_side, study_ratio
+from hybridlm.cli import main, side_by_side, study_member, study_ratio
 from hybridlm.errors import ConfigError
 from hybridlm.layers import BLOCKS
 from hybridlm.model.config import ModelConfig
@@ -326,6 +328,21 @@ def test_processes_at_once(monkeypatch):
     assert side_by_side.at_once({"CUDA_VISIBLE_DEVICES": "3,5", "JAX_PLATFORMS": "cpu"}) == 6
     monkeypatch.setattr(side_by_side.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     assert side_by_side.at_once({}) == 1
+
+
+def test_a_model_ends_with_its_study(tmp_path, monkeypatch):
+    """One whose study was killed gets the signal that ends it."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    monkeypatch.setenv(side_by_side.PARENT, str(2**22 + 1))  # no process has that number
+    try:
+        assert study_member.main(str(tmp_path)) == 1  # nothing is asked there
+        deadline = time.monotonic() + 30
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
 
 
 @pytest.mark.slow

@@ -62,6 +62,8 @@ def test_steps_that_come_again_without_a_start():
         ([start(), train(2), train(4)], [4], "stopped", "at step 4"),
         ([start(), {"kind": "failed", "step": 0, "why": "x"}, start(), train(2)], [2], "stopped", "at step 2"),
         ([], [], "stopped", "before a step"),
+        ([], [20], "complete", ""),  # made of another run, as quantised ones
+        ([], [10], "stopped", "at step 10"),
         ([*WHOLE, start(20), train(22)], [20], "failed", "after step 22"),  # trained on, and lost
     ],
 )

@@ -17,6 +17,8 @@ from hybridlm.cli import main
 from hybridlm.config import QuantizeConfig
 from hybridlm.config.find import load_config
 from hybridlm.config.resume import refused
+from hybridlm.errors import ConfigError
+from hybridlm.hf import to_hf
 from hybridlm.layers.quantized import Quantized
 from hybridlm.model import init, quantize
 from hybridlm.train.quantized import TABLE, quantize_run
@@ -62,6 +64,11 @@ def test_the_folder_loads_as_a_run(out, capsys):
     assert told.startswith(" ") and "matrices" in told and "int8, a scale for each output" in told and "norms" in told
 
 
+def test_the_line_to_go_on_with_names_the_config_file(tmp_path, capsys):
+    text = said(capsys, "quantize", RUN, tmp_path / "out", "--config", "hybrid_tiny").out
+    assert text.endswith(f"generate --run {tmp_path / 'out'} --config hybrid_tiny --prompt TEXT\n")
+
+
 @pytest.mark.slow
 def test_it_writes_text(out, capsys):
     run = hybridlm.load_run(out)
@@ -87,8 +94,12 @@ def test_what_cannot_be_done_is_one_line(out, capsys, tmp_path):
     assert "give the folder to write" in line("quantize", RUN)
     assert "give a run or a published folder, or --config NAME" in line("quantize")
     assert "no published family has" in line("convert", "to-hf", out, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"the model is quantised .* give the one that it was made of"):
+        to_hf(hybridlm.load_run(out).model, tmp_path / "a")
     train = ["train", "--config", "hybrid_tiny", f"--run.dir={tmp_path / 'b'}", "--data.tokenizer=byte"]
     assert "holds a quantised model" in line(*train, f"--init.run={out}")
+    told = f"{out} holds a quantised model, which is not trained on: train the run that it was made of"
+    assert told in line("train", "--config", "hybrid_tiny", f"--run.dir={out}")
     assert "quantize.weights (int8) and lora.rank (2) exclude" in line(
         *train, "--quantize.weights=int8", "--lora.rank=2"
     )
