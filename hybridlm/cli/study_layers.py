@@ -50,7 +50,7 @@ def run(words: list[str], prog: str) -> int:
     elif not spared:
         print(json.dumps(numbers, indent=1), flush=True)
     require(spared, f"--distill ({out}): no attention can be spared at --keep {args.keep}: lower it")
-    if config is not None:
+    if out is not None and config is not None:
         numbers["distilled"] = _distilled(args, subject, task, replace(config, model=student), kept, out)
         if not args.json:
             before, after = numbers["proposal"]["accuracy"], numbers["distilled"]["accuracy"]
