@@ -36,8 +36,7 @@ def ended_together(peers) -> Iterator[None]:
         if peers.count == 1:
             raise
         code, line = explained(error)
-        if _in_a_computation(error):
-            peers.await_verdict()
+        peers.settle(error)
         if line is None:
             traceback.print_exception(error)
         peers.fail(code, line or _one_line(f"{type(error).__name__}: {error}")[:500])
@@ -45,14 +44,3 @@ def ended_together(peers) -> Iterator[None]:
 
 def _one_line(text) -> str:
     return " ".join(str(text).split())
-
-
-def _in_a_computation(error: BaseException | None) -> bool:
-    """Whether JAX raised it: where a process is lost, what the others compute with it fails."""
-    import jax
-
-    while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return "RESOURCE_EXHAUSTED" not in str(error)
-        error = error.__cause__ or error.__context__
-    return False

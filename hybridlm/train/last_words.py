@@ -15,11 +15,13 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def failure_recorded(records: MetricsLog) -> Iterator[None]:
-    """What is raised inside is in the run's records, where those can still be written."""
+def failure_recorded(records: MetricsLog, settle: Callable[[BaseException], None]) -> Iterator[None]:
+    """What is raised inside is in the run's records, where those can still be written. settle: ends a process that must
+    not write any more, see Peers."""
     try:
         yield
     except Exception as error:
+        settle(error)
         why = " ".join(str(error).split())[:300]
         ours = isinstance(error, ConfigError | RunError)
         with suppress(Exception):

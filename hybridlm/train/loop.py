@@ -134,7 +134,7 @@ def _run(
         if program.base.like is not None:
             _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
-        opened.enter_context(failure_recorded(log))
+        opened.enter_context(failure_recorded(log, peers.settle))
         _record_start(config, mesh, corpus, folder, log, display, resume, step, origin)
         if batches.loader.changed:
             display.say(f"other batches from step {step} on: {batches.loader.changed}")

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ SIGNS = 6
 END, STOP, SIGN, MEET = "hybridlm/end", "hybridlm/stop", "hybridlm/sign", "hybridlm/meet"
 NCCL = "--xla_gpu_nccl_terminate_on_error"
 FOR_EVER = 7 * 24 * 3600 * 1000  # milliseconds
+STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+"""How an error of the runtime begins that reaches Python as a ValueError."""
 
 
 class Peers:
@@ -48,6 +51,7 @@ class Peers:
         self._client = None
         self._fresh = time.monotonic()
         self._closed = threading.Event()
+        self._settled = False
         self._code: int = Exit.AGAIN
         self._threads: list[threading.Thread] = []
 
@@ -123,10 +127,15 @@ class Peers:
         self._linger()
         leave(code, f"error: {line}")
 
-    def await_verdict(self) -> None:
-        """After an error of a computation that others take part in: ends this process if one of them is lost."""
-        if self.count > 1:
+    def settle(self, error: BaseException) -> None:
+        """After an error, before it is written or told: ends this process if it is not heard of, or, where the error is
+        of a computation that others take part in, if one of them is lost."""
+        if self.count == 1:
+            return
+        if not self._settled and _in_a_computation(error):
             time.sleep(self._heartbeat * (SIGNS + 4) / SIGNS)
+        self._settled = True
+        self.check()
 
     def close(self, code: int) -> None:
         """At the end of a run, which has the exit code: waits until all are there, and leaves the cluster."""
@@ -272,3 +281,14 @@ def _at_bad_cast(act: Callable[[], None]) -> None:
 
 
 _kept: list = []  # what C++ calls must not be collected
+
+
+def _in_a_computation(error: BaseException | None) -> bool:
+    """Whether JAX raised it: where a process is lost, what the others compute with it fails."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        if isinstance(error, ValueError) and STATUS.match(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
