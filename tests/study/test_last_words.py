@@ -8,6 +8,7 @@ from hybridlm.errors import RunError
 from hybridlm.study.reading import read_run
 from hybridlm.train.last_words import failure_recorded, page_written
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
+from hybridlm.train.peers import Peers
 from hybridlm.train.run_folder import RunFolder
 from tests.study.folders import TINY, start, train, write_run
 
@@ -23,7 +24,7 @@ def test_a_failure_is_in_the_records(tmp_path, error, why):
     if why is None:
         log.close()
         error = KeyError("y")
-    with pytest.raises(type(error)), failure_recorded(log):
+    with pytest.raises(type(error)), failure_recorded(log, Peers().settle):
         raise error
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "failed"]
     assert records == ([] if why is None else [{"kind": "failed", "step": 7, "why": why}])
@@ -31,6 +32,19 @@ def test_a_failure_is_in_the_records(tmp_path, error, why):
     assert read_run(run).state == (
         ("failed", why) if why else ("stopped", "at step 7, the newest checkpoint is of step 7")
     )
+
+
+def test_a_process_that_must_not_write_records_no_failure(tmp_path):
+    """What ends it does so first: another process may have gone on with the run."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 3)
+
+    def ended(error):
+        raise SystemExit(75)
+
+    with pytest.raises(SystemExit), failure_recorded(log, ended):
+        raise RunError("a peer was lost")
+    log.flush()
+    assert not [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "failed"]
 
 
 def test_a_page_is_no_matter_of_the_run(tmp_path, caplog):
