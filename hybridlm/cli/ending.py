@@ -3,11 +3,11 @@
 
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hybridlm import storage
-from hybridlm.errors import ConfigError, Exit, RunError
+from hybridlm.errors import ConfigError, Exit, RunError, print_line
 
 
 def explained(error: BaseException) -> tuple[int, str | None]:
@@ -25,6 +25,18 @@ def explained(error: BaseException) -> tuple[int, str | None]:
     if (why := storage.reason(error)) is not None:  # what the client of a bucket raises where nothing told it otherwise
         return Exit.FAILED, why
     return Exit.FAILED, None
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """That of a command; an error that a line explains is that line, others go on."""
+    try:
+        return command()
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = explained(error)
+        if line is None:
+            raise
+        print_line(f"error: {line}")
+        return code
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from hybridlm import storage
 from hybridlm.errors import ConfigError, require
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,6 +31,13 @@ class Job(NamedTuple):
     words: list[str]
     log: Path | None
     """Takes what it says, behind what is there; None: it says it here."""
+
+
+def logs_of(purpose: str, folder: Path) -> Path:
+    """The folder, made, in which processes write what they say: that one, or of a bucket's one of this machine."""
+    logs = storage.local(purpose, folder)
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs
 
 
 def slots(n: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.side_by_side import Job, environment_with, run_jobs, slots
+from hybridlm.cli.side_by_side import Job, environment_with, logs_of, run_jobs, slots
 from hybridlm.cli.words import split_overrides
 from hybridlm.errors import Exit, require, within
 from hybridlm.fields import WHOLE
@@ -174,10 +174,8 @@ def _longer(args: argparse.Namespace, config, length: int) -> list[str]:
 def _train(args: argparse.Namespace, subjects: Sequence[Read], folder: Path) -> int:
     """Trains the runs that are not complete, those that others begin from first; the exit code."""
     places = slots(args.parallel)
-    logs = None
-    if len(places) > 1 or args.json:  # standard output is for JSON alone
-        logs = storage.scratch("studies", folder) if storage.in_bucket(folder) else folder
-        logs.mkdir(parents=True, exist_ok=True)
+    apart = len(places) > 1 or args.json  # standard output is for JSON alone
+    logs = logs_of("studies", folder) if apart else None
     todo = [subject for subject in subjects if not _complete(subject, args.config)]
     said = sys.stderr if args.json else sys.stdout
     print(f"{len(subjects)} runs in {folder}: {len(todo)} to train", file=said, flush=True)

@@ -7,26 +7,23 @@
 import sys
 
 from hybridlm import storage
-from hybridlm.cli.ending import explained
+from hybridlm.cli.ending import exit_code
 from hybridlm.cli.side_by_side import end_with_parent
 from hybridlm.cli.start import start
-from hybridlm.errors import Exit, print_line
+from hybridlm.errors import Exit
 
 
 def main(folder: str) -> int:
     """The exit code; what the user has to mend is one line."""
-    try:
-        end_with_parent()  # else the study's next start would train the same model beside it
-        start()
-        from hybridlm.study.ratio import train_member
+    return exit_code(lambda: _train(folder))
 
-        found = train_member(storage.as_path(folder))
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = explained(error)
-        if line is None:
-            raise
-        print_line(f"error: {line}")
-        return code
+
+def _train(folder: str) -> int:
+    end_with_parent()  # else the study's next start would train the same model beside it
+    start()
+    from hybridlm.study.ratio import train_member
+
+    found = train_member(storage.as_path(folder))
     told = ", ".join(f"{score['accuracy']:.3f} at {score['length']} tokens" for score in found["scores"])
     print(f"accuracy {told}; loss {found['losses'][-1][1]:.4f} after {found['seconds']:.0f} s")
     return Exit.COMPLETE

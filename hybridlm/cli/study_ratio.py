@@ -11,7 +11,7 @@ from typing import Any
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.side_by_side import Job, at_once, cores, environment_with, run_jobs, slots
+from hybridlm.cli.side_by_side import Job, at_once, cores, environment_with, logs_of, run_jobs, slots
 from hybridlm.cli.study_words import check_settable, split, task_of
 from hybridlm.errors import Exit, require
 from hybridlm.fields import WHOLE
@@ -184,7 +184,7 @@ def _train(study, todo: Sequence, places: list[dict[str, str]], n_members: int) 
         storage.make_folder(member.folder)
         storage.write_text(member.folder / MEMBER, json.dumps(asked(study, member), indent=1) + "\n")
         words = [sys.executable, "-m", "hybridlm.cli.study_member", str(member.folder)]
-        jobs.append(Job(member.name, words, _log(member.folder)))
+        jobs.append(Job(member.name, words, logs_of("studies", member.folder) / "log.txt"))
     done, codes = n_members - len(jobs), []
 
     def began(job: Job) -> None:
@@ -204,13 +204,6 @@ def _train(study, todo: Sequence, places: list[dict[str, str]], n_members: int) 
     if signum is not None:
         return 128 + signum
     return next((code for code in codes if code), Exit.COMPLETE)
-
-
-def _log(folder: Path) -> Path:
-    """Where a model's process writes what it says."""
-    here = storage.scratch("studies", folder) if storage.in_bucket(folder) else folder
-    here.mkdir(parents=True, exist_ok=True)
-    return here / "log.txt"
 
 
 def _last_line(log: Path | None) -> str:

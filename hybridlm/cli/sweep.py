@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.side_by_side import Job, environment_with, run_jobs, slots
+from hybridlm.cli.side_by_side import Job, environment_with, logs_of, run_jobs, slots
 from hybridlm.cli.words import split_overrides
 from hybridlm.errors import ConfigError, Exit, RunError, require
 
@@ -46,7 +46,7 @@ def run(words: list[str], prog: str) -> int:
     if args.dry_run:
         print("\n".join(f"{member.name}: {state}" for member, state in zip(found, states)))
         return 0
-    logs = _logs(folder) if len(places) > 1 else None
+    logs = logs_of("sweeps", folder) if len(places) > 1 else None
     jobs = [Job(m.name, _command(args.config, m.words), logs and logs / f"{m.name}.log") for m in todo]
     code = _train(jobs, places, args.stop_on_failure, len(found))
     if "running" in states and code == 0:
@@ -97,13 +97,6 @@ def _checked(config: str, found: Sequence, place: dict[str, str]) -> list[str]:
     if "error" in answer:
         raise ConfigError(answer["error"])
     return answer["states"]
-
-
-def _logs(folder: Path) -> Path:
-    """Where runs at once write what they say."""
-    logs = storage.scratch("sweeps", folder) if storage.in_bucket(folder) else folder
-    logs.mkdir(parents=True, exist_ok=True)
-    return logs
 
 
 def _train(jobs: list[Job], places: list[dict[str, str]], stop_on_failure: bool, n_members: int) -> int:

@@ -17,7 +17,7 @@ from hybridlm.cli.cache import CACHE
 from hybridlm.cli.chat import CHAT
 from hybridlm.cli.compare import COMPARE
 from hybridlm.cli.convert import CONVERT
-from hybridlm.cli.ending import explained
+from hybridlm.cli.ending import exit_code
 from hybridlm.cli.eval import EVAL
 from hybridlm.cli.export import EXPORT
 from hybridlm.cli.generate import GENERATE
@@ -84,14 +84,12 @@ def _run(command: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a name of a file may hold bytes that are no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        return command()
-    except BrokenPipeError:  # the reader of our output, as `| head`, has gone
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is flushed at exit goes there)
-        return Exit.FAILED
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = explained(error)
-        if line is None:
-            raise
-        print_line(f"error: {line}")
-        return code
+
+    def unless_unread() -> int:
+        try:
+            return command()
+        except BrokenPipeError:  # the reader of our output, as `| head`, has gone
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is flushed at exit goes there)
+            return Exit.FAILED
+
+    return exit_code(unless_unread)

@@ -49,7 +49,7 @@ def find_or_build(cache: Path, key: str, build: Callable[[Path], dict]) -> tuple
 
 def local_cache(cache: Path) -> Path:
     """The folder of this machine that holds a cache, or the copies of one in a bucket."""
-    return storage.scratch("tokens", cache) if storage.in_bucket(cache) else cache
+    return storage.local("tokens", cache)
 
 
 def find_entry(cache: Path, key: str, stats: dict) -> Path | None:

@@ -27,7 +27,7 @@ def about(subject: Subject) -> dict:
 
 def sets_as_json(subject: Subject, results: Mapping[str, SetResult]) -> dict:
     """All of it; null in the place of a number that there is not."""
-    return {**about(subject), "sets": {name: _strict(asdict(result)) for name, result in results.items()}}
+    return {**about(subject), "sets": {name: strict(asdict(result)) for name, result in results.items()}}
 
 
 def sets_as_text(subject: Subject, results: Mapping[str, SetResult]) -> str:
@@ -98,9 +98,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _strict(value):
+def strict(value):
+    """The value as JSON has it: null for what is no finite number."""
     if isinstance(value, dict):
-        return {key: _strict(below) for key, below in value.items()}
+        return {key: strict(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(below) for below in value]
+        return [strict(below) for below in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

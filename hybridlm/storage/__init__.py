@@ -10,7 +10,7 @@ application default credentials); AWS_ENDPOINT_URL points S3 elsewhere.
 Errors: OSError with a text of one line, whatever the client of the bucket raises; `check` gives a ConfigError.
 """
 
-from hybridlm.storage.copies import fetch, is_published, mirror, publish, scratch
+from hybridlm.storage.copies import fetch, is_published, local, mirror, publish, scratch
 from hybridlm.storage.files import (
     append,
     check,
@@ -36,7 +36,7 @@ from hybridlm.storage.paths import absolute, as_path, bucket_of, in_bucket, reas
 
 __all__ = [
     "absolute", "append", "as_path", "bucket_of", "check", "copy", "exists", "fetch", "find", "in_bucket",
-    "is_published", "listing", "make_folder", "mirror", "names", "open_file", "publish", "read_bytes", "read_range",
-    "reading", "reason", "remove", "scheme_of", "scratch", "size", "told", "version", "versions", "write_bytes",
-    "write_text", "writing",
+    "is_published", "listing", "local", "make_folder", "mirror", "names", "open_file", "publish", "read_bytes",
+    "read_range", "reading", "reason", "remove", "scheme_of", "scratch", "size", "told", "version", "versions",
+    "write_bytes", "write_text", "writing",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hybridlm.storage.files import PART_BYTES, copy, listing, read_bytes, reading, write_text, writing
+from hybridlm.storage.paths import in_bucket
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ def scratch(purpose: str, path: Path) -> Path:
     base = Path(os.environ.get("HYBRIDLM_SCRATCH") or "~/.cache/hybridlm/buckets").expanduser()
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", os.fspath(path).partition("://")[2])[-40:]
     return base / purpose / f"{name}-{hashlib.blake2b(os.fspath(path).encode(), digest_size=6).hexdigest()}"
+
+
+def local(purpose: str, folder: Path) -> Path:
+    """Where this machine keeps what cannot lie in a bucket: the folder itself, or of one in a bucket its scratch."""
+    return scratch(purpose, folder) if in_bucket(folder) else folder
 
 
 def is_published(folder: Path) -> bool:

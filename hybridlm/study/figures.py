@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves in panels side by side, as SVG for a page and as PNG for a file. The same curves give the same bytes."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing
@@ -75,19 +77,9 @@ def draw(panels: Sequence[Panel], title: str = "", columns: int = 3):
 
     A panel whose lines have no point says so.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    across, down = min(columns, len(panels)), -(-len(panels) // columns)
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False).ravel()
-        for place, panel in zip(axes, panels):
-            _fill(place, panel)
-        for place in axes[len(panels) :]:
-            place.set_axis_off()
+    with _side_by_side(panels, columns, _fill) as figure:
         known: dict[str, object] = {}
-        for place in axes:
+        for place in figure.axes:
             for handle in place.get_lines():
                 label = str(handle.get_label())
                 if not label.startswith("_"):
@@ -104,18 +96,26 @@ def draw(panels: Sequence[Panel], title: str = "", columns: int = 3):
 def draw_grids(grids: Sequence[Grid], columns: int = 3):
     """A matplotlib figure of the maps, `columns` of them in a row, in the same colours; numbers in the cells where
     there is room."""
+    with _side_by_side(grids, columns, _fill_grid) as figure:
+        return figure
+
+
+@contextlib.contextmanager
+def _side_by_side(drawings: Sequence[Any], columns: int, fill: Callable[[Any, Any], None]) -> Iterator[Any]:
+    """A figure with a place for each drawing, `columns` of them in a row, filled by `fill(place, drawing)`; inside,
+    text has its size."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    across, down = min(columns, len(grids)), -(-len(grids) // columns)
+    across, down = min(columns, len(drawings)), -(-len(drawings) // columns)
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).ravel()
-        for place, grid in zip(axes, grids):
-            _fill_grid(place, grid)
-        for place in axes[len(grids) :]:
+        for place, drawing in zip(axes, drawings):
+            fill(place, drawing)
+        for place in axes[len(drawings) :]:
             place.set_axis_off()
-    return figure
+        yield figure
 
 
 def _fill_grid(axes, grid: Grid) -> None:

@@ -19,6 +19,7 @@ from hybridlm.config import Config
 from hybridlm.config.keys import hint_of
 from hybridlm.config.tree import walk
 from hybridlm.errors import ConfigError, require
+from hybridlm.eval.report import strict
 from hybridlm.fields import fits
 from hybridlm.layers.rope import Rope, dynamic_ntk
 
@@ -175,20 +176,12 @@ def write_rows(file: Path, rows: Sequence[Row], shown: Sequence[Row]) -> None:
     """All rows, and the summary of those that are shown, whole or not at all; null for a number that is none."""
     plain = [{**row._asdict(), "buckets": [bucket._asdict() for bucket in row.buckets]} for row in rows]
     content = {"summary": [line._asdict() for line in summary(shown)], "gates": compared(shown), "rows": plain}
-    storage.write_text(file, json.dumps(_strict(content), indent=1, allow_nan=False) + "\n")
+    storage.write_text(file, json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
 
 
 def _bucket(values: Mapping[str, Any]) -> Bucket:
     found = Bucket(**values)
     return found if found.loss is not None else found._replace(loss=math.nan)
-
-
-def _strict(value):
-    if isinstance(value, dict):
-        return {key: _strict(below) for key, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(below) for below in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What is said --------------------------------------------------------------------------------------------------------

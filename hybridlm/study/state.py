@@ -26,10 +26,8 @@ def state_of(asked: int | None, records: Sequence[dict], checkpoints: Sequence[i
         return State("running", holder)
     ended = max((r["step"] for r in records if r["kind"] == "end"), default=-1)
     saved = checkpoints[-1] if checkpoints else 0
-    if (
-        asked is not None and not records and checkpoints and saved >= asked
-    ):  # one that was made of another, as quantised
-        return State("complete", "")
+    if asked is not None and not records and checkpoints and saved >= asked:
+        return State("complete", "")  # made of another run, as quantised ones are
     if asked is not None and ended >= asked and (saved >= asked or not checkpoints):
         return State("complete", "" if checkpoints else "no checkpoint")
     newest = f"the newest checkpoint is of step {saved}" if checkpoints else "no checkpoint"

@@ -86,8 +86,7 @@ def train(
                 from_first(lambda: check_init_run(config))
             mesh = make_mesh(config.mesh)
             check_config(config, mesh)
-            here = storage.scratch("stacks", folder.path) if storage.in_bucket(folder.path) else folder.path
-            stacks = here / f"stacks-{jax.process_index()}.txt"
+            stacks = storage.local("stacks", folder.path) / f"stacks-{jax.process_index()}.txt"
             watchdog = Watchdog(config.run.watchdog, stacks, resume)
             with page_written(folder, page), jax.set_mesh(mesh), watchdog, _memory_explained():
                 step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume, probes)

@@ -146,7 +146,7 @@ class WandB:
 
     def __init__(self, opening: Opening):
         config, folder = opening.config, opening.folder
-        here = storage.scratch("wandb", folder) if storage.in_bucket(folder) else folder
+        here = storage.local("wandb", folder)
         here.mkdir(parents=True, exist_ok=True)
         entity, _, project = config.run.wandb.rpartition("/")
         wanted = {
