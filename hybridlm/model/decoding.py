@@ -114,12 +114,8 @@ class Writer:
         n_tokens, longest = tokens_BT.shape[1], int(lengths_B.max())
         state = self._with_room(state, longest)
         size = piece_size(n_tokens, self.prefill_chunk)
-        pieces = max(1, -(-longest // size))
-        tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, pieces * size - n_tokens))))
-        cache, x_BD, lengths_B = state.cache, state.x_BD, np.asarray(lengths_B, np.int32)
-        for start in range(0, pieces * size, size):
-            piece_BT = np.ascontiguousarray(tokens_BT[:, start : start + size], np.int32)
-            left_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
+        cache, x_BD = state.cache, state.x_BD
+        for piece_BT, left_B in pieces_of(tokens_BT, lengths_B, size):
             cache, x_BD, done_B, last_B = _read(cache, x_BD, self._graphdef, self._params, piece_BT, left_B)
         return State(cache, x_BD, done_B, last_B, state.length + longest, state.room, state.drawn)
 
@@ -166,6 +162,20 @@ def piece_size(n_tokens: int, prefill_chunk: int | None = CHUNK) -> int:
     above, and never more than prefill_chunk."""
     n = max(16, 1 << max(0, n_tokens - 1).bit_length()) if n_tokens <= 512 else -(-n_tokens // 512) * 512
     return n if prefill_chunk is None else min(n, prefill_chunk)
+
+
+def pieces_of(tokens_BT: np.ndarray, lengths_B: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(int32 [B, size] the next tokens of each row, int32 [B] how many of them are real) for as many pieces as the
+    longest row has, at least one. lengths_B: how many of each row are real, from the left."""
+    n_tokens, stop = tokens_BT.shape[1], max(1, -(-int(lengths_B.max()) // size)) * size
+    tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, stop - n_tokens))))
+    return [
+        (
+            np.ascontiguousarray(tokens_BT[:, start : start + size], np.int32),
+            np.clip(lengths_B - start, 0, size).astype(np.int32),
+        )
+        for start in range(0, stop, size)
+    ]
 
 
 @partial(jax.jit, static_argnums=(0, 2))

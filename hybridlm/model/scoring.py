@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from hybridlm.model.decoding import State, Writer, piece_size
+from hybridlm.model.decoding import State, Writer, piece_size, pieces_of
 
 LOGITS_TOKENS = 64
 """Positions of a row whose logits are in memory at once."""
@@ -35,15 +35,12 @@ def score(writer: Writer, state: State, tokens_BK: np.ndarray, lengths_B: np.nda
     """
     longest = int(lengths_B.max())
     size = 1 if longest == 1 else piece_size(longest, writer.prefill_chunk)
-    pieces = max(1, -(-longest // size))
-    tokens_BK = np.pad(tokens_BK, ((0, 0), (0, max(0, pieces * size - tokens_BK.shape[1]))))
+    pieces = pieces_of(tokens_BK, lengths_B, size)
     cache, x_BD = state.cache, state.x_BD
     found: list[tuple[jax.Array, jax.Array]] = []
-    for number in range(pieces):
-        start, goes_on = number * size, number + 1 < pieces
+    for number, (piece_BK, left_B) in enumerate(pieces):
+        goes_on = number + 1 < len(pieces)
         step = _donating if number and goes_on else _keeping
-        piece_BK = np.ascontiguousarray(tokens_BK[:, start : start + size], np.int32)
-        left_B = np.clip(lengths_B - start, 0, size).astype(np.int32)
         of_piece, cache, x_BD = step(cache, x_BD, *writer.parts, piece_BK, left_B, goes_on)
         found.append(of_piece)
     nats, likeliest = zip(*jax.device_get(found), strict=True)
