@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hybridlm import sharding
-from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from pallas_kernels import cache_write
 
@@ -79,8 +78,7 @@ class Layout:
     """L of stacked arrays; None: those of one mixer, without that axis."""
 
     def __post_init__(self):
-        fits = isinstance(self.types, CacheTypes)
-        require(fits, f"cache_types ({self.types!r}) must be a hybridlm.CacheTypes, as CacheTypes(keys='int8')")
+        check_fields(self, "cache_")
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axes: tuple[str | None, ...] = ("batch",)) -> jax.Array:
         """Zeros [B, ...] of each depth. axes: logical axes, the rows' first; those that are not named are not split."""

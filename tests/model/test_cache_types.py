@@ -143,7 +143,7 @@ def test_types_are_checked():
         CacheTypes(keys="int4")
     with pytest.raises(ConfigError, match=r"^cache\.states \('int8'\) must be one of bfloat16 or None"):
         CacheTypes(states="int8")
-    with pytest.raises(ConfigError, match=r"^cache_types \('int8'\) must be a hybridlm.CacheTypes"):
+    with pytest.raises(ConfigError, match=r"^cache_types \('int8'\) must be CacheTypes"):
         abstract(small("*")).model().init_cache(1, 4, "int8")
 
 
