@@ -124,7 +124,49 @@ def _threads(threads) -> dict:
         high = lax.reduce_precision(tile, 8, 7)
         return high.astype(jnp.bfloat16), (tile - high).astype(jnp.bfloat16)
 
+    blocks = lambda tile: tile.reshape(4, threads.BLOCK, -1)
+    reverse = lambda tile: blocks(tile)[:, ::-1]
+
+    def store_totals(row):
+        def store(target, sums):
+            target[...] = blocks(sums)[:, row]
+
+        return store
+
+    def others(holds):
+        def sums(totals):
+            block = lax.broadcasted_iota(jnp.int32, (4, 4), 0), lax.broadcasted_iota(jnp.int32, (4, 4), 1)
+            return jnp.repeat(jnp.where(holds(*block), 1.0, 0.0) @ totals[...], threads.BLOCK, axis=0)
+
+        return sums
+
+    def distance(width):
+        def sums_to_the_middle(sums, totals):
+            before = jnp.repeat(jnp.cumsum(totals[...], axis=0) - totals[...], threads.BLOCK, axis=0)
+            upto = (sums + before).reshape(-1, 2 * width, sums.shape[-1])
+            moved = upto - upto[:, width - 1 : width]
+            right = lax.broadcasted_iota(jnp.int32, moved.shape, 1) >= width
+            return jnp.where(right, moved, -moved).reshape(sums.shape)
+
+        return sums_to_the_middle
+
+    def keep_level(tile, width, transposed=False):
+        behind, before = (col(), row()) if transposed else (row(), col())
+        pairs = (behind // width % 2 == 1) & (behind // width == before // width + 1)
+        return jnp.where(pairs, tile, jnp.zeros_like(tile))
+
     return {
+        "sums_upto": lambda tile: jnp.cumsum(blocks(tile), axis=1).reshape(tile.shape),
+        "sums_from": lambda tile: jnp.cumsum(reverse(tile), axis=1)[:, ::-1].reshape(tile.shape),
+        "store_totals_upto": store_totals(threads.BLOCK - 1),
+        "store_totals_from": store_totals(0),
+        "others": {
+            "before": others(jnp.greater),
+            "behind": others(jnp.less),
+            "all": others(lambda own, other: own == own),
+        },
+        "distance": {width: distance(width) for width in threads.LEVELS},
+        "keep_level": keep_level,
         "hidden_zero": lambda: 0,
         "keep_lower": keep(jnp.greater_equal),
         "keep_strictly_lower": keep(jnp.greater),

@@ -8,25 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import LOG2E, TILE
-from pallas_kernels.ops.gated_delta_rule.gpu import backward, forward
+from pallas_kernels.ops.gated_delta_rule.gpu import backward, channel_chunks, channel_gradients, channel_walk, forward
+from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import BETWEEN_DOCUMENTS, FORGOTTEN
 from pallas_kernels.ops.gated_delta_rule.gpu.forward import Walk
 from pallas_kernels.segments import document_numbers
 
 WIDEST = 128  # key channels, and value channels of a thread block
 TOKEN_MULTIPLE = 8  # of the arrays' tokens: what the copy engine's tiles ask for
-# Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
-BETWEEN_DOCUMENTS = 144.0
-FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
 
 
 def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
-    del beta, options
+    del beta, g, options
     for name, array in (("q_BTGN", q), ("k_BTGN", k), ("v_BTHP", v)):
         if array.dtype != jnp.bfloat16:
             return f"dtype of {name} ({array.dtype}) is not bfloat16"
-    if g is not None and g.ndim == 4:
-        return f"g has shape {list(g.shape)}, the kernels decay by head, not by key channel"
     if k.shape[-1] > WIDEST:
         return f"key width of k_BTGN ({k.shape[-1]}) above {WIDEST}"
     if isinstance(scale, jax.core.Tracer):
@@ -54,7 +50,9 @@ def gated_delta_rule_gpu(
     """
     del chunk
     (n_batch, n_tokens, n_heads, width), key = v_BTHP.shape, k_BTGN.shape[-1]
-    pad_t, pad_n, pad_p = -n_tokens % TOKEN_MULTIPLE, -key % TILE, -width % (TILE if width <= TILE else WIDEST)
+    by_channel = g is not None and g.ndim == 4
+    pad_t = -n_tokens % (TILE if by_channel else TOKEN_MULTIPLE)
+    pad_n, pad_p = -key % TILE, -width % (TILE if width <= TILE else WIDEST)
     cuts = max(1, (width + pad_p) // WIDEST)
 
     def pad(array, *ends):
@@ -62,14 +60,19 @@ def gated_delta_rule_gpu(
 
     q, k = (pad(array, 0, pad_t, 0, pad_n) for array in (q_BTGN, k_BTGN))
     v = pad(v_BTHP, 0, pad_t, 0, pad_p).reshape(n_batch, n_tokens + pad_t, n_heads * cuts, -1)
-    steps, beta, real = _gates(beta_BTH, g, segment_ids)
-    steps, beta = (jnp.repeat(array, cuts, axis=2) if cuts > 1 else array for array in (steps, beta))
     init = None
     if initial_state is not None:
         init = pad(initial_state.astype(jnp.float32), 0, 0, pad_n, pad_p).swapaxes(2, 3)
         init = init.reshape(n_batch, n_heads * cuts, -1, key + pad_n)
     options = (bool(normalize), float(scale), return_final_state)
-    y, final = _core(q, k, v, jnp.stack([steps, beta], axis=3), real, init, options)
+    cut = lambda array: jnp.repeat(array, cuts, axis=2) if cuts > 1 else array
+    if by_channel:
+        beta, real = _marked(beta_BTH, segment_ids)
+        g = pad(cut(g.astype(jnp.float32)), 0, pad_t, 0, pad_n)
+        y, final = _core_by_channel(q, k, v, g, cut(beta), real, init, options)
+    else:
+        steps, beta, real = _gates(beta_BTH, g, segment_ids)
+        y, final = _core(q, k, v, jnp.stack([cut(steps), cut(beta)], axis=3), real, init, options)
     y = y.reshape(n_batch, n_tokens + pad_t, n_heads, -1)[:, :n_tokens, :, :width]
     if not return_final_state:
         return y
@@ -86,14 +89,34 @@ def _gates(beta_BTH, g, segment_ids):
     steps = jnp.zeros_like(beta) if g is None else jnp.maximum(g.astype(jnp.float32) * LOG2E, FORGOTTEN)
     real = None
     if segment_ids is not None:
-        is_real = segment_ids != 0
-        number = document_numbers(segment_ids)
-        first = is_real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
+        is_real, first = _real_and_first(segment_ids)
         steps = jnp.where(first[..., None], -BETWEEN_DOCUMENTS, jnp.where(is_real[..., None], steps, 0.0))
         beta = jnp.where(is_real[..., None], beta, 0.0)
-        real = _chunked(is_real.astype(jnp.float32)[..., None])[:, :, 0]
-        real = jnp.where(real.all(-1, keepdims=True), 2.0, real)
+        real = _told(is_real)
     return _chunked(steps), _chunked(beta), real
+
+
+def _marked(beta_BTH, segment_ids):
+    """(beta, marks) by chunk: ``[B, chunks, H, 64]`` and ``[B, chunks, 2, 64]``: padding as in `_gates`, first tokens."""
+    beta = beta_BTH.astype(jnp.float32)
+    if segment_ids is None:
+        return _chunked(beta), None
+    is_real, first = _real_and_first(segment_ids)
+    marks = jnp.stack([_told(is_real), _told(first, everywhere=1.0)], axis=2)
+    return _chunked(jnp.where(is_real[..., None], beta, 0.0)), marks
+
+
+def _real_and_first(segment_ids):
+    """Which tokens are none of padding, and which of them begin a document behind another."""
+    is_real = segment_ids != 0
+    number = document_numbers(segment_ids)
+    return is_real, is_real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
+
+
+def _told(marks_BT, everywhere: float = 2.0):
+    """1 where it holds, else 0, ``[B, chunks, 64]``; chunks where it holds throughout are told as `everywhere`."""
+    marks = _chunked(marks_BT.astype(jnp.float32)[..., None])[:, :, 0]
+    return jnp.where(marks.all(-1, keepdims=True), everywhere, marks)
 
 
 def _chunked(array):
@@ -114,6 +137,7 @@ def _core(q, k, v, gates, real, init, options):
 
 
 def _config(q, v, gates, real, init, options):
+    """Of arrays as in `_core`; `gates` may be any by chunk."""
     normalize, scale, with_final = options
     return Walk(
         *v.shape[:3],
@@ -144,3 +168,42 @@ def _core_bwd(options, residuals, cotangents):
 
 
 _core.defvjp(_core_fwd, _core_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _core_by_channel(q, k, v, g, beta, real, init, options):
+    """As `_core` with g ``[B, T, H, N]``, beta and marks by chunk, and T a multiple of 64."""
+    cfg = _config(q, v, beta, real, init, options)
+    return _walk_by_channel(cfg, q, k, v, g, beta, real, init)[:2]
+
+
+def _walk_by_channel(cfg, q, k, v, g, beta, real, init):
+    """(y, final state, what the chunks gave, what the walk gave)."""
+    made = channel_chunks.chunks(cfg, q, k, g, beta, real)
+    arrays = {**made, "v": v, "beta": beta, "real": real, "init": init}
+    steps = channel_walk.Steps(cfg)
+    out = channel_walk.walk(steps, {name: arrays[name] for name in steps.inputs})
+    return out["y"], out.get("end"), made, out
+
+
+def _core_by_channel_fwd(q, k, v, g, beta, real, init, options):
+    cfg = dataclasses.replace(_config(q, v, beta, real, init, options), emit_residuals=True)
+    y, final, made, out = _walk_by_channel(cfg, q, k, v, g, beta, real, init)
+    kept = {**made, "u": out["written"], "state": out["states"]}
+    return (y, final), (q, k, v, g, beta, real, init, kept)
+
+
+def _core_by_channel_bwd(options, residuals, cotangents):
+    q, k, v, g, beta, real, init, kept = residuals
+    dy, d_final = cotangents
+    cfg = _config(q, v, beta, real, init, options)
+    arrays = {**kept, "q": q, "k": k, "g": g, "beta": beta, "real": real, "dy": dy, "final": d_final}
+    steps = channel_walk.Steps(cfg, reverse=True, has_final=d_final is not None)
+    back = channel_walk.walk(steps, {name: arrays[name] for name in steps.inputs})
+    arrays |= {"dv": back["dv"], "grad": back["grads"]}
+    out = channel_gradients.gradients(cfg, arrays)
+    dq, dk = (backward.of_groups(out[name], cfg.groups) for name in ("dq", "dk"))
+    return dq, dk, back["dv"], out["dg"], out["dbeta"], None, back.get("end")
+
+
+_core_by_channel.defvjp(_core_by_channel_fwd, _core_by_channel_bwd)

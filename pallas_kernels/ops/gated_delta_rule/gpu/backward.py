@@ -504,11 +504,11 @@ def gradients(cfg, q, k, gates, real, kept, dy, d_final):
     blocks = min(platform.multiprocessors(), cfg.batch * cfg.heads * cfg.chunks)
     states = (kept["states"], back["grads"])
     out = tiles(cfg, blocks, q, k, dy, kept["written"], back["dv"], *states, kept["numbers"], gates, real)
-    dq, dk = (_of_groups(out[name], cfg.groups) for name in ("dq", "dk"))
+    dq, dk = (of_groups(out[name], cfg.groups) for name in ("dq", "dk"))
     return dq, dk, back["dv"], out["gates"], back.get("init")
 
 
-def _of_groups(array, groups):
+def of_groups(array, groups):
     """Sums of the heads of each group."""
     if array.shape[2] == groups:
         return array

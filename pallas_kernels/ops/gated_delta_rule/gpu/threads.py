@@ -57,6 +57,14 @@ def _element(pair, k: int):
     return vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([k]))
 
 
+def _shuffle(value, lane):
+    """A float32 of another thread of the warp."""
+    i32 = ir.IntegerType.get_signless(32)
+    mask = mgpu.c(0xFFFFFFFF, i32)
+    moved = nvvm.shfl_sync(mask, arith.bitcast(i32, value), lane, _i32(31), nvvm.ShflKind.idx)
+    return arith.bitcast(ir.F32Type.get(), moved)
+
+
 def _like(array, registers):
     return mgpu.FragmentedArray(
         _registers=registers.reshape(array.registers.shape), _layout=array.layout, _is_signed=None
@@ -128,7 +136,7 @@ def invert_blocks(_, below):
     Row i of an inverse is final once the rows before it have been taken off: it then is taken off those behind it,
     ``below[r, i]`` times, to which thread 4 (i % 8) + c hands the row, and the thread that holds it, the factor.
     """
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    f32 = ir.F32Type.get()
     warp, r, c = _place()
     held = below.registers.reshape(8, 2)
     is_warp = [arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(w)) for w in range(4)]
@@ -138,11 +146,6 @@ def invert_blocks(_, below):
         for w in range(1, 4):
             register = arith.select(is_warp[w], held[2 * w + n, half], register)
         return [_element(register, k) for k in range(2)]
-
-    def shuffle(value, source):
-        mask = mgpu.c(0xFFFFFFFF, i32)
-        moved = nvvm.shfl_sync(mask, arith.bitcast(i32, value), source, _i32(31), nvvm.ShflKind.idx)
-        return arith.bitcast(f32, moved)
 
     factor = {(n, half): of_block(n, half) for n, half in np.ndindex(2, 2)}
     zero, one = mgpu.c(0.0, f32), mgpu.c(1.0, f32)
@@ -155,9 +158,9 @@ def invert_blocks(_, below):
     for i in range(BLOCK - 1):
         columns = [(n, k) for n, k in np.ndindex(2, 2) if n <= i // 8]  # the row is zero behind its diagonal
         source = arith.addi(c, _i32(4 * (i % 8)))
-        taken = {(n, k): shuffle(inverse[n, i // 8, k], source) for n, k in columns}
+        taken = {(n, k): _shuffle(inverse[n, i // 8, k], source) for n, k in columns}
         for half in range((i + 1) // 8, 2):  # rows behind i
-            times = shuffle(factor[i // 8, half][i % 2], arith.addi(four, _i32(i % 8 // 2)))
+            times = _shuffle(factor[i // 8, half][i % 2], arith.addi(four, _i32(i % 8 // 2)))
             for n, k in columns:
                 inverse[n, half, k] = arith.subf(inverse[n, half, k], arith.mulf(times, taken[n, k]))
 
@@ -167,3 +170,181 @@ def invert_blocks(_, below):
         values = vector.from_elements(pair, [inverse[n % 2, half, k] for k in range(2)])
         registers[n, half] = arith.select(is_warp[n // 2], values, vector.broadcast(pair, zero))
     return _like(below, registers)
+
+
+# Sums along tokens of a [64, 64] tile, of 64 channels: within the blocks of 16 of a warp by handing numbers on, between
+# warps by their totals, [4, 64] of shared memory.
+
+
+def _pairwise(combine, *pairs):
+    """A pair of numbers, each of those of `pairs`."""
+    values = [combine(*(_element(pair, k) for pair in pairs)) for k in range(2)]
+    return vector.from_elements(pairs[0].type, values)
+
+
+def _scan(reverse: bool, _, tile):
+    """Sums of each row and those before it in its block of 16; reverse: and those behind it."""
+    _, r, c = _place()
+    zero, held = mgpu.c(0.0, ir.F32Type.get()), tile.registers.reshape(8, 2)
+    lane = arith.addi(arith.muli(r, _i32(4)), c)
+    shift, end = (1, c) if reverse else (-1, arith.addi(_i32(28), c))  # the row that has all eight
+    reach = {}
+    for step in (1, 2, 4):
+        source = arith.andi(arith.addi(lane, _i32(4 * step * shift)), _i32(31))
+        inside = arith.cmpi(
+            arith.CmpIPredicate.slt if reverse else arith.CmpIPredicate.sge, r, _i32(8 - step if reverse else step)
+        )
+        reach[step] = source, inside
+    first, second = (1, 0) if reverse else (0, 1)
+    registers = np.empty_like(held)
+    for n in range(8):
+        done = {}
+        for half in (first, second):
+            values = [_element(held[n, half], k) for k in range(2)]
+            for source, inside in reach.values():
+                values = [arith.addf(v, arith.select(inside, _shuffle(v, source), zero)) for v in values]
+            if half == second:
+                values = [arith.addf(v, _shuffle(w, end)) for v, w in zip(values, done[first], strict=True)]
+            done[half] = values
+            registers[n, half] = vector.from_elements(held[n, half].type, values)
+    return _like(tile, registers)
+
+
+sums_upto = _one_tile(functools.partial(_scan, False))
+sums_from = _one_tile(functools.partial(_scan, True))
+
+
+def _store_totals(row: int, ctx, target, sums):
+    del ctx
+    warp, r, c = _place()
+    held = sums.registers.reshape(8, 2)
+    with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, r, _i32(row % 8))):
+        for n in range(8):
+            vector.store(held[n, row // 8], target, [_index(warp), _index(_column(n, c))])
+
+
+def _index(value):
+    return arith.index_cast(ir.IndexType.get(), value)
+
+
+def _column(n: int, c):
+    return arith.addi(arith.muli(c, _i32(2)), _i32(8 * n))
+
+
+_totals = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
+store_totals_upto = _totals(functools.partial(_store_totals, BLOCK - 1))  # of `sums_upto`
+store_totals_from = _totals(functools.partial(_store_totals, 0))  # of `sums_from`
+
+
+def _others(kind: str, _, totals):
+    """Of each channel the sum of the totals of other blocks: "before" that of the row, "behind" it, or of "all"."""
+    warp, _, c = _place()
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    zeros = vector.broadcast(pair, mgpu.c(0.0, ir.F32Type.get()))
+    predicate = {"before": arith.CmpIPredicate.sgt, "behind": arith.CmpIPredicate.slt}.get(kind)
+    registers = np.empty((8, 2), dtype=object)
+    for n in range(8):
+        total = zeros
+        for w in {"before": (0, 1, 2), "behind": (1, 2, 3), "all": (0, 1, 2, 3)}[kind]:
+            own = vector.load(pair, totals, [_index(_i32(w)), _index(_column(n, c))])
+            if predicate is not None:
+                own = arith.select(arith.cmpi(predicate, warp, _i32(w)), own, zeros)
+            total = arith.addf(total, own)
+        registers[n, :] = total
+    return _fresh(registers)
+
+
+def _fresh(registers):
+    layout = WGMMA.to_mgpu()
+    shape = layout.registers_shape((TILE, TILE))
+    return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
+
+
+others = {
+    kind: plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_TILE_F32)(functools.partial(_others, kind))
+    for kind in ("before", "behind", "all")
+}
+
+
+def _distance(width: int, _, sums, totals):
+    """Decay between a row and the middle of its block of 2 `width` rows: of `sums_upto`, and its totals.
+
+    Behind the middle it is the sum of the rows since then, the own included; before it, that of the rows up to it, the
+    own excluded. With log decays it is at most 0, and of two rows on either side it is that between them in all.
+    """
+    warp, r, c = _place()
+    held = sums.registers.reshape(8, 2)
+    lane = lambda row: arith.addi(arith.muli(row, _i32(4)), c)
+    odd = arith.CmpIPredicate.ne
+    right = arith.cmpi(odd, arith.andi(warp, _i32(width // BLOCK)), _i32(0)) if width >= BLOCK else None
+    if width < BLOCK // 2:
+        right = arith.cmpi(odd, arith.andi(r, _i32(width)), _i32(0))
+        source = lane(arith.ori(arith.andi(r, _i32(8 - 2 * width)), _i32(width - 1)))
+    pair = held[0, 0].type
+    zeros = vector.broadcast(pair, mgpu.c(0.0, ir.F32Type.get()))
+    registers = np.empty_like(held)
+    for n in range(8):
+        at = lambda w, n=n: vector.load(pair, totals, [_index(w), _index(_column(n, c))])
+        for half in range(2):
+            own = held[n, half]
+            if width < BLOCK // 2:
+                middle = _pairwise(lambda v: _shuffle(v, source), own)
+                moved = arith.subf(own, middle)
+                registers[n, half] = arith.select(right, moved, arith.negf(moved))
+            elif width == BLOCK // 2:
+                middle = _pairwise(lambda v: _shuffle(v, lane(_i32(7))), held[n, 0])
+                registers[n, half] = arith.subf(own, middle) if half else arith.subf(middle, own)
+            else:
+                upto, after = own, arith.subf(at(warp), own)
+                if width == 2 * BLOCK:
+                    is_end = lambda w: arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(w))
+                    upto = arith.addf(upto, arith.select(is_end(3), at(_i32(2)), zeros))
+                    after = arith.addf(after, arith.select(is_end(0), at(_i32(1)), zeros))
+                registers[n, half] = arith.select(right, upto, after)
+    return _like(sums, registers)
+
+
+LEVELS = (32, 16, 8, 4, 2, 1)
+distance = {
+    width: plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()), return_type=_TILE_F32)(
+        functools.partial(_distance, width)
+    )
+    for width in LEVELS
+}
+
+
+def _keep_level(width: int, transposed: bool, _, tile):
+    """Pairs (row, column) behind and before the middle of one block of 2 `width` tokens; transposed: before, behind."""
+    warp, r, c = _place()
+    held = tile.registers.reshape(8, 2)
+    elements = ir.VectorType(held[0, 0].type).element_type
+    zero = mgpu.c(0.0, elements)
+    bits = width.bit_length() - 1
+    shifted = lambda index: arith.shrui(index, _i32(bits))
+    registers = np.empty_like(held)
+    for half in range(2):
+        row = shifted(arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half))))
+        ahead = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(row, _i32(1)), _i32(0 if transposed else 1))
+        mate = arith.select(ahead, arith.xori(row, _i32(1)), _i32(-1))
+        for n in range(8):
+            keep = lambda k, n=n, mate=mate: arith.cmpi(
+                arith.CmpIPredicate.eq, mate, shifted(arith.addi(_column(n, c), _i32(k)))
+            )
+            values = [arith.select(keep(k), _element(held[n, half], k), zero) for k in range(2)]
+            registers[n, half] = vector.from_elements(held[n, half].type, values)
+    return _like(tile, registers)
+
+
+_KEEP_LEVEL = {
+    (width, transposed, jnp.dtype(tile.dtype)): plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=tile)(
+        functools.partial(_keep_level, width, transposed)
+    )
+    for width in LEVELS
+    for transposed in (False, True)
+    for tile in (_TILE_F32, _TILE_BF16)
+}
+
+
+def keep_level(tile, width: int, transposed: bool = False):
+    """What of a tile is of a level's pairs, see `_keep_level`; else 0."""
+    return _KEEP_LEVEL[width, transposed, tile.dtype](tile)
