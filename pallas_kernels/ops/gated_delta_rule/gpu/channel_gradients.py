@@ -204,22 +204,22 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
 
 
 def _write(cfg, where, outs, smem, wg, gradients):
-    """dq and dk, less what their lengths take, in place of q and k; the gradient of beta."""
+    """dq and dk, less what their lengths take, and the gradient of beta."""
     b, chunk, head = where
     rows, channels = pl.ds(chunk * TILE, TILE), pl.ds(wg * TILE, TILE)
     n_slices = cfg.key // TILE
     summed = lambda row: sum(vector(smem["sums"].at[n, row], ROW) for n in range(n_slices))
-    for name, row, per, gradient in zip(("q", "k"), (OF_Q, OF_K), (PER_Q, PER_K), gradients, strict=True):
-        tile = smem[name].at[:, channels]
+    rest = zip(("q", "k"), (OF_Q, OF_K), (PER_Q, PER_K), gradients, strict=True)
+    for n, (name, row, per, gradient) in enumerate(rest):
         if cfg.normalize:
             lengths = vector(smem["lengths"].at[per], ROW)
-            gradient -= load_tile(tile) * rows_of(lengths * lengths * summed(row))
-        tile[...] = gradient.astype(cfg.dtype)
+            gradient -= load_tile(smem[name].at[:, channels]) * rows_of(lengths * lengths * summed(row))
+        smem["weighed"][wg, n] = gradient.astype(cfg.dtype)  # in place of the last level's
     if wg == 0:
         smem["dbeta"][...] = summed(OF_BETA) / _beta(smem, ROW)
     plgpu.commit_smem()
-    for name in ("q", "k"):
-        plgpu.copy_smem_to_gmem(smem[name].at[:, channels], outs["d" + name].at[b, rows, head, channels])
+    for n, name in enumerate(("dq", "dk")):
+        plgpu.copy_smem_to_gmem(smem["weighed"].at[wg, n], outs[name].at[b, rows, head, channels])
     if wg == 0:
         plgpu.copy_smem_to_gmem(smem["dbeta"], outs["dbeta"].at[b, chunk, head])
 
