@@ -115,26 +115,23 @@ def _level(cfg, smem, sums, width, wg, channels, found):
     """Adds the pairs of a level to (dq, dk, gradient of a, k . (second))."""
     d_q, d_k, net, dots = found
     weight = jnp.exp2(threads.distance[width](sums, smem["totals"].at[wg, DECAYS]))
-    weighed_q, weighed_k = (
-        (load_tile(smem[name].at[:, channels]) * weight).astype(cfg.dtype) for name in ("q", "k")
-    )
     plgpu.commit_smem()  # all have read those of the level before
     queries, keys = (smem["weighed"].at[wg, n] for n in range(2))
-    queries[...] = weighed_q
-    keys[...] = weighed_k
+    for target, name in ((queries, "q"), (keys, "k")):
+        target[...] = (load_tile(smem[name].at[:, channels]) * weight).astype(cfg.dtype)
     plgpu.commit_smem()
     of = lambda which, back: threads.keep_level(
         plgpu.load(smem["pairs"].at[which].T if back else smem["pairs"].at[which], layout=WGMMA), width, back
     )
     more = _product((of(F_PAIRS, False), keys))
     d_q += more * weight
-    net += more * weighed_q.astype(F32)
+    net += more * load_tile(queries)
     more = _product((of(H_PAIRS, False), keys))
     d_k += more * weight
-    net += more * weighed_k.astype(F32)
+    net += more * load_tile(keys)
     more = _product((of(F_PAIRS, True), queries), (of(H_PAIRS, True), keys))
     d_k += more * weight
-    more *= weighed_k.astype(F32)
+    more *= load_tile(keys)
     return d_q, d_k, net - more, dots + jnp.sum(more, axis=1)
 
 

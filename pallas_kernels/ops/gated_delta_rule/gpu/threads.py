@@ -319,6 +319,7 @@ def _keep_level(width: int, transposed: bool, _, tile):
     held = tile.registers.reshape(8, 2)
     elements = ir.VectorType(held[0, 0].type).element_type
     zero = mgpu.c(0.0, elements)
+    zeros = vector.broadcast(held[0, 0].type, zero)
     bits = width.bit_length() - 1
     shifted = lambda index: arith.shrui(index, _i32(bits))
     registers = np.empty_like(held)
@@ -330,6 +331,9 @@ def _keep_level(width: int, transposed: bool, _, tile):
             keep = lambda k, n=n, mate=mate: arith.cmpi(
                 arith.CmpIPredicate.eq, mate, shifted(arith.addi(_column(n, c), _i32(k)))
             )
+            if width > 1:  # both of a pair are of the level, or none
+                registers[n, half] = arith.select(keep(0), held[n, half], zeros)
+                continue
             values = [arith.select(keep(k), _element(held[n, half], k), zero) for k in range(2)]
             registers[n, half] = vector.from_elements(held[n, half].type, values)
     return _like(tile, registers)
