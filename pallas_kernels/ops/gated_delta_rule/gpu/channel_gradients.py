@@ -30,6 +30,7 @@ from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
     F32,
+    F32_TRANSFORMS,
     ROW,
     TILE,
     WGMMA,
@@ -73,7 +74,7 @@ def _pairs_of(cfg, smem, which, products):
         kept = threads.keep_lower(products * rows_of(vector(smem["lengths"].at[PER_Q], ROW) * cfg.scale) * per_k)
     else:
         kept = threads.keep_strictly_lower(products * rows_of(-vector(smem["lengths"].at[PER_K], ROW)) * per_k)
-    smem["pairs"][which] = kept.astype(cfg.dtype)
+    smem["pairs"][0, which] = kept.astype(cfg.dtype)
 
 
 def _from_states(cfg, i, smem, bars, channels, part_of):
@@ -114,14 +115,16 @@ def _product(*operands):
 def _level(cfg, smem, sums, width, wg, channels, found):
     """Adds the pairs of a level to (dq, dk, gradient of a, k . (second))."""
     d_q, d_k, net, dots = found
+    zero = threads.hidden_zero()
     weight = jnp.exp2(threads.distance[width](sums, smem["totals"].at[wg, DECAYS]))
     plgpu.commit_smem()  # all have read those of the level before
-    queries, keys = (smem["weighed"].at[wg, n] for n in range(2))
+    queries, keys = (smem["weighed"].at[wg + zero, n] for n in range(2))
+    pairs = smem["pairs"].at[zero]
     for target, name in ((queries, "q"), (keys, "k")):
-        target[...] = (load_tile(smem[name].at[:, channels]) * weight).astype(cfg.dtype)
+        target[...] = (load_tile(smem[name].at[zero, :, channels]) * weight).astype(cfg.dtype)
     plgpu.commit_smem()
     of = lambda which, back: threads.keep_level(
-        plgpu.load(smem["pairs"].at[which].T if back else smem["pairs"].at[which], layout=WGMMA), width, back
+        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), width, back
     )
     more = _product((of(F_PAIRS, False), keys))
     d_q += more * weight
@@ -138,8 +141,8 @@ def _level(cfg, smem, sums, width, wg, channels, found):
 def _own_pairs(smem, channels, found):
     """Adds what token i hands to itself: as a_i - a_i = 0, nothing to the gradient of a."""
     d_q, d_k, net, dots = found
-    own = jnp.sum(threads.keep_diagonal(load_tile(smem["pairs"].at[F_PAIRS])), axis=1)
-    q, k = (load_tile(smem[name].at[:, channels]) for name in ("q", "k"))
+    own = jnp.sum(threads.keep_diagonal(load_tile(smem["pairs"].at[0, F_PAIRS])), axis=1)
+    q, k = (load_tile(smem[name].at[0, :, channels]) for name in ("q", "k"))
     return d_q + k * rows_of(own), d_k + q * rows_of(own), net, dots + own * jnp.sum(q * k, axis=1)
 
 
@@ -147,14 +150,16 @@ def _states_part(cfg, i, where, ins, smem, bars, wg, part_of):
     """(sums of log2 decays, what comes from the states of (dq, dk, gradient of a, k . (second)))."""
     b, chunk, head = where
     channels, totals = pl.ds(wg * TILE, TILE), smem["totals"]
-    q, k = smem["q"].at[:, channels], smem["k"].at[:, channels]
+    q, k = smem["q"].at[0, :, channels], smem["k"].at[0, :, channels]
     plgpu.barrier_wait(bars["full"])
     clear(cfg, smem, 0, q, k)
     steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, channels]
     sums = threads.sums_upto(log2_decays(cfg, steps, smem["real"].at[0] if cfg.segments else None))
     threads.store_totals_upto(totals.at[wg, DECAYS], sums)
+    smem["decays"][wg] = sums  # out of the registers that what follows needs
     d_q, back, onward, crossing = _from_states(cfg, i, smem, bars, channels, part_of)
     plgpu.commit_smem()
+    sums = plgpu.load(smem["decays"].at[wg + threads.hidden_zero()], layout=WGMMA)
     upto = sums + threads.others["before"](totals.at[wg, DECAYS])
     whole = threads.others["all"](totals.at[wg, DECAYS])
     per_k = vector(smem["lengths"].at[PER_K], ROW)
@@ -182,7 +187,7 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     d_q, d_k, net, dots = _own_pairs(smem, channels, found)
     net = threads.sums_from(net)
     threads.store_totals_from(smem["totals"].at[wg, OF_NET], net)
-    q, k = smem["q"].at[:, channels], smem["k"].at[:, channels]
+    q, k = smem["q"].at[0, :, channels], smem["k"].at[0, :, channels]
     smem["sums"][wg, OF_Q] = jnp.sum(load_tile(q) * d_q, axis=1)
     smem["sums"][wg, OF_K] = jnp.sum(load_tile(k) * d_k, axis=1)
     smem["sums"][wg, OF_BETA] = dots
@@ -210,7 +215,7 @@ def _write(cfg, where, outs, smem, wg, gradients):
     for n, (name, row, per, gradient) in enumerate(rest):
         if cfg.normalize:
             lengths = vector(smem["lengths"].at[per], ROW)
-            gradient -= load_tile(smem[name].at[:, channels]) * rows_of(lengths * lengths * summed(row))
+            gradient -= load_tile(smem[name].at[0, :, channels]) * rows_of(lengths * lengths * summed(row))
         smem["weighed"][wg, n] = gradient.astype(cfg.dtype)  # in place of the last level's
     if wg == 0:
         smem["dbeta"][...] = summed(OF_BETA) / _beta(smem, ROW)
@@ -231,7 +236,7 @@ def _produce(cfg, i, where, ins, smem, bars):
         plgpu.barrier_wait(bars["empty"])
 
     for name in ("q", "k"):
-        plgpu.copy_gmem_to_smem(ins[name].at[b, rows, group], smem[name], bars["full"])
+        plgpu.copy_gmem_to_smem(ins[name].at[b, rows, group], smem[name].at[0], bars["full"])
     for name in ("lengths", "beta"):
         plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head], smem[name], bars["full"])
     if cfg.segments:
@@ -265,11 +270,13 @@ def _scratch(cfg):
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     n_slices = cfg.key // TILE
     return {
-        **{name: tile((TILE, cfg.key)) for name in ("q", "k")},
+        **{name: tile((1, TILE, cfg.key)) for name in ("q", "k")},
         **{name: tile((STAGES, TILE, TILE)) for name in ("dy", "u", "dv")},
         **{name: tile((STAGES, TILE, cfg.key)) for name in ("state", "grad")},
-        "pairs": tile((2, TILE, TILE)),
-        "weighed": tile((n_slices, 2, TILE, TILE)),
+        "pairs": tile((1, 2, TILE, TILE)),
+        "weighed or decays": plgpu.RefUnion(
+            tile((n_slices, 2, TILE, TILE)), plgpu.SMEM((n_slices, TILE, TILE), F32, transforms=F32_TRANSFORMS)
+        ),
         "totals": plgpu.SMEM((n_slices, 3, TILE // threads.BLOCK, TILE), F32),
         "sums": plgpu.SMEM((n_slices, 3, TILE), F32),
         "lengths": plgpu.SMEM((2, TILE), F32),
@@ -312,6 +319,8 @@ def _body(cfg, blocks, *refs):
         lax.fori_loop(0, steps, step, None)
 
     def scoped(smem, bars):
+        weighed, decays = smem["weighed or decays"]
+        smem = {**smem, "weighed": weighed, "decays": decays}
         for own in range(n_slices):
 
             @pl.when(wg == own)

@@ -42,9 +42,11 @@ def _i32(value: int):
     return mgpu.c(value, ir.IntegerType.get_signless(32))
 
 
-def _place():
-    """(warp of the warpgroup, r, c) of the thread."""
+def _place(hidden: bool = False):
+    """(warp of the warpgroup, r, c) of the thread; hidden: as `hidden_zero`, so that all that is told from them."""
     thread = mgpu.thread_idx()
+    if hidden:
+        thread = llvm.inline_asm(thread.type, [thread], "mov.u32 $0, $1;", "=r,r", has_side_effects=True)
     lane = arith.remui(thread, _i32(32))
     return (
         arith.remui(arith.divui(thread, _i32(32)), _i32(4)),
@@ -184,7 +186,7 @@ def _pairwise(combine, *pairs):
 
 def _scan(reverse: bool, _, tile):
     """Sums of each row and those before it in its block of 16; reverse: and those behind it."""
-    _, r, c = _place()
+    _, r, c = _place(hidden=True)
     zero, held = mgpu.c(0.0, ir.F32Type.get()), tile.registers.reshape(8, 2)
     lane = arith.addi(arith.muli(r, _i32(4)), c)
     shift, end = (1, c) if reverse else (-1, arith.addi(_i32(28), c))  # the row that has all eight
@@ -216,7 +218,7 @@ sums_from = _one_tile(functools.partial(_scan, True))
 
 def _store_totals(row: int, ctx, target, sums):
     del ctx
-    warp, r, c = _place()
+    warp, r, c = _place(hidden=True)
     held = sums.registers.reshape(8, 2)
     with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, r, _i32(row % 8))):
         for n in range(8):
@@ -238,7 +240,7 @@ store_totals_from = _totals(functools.partial(_store_totals, 0))  # of `sums_fro
 
 def _others(kind: str, _, totals):
     """Of each channel the sum of the totals of other blocks: "before" that of the row, "behind" it, or of "all"."""
-    warp, _, c = _place()
+    warp, _, c = _place(hidden=True)
     pair = ir.VectorType.get((2,), ir.F32Type.get())
     zeros = vector.broadcast(pair, mgpu.c(0.0, ir.F32Type.get()))
     predicate = {"before": arith.CmpIPredicate.sgt, "behind": arith.CmpIPredicate.slt}.get(kind)
@@ -272,7 +274,7 @@ def _distance(width: int, _, sums, totals):
     Behind the middle it is the sum of the rows since then, the own included; before it, that of the rows up to it, the
     own excluded. With log decays it is at most 0, and of two rows on either side it is that between them in all.
     """
-    warp, r, c = _place()
+    warp, r, c = _place(hidden=True)
     held = sums.registers.reshape(8, 2)
     lane = lambda row: arith.addi(arith.muli(row, _i32(4)), c)
     odd = arith.CmpIPredicate.ne
@@ -315,7 +317,7 @@ distance = {
 
 def _keep_level(width: int, transposed: bool, _, tile):
     """Pairs (row, column) behind and before the middle of one block of 2 `width` tokens; transposed: before, behind."""
-    warp, r, c = _place()
+    warp, r, c = _place(hidden=True)
     held = tile.registers.reshape(8, 2)
     elements = ir.VectorType(held[0, 0].type).element_type
     zero = mgpu.c(0.0, elements)
