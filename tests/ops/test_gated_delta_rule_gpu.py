@@ -10,8 +10,11 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
+from pallas_kernels.op import select
+from pallas_kernels.ops import OPS
 from pallas_kernels.ops.gated_delta_rule import cases
 from pallas_kernels.oracle import compare
+from pallas_kernels.platform import assume_platform
 from tests.ops.interpreter import interpreted, needs_gpu_interpreter
 from tests.ops.support import check_against_oracle
 
@@ -19,7 +22,7 @@ gpu = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.api", reason=
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 inverse = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.inverse")
 
-SERVED = [case for case in (*cases.TEST_CASES, *cases.WIDTH_CASES) if case.gate != "channel"]
+SERVED = (*cases.TEST_CASES, *cases.WIDTH_CASES)
 by_name = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 
 
@@ -35,10 +38,23 @@ def test_supports_names_argument_and_limit():
         inputs = cases.make_inputs(case, dtype)
         return gpu.supports(*(inputs[name] for name in ("q", "k", "v", "beta", "g")), scale=scale)
 
-    assert why() is None and why(gate=None) is None
+    assert why() is None and why(gate=None) is None and why(gate="channel") is None
     assert why(dtype="float32") == "dtype of q_BTGN (float32) is not bfloat16"
-    assert why(gate="channel") == "g has shape [1, 16, 2, 64], the kernels decay by head, not by key channel"
     assert why(key=192) == "key width of k_BTGN (192) above 128"
+
+
+@pytest.mark.newer
+@pytest.mark.parametrize(
+    ("changes", "choice"), [({}, "gpu"), ({"gate": None}, "gpu"), ({"gate": "channel"}, "xla"), ({"key": 192}, "xla")]
+)
+def test_auto_takes_what_is_proven_on_the_card(changes, choice):
+    inputs = cases.make_inputs(
+        cases.Case("auto", 1, 16, 2, 64, 1, **{"key": 64, "gate": "head", **changes}), "bfloat16"
+    )
+    op = OPS["gated_delta_rule"]
+    with assume_platform("gpu", capability="9.0"):
+        chosen = select(op, "auto", tuple(inputs[name] for name in op.positional), {"scale": 1.0})
+    assert chosen is op.implementations[choice]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,8 +103,9 @@ def test_kernels_interpreted_on_all_cases(case):
 
 @needs_gpu_interpreter
 @pytest.mark.quick
-def test_kernels_interpreted_where_a_head_has_two_warpgroups():
-    case = cases.Case("parts", 1, 130, 2, 128, 1, 128, gate="head", decay="mixed", layout="packed")
+@pytest.mark.parametrize(("gate", "heads", "tokens"), [("head", 2, 130), ("channel", 1, 70)])
+def test_kernels_interpreted_where_a_head_has_two_warpgroups(gate, heads, tokens):
+    case = cases.Case("parts", 1, tokens, heads, 128, 1, 128, gate=gate, decay="mixed", layout="packed")
     check_interpreted(cases.make_inputs(case, "bfloat16"), case)
 
 

@@ -15,6 +15,7 @@ OP = Op(
     padding_may_be_nan=True,
     states=("initial_state",),
     hints={"chunk": (1, 7, 1000)},
+    proven=("gpu",),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.gated_delta_rule.reference:gated_delta_rule_reference", forward_mode=True
@@ -28,6 +29,7 @@ OP = Op(
         "gpu": Implementation(
             "pallas_kernels.ops.gated_delta_rule.gpu.api:gated_delta_rule_gpu",
             "pallas_kernels.ops.gated_delta_rule.gpu.api:supports",
+            "pallas_kernels.ops.gated_delta_rule.gpu.api:slower",
             oldest_jax=(0, 11),
             capability=HOPPER,
         ),

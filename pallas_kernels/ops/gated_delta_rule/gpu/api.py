@@ -30,6 +30,14 @@ def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
     return None
 
 
+def slower(q, k, v, beta, g=None, **options) -> str | None:
+    """Why `auto` leaves a call that the kernels serve to xla, or None."""
+    del q, k, v, beta, options
+    if g is not None and g.ndim == 4:
+        return f"g has shape {list(g.shape)}, the kernels of decays by key channel are not proven faster"
+    return None
+
+
 def gated_delta_rule_gpu(
     q_BTGN,
     k_BTGN,
@@ -97,7 +105,7 @@ def _gates(beta_BTH, g, segment_ids):
 
 
 def _marked(beta_BTH, segment_ids):
-    """(beta, marks) by chunk: ``[B, chunks, H, 64]`` and ``[B, chunks, 2, 64]``: padding as in `_gates`, first tokens."""
+    """(beta ``[B, chunks, H, 64]``, marks ``[B, chunks, 2, 64]``: padding as in `_gates`, first tokens)."""
     beta = beta_BTH.astype(jnp.float32)
     if segment_ids is None:
         return _chunked(beta), None

@@ -16,7 +16,6 @@ in the right half sees those in the left half through the middle, ``exp2(a_i - a
 in the left or the right half of its block, so it has one weight a level. No number overflows, whatever the decays.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -27,7 +26,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
-    COL,
     F32,
     F32_TRANSFORMS,
     LOG2E,
@@ -178,7 +176,6 @@ def _work(cfg, idx, ins, outs, smem, bar):
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem["t"], outs["t"].at[b, chunk, head])
     plgpu.wait_smem_to_gmem(0)
-
 
 
 def _outputs(cfg):

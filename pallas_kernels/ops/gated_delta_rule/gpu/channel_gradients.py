@@ -2,16 +2,16 @@
 """Mosaic GPU (Hopper) kernel of all gradients of the gated delta rule by key channel but that of the values.
 
 In the words of `backward` and `channel_chunks`, with S the state that enters a chunk and R the gradient of that which
-leaves it, ``F_ij = beta_j (dy_i . U_j)`` for j <= i, ``H_ij = -beta_j (dV_i . U_j)`` for j < i and ``E_ij[n] = exp2(a_in
-- a_jn)``, its other gradients are
+leaves it, ``F_ij = beta_j (dy_i . U_j)`` for j <= i, ``H_ij = -beta_j (dV_i . U_j)`` for j < i and
+``E_ij[n] = exp2(a_in - a_jn)``, its other gradients are
 
     dq_i = exp2(a_i) o S dy_i + sum_j F_ij E_ij o k_j
     dk_i = [sum_j H_ij E_ij o k_j - exp2(a_i) o S dV_i]
          + [beta_i exp2(a_end - a_i) o R U_i + sum_j F_ji E_ji o q_j + H_ji E_ji o k_j]
 
-by the levels of `channel_chunks`, four products each. The gradient of ``a_i`` is, by channel, q_i o dq_i + k_i o (first)
-- k_i o (second), and that of beta_i is k_i . (second) / beta_i. A pair stands on both sides of the former with the same
-rounded operands, so what does not cross a token cancels to float32 accuracy.
+by the levels of `channel_chunks`, four products each. The gradient of ``a_i`` is, by channel, q_i o dq_i +
+k_i o (first) - k_i o (second), and that of beta_i is k_i . (second) / beta_i. A pair stands on both sides of the former
+with the same rounded operands, so what does not cross a token cancels to float32 accuracy.
 
 A thread block takes one chunk of one head after the other; a producer streams them, and one warpgroup per 64 key
 channels computes. Of two, the first multiplies F and the second H.

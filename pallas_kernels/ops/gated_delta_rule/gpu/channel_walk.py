@@ -188,9 +188,7 @@ def _states(steps, idx, ins, outs, smem, bars, part):
     if steps.starts:
         state = plgpu.load(ins[steps.starts].at[b, head, channels], layout=WGMMA, optimized=False)
     work = functools.partial(_reverse_step if steps.reverse else _forward_step, steps)
-    state = lax.fori_loop(
-        0, steps.walk.chunks, lambda i, state: work(state, idx, outs, smem, bars, i, part), state
-    )
+    state = lax.fori_loop(0, steps.walk.chunks, lambda i, state: work(state, idx, outs, smem, bars, i, part), state)
     if "end" in outs:
         outs["end"][b, head, channels] = state
     plgpu.wait_smem_to_gmem(0)
