@@ -20,8 +20,10 @@ BITS = {
 SHAPE = re.compile(rf"\b({'|'.join(BITS)})\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:to_apply=|calls=|called_computation=|called_computations=\{)%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+CALLS = ("call", "call-start", "async-start", "custom-call-start")
+"""Operations that run another computation once: at once, or on another core (TPUs' SparseCores take exchanges)."""
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "constant"}
 """Operations whose result is another's, or is listed where it is made."""
 
@@ -109,7 +111,7 @@ def _count(program: Program, name: str, times: int) -> None:
             if n is None:
                 program.unknown.append(instruction.name)
             _count(program, _named(re.search(r"body=%?([\w.\-]+)", instruction.rest)), times * (n or 1))
-        elif instruction.op in ("call", "async-start", "fusion"):
+        elif instruction.op in (*CALLS, "fusion"):
             if called := CALLED.search(instruction.rest):
                 _count(program, called[1], times)
         elif instruction.op == "conditional":

@@ -137,7 +137,7 @@ class _Walk:
             return values[0] if values and values[0] is not None else []
         if op == "copy-done" or op.endswith("-done"):
             return self._done(values)
-        if op.endswith("-start"):
+        if op.endswith(("-start", "-update")):  # an update may be the first to name what is made
             return self._start(n, instruction, values)
         if op == "while":
             return self._loop(n, instruction, values[0])

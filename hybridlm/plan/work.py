@@ -15,7 +15,7 @@ from hybridlm.plan import hlo
 from hybridlm.plan.classes import MLP, NORMS, OTHER, PROJECTIONS, class_of, sublayer_of
 from hybridlm.plan.collectives import KINDS
 from hybridlm.plan.dots import flops_of
-from hybridlm.plan.hlo import BRANCHES, CALLED, SHAPE, Instruction, Program
+from hybridlm.plan.hlo import BRANCHES, CALLED, CALLS, SHAPE, Instruction, Program
 from hybridlm.plan.kernels import kernel_cost
 from pallas_kernels.cost import Array
 
@@ -101,7 +101,7 @@ class _Counter:
 
     def _add(self, counts: Counts, name: str, instruction: Instruction) -> None:
         op = instruction.op
-        if op in FREE or op.endswith("-done") or op.removesuffix("-start") in KINDS:
+        if op in FREE or op.endswith(("-update", "-done")) or op.removesuffix("-start") in KINDS:
             return
         if op == "while":
             n = hlo.trips(self.program, instruction)
@@ -112,7 +112,7 @@ class _Counter:
             branches = [n.strip().lstrip("%") for one, many in BRANCHES.findall(instruction.rest)
                         for n in ([one] if one else many.split(","))]  # fmt: skip
             counts.add(min((self.of(branch) for branch in branches), key=lambda c: c.all.bytes))
-        elif op in ("call", "call-start", "async-start"):
+        elif op in CALLS:
             if called := CALLED.search(instruction.rest):
                 counts.add(self.of(called[1]))
         elif op == "fusion":
