@@ -52,7 +52,7 @@ class Counts:
 
     by_class: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))
     unknown: dict[str, None] = field(default_factory=dict)
-    """Kernels of which nothing is known but what they read and write, and loops counted once."""
+    """Kernels of which nothing is known but what they read and write, and loops counted as `hlo.least_trips`."""
 
     def add(self, other: "Counts", times: float = 1) -> None:
         for name, work in other.by_class.items():
@@ -106,8 +106,9 @@ class _Counter:
         if op == "while":
             n = hlo.trips(self.program, instruction)
             if n is None:
-                counts.unknown[f"loop {instruction.source or instruction.name}"] = None
-            counts.add(self.of(re.search(r"body=%?([\w.\-]+)", instruction.rest)[1]), n or 1)
+                n = hlo.least_trips(self.program, instruction)
+                counts.unknown[f"loop {instruction.source or instruction.name}: taken as {n:,} trips"] = None
+            counts.add(self.of(hlo.body_of(instruction)), n)
         elif op == "conditional":
             branches = [n.strip().lstrip("%") for one, many in BRANCHES.findall(instruction.rest)
                         for n in ([one] if one else many.split(","))]  # fmt: skip
@@ -194,9 +195,10 @@ class _Counter:
         if target is None or not any(word in target[1] for word in KERNELS):
             return None
         scopes = instruction.source.split("/")
-        kernel = re.sub(r"\.\d+$", "", instruction.name) if "tpu" in target[1] else ([*scopes, "", ""][-3])
+        gpu = "tpu" not in target[1]
+        kernel = ["", *scopes][-2] if gpu else re.sub(r"\.\d+$", "", instruction.name)
         operands = [a for operand in operands_of(instruction) for a in _arrays(self._shape(name, operand))]
-        cost = kernel_cost(kernel, operands, _arrays(instruction.shape))
+        cost = kernel_cost(kernel, operands, _arrays(instruction.shape), gpu=gpu)
         if cost is None:
             counts.unknown[f"FLOPs of the kernel {kernel} in {sublayer_of(instruction.source)}"] = None
         return 0.0 if cost is None else cost.flops

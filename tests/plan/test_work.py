@@ -10,7 +10,9 @@ import pytest
 from hybridlm.plan import hlo
 from hybridlm.plan.classes import EXPERTS, OTHER, class_of, sublayer_of
 from hybridlm.plan.dots import _positions
+from hybridlm.plan.traced import flops
 from hybridlm.plan.work import work
+from pallas_kernels import grouped_dot
 
 
 def compiled(function, *shapes):
@@ -116,3 +118,17 @@ def test_groups_of_devices():
     assert group("replica_groups=[4,2]<=[2,4]T(1,0)") == (0, 4)
     assert group("replica_groups=mesh['a'=2,'b'=4] {'a'}") == (0, 4)
     assert np.array_equal(group("replica_groups=mesh['a'=2,'b'=4] {'b'}"), range(4))
+
+
+def test_a_loop_over_rows_that_experts_have():
+    """Its length is known when it runs; taken is what all rows need, in blocks: the mean, as if no block were half
+    empty. Traced and compiled programs agree with the products of all rows."""
+    rows, k, n, groups = 512, 32, 48, 4
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, k), (groups, k, n))]
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    traced = jax.jit(lambda x, w, sizes: grouped_dot(x, w, sizes, implementation="xla")).trace(*shapes, sizes)
+    found = counted(traced.lower().compile())
+    exact = 2 * rows * k * n
+    assert found.all.flops == exact and flops(traced, 1).all == exact
+    assert len(found.unknown) == 1 and "taken as 16 trips" in next(iter(found.unknown))
+    assert next(iter(flops(traced, 1).unknown)).endswith("taken as 16 trips")
