@@ -252,6 +252,8 @@ class _Counter:
             return hlo.n_bytes(user.shape)
         if user.op == "dynamic-update-slice" and operands[0] == operand:
             return 0
+        if user.op == "scatter" and operands[0] == operand:  # the rows that are added to
+            return hlo.n_bytes(self._shape(called, operands[-1]))
         if user.op == "bitcast":
             return self._touches(called, user.name)
         if user.op == "fusion":
@@ -273,8 +275,8 @@ class _Counter:
     def _update(self, called: str, one: Instruction) -> int:
         while one.op == "bitcast" and (under := self._names[called].get(operands_of(one)[0])) is not None:
             one = under
-        if one.op == "dynamic-update-slice":
-            return hlo.n_bytes(self._shape(called, operands_of(one)[1]))
+        if one.op in ("dynamic-update-slice", "scatter"):
+            return hlo.n_bytes(self._shape(called, operands_of(one)[1 if one.op != "scatter" else -1]))
         if one.op == "fusion":
             return self._written(CALLED.search(one.rest)[1], one.shape)
         return hbm_bytes(one.shape)

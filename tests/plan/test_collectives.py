@@ -168,6 +168,37 @@ def test_what_runs_on_sparsecores():
     assert [large.bytes for large in hlo.largest(parsed, 1)] == [whole]
 
 
+IN_PLACE = """HloModule jit_step, is_scheduled=true
+
+%layout (input: f32[64,128]) -> f32[64,128] {
+  %input = f32[64,128]{1,0} parameter(0)
+  ROOT %copy = f32[64,128]{0,1} copy(%input)
+}
+
+%update (stack: f32[64,128], row: f32[1,128], at: s32[]) -> f32[64,128] {
+  %stack = f32[64,128]{1,0} parameter(0)
+  %row = f32[1,128]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %other = f32[64,128]{0,1} fusion(%stack), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%layout
+  ROOT %put = f32[64,128]{0,1} dynamic-update-slice(%other, %row, %at, %at)
+}
+
+ENTRY %main (stack: f32[64,128], row: f32[1,128], at: s32[]) -> f32[64,128] {
+  %stack = f32[64,128]{1,0} parameter(0)
+  %row = f32[1,128]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %put = f32[64,128]{0,1} fusion(%stack, %row, %at), kind=kLoop, calls=%update
+}
+"""
+
+
+def test_an_update_in_another_layout_is_in_place():
+    """Where the compiler says that the array stays where it was, nothing new is held."""
+    assert peak(hlo.parse(IN_PLACE)).bytes == 4 * (64 * 128 + 128 + 1)
+    copied = IN_PLACE.replace(" output_to_operand_aliasing={{}: (0, {})},", "")
+    assert peak(hlo.parse(copied)).bytes == 4 * (2 * 64 * 128 + 128 + 1)
+
+
 @pytest.mark.libtpu
 def test_unknown_slices_are_one_line():
     from hybridlm.errors import ConfigError

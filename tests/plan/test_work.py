@@ -67,6 +67,34 @@ def test_an_update_in_place_moves_the_update():
     assert 2 * 64 * row <= moved <= 12 * 64 * row  # 64 rows written and read; all of it every trip were 8,192 rows
 
 
+def test_a_fused_scatter_moves_its_rows():
+    """Rows of a table are read, added to and written; the table stays where it is."""
+    text = """HloModule m, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (table: f32[4096,64], rows: s32[8,1], x: f32[8,64]) -> f32[4096,64] {
+  %table = f32[4096,64]{1,0} parameter(0)
+  %rows = s32[8,1]{1,0} parameter(1)
+  %x = f32[8,64]{1,0} parameter(2)
+  ROOT %put = f32[4096,64]{1,0} scatter(%table, %rows, %x), update_window_dims={1}, to_apply=%add
+}
+
+ENTRY %main (table: f32[4096,64], rows: s32[8,1], x: f32[8,64]) -> f32[4096,64] {
+  %table = f32[4096,64]{1,0} parameter(0)
+  %rows = s32[8,1]{1,0} parameter(1)
+  %x = f32[8,64]{1,0} parameter(2)
+  ROOT %put = f32[4096,64]{1,0} fusion(%table, %rows, %x), kind=kInput, calls=%fused
+}
+"""
+    part = 4 * 8 * 64
+    assert work(hlo.parse(text)).all.bytes == 3 * part + 4 * 8  # read, written, what is added, and where
+
+
 @pytest.mark.parametrize("args", [(8, 8, 3, 1, 1, 1, 1), (5, 16, 4, 1, 3, 2, 1), (16, 31, 16, 1, 15, 1, 1)])
 def test_positions(args):
     """Every pair of output and window place, by hand."""
