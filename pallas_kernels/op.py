@@ -74,6 +74,7 @@ class Op:
     # Kernel by the name of its pallas_call -> "module:function" from (operands, results), lists of `cost.Array`, to the
     # FLOPs of its matrix products: what plans count of it, see `pallas_kernels.cost`.
     costs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gpu_costs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # likewise of kernels for GPUs
 
     @property
     def has_states(self) -> bool:

@@ -21,11 +21,14 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import jax
 
 from hybridlm.config.find import pod_names, read_config
+from hybridlm.model.pattern import spots
 from hybridlm.plan import budget, collectives
 from hybridlm.plan.compiled import compile
 from hybridlm.plan.counted import shard_bytes
 from hybridlm.plan.described import Described, described
 from hybridlm.plan.slices import slice_devices
+from hybridlm.plan.traced import flops
+from hybridlm.train.layout import unrolled
 
 FILE = Path(__file__).with_suffix(".json")
 
@@ -42,7 +45,10 @@ def traced(run: Described) -> tuple[budget.Figures, jax.stages.Traced]:
     step = run.trace()
     state = sum(map(shard_bytes, jax.tree.leaves(run.program.state_like)))
     exchanges = collectives.totals(collectives.of_traced(step))
-    return budget.traced(state, exchanges, collectives.kernels_of_traced(step)), step
+    model = unrolled(run.config.model, run.mesh)
+    sublayers = len(spots(model.pattern, model.unroll))
+    computed = flops(step, run.mesh.size).all
+    return budget.traced(state, sublayers, computed, exchanges, collectives.kernels_of_traced(step)), step
 
 
 def compiled(step: jax.stages.Traced) -> budget.Figures:

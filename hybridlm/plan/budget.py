@@ -18,10 +18,14 @@ Figures = dict[str, int]
 """Name -> number."""
 
 
-def traced(state_bytes: int, exchanges: Mapping[str, Totals], kernels: Mapping[str, int]) -> Figures:
-    """Of a traced step: exchanges by kind and mesh axes, kernels by name."""
+def traced(
+    state_bytes: int, sublayers: int, flops: float, exchanges: Mapping[str, Totals], kernels: Mapping[str, int]
+) -> Figures:
+    """Of a traced step: sublayers compiled, FLOPs of a device with what is computed again, exchanges by kind and mesh
+    axes, kernels by name."""
     runs = {f"{name} runs": n for name, n in kernels.items()}
-    return {"state bytes": state_bytes} | _exchanged(exchanges) | runs
+    known = {"state bytes": state_bytes, "sublayers compiled": sublayers, "FLOPs": round(flops)}
+    return known | _exchanged(exchanges) | runs
 
 
 def compiled(found: Compiled) -> Figures:
@@ -36,8 +40,10 @@ def _exchanged(totals: Mapping[str, Totals]) -> Figures:
 
 def of_plan(plan: Plan) -> dict[str, Figures]:
     """Of the stages that are known."""
-    state = sum(plan.counted.state.values())
-    asked = {} if plan.lowered is None else traced(state, plan.lowered.exchanges, plan.lowered.kernels)
+    asked, counted, lowered = {}, plan.counted, plan.lowered
+    if lowered is not None:
+        state = sum(counted.state.values())
+        asked = traced(state, counted.compiled, lowered.flops.all, lowered.exchanges, lowered.kernels)
     return {"traced": asked, "compiled": {} if plan.compiled is None else compiled(plan.compiled)}
 
 

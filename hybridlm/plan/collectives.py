@@ -7,7 +7,7 @@ loops around it. They say what is asked for, not how long it takes.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ PRIMITIVES = {
     "ppermute": "collective-permute",
 }
 """Primitives of JAX, by their names in traced programs, and what they become."""
+KERNEL_PRIMITIVES = ("pallas_call", "mpmd_map", "core_map")
+"""Primitives that run Pallas kernels: of TPUs and Triton, and of Mosaic GPU in two versions of JAX."""
 
 
 class Collective(NamedTuple):
@@ -85,7 +87,7 @@ def kernels_of_traced(traced: jax.stages.Traced) -> dict[str, int]:
     """Times a step that each Pallas kernel runs, by name."""
     found: dict[str, int] = {}
     for eqn, runs, _, _ in equations(traced.jaxpr.jaxpr, 1, {}):
-        if eqn.primitive.name == "pallas_call":
+        if eqn.primitive.name in KERNEL_PRIMITIVES:
             name = eqn.params["name"]
             found[name] = found.get(name, 0) + runs
     return dict(sorted(found.items()))
@@ -115,16 +117,30 @@ def equations(jaxpr, runs: int, sizes: dict[str, int], scope: str = "") -> Itera
         stands_in = f"{scope}/{eqn.source_info.name_stack}"
         yield eqn, runs, sizes, stands_in
         name = eqn.primitive.name
-        if name == "pallas_call":
+        if name in KERNEL_PRIMITIVES:
             continue
         here = sizes | _manual(eqn.params) if name == "shard_map" else sizes
         times = runs * eqn.params["length"] if name == "scan" else runs
+        if name == "while":
+            times = runs * least_trips(eqn.params["body_jaxpr"].jaxpr)
         inner = list(_inside(eqn.params.values()))
         if name == "cond":  # one of them runs: that with the most to exchange
             cost = lambda branch, here: sum(c.runs * c.bytes for c in _of_jaxpr(branch, 1, here))
             inner = [max(inner, key=functools.partial(cost, here=here))]
         for jaxpr_inside in inner:
             yield from equations(jaxpr_inside, times, here, stands_in)
+
+
+def parts(whole: Sequence[int], part: Sequence[int]) -> int:
+    """How often a part of several rows goes into an array along a dim; 1 where they differ in several, or in none."""
+    cut = [(n, m) for n, m in zip(whole, part, strict=False) if n != m]
+    return cut[0][0] // cut[0][1] if len(cut) == 1 and len(whole) == len(part) and cut[0][1] > 1 else 1
+
+
+def least_trips(body) -> int:
+    """Of a loop that ends by what it computes: see `hlo.least_trips`. body: its jaxpr."""
+    cuts = [eqn for eqn, *_ in equations(body, 1, {}) if eqn.primitive.name == "dynamic_slice"]
+    return max([1, *(parts(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape) - 1 for eqn in cuts)])
 
 
 def _manual(params: dict) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridlm.plan.collectives import KINDS, Collective
+from hybridlm.plan.collectives import KINDS, Collective, parts
 
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
@@ -20,8 +20,10 @@ BITS = {
 SHAPE = re.compile(rf"\b({'|'.join(BITS)})\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:to_apply=|calls=|called_computation=|called_computations=\{)%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+CALLS = ("call", "call-start", "async-start", "custom-call-start")
+"""Operations that run another computation once: at once, or on another core (TPUs' SparseCores take exchanges)."""
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "constant"}
 """Operations whose result is another's, or is listed where it is made."""
 
@@ -54,7 +56,7 @@ class Program:
     donated: frozenset[int] = frozenset()
     """Results that are written where an argument was."""
     unknown: list[str] = field(default_factory=list)
-    """Loops whose trips the text does not say: counted once."""
+    """Loops whose trips the text does not say: counted as `least_trips`."""
 
 
 def n_bytes(shape: str) -> int:
@@ -108,8 +110,8 @@ def _count(program: Program, name: str, times: int) -> None:
             n = trips(program, instruction)
             if n is None:
                 program.unknown.append(instruction.name)
-            _count(program, _named(re.search(r"body=%?([\w.\-]+)", instruction.rest)), times * (n or 1))
-        elif instruction.op in ("call", "async-start", "fusion"):
+            _count(program, body_of(instruction), times * (n or least_trips(program, instruction)))
+        elif instruction.op in (*CALLS, "fusion"):
             if called := CALLED.search(instruction.rest):
                 _count(program, called[1], times)
         elif instruction.op == "conditional":
@@ -135,6 +137,41 @@ def trips(program: Program, loop: Instruction) -> int | None:
             if found := re.match(r"constant\((\d+)\)", instruction.rest):
                 constants.append(int(found[1]))
     return max(constants, default=None)
+
+
+def body_of(loop: Instruction) -> str:
+    """The computation that a loop repeats."""
+    return _named(re.search(r"body=%?([\w.\-]+)", loop.rest))
+
+
+def least_trips(program: Program, loop: Instruction) -> int:
+    """Of a loop that ends by what it computes, as one over the rows that experts have: as many as take all rows once,
+    those of the array of which the body cuts the smallest share, but for a part that may be padding."""
+    most = 1
+    for name in _with_fusions(program, body_of(loop)):
+        names = {i.name: i for i in program.computations[name]}
+        for instruction in names.values():
+            operand = re.search(r"\(%?([\w.\-]+)", instruction.rest) if instruction.op == "dynamic-slice" else None
+            if operand is not None and operand[1] in names:
+                most = max(most, _parts(names[operand[1]].shape, instruction.shape) - 1)
+    return most
+
+
+def _with_fusions(program: Program, name: str) -> Iterator[str]:
+    if name in program.computations:
+        yield name
+    for instruction in program.computations.get(name, ()):
+        if instruction.op == "fusion":
+            yield from _with_fusions(program, _named(CALLED.search(instruction.rest)))
+
+
+def _parts(whole: str, part: str) -> int:
+    return parts(_dims(whole), _dims(part))
+
+
+def _dims(shape: str) -> list[int]:
+    found = SHAPE.search(shape)
+    return [int(n) for n in found[2].split(",") if n] if found else []
 
 
 def collectives(program: Program) -> list[Collective]:

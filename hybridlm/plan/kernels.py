@@ -9,11 +9,16 @@ from pallas_kernels.ops import OPS
 
 COSTS = {kernel: count for op in OPS.values() for kernel, count in op.costs.items()}
 """Kernel -> "module:function", see `Op.costs`."""
+GPU_COSTS = {kernel: count for op in OPS.values() for kernel, count in op.gpu_costs.items()}
+"""Likewise of kernels for GPUs, which may have the same names."""
 
 
-def kernel_cost(name: str, operands: Sequence[Array], results: Sequence[Array]) -> KernelCost | None:
+def kernel_cost(
+    name: str, operands: Sequence[Array], results: Sequence[Array], *, gpu: bool = False
+) -> KernelCost | None:
     """Of one call; None for a kernel that no op names. operands, results: as the kernel has them, in its order."""
-    if name not in COSTS:
+    costs = GPU_COSTS if gpu else COSTS
+    if name not in costs:
         return None
-    flops = pkgutil.resolve_name(COSTS[name])(list(operands), list(results))
+    flops = pkgutil.resolve_name(costs[name])(list(operands), list(results))
     return KernelCost(flops, sum(array.bytes for array in (*operands, *results)))

@@ -15,6 +15,7 @@ from hybridlm.plan.work import hbm_bytes, operands_of
 
 ARGUMENT, KEPT, GRADIENT, TEMPORARY = KINDS = ("arguments", "kept activations", "gradients", "temporaries")
 _ELEMENT = re.compile(r"\w+\[[\d,]*\](?:\{[^{}]*\})?")
+_ALIASED = re.compile(r"output_to_operand_aliasing=\{\{\}: \((\d+), \{\}\)")
 _SUBLAYER = re.compile(r"[^/()]+\.[A-Z]\w*/")
 
 
@@ -137,7 +138,7 @@ class _Walk:
             return values[0] if values and values[0] is not None else []
         if op == "copy-done" or op.endswith("-done"):
             return self._done(values)
-        if op.endswith("-start"):
+        if op.endswith(("-start", "-update")):  # an update may be the first to name what is made
             return self._start(n, instruction, values)
         if op == "while":
             return self._loop(n, instruction, values[0])
@@ -288,7 +289,10 @@ def _passed(one: Instruction | None, names: dict[str, Instruction], program: Pro
             return int(re.match(r"parameter\((\d+)\)", one.rest)[1])
         if one.op == "fusion":
             inside = program.computations.get(CALLED.search(one.rest)[1], [])
-            number = _passed(inside[-1], {i.name: i for i in inside}, program) if inside else None
+            if aliased := _ALIASED.search(one.rest):  # a copy to another layout, in place
+                number = int(aliased[1])
+            else:
+                number = _passed(inside[-1], {i.name: i for i in inside}, program) if inside else None
             operands = operands_of(one)
             one = names.get(operands[number]) if number is not None and number < len(operands) else None
         elif one.op in ("bitcast", "dynamic-update-slice") and operands_of(one):

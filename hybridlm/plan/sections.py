@@ -112,7 +112,7 @@ def _lowered(plan: Plan) -> list[Section]:
         ("FLOPs", f"{amount(found.flops.all)} a device and step, {share:.2f} times the model's"),
     ]
     rows += [tuple(line.split(": ", 1)) for line in found.choices]
-    notes = tuple(f"not counted: {name}" for name in found.flops.unknown[:SHOWN])
+    notes = tuple(f"not known: {name}" for name in found.flops.unknown[:SHOWN])
     made = [Section("Lowered", rows, notes=notes)]
     if found.kernels:
         made.append(Section("Kernels", [(n, f"{k:,}") for n, k in found.kernels.items()], ("kernel", "runs a step")))
@@ -163,7 +163,7 @@ def _largest(plan: Plan) -> Section:
 
 
 def _bounds(plan: Plan) -> list[Section]:
-    found, notes = plan.bounds, tuple(f"not counted: {name}" for name in list(plan.compiled.work.unknown)[:SHOWN])
+    found, notes = plan.bounds, tuple(f"not known: {name}" for name in list(plan.compiled.work.unknown)[:SHOWN])
     if found is None:
         work = sorted(plan.compiled.work.by_class.items(), key=lambda item: -item[1].flops)
         rows = [(name, amount(one.flops), size(one.bytes)) for name, one in work]

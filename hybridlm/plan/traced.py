@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from hybridlm.plan.classes import class_of
-from hybridlm.plan.collectives import equations
+from hybridlm.plan.collectives import KERNEL_PRIMITIVES, equations, least_trips
 from hybridlm.plan.kernels import kernel_cost
 from pallas_kernels.cost import Array
 
@@ -20,8 +20,8 @@ class Flops:
 
     by_class: dict[str, float]
     unknown: tuple[str, ...] = ()
-    """Kernels that say nothing of their cost, and loops of which nobody knows how often they run: counted as nothing,
-    and as once."""
+    """Kernels that say nothing of their cost, counted as nothing, and loops of which nobody knows how often they run,
+    counted as `least_trips`."""
 
     @property
     def all(self) -> float:
@@ -38,16 +38,16 @@ def flops(traced: jax.stages.Traced, n_devices: int) -> Flops:
             count = of_dot(eqn)
         elif name == "conv_general_dilated":
             count = of_convolution(eqn)
-        elif name == "pallas_call":
+        elif name in KERNEL_PRIMITIVES:
             arrays = ([Array(v.aval.shape, v.aval.dtype.itemsize) for v in of] for of in (eqn.invars, eqn.outvars))
-            cost = kernel_cost(eqn.params["name"] or "", *arrays)
+            cost = kernel_cost(eqn.params["name"] or "", *arrays, gpu=name != "pallas_call")
             if cost is None:
                 unknown[f"kernel {eqn.params['name']}"] = None
                 continue
             count = cost.flops
         else:
             if name == "while":
-                unknown[f"loop {scope}"] = None
+                unknown[f"loop {scope}: taken as {least_trips(eqn.params['body_jaxpr'].jaxpr):,} trips"] = None
             continue
         found[class_of(f"{scope}/{name}")] += runs * count * share
     return Flops(dict(sorted(found.items(), key=lambda item: -item[1])), tuple(unknown))

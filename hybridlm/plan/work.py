@@ -15,7 +15,7 @@ from hybridlm.plan import hlo
 from hybridlm.plan.classes import MLP, NORMS, OTHER, PROJECTIONS, class_of, sublayer_of
 from hybridlm.plan.collectives import KINDS
 from hybridlm.plan.dots import flops_of
-from hybridlm.plan.hlo import BRANCHES, CALLED, SHAPE, Instruction, Program
+from hybridlm.plan.hlo import BRANCHES, CALLED, CALLS, SHAPE, Instruction, Program
 from hybridlm.plan.kernels import kernel_cost
 from pallas_kernels.cost import Array
 
@@ -52,7 +52,7 @@ class Counts:
 
     by_class: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))
     unknown: dict[str, None] = field(default_factory=dict)
-    """Kernels of which nothing is known but what they read and write, and loops counted once."""
+    """Kernels of which nothing is known but what they read and write, and loops counted as `hlo.least_trips`."""
 
     def add(self, other: "Counts", times: float = 1) -> None:
         for name, work in other.by_class.items():
@@ -101,18 +101,19 @@ class _Counter:
 
     def _add(self, counts: Counts, name: str, instruction: Instruction) -> None:
         op = instruction.op
-        if op in FREE or op.endswith("-done") or op.removesuffix("-start") in KINDS:
+        if op in FREE or op.endswith(("-update", "-done")) or op.removesuffix("-start") in KINDS:
             return
         if op == "while":
             n = hlo.trips(self.program, instruction)
             if n is None:
-                counts.unknown[f"loop {instruction.source or instruction.name}"] = None
-            counts.add(self.of(re.search(r"body=%?([\w.\-]+)", instruction.rest)[1]), n or 1)
+                n = hlo.least_trips(self.program, instruction)
+                counts.unknown[f"loop {instruction.source or instruction.name}: taken as {n:,} trips"] = None
+            counts.add(self.of(hlo.body_of(instruction)), n)
         elif op == "conditional":
             branches = [n.strip().lstrip("%") for one, many in BRANCHES.findall(instruction.rest)
                         for n in ([one] if one else many.split(","))]  # fmt: skip
             counts.add(min((self.of(branch) for branch in branches), key=lambda c: c.all.bytes))
-        elif op in ("call", "call-start", "async-start"):
+        elif op in CALLS:
             if called := CALLED.search(instruction.rest):
                 counts.add(self.of(called[1]))
         elif op == "fusion":
@@ -194,9 +195,10 @@ class _Counter:
         if target is None or not any(word in target[1] for word in KERNELS):
             return None
         scopes = instruction.source.split("/")
-        kernel = re.sub(r"\.\d+$", "", instruction.name) if "tpu" in target[1] else ([*scopes, "", ""][-3])
+        gpu = "tpu" not in target[1]
+        kernel = ["", *scopes][-2] if gpu else re.sub(r"\.\d+$", "", instruction.name)
         operands = [a for operand in operands_of(instruction) for a in _arrays(self._shape(name, operand))]
-        cost = kernel_cost(kernel, operands, _arrays(instruction.shape))
+        cost = kernel_cost(kernel, operands, _arrays(instruction.shape), gpu=gpu)
         if cost is None:
             counts.unknown[f"FLOPs of the kernel {kernel} in {sublayer_of(instruction.source)}"] = None
         return 0.0 if cost is None else cost.flops
@@ -250,6 +252,8 @@ class _Counter:
             return hlo.n_bytes(user.shape)
         if user.op == "dynamic-update-slice" and operands[0] == operand:
             return 0
+        if user.op == "scatter" and operands[0] == operand:  # the rows that are added to
+            return hlo.n_bytes(self._shape(called, operands[-1]))
         if user.op == "bitcast":
             return self._touches(called, user.name)
         if user.op == "fusion":
@@ -271,8 +275,8 @@ class _Counter:
     def _update(self, called: str, one: Instruction) -> int:
         while one.op == "bitcast" and (under := self._names[called].get(operands_of(one)[0])) is not None:
             one = under
-        if one.op == "dynamic-update-slice":
-            return hlo.n_bytes(self._shape(called, operands_of(one)[1]))
+        if one.op in ("dynamic-update-slice", "scatter"):
+            return hlo.n_bytes(self._shape(called, operands_of(one)[1 if one.op != "scatter" else -1]))
         if one.op == "fusion":
             return self._written(CALLED.search(one.rest)[1], one.shape)
         return hbm_bytes(one.shape)

@@ -13,6 +13,8 @@ import pytest
 from jax.extend.core import jaxpr_as_fun
 
 import pallas_kernels as pk
+from hybridlm.plan.collectives import KERNEL_PRIMITIVES
+from hybridlm.plan.kernels import GPU_COSTS
 from pallas_kernels.cost import Array
 from pallas_kernels.ops import OPS
 from pallas_kernels.platform import assume_platform
@@ -25,7 +27,7 @@ def inside(jaxpr):
     """The equations of a program and those inside, kernels aside, with the number of times that they run."""
     for eqn in jaxpr.eqns:
         yield eqn, 1
-        if eqn.primitive.name != "pallas_call":
+        if eqn.primitive.name not in KERNEL_PRIMITIVES:
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
                 part = getattr(part, "jaxpr", part)
@@ -118,7 +120,82 @@ def test_bytes():
     assert moved(eqn) == pytest.approx(arrays, rel=0.1)
 
 
+def wgmmas(jaxpr, times: int = 1):
+    """FLOPs of a warpgroup's products in a kernel for Hopper: (FLOPs, how many loops of unknown length are around it,
+    whether the first factor lies in registers). The second is in shared memory, tiled: its last four dims are those of
+    one tile."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "wgmma_ref":
+            rows, columns = eqn.invars[0].aval.shape
+            depth = math.prod(eqn.invars[2].aval.shape[-4:]) // columns
+            yield 2 * rows * columns * depth * times, 0, not hasattr(eqn.invars[1].aval, "inner_aval")
+        n = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                looped = eqn.primitive.name == "while"
+                yield from ((flops, loops + looped, own) for flops, loops, own in wgmmas(part, times * n))
+
+
+def gpu_kernels(function, *shapes) -> list:
+    """The kernels for Hopper of a gradient, in order."""
+    with assume_platform("gpu", capability="9.0", multiprocessors=132):
+        gradient = jax.grad(lambda *x: function(*x).astype(F32).sum(), argnums=tuple(range(len(shapes))))
+        traced = jax.jit(gradient).trace(*shapes)
+    every = (e for e, _ in inside(traced.jaxpr.jaxpr))
+    return [e for e in every if e.primitive.name in KERNEL_PRIMITIVES and e.params["name"] in GPU_COSTS]
+
+
+def gpu_said(eqn) -> float:
+    arrays = [[Array(v.aval.shape, v.aval.dtype.itemsize) for v in of] for of in (eqn.invars, eqn.outvars)]
+    return pkgutil.resolve_name(GPU_COSTS[eqn.params["name"]])(*arrays)
+
+
+@pytest.mark.newer
+@pytest.mark.parametrize(("heads", "groups", "state"), [(16, 1, 128), (6, 2, 64)])
+def test_ssd_on_hopper(heads, groups, state):
+    """What the kernels for Hopper say against their products. Of walks those of the loop over tiles: each head of a
+    block has a warpgroup that works with registers, scores are made once from shared memory. Of gradients all: a block
+    has the first tile of a span or its second, so that half of what stands in the kernel runs."""
+    B, T = 1, 4096
+    x, BC = Shape((B, T, heads, 64), BF16), Shape((B, T, groups, state), BF16)
+    f = lambda *a: pk.ssd(*a, implementation="gpu")
+    found = gpu_kernels(f, x, Shape((B, T, heads), F32), Shape((heads,), F32), BC, BC)
+    assert {e.params["name"] for e in found} == {"ssd_walk", "ssd_reverse_walk", "ssd_gradients"}
+    for eqn in found:
+        name, grid = eqn.params["name"], eqn.params["meshes"][0].grid
+        products = [p for jaxpr in eqn.params["jaxprs"] for p in wgmmas(getattr(jaxpr, "jaxpr", jaxpr))]
+        if name.endswith("walk"):
+            steps, block_heads = T // 64 // grid[1], heads // grid[2]  # of a piece
+            of_step = sum(flops * (block_heads if own else 1) for flops, loops, own in products if loops)
+            made = steps * math.prod(grid) * of_step
+        else:
+            made = math.prod(grid) * sum(flops for flops, *_ in products) / 2
+        assert gpu_said(eqn) == pytest.approx(made, rel=0.02), name
+
+
+@pytest.mark.newer
+def test_attention_on_hopper():
+    """As on a TPU, whose arrays have heads before tokens."""
+    B, T, heads, width = 1, 1024, 8, 64
+    q, kv = Shape((B, T, heads, width), BF16), Shape((B, T, 2, width), BF16)
+    found = gpu_kernels(lambda *a: pk.attention(*a, implementation="gpu"), q, kv, kv)
+    assert [e.params["name"] for e in found] == ["attention_forward", "attention_backward"]
+    apart = [Array((B, heads, T, width), 2), *[Array((B, 2, T, width), 2)] * 2]
+    for eqn in found:
+        assert gpu_said(eqn) == pkgutil.resolve_name(OPS["attention"].costs[eqn.params["name"]])(apart, apart[:1])
+
+
+@pytest.mark.newer
+def test_convolution_on_hopper():
+    """Two operations a tap, and three times as many for the gradient."""
+    x, w = Shape((2, 512, 256), BF16), Shape((256, 4), F32)
+    found = gpu_kernels(lambda *a: pk.causal_conv1d(*a, implementation="gpu"), x, w)
+    said = {e.params["name"]: gpu_said(e) / (2 * 512 * 256 * 4) for e in found}
+    assert said == {"causal_conv1d_forward": 2, "causal_conv1d_backward": 6}
+
+
 def test_every_named_kernel_is_there():
     for op in OPS.values():
-        for kernel, count in op.costs.items():
+        for kernel, count in (*op.costs.items(), *op.gpu_costs.items()):
             assert kernel.startswith(op.name) and count.startswith(f"pallas_kernels.ops.{op.name}.")

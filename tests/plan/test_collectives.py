@@ -10,7 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from hybridlm.plan import collectives, hlo
 from hybridlm.plan.collectives import Totals, totals
+from hybridlm.plan.live import peak
 from hybridlm.plan.slices import slice_devices
+from hybridlm.plan.work import work
 
 TRIPS, N = 3, 4
 
@@ -112,6 +114,89 @@ def test_text_of_a_tpu():
     assert hlo.largest(parsed, 1)[0][:2] == (512 * 4096 * 2, "bf16[512,4096]")
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("nothing")
+
+
+SPARSECORE = """HloModule jit_step, is_scheduled=true
+
+%called.1 (param: bf16[16,128]) -> bf16[64,128] {
+  %param = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%param), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%called.2 (param.2: bf16[64,128]) -> bf16[64,128] {
+  %param.2 = bf16[64,128]{0,1:T(8,128)(2,1)} parameter(0)
+  ROOT %copy.2 = bf16[64,128]{1,0:T(8,128)(2,1)} copy(%param.2)
+}, execution_thread="sparsecore"
+
+%body (p: (s32[], bf16[16,128])) -> (s32[], bf16[16,128]) {
+  %p = (s32[], bf16[16,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x.1 = bf16[16,128]{1,0} get-tuple-element(%p), index=1
+  %g.call-start = ((), (), (s32[4]{0:S(8)})) custom-call-start(), called_computations={%called.1}
+  %g.call-update = ((bf16[16,128]{1,0}), bf16[64,128]{1,0}, (s32[4]{0:S(8)})) custom-call-update(%g.call-start, %x.1)
+  %g.call-done = bf16[64,128]{1,0} custom-call-done(%g.call-update)
+  %c.call-start = ((bf16[64,128]{1,0}), bf16[64,128]{1,0}, u32[]{:S(8)}) call-start(%g.call-done), to_apply=%called.2
+  %c.call-done = bf16[64,128]{1,0} call-done(%c.call-start)
+  %y = bf16[16,128]{1,0} slice(%c.call-done), slice={[0:16], [0:128]}
+  ROOT %t = (s32[], bf16[16,128]{1,0}) tuple(%i, %y)
+}
+
+%condition (p.1: (s32[], bf16[16,128])) -> pred[] {
+  %p.1 = (s32[], bf16[16,128]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%p.1, %limit), direction=LT
+}
+
+ENTRY %main (n: s32[], x: bf16[16,128]) -> (s32[], bf16[16,128]) {
+  %n = s32[] parameter(0)
+  %x = bf16[16,128]{1,0} parameter(1)
+  %start = (s32[], bf16[16,128]{1,0}) tuple(%n, %x)
+  ROOT %loop = (s32[], bf16[16,128]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+"""As libtpu writes it for TPU7x, whose SparseCores take exchanges and copies; some attributes are left out."""
+
+
+def test_what_runs_on_sparsecores():
+    """An exchange behind `custom-call-start` runs with every trip; what is gathered is made, moved and held once."""
+    parsed = hlo.parse(SPARSECORE)
+    part, whole = 16 * 128 * 2, 64 * 128 * 2
+    (found,) = hlo.collectives(parsed)
+    assert (found.kind, found.axes, found.runs, found.bytes) == ("all-gather", "groups of 4", 5, whole)
+    assert work(parsed).all.bytes == 5 * (2 * whole + 2 * part)  # the copy and the slice; exchanges count apart
+    assert peak(parsed).bytes == 4 + part + 2 * whole  # what is given, what is gathered and its copy
+    assert [large.bytes for large in hlo.largest(parsed, 1)] == [whole]
+
+
+IN_PLACE = """HloModule jit_step, is_scheduled=true
+
+%layout (input: f32[64,128]) -> f32[64,128] {
+  %input = f32[64,128]{1,0} parameter(0)
+  ROOT %copy = f32[64,128]{0,1} copy(%input)
+}
+
+%update (stack: f32[64,128], row: f32[1,128], at: s32[]) -> f32[64,128] {
+  %stack = f32[64,128]{1,0} parameter(0)
+  %row = f32[1,128]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %other = f32[64,128]{0,1} fusion(%stack), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%layout
+  ROOT %put = f32[64,128]{0,1} dynamic-update-slice(%other, %row, %at, %at)
+}
+
+ENTRY %main (stack: f32[64,128], row: f32[1,128], at: s32[]) -> f32[64,128] {
+  %stack = f32[64,128]{1,0} parameter(0)
+  %row = f32[1,128]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %put = f32[64,128]{0,1} fusion(%stack, %row, %at), kind=kLoop, calls=%update
+}
+"""
+
+
+def test_an_update_in_another_layout_is_in_place():
+    """Where the compiler says that the array stays where it was, nothing new is held."""
+    assert peak(hlo.parse(IN_PLACE)).bytes == 4 * (64 * 128 + 128 + 1)
+    copied = IN_PLACE.replace(" output_to_operand_aliasing={{}: (0, {})},", "")
+    assert peak(hlo.parse(copied)).bytes == 4 * (2 * 64 * 128 + 128 + 1)
 
 
 @pytest.mark.libtpu

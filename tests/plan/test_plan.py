@@ -137,6 +137,8 @@ def test_a_budget(plan, tmp_path):
     kept = budget.read(path)
     assert set(kept) == {"other", "tiny"}
     assert kept["tiny"]["traced"]["state bytes"] == sum(plan.counted.state.values())
+    assert kept["tiny"]["traced"]["sublayers compiled"] == 4
+    assert kept["tiny"]["traced"]["FLOPs"] == round(plan.lowered.flops.all)
     assert kept["tiny"]["compiled"]["peak bytes"] == plan.compiled.memory.peak
     budget.write(path, "tiny", {"traced": {"state bytes": 2}, "compiled": {}})
     assert budget.read(path)["tiny"] == {"traced": {"state bytes": 2}, "compiled": kept["tiny"]["compiled"]}

@@ -35,5 +35,9 @@ OP = Op(
         "attention_forward": "pallas_kernels.ops.attention.tpu.cost:forward",
         "attention_backward": "pallas_kernels.ops.attention.tpu.cost:backward",
     },
+    gpu_costs={
+        "attention_forward": "pallas_kernels.ops.attention.gpu.cost:forward",
+        "attention_backward": "pallas_kernels.ops.attention.gpu.cost:backward",
+    },
     gradient_factor=3.5,
 )

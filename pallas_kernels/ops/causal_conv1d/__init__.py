@@ -35,4 +35,8 @@ OP = Op(
     costs={
         "causal_conv1d_backward": "pallas_kernels.ops.causal_conv1d.tpu.cost:backward",
     },
+    gpu_costs={
+        "causal_conv1d_forward": "pallas_kernels.ops.causal_conv1d.gpu.cost:forward",
+        "causal_conv1d_backward": "pallas_kernels.ops.causal_conv1d.gpu.cost:backward",
+    },
 )

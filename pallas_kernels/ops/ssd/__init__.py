@@ -32,4 +32,11 @@ OP = Op(
         "ssd_forward": "pallas_kernels.ops.ssd.tpu.cost:forward",
         "ssd_backward": "pallas_kernels.ops.ssd.tpu.cost:backward",
     },
+    gpu_costs={
+        "ssd_decays": "pallas_kernels.ops.ssd.gpu.cost:nothing",
+        "ssd_decay_gradients": "pallas_kernels.ops.ssd.gpu.cost:nothing",
+        "ssd_walk": "pallas_kernels.ops.ssd.gpu.cost:walk",
+        "ssd_reverse_walk": "pallas_kernels.ops.ssd.gpu.cost:walk",
+        "ssd_gradients": "pallas_kernels.ops.ssd.gpu.cost:gradients",
+    },
 )

@@ -31,6 +31,7 @@ from pallas_kernels.mosaic_gpu import (
     accumulate,
     drain,
     load_tile,
+    named_body,
     rows_of,
     sums_of,
     zeros,
@@ -480,7 +481,7 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate, first=None):
     if cfg.save_ungated:
         out.append(jax.ShapeDtypeStruct(q.shape, q.dtype))
     kernel = plgpu.kernel(
-        functools.partial(_body, cfg),
+        named_body("attention_forward", _body, cfg),
         out_type=out,
         grid=(cfg.programs,),
         grid_names=("program",),

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS
+from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS, named_body
 from pallas_kernels.varying import call_varying
 
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
@@ -354,11 +354,11 @@ def _backward_body(plan, *refs):
     pl.run_scoped(scoped, *_backward_scratch(plan))
 
 
-def _call(plan, body, out, *arrays):
-    """The kernel on the arrays that are not None; under vmap one call after the other."""
+def _call(plan, name, body, out, *arrays):
+    """The kernel, under its name in profiles, on the arrays that are not None; under vmap one call after the other."""
     arrays = [array for array in arrays if array is not None]
     kernel = plgpu.kernel(
-        functools.partial(body, plan),
+        named_body(name, body, plan),
         out_type=[jax.ShapeDtypeStruct(*shape_and_type) for shape_and_type in out],
         grid=(plan.batch, plan.parts, plan.padded_width // CHANNELS),
         grid_names=("batch", "part", "channels"),
@@ -376,7 +376,7 @@ def forward(plan: Plan, x, w, seen, state):
     [B, K, D] in the type of x or None.
     """
     shape = (plan.batch, plan.out_tokens, plan.width)
-    [y] = _call(plan, _forward_body, [(shape, plan.dtype)], x, w, seen, state)
+    [y] = _call(plan, "causal_conv1d_forward", _forward_body, [(shape, plan.dtype)], x, w, seen, state)
     return y
 
 
@@ -389,5 +389,5 @@ def backward(plan: Plan, x, dy, w, seen, state):
     ]
     if plan.initial:
         out.append(((plan.batch, plan.before, plan.padded_width), F32))
-    found = _call(plan, _backward_body, out, x, dy, w, seen, state)
+    found = _call(plan, "causal_conv1d_backward", _backward_body, out, x, dy, w, seen, state)
     return tuple(found) if plan.initial else (*found, None)
