@@ -2,8 +2,14 @@
 """`hybridlm plan`: whether a run fits its devices, what bounds it and what it costs, before there are any."""
 
 import argparse
+import atexit
 import contextlib
 import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from hybridlm import storage
@@ -37,14 +43,52 @@ def run(words: list[str], prog: str) -> int:
     devices = read_devices(topology)
     plan = Plan(args.config, load_config(args.config, overrides), devices, tokens, args.price)
     show(plan, "head")
-    if args.search:
-        return _search(plan, args)
+    try:
+        return stoppable(lambda: _search(plan, args) if args.search else _stages(plan, args))
+    except KeyboardInterrupt:
+        if args.search and Path(args.search).exists():
+            print(f"{args.search} has what was compiled: the same command goes on from there", flush=True)
+        raise
+
+
+def _stages(plan, args: argparse.Namespace) -> int:
+    """Prints and writes each when it is known, then changes that fit."""
+    from hybridlm.plan.tables import show
+
     for stage in plan.run(args.stage):
         show(plan, stage)
         _write(plan, args)
     if args.stage == "compiled" and plan.fits is False and args.fit:
         _fit(plan, args)
     return 0
+
+
+def stoppable(work: Callable[[], int]) -> int:
+    """What work gives, done in a thread of its own: a compiler hears no Ctrl-C, for minutes, so that this thread does.
+    KeyboardInterrupt comes at once; the process then ends without waiting for the compiler, which nothing can stop."""
+    done: Future[int] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # whatever it is, it is the caller's
+            done.set_exception(error)
+
+    thread = threading.Thread(target=do, name="plan", daemon=True)
+    thread.start()
+    try:
+        return done.result()
+    except KeyboardInterrupt:
+        atexit.register(_leave, thread)
+        raise
+
+
+def _leave(thread: threading.Thread) -> None:
+    """Ends the process where the compiler still runs, before anything that it uses is taken down."""
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGINT)
 
 
 def _fit(plan, args: argparse.Namespace) -> None:
@@ -66,6 +110,7 @@ def _search(plan, args: argparse.Namespace) -> int:
     from hybridlm.plan.tables import show_section
 
     book, results, seem = Book(Path(args.search)), [], 0
+    print(f"\n{args.search}: a line for each that is compiled, minutes for large models", flush=True)
     for n, seem, result in search(plan.config, plan.devices, args.best, book, compiled(plan.name, plan.devices)):
         said = "fits" if result.fits else result.why or "does not fit"
         print(f"{n} of {seem:,}: {result.words or 'as it is'}: {said}", flush=True)

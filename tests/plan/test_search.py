@@ -4,6 +4,9 @@ stood in for by a function of the config, so that what is best is known."""
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybridlm.cli.plan import stoppable
 from hybridlm.config import MLP, Attention, Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, RunConfig
 from hybridlm.errors import ConfigError
 from hybridlm.plan.change import current, exchanged, guesses, smaller
@@ -133,3 +137,29 @@ def test_a_compiler_that_gives_up():
     x = jax.ShapeDtypeStruct((65536,), "float32", sharding=at)
     with pytest.raises(DoesNotFit, match=r"^the compiler gives up, [^\n]*: it needs 16.00 GiB of 15.75 GiB$"):
         compile(jax.jit(too_large).lower(x), "tpu")
+
+
+def test_ctrl_c_waits_for_no_compiler():
+    """Work that hears no signal, as that of a compiler, is left: one line, 130, within seconds."""
+    work = "lambda: print('compiling', flush=True) or ctypes.CDLL(None).sleep(120)"
+    code = (
+        "import ctypes, sys; from hybridlm.cli.ending import exit_code; from hybridlm.cli.plan import stoppable; "
+        f"sys.exit(exit_code(lambda: stoppable({work})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "compiling\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (130, "error: interrupted\n")
+
+
+def test_what_work_gives_and_raises():
+    assert stoppable(lambda: 3) == 3
+    with pytest.raises(ConfigError, match=r"^no$"):
+        stoppable(lambda: (_ for _ in ()).throw(ConfigError("no")))
