@@ -143,7 +143,8 @@ def test_ctrl_c_waits_for_no_compiler():
     """Work that hears no signal, as that of a compiler, is left: one line, 130, within seconds."""
     work = "lambda: print('compiling', flush=True) or ctypes.CDLL(None).sleep(120)"
     code = (
-        "import ctypes, signal, sys; from hybridlm.cli.ending import exit_code; from hybridlm.cli.plan import stoppable; "
+        "import ctypes, signal, sys; from hybridlm.cli.ending import exit_code; "
+        "from hybridlm.cli.plan import stoppable; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background ignores it
         f"sys.exit(exit_code(lambda: stoppable({work})))"
     )
