@@ -66,6 +66,7 @@ def main(words: list[str] | None = None) -> int:
                 file.write(json.dumps({"name": name} | found) + "\n")
             print(name, json.dumps(found), flush=True)
     DRAWING.write_text(drawn(read()) + "\n", encoding="utf-8")
+    print("\n".join(rows(read())))
     return int(any(name not in read() for name in names))
 
 
@@ -98,6 +99,27 @@ def compiled(words: tuple[str, ...]) -> dict | None:
         "exchanged_bytes": exchanged, "seconds": plan["cost"]["seconds"], "mfu": plan["cost"]["mfu"],
         "compile_seconds": round(found["seconds"], 1), "compile_cpu_seconds": round(found["cpu_seconds"], 1),
     }  # fmt: skip
+
+
+def rows(known: dict[str, dict]) -> list[str]:
+    """Lines of a table, curve by curve; of a point that does not fit why."""
+    made = ["| curve | chips | rows x tokens | mesh | peak, GB | sent, GB | step, ms | MFU |", "|" + " --- |" * 8]
+    for what, names in CURVES.items():
+        for name in names:
+            if (one := known.get(name)) is None:
+                continue
+            words = dict(word.lstrip("-").split("=") for word in one["words"] if "=" in word)
+            mesh = [f"{k[5:]} {n}" for k, n in words.items() if k.startswith("mesh.") and n != "1"]
+            mesh += [f"{n} microbatches" for k, n in words.items() if k == "optim.accumulate" and n != "1"]
+            shape = f"{int(words['data.batch_size']):,} x {int(words.get('data.seq_len', 4096)):,}"
+            cells = [one["refused"], "", "", ""] if "refused" in one else [
+                f"{one['peak_bytes'] / 1e9:.1f}", f"{one['exchanged_bytes'] / 1e9:.1f}",
+                " to ".join(f"{1e3 * t:,.0f}" for t in one["seconds"]),
+                " to ".join(f"{100 * m:.0f}" for m in reversed(one["mfu"])) + "%",
+            ]  # fmt: skip
+            chips = one["words"][one["words"].index("--topology") + 1]
+            made.append("| " + " | ".join([what, chips, shape, ", ".join(mesh), *cells]) + " |")
+    return made
 
 
 def drawn(known: dict[str, dict]) -> str:
