@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from hybridlm import exchange, sharding
 from hybridlm.config import MeshConfig
 from hybridlm.layers import vocabulary
+from hybridlm.plan import hlo
+from hybridlm.plan.slices import slice_devices
 from hybridlm.sharding import STREAM, make_mesh
 from hybridlm.train.loss import cross_entropy
 from pallas_kernels import platform
@@ -131,3 +134,24 @@ def test_an_axis_over_a_whole_slice(generation, monkeypatch):
         np.testing.assert_array_equal(x_BTD, table_VD[ids_BT])
         check_close(grad, expected, dtype="float32", what="gradient of the table")
         assert text.count("all-gather(") == 2 * at_once.count("all-gather(") > 0
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5e:2x4", "v5e:4x4"])
+def test_no_gradient_over_a_whole_slice_is_all_reduced(topology):
+    """As the TPU compiler makes it, in a loop over layers: gathers stay gathers, scatters scatters."""
+    devices = slice_devices(topology)
+    mesh = make_mesh(replace(ONE, fsdp=len(devices)), devices)
+
+    def run(x, w):
+        def layer(x, w):
+            y = x @ exchange.gather_weight(w, ("fsdp",), 0)
+            return jnp.tanh(y), exchange.scatter_weight(x.T @ y, ("fsdp",), 0)
+
+        return jax.lax.scan(layer, x, w)
+
+    split = jax.shard_map(run, in_specs=(P("fsdp"), P(None, "fsdp")), out_specs=(P("fsdp"), P(None, "fsdp")))
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512 * len(devices), 1024), (4, 1024, 1024))]
+    with jax.set_mesh(mesh), platform.assume_platform("tpu", generation=topology.partition(":")[0]):
+        found = hlo.collectives(hlo.parse(jax.jit(split).trace(*shapes).lower().compile().as_text()))
+    assert {c.kind for c in found} - {"collective-permute"} == {"all-gather", "reduce-scatter"}
