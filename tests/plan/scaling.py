@@ -123,8 +123,7 @@ def rows(known: dict[str, dict]) -> list[str]:
 
 
 def drawn(known: dict[str, dict]) -> str:
-    """MFU between its ends by chips, weak and strong, and by tokens a row, of curves with two points; memory of a device
-    below."""
+    """MFU between its ends by chips, weak and strong, and by tokens a row, of curves with two points; memory below."""
     panels = []
     for what, x in (("weak", "devices"), ("strong", "devices"), ("context", "tokens_a_row")):
         points = [known[name] for name in CURVES[what] if "seconds" in known.get(name, {})]
