@@ -86,8 +86,8 @@ def test_all_models_have_one_size(point):
     model = model_of(point, SMALL)
     n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(model).shapes))
     assert count(model) == n and abs(n - SMALL.params) <= 3 * SMALL.d_model  # half a unit of both feed-forwards
-    mixers = model.pattern.replace("-", "")
-    assert len(mixers) == 4 and mixers.count("*") == point.attention(4) and model.pattern[2] == model.pattern[5] == "-"
+    mixers = model.pattern.removeprefix("C").replace("-", "")
+    assert len(mixers) == 4 and mixers.count("*") == point.attention(4) and model.pattern[3] == model.pattern[6] == "-"
 
 
 def test_the_default_models_have_one_size():
@@ -95,10 +95,17 @@ def test_the_default_models_have_one_size():
     for point in points({"ratio": grid.RATIOS, "gate": (False, True)}):
         model = model_of(point, sizes)
         counts[point] = count(model)
-        assert [s for s in model.pattern if s != "-"].count("*") == point.attention(16)
+        assert [s for s in model.pattern if s not in "C-"].count("*") == point.attention(16)
     assert max(counts.values()) / min(counts.values()) < 1.01
     with pytest.raises(ConfigError, match=r"^1:7: params \(1000\) must be at least \d+, those of its mixers"):
         model_of(Point(), replace(sizes, params=1000))
+
+
+def test_what_all_models_share():
+    usual = model_of(Point("1:1"), SMALL)
+    assert usual.pattern[0] == "C" and usual.blocks["C"].d_conv == 3 and usual.blocks["*"].rope is None
+    other = model_of(Point("1:1"), replace(SMALL, conv=0, positions="rope", qk_norm=True))
+    assert "C" not in other.blocks and other.blocks["*"].rope is not None and other.blocks["*"].qk_norm
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -307,7 +314,9 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--depth", "10"], "mixers (10) not divisible by mlp_every (4)"),
         (["ratio", "--stages", "pairs=8"], "--stages (pairs=8) must be FIELD=VALUE,...@LENGTH"),
         (["ratio", "--stages", "pair=8@32"], "did you mean pairs?"),
-        (["ratio", "--stages", "pairs=8@256"], "length (256) of a document must be at most data.seq_len (128)"),
+        (["ratio", "--stages", "pairs=8@512"], "length (512) of a document must be at most data.seq_len (256)"),
+        (["ratio", "--conv", "-1"], "conv (-1) must be at least 0"),
+        (["ratio", "--positions", "alibi"], "--positions"),
         (["layers", "--run", "nowhere"], "--task"),
         (["layers", "--run", "nowhere", "--task", "mqar", "--keep", "0"], "--keep (0.0) must be above 0"),
         (["layers", "--run", "nowhere", "--task", "mqar", "--text"], "give --distill FOLDER"),
