@@ -23,7 +23,7 @@ from hybridlm.study import grid, ratio
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, Sizes, count, model_of, placed, points, share
 from hybridlm.study.mixers import MIXERS
-from hybridlm.study.on_task import TEST_SEED, Trial, rows_of
+from hybridlm.study.on_task import TEST_SEED, Trial, rows_of, scored
 from hybridlm.study.ratio_page import as_text, figure, labels, lines
 
 SMALL = Sizes(d_model=32, mixers=4, mlp_every=2, d_head=16, vocab_size=264, params=60_000)
@@ -240,6 +240,37 @@ def test_lines_go_from_no_attention_to_nothing_else(results):
     assert said.count("chance") == 3 and "1:1 gate" in said
     assert ratio.labels(STUDY.tests) == ["pairs=4, 16 tokens", "pairs=4, 24 tokens", "pairs=2, 8 tokens"]
     assert ratio.labels((TASK,)) == ["16 tokens"]
+
+
+def test_figures_by_stage_and_beyond_what_was_learned(results):
+    """A line of each kind of model over the documents of the stages, and one over longer documents of the last task."""
+    found = ratio.kinds(results)
+    axes = {place.get_xlabel(): place for place in figure(STUDY, found).axes}
+    for label, lengths, tests in (
+        ("tokens of a document, as it was learned", [8, 16], [2, 0]),
+        ("tokens of a document of the last task", [16, 24], [0, 1]),
+    ):
+        drawn = axes[label].get_lines()
+        by_name = {line.get_label(): line for line in drawn if not line.get_label().startswith("_")}
+        for kind in found:
+            x, y = by_name[kind.point.name].get_data()
+            np.testing.assert_allclose(x, lengths)
+            np.testing.assert_allclose(y, [kind.spread(at)[0] for at in tests])
+    alone = figure(replace(STUDY, stages=(TASK,), tests=(TASK,)), found)
+    assert len(alone.axes) == len(axes) - 2
+
+
+def test_longer_documents_are_scored_in_fewer_rows():
+    """As many tokens a batch as of the first trial, at least a row; shorter ones in as many rows."""
+    shapes = []
+
+    def logits(tokens_BT):
+        shapes.append(tokens_BT.shape)
+        return np.zeros((*tokens_BT.shape, 16), np.float32)
+
+    trials = (TASK, Trial(TASK.task, 40), Trial(TASK.task, 1000), EASY)
+    scored(logits, trials, rows=8, batches=1)
+    assert shapes == [(8, 16), (3, 40), (1, 1000), (8, 8)]
 
 
 def test_bars_of_what_cannot_be_drawn_are_left_out():
