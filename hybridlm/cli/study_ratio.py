@@ -19,8 +19,8 @@ from hybridlm.fields import WHOLE
 GATES = {"off": (False,), "on": (True,), "both": (False, True)}
 USUAL = {
     "mqar": (
-        ("--mqar.vocab_size=128", "--mqar.random_filler=False"),
-        tuple(f"pairs={n}@{4 * n}" for n in (2, 4, 8, 16, 32)),
+        ("--mqar.vocab_size=256", "--mqar.random_filler=False"),
+        tuple(f"pairs={n}@{4 * n}" for n in (4, 8, 16, 32, 64)),
     ),
 }
 """Of a task: its numbers, and the stages in which it is learned, unless words say otherwise. Of mqar rows are full of
@@ -60,7 +60,7 @@ RATIO = Command("ratio", (("--task NAME [...]", "how much attention a task needs
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    from hybridlm.study.grid import RATIOS, Sizes
+    from hybridlm.study.grid import POSITIONS, RATIOS, Sizes
 
     parser = make_parser(
         prog, "Trains tiny models of equal size on a task and draws what they recall; started again, it goes on."
@@ -97,11 +97,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     for name, what in (
         ("d_model", "width"), ("depth", "mixers of the stack"), ("mlp_every", "mixers to a feed-forward"),
         ("d_head", "width of a head"), ("vocab_size", "tokens of the models"), ("params", "parameters of each"),
+        ("conv", "tokens of the convolution in front; 0: none"),
     ):  # fmt: skip
         usual = getattr(Sizes(), "mixers" if name == "depth" else name)
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=usual, metavar="N", help=f"{what} ({usual})"
         )
+    parser.add_argument("--qk-norm", action="store_true", help="norm queries and keys of attention")
+    parser.add_argument("--positions", choices=POSITIONS, default=Sizes().positions, help="of attention (none)")
     parser.add_argument("--dir", metavar="FOLDER", help="of the models and the page (runs/study-ratio-TASK)")
     parser.add_argument("--parallel", type=int, metavar="N", help="models at once (one a GPU, or one a core)")
     parser.add_argument("--dry-run", action="store_true", help="check and list the models")
@@ -133,7 +136,10 @@ def _study(args: argparse.Namespace, of_config: list[str], of_task: list[str]):
     learned = [_stage(args.task, words, stage) for stage in stages or [f"@{config.data.seq_len}"]]
     last = learned[-1]
     tests = [last, *(Trial(last.task, length) for length in args.lengths or ()), *reversed(learned[:-1])]
-    sizes = Sizes(args.d_model, args.depth, args.mlp_every, args.d_head, args.vocab_size, args.params)
+    sizes = Sizes(
+        args.d_model, args.depth, args.mlp_every, args.d_head, args.vocab_size, args.params, args.conv, args.positions,
+        args.qk_norm,
+    )  # fmt: skip
     return Study(args.task, tuple(learned), tuple(dict.fromkeys(tests)), config, sizes)
 
 

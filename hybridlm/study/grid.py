@@ -10,20 +10,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields, check_positive
-from hybridlm.layers import MLP, Attention, Parallel
+from hybridlm.layers import MLP, Attention, GatedConv, Parallel
 from hybridlm.layers.parallel import Branch
+from hybridlm.layers.rope import Rope
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import abstract
 from hybridlm.study.mixers import MIXERS
 
 Placement = Literal["even", "first", "middle", "last"]
 Arrangement = Literal["sequential", "parallel"]
+Positions = Literal["none", "rope"]
+POSITIONS = get_args(Positions)
 RATIOS = ("0", "1:15", "1:7", "1:3", "1:1", "all")
 """Attention to other mixers: none of it, 1 to 15, ..., nothing else."""
 MOST = 2000
@@ -46,10 +49,18 @@ class Sizes:
     """Tokens V of the models, at least those of the task; 264 has room for the byte tokenizer."""
     params: int = 400_000
     """Parameters of every model, as nearly as the feed-forwards' width allows."""
+    conv: int = 3
+    """Tokens that a gated convolution in front of all mixers sees, so that none has to learn what stands beside what
+    by itself (as in Zoology and Based); 0: there is none."""
+    positions: Positions = "none"
+    """Attention has a rotary embedding, or none: order is what the other mixers and the convolution know."""
+    qk_norm: bool = False
+    """Queries and keys of attention are normed: their scores cannot grow, and to look something up is learned later."""
 
     def __post_init__(self):
         check_fields(self)
-        check_positive(self, tuple(f.name for f in fields(self)))
+        check_positive(self, tuple(f.name for f in fields(self) if f.type is int and f.name != "conv"))
+        require(self.conv >= 0, f"conv ({self.conv}) must be at least 0")
         said = f"d_model ({self.d_model}) not divisible by d_head ({self.d_head}): heads of attention fill it"
         require(self.d_model % self.d_head == 0, said)
         said = f"mixers ({self.mixers}) not divisible by mlp_every ({self.mlp_every})"
@@ -179,11 +190,14 @@ def _model(point: Point, sizes: Sizes, d_ff: int) -> ModelConfig:
     symbols = ["*" if i in at else "M" for i in range(sizes.mixers)]
     n = sizes.mlp_every
     pattern = "".join("".join(symbols[i : i + n]) + "-" for i in range(0, sizes.mixers, n))
+    pattern = ("C" if sizes.conv else "") + pattern
     heads, gate = sizes.d_model // sizes.d_head, "elementwise" if point.gate else None
-    attention = Attention(n_heads=heads, d_head=sizes.d_head, qk_norm=True, gate=gate)
+    rope = Rope() if sizes.positions == "rope" else None
+    attention = Attention(n_heads=heads, d_head=sizes.d_head, rope=rope, qk_norm=sizes.qk_norm, gate=gate)
     mixer = MIXERS[point.mixer](sizes.d_model, sizes.d_head, point.state)
     both = Parallel(branches={"mixer": Branch(mixer), "attention": Branch(attention)})
-    blocks = {"M": mixer, "*": attention if point.arrangement == "sequential" else both, "-": MLP(d_ff=d_ff)}
+    here = attention if point.arrangement == "sequential" else both
+    blocks = {"C": GatedConv(d_conv=max(sizes.conv, 1)), "M": mixer, "*": here, "-": MLP(d_ff=d_ff)}
     used = {symbol: block for symbol, block in blocks.items() if symbol in pattern}
     std = sizes.d_model**-0.5  # what is usual is that of wide models, under which narrow ones take long to begin
     return ModelConfig(

@@ -133,11 +133,16 @@ def take_steps(
 
 
 def scored(model: HybridLM, trials: Sequence[Trial], rows: int, batches: int) -> list[dict[str, Any]]:
-    """Of each trial what was right, as JSON, of rows that no training saw; of a model on one device."""
+    """Of each trial what was right, as JSON, of rows that no training saw; of a model on one device.
+
+    rows: of a batch of the first trial; one of longer documents has fewer, so that it has no more tokens.
+    """
     found = []
+    least = trials[0].length
     with jax.set_mesh(one_device()):
         for task, length in trials:
-            one = score(model, task, length, rows=rows, batches=batches, seed=TEST_SEED)
+            n = max(1, rows * least // max(length, least))
+            one = score(model, task, length, rows=n, batches=batches, seed=TEST_SEED)
             by = {facet: {str(value): list(count) for value, count in of.items()} for facet, of in one.by.items()}
             found.append({"length": length, "accuracy": one.accuracy, "right": one.right, "asked": one.asked,
                           "chance": task.chance(length), "by": by})  # fmt: skip

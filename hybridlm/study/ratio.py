@@ -27,11 +27,11 @@ from pallas_kernels.platform import device_name
 
 RECIPE = Config(
     name="ratio",
-    data=DataConfig(seq_len=128, batch_size=16),
+    data=DataConfig(seq_len=256, batch_size=8),
     optim=OptimConfig(
-        lr=5e-3, rule=Muon(lr=0.05), schedule=Wsd(decay_fraction=0.25, final_lr_ratio=0.02), warmup_steps=20
+        lr=5e-3, rule=Muon(lr=0.03), schedule=Wsd(decay_fraction=0.25, final_lr_ratio=0.05), warmup_steps=20
     ),
-    run=RunConfig(steps=700, log_every=20),
+    run=RunConfig(steps=500, log_every=20),
 )
 """How every model of a grid is trained, unless the words say otherwise."""
 MAY_SET = ("data.seq_len", "data.batch_size", "optim.", "run.steps", "run.log_every")

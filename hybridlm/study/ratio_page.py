@@ -74,8 +74,9 @@ def labels(keys: Sequence[Point]) -> list[str]:
 
 
 def figure(study: Study, found: Sequence[Kind], title: str = ""):
-    """Accuracy over the share of attention, the bytes of the cache and FLOPs, bars from the lowest to the highest seed;
-    and how the loss came down. A matplotlib figure, of the first test."""
+    """Accuracy in the first test over the share of attention, the bytes of the cache and FLOPs; over the documents of
+    the stages and over those longer than any of them, where there are such; bars from the lowest to the highest seed;
+    and how the loss came down. A matplotlib figure."""
     grouped = lines(found)
     names = labels(list(grouped))
     word = f"accuracy, {study.task}, {tests_of(study.tests)[0]}"
@@ -94,18 +95,38 @@ def figure(study: Study, found: Sequence[Kind], title: str = ""):
             x, spreads = x[order], spreads[order]
             drawn.append(Line(x, spreads[:, 0], name, n, dots=True, between=(spreads[:, 1], spreads[:, 2])))
         panels.append(Panel(axis, word, drawn, log=log))
-    panels.append(Panel("steps", "training loss, nats an answer", _losses(found, len(grouped))))
+    tests, first = study.tests, len(grouped)
+    easier = [at for at, test in enumerate(tests) if test in study.stages]
+    longer = [at for at, test in enumerate(tests) if test.task == tests[0].task]
+    for axis, which in (
+        ("tokens of a document, as it was learned", easier),
+        ("tokens of a document of the last task", longer),
+    ):
+        if len(which) > 1:
+            panels.append(Panel(axis, f"accuracy, {study.task}", _by_test(study, found, which, first), log=True))
+    panels.append(Panel("steps", "training loss, nats an answer", _losses(found, first)))
     return draw(panels, title, columns=2)
 
 
+def _by_test(study: Study, found: Sequence[Kind], which: Sequence[int], first: int) -> list[Line]:
+    """Of each kind of model its accuracy over the length of some tests; colours behind those of the lines."""
+    order = sorted(which, key=lambda at: study.tests[at].length)
+    x = [study.tests[at].length for at in order]
+    made = []
+    for n, kind in enumerate(found):
+        mean, low, high = np.array([kind.spread(at) for at in order]).T
+        made.append(Line(x, mean, kind.point.name, first + n, dots=True, between=(low, high)))
+    return made
+
+
 def _losses(found: Sequence[Kind], first: int) -> list[Line]:
-    """The mean of the seeds, of each kind of model; colours behind those of the lines."""
+    """The mean of the seeds, of each kind of model, in the colours of `_by_test`."""
     made = []
     for n, kind in enumerate(found):
         whole = min(map(len, kind.losses))
         steps = [step for step, _ in kind.losses[0][:whole]]
         mean = np.mean([[loss for _, loss in losses[:whole]] for losses in kind.losses], axis=0)
-        made.append(Line(steps, mean, f"loss: {kind.point.name}", first + n))
+        made.append(Line(steps, mean, kind.point.name, first + n))
     return made
 
 

@@ -23,7 +23,7 @@ from hybridlm.study import grid, ratio
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, Sizes, count, model_of, placed, points, share
 from hybridlm.study.mixers import MIXERS
-from hybridlm.study.on_task import TEST_SEED, Trial, rows_of
+from hybridlm.study.on_task import TEST_SEED, Trial, rows_of, scored
 from hybridlm.study.ratio_page import as_text, figure, labels, lines
 
 SMALL = Sizes(d_model=32, mixers=4, mlp_every=2, d_head=16, vocab_size=264, params=60_000)
@@ -86,8 +86,8 @@ def test_all_models_have_one_size(point):
     model = model_of(point, SMALL)
     n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(model).shapes))
     assert count(model) == n and abs(n - SMALL.params) <= 3 * SMALL.d_model  # half a unit of both feed-forwards
-    mixers = model.pattern.replace("-", "")
-    assert len(mixers) == 4 and mixers.count("*") == point.attention(4) and model.pattern[2] == model.pattern[5] == "-"
+    mixers = model.pattern.removeprefix("C").replace("-", "")
+    assert len(mixers) == 4 and mixers.count("*") == point.attention(4) and model.pattern[3] == model.pattern[6] == "-"
 
 
 def test_the_default_models_have_one_size():
@@ -95,10 +95,17 @@ def test_the_default_models_have_one_size():
     for point in points({"ratio": grid.RATIOS, "gate": (False, True)}):
         model = model_of(point, sizes)
         counts[point] = count(model)
-        assert [s for s in model.pattern if s != "-"].count("*") == point.attention(16)
+        assert [s for s in model.pattern if s not in "C-"].count("*") == point.attention(16)
     assert max(counts.values()) / min(counts.values()) < 1.01
     with pytest.raises(ConfigError, match=r"^1:7: params \(1000\) must be at least \d+, those of its mixers"):
         model_of(Point(), replace(sizes, params=1000))
+
+
+def test_what_all_models_share():
+    usual = model_of(Point("1:1"), SMALL)
+    assert usual.pattern[0] == "C" and usual.blocks["C"].d_conv == 3 and usual.blocks["*"].rope is None
+    other = model_of(Point("1:1"), replace(SMALL, conv=0, positions="rope", qk_norm=True))
+    assert "C" not in other.blocks and other.blocks["*"].rope is not None and other.blocks["*"].qk_norm
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -235,6 +242,37 @@ def test_lines_go_from_no_attention_to_nothing_else(results):
     assert ratio.labels((TASK,)) == ["16 tokens"]
 
 
+def test_figures_by_stage_and_beyond_what_was_learned(results):
+    """A line of each kind of model over the documents of the stages, and one over longer documents of the last task."""
+    found = ratio.kinds(results)
+    axes = {place.get_xlabel(): place for place in figure(STUDY, found).axes}
+    for label, lengths, tests in (
+        ("tokens of a document, as it was learned", [8, 16], [2, 0]),
+        ("tokens of a document of the last task", [16, 24], [0, 1]),
+    ):
+        drawn = axes[label].get_lines()
+        by_name = {line.get_label(): line for line in drawn if not line.get_label().startswith("_")}
+        for kind in found:
+            x, y = by_name[kind.point.name].get_data()
+            np.testing.assert_allclose(x, lengths)
+            np.testing.assert_allclose(y, [kind.spread(at)[0] for at in tests])
+    alone = figure(replace(STUDY, stages=(TASK,), tests=(TASK,)), found)
+    assert len(alone.axes) == len(axes) - 2
+
+
+def test_longer_documents_are_scored_in_fewer_rows():
+    """As many tokens a batch as of the first trial, at least a row; shorter ones in as many rows."""
+    shapes = []
+
+    def logits(tokens_BT):
+        shapes.append(tokens_BT.shape)
+        return np.zeros((*tokens_BT.shape, 16), np.float32)
+
+    trials = (TASK, Trial(TASK.task, 40), Trial(TASK.task, 1000), EASY)
+    scored(logits, trials, rows=8, batches=1)
+    assert shapes == [(8, 16), (3, 40), (1, 1000), (8, 8)]
+
+
 def test_bars_of_what_cannot_be_drawn_are_left_out():
     line = Line([0.0, 1.0, 2.0], [1.0, np.nan, 3.0], "a", between=([0.5, 0.0, 2.0], [1.5, 1.0, 3.5]))
     axes = draw([Panel("x", "y", [line])]).axes[0]
@@ -307,7 +345,9 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--depth", "10"], "mixers (10) not divisible by mlp_every (4)"),
         (["ratio", "--stages", "pairs=8"], "--stages (pairs=8) must be FIELD=VALUE,...@LENGTH"),
         (["ratio", "--stages", "pair=8@32"], "did you mean pairs?"),
-        (["ratio", "--stages", "pairs=8@256"], "length (256) of a document must be at most data.seq_len (128)"),
+        (["ratio", "--stages", "pairs=8@512"], "length (512) of a document must be at most data.seq_len (256)"),
+        (["ratio", "--conv", "-1"], "conv (-1) must be at least 0"),
+        (["ratio", "--positions", "alibi"], "--positions"),
         (["layers", "--run", "nowhere"], "--task"),
         (["layers", "--run", "nowhere", "--task", "mqar", "--keep", "0"], "--keep (0.0) must be above 0"),
         (["layers", "--run", "nowhere", "--task", "mqar", "--text"], "give --distill FOLDER"),
