@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.selective_scan`."""
 
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="selective_scan",
@@ -20,5 +20,11 @@ OP = Op(
             "pallas_kernels.ops.selective_scan.reference:selective_scan_reference", forward_mode=True
         ),
         "xla": Implementation("pallas_kernels.ops.selective_scan.xla:selective_scan_xla"),
+        "gpu": Implementation(
+            "pallas_kernels.ops.selective_scan.gpu.api:selective_scan_gpu",
+            "pallas_kernels.ops.selective_scan.gpu.api:supports",
+            oldest_jax=(0, 11),
+            capability=HOPPER,
+        ),
     },
 )
