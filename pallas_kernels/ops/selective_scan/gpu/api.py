@@ -50,12 +50,13 @@ def selective_scan_gpu(
 ):
     """See `pallas_kernels.selective_scan`; `chunk` is a hint not followed. Padding may hold anything.
 
-    Groups of channels are padded to whole blocks, states to 16: those have B = C = 0.
+    Tokens are padded to whole tiles and groups of channels to whole blocks, with zeros, which change nothing, and
+    states to 16, which have B = C = 0.
     """
     del chunk
-    (n_batch, n_tokens, n_channels), (n_groups, d_state) = x_BTD.shape, B_BTGN.shape[2:]
+    (_, n_tokens, n_channels), (n_groups, d_state) = x_BTD.shape, B_BTGN.shape[2:]
     pad_r = -(n_channels // n_groups) % Threads(WIDTH).channels
-    pad_n = ((0, 0), (0, STATES - d_state))
+    pad_n, pad_t = ((0, 0), (0, STATES - d_state)), ((0, 0), (0, -n_tokens % forward.TILE))
 
     def pad(array, axis):
         """Its channels, by group."""
@@ -73,31 +74,32 @@ def selective_scan_gpu(
         kept = jax.lax.slice_in_dim(by_group, 0, n_channels // n_groups, axis=axis + 1)
         return kept.reshape(*array.shape[:axis], n_channels, *array.shape[axis + 1 :])
 
-    marks, real = _marks(segment_ids, -n_tokens % forward.TILE)
+    marks, real = _marks(segment_ids)
     maps = []
     for array in (B_BTGN, C_BTGN):
         array = array.astype(jnp.float32)
         array = array if real is None else jnp.where(real[:, :, None, None], array, 0.0)
-        maps.append(jnp.pad(array, ((0, 0), (0, 0), *((0, 0), pad_n[1]))))
+        maps.append(jnp.pad(array, (*pad_t, *pad_n)))
+    x, dt = (pad(jnp.pad(array, (*pad_t, (0, 0))), 2) for array in (x_BTD, dt_BTD))
     A = pad(jnp.pad(A_DN, pad_n), 0)
     skip = None if D is None else pad(D.astype(jnp.float32), 0)
     init = None
     if initial_state is not None:
         init = pad(jnp.pad(initial_state.astype(jnp.float32), ((0, 0), *pad_n)), 1)
-    y, final = _core(pad(x_BTD, 2), pad(dt_BTD, 2), A, *maps, skip, init, marks, return_final_state)
-    y = unpad(y, 2)
+    marks = None if marks is None else jnp.pad(marks, pad_t)
+    y, final = _core(x, dt, A, *maps, skip, init, marks, return_final_state)
+    y = unpad(y[:, :n_tokens], 2)
     return (y, unpad(final, 1)[..., :d_state]) if return_final_state else y
 
 
-def _marks(segment_ids, behind: int):
-    """(what each token tells the kernels, of whole tiles; which tokens are real), None without segment ids."""
+def _marks(segment_ids):
+    """(what each token tells the kernels, which tokens are real), None without segment ids."""
     if segment_ids is None:
         return None, None
     real = segment_ids != 0
     number = document_numbers(segment_ids)
     first = real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
-    marks = jnp.where(real, jnp.where(first, BETWEEN_DOCUMENTS, 0.0), PADDING)
-    return jnp.pad(marks, ((0, 0), (0, behind))), real
+    return jnp.where(real, jnp.where(first, BETWEEN_DOCUMENTS, 0.0), PADDING), real
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))

@@ -25,6 +25,7 @@ from pallas_kernels.ops.selective_scan.gpu.forward import (
     each_state,
     each_token,
     fetch,
+    if_real,
     is_real,
     load_both,
     load_column,
@@ -66,7 +67,7 @@ def _token(cfg, tiles, smem, t, token, carry):
     before, h, decay, x, dt, rates = token
     dy = load_row(tiles["dy"].at[t], cfg).astype(F32)
     if cfg.segments:
-        dy = jnp.where(tiles["marks"][t] <= 0.0, dy, 0.0)
+        dy = if_real(tiles["marks"][t], dy)
     dy = each_channel(dy, cfg)
     b, c = (each_state(load_column(tiles[name].at[t], cfg), cfg) for name in ("B", "C"))
     g = dy * c + g

@@ -26,7 +26,7 @@ UNROLL = 2  # quads of tokens an iteration
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """Sizes and options of a call. Channels are `groups` times a multiple of a block's."""
+    """Sizes and options of a call. Tokens are whole tiles, channels of a group whole blocks."""
 
     batch: int
     tokens: int
@@ -46,7 +46,7 @@ class Walk:
 
     @property
     def tiles(self) -> int:
-        return -(-self.tokens // TILE)
+        return self.tokens // TILE
 
     @property
     def blocks(self) -> int:
@@ -112,8 +112,12 @@ def step_inputs(cfg, tiles, t):
     if not cfg.segments:
         return x, dt, None
     mark = tiles["marks"][t]
-    real = mark <= 0.0
-    return jnp.where(real, x, 0.0), jnp.where(real, dt, 0.0), jnp.minimum(mark, 0.0)
+    return if_real(mark, x), if_real(mark, dt), jnp.minimum(mark, 0.0)
+
+
+def if_real(mark, array):
+    """The array of a token, zero if it is padding."""
+    return jnp.where(lax.broadcast_in_dim(mark, array.shape, ()) <= 0.0, array, 0.0)
 
 
 def decays(cfg, rates, dt, between):
