@@ -126,21 +126,27 @@ def decays(cfg, rates, dt, between):
     return jnp.exp2(exponent if between is None else exponent + between)
 
 
-def _quad(cfg, tiles, rates, skip, q, h):
-    """(states behind four tokens, y of them [4, channels])."""
-    products = []
+def _ready(cfg, tiles, rates, t):
+    """(decays, what is added to the states) of a token, each [channels, 16]: all of its step that asks for no state."""
+    x, dt, between = step_inputs(cfg, tiles, t)
+    b = each_state(load_column(tiles["B"].at[t], cfg), cfg)
+    return decays(cfg, rates, dt, between), each_channel(dt * x, cfg) * b
+
+
+def _quad(cfg, tiles, rates, skip, q, carry):
+    """((states behind four tokens, what the next is ready with), y of the four [4, channels])."""
+    (h, (decay, added)), products = carry, []
     for r in range(QUAD):
         t = q * QUAD + r
-        x, dt, between = step_inputs(cfg, tiles, t)
-        b, c = (each_state(load_column(tiles[name].at[t], cfg), cfg) for name in ("B", "C"))
-        h = decays(cfg, rates, dt, between) * h + each_channel(dt * x, cfg) * b
-        products.append(h * c)
+        h = decay * h + added
+        decay, added = _ready(cfg, tiles, rates, t + 1 if r + 1 < QUAD else jnp.minimum(t + 1, TILE - 1))
+        products.append(h * each_state(load_column(tiles["C"].at[t], cfg), cfg))
     y = cfg.threads.sum_states(*products)
     if cfg.has_skip:
         rows = pl.ds(q * QUAD, QUAD)
         x = load_tokens(tiles["x"].at[rows], cfg).astype(F32)
         y += skip * (jnp.where(is_real(tiles, rows, cfg), x, 0.0) if cfg.segments else x)
-    return h, y
+    return (h, (decay, added)), y
 
 
 def _body(cfg, *refs):
@@ -169,17 +175,16 @@ def _body(cfg, *refs):
                 outs["states"][b, n, channels] = h
             plgpu.barrier_wait(bars.at[slot])
             tiles = {name: smem[name].at[slot] for name in names}
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copy of y that this tile's will lie over
-            plgpu.commit_smem()
 
-            def quads(i, h):
+            def quads(i, carry):
                 for r in range(UNROLL):
                     q = i * UNROLL + r
-                    h, y = _quad(cfg, tiles, rates, skip, q, h)
+                    carry, y = _quad(cfg, tiles, rates, skip, q, carry)
                     smem["y"][out, pl.ds(q * QUAD, QUAD)] = y.astype(cfg.dtype)
-                return h
+                return carry
 
-            h = lax.fori_loop(0, TILE // QUAD // UNROLL, quads, h)
+            h, _ = lax.fori_loop(0, TILE // QUAD // UNROLL, quads, (h, _ready(cfg, tiles, rates, 0)))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before, over whose y the next one's will lie
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem["y"].at[out], outs["y"].at[b, pl.ds(n * TILE, TILE), channels])
 
