@@ -41,66 +41,73 @@ STAGES = 2
 QUADS = TILE // QUAD
 
 
-def _advance(cfg, tiles, rates, t, h):
-    """(state behind a token, its decays, x, dt)."""
+def _load(cfg, tiles, t, names):
+    """What the threads hold of a token, by name: x, dt and dy are rows, B and C columns."""
     x, dt, between = step_inputs(cfg, tiles, t)
-    b = each_state(load_column(tiles["B"].at[t], cfg), cfg)
-    decay = decays(cfg, rates, dt, between)
-    return decay * h + each_channel(dt * x, cfg) * b, decay, x, dt
+    held = {"x": x, "dt": dt, "between": between}
+    held |= {name: each_state(load_column(tiles[name].at[t], cfg), cfg) for name in names if name in "BC"}
+    if "dy" in names:
+        dy = load_row(tiles["dy"].at[t], cfg).astype(F32)
+        held["dy"] = each_channel(if_real(tiles["marks"][t], dy) if cfg.segments else dy, cfg)
+    return held
+
+
+def _advance(cfg, rates, token, h):
+    """(state behind a token, its decays, what it adds to a state but B)."""
+    decay, inputs = decays(cfg, rates, token["dt"], token["between"]), each_channel(token["dt"] * token["x"], cfg)
+    return decay * h + inputs * token["B"], decay, inputs
 
 
 def _entering(cfg, tiles, smem, rates, h):
     """Leaves the states that enter each four tokens in shared memory."""
 
     def step(q, h):
+        tokens = [_load(cfg, tiles, q * QUAD + r, ("B",)) for r in range(QUAD)]
         smem["states"][q] = h
-        for r in range(QUAD):
-            h, *_ = _advance(cfg, tiles, rates, q * QUAD + r, h)
+        for token in tokens:
+            h, *_ = _advance(cfg, rates, token, h)
         return h
 
     smem["states"][QUADS - 1] = lax.fori_loop(0, QUADS - 1, step, h)
 
 
-def _token(cfg, tiles, smem, t, token, carry):
-    """(gradient of the state before the token, of A so far), and the terms of those of x and dt."""
-    g, dA = carry
-    before, h, decay, x, dt, rates = token
-    dy = load_row(tiles["dy"].at[t], cfg).astype(F32)
-    if cfg.segments:
-        dy = if_real(tiles["marks"][t], dy)
-    dy = each_channel(dy, cfg)
-    b, c = (each_state(load_column(tiles[name].at[t], cfg), cfg) for name in ("B", "C"))
-    g = dy * c + g
-    smem["sums"][:, t] = cfg.threads.sum_channels(g * each_channel(dt * x, cfg), dy * h)
-    inputs = g * b
-    g = g * decay
-    log_decay = g * before
-    return (g, dA + log_decay * each_channel(dt, cfg)), inputs, log_decay * rates
+def _gradients(cfg, rates, token, states, decay, inputs, carry):
+    """((gradients of the state before a token, of A so far), its sums over channels, and terms of those over states:
+    of what the token adds to a state, and of its log2 decay)."""
+    (g, dA), (before, behind) = carry, states
+    g = token["dy"] * token["C"] + g
+    sums = cfg.threads.sum_channels(g * inputs, token["dy"] * behind)
+    of_inputs, g = g * token["B"], g * decay
+    of_decay = g * before
+    return (g, dA + of_decay * each_channel(token["dt"], cfg)), sums, of_inputs, of_decay * rates
 
 
 def _quad(cfg, tiles, smem, rates, skip, q, carry):
-    """The gradients of four tokens."""
+    """The gradients of four tokens. All that they load comes first: nothing is loaded ahead of a store before it."""
     g, dA, dskip = carry
-    h, tokens = load_both(smem["states"].at[q], cfg), []
-    for r in range(QUAD):
-        before = h
-        h, decay, x, dt = _advance(cfg, tiles, rates, q * QUAD + r, before)
-        tokens.append((before, h, decay, x, dt, rates))
-    inputs, exponents = [None] * QUAD, [None] * QUAD
-    for r in reversed(range(QUAD)):
-        (g, dA), inputs[r], exponents[r] = _token(cfg, tiles, smem, q * QUAD + r, tokens[r], (g, dA))
-
     rows = pl.ds(q * QUAD, QUAD)
+    states, steps = [load_both(smem["states"].at[q], cfg)], []
+    tokens = [_load(cfg, tiles, q * QUAD + r, ("B", "C", "dy")) for r in range(QUAD)]
     x, dt, dy = (load_tokens(tiles[name].at[rows], cfg).astype(F32) for name in ("x", "dt", "dy"))
-    inputs, exponents = cfg.threads.sum_states(*inputs), cfg.threads.sum_states(*exponents) * math.log(2)
+    for token in tokens:
+        h, *step = _advance(cfg, rates, token, states[-1])
+        states.append(h)
+        steps.append(step)
+    sums, of_inputs, of_decays = ([None] * QUAD for _ in range(3))
+    for r in reversed(range(QUAD)):
+        found = _gradients(cfg, rates, tokens[r], states[r : r + 2], *steps[r], (g, dA))
+        (g, dA), sums[r], of_inputs[r], of_decays[r] = found
+    of_inputs, of_decays = cfg.threads.sum_states(*of_inputs), cfg.threads.sum_states(*of_decays) * math.log(2)
     if cfg.segments:
         real = is_real(tiles, rows, cfg)
-        x, dt, dy, exponents = (jnp.where(real, array, 0.0) for array in (x, dt, dy, exponents))
-    dx = dt * inputs
+        x, dt, dy, of_decays = (jnp.where(real, array, 0.0) for array in (x, dt, dy, of_decays))
+    dx = dt * of_inputs
     if cfg.has_skip:
         dx, dskip = dx + skip * dy, dskip + x * dy
     smem["dx"][rows] = dx.astype(cfg.dtype)
-    smem["ddt"][rows] = x * inputs + exponents
+    smem["ddt"][rows] = x * of_inputs + of_decays
+    for r in range(QUAD):
+        smem["sums"][:, q * QUAD + r] = sums[r]
     return g, dA, dskip
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.varying import call_varying
 
 TILE = 32  # tokens
 STAGES = 3
-UNROLL = 2  # quads of tokens an iteration
+UNROLL = 4  # quads of tokens an iteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +177,11 @@ def _body(cfg, *refs):
             tiles = {name: smem[name].at[slot] for name in names}
 
             def quads(i, carry):
+                ys = [None] * UNROLL
                 for r in range(UNROLL):
-                    q = i * UNROLL + r
-                    carry, y = _quad(cfg, tiles, rates, skip, q, carry)
-                    smem["y"][out, pl.ds(q * QUAD, QUAD)] = y.astype(cfg.dtype)
+                    carry, ys[r] = _quad(cfg, tiles, rates, skip, i * UNROLL + r, carry)
+                for r in range(UNROLL):  # last: what is loaded behind a store is not loaded ahead
+                    smem["y"][out, pl.ds((i * UNROLL + r) * QUAD, QUAD)] = ys[r].astype(cfg.dtype)
                 return carry
 
             h, _ = lax.fori_loop(0, TILE // QUAD // UNROLL, quads, (h, _ready(cfg, tiles, rates, 0)))
