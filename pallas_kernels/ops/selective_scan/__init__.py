@@ -20,6 +20,10 @@ OP = Op(
             "pallas_kernels.ops.selective_scan.reference:selective_scan_reference", forward_mode=True
         ),
         "xla": Implementation("pallas_kernels.ops.selective_scan.xla:selective_scan_xla"),
+        "tpu": Implementation(
+            "pallas_kernels.ops.selective_scan.tpu.api:selective_scan_tpu",
+            "pallas_kernels.ops.selective_scan.tpu.api:supports",
+        ),
         "gpu": Implementation(
             "pallas_kernels.ops.selective_scan.gpu.api:selective_scan_gpu",
             "pallas_kernels.ops.selective_scan.gpu.api:supports",
