@@ -108,7 +108,7 @@ def _sizes(op: str) -> list:
 
 
 def _scan_threads(threads) -> dict:
-    """`pallas_kernels.ops.selective_scan.gpu.threads.Threads`, whose functions are in words that are not interpreted."""
+    """Of `pallas_kernels.ops.selective_scan.gpu.threads.Threads`, for words that are not interpreted."""
 
     def spread(own):
         return lambda row: jnp.broadcast_to(row[:, None], (own.channels, threads.STATES))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which thread of a Hopper warpgroup holds what of a selective scan, and the sums over threads, in Mosaic's own words.
 
-A thread holds ``width`` neighbouring channels, of each a quarter of the 16 states: thread 4 c + s of warp w has channels
-(8 w + c) width + v, of each states 4 s to 4 s + 3. Four threads that share channels are a quad. Sums over states are
-taken four tokens at a time, so that each thread of the quad ends with the sums of one token, and sums over channels so
-that each thread of the warp ends with those of one state: fewest shuffles, and no thread repeats another's work.
+A thread holds ``width`` neighbouring channels, of each a quarter of the 16 states: thread 4 c + s of warp w has the
+channels from (8 w + c) width on, of each states 4 s to 4 s + 3. Four threads that share channels are a quad. Sums over
+states are taken four tokens at a time, so that each thread of the quad ends with the sums of one token, and sums over
+channels so that each thread of the warp ends with that of one state: fewest shuffles, no thread repeats another's work.
 
 Tests replace these functions by plain ones (tests/ops/interpreter.py).
 """
