@@ -38,6 +38,7 @@ from pallas_kernels.ops.selective_scan.gpu.threads import LANES, QUAD, STATES, W
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
+UNROLL = 1  # quads of tokens an iteration
 QUADS = TILE // QUAD
 
 
@@ -83,7 +84,7 @@ def _gradients(cfg, rates, token, states, decay, inputs, carry):
 
 
 def _quad(cfg, tiles, smem, rates, skip, q, carry):
-    """The gradients of four tokens. All that they load comes first: nothing is loaded ahead of a store before it."""
+    """(carry, the gradients of four tokens by name). All that they load comes first."""
     g, dA, dskip = carry
     rows = pl.ds(q * QUAD, QUAD)
     states, steps = [load_both(smem["states"].at[q], cfg)], []
@@ -104,11 +105,21 @@ def _quad(cfg, tiles, smem, rates, skip, q, carry):
     dx = dt * of_inputs
     if cfg.has_skip:
         dx, dskip = dx + skip * dy, dskip + x * dy
-    smem["dx"][rows] = dx.astype(cfg.dtype)
-    smem["ddt"][rows] = x * of_inputs + of_decays
-    for r in range(QUAD):
-        smem["sums"][:, q * QUAD + r] = sums[r]
-    return g, dA, dskip
+    return (g, dA, dskip), {"dx": dx.astype(cfg.dtype), "ddt": x * of_inputs + of_decays, "sums": sums}
+
+
+def _quads(cfg, tiles, smem, rates, skip, i, carry):
+    """The gradients of some tokens, stored last: what is loaded behind a store is not loaded ahead."""
+    found = []
+    for q in (QUADS - 1 - i * UNROLL - r for r in range(UNROLL)):
+        carry, grads = _quad(cfg, tiles, smem, rates, skip, q, carry)
+        found.append((q, grads))
+    for q, grads in found:
+        rows = pl.ds(q * QUAD, QUAD)
+        smem["dx"][rows], smem["ddt"][rows] = grads["dx"], grads["ddt"]
+        for r in range(QUAD):
+            smem["sums"][:, q * QUAD + r] = grads["sums"][r]
+    return carry
 
 
 def _store(cfg, idx, smem, outs, n):
@@ -149,8 +160,8 @@ def _body(cfg, with_final, *refs):
             _entering(cfg, tiles, smem, rates, h)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile behind has left
             plgpu.commit_smem()
-            quad = functools.partial(_quad, cfg, tiles, smem, rates, skip)
-            carry = lax.fori_loop(0, QUADS, lambda j, carry: quad(QUADS - 1 - j, carry), carry)
+            quads = functools.partial(_quads, cfg, tiles, smem, rates, skip)
+            carry = lax.fori_loop(0, QUADS // UNROLL, quads, carry)
             plgpu.commit_smem()
 
             @pl.when(i + STAGES < cfg.tiles)
