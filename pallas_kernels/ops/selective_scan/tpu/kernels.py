@@ -45,10 +45,14 @@ def _spread(refs, blocks: Blocks):
 
     @pl.when(lax.rem(pl.program_id(2), blocks.per_group) == 0)
     def _():
-        for name in ("B", "C"):
-            maps = refs[name][0, 0]
-            for t in range(CHUNK):
-                refs[name + "s"][t] = jnp.broadcast_to(maps[:, t : t + 1], (blocks.states, LANES))
+        def step(i, _):
+            for name in ("B", "C"):
+                maps = pltpu.roll(refs[name][0, 0], CHUNK - i * GROUP, 1)
+                for r in range(GROUP):
+                    spread = jnp.broadcast_to(maps[:, r : r + 1], (blocks.states, LANES))
+                    refs[name + "s"][i * GROUP + r] = spread
+
+        lax.fori_loop(0, CHUNK // GROUP, step, None)
 
 
 def _wide(array, blocks: Blocks):
