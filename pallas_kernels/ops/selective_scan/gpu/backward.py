@@ -105,33 +105,29 @@ def _quad(cfg, tiles, smem, rates, skip, q, carry):
     dx = dt * of_inputs
     if cfg.has_skip:
         dx, dskip = dx + skip * dy, dskip + x * dy
-    return (g, dA, dskip), {"dx": dx.astype(cfg.dtype), "ddt": x * of_inputs + of_decays, "sums": sums}
+    return (g, dA, dskip), dx.astype(cfg.dtype), x * of_inputs + of_decays, sums
 
 
-def _quads(cfg, tiles, smem, rates, skip, i, carry):
-    """The gradients of some tokens, stored last: what is loaded behind a store is not loaded ahead."""
-    found = []
+def _quads(cfg, idx, tiles, smem, outs, rates, skip, n, i, carry):
+    """The gradients of some tokens of tile n; sums last: what is loaded behind them is not loaded ahead."""
+    (b, block), found = idx, []
+    channels = pl.ds(block * cfg.threads.channels, cfg.threads.channels)
     for q in (QUADS - 1 - i * UNROLL - r for r in range(UNROLL)):
-        carry, grads = _quad(cfg, tiles, smem, rates, skip, q, carry)
-        found.append((q, grads))
-    for q, grads in found:
-        rows = pl.ds(q * QUAD, QUAD)
-        smem["dx"][rows], smem["ddt"][rows] = grads["dx"], grads["ddt"]
-        for r in range(QUAD):
-            smem["sums"][:, q * QUAD + r] = grads["sums"][r]
+        carry, dx, ddt, sums = _quad(cfg, tiles, smem, rates, skip, q, carry)
+        rows = pl.ds(n * TILE + q * QUAD, QUAD)
+        outs["dx"][b, rows, channels], outs["ddt"][b, rows, channels] = dx, ddt
+        found += [(q * QUAD + r, sums[r]) for r in range(QUAD)]
+    for t, sums in found:
+        smem["sums"][:, t] = sums
     return carry
 
 
-def _store(cfg, idx, smem, outs, n):
-    """Starts the copies of a tile's gradients, whose shared memory all threads have written."""
-    b, block = idx
-    rows, channels = pl.ds(n * TILE, TILE), pl.ds(block * cfg.threads.channels, cfg.threads.channels)
+def _store_maps(idx, smem, outs, n):
+    """Adds up the warps' sums of a tile, which all have stored, and starts their copy."""
     layout = plgpu.Layout.WG_STRIDED((TILE, LANES), vec_size=4)
     smem["maps"][...] = sum(plgpu.load(smem["sums"].at[warp], layout=layout) for warp in range(WARPS))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem["dx"], outs["dx"].at[b, rows, channels])
-    plgpu.copy_smem_to_gmem(smem["ddt"], outs["ddt"].at[b, rows, channels])
-    plgpu.copy_smem_to_gmem(smem["maps"], outs["maps"].at[b, block, rows])
+    plgpu.copy_smem_to_gmem(smem["maps"], outs["maps"].at[*idx, pl.ds(n * TILE, TILE)])
 
 
 def _body(cfg, with_final, *refs):
@@ -158,17 +154,16 @@ def _body(cfg, with_final, *refs):
             plgpu.barrier_wait(bars.at[slot])
             tiles = {name: smem[name].at[slot] for name in names}
             _entering(cfg, tiles, smem, rates, h)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile behind has left
-            plgpu.commit_smem()
-            quads = functools.partial(_quads, cfg, tiles, smem, rates, skip)
+            quads = functools.partial(_quads, cfg, idx, tiles, smem, outs, rates, skip, n)
             carry = lax.fori_loop(0, QUADS // UNROLL, quads, carry)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the sums of the tile behind have left
             plgpu.commit_smem()
 
             @pl.when(i + STAGES < cfg.tiles)
             def _():
                 fetch(cfg, ins, smem, names, idx, n - STAGES, slot, bars.at[slot])
 
-            _store(cfg, idx, smem, outs, n)
+            _store_maps(idx, smem, outs, n)
             return carry
 
         g, dA, dskip = lax.fori_loop(0, cfg.tiles, step, (g, zeros, dskip))
@@ -184,8 +179,6 @@ def _body(cfg, with_final, *refs):
         scratch(cfg, names, STAGES)
         | {
             "states": plgpu.SMEM((QUADS, cfg.threads.channels, STATES), F32),
-            "dx": plgpu.SMEM((TILE, cfg.threads.channels), cfg.dtype),
-            "ddt": plgpu.SMEM((TILE, cfg.threads.channels), F32),
             "sums": plgpu.SMEM((WARPS, TILE, LANES), F32),
             "maps": plgpu.SMEM((TILE, LANES), F32),
         },

@@ -2,8 +2,9 @@
 """The forward walk over a row's tokens: a warpgroup a block of channels, its states in registers from end to end.
 
 Tokens come in tiles of `TILE` by the copy engine, `STAGES` of them ahead. B and C are float32 and zero in padding.
-No barrier is inserted automatically. The threads of a block share what the copy engine brings, which its barriers
-order, and y on its way out: a tile is filled again, and y stored, once all have passed a commit.
+No barrier is inserted automatically. The threads of a block share no more than what the copy engine brings, which its
+barriers order: a tile is filled again once all have passed a commit. y goes to memory as it is: 32 bytes of a row a
+warp and store, and loads of shared memory go ahead of it.
 """
 
 import dataclasses
@@ -170,7 +171,7 @@ def _body(cfg, *refs):
             h = plgpu.layout_cast(jnp.zeros((cfg.threads.channels, STATES), F32), cfg.threads.both)
 
         def step(n, h):
-            slot, out = lax.rem(n, STAGES), lax.rem(n, 2)
+            slot = lax.rem(n, STAGES)
             if cfg.keep_states:
                 outs["states"][b, n, channels] = h
             plgpu.barrier_wait(bars.at[slot])
@@ -180,14 +181,13 @@ def _body(cfg, *refs):
                 ys = [None] * UNROLL
                 for r in range(UNROLL):
                     carry, ys[r] = _quad(cfg, tiles, rates, skip, i * UNROLL + r, carry)
-                for r in range(UNROLL):  # last: what is loaded behind a store is not loaded ahead
-                    smem["y"][out, pl.ds((i * UNROLL + r) * QUAD, QUAD)] = ys[r].astype(cfg.dtype)
+                for r in range(UNROLL):  # last, so that the sums of four tokens run beside the next four
+                    rows = pl.ds(n * TILE + (i * UNROLL + r) * QUAD, QUAD)
+                    outs["y"][b, rows, channels] = ys[r].astype(cfg.dtype)
                 return carry
 
             h, _ = lax.fori_loop(0, TILE // QUAD // UNROLL, quads, (h, _ready(cfg, tiles, rates, 0)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before, over whose y the next one's will lie
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem["y"].at[out], outs["y"].at[b, pl.ds(n * TILE, TILE), channels])
+            plgpu.commit_smem()  # all have read the slot
 
             @pl.when(n + STAGES < cfg.tiles)
             def _():
@@ -198,11 +198,10 @@ def _body(cfg, *refs):
         h = lax.fori_loop(0, cfg.tiles, step, h)
         if cfg.emit_final:
             outs["final"][b, channels] = h
-        plgpu.wait_smem_to_gmem(0)
 
     pl.run_scoped(
         scoped,
-        scratch(cfg, names, STAGES) | {"y": plgpu.SMEM((2, TILE, cfg.threads.channels), cfg.dtype)},
+        scratch(cfg, names, STAGES),
         plgpu.Barrier(num_arrivals=len(names), num_barriers=STAGES),
     )
 

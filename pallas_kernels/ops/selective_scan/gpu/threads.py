@@ -57,7 +57,9 @@ class Threads:
         """Of ``[channels]``, the same in the threads of a quad."""
         warp = GROUPS * self.width
         replicated = fragmented_array.Replicated(QUAD)
-        return _layout(((self.channels,), (warp,), (self.width,)), (-3,), (-2, replicated) if MINOR else (replicated, -2), -1)
+        return _layout(
+            ((self.channels,), (warp,), (self.width,)), (-3,), (-2, replicated) if MINOR else (replicated, -2), -1
+        )
 
     @functools.cached_property
     def column(self):
