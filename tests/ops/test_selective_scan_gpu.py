@@ -58,6 +58,14 @@ def test_marks_say_padding_and_first_tokens(layout):
     assert np.finfo(np.float32).tiny > 2.0**gpu.BETWEEN_DOCUMENTS and gpu.PADDING > 0
 
 
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "width"), [(4, 4096, 1, 2), (1, 4096, 1, 1), (1, 8192, 1, 1), (1, 6, 133, 2)]
+)
+def test_threads_have_one_channel_where_two_would_leave_multiprocessors_idle(batch, channels, groups, width):
+    with assume_platform("gpu", capability="9.0", multiprocessors=132):
+        assert gpu._width(batch, channels * groups if groups > 1 else channels, groups) == width
+
+
 def test_places_are_a_permutation_of_a_warp():
     places = threads.places()
     assert places.shape == (2, threads.STATES)

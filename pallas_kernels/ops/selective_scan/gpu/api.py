@@ -7,13 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platform
 from pallas_kernels.mosaic_gpu import LOG2E
 from pallas_kernels.ops.selective_scan.gpu import backward, forward
 from pallas_kernels.ops.selective_scan.gpu.forward import Walk
 from pallas_kernels.ops.selective_scan.gpu.threads import STATES, Threads
 from pallas_kernels.segments import document_numbers
 
-WIDTH = 2  # channels of a thread
 DTYPES = ("bfloat16", "float16", "float32")
 # What a token tells the kernels: it is padding, or begins a document, or neither (0). The latter is added to its log2
 # decays, and below 2^-126 nothing is left of a state.
@@ -55,7 +55,8 @@ def selective_scan_gpu(
     """
     del chunk
     (_, n_tokens, n_channels), (n_groups, d_state) = x_BTD.shape, B_BTGN.shape[2:]
-    pad_r = -(n_channels // n_groups) % Threads(WIDTH).channels
+    width = _width(*x_BTD.shape[::2], n_groups)
+    pad_r = -(n_channels // n_groups) % Threads(width).channels
     pad_n, pad_t = ((0, 0), (0, STATES - d_state)), ((0, 0), (0, -n_tokens % forward.TILE))
 
     def pad(array, axis):
@@ -87,9 +88,15 @@ def selective_scan_gpu(
     if initial_state is not None:
         init = pad(jnp.pad(initial_state.astype(jnp.float32), ((0, 0), *pad_n)), 1)
     marks = None if marks is None else jnp.pad(marks, pad_t)
-    y, final = _core(x, dt, A, *maps, skip, init, marks, return_final_state)
+    y, final = _core(x, dt, A, *maps, skip, init, marks, (width, return_final_state))
     y = unpad(y[:, :n_tokens], 2)
     return (y, unpad(final, 1)[..., :d_state]) if return_final_state else y
+
+
+def _width(n_batch: int, n_channels: int, n_groups: int) -> int:
+    """Channels of a thread: two, or one where thread blocks of two would not fill the multiprocessors."""
+    blocks = -(-n_channels // n_groups // Threads(2).channels) * n_groups
+    return 2 if n_batch * blocks > platform.multiprocessors() else 1
 
 
 def _marks(segment_ids):
@@ -103,17 +110,18 @@ def _marks(segment_ids):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _core(x, dt, A, B, C, skip, init, marks, with_final):
+def _core(x, dt, A, B, C, skip, init, marks, options):
     """y and the final state ``[B, D, 16]`` (None unless asked for), of channels in whole blocks and 16 states."""
-    out = forward.walk(_config(x, B, skip, init, marks, with_final), x, dt, B, C, marks, A * LOG2E, skip, init)
+    out = forward.walk(_config(x, B, skip, init, marks, options), x, dt, B, C, marks, A * LOG2E, skip, init)
     return out["y"], out.get("final")
 
 
-def _config(x, B, skip, init, marks, with_final):
+def _config(x, B, skip, init, marks, options):
+    width, with_final = options
     return Walk(
         *x.shape,
         B.shape[2],
-        WIDTH,
+        width,
         x.dtype,
         has_skip=skip is not None,
         segments=marks is not None,
@@ -122,16 +130,16 @@ def _config(x, B, skip, init, marks, with_final):
     )
 
 
-def _core_fwd(x, dt, A, B, C, skip, init, marks, with_final):
-    cfg = dataclasses.replace(_config(x, B, skip, init, marks, with_final), keep_states=True)
+def _core_fwd(x, dt, A, B, C, skip, init, marks, options):
+    cfg = dataclasses.replace(_config(x, B, skip, init, marks, options), keep_states=True)
     out = forward.walk(cfg, x, dt, B, C, marks, A * LOG2E, skip, init)
     return (out["y"], out.get("final")), (x, dt, A, B, C, skip, init, marks, out["states"])
 
 
-def _core_bwd(with_final, residuals, cotangents):
+def _core_bwd(options, residuals, cotangents):
     x, dt, A, B, C, skip, init, marks, states = residuals
     dy, dfinal = cotangents
-    cfg = _config(x, B, skip, init, marks, with_final)
+    cfg = _config(x, B, skip, init, marks, options)
     dx, ddt, dA, dB, dC, dskip, dinit = backward.gradients(cfg, x, dt, A, B, C, skip, marks, states, dy, dfinal)
     return dx, ddt, dA, dB, dC, dskip, dinit, None
 
