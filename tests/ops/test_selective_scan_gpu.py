@@ -88,7 +88,7 @@ def test_kernels_interpreted_on_all_cases(case, dtype):
 
 
 @needs_gpu_interpreter
-@pytest.mark.quick
+@pytest.mark.slow
 def test_kernels_interpreted_on_documents_in_groups_over_several_tiles():
     case = cases.Case("documents", 1, 75, 8, 5, 2, layout="scattered", decay="mixed", initial=True, final=True)
     with interpreted("selective_scan", "gpu"):

@@ -31,4 +31,12 @@ OP = Op(
             capability=HOPPER,
         ),
     },
+    costs={
+        "selective_scan_forward": "pallas_kernels.ops.selective_scan.tpu.cost:forward",
+        "selective_scan_backward": "pallas_kernels.ops.selective_scan.tpu.cost:backward",
+    },
+    gpu_costs={
+        "selective_scan_walk": "pallas_kernels.ops.selective_scan.gpu.cost:walk",
+        "selective_scan_gradients": "pallas_kernels.ops.selective_scan.gpu.cost:gradients",
+    },
 )
