@@ -102,8 +102,8 @@ def _sizes(op: str) -> list:
         threads = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.threads")
         return [(api, {"TOKEN_MULTIPLE": api.TILE}), (threads, _threads(threads))]
     if op == "selective_scan":
-        threads = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.threads")
-        return [(threads.Threads, _scan_threads(threads))]
+        forward, threads = (importlib.import_module(f"pallas_kernels.ops.{op}.gpu.{m}") for m in ("forward", "threads"))
+        return [(forward, {"UNROLL": 2}), (threads.Threads, _scan_threads(threads))]
     return []
 
 

@@ -37,6 +37,8 @@ def test_supports_names_argument_and_limit():
     assert why(dt=np.zeros((1, 8, 4))) == "dtype of dt_BTD (float64) is not float32"
     assert why(x=np.zeros((1, 8, 4))) == "dtype of x_BTD (float64) not one of bfloat16, float16, float32"
     assert why(B=np.zeros((1, 8, 16))) == "dtype of B_BTN (float64) not one of bfloat16, float16, float32"
+    assert gpu.slower(np.zeros((1, 31, 4))) == "T (31) below 32, to which the kernels pad"
+    assert gpu.slower(np.zeros((1, 32, 4))) is None
     assert why(state=17) == "state size of A_DN (17) above 16"
 
 
@@ -143,11 +145,13 @@ def test_kernels_against_the_recurrence(case, dtype):
     assert not bad, bad
 
 
-def test_a_state_of_more_than_16_is_left_to_xla():
+@pytest.mark.parametrize(("tokens", "state", "choice"), [(32, 16, "gpu"), (31, 16, "xla"), (32, 32, "xla")])
+def test_auto_takes_the_kernels_for_what_they_serve_but_short_rows(tokens, state, choice):
     op, array = OPS["selective_scan"], jax.ShapeDtypeStruct
-    rates = array((8, 32), "float32")
-    args = (array((1, 4, 8), "bfloat16"), array((1, 4, 8), "float32"), rates, *[array((1, 4, 1, 32), "bfloat16")] * 2)
+    maps = array((1, tokens, 1, state), "bfloat16")
+    args = array((1, tokens, 8), "bfloat16"), array((1, tokens, 8), "float32"), array((8, state), "float32"), maps, maps
     with assume_platform("gpu", capability="9.0"):
-        assert select(op, "auto", args, {}) is op.implementations["xla"]
-        with pytest.raises(NotImplementedError, match=r"state size of A_DN \(32\) above 16"):
-            select(op, "gpu", args, {})
+        assert select(op, "auto", args, {}) is op.implementations[choice]
+        if state > 16:
+            with pytest.raises(NotImplementedError, match=r"state size of A_DN \(32\) above 16"):
+                select(op, "gpu", args, {})

@@ -15,6 +15,7 @@ OP = Op(
     padding_may_be_nan=True,
     states=("initial_state",),
     hints={"chunk": (1, 7, 1000)},
+    proven=("gpu",),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.selective_scan.reference:selective_scan_reference", forward_mode=True
@@ -27,6 +28,7 @@ OP = Op(
         "gpu": Implementation(
             "pallas_kernels.ops.selective_scan.gpu.api:selective_scan_gpu",
             "pallas_kernels.ops.selective_scan.gpu.api:supports",
+            "pallas_kernels.ops.selective_scan.gpu.api:slower",
             oldest_jax=(0, 11),
             capability=HOPPER,
         ),

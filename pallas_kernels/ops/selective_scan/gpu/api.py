@@ -35,6 +35,13 @@ def supports(x, dt, A, B, C, **options) -> str | None:
     return None
 
 
+def slower(x, *_, **__) -> str | None:
+    """Why xla is the better choice for a call that the kernels serve, or None."""
+    if x.shape[1] < forward.TILE:
+        return f"T ({x.shape[1]}) below {forward.TILE}, to which the kernels pad"
+    return None
+
+
 def selective_scan_gpu(
     x_BTD,
     dt_BTD,

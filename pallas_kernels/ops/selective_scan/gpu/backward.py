@@ -38,7 +38,7 @@ from pallas_kernels.ops.selective_scan.gpu.threads import LANES, QUAD, STATES, W
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
-UNROLL = 1  # quads of tokens an iteration
+UNROLL = 2  # quads of tokens an iteration
 QUADS = TILE // QUAD
 
 

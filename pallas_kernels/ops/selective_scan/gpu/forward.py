@@ -22,7 +22,7 @@ from pallas_kernels.varying import call_varying
 
 TILE = 32  # tokens
 STAGES = 3
-UNROLL = 4  # quads of tokens an iteration
+UNROLL = 8  # quads of tokens an iteration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ HELD = STATES // QUAD  # states of a channel that a thread holds
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 GROUPS = LANES // QUAD  # quads of a warp
 F32 = jnp.float32
-MINOR = True
 
 
 def _layout(tiles, warp_dims, lane_dims, vector_dim):
@@ -49,17 +48,14 @@ class Threads:
     def both(self):
         """Of ``[channels, 16]``."""
         warp, channels = GROUPS * self.width, self.channels
-        lanes = (-4, -3) if MINOR else (-3, -4)
-        return _layout(((channels, STATES), (warp, STATES), (self.width, HELD)), (-6,), lanes, -1)
+        return _layout(((channels, STATES), (warp, STATES), (self.width, HELD)), (-6,), (-4, -3), -1)
 
     @functools.cached_property
     def row(self):
         """Of ``[channels]``, the same in the threads of a quad."""
         warp = GROUPS * self.width
         replicated = fragmented_array.Replicated(QUAD)
-        return _layout(
-            ((self.channels,), (warp,), (self.width,)), (-3,), (-2, replicated) if MINOR else (replicated, -2), -1
-        )
+        return _layout(((self.channels,), (warp,), (self.width,)), (-3,), (-2, replicated), -1)
 
     @functools.cached_property
     def column(self):
@@ -70,7 +66,7 @@ class Threads:
     def tokens(self):
         """Of ``[4, channels]``, a token a thread of the quad."""
         warp = GROUPS * self.width
-        return _layout(((QUAD, self.channels), (1, warp), (1, self.width)), (-5,), (-3, -6) if MINOR else (-6, -3), -1)
+        return _layout(((QUAD, self.channels), (1, warp), (1, self.width)), (-5,), (-3, -6), -1)
 
     @functools.cached_property
     def line(self):
@@ -97,7 +93,7 @@ class Threads:
         @plgpu.inline_mgpu(arg_types=(self.both,) * QUAD, return_type=self._of((QUAD, self.channels), self.tokens))
         def sum_states(_, *tokens):
             sums = [[_sum(register, HELD) for register in token.registers.flat] for token in tokens]
-            (mine,) = _scatter(sums, (2, 1) if MINOR else (16, 8))
+            (mine,) = _scatter(sums, (2, 1))
             held = vector.from_elements(ir.VectorType.get((self.width,), ir.F32Type.get()), mine)
             return self._array(self.tokens, [held], (QUAD, self.channels))
 
@@ -113,7 +109,7 @@ class Threads:
             for array in arrays:
                 total = functools.reduce(_add, array.registers.flat)
                 sums += [[_element(total, k)] for k in range(HELD)]
-            ((mine,),) = _scatter(sums, (4, 8, 16) if MINOR else (1, 2, 4))
+            ((mine,),) = _scatter(sums, (4, 8, 16))
             held = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [mine])
             return mgpu.FragmentedArray(
                 _registers=np.array([held], dtype=object), _layout=self.line.to_mgpu(), _is_signed=None
@@ -138,9 +134,9 @@ def places() -> np.ndarray:
     found = np.empty((2, STATES), np.int32)
     for which, state in np.ndindex(2, STATES):
         value, place = which * HELD + state % HELD, 0  # of the 8 values of a thread, halved thrice
-        for step, half in ((4, 4), (8, 2), (16, 1)) if MINOR else ((1, 4), (2, 2), (4, 1)):
+        for step, half in ((4, 4), (8, 2), (16, 1)):
             place += step * (value // half % 2)
-        found[which, state] = place + state // HELD * (1 if MINOR else 8)
+        found[which, state] = place + state // HELD
     return found
 
 
