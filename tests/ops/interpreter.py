@@ -23,6 +23,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -100,7 +101,30 @@ def _sizes(op: str) -> list:
     if op == "gated_delta_rule":
         threads = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.threads")
         return [(api, {"TOKEN_MULTIPLE": api.TILE}), (threads, _threads(threads))]
+    if op == "selective_scan":
+        forward, threads = (importlib.import_module(f"pallas_kernels.ops.{op}.gpu.{m}") for m in ("forward", "threads"))
+        return [(forward, {"UNROLL": 2}), (threads.Threads, _scan_threads(threads))]
     return []
+
+
+def _scan_threads(threads) -> dict:
+    """Of `pallas_kernels.ops.selective_scan.gpu.threads.Threads`, for words that are not interpreted."""
+
+    def spread(own):
+        return lambda row: jnp.broadcast_to(row[:, None], (own.channels, threads.STATES))
+
+    def sum_states(own):
+        return lambda *tokens: jnp.stack([token.sum(1) for token in tokens])
+
+    def sum_channels(own):
+        def sums(*arrays):
+            by_warp = jnp.stack([array.reshape(threads.WARPS, -1, threads.STATES).sum(1) for array in arrays], 1)
+            by_warp = by_warp.reshape(threads.WARPS, -1)
+            return jnp.stack([by_warp[:, int(place)] for place in np.argsort(threads.places().reshape(-1))], axis=1)
+
+        return sums
+
+    return {function.__name__: property(function) for function in (spread, sum_states, sum_channels)}
 
 
 def _threads(threads) -> dict:

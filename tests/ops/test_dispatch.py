@@ -91,8 +91,8 @@ def test_a_named_kernel_raises_where_it_cannot_serve(kernel):
         assert np.all(causal_conv1d(X, W, implementation="gpu") == 7.0)
         with pytest.raises(NotImplementedError, match=r"taps of w_DW \(5\) above 4"):
             causal_conv1d(X, jnp.ones((3, 5)), implementation="gpu")
-    with assume_platform("tpu"), pytest.raises(NotImplementedError, match="selective_scan has no tpu kernel"):
-        op.select(OPS["selective_scan"], "tpu", (), {})
+    with assume_platform("tpu"), pytest.raises(NotImplementedError, match="rwkv7 has no tpu kernel"):
+        op.select(OPS["rwkv7"], "tpu", (), {})
 
 
 @pytest.mark.parametrize(("capability", "choice"), [("9.0", "gpu"), ("8.0", "xla"), ("10.0", "xla"), (None, "gpu")])

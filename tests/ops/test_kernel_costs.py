@@ -195,6 +195,24 @@ def test_convolution_on_hopper():
     assert said == {"causal_conv1d_forward": 2, "causal_conv1d_backward": 6}
 
 
+SCAN = Shape((2, 512, 128), BF16), Shape((2, 512, 128), F32), Shape((128, 16), F32), *[Shape((2, 512, 16), BF16)] * 2
+
+
+@pytest.mark.newer
+def test_selective_scan_on_hopper():
+    """Six operations a state, and three times as many for the gradient."""
+    found = gpu_kernels(lambda *a: pk.selective_scan(*a, implementation="gpu"), *SCAN)
+    said = {e.params["name"]: gpu_said(e) / (2 * 512 * 128 * 16) for e in found}
+    assert said == {"selective_scan_walk": 6, "selective_scan_gradients": 18}
+
+
+def test_selective_scan():
+    """Likewise."""
+    found = kernels(lambda *a: pk.selective_scan(*a, implementation="tpu"), *SCAN)
+    counts = {name: said("selective_scan", eqn) / (2 * 512 * 128 * 16) for name, eqn in found.items()}
+    assert counts == {"selective_scan_forward": 6, "selective_scan_backward": 18}
+
+
 def test_every_named_kernel_is_there():
     for op in OPS.values():
         for kernel, count in (*op.costs.items(), *op.gpu_costs.items()):

@@ -41,7 +41,7 @@ def selective_scan(
       context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
         initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
         y_BTD is this device's share.
-      implementation: "auto", "reference" or "xla"; there is no kernel yet.
+      implementation: "auto", "reference", "xla", "gpu" (Hopper, N at most 16) or "tpu" (N at most 64; never in auto).
 
     Returns:
       y_BTD in the dtype of x, or (y_BTD, final_state_BDN) with the state in float32 (float64 if x or dt is).

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs of the kernels by the shapes of their arrays: x [B, T, D], dt, A [N, D], ... No matrix unit does them."""
+
+import math
+
+from pallas_kernels.cost import Array
+
+
+def forward(operands: list[Array], results: list[Array]) -> float:
+    """Decay times state, plus dt x times B, times C: a multiplication and an addition each."""
+    return 6.0 * math.prod(operands[0].shape) * operands[2].shape[0]
+
+
+def backward(operands: list[Array], results: list[Array]) -> float:
+    """Three times the forward's, as the maths needs them."""
+    return 3.0 * forward(operands, results)
