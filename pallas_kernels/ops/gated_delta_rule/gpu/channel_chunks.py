@@ -40,14 +40,17 @@ from pallas_kernels.mosaic_gpu import (
     sums_of,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, LENGTH_EPS, clear_padding, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
+    FORGOTTEN,
+    LANE_PARAMS,
+    LENGTH_EPS,
+    clear_padding,
+    documented,
+    vector,
+)
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
 from pallas_kernels.varying import call_varying
 
-# Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
-BETWEEN_DOCUMENTS = 144.0
-FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
-REAL, FIRST = 0, 1  # rows of "real": 0 padding, 1 real, 2 all over in a chunk without padding; 1 begins a document
 PER_Q, PER_K = 0, 1  # rows of "lengths": 1 / length of the token's query and key
 
 
@@ -59,16 +62,7 @@ def slices(cfg):
 def log2_decays(cfg, source, real):
     """float32 [64, 64] of a chunk's tokens; `real` the slot of marks in shared memory."""
     steps = jnp.maximum(plgpu.load(source, layout=WGMMA, optimized=False) * LOG2E, FORGOTTEN)
-    if not cfg.segments:
-        return steps
-    steps = jnp.where(rows_of(vector(real.at[REAL], ROW)) > 0.5, steps, 0.0)
-    return jnp.where(rows_of(vector(real.at[FIRST], ROW)) > 0.5, -BETWEEN_DOCUMENTS, steps)
-
-
-def clear(cfg, smem, slot, *tiles):
-    """`clear_padding` of this module's marks."""
-    if cfg.segments:
-        clear_padding(cfg, {"real": smem["real"].at[:, REAL]}, slot, *tiles)
+    return documented(cfg, steps, real, rows_of)
 
 
 def weigh(tile, channels, weight, dtype):
@@ -156,7 +150,7 @@ def _work(cfg, idx, ins, outs, smem, bar):
     if cfg.segments:
         plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[0], bar)
     plgpu.barrier_wait(bar)
-    clear(cfg, smem, 0, smem["q"], smem["k"])
+    clear_padding(cfg, smem, 0, smem["q"], smem["k"])
     _sum_decays(cfg, idx, ins, smem)
     for name, row in (("q", PER_Q), ("k", PER_K)):
         squares = _squares(cfg, smem[name]) + LENGTH_EPS

@@ -45,8 +45,8 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.backward import SMALLEST_BETA
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import FIRST, PER_K, PER_Q, REAL, clear, log2_decays
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import PER_K, PER_Q, log2_decays
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import FIRST, LANE_PARAMS, REAL, clear_padding, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
@@ -87,7 +87,7 @@ def _from_states(cfg, i, smem, bars, channels, part_of):
             plgpu.barrier_wait(bars["part_full"].at[ring])
             dy, u, dv = (smem[name].at[ring] for name in ("dy", "u", "dv"))
             state, grad = (smem[name].at[ring, :, channels] for name in ("state", "grad"))
-            clear(cfg, smem, 0, dy)
+            clear_padding(cfg, smem, 0, dy)
             for which, acc in zip(part_of, pairs, strict=True):
                 plgpu.wgmma(acc, dy if which == F_PAIRS else dv, u.T)
             plgpu.wgmma(d_q, dy, state)
@@ -152,7 +152,7 @@ def _states_part(cfg, i, where, ins, smem, bars, wg, part_of):
     channels, totals = pl.ds(wg * TILE, TILE), smem["totals"]
     q, k = smem["q"].at[0, :, channels], smem["k"].at[0, :, channels]
     plgpu.barrier_wait(bars["full"])
-    clear(cfg, smem, 0, q, k)
+    clear_padding(cfg, smem, 0, q, k)
     steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, channels]
     sums = threads.sums_upto(log2_decays(cfg, steps, smem["real"].at[0] if cfg.segments else None))
     threads.store_totals_upto(totals.at[wg, DECAYS], sums)
