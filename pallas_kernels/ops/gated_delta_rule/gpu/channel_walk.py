@@ -68,8 +68,8 @@ class Steps:
     @property
     def inputs(self) -> list[str]:
         """Names of the arrays that it takes."""
-        names = [*WEIGHED, *PAIRS, *NUMBERS, self.values]
-        return names + ["real"] * self.walk.segments + [self.starts] * (self.starts is not None)
+        starts = [self.starts] if self.starts else []
+        return [*WEIGHED, *PAIRS, *NUMBERS, self.values] + ["real"] * self.walk.segments + starts
 
 
 def _columns(cfg):
