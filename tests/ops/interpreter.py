@@ -79,6 +79,8 @@ def _on_gpu(op: str, multiprocessors: int):
 
 def _sizes(op: str) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
+    if op == "gated_delta_product":
+        op = "gated_delta_rule"  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":
         backward_kernel = api._backward_kernel
