@@ -57,4 +57,4 @@ gated_delta_product_gpu = functools.partial(by_delta_rule, "gpu")
 
 def supports_gpu(q, k, v, beta=None, g=None, **options) -> str | None:
     """Why the Hopper kernels of `gated_delta_rule` cannot serve this call, or None if they can."""
-    return limit(DELTA_RULE, "gpu", (q, k[:, :, 0], v[:, :, 0], beta, g), {"scale": options.get("scale", 1.0)})
+    return limit(DELTA_RULE, "gpu", (q, k, v, beta, g), {"scale": options.get("scale", 1.0)})  # of types and key width
