@@ -35,7 +35,6 @@ from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
     F32,
-    LOG2E,
     PARAMS,
     ROW,
     TILE,
@@ -58,11 +57,7 @@ KEY_STAGES = 3
 VALUE_STAGES = 1  # its copy has a chunk's time
 SCORE_STAGES = 2
 LENGTH_EPS = 1e-6  # as in the op's docstring
-LANE_PARAMS = dataclasses.replace(
-    PARAMS,
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-    reduction_scratch_bytes=0,  # no sum over the rows of a tile, for which warps would meet in shared memory
-)
+LANE_PARAMS = dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 # Numbers of a token that the warpgroup of the scores finds: rows of "numbers".
 FROM_STATE_Q = 0  # scale exp2(a) / |q|, of what its query reads from the entering state
@@ -71,15 +66,7 @@ TO_STATE = 2  # exp2(a_end - a) / |k|
 DECAY = 3  # a
 PER_Q = 4  # 1 / |q|
 PER_K = 5
-BETA = 6
-STEP = 7  # its log2 decay
-NUMBERS = 8
-
-HEADS = 4  # whose gates are copied together: 16 bytes of a token, the least that the copy engine takes
-# Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
-BETWEEN_DOCUMENTS = 144.0
-FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
-REAL, FIRST = 0, 1  # rows of "real": 0 padding, 1 real, 2 all over in a chunk without padding; 1 begins a document
+NUMBERS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +82,6 @@ class Walk:
     chunks: int
     normalize: bool
     scale: float
-    decays: bool = True
     segments: bool = False
     has_init: bool = False
     emit_final: bool = False
@@ -125,7 +111,7 @@ def clear_padding(cfg, smem, slot, *tiles):
     """
     if not cfg.segments:
         return
-    real = smem["real"].at[slot, REAL]
+    real = smem["real"].at[slot]
 
     @pl.when(real[0] < 1.5)
     def _():
@@ -133,14 +119,6 @@ def clear_padding(cfg, smem, slot, *tiles):
         for tile in tiles:
             clear_rows(tile, keep, cfg.dtype)
         plgpu.commit_smem()
-
-
-def documented(cfg, steps, marks, spread=lambda vector: vector):
-    """Log2 decays with those of first tokens and of padding, by a chunk's marks in shared memory."""
-    if not cfg.segments:
-        return steps
-    steps = jnp.where(spread(vector(marks.at[REAL], ROW)) > 0.5, steps, 0.0)
-    return jnp.where(spread(vector(marks.at[FIRST], ROW)) > 0.5, -BETWEEN_DOCUMENTS, steps)
 
 
 def _product(left, right):
@@ -157,21 +135,9 @@ def _per_length(cfg, products):
     return lax.rsqrt(squares + LENGTH_EPS if cfg.normalize else jnp.maximum(1.0, jnp.minimum(squares, 1.0)))
 
 
-def _gates(cfg, head, smem, slot, numbers):
-    """Fills log2 decays and betas of the tokens."""
-    own = lax.rem(head, HEADS)
-    beta = vector(smem["beta"].at[slot, :, own], ROW)
-    if cfg.segments:
-        beta = jnp.where(vector(smem["real"].at[slot, REAL], ROW) > 0.5, beta, 0.0)
-    numbers[BETA] = beta
-    steps = jnp.maximum(vector(smem["g"].at[slot, :, own], ROW) * LOG2E, FORGOTTEN) if cfg.decays else beta * 0.0
-    numbers[STEP] = documented(cfg, steps, smem["real"].at[slot] if cfg.segments else None)
-    plgpu.commit_smem()
-
-
-def _numbers(cfg, numbers, per_q, per_k):
-    """Fills the tokens' other numbers."""
-    decay = jnp.sum(threads.keep_lower(cols_of(vector(numbers.at[STEP]))), axis=1)
+def _numbers(cfg, numbers, steps, per_q, per_k):
+    """Fills the tokens' numbers."""
+    decay = jnp.sum(threads.keep_lower(cols_of(vector(steps))), axis=1)
     numbers[DECAY] = decay
     plgpu.commit_smem()
     upto, after = jnp.exp2(decay), jnp.exp2(numbers[DECAY, TILE - 1] - decay)
@@ -200,17 +166,17 @@ def _scores(cfg, idx, outs, smem, bars):
 
         if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
             plgpu.wait_smem_to_gmem(3, wait_read_only=True)
-        _gates(cfg, head, smem, slot, numbers)
+        beta = smem["gates"].at[slot, 1]
         per_q = _per_length(cfg, _product(q, q.T))
         mixed = _product(k, k.T)
         per_k = _per_length(cfg, mixed)
-        _numbers(cfg, numbers, per_q, per_k)
+        _numbers(cfg, numbers, smem["gates"].at[slot, 0], per_q, per_k)
         decay = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
         pair = jnp.exp2(jnp.minimum(decay, 0.0)) * cols_of(vector(numbers.at[PER_K]))
         scores = _product(q, k.T) * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
         a_ref[...] = threads.keep_lower(scores * pair).astype(cfg.dtype)
         mixed *= rows_of(vector(numbers.at[PER_K], ROW))
-        mixed *= cols_of(vector(numbers.at[BETA]))
+        mixed *= cols_of(vector(beta))
         mixed = threads.keep_strictly_lower(mixed * pair)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         unit_inverse(mixed, t_ref, [smem["scratch"].at[threads.hidden_zero() + n] for n in range(SCRATCH)])
@@ -262,7 +228,7 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         for n, cut in enumerate(columns):
             plgpu.wgmma(from_q, out.at[n], q.at[:, cut].T)
         written = sums_of(solved, len(columns))
-        corrections = written * cols_of(vector(numbers.at[BETA]))
+        corrections = written * cols_of(vector(smem["gates"].at[slot, 1]))
         kept = (corrections * cols_of(vector(numbers.at[TO_STATE]))).astype(cfg.dtype)
         y = sums_of(from_q) * cols_of(vector(numbers.at[FROM_STATE_Q]))
         return written.astype(cfg.dtype), corrections.astype(cfg.dtype), kept, y
@@ -275,8 +241,8 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         state_acc[...] = state * decay
         plgpu.wgmma(y_acc, corrections, smem["a"].at[ring].T)
         plgpu.wgmma(state_acc, kept, k)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup: all have read the state
         if cfg.emit_residuals:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out.at[1].T[...] = written
         out.at[0].T[...] = sums_of(y_acc, 1).astype(cfg.dtype)
         plgpu.commit_smem()
@@ -308,7 +274,6 @@ def _states(cfg, idx, ins, outs, smem, bars, part):
 def _produce(cfg, idx, ins, smem, bars):
     b, head = idx
     group = lax.div(head, cfg.heads // cfg.groups)
-    gates, heads = ["g"] * cfg.decays + ["beta"], pl.ds(lax.div(head, HEADS) * HEADS, HEADS)
 
     def step(i, _):
         slot, v_slot, rows = lax.rem(i, KEY_STAGES), lax.rem(i, VALUE_STAGES), pl.ds(i * TILE, TILE)
@@ -320,8 +285,7 @@ def _produce(cfg, idx, ins, smem, bars):
         bar = bars["full"].at[slot]
         plgpu.copy_gmem_to_smem(ins["k"].at[b, rows, group], smem["k"].at[slot], bar)
         plgpu.copy_gmem_to_smem(ins["q"].at[b, rows, group], smem["q"].at[slot], bar)
-        for name in gates:
-            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, heads], smem[name].at[slot], bar)
+        plgpu.copy_gmem_to_smem(ins["gates"].at[b, i, head], smem["gates"].at[slot], bar)
         if cfg.segments:
             plgpu.copy_gmem_to_smem(ins["real"].at[b, i], smem["real"].at[slot], bar)
 
@@ -351,16 +315,15 @@ def _scratch(cfg):
         "t": tile((SCORE_STAGES, TILE, TILE)),
         "scratch": tile((SCRATCH, TILE, TILE)),
         "out": tile((cfg.parts, outs, TILE, TILE)),
-        "g": plgpu.SMEM((KEY_STAGES, TILE, HEADS), F32) if cfg.decays else None,
-        "beta": plgpu.SMEM((KEY_STAGES, TILE, HEADS), F32),
-        "real": plgpu.SMEM((KEY_STAGES, 2, TILE), F32) if cfg.segments else None,
+        "gates": plgpu.SMEM((KEY_STAGES, 2, TILE), F32),
+        "real": plgpu.SMEM((KEY_STAGES, TILE), F32) if cfg.segments else None,
         "numbers": plgpu.SMEM((SCORE_STAGES, NUMBERS, TILE), F32),
     }
 
 
 def _barriers(cfg):
     return {
-        "full": plgpu.Barrier(num_arrivals=3 + cfg.decays + cfg.segments, num_barriers=KEY_STAGES),
+        "full": plgpu.Barrier(num_arrivals=3 + cfg.segments, num_barriers=KEY_STAGES),
         "empty": plgpu.Barrier(num_arrivals=1 + cfg.parts, num_barriers=KEY_STAGES),
         "v_full": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
         "v_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
@@ -389,7 +352,7 @@ def _outputs(cfg):
 
 
 def _body(cfg, *refs):
-    names = ["q", "k", "v"] + ["g"] * cfg.decays + ["beta"] + ["real"] * cfg.segments + ["init"] * cfg.has_init
+    names = ["q", "k", "v", "gates"] + ["real"] * cfg.segments + ["init"] * cfg.has_init
     ins, outs = dict(zip(names, refs)), dict(zip(_outputs(cfg), refs[len(names) :]))
     wg, idx = lax.axis_index("wg"), (lax.axis_index("batch"), lax.axis_index("head"))
     most = cfg.registers
@@ -414,11 +377,11 @@ def _body(cfg, *refs):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
-def walk(cfg, q, k, v, g, beta, real, init):
+def walk(cfg, q, k, v, gates, real, init):
     """Runs the walk; returns its outputs by name, see `_outputs`.
 
-    q, k ``[B, T, G, N]``, v ``[B, T, H, P]``, g (or None) and beta float32 ``[B, T, H]`` with heads up to a multiple of
-    HEADS, marks real ``[B, chunks, 2, 64]`` or None, init ``[B, H, P, N]`` float32 or None.
+    q, k ``[B, T, G, N]``, v ``[B, T, H, P]``, gates ``[B, chunks, H, 2, 64]`` (log2 decays and beta), real ``[B,
+    chunks, 64]`` or None, init ``[B, H, P, N]`` float32 or None.
     """
     out = _outputs(cfg)
     kernel = plgpu.kernel(
@@ -430,5 +393,5 @@ def walk(cfg, q, k, v, g, beta, real, init):
         thread_name="wg",
         compiler_params=LANE_PARAMS,
     )
-    args = [q, k, v, g, beta, real if cfg.segments else None, init if cfg.has_init else None]
+    args = [q, k, v, gates, real if cfg.segments else None, init if cfg.has_init else None]
     return dict(zip(out, call_varying(kernel, *(a for a in args if a is not None))))
