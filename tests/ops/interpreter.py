@@ -80,6 +80,8 @@ def _on_gpu(op: str, multiprocessors: int):
 
 def _sizes(op: str) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
+    if op == "gated_delta_product":
+        op = "gated_delta_rule"  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":
         backward_kernel = api._backward_kernel
@@ -164,20 +166,19 @@ def _threads(threads) -> dict:
 
         return sums
 
-    def distance(width):
-        def sums_to_the_middle(sums, totals):
-            before = jnp.repeat(jnp.cumsum(totals[...], axis=0) - totals[...], threads.BLOCK, axis=0)
-            upto = (sums + before).reshape(-1, 2 * width, sums.shape[-1])
-            moved = upto - upto[:, width - 1 : width]
-            right = lax.broadcasted_iota(jnp.int32, moved.shape, 1) >= width
-            return jnp.where(right, moved, -moved).reshape(sums.shape)
+    def distance(sums, bits):
+        upto, row = sums[...][:, : threads.TILE], lax.broadcasted_iota(jnp.int32, (threads.TILE, 1), 0)
+        width = 1 << bits
+        middle = (row | (2 * width - 1)) - width
+        moved = upto - jnp.where(col() == middle, 1.0, 0.0) @ upto
+        return jnp.where((row & width) != 0, moved, -moved)
 
-        return sums_to_the_middle
+    def keep_level(tile, bits, transposed=False):
+        behind, before = (col() >> bits, row() >> bits) if transposed else (row() >> bits, col() >> bits)
+        return jnp.where((behind % 2 == 1) & (behind == before + 1), tile, jnp.zeros_like(tile))
 
-    def keep_level(tile, width, transposed=False):
-        behind, before = (col(), row()) if transposed else (row(), col())
-        pairs = (behind // width % 2 == 1) & (behind // width == before // width + 1)
-        return jnp.where(pairs, tile, jnp.zeros_like(tile))
+    def store_padded(target, sums):
+        target[...] = jnp.pad(sums, ((0, 0), (0, threads.PADDED - threads.TILE)))
 
     return {
         "sums_upto": lambda tile: jnp.cumsum(blocks(tile), axis=1).reshape(tile.shape),
@@ -189,7 +190,8 @@ def _threads(threads) -> dict:
             "behind": others(jnp.less),
             "all": others(lambda own, other: own == own),
         },
-        "distance": {width: distance(width) for width in threads.LEVELS},
+        "distance": distance,
+        "store_padded": store_padded,
         "keep_level": keep_level,
         "hidden_zero": lambda: 0,
         "keep_lower": keep(jnp.greater_equal),

@@ -10,7 +10,7 @@ from tests.ops import contract
 from tests.ops.interpreter import LIMITS, needs_gpu_interpreter
 
 PLAIN = [subject for subject in contract.subjects() if not subject.is_kernel]
-BORROWED = ("linear_attention", "mamba3")  # ops that run on another's kernels
+BORROWED = ("gated_delta_product", "linear_attention", "mamba3")  # ops that run on another's kernels
 LARGE = ("gated_delta_rule", "selective_scan")  # whose kernels take long to compile for the interpreter
 EACH_TIME = {name for name, op in OPS.items() if op.implementations.keys() & {*KERNELS}} - {*BORROWED, *LARGE} | {
     "selective_scan"

@@ -45,7 +45,7 @@ def test_supports_names_argument_and_limit():
 
 @pytest.mark.newer
 @pytest.mark.parametrize(
-    ("changes", "choice"), [({}, "gpu"), ({"gate": None}, "gpu"), ({"gate": "channel"}, "xla"), ({"key": 192}, "xla")]
+    ("changes", "choice"), [({}, "gpu"), ({"gate": None}, "gpu"), ({"gate": "channel"}, "gpu"), ({"key": 192}, "xla")]
 )
 def test_auto_takes_what_is_proven_on_the_card(changes, choice):
     inputs = cases.make_inputs(
@@ -93,6 +93,16 @@ def test_a_decay_of_minus_infinity_is_bounded():
     assert steps.min() == gpu.FORGOTTEN and np.finfo(np.float32).tiny > 2.0**gpu.FORGOTTEN
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])
+def test_marks_of_decays_by_channel_are_those_of_the_gates(layout):
+    ids = jnp.asarray(make_segment_ids(layout, 2, 150, seed=5))
+    beta, marks = gpu._marked(jnp.ones((2, 150, 1)), ids)
+    steps, expected, real = gpu._gates(jnp.ones((2, 150, 1)), None, ids)
+    np.testing.assert_array_equal(beta, expected)
+    np.testing.assert_array_equal(marks[:, :, 0], real)
+    np.testing.assert_array_equal(marks[:, :, 1], steps[:, :, 0] == -gpu.BETWEEN_DOCUMENTS)
+
+
 @needs_gpu_interpreter
 @pytest.mark.slow
 @by_name
@@ -106,7 +116,9 @@ def test_kernels_interpreted_on_all_cases(case):
 @pytest.mark.parametrize(("gate", "heads", "tokens"), [("head", 2, 130), ("channel", 1, 70)])
 def test_kernels_interpreted_where_a_head_has_two_warpgroups(gate, heads, tokens):
     case = cases.Case("parts", 1, tokens, heads, 128, 1, 128, gate=gate, decay="mixed", layout="packed")
-    check_interpreted(cases.make_inputs(case, "bfloat16"), case)
+    inputs = cases.make_inputs(case, "bfloat16")
+    inputs["g"][0, 37] = -np.inf  # forgets everything
+    check_interpreted(inputs, case)
 
 
 def invert(below):

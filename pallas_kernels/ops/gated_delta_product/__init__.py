@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.gated_delta_product`."""
 
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="gated_delta_product",
@@ -19,6 +19,12 @@ OP = Op(
         "reference": Implementation(
             "pallas_kernels.ops.gated_delta_product.reference:gated_delta_product_reference", forward_mode=True
         ),
-        "xla": Implementation("pallas_kernels.ops.gated_delta_product.xla:gated_delta_product_xla", forward_mode=True),
+        "xla": Implementation("pallas_kernels.ops.gated_delta_product.flat:gated_delta_product_xla", forward_mode=True),
+        "gpu": Implementation(
+            "pallas_kernels.ops.gated_delta_product.flat:gated_delta_product_gpu",
+            "pallas_kernels.ops.gated_delta_product.flat:supports_gpu",
+            oldest_jax=(0, 11),
+            capability=HOPPER,
+        ),
     },
 )

@@ -49,7 +49,8 @@ def gated_delta_product(
       return_final_state: also return the state after the last real token.
       chunk: updates a chunk of the chunked implementations; a hint, invisible in the result beyond rounding.
       context_axis: mesh axis over which the tokens are split in order; see `gated_delta_rule`.
-      implementation: "auto", "reference" or "xla".
+      implementation: "auto", "reference", "xla" or "gpu" (the Hopper kernels of `gated_delta_rule`: bfloat16, N up to
+        128).
 
     Returns:
       y_BTHP in the dtype of v, or (y_BTHP, final_state_BHNP) with the state in float32 (float64 if an input is).

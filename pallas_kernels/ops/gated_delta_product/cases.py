@@ -53,7 +53,9 @@ BENCH_CASES = (
 )
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
-CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 4, 4, 2, 8, 2, chunk=8))
+CONTRACT = dict.fromkeys(("reference", "xla"), Case("small", 2, 24, 4, 4, 2, 8, 2, chunk=8)) | {
+    "gpu": Case("gpu", 2, 36, 2, 64, 1, 64, 2, gate="head", chunk=None),
+}
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:

@@ -29,7 +29,6 @@ OP = Op(
         "gpu": Implementation(
             "pallas_kernels.ops.gated_delta_rule.gpu.api:gated_delta_rule_gpu",
             "pallas_kernels.ops.gated_delta_rule.gpu.api:supports",
-            "pallas_kernels.ops.gated_delta_rule.gpu.api:slower",
             oldest_jax=(0, 11),
             capability=HOPPER,
         ),

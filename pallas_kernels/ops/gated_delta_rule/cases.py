@@ -54,6 +54,10 @@ WIDTH_CASES = (
     Case("empty", 2, 200, 2, 64, 2, 64, gate="head", layout="empty", normalize=False),
     Case("singles", 2, 200, 2, 64, 2, 64, gate="head", layout="singles"),
     Case("long", 1, 2048, 2, 128, 1, 128, gate="head", decay="weak"),
+    Case("channel_halves", 1, 130, 2, 128, 1, 128, decay="mixed", layout="packed"),
+    Case("channel_forgetful", 1, 200, 1, 64, 1, 128, decay="strong", layout="scattered", normalize=False),
+    Case("channel_keys", 2, 300, 4, 128, 2, 64, decay="weak", layout="packed", seed=6),
+    Case("channel_cut", 1, 70, 1, 256, 1, 16, decay="mixed"),
 )
 
 # The rows that are timed.

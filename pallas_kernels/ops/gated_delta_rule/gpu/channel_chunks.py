@@ -12,10 +12,11 @@ each channel it stores
 
 **Weights of pairs do not factor** over a chunk: exp2(-a_j) overflows. They do by halves: of a block of 2 w tokens, each
 in the right half sees those in the left half through the middle, ``exp2(a_i - a_mid) exp2(a_mid - a_j)``, both at most
-1. So a chunk is six levels, w = 32 to 1, each one product of 64 tokens of which the level's pairs are kept; a token is
+1. So a chunk is six levels, w = 1 to 32, each one product of 64 tokens of which the level's pairs are kept; a token is
 in the left or the right half of its block, so it has one weight a level. No number overflows, whatever the decays.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -27,7 +28,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     F32,
-    F32_TRANSFORMS,
     LOG2E,
     ROW,
     TILE,
@@ -38,9 +38,15 @@ from pallas_kernels.mosaic_gpu import (
     named_body,
     rows_of,
     sums_of,
+    zeros,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, LENGTH_EPS, clear_padding, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
+    LANE_PARAMS,
+    LENGTH_EPS,
+    clear_padding,
+    vector,
+)
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
 from pallas_kernels.varying import call_varying
 
@@ -48,12 +54,16 @@ from pallas_kernels.varying import call_varying
 BETWEEN_DOCUMENTS = 144.0
 FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
 REAL, FIRST = 0, 1  # rows of "real": 0 padding, 1 real, 2 all over in a chunk without padding; 1 begins a document
+CHANNEL_PARAMS = dataclasses.replace(
+    LANE_PARAMS,
+    reduction_scratch_bytes=0,  # no sum over the rows of a tile, for which warps would meet in shared memory
+)
 PER_Q, PER_K = 0, 1  # rows of "lengths": 1 / length of the token's query and key
 
 
-def slices(cfg):
-    """(index, channels) of the 64 channels that a warpgroup works on at a time."""
-    return [(n, pl.ds(n * TILE, TILE)) for n in range(cfg.key // TILE)]
+def slices(cfg) -> int:
+    """How often a warpgroup works on TILE channels."""
+    return cfg.key // TILE
 
 
 def log2_decays(cfg, source, real):
@@ -66,66 +76,77 @@ def log2_decays(cfg, source, real):
 
 
 def clear(cfg, smem, slot, *tiles):
-    """`clear_padding` of this module's marks."""
+    """`clear_padding` by this module's marks."""
     if cfg.segments:
         clear_padding(cfg, {"real": smem["real"].at[:, REAL]}, slot, *tiles)
 
 
-def weigh(tile, channels, weight, dtype):
-    """64 channels of a tile of shared memory, times a weight each."""
-    return (load_tile(tile.at[:, channels]) * weight).astype(dtype)
+def weigh(tile, weight, dtype):
+    """A tile of shared memory, times a weight each."""
+    return (load_tile(tile) * weight).astype(dtype)
 
 
-def _squares(cfg, tile):
-    total = plgpu.layout_cast(jnp.zeros(TILE, F32), ROW)
-    for _, channels in slices(cfg):
-        part = load_tile(tile.at[:, channels])
-        total += jnp.sum(part * part, axis=1)
-    return total
+def no_rows():
+    """Zeros, one a row of a tile."""
+    return plgpu.layout_cast(jnp.zeros(TILE, F32), ROW)
+
+
+def _lengths(cfg, smem):
+    """1 / length of each query and key, or 1."""
+    for name, row in (("q", PER_Q), ("k", PER_K)):
+        squares = no_rows()
+        for n in range(slices(cfg)):
+            part = load_tile(smem[name].at[n])
+            squares += jnp.sum(part * part, axis=1)
+        squares = squares + LENGTH_EPS if cfg.normalize else jnp.maximum(1.0, jnp.minimum(squares, 1.0))
+        smem["lengths"][row] = lax.rsqrt(squares)
 
 
 def _sum_decays(cfg, idx, ins, smem):
-    """Sums of log2 decays within blocks of 16 to "sums", the blocks' totals, and those of the chunk."""
+    """Sums of log2 decays up to each token of the chunk to "sums", and to its end."""
     b, chunk, head = idx
-    for n, channels in slices(cfg):
-        steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, channels]
+
+    def each(n, _):
+        steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, pl.ds(n * TILE, TILE)]
         sums = threads.sums_upto(log2_decays(cfg, steps, smem["real"].at[0] if cfg.segments else None))
-        smem["sums"].at[:, channels][...] = sums
-        threads.store_totals_upto(smem["totals"].at[n], sums)
-    plgpu.commit_smem()
-    for n, channels in slices(cfg):
-        smem["ends"][channels] = sum(vector(smem["totals"].at[n, w]) for w in range(TILE // threads.BLOCK))
+        totals = smem["totals"].at[n]
+        threads.store_totals_upto(totals, sums)
+        plgpu.commit_smem()
+        threads.store_padded(smem["sums"].at[n], sums + threads.others["before"](totals))
+        smem["ends"][n] = sum(vector(totals.at[w]) for w in range(TILE // threads.BLOCK))
+        return None
+
+    lax.fori_loop(0, slices(cfg), each, None)
 
 
-def _level(cfg, width, smem):
+def _level(cfg, bits, smem):
     """(A, B) of the pairs of a level, without lengths and beta."""
-    q, k, keys = (smem[name] for name in ("q", "k", "keys"))
 
     def work(of_q, of_k):
-        for n, channels in slices(cfg):
-            sums = plgpu.load(smem["sums"].at[:, channels], layout=WGMMA)
-            weight = jnp.exp2(threads.distance[width](sums, smem["totals"].at[n]))
-            weighed = weigh(k, channels, weight, cfg.dtype)
-            keys[n] = weighed
+        for n in range(slices(cfg)):
+            weight = jnp.exp2(threads.distance(smem["sums"].at[n], bits))
+            keys = weigh(smem["k"].at[n], weight, cfg.dtype)
+            smem["keys"][n] = keys
             plgpu.commit_smem()
-            plgpu.wgmma(of_q, weigh(q, channels, weight, cfg.dtype), keys.at[n].T)
-            plgpu.wgmma(of_k, weighed, keys.at[n].T)
+            plgpu.wgmma(of_q, weigh(smem["q"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
+            plgpu.wgmma(of_k, keys, smem["keys"].at[n].T)
         return sums_of(of_q), sums_of(of_k)
 
     pairs = accumulate(work, TILE, TILE)
     plgpu.commit_smem()  # all have read the keys
-    return [threads.keep_level(product, width) for product in pairs]
+    return [threads.keep_level(product, bits) for product in pairs]
 
 
 def _pairs(cfg, smem):
     """(A, B diag(beta)) of the chunk."""
-    asked, mixed = _level(cfg, threads.LEVELS[0], smem)
-    for width in threads.LEVELS[1:]:
-        more_asked, more_mixed = _level(cfg, width, smem)
-        asked, mixed = asked + more_asked, mixed + more_mixed
-    own = plgpu.layout_cast(jnp.zeros(TILE, F32), ROW)
-    for _, channels in slices(cfg):
-        own += jnp.sum(load_tile(smem["q"].at[:, channels]) * load_tile(smem["k"].at[:, channels]), axis=1)
+
+    def level(bits, found):
+        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, smem), strict=True))
+
+    asked, mixed = lax.fori_loop(0, threads.LEVELS, level, (zeros(TILE), zeros(TILE)))
+    own = no_rows()
+    for n in range(slices(cfg)):
+        own += jnp.sum(load_tile(smem["q"].at[n]) * load_tile(smem["k"].at[n]), axis=1)
     asked += threads.keep_diagonal(rows_of(own))
     per_k = cols_of(vector(smem["lengths"].at[PER_K]))
     asked *= rows_of(vector(smem["lengths"].at[PER_Q], ROW) * cfg.scale)
@@ -135,43 +156,47 @@ def _pairs(cfg, smem):
 
 def _weigh_all(cfg, smem):
     """from_q and from_k in place of q and k, to_state in place of the keys of a level."""
-    q, k = smem["q"], smem["k"]
-    per_q = rows_of(vector(smem["lengths"].at[PER_Q], ROW) * cfg.scale)
-    per_k = rows_of(vector(smem["lengths"].at[PER_K], ROW))
-    for n, channels in slices(cfg):
-        sums, totals = plgpu.load(smem["sums"].at[:, channels], layout=WGMMA), smem["totals"].at[n]
-        upto = jnp.exp2(sums + threads.others["before"](totals))
-        after = jnp.exp2(threads.others["all"](totals) - (sums + threads.others["before"](totals)))
-        smem["keys"][n] = weigh(k, channels, after * per_k, cfg.dtype)
-        q.at[:, channels][...] = weigh(q, channels, upto * per_q, cfg.dtype)
-        k.at[:, channels][...] = weigh(k, channels, upto * per_k, cfg.dtype)
+    per_q, per_k = vector(smem["lengths"].at[PER_Q], ROW) * cfg.scale, vector(smem["lengths"].at[PER_K], ROW)
+
+    def each(n, _):
+        q, k = smem["q"].at[n], smem["k"].at[n]
+        sums = plgpu.load(smem["sums"].at[n, :, pl.ds(0, TILE)], layout=WGMMA, optimized=False)
+        after = jnp.exp2(cols_of(vector(smem["ends"].at[n])) - sums)
+        smem["keys"][n] = weigh(k, after * rows_of(per_k), cfg.dtype)
+        upto = jnp.exp2(sums)
+        q[...] = weigh(q, upto * rows_of(per_q), cfg.dtype)
+        k[...] = weigh(k, upto * rows_of(per_k), cfg.dtype)
+        return None
+
+    lax.fori_loop(0, slices(cfg), each, None)
 
 
 def _work(cfg, idx, ins, outs, smem, bar):
     b, chunk, head = idx
     group, rows = lax.div(head, cfg.heads // cfg.groups), pl.ds(chunk * TILE, TILE)
-    plgpu.copy_gmem_to_smem(ins["k"].at[b, rows, group], smem["k"], bar)
-    plgpu.copy_gmem_to_smem(ins["q"].at[b, rows, group], smem["q"], bar)
+    for name in ("q", "k"):
+        for n in range(slices(cfg)):
+            source = ins[name].at[b, rows, group, pl.ds(n * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(source, smem[name].at[n], bar)
     plgpu.copy_gmem_to_smem(ins["beta"].at[b, chunk, head], smem["beta"], bar)
     if cfg.segments:
         plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[0], bar)
     plgpu.barrier_wait(bar)
-    clear(cfg, smem, 0, smem["q"], smem["k"])
+    clear(cfg, smem, 0, *(smem[name].at[n] for name in ("q", "k") for n in range(slices(cfg))))
     _sum_decays(cfg, idx, ins, smem)
-    for name, row in (("q", PER_Q), ("k", PER_K)):
-        squares = _squares(cfg, smem[name]) + LENGTH_EPS
-        smem["lengths"][row] = lax.rsqrt(squares) if cfg.normalize else jnp.ones_like(squares)
+    _lengths(cfg, smem)
     plgpu.commit_smem()
     asked, mixed = _pairs(cfg, smem)
     smem["a"][...] = asked.astype(cfg.dtype)
     _weigh_all(cfg, smem)
     plgpu.commit_smem()  # all have read the sums, in whose place the inverse works
-    plgpu.copy_smem_to_gmem(smem["q"], outs["from_q"].at[b, rows, head])
-    plgpu.copy_smem_to_gmem(smem["k"], outs["from_k"].at[b, rows, head])
-    for n, channels in slices(cfg):
-        plgpu.copy_smem_to_gmem(smem["keys"].at[n], outs["to_state"].at[b, rows, head, channels])
-    for name in ("a", "ends", "lengths"):
+    for name, source in (("from_q", "q"), ("from_k", "k"), ("to_state", "keys")):
+        for n in range(slices(cfg)):
+            plgpu.copy_smem_to_gmem(smem[source].at[n], outs[name].at[b, rows, head, pl.ds(n * TILE, TILE)])
+    for name in ("a", "lengths"):
         plgpu.copy_smem_to_gmem(smem[name], outs[name].at[b, chunk, head])
+    for n in range(slices(cfg)):
+        plgpu.copy_smem_to_gmem(smem["ends"].at[n], outs["ends"].at[b, chunk, head, pl.ds(n * TILE, TILE)])
     unit_inverse(mixed, smem["t"], [smem["scratch"].at[n] for n in range(SCRATCH)])
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem["t"], outs["t"].at[b, chunk, head])
@@ -196,16 +221,14 @@ def _outputs(cfg):
 def _scratch(cfg):
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     return {
-        "q": tile((TILE, cfg.key)),
-        "k": tile((TILE, cfg.key)),
-        "keys": tile((cfg.key // TILE, TILE, TILE)),
+        **{name: tile((slices(cfg), TILE, TILE)) for name in ("q", "k", "keys")},
         "a": tile((TILE, TILE)),
         "t": tile((TILE, TILE)),
         "sums or scratch": plgpu.RefUnion(
-            plgpu.SMEM((TILE, cfg.key), F32, transforms=F32_TRANSFORMS), tile((SCRATCH, TILE, TILE))
+            plgpu.SMEM((slices(cfg), TILE, threads.PADDED), F32), tile((SCRATCH, TILE, TILE))
         ),
-        "totals": plgpu.SMEM((cfg.key // TILE, TILE // threads.BLOCK, TILE), F32),
-        "ends": plgpu.SMEM((cfg.key,), F32),
+        "totals": plgpu.SMEM((slices(cfg), TILE // threads.BLOCK, TILE), F32),
+        "ends": plgpu.SMEM((slices(cfg), TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
         "real": plgpu.SMEM((1, 2, TILE), F32) if cfg.segments else None,
         "lengths": plgpu.SMEM((2, TILE), F32),
@@ -222,7 +245,7 @@ def _body(cfg, *refs):
         smem = {**smem, "sums": sums, "scratch": scratch}
         _work(cfg, idx, ins, outs, smem, bar)
 
-    pl.run_scoped(scoped, _scratch(cfg), plgpu.Barrier(num_arrivals=3 + cfg.segments))
+    pl.run_scoped(scoped, _scratch(cfg), plgpu.Barrier(num_arrivals=1 + 2 * slices(cfg) + cfg.segments))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
@@ -237,7 +260,7 @@ def chunks(cfg, q, k, g, beta, real):
         out_type=list(out.values()),
         grid=(cfg.heads, cfg.chunks, cfg.batch),
         grid_names=("head", "chunk", "batch"),
-        compiler_params=LANE_PARAMS,
+        compiler_params=CHANNEL_PARAMS,
     )
     args = [q, k, g, beta, real if cfg.segments else None]
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))

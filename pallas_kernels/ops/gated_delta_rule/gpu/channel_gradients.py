@@ -30,7 +30,6 @@ from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
     F32,
-    F32_TRANSFORMS,
     ROW,
     TILE,
     WGMMA,
@@ -42,18 +41,27 @@ from pallas_kernels.mosaic_gpu import (
     named_body,
     rows_of,
     sums_of,
+    zeros,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.backward import SMALLEST_BETA
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import FIRST, PER_K, PER_Q, REAL, clear, log2_decays
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import (
+    CHANNEL_PARAMS,
+    FIRST,
+    PER_K,
+    PER_Q,
+    REAL,
+    clear,
+    log2_decays,
+    weigh,
+)
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
 F_PAIRS, H_PAIRS = 0, 1  # tiles of "pairs"
-OF_NET, OF_END = 0, 1  # of "totals" of a warpgroup
+OF_NET, OF_END, DECAYS = 0, 1, 2  # "totals" of a warpgroup, by 16 tokens; the former two of gradients
 OF_Q, OF_K, OF_BETA = 0, 1, 2  # rows of "sums" of a warpgroup
-DECAYS = 2  # behind those of "totals": the totals of the log2 decays
 
 
 def _beta(smem, layout):
@@ -67,129 +75,137 @@ def _meet(cfg, bar):
         plgpu.barrier_wait(bar)
 
 
-def _pairs_of(cfg, smem, which, products):
-    """F or H, with lengths, to shared memory."""
+def _store_pairs(cfg, smem, which, products):
+    """F or H, with lengths, to shared memory; `which` may be known at run time only."""
     per_k = cols_of(vector(smem["lengths"].at[PER_K]) * _beta(smem, COL))
-    if which == F_PAIRS:
-        kept = threads.keep_lower(products * rows_of(vector(smem["lengths"].at[PER_Q], ROW) * cfg.scale) * per_k)
-    else:
-        kept = threads.keep_strictly_lower(products * rows_of(-vector(smem["lengths"].at[PER_K], ROW)) * per_k)
-    smem["pairs"][0, which] = kept.astype(cfg.dtype)
+    factor = jnp.where(which == F_PAIRS, cfg.scale, -1.0)
+    products = products * rows_of(vector(smem["lengths"].at[which], ROW) * factor) * per_k
+    own = threads.keep_diagonal(products) * jnp.where(which == F_PAIRS, 1.0, 0.0)
+    smem["pairs"][0, which] = (threads.keep_strictly_lower(products) + own).astype(cfg.dtype)
 
 
-def _from_states(cfg, i, smem, bars, channels, part_of):
-    """(S dy, S dV, R U, sums of S o R over value channels by row, products of the pairs in `part_of`)."""
+def _from_states(cfg, i, smem, bars, wg):
+    """(S dy, S dV, R U, sums of S o R over value channels by row); stores F, H or both."""
+    part_of = (wg,) if cfg.key > TILE else (F_PAIRS, H_PAIRS)
 
     def work(d_q, back, onward, *pairs):
-        crossing = plgpu.layout_cast(jnp.zeros((TILE, TILE), F32), WGMMA)
-        for part in range(cfg.parts):
-            ring = lax.rem(i * cfg.parts + part, STAGES)
+        def part(p, crossing):
+            ring = lax.rem(i * cfg.parts + p, STAGES)
             plgpu.barrier_wait(bars["part_full"].at[ring])
-            dy, u, dv = (smem[name].at[ring] for name in ("dy", "u", "dv"))
-            state, grad = (smem[name].at[ring, :, channels] for name in ("state", "grad"))
-            clear(cfg, smem, 0, dy)
+            given, u = smem["given"].at[ring], smem["u"].at[ring]
+            state, grad = (smem[name].at[ring, wg] for name in ("state", "grad"))
+            clear(cfg, smem, 0, given.at[F_PAIRS])
             for which, acc in zip(part_of, pairs, strict=True):
-                plgpu.wgmma(acc, dy if which == F_PAIRS else dv, u.T)
-            plgpu.wgmma(d_q, dy, state)
-            plgpu.wgmma(back, dv, state)
+                plgpu.wgmma(acc, given.at[which], u.T)
+            plgpu.wgmma(d_q, given.at[F_PAIRS], state)
+            plgpu.wgmma(back, given.at[H_PAIRS], state)
             plgpu.wgmma(onward, u, grad)
             crossing += load_tile(state) * load_tile(grad)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(bars["part_empty"].at[ring])
+            return crossing
+
+        crossing = zeros(TILE)
+        for p in range(cfg.parts):
+            crossing = part(p, crossing)
         for which, acc in zip(part_of, pairs, strict=True):
-            _pairs_of(cfg, smem, which, sums_of(acc))
+            _store_pairs(cfg, smem, which, sums_of(acc))
         return sums_of(d_q), sums_of(back), sums_of(onward), crossing
 
     return accumulate(work, *[TILE] * (3 + len(part_of)))
 
 
-def _product(*operands):
+def _product(left, right):
     def work(acc):
-        for left, right in operands:
-            plgpu.wgmma(acc, left, right)
+        plgpu.wgmma(acc, left, right)
         return sums_of(acc)
 
     return accumulate(work, TILE)
 
 
-def _level(cfg, smem, sums, width, wg, channels, found):
+def _level(cfg, smem, wg, bits, found):
     """Adds the pairs of a level to (dq, dk, gradient of a, k . (second))."""
     d_q, d_k, net, dots = found
     zero = threads.hidden_zero()
-    weight = jnp.exp2(threads.distance[width](sums, smem["totals"].at[wg, DECAYS]))
-    plgpu.commit_smem()  # all have read those of the level before
-    queries, keys = (smem["weighed"].at[wg + zero, n] for n in range(2))
-    pairs = smem["pairs"].at[zero]
-    for target, name in ((queries, "q"), (keys, "k")):
-        target[...] = (load_tile(smem[name].at[zero, :, channels]) * weight).astype(cfg.dtype)
-    plgpu.commit_smem()
+    weight = jnp.exp2(threads.distance(smem["decays"].at[wg], bits))
+    weighed, pairs = smem["weighed"].at[wg + zero], smem["pairs"].at[zero]
     of = lambda which, back: threads.keep_level(
-        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), width, back
+        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), bits, back
     )
-    more = _product((of(F_PAIRS, False), keys))
+    plgpu.commit_smem()  # all have read what the level before has left
+    keys = weigh(smem["k"].at[wg + zero], weight, cfg.dtype)
+    weighed[...] = keys
+    plgpu.commit_smem()
+    more = _product(of(F_PAIRS, False), weighed)
     d_q += more * weight
-    net += more * load_tile(queries)
-    more = _product((of(H_PAIRS, False), keys))
+    queries = weigh(smem["q"].at[wg + zero], weight, cfg.dtype)
+    net += more * queries.astype(F32)
+    more = _product(of(H_PAIRS, False), weighed)
     d_k += more * weight
-    net += more * load_tile(keys)
-    more = _product((of(F_PAIRS, True), queries), (of(H_PAIRS, True), keys))
+    net += more * keys.astype(F32)
+
+    def onward(acc):
+        plgpu.wgmma(acc, of(H_PAIRS, True), weighed)
+        plgpu.wgmma_wait(0)
+        plgpu.commit_smem()  # all have read the keys
+        weighed[...] = queries
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, of(F_PAIRS, True), weighed)
+        return sums_of(acc)
+
+    more = accumulate(onward, TILE)
     d_k += more * weight
-    more *= load_tile(keys)
+    more *= keys.astype(F32)
     return d_q, d_k, net - more, dots + jnp.sum(more, axis=1)
 
 
-def _own_pairs(smem, channels, found):
+def _own_pairs(smem, wg, found):
     """Adds what token i hands to itself: as a_i - a_i = 0, nothing to the gradient of a."""
     d_q, d_k, net, dots = found
     own = jnp.sum(threads.keep_diagonal(load_tile(smem["pairs"].at[0, F_PAIRS])), axis=1)
-    q, k = (load_tile(smem[name].at[0, :, channels]) for name in ("q", "k"))
+    q, k = (load_tile(smem[name].at[wg]) for name in ("q", "k"))
     return d_q + k * rows_of(own), d_k + q * rows_of(own), net, dots + own * jnp.sum(q * k, axis=1)
 
 
-def _states_part(cfg, i, where, ins, smem, bars, wg, part_of):
-    """(sums of log2 decays, what comes from the states of (dq, dk, gradient of a, k . (second)))."""
+def _states_part(cfg, i, where, ins, smem, bars, wg):
+    """What comes from the states of (dq, dk, gradient of a, k . (second))."""
     b, chunk, head = where
-    channels, totals = pl.ds(wg * TILE, TILE), smem["totals"]
-    q, k = smem["q"].at[0, :, channels], smem["k"].at[0, :, channels]
+    channels, totals, decays = pl.ds(wg * TILE, TILE), smem["totals"].at[wg], smem["decays"].at[wg]
     plgpu.barrier_wait(bars["full"])
-    clear(cfg, smem, 0, q, k)
+    clear(cfg, smem, 0, smem["q"].at[wg], smem["k"].at[wg])
     steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, channels]
     sums = threads.sums_upto(log2_decays(cfg, steps, smem["real"].at[0] if cfg.segments else None))
-    threads.store_totals_upto(totals.at[wg, DECAYS], sums)
-    smem["decays"][wg] = sums  # out of the registers that what follows needs
-    d_q, back, onward, crossing = _from_states(cfg, i, smem, bars, channels, part_of)
+    threads.store_totals_upto(totals.at[DECAYS], sums)
     plgpu.commit_smem()
-    sums = plgpu.load(smem["decays"].at[wg + threads.hidden_zero()], layout=WGMMA)
-    upto = sums + threads.others["before"](totals.at[wg, DECAYS])
-    whole = threads.others["all"](totals.at[wg, DECAYS])
+    threads.store_padded(decays, sums + threads.others["before"](totals.at[DECAYS]))
+    d_q, back, onward, crossing = _from_states(cfg, i, smem, bars, wg)
+    upto = plgpu.load(decays.at[:, pl.ds(0, TILE)], layout=WGMMA, optimized=False)
+    whole = threads.others["all"](totals.at[DECAYS])
     per_k = vector(smem["lengths"].at[PER_K], ROW)
     d_q *= jnp.exp2(upto) * rows_of(vector(smem["lengths"].at[PER_Q], ROW) * cfg.scale)
     back *= jnp.exp2(upto) * rows_of(-per_k)
     onward *= jnp.exp2(whole - upto) * rows_of(per_k * _beta(smem, ROW))
-    keys = load_tile(k)
-    net = load_tile(q) * d_q + keys * back
+    keys = load_tile(smem["k"].at[wg])
+    net = load_tile(smem["q"].at[wg]) * d_q + keys * back
     at_end = keys * onward
     net -= at_end
-    threads.store_totals_upto(totals.at[wg, OF_END], threads.sums_upto(at_end + crossing * jnp.exp2(whole)))
-    return sums, (d_q, back + onward, net, jnp.sum(at_end, axis=1))
+    threads.store_totals_upto(totals.at[OF_END], threads.sums_upto(at_end + crossing * jnp.exp2(whole)))
+    return d_q, back + onward, net, jnp.sum(at_end, axis=1)
 
 
 def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     """64 key channels of a tile."""
     b, chunk, head = where
     rows, channels = pl.ds(chunk * TILE, TILE), pl.ds(wg * TILE, TILE)
-    part_of = (wg,) if cfg.key > TILE else (F_PAIRS, H_PAIRS)
-    sums, found = _states_part(cfg, i, where, ins, smem, bars, wg, part_of)
+    found = _states_part(cfg, i, where, ins, smem, bars, wg)
     plgpu.commit_smem()
     _meet(cfg, bars["pairs"])
-    for width in threads.LEVELS:
-        found = _level(cfg, smem, sums, width, wg, channels, found)
-    d_q, d_k, net, dots = _own_pairs(smem, channels, found)
+    found = lax.fori_loop(0, threads.LEVELS, lambda bits, found: _level(cfg, smem, wg, bits, found), found)
+    d_q, d_k, net, dots = _own_pairs(smem, wg, found)
     net = threads.sums_from(net)
     threads.store_totals_from(smem["totals"].at[wg, OF_NET], net)
-    q, k = smem["q"].at[0, :, channels], smem["k"].at[0, :, channels]
-    smem["sums"][wg, OF_Q] = jnp.sum(load_tile(q) * d_q, axis=1)
-    smem["sums"][wg, OF_K] = jnp.sum(load_tile(k) * d_k, axis=1)
+    smem["sums"][wg, OF_Q] = jnp.sum(load_tile(smem["q"].at[wg]) * d_q, axis=1)
+    smem["sums"][wg, OF_K] = jnp.sum(load_tile(smem["k"].at[wg]) * d_k, axis=1)
     smem["sums"][wg, OF_BETA] = dots
     plgpu.commit_smem()
     _meet(cfg, bars["sums"])
@@ -206,24 +222,25 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
 
 
 def _write(cfg, where, outs, smem, wg, gradients):
-    """dq and dk, less what their lengths take, and the gradient of beta."""
+    """dq and dk, less what their lengths take, in place of q and k; the gradient of beta."""
     b, chunk, head = where
     rows, channels = pl.ds(chunk * TILE, TILE), pl.ds(wg * TILE, TILE)
     n_slices = cfg.key // TILE
     summed = lambda row: sum(vector(smem["sums"].at[n, row], ROW) for n in range(n_slices))
     rest = zip(("q", "k"), (OF_Q, OF_K), (PER_Q, PER_K), gradients, strict=True)
-    for n, (name, row, per, gradient) in enumerate(rest):
+    for name, row, per, gradient in rest:
         if cfg.normalize:
             lengths = vector(smem["lengths"].at[per], ROW)
-            gradient -= load_tile(smem[name].at[0, :, channels]) * rows_of(lengths * lengths * summed(row))
-        smem["weighed"][wg, n] = gradient.astype(cfg.dtype)  # in place of the last level's
-    if wg == 0:
-        smem["dbeta"][...] = summed(OF_BETA) / _beta(smem, ROW)
+            gradient -= load_tile(smem[name].at[wg]) * rows_of(lengths * lengths * summed(row))
+        smem[name][wg] = gradient.astype(cfg.dtype)
+    smem["dbeta"][wg] = summed(OF_BETA) / _beta(smem, ROW)  # the same of each warpgroup
     plgpu.commit_smem()
-    for n, name in enumerate(("dq", "dk")):
-        plgpu.copy_smem_to_gmem(smem["weighed"].at[wg, n], outs[name].at[b, rows, head, channels])
-    if wg == 0:
-        plgpu.copy_smem_to_gmem(smem["dbeta"], outs["dbeta"].at[b, chunk, head])
+    for name in ("q", "k"):
+        plgpu.copy_smem_to_gmem(smem[name].at[wg], outs["d" + name].at[b, rows, head, channels])
+
+    @pl.when(wg == 0)
+    def _():
+        plgpu.copy_smem_to_gmem(smem["dbeta"].at[0], outs["dbeta"].at[b, chunk, head])
 
 
 def _produce(cfg, i, where, ins, smem, bars):
@@ -235,8 +252,10 @@ def _produce(cfg, i, where, ins, smem, bars):
     def _():
         plgpu.barrier_wait(bars["empty"])
 
+    keys = [pl.ds(n * TILE, TILE) for n in range(cfg.key // TILE)]
     for name in ("q", "k"):
-        plgpu.copy_gmem_to_smem(ins[name].at[b, rows, group], smem[name].at[0], bars["full"])
+        for n, channels in enumerate(keys):
+            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, group, channels], smem[name].at[n], bars["full"])
     for name in ("lengths", "beta"):
         plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head], smem[name], bars["full"])
     if cfg.segments:
@@ -250,10 +269,13 @@ def _produce(cfg, i, where, ins, smem, bars):
             plgpu.barrier_wait(bars["part_empty"].at[ring])
 
         bar = bars["part_full"].at[ring]
-        for name in ("dy", "u", "dv"):
-            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, head, values], smem[name].at[ring], bar)
+        tiles = {"dy": smem["given"].at[ring, F_PAIRS], "dv": smem["given"].at[ring, H_PAIRS], "u": smem["u"].at[ring]}
+        for name, tile in tiles.items():
+            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, head, values], tile, bar)
         for name in ("state", "grad"):
-            plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head, values], smem[name].at[ring], bar)
+            for n, channels in enumerate(keys):
+                source = ins[name].at[b, chunk, head, values, channels]
+                plgpu.copy_gmem_to_smem(source, smem[name].at[ring, n], bar)
 
 
 def _outputs(cfg):
@@ -270,18 +292,18 @@ def _scratch(cfg):
     tile = functools.partial(plgpu.SMEM, dtype=cfg.dtype, transforms=BF16_TRANSFORMS)
     n_slices = cfg.key // TILE
     return {
-        **{name: tile((1, TILE, cfg.key)) for name in ("q", "k")},
-        **{name: tile((STAGES, TILE, TILE)) for name in ("dy", "u", "dv")},
-        **{name: tile((STAGES, TILE, cfg.key)) for name in ("state", "grad")},
+        **{name: tile((n_slices, TILE, TILE)) for name in ("q", "k")},
+        "given": tile((STAGES, 2, TILE, TILE)),
+        "u": tile((STAGES, TILE, TILE)),
+        **{name: tile((STAGES, n_slices, TILE, TILE)) for name in ("state", "grad")},
         "pairs": tile((1, 2, TILE, TILE)),
-        "weighed or decays": plgpu.RefUnion(
-            tile((n_slices, 2, TILE, TILE)), plgpu.SMEM((n_slices, TILE, TILE), F32, transforms=F32_TRANSFORMS)
-        ),
+        "weighed": tile((n_slices, TILE, TILE)),
+        "decays": plgpu.SMEM((n_slices, TILE, threads.PADDED), F32),
         "totals": plgpu.SMEM((n_slices, 3, TILE // threads.BLOCK, TILE), F32),
         "sums": plgpu.SMEM((n_slices, 3, TILE), F32),
         "lengths": plgpu.SMEM((2, TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
-        "dbeta": plgpu.SMEM((TILE,), F32),
+        "dbeta": plgpu.SMEM((n_slices, TILE), F32),
         "real": plgpu.SMEM((1, 2, TILE), F32) if cfg.segments else None,
     }
 
@@ -289,9 +311,9 @@ def _scratch(cfg):
 def _barriers(cfg):
     n_slices = cfg.key // TILE
     return {
-        "full": plgpu.Barrier(num_arrivals=4 + cfg.segments),
+        "full": plgpu.Barrier(num_arrivals=2 + 2 * n_slices + cfg.segments),
         "empty": plgpu.Barrier(num_arrivals=n_slices),
-        "part_full": plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
+        "part_full": plgpu.Barrier(num_arrivals=3 + 2 * n_slices, num_barriers=STAGES),
         "part_empty": plgpu.Barrier(num_arrivals=n_slices, num_barriers=STAGES),
         "pairs": plgpu.Barrier(num_arrivals=n_slices),
         "sums": plgpu.Barrier(num_arrivals=n_slices),
@@ -319,15 +341,11 @@ def _body(cfg, blocks, *refs):
         lax.fori_loop(0, steps, step, None)
 
     def scoped(smem, bars):
-        weighed, decays = smem["weighed or decays"]
-        smem = {**smem, "weighed": weighed, "decays": decays}
-        for own in range(n_slices):
-
-            @pl.when(wg == own)
-            def _():
-                plgpu.set_max_registers(240, action="increase")
-                each(lambda i, where: _compute(cfg, i, where, ins, outs, smem, bars, own))
-                plgpu.wait_smem_to_gmem(0)
+        @pl.when(wg < n_slices)
+        def _():
+            plgpu.set_max_registers(240, action="increase")
+            each(lambda i, where: _compute(cfg, i, where, ins, outs, smem, bars, wg))
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == n_slices)
         def _():
@@ -353,7 +371,7 @@ def _tiles(cfg, blocks, arrays):
         grid_names=("block",),
         num_threads=cfg.key // TILE + 1,
         thread_name="wg",
-        compiler_params=LANE_PARAMS,
+        compiler_params=CHANNEL_PARAMS,
     )
     return dict(zip(out, call_varying(kernel, *(arrays[name] for name in _inputs(cfg)))))
 

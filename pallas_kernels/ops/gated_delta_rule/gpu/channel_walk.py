@@ -36,8 +36,8 @@ from pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import clear
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, Walk, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import CHANNEL_PARAMS, clear
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import Walk, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
@@ -69,8 +69,8 @@ class Steps:
     @property
     def inputs(self) -> list[str]:
         """Names of the arrays that it takes."""
-        names = [*WEIGHED, *PAIRS, *NUMBERS, self.values]
-        return names + ["real"] * self.walk.segments + [self.starts] * (self.starts is not None)
+        starts = [self.starts] if self.starts else []
+        return [*WEIGHED, *PAIRS, *NUMBERS, self.values] + ["real"] * self.walk.segments + starts
 
 
 def _columns(cfg):
@@ -288,6 +288,6 @@ def walk(steps, arrays):
         grid_names=("batch", "head"),
         num_threads=steps.walk.parts + 1,
         thread_name="wg",
-        compiler_params=LANE_PARAMS,
+        compiler_params=CHANNEL_PARAMS,
     )
     return dict(zip(out, call_varying(kernel, *(arrays[name] for name in steps.inputs))))

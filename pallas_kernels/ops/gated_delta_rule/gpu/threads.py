@@ -200,7 +200,7 @@ def _scan(reverse: bool, _, tile):
     first, second = (1, 0) if reverse else (0, 1)
     registers = np.empty_like(held)
     for n in range(8):
-        done = {}
+        done: dict[int, list] = {}
         for half in (first, second):
             values = [_element(held[n, half], k) for k in range(2)]
             for source, inside in reach.values():
@@ -268,89 +268,76 @@ others = {
 }
 
 
-def _distance(width: int, _, sums, totals):
-    """Decay between a row and the middle of its block of 2 `width` rows: of `sums_upto`, and its totals.
-
-    Behind the middle it is the sum of the rows since then, the own included; before it, that of the rows up to it, the
-    own excluded. With log decays it is at most 0, and of two rows on either side it is that between them in all.
-    """
+def _store_padded(_, target, sums):
     warp, r, c = _place(hidden=True)
     held = sums.registers.reshape(8, 2)
-    lane = lambda row: arith.addi(arith.muli(row, _i32(4)), c)
-    odd = arith.CmpIPredicate.ne
-    right = arith.cmpi(odd, arith.andi(warp, _i32(width // BLOCK)), _i32(0)) if width >= BLOCK else None
-    if width < BLOCK // 2:
-        right = arith.cmpi(odd, arith.andi(r, _i32(width)), _i32(0))
-        source = lane(arith.ori(arith.andi(r, _i32(8 - 2 * width)), _i32(width - 1)))
-    pair = held[0, 0].type
-    zeros = vector.broadcast(pair, mgpu.c(0.0, ir.F32Type.get()))
-    registers = np.empty_like(held)
-    for n in range(8):
-        at = lambda w, n=n: vector.load(pair, totals, [_index(w), _index(_column(n, c))])
-        for half in range(2):
-            own = held[n, half]
-            if width < BLOCK // 2:
-                middle = _pairwise(lambda v: _shuffle(v, source), own)
-                moved = arith.subf(own, middle)
-                registers[n, half] = arith.select(right, moved, arith.negf(moved))
-            elif width == BLOCK // 2:
-                middle = _pairwise(lambda v: _shuffle(v, lane(_i32(7))), held[n, 0])
-                registers[n, half] = arith.subf(own, middle) if half else arith.subf(middle, own)
-            else:
-                upto, after = own, arith.subf(at(warp), own)
-                if width == 2 * BLOCK:
-                    is_end = lambda w: arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(w))
-                    upto = arith.addf(upto, arith.select(is_end(3), at(_i32(2)), zeros))
-                    after = arith.addf(after, arith.select(is_end(0), at(_i32(1)), zeros))
-                registers[n, half] = arith.select(right, upto, after)
-    return _like(sums, registers)
+    for n, half in np.ndindex(8, 2):
+        row = arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half)))
+        vector.store(held[n, half], target, [_index(row), _index(_column(n, c))])
 
 
-LEVELS = (32, 16, 8, 4, 2, 1)
-distance = {
-    width: plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()), return_type=_TILE_F32)(
-        functools.partial(_distance, width)
-    )
-    for width in LEVELS
-}
+PADDED = TILE + 8  # columns of a tile in shared memory of which a warp reads 8 rows at once, four threads each
+store_padded = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))(_store_padded)
 
 
-def _keep_level(width: int, transposed: bool, _, tile):
-    """Pairs (row, column) behind and before the middle of one block of 2 `width` tokens; transposed: before, behind."""
+def _distance(_, sums, bits):
+    """Decay between a row and the middle of its block of ``2 << bits`` rows, by the chunk's sums up to each row.
+
+    Behind the middle it is the sum of the rows since then, the own included; before it, that of the rows up to it, the
+    own excluded. With log decays it is at most 0, and of two rows on either side it is that between them in all. The
+    level is known at run time only: six times as much code would not stay in the instruction cache.
+    """
+    warp, r, c = _place(hidden=True)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    width = arith.shli(_i32(1), bits.registers.item())
+    block = arith.subi(arith.addi(width, width), _i32(1))
+    registers = np.empty((8, 2), dtype=object)
+    for half in range(2):
+        row = arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half)))
+        right = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(row, width), _i32(0))
+        middle = arith.subi(arith.ori(row, block), width)
+        for n in range(8):
+            own, mid = (vector.load(pair, sums, [_index(at), _index(_column(n, c))]) for at in (row, middle))
+            moved = arith.subf(own, mid)
+            registers[n, half] = arith.select(right, moved, arith.negf(moved))
+    return _fresh(registers)
+
+
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+distance = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_TILE_F32)(_distance)
+
+
+LEVELS = 6  # blocks of 2, 4, ... 64 tokens
+
+
+def _keep_level(transposed: bool, _, tile, bits):
+    """Pairs (row, column) behind and before the middle of a block of ``2 << bits``; transposed: (column, row)."""
     warp, r, c = _place(hidden=True)
     held = tile.registers.reshape(8, 2)
-    elements = ir.VectorType(held[0, 0].type).element_type
-    zero = mgpu.c(0.0, elements)
-    zeros = vector.broadcast(held[0, 0].type, zero)
-    bits = width.bit_length() - 1
-    shifted = lambda index: arith.shrui(index, _i32(bits))
+    zero = mgpu.c(0.0, ir.VectorType(held[0, 0].type).element_type)
+    shifted = lambda index: arith.shrui(index, bits.registers.item())
+    columns = {(n, k): shifted(arith.addi(_column(n, c), _i32(k))) for n, k in np.ndindex(8, 2)}
     registers = np.empty_like(held)
     for half in range(2):
         row = shifted(arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half))))
         ahead = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(row, _i32(1)), _i32(0 if transposed else 1))
         mate = arith.select(ahead, arith.xori(row, _i32(1)), _i32(-1))
         for n in range(8):
-            keep = lambda k, n=n, mate=mate: arith.cmpi(
-                arith.CmpIPredicate.eq, mate, shifted(arith.addi(_column(n, c), _i32(k)))
-            )
-            if width > 1:  # both of a pair are of the level, or none
-                registers[n, half] = arith.select(keep(0), held[n, half], zeros)
-                continue
-            values = [arith.select(keep(k), _element(held[n, half], k), zero) for k in range(2)]
+            keep = [arith.cmpi(arith.CmpIPredicate.eq, mate, columns[n, k]) for k in range(2)]
+            values = [arith.select(keep[k], _element(held[n, half], k), zero) for k in range(2)]
             registers[n, half] = vector.from_elements(held[n, half].type, values)
     return _like(tile, registers)
 
 
 _KEEP_LEVEL = {
-    (width, transposed, jnp.dtype(tile.dtype)): plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=tile)(
-        functools.partial(_keep_level, width, transposed)
+    (transposed, jnp.dtype(tile.dtype)): plgpu.inline_mgpu(arg_types=(WGMMA, _SCALAR), return_type=tile)(
+        functools.partial(_keep_level, transposed)
     )
-    for width in LEVELS
     for transposed in (False, True)
     for tile in (_TILE_F32, _TILE_BF16)
 }
 
 
-def keep_level(tile, width: int, transposed: bool = False):
+def keep_level(tile, bits, transposed: bool = False):
     """What of a tile is of a level's pairs, see `_keep_level`; else 0."""
-    return _KEEP_LEVEL[width, transposed, tile.dtype](tile)
+    return _KEEP_LEVEL[transposed, tile.dtype](tile, bits)

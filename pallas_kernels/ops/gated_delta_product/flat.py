@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gated_delta_product` as `gated_delta_rule` on R times the tokens: decay at a token's first, read at its last."""
+"""`gated_delta_product` as `gated_delta_rule` on R times the tokens: decay at a token's first, read at its last.
+
+A token has no decay and no query at its other updates.
+"""
+
+import functools
 
 import jax.numpy as jnp
 
+from pallas_kernels.op import limit
+from pallas_kernels.ops.gated_delta_rule import OP as DELTA_RULE
 from pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule
 
 
-def gated_delta_product_xla(
+def by_delta_rule(
+    implementation,
     q_BTGN,
     k_BTRGN,
     v_BTRHP,
@@ -17,7 +25,7 @@ def gated_delta_product_xla(
     return_final_state=False,
     **options,
 ):
-    """See `pallas_kernels.gated_delta_product`."""
+    """See `pallas_kernels.gated_delta_product`; by an implementation of `gated_delta_rule`."""
     n_batch, n_tokens, n_updates = v_BTRHP.shape[:3]
 
     def flat(array_BTR):
@@ -36,8 +44,17 @@ def gated_delta_product_xla(
         None if g is None else spread(g, 0),
         segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, n_updates, axis=1),
         return_final_state=True,
-        implementation="xla",
+        implementation=implementation,
         **options,
     )
     y_BTHP = y.reshape(n_batch, n_tokens, n_updates, *y.shape[2:])[:, :, -1]
     return (y_BTHP, final_state_BHNP) if return_final_state else y_BTHP
+
+
+gated_delta_product_xla = functools.partial(by_delta_rule, "xla")
+gated_delta_product_gpu = functools.partial(by_delta_rule, "gpu")
+
+
+def supports_gpu(q, k, v, beta=None, g=None, **options) -> str | None:
+    """Why the Hopper kernels of `gated_delta_rule` cannot serve this call, or None if they can."""
+    return limit(DELTA_RULE, "gpu", (q, k, v, beta, g), {"scale": options.get("scale", 1.0)})  # of types and key width
