@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of one token's vector with matrices on an NVIDIA GPU, with what stands before and behind them: what decoding
+one text is made of.
+
+Such a product reads its matrix once and does nothing else, so it takes as long as the memory does; what costs beside it
+are small kernels between the products, each of which waits for the one before. Here norm and activation are part of
+the product's kernel. A norm's root is one number a vector: it multiplies the sum, so that no program
+waits for it before it reads the matrix.
+
+Programs of Triton (`jax.experimental.pallas.triton`), one for each few columns. They run interpreted on a CPU.
+Axis letters: K inputs, N outputs of a product, c matrices that are stored together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import platform
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": lambda x: x / (1 + jnp.exp(-x))}
+"""Activations that a kernel computes, in float32."""
+LEAST = 16
+"""Columns of a block at least: 32 bytes of a row of bfloat16, which the memory gives at once."""
+
+
+class Blocks(NamedTuple):
+    """How a product is cut."""
+
+    columns: int
+    """Of a program."""
+    rows: int
+    """Of a block that is read at once."""
+    ahead: int
+    """Blocks whose reads are begun before their sums are needed."""
+    warps: int
+
+
+WIDE = Blocks(64, 64, 4, 4)
+"""From enough columns on that all multiprocessors have a program."""
+NARROW = Blocks(16, 128, 4, 8)
+"""Of matrices with fewer columns."""
+
+
+def serves(x: jax.Array) -> str | None:
+    """Why kernels of Triton cannot serve products of x; None where they can."""
+    if platform.platform() != "gpu" or platform.gpu_capability() != "9.0":
+        return "they are measured on Hopper alone"
+    if x.dtype != jnp.bfloat16:
+        return f"x is of type {x.dtype}, not bfloat16"
+    return None
+
+
+def fits(n_inputs: int, n_outputs: int) -> bool:
+    """Whether a matrix can be cut in whole blocks."""
+    return n_inputs % (NARROW.rows * NARROW.ahead) == 0 and n_outputs % LEAST == 0 and n_outputs > 0
+
+
+def normed(
+    x_K: jax.Array, norm_K: jax.Array, weights: Sequence[jax.Array], *, eps: float, gated: str | None = None,
+) -> list[jax.Array]:  # fmt: skip
+    """x / rms(x) * norm, times each matrix [K, N]: [N] each, in the type of x.
+
+    norm_K: float32. gated: an activation; each matrix is [K, 2 N], and the result act(first half) * second half.
+    """
+    halves = 1 if gated is None else 2
+    widths = [w.shape[1] // halves for w in weights]
+    blocks = [_blocks(n, sum(widths)) for n in widths]
+    counts = [n // b.columns for n, b in zip(widths, blocks, strict=True)]
+
+    def kernel(x_ref, norm_ref, *refs):
+        ins, outs = refs[: len(weights)], refs[len(weights) :]
+
+        def read(rows):
+            x = x_ref[rows].astype(jnp.float32)
+            return x * norm_ref[rows], x * x
+
+        first = 0
+        for w_ref, out_ref, n, b, count in zip(ins, outs, widths, blocks, counts, strict=True):
+            at = pl.program_id(0) - first
+
+            @pl.when((at >= 0) & (at < count))
+            def _(w_ref=w_ref, out_ref=out_ref, n=n, b=b, at=at):
+                columns = [pl.ds(half * n + at * b.columns, b.columns) for half in range(halves)]
+                sums, square = _sums(read, w_ref, columns, b)
+                root = jax.lax.rsqrt(square / x_K.size + eps)
+                ys = [(total * root).astype(x_K.dtype) for total in sums]
+                if gated is not None:
+                    gate = ACTIVATIONS[gated](ys[0].astype(jnp.float32)).astype(x_K.dtype)
+                    ys = [gate * ys[1]]
+                out_ref[columns[0]] = ys[0]
+
+            first += count
+
+    out = [jax.ShapeDtypeStruct((n,), x_K.dtype) for n in widths]
+    call = _call(kernel, sum(counts), out, "normed_products", max(b.warps for b in blocks))
+    return call(x_K, norm_K.astype(jnp.float32), *weights)
+
+
+def added(
+    x_N: jax.Array, parts: Sequence[jax.Array], read: Callable, w_KN: jax.Array, *, eps: float | None = None,
+    multiplier: float = 1.0,
+) -> jax.Array:  # fmt: skip
+    """x + multiplier * (v w), [N], in the type of x.
+
+    v is what `read(refs of parts, rows)` gives of so many rows, float32, with what the root of a norm is taken of, or
+    None: the root of the mean of its squares, eps added, divides the product.
+    """
+    (n_inputs, n), b = w_KN.shape, NARROW
+
+    def kernel(x_ref, w_ref, *refs):
+        *ins, out_ref = refs
+        columns = pl.ds(pl.program_id(0) * b.columns, b.columns)
+        (total,), square = _sums(partial(read, ins), w_ref, [columns], b)
+        if eps is not None:
+            total = total * jax.lax.rsqrt(square / n_inputs + eps)
+        y = total.astype(x_N.dtype)
+        y = y if multiplier == 1 else y * multiplier
+        out_ref[columns] = (x_ref[columns] + y).astype(x_N.dtype)
+
+    out = jax.ShapeDtypeStruct((n,), x_N.dtype)
+    return _call(kernel, n // b.columns, out, "added_product", b.warps)(x_N, w_KN, *parts)
+
+
+def as_it_is(refs, rows) -> tuple[jax.Array, None]:
+    """For `added`: the vector itself."""
+    return refs[0][rows].astype(jnp.float32), None
+
+
+def gated_norm(before_gate: bool) -> Callable:
+    """For `added`: of y [K], [2 K] whose first half is the gate z, and a norm's weights [K]: y * silu(z), normed, or y
+    normed, times silu(z)."""
+
+    def read(refs, rows):
+        y, z, weight = (ref[rows].astype(jnp.float32) for ref in refs)
+        gate = ACTIVATIONS["silu"](z)
+        u = y if before_gate else y * gate
+        return (u * weight * gate if before_gate else u * weight), u * u
+
+    return read
+
+
+def _blocks(n: int, of_all: int) -> Blocks:
+    """How a matrix of n columns is cut that is one of several, of so many columns together."""
+    least = platform.multiprocessors() * 3 // 4
+    columns = math.gcd(n, next((c for c in (WIDE.columns, WIDE.columns // 2) if of_all // c >= least), LEAST))
+    return WIDE._replace(columns=columns) if columns >= 32 else NARROW._replace(columns=columns)
+
+
+def _sums(read: Callable, w_ref, columns: Sequence, b: Blocks) -> tuple[list[jax.Array], Any]:
+    """(v W at each of these columns, the sum of what the root is taken of)."""
+    zero = jnp.zeros((b.rows, b.columns), jnp.float32)
+
+    def body(i, carry):
+        sums, square = carry
+        for ahead in range(b.ahead):
+            rows = pl.ds((i * b.ahead + ahead) * b.rows, b.rows)
+            v, squares = read(rows)
+            square = square if squares is None else square + squares
+            sums = [total + w_ref[rows, at].astype(jnp.float32) * v[:, None] for total, at in zip(sums, columns)]
+        return sums, square
+
+    start = [zero for _ in columns], jnp.zeros((b.rows,), jnp.float32)
+    sums, square = jax.lax.fori_loop(0, w_ref.shape[0] // (b.rows * b.ahead), body, start)
+    return [total.sum(axis=0) for total in sums], square.sum()
+
+
+def _call(kernel: Callable, programs: int, out: Any, name: str, warps: int) -> Callable:
+    options = plt.CompilerParams(num_warps=warps, num_stages=2)
+    return pl.pallas_call(kernel, grid=(programs,), out_shape=out, name=name, compiler_params=options)
