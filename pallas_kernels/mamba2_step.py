@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from pallas_kernels import platform
+from pallas_kernels import platform, triton
 
 WARPS = 4
 PROGRAMS = 2
@@ -47,10 +46,8 @@ class Weights(NamedTuple):
 
 def serves(dtype: DTypeLike, state: jax.Array) -> str | None:
     """Why the kernel cannot serve activations of a type and a state, see `mamba2_step`; None where it can."""
-    if platform.platform() != "gpu" or platform.gpu_capability() != "9.0":
-        return "it is measured on Hopper alone"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"activations are of type {jnp.dtype(dtype)}, not bfloat16"
+    if reason := triton.why_not(dtype, *state.shape):
+        return reason
     for name, n in (("head width", state.shape[2]), ("state size", state.shape[3])):
         if n & (n - 1) or not LEAST <= n <= 256:
             return f"{name} ({n}) is no power of two from {LEAST} to 256"
@@ -111,10 +108,8 @@ def mamba2_step(
 
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     out: Any = [jax.ShapeDtypeStruct(state.shape[:3], zx.dtype), like(window_x), like(window_BC), like(state)]
-    call = pl.pallas_call(
-        kernel, grid=(n_batch, n_heads, width // channels), out_shape=out, name="mamba2_step",
-        input_output_aliases={3: 1, 5: 3}, compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
-    )  # fmt: skip
+    grid, aliases = (n_batch, n_heads, width // channels), {3: 1, 5: 3}
+    call = triton.call(kernel, grid, out, "mamba2_step", WARPS, aliases)
     return tuple(call(zx, BC, dt, window_x, window_BC, state, *given))
 
 

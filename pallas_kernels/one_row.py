@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import platform
+from pallas_kernels import platform, triton
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": lambda x: x / (1 + jnp.exp(-x))}
 """Activations that a kernel computes, in float32."""
@@ -48,12 +47,8 @@ NARROW = Blocks(16, 128, 4, 8)
 
 
 def serves(x: jax.Array) -> str | None:
-    """Why kernels of Triton cannot serve products of x; None where they can."""
-    if platform.platform() != "gpu" or platform.gpu_capability() != "9.0":
-        return "they are measured on Hopper alone"
-    if x.dtype != jnp.bfloat16:
-        return f"x is of type {x.dtype}, not bfloat16"
-    return None
+    """Why the kernels cannot serve products of x; None where they can."""
+    return triton.why_not(x.dtype, *x.shape)
 
 
 def fits(n_inputs: int, n_outputs: int) -> bool:
@@ -98,7 +93,7 @@ def normed(
             first += count
 
     out = [jax.ShapeDtypeStruct((n,), x_K.dtype) for n in widths]
-    call = _call(kernel, sum(counts), out, "normed_products", max(b.warps for b in blocks))
+    call = triton.call(kernel, (sum(counts),), out, "normed_products", max(b.warps for b in blocks))
     return call(x_K, norm_K.astype(jnp.float32), *weights)
 
 
@@ -124,7 +119,7 @@ def added(
         out_ref[columns] = (x_ref[columns] + y).astype(x_N.dtype)
 
     out = jax.ShapeDtypeStruct((n,), x_N.dtype)
-    return _call(kernel, n // b.columns, out, "added_product", b.warps)(x_N, w_KN, *parts)
+    return triton.call(kernel, (n // b.columns,), out, "added_product", b.warps)(x_N, w_KN, *parts)
 
 
 def as_it_is(refs, rows) -> tuple[jax.Array, None]:
@@ -168,8 +163,3 @@ def _sums(read: Callable, w_ref, columns: Sequence, b: Blocks) -> tuple[list[jax
     start = [zero for _ in columns], jnp.zeros((b.rows,), jnp.float32)
     sums, square = jax.lax.fori_loop(0, w_ref.shape[0] // (b.rows * b.ahead), body, start)
     return [total.sum(axis=0) for total in sums], square.sum()
-
-
-def _call(kernel: Callable, programs: int, out: Any, name: str, warps: int) -> Callable:
-    options = plt.CompilerParams(num_warps=warps, num_stages=2)
-    return pl.pallas_call(kernel, grid=(programs,), out_shape=out, name=name, compiler_params=options)

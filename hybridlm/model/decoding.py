@@ -18,15 +18,16 @@ from flax import nnx
 from hybridlm import sharding
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import in_type, param_info
-from hybridlm.model.config import ModelConfig
-from hybridlm.model.init import abstract
+from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.model import Cache, HybridLM
+from hybridlm.model.quantize import of_run
 from pallas_kernels.platform import platform
 
 CHUNK = 1024
 """Tokens of a prompt that are read at once: what is needed beside the cache grows with them, not with the prompt."""
 BLOCK = 64
 """Tokens that are written at most without the host."""
+NOT_ROUNDED = QuantizeConfig()
 UNROLL = {"gpu": 64}
 """`model.unroll` where it is None: on a GPU matrices of a stack would be copied out of it for each token, and states
 copied in."""
@@ -283,8 +284,8 @@ def _grown(cache: Cache, graphdef, params, room: int, types: CacheTypes) -> Cach
     return Cache(cache.length_B, groups, wanted.limit)
 
 
-def shapes_at_work(config: ModelConfig) -> nnx.State:
+def shapes_at_work(config: ModelConfig, rounding: QuantizeConfig = NOT_ROUNDED) -> nnx.State:
     """Shapes and types of the parameters of a config's model as a Writer holds them, by the sublayers of its program;
-    nothing is made."""
-    graphdef, params = nnx.split(abstract(config).model())
+    nothing is made. rounding: of matrices in eight bits."""
+    graphdef, params = nnx.split(of_run(config, rounding).model())
     return jax.eval_shape(partial(_prepared, graphdef), params)[1]
