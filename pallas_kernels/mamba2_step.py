@@ -109,7 +109,7 @@ def mamba2_step(
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     out: Any = [jax.ShapeDtypeStruct(state.shape[:3], zx.dtype), like(window_x), like(window_BC), like(state)]
     grid, aliases = (n_batch, n_heads, width // channels), {3: 1, 5: 3}
-    call = triton.call(kernel, grid, out, "mamba2_step", WARPS, aliases)
+    call = triton.call(kernel, grid, out, "mamba2_step", WARPS, aliases=aliases)
     return tuple(call(zx, BC, dt, window_x, window_BC, state, *given))
 
 

@@ -14,7 +14,7 @@ Axis letters: K inputs, N outputs of a product, c matrices that are stored toget
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +28,15 @@ LEAST = 16
 """Columns of a block at least: 32 bytes of a row of bfloat16, which the memory gives at once."""
 
 
-class Blocks(NamedTuple):
-    """How a product is cut."""
-
-    columns: int
-    """Of a program."""
-    rows: int
-    """Of a block that is read at once."""
-    ahead: int
-    """Blocks whose reads are begun before their sums are needed."""
-    warps: int
-
-
-WIDE = Blocks(64, 64, 4, 4)
-"""From enough columns on that all multiprocessors have a program."""
-NARROW = Blocks(16, 128, 4, 8)
-"""Of matrices with fewer columns."""
+COLUMNS = (64, 32)
+"""Of a program, where enough programs are left for all multiprocessors; else LEAST."""
+ROWS = 256
+"""Of a block that is read at once: two of a thread, so that what stands beside the matrix is copied ahead, too."""
+STAGES = 4
+"""Blocks that are on their way while one is multiplied."""
+WARPS = 4
+TILE = 16
+"""Rows of a product on the matrix units at least: all of them are the one."""
 
 
 def serves(x: jax.Array) -> str | None:
@@ -53,7 +46,7 @@ def serves(x: jax.Array) -> str | None:
 
 def fits(n_inputs: int, n_outputs: int) -> bool:
     """Whether a matrix can be cut in whole blocks."""
-    return n_inputs % (NARROW.rows * NARROW.ahead) == 0 and n_outputs % LEAST == 0 and n_outputs > 0
+    return n_inputs % ROWS == 0 and n_outputs % LEAST == 0 and n_outputs > 0
 
 
 def normed(
@@ -65,8 +58,8 @@ def normed(
     """
     halves = 1 if gated is None else 2
     widths = [w.shape[1] // halves for w in weights]
-    blocks = [_blocks(n, sum(widths)) for n in widths]
-    counts = [n // b.columns for n, b in zip(widths, blocks, strict=True)]
+    sizes = [_columns(n, sum(widths)) for n in widths]
+    counts = [n // size for n, size in zip(widths, sizes, strict=True)]
 
     def kernel(x_ref, norm_ref, *refs):
         ins, outs = refs[: len(weights)], refs[len(weights) :]
@@ -76,13 +69,13 @@ def normed(
             return x * norm_ref[rows], x * x
 
         first = 0
-        for w_ref, out_ref, n, b, count in zip(ins, outs, widths, blocks, counts, strict=True):
+        for w_ref, out_ref, n, size, count in zip(ins, outs, widths, sizes, counts, strict=True):
             at = pl.program_id(0) - first
 
             @pl.when((at >= 0) & (at < count))
-            def _(w_ref=w_ref, out_ref=out_ref, n=n, b=b, at=at):
-                columns = [pl.ds(half * n + at * b.columns, b.columns) for half in range(halves)]
-                sums, square = _sums(read, w_ref, columns, b)
+            def _(w_ref=w_ref, out_ref=out_ref, n=n, size=size, at=at):
+                columns = [pl.ds(half * n + at * size, size) for half in range(halves)]
+                sums, square = _sums(read, w_ref, columns)
                 root = jax.lax.rsqrt(square / x_K.size + eps)
                 ys = [(total * root).astype(x_K.dtype) for total in sums]
                 if gated is not None:
@@ -93,7 +86,7 @@ def normed(
             first += count
 
     out = [jax.ShapeDtypeStruct((n,), x_K.dtype) for n in widths]
-    call = triton.call(kernel, (sum(counts),), out, "normed_products", max(b.warps for b in blocks))
+    call = triton.call(kernel, (sum(counts),), out, "normed_products", WARPS, STAGES)
     return call(x_K, norm_K.astype(jnp.float32), *weights)
 
 
@@ -106,12 +99,13 @@ def added(
     v is what `read(refs of parts, rows)` gives of so many rows, float32, with what the root of a norm is taken of, or
     None: the root of the mean of its squares, eps added, divides the product.
     """
-    (n_inputs, n), b = w_KN.shape, NARROW
+    n_inputs, n = w_KN.shape
+    size = _columns(n, n)
 
     def kernel(x_ref, w_ref, *refs):
         *ins, out_ref = refs
-        columns = pl.ds(pl.program_id(0) * b.columns, b.columns)
-        (total,), square = _sums(partial(read, ins), w_ref, [columns], b)
+        columns = pl.ds(pl.program_id(0) * size, size)
+        (total,), square = _sums(partial(read, ins), w_ref, [columns])
         if eps is not None:
             total = total * jax.lax.rsqrt(square / n_inputs + eps)
         y = total.astype(x_N.dtype)
@@ -119,7 +113,7 @@ def added(
         out_ref[columns] = (x_ref[columns] + y).astype(x_N.dtype)
 
     out = jax.ShapeDtypeStruct((n,), x_N.dtype)
-    return triton.call(kernel, (n // b.columns,), out, "added_product", b.warps)(x_N, w_KN, *parts)
+    return triton.call(kernel, (n // size,), out, "added_product", WARPS, STAGES)(x_N, w_KN, *parts)
 
 
 def as_it_is(refs, rows) -> tuple[jax.Array, None]:
@@ -140,26 +134,24 @@ def gated_norm(before_gate: bool) -> Callable:
     return read
 
 
-def _blocks(n: int, of_all: int) -> Blocks:
-    """How a matrix of n columns is cut that is one of several, of so many columns together."""
+def _columns(n: int, of_all: int) -> int:
+    """Of a program for a matrix of n columns, one of several that have so many together."""
     least = platform.multiprocessors() * 3 // 4
-    columns = math.gcd(n, next((c for c in (WIDE.columns, WIDE.columns // 2) if of_all // c >= least), LEAST))
-    return WIDE._replace(columns=columns) if columns >= 32 else NARROW._replace(columns=columns)
+    return math.gcd(n, next((size for size in COLUMNS if of_all // size >= least), LEAST))
 
 
-def _sums(read: Callable, w_ref, columns: Sequence, b: Blocks) -> tuple[list[jax.Array], Any]:
-    """(v W at each of these columns, the sum of what the root is taken of)."""
-    zero = jnp.zeros((b.rows, b.columns), jnp.float32)
+def _sums(read: Callable, w_ref, columns: Sequence) -> tuple[list[jax.Array], Any]:
+    """(v W at each of these columns, the sum of what the root is taken of), float32."""
 
     def body(i, carry):
         sums, square = carry
-        for ahead in range(b.ahead):
-            rows = pl.ds((i * b.ahead + ahead) * b.rows, b.rows)
-            v, squares = read(rows)
-            square = square if squares is None else square + squares
-            sums = [total + w_ref[rows, at].astype(jnp.float32) * v[:, None] for total, at in zip(sums, columns)]
-        return sums, square
+        rows = pl.ds(i * ROWS, ROWS)
+        v, squares = read(rows)
+        square = square if squares is None else square + squares
+        tile = jnp.broadcast_to(v.astype(w_ref.dtype)[None], (TILE, ROWS))
+        products = [jnp.dot(tile, w_ref[rows, at], preferred_element_type=jnp.float32) for at in columns]
+        return [total + y for total, y in zip(sums, products, strict=True)], square
 
-    start = [zero for _ in columns], jnp.zeros((b.rows,), jnp.float32)
-    sums, square = jax.lax.fori_loop(0, w_ref.shape[0] // (b.rows * b.ahead), body, start)
-    return [total.sum(axis=0) for total in sums], square.sum()
+    start = [jnp.zeros((TILE, at.size), jnp.float32) for at in columns], jnp.zeros((ROWS,), jnp.float32)
+    sums, square = jax.lax.fori_loop(0, w_ref.shape[0] // ROWS, body, start)
+    return [total.sum(axis=0) * (1 / TILE) for total in sums], square.sum()

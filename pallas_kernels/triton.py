@@ -26,10 +26,12 @@ def why_not(dtype: DTypeLike, *sizes: Any) -> str | None:
 
 
 def call(
-    kernel: Callable, grid: tuple[int, ...], out: Any, name: str, warps: int, aliases: Mapping[int, int] | None = None
-) -> Callable:
-    """`pl.pallas_call`. aliases: of operands and results that lie in the same memory."""
-    options = triton.CompilerParams(num_warps=warps, num_stages=2)
+    kernel: Callable, grid: tuple[int, ...], out: Any, name: str, warps: int, stages: int = 1,
+    aliases: Mapping[int, int] | None = None,
+) -> Callable:  # fmt: skip
+    """`pl.pallas_call`. stages: of products whose operands are copied ahead. aliases: of operands and results that lie
+    in the same memory."""
+    options = triton.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(
         kernel, grid=grid, out_shape=out, name=name, compiler_params=options, input_output_aliases=dict(aliases or {})
     )

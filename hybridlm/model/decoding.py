@@ -7,8 +7,10 @@ loop of up to BLOCK steps, and caches have room for 1, 1.25, 1.5 or 1.75 times a
 Axis letters: B batch, T prompt tokens, N new tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,8 @@ CHUNK = 1024
 BLOCK = 64
 """Tokens that are written at most without the host."""
 NOT_ROUNDED = QuantizeConfig()
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""Of XLA for the program that writes, by platform."""
 UNROLL = {"gpu": 64}
 """`model.unroll` where it is None: on a GPU matrices of a stack would be copied out of it for each token, and states
 copied in."""
@@ -133,7 +137,7 @@ class Writer:
         for first in range(0, n_new, BLOCK):
             n = min(BLOCK, n_new - first)
             at = np.int32(state.drawn + first), np.int32(n)
-            out_BN, cache, *arrays = _write(
+            out_BN, cache, *arrays = _writing()(
                 cache, self._graphdef, self._params, *arrays, key, *at, *options, how.temperature == 0, how.top_k
             )
             out.append(out_BN if n == BLOCK else out_BN[:, :n])
@@ -253,6 +257,21 @@ def _write(
     i, x_BD, cache, done_B, last_B, out_BN = jax.lax.while_loop(going, step, start)
     out_BN = jnp.where(jnp.arange(BLOCK)[None] < i, out_BN, last_B[:, None])
     return out_BN, cache, x_BD, done_B, last_B
+
+
+def _writing() -> Callable:
+    """`_write` as it is compiled for the platform at hand."""
+    kind = platform()
+    if kind not in OPTIONS:
+        return _write
+    if kind not in _compiled:
+        _compiled[kind] = jax.jit(
+            _write.__wrapped__, static_argnums=(1, 12, 13), donate_argnums=0, compiler_options=OPTIONS[kind]
+        )
+    return _compiled[kind]
+
+
+_compiled: dict[str, Callable] = {}
 
 
 def filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
