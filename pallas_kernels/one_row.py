@@ -28,12 +28,14 @@ LEAST = 16
 """Columns of a block at least: 32 bytes of a row of bfloat16, which the memory gives at once."""
 
 
-COLUMNS = (64, 32)
+COLUMNS = (32,)
 """Of a program, where enough programs are left for all multiprocessors; else LEAST."""
 ROWS = 256
 """Of a block that is read at once: two of a thread, so that what stands beside the matrix is copied ahead, too."""
-STAGES = 4
-"""Blocks that are on their way while one is multiplied."""
+AHEAD = 2**16
+"""Bytes of a matrix that a program holds or has on their way: so that three programs fit on a multiprocessor."""
+STAGES = (3, 8)
+"""Blocks of them, at least and at most."""
 WARPS = 4
 TILE = 16
 """Rows of a product on the matrix units at least: all of them are the one."""
@@ -86,7 +88,7 @@ def normed(
             first += count
 
     out = [jax.ShapeDtypeStruct((n,), x_K.dtype) for n in widths]
-    call = triton.call(kernel, (sum(counts),), out, "normed_products", WARPS, STAGES)
+    call = triton.call(kernel, (sum(counts),), out, "normed_products", WARPS, _stages(halves * max(sizes)))
     return call(x_K, norm_K.astype(jnp.float32), *weights)
 
 
@@ -113,7 +115,7 @@ def added(
         out_ref[columns] = (x_ref[columns] + y).astype(x_N.dtype)
 
     out = jax.ShapeDtypeStruct((n,), x_N.dtype)
-    return triton.call(kernel, (n // size,), out, "added_product", WARPS, STAGES)(x_N, w_KN, *parts)
+    return triton.call(kernel, (n // size,), out, "added_product", WARPS, _stages(size))(x_N, w_KN, *parts)
 
 
 def as_it_is(refs, rows) -> tuple[jax.Array, None]:
@@ -138,6 +140,12 @@ def _columns(n: int, of_all: int) -> int:
     """Of a program for a matrix of n columns, one of several that have so many together."""
     least = platform.multiprocessors() * 3 // 4
     return math.gcd(n, next((size for size in COLUMNS if of_all // size >= least), LEAST))
+
+
+def _stages(columns: int) -> int:
+    """Blocks of so many columns that are held at once."""
+    least, most = STAGES
+    return min(max(AHEAD // (2 * ROWS * columns), least), most)
 
 
 def _sums(read: Callable, w_ref, columns: Sequence) -> tuple[list[jax.Array], Any]:
