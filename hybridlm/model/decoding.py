@@ -30,8 +30,17 @@ CHUNK = 1024
 BLOCK = 64
 """Tokens that are written at most without the host."""
 NOT_ROUNDED = QuantizeConfig()
-OPTIONS: dict[str, dict[str, Any]] = {}
-"""Of XLA for the program that writes, by platform."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": ",".join(
+            ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "WHILE", "CONDITIONAL")
+        ),
+        "xla_gpu_graph_min_graph_size": 1,
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    }
+}
+"""Of XLA for the program that writes, by platform: on a GPU the whole loop is one graph, whose small kernels run beside
+each other where they can."""
 UNROLL = {"gpu": 64}
 """`model.unroll` where it is None: on a GPU matrices of a stack would be copied out of it for each token, and states
 copied in."""

@@ -72,9 +72,7 @@ def compile_step(model, batch: int, context: int, topology: str, rounding, read:
     def put(tree):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), tree)
 
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    described = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))  # for Triton
-    with assume_platform("gpu", capability="9.0"), described:
+    with assume_platform("gpu", capability="9.0"):
         graphdef, params = nnx.split(of_run(model, rounding).model())
         unroll = decoding.UNROLL["gpu"]
         graphdef, params = jax.eval_shape(lambda p: decoding._prepared(graphdef, p, unroll), params)

@@ -364,6 +364,16 @@ def test_tokens_are_written_without_the_host(writer, monkeypatch):
     assert calls == [64, 6]
 
 
+def test_options_of_the_program_that_writes():
+    """XLA knows them, which refuses others."""
+    with platform.assume_platform("gpu"):
+        assert decoding._writing() is decoding._writing() is not decoding._write
+    assert decoding._writing() is decoding._write
+    assert jax.jit(lambda x: x + 1, compiler_options=decoding.OPTIONS["gpu"])(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_option": 1})(1)
+
+
 def test_on_a_gpu_loops_are_written_out():
     """So that no matrix is copied out of a stack; where the config says nothing."""
     given = (*TINY, "--model.pattern=M-M-")

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from pallas_kernels import op as door
 from pallas_kernels import oracle as oracles
@@ -29,20 +28,6 @@ def served_by(function, takes: tuple[str, ...] = (), only: str | None = None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "select", choose)
         yield
-
-
-@contextlib.contextmanager
-def triton_interpreted():
-    """Within, kernels of Triton run interpreted; gives the names of those that were called."""
-    names, real = [], pl.pallas_call
-
-    def call(kernel, **options):
-        names.append(options["name"])
-        return real(kernel, **options | {"interpret": True})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pl, "pallas_call", call)
-        yield names
 
 
 def run(op: str, inputs: dict, **settings):
