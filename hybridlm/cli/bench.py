@@ -33,6 +33,7 @@ def run(words: list[str], prog: str) -> int:
     from hybridlm.infer.bench import Key, measure
 
     stored = [f"{CACHE}{name}={value}" for name, value in vars(cache_types(args)).items() if value is not None]
+    stored += [] if args.quantize is None else [f"--quantize={args.quantize}"]
     here, kept = bench_tables.about([*overrides, *stored]), []
     if args.json is not None:
         path = storage.as_path(args.json)
@@ -76,6 +77,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--most-seconds", type=float, default=120.0, metavar="S", help="longest turn of prefill that is tried (120)"
     )
     add_cache_options(parser)
+    parser.add_argument(
+        "--quantize", choices=("int8", "fp8"), help="matrices in eight bits, as hybridlm quantize makes"
+    )
     parser.add_argument("--peers", action="store_true", help="time transformers' Mamba-2 and mamba2-jax too")
     parser.add_argument(
         "--json", metavar="FILE", help="write all figures; what stands there already is not timed again"
@@ -91,6 +95,8 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
     from hybridlm.infer.bench import Plan
     from hybridlm.infer.bench_models import Ours
     from hybridlm.infer.bench_peers import peers
+    from hybridlm.layers.quantized import library
+    from hybridlm.model.config import QuantizeConfig
 
     check_settable(overrides, MAY_SET, "bench")
     require(len({*args.config}) == len(args.config), f"--config ({' '.join(args.config)}) has one of them twice")
@@ -105,7 +111,11 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
             args.phase, tuple(args.context), (*dict.fromkeys(batches), *((0,) if args.fill else ())), args.tokens,
             args.rounds, None if args.memory is None else round(args.memory * 2**30), args.most_seconds,
         )  # fmt: skip
-    ours = [Ours(name, load_config(name, overrides).model, cache_types(args)) for name in args.config]
+    rounding = QuantizeConfig(weights=args.quantize, stored=args.quantize is not None)
+    if rounding.on:
+        library()
+    models = {name: load_config(name, overrides).model for name in args.config}
+    ours = [Ours(name, model, cache_types(args), rounding=rounding) for name, model in models.items()]
     for one in ours:
         ahead = one.model.sees_ahead
         require(not ahead, f"--config ({one.name}): it cannot be decoded token by token: {ahead}")

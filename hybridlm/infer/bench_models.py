@@ -20,11 +20,11 @@ from hybridlm.infer.bound import Moved, kind_of, moved, weights_held
 from hybridlm.infer.cache_size import cache_size
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import in_type, param_info
-from hybridlm.model.config import ModelConfig
-from hybridlm.model.decoding import CHUNK, Sampling, State, Writer, room_for
+from hybridlm.model.config import ModelConfig, QuantizeConfig
+from hybridlm.model.decoding import CHUNK, NOT_ROUNDED, Sampling, State, Writer, room_for
 from hybridlm.model.flops import forward_flops
-from hybridlm.model.init import abstract
 from hybridlm.model.model import Cache, HybridLM
+from hybridlm.model.quantize import of_run, parameters
 
 DECODE, PREFILL = PHASES = ("decode", "prefill")
 LOGITS = 12
@@ -89,6 +89,8 @@ class Ours:
     types: CacheTypes = AS_COMPUTED
     """How its cache is stored."""
     filled: str = "noise in states, keys and values"
+    rounding: QuantizeConfig = NOT_ROUNDED
+    """Of its matrices in eight bits."""
 
     @property
     def kind(self) -> str:
@@ -98,11 +100,12 @@ class Ours:
     @property
     def compute(self) -> str:
         """See Subject."""
-        return self.model.compute_dtype
+        weights = self.rounding.weights
+        return self.model.compute_dtype if weights is None else f"{self.model.compute_dtype}, matrices in {weights}"
 
     def weights(self) -> int:
         """See Subject."""
-        return weights_held(self.model)
+        return weights_held(self.model, self.rounding)
 
     def cache(self, batch: int, context: int) -> tuple[int, dict[str, str]]:
         """With the room that a Writer makes."""
@@ -116,7 +119,7 @@ class Ours:
 
     def moved(self, batch: int, context: int) -> Moved:
         """See Subject."""
-        return moved(self.model, batch, context, self.types)
+        return moved(self.model, batch, context, self.types, self.rounding)
 
     def flops(self, context: int) -> float:
         """See Subject."""
@@ -125,8 +128,11 @@ class Ours:
     @contextmanager
     def opened(self) -> Iterator["OurOpen"]:
         """Parameters are drawn in the type of the computation, so that a large model needs no float32 of all."""
-        graphdef = abstract(self.model).graphdef
-        writer = Writer(nnx.merge(graphdef, _drawn(self.model)(jax.random.key(0))), types=self.types)
+        params: Any = _drawn(self.model)(jax.random.key(0))
+        if self.rounding.on:
+            params = parameters(self.model, self.rounding)(nnx.to_pure_dict(params))
+        writer = Writer(nnx.merge(of_run(self.model, self.rounding).graphdef, params), types=self.types)
+        del params  # else both lie on the device
         yield OurOpen(writer)
 
 
@@ -177,10 +183,11 @@ def _back(state: State, config: ModelConfig, length: int) -> State:
     return replace(state, cache=Cache(length_B, state.cache.groups, state.cache.limit), length=length)
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _noise(arrays: Any) -> Any:
-    """Arrays of the same shapes with values within +-1/2 (whole numbers: all of their type) that follow from their
-    place alone: a cheap hash, for a cache may have more entries than a generator of random numbers can count."""
+    """Arrays of the same shapes, in their memory (what is not used would not be given away), with values within +-1/2
+    (whole numbers: all of their type) that follow from their place alone: a cheap hash, for a cache may have more
+    entries than a generator of random numbers can count."""
 
     def fill(a: jax.Array) -> jax.Array:
         mixed = jnp.uint32(0)

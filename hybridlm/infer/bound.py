@@ -18,8 +18,8 @@ from hybridlm.layers.block import walk
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.model import pattern
-from hybridlm.model.config import ModelConfig
-from hybridlm.model.decoding import shapes_at_work
+from hybridlm.model.config import ModelConfig, QuantizeConfig
+from hybridlm.model.decoding import NOT_ROUNDED, shapes_at_work
 
 TRANSFORMER, HYBRID, RECURRENT = "transformer", "hybrid", "recurrent"
 
@@ -42,14 +42,18 @@ class Moved(NamedTuple):
         return sum(self)
 
 
-def moved(model: ModelConfig, batch: int, context: int, types: CacheTypes = AS_COMPUTED) -> Moved:
-    """Of a step of `batch` rows whose tokens are the `context`-th. Arguments and errors as of `cache_size`."""
+def moved(
+    model: ModelConfig, batch: int, context: int, types: CacheTypes = AS_COMPUTED,
+    rounding: QuantizeConfig = NOT_ROUNDED,
+) -> Moved:  # fmt: skip
+    """Of a step of `batch` rows whose tokens are the `context`-th. Arguments and errors as of `cache_size`; rounding:
+    of matrices in eight bits."""
     size = cache_size(model, batch, context, types=types)
     fixed = sum(part.row_bytes for part in size.parts if part.kind in (STATES, WINDOWS))
     kept = [part for part in size.parts if part.kind not in (STATES, WINDOWS) and part.symbol]
     added = sum(part.per_token or part.row_bytes // _slots(part) for part in kept)
     read = batch * sum(part.row_bytes for part in kept)
-    return Moved(weights_read(model, batch), 2 * batch * fixed, read, batch * added)
+    return Moved(weights_read(model, batch, rounding), 2 * batch * fixed, read, batch * added)
 
 
 def _slots(part: Part) -> int:
@@ -57,15 +61,15 @@ def _slots(part: Part) -> int:
     return part.shape[-1 if part.name.endswith("scales") else 1]
 
 
-def weights_held(model: ModelConfig) -> int:
+def weights_held(model: ModelConfig, rounding: QuantizeConfig = NOT_ROUNDED) -> int:
     """Bytes of the parameters as they lie in memory while a model writes."""
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(shapes_at_work(model)))
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(shapes_at_work(model, rounding)))
 
 
-def weights_read(model: ModelConfig, batch: int) -> int:
+def weights_read(model: ModelConfig, batch: int, rounding: QuantizeConfig = NOT_ROUNDED) -> int:
     """Bytes of them that a step reads: of an embedding that is no output a row for each token, of experts those that
     tokens which choose evenly are expected to choose."""
-    state = shapes_at_work(model)
+    state = shapes_at_work(model, rounding)
     shapes = nnx.to_pure_dict(state)
     info = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(param_info(state)))
     total = 0.0
@@ -103,7 +107,7 @@ def _chosen(model: ModelConfig, symbol: str) -> Mapping[int, int]:
 
 def _share(leaf: jax.ShapeDtypeStruct, info: ParamInfo, chosen: Mapping[int, int], batch: int) -> float:
     """Of an array's bytes that a step reads: all, but of experts those that are expected to be chosen by anyone."""
-    if "experts" not in info.axes or info.kind != "matrix" or info.exact:
+    if "experts" not in info.axes or info.kind not in ("matrix", "quantized") or info.exact:
         return 1.0
     n = leaf.shape[info.axes.index("experts") + info.stacked]
     return 1 - (1 - chosen[n] / n) ** batch if n in chosen else 1.0

@@ -223,14 +223,14 @@ class AttentionMixer(nnx.Module):
         `inspection.attention`."""
         ids, positions, places = stand(x_BTD, tokens, self.config.window)
         q, k, _, _ = self._project(x_BTD, positions, added)
-        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
-        options: dict[str, Any] = {
-            "window": c.window,
-            "scale": c.scale,
-            "softcap": c.softcap,
-            "causal": c.direction == LEFT_TO_RIGHT,
-        }
-        return inspection.attention(q, k, sinks, ids, places, every=every, **options)
+        sinks = None if self.sinks is None else self.sinks[...]
+        return inspection.attention(q, k, sinks, ids, places, every=every, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of the op."""
+        c = self.config
+        return {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
 
     def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Keys and values, see `init_cache` below."""
@@ -284,14 +284,8 @@ class AttentionMixer(nnx.Module):
     @jax.named_scope("attend")
     def _attend(self, q, k, v, gate, **places) -> jax.Array:
         """The attention op; places: where queries and keys stand, as `ops.attention` takes it."""
-        c, sinks = self.config, None if self.sinks is None else self.sinks[...]
-        options: dict[str, Any] = {
-            "window": c.window,
-            "scale": c.scale,
-            "softcap": c.softcap,
-            "causal": c.direction == LEFT_TO_RIGHT,
-        }
-        return checkpoint_name(ops.attention(q, k, v, gate, sinks, **places, **options), "attention_out")
+        sinks = None if self.sinks is None else self.sinks[...]
+        return checkpoint_name(ops.attention(q, k, v, gate, sinks, **places, **self._options), "attention_out")
 
     @jax.named_scope("output")
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
@@ -328,23 +322,25 @@ class Next(NamedTuple):
     """Positions of the real tokens."""
     gaps: bool
     """Whether padding may stand in front of real tokens."""
+    whole: bool = False
+    """Whether it is known that all are real."""
 
     @classmethod
     def tokens(cls, x_BTD: jax.Array, length_B: jax.Array, real_BT: jax.Array | None, gaps: bool) -> "Next":
         """The tokens of x behind `length_B` others; real_BT and gaps as of `block.Mixer.extend`."""
         shape = x_BTD.shape[:2]
-        gaps = gaps and real_BT is not None and shape[1] > 1
+        gaps, whole = gaps and real_BT is not None and shape[1] > 1, real_BT is None
         real_BT = jnp.ones(shape, bool) if real_BT is None else real_BT
         before_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT
         index_BT = before_BT if gaps else jnp.arange(shape[1], dtype=jnp.int32)[None]
-        return cls(length_B, real_BT, length_B[:, None] + index_BT, gaps)
+        return cls(length_B, real_BT, length_B[:, None] + index_BT, gaps, whole)
 
     def store(self, config, cache: dict, layer, k: jax.Array, v: jax.Array) -> tuple:
         """(keys, values, the cache after them, where queries and keys stand, as `ops.attention` takes it).
 
         config: with the window. Position p is stored in slot p mod S. k, v: of the tokens, [B, T, K, P]."""
         ring, slots, (batch, tokens) = config.window is not None, cache["k"].shape[-3], self.real_BT.shape
-        length_B, real_BT, position_BT, gaps = self
+        length_B, real_BT, position_BT, gaps, whole = self
         end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
         stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
         slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
@@ -367,7 +363,8 @@ class Next(NamedTuple):
             both = ((cache["k"], k), (cache["v"], v))
             pairs = ((caches.read(old, layer, a.dtype), caches.as_stored(old, a)) for old, a in both)
             k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
-        places["segment_ids"] = (real_BT.astype(jnp.int32), real_BS.astype(jnp.int32))
+        ids = real_BT.astype(jnp.int32), real_BS.astype(jnp.int32)
+        places["segment_ids"] = (None, None) if whole and not ring else ids  # all before it
         return k, v, new, places
 
 

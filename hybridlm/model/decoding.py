@@ -7,8 +7,10 @@ loop of up to BLOCK steps, and caches have room for 1, 1.25, 1.5 or 1.75 times a
 Axis letters: B batch, T prompt tokens, N new tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +20,27 @@ from flax import nnx
 from hybridlm import sharding
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.params import in_type, param_info
-from hybridlm.model.config import ModelConfig
-from hybridlm.model.init import abstract
+from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.model import Cache, HybridLM
+from hybridlm.model.quantize import of_run
 from pallas_kernels.platform import platform
 
 CHUNK = 1024
 """Tokens of a prompt that are read at once: what is needed beside the cache grows with them, not with the prompt."""
 BLOCK = 64
 """Tokens that are written at most without the host."""
+NOT_ROUNDED = QuantizeConfig()
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": ",".join(
+            ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "WHILE", "CONDITIONAL")
+        ),
+        "xla_gpu_graph_min_graph_size": 1,
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    }
+}
+"""Of XLA for the program that writes, by platform: on a GPU the whole loop is one graph, whose small kernels run beside
+each other where they can."""
 UNROLL = {"gpu": 64}
 """`model.unroll` where it is None: on a GPU matrices of a stack would be copied out of it for each token, and states
 copied in."""
@@ -132,7 +146,7 @@ class Writer:
         for first in range(0, n_new, BLOCK):
             n = min(BLOCK, n_new - first)
             at = np.int32(state.drawn + first), np.int32(n)
-            out_BN, cache, *arrays = _write(
+            out_BN, cache, *arrays = _writing()(
                 cache, self._graphdef, self._params, *arrays, key, *at, *options, how.temperature == 0, how.top_k
             )
             out.append(out_BN if n == BLOCK else out_BN[:, :n])
@@ -254,6 +268,21 @@ def _write(
     return out_BN, cache, x_BD, done_B, last_B
 
 
+def _writing() -> Callable:
+    """`_write` as it is compiled for the platform at hand."""
+    kind = platform()
+    if kind not in OPTIONS:
+        return _write
+    if kind not in _compiled:
+        _compiled[kind] = jax.jit(
+            _write.__wrapped__, static_argnums=(1, 12, 13), donate_argnums=0, compiler_options=OPTIONS[kind]
+        )
+    return _compiled[kind]
+
+
+_compiled: dict[str, Callable] = {}
+
+
 def filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
     """Logits with -inf for the tokens that top_k and then top_p exclude."""
     if top_k is not None and top_k < logits_BV.shape[-1]:
@@ -283,8 +312,8 @@ def _grown(cache: Cache, graphdef, params, room: int, types: CacheTypes) -> Cach
     return Cache(cache.length_B, groups, wanted.limit)
 
 
-def shapes_at_work(config: ModelConfig) -> nnx.State:
+def shapes_at_work(config: ModelConfig, rounding: QuantizeConfig = NOT_ROUNDED) -> nnx.State:
     """Shapes and types of the parameters of a config's model as a Writer holds them, by the sublayers of its program;
-    nothing is made."""
-    graphdef, params = nnx.split(abstract(config).model())
+    nothing is made. rounding: of matrices in eight bits."""
+    graphdef, params = nnx.split(of_run(config, rounding).model())
     return jax.eval_shape(partial(_prepared, graphdef), params)[1]

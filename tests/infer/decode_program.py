@@ -23,29 +23,39 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=131_072)
     parser.add_argument("--topology", default="h100:1")
     parser.add_argument("--unroll", type=int, help="model.unroll (what writing takes on a GPU)")
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="matrices in eight bits")
+    parser.add_argument(
+        "--read", action="store_true", help="the program that reads a piece of a prompt, its memory alone"
+    )
     parser.add_argument("--text", type=Path, metavar="FILE", help="write the compiled program")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from hybridlm.config.find import load_config
     from hybridlm.infer.bound import moved
+    from hybridlm.model.config import QuantizeConfig
 
     overrides = [] if args.unroll is None else [f"--model.unroll={args.unroll}"]
     model = load_config(args.config, overrides).model
-    compiled = compile_step(model, args.batch, args.context, args.topology)
+    rounding = QuantizeConfig(weights=args.quantize, stored=args.quantize is not None)
+    compiled = compile_step(model, args.batch, args.context, args.topology, rounding, args.read)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if args.text is not None:
         args.text.write_text(text, encoding="utf-8")
+    held = sum(getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp"))
+    print(f"arguments, results and all beside them {(held - memory.alias_size_in_bytes) / 2**30:.2f} GiB")
+    print(f"beside arguments and results {memory.temp_size_in_bytes / 2**20:,.0f} MiB")
+    if args.read:
+        return
     counts, scattered = of_a_token(text)
     for name, work in sorted(counts.by_class.items(), key=lambda item: -item[1].bytes):
         print(f"{name:12} {work.bytes / 1e6:12,.1f} MB")
     print(f"{'cache, written in place, but counted whole':12} {-scattered / 1e6:12,.1f} MB")
-    must = moved(model, args.batch, args.context)
+    must = moved(model, args.batch, args.context, rounding=rounding)
     print(f"a token moves {(counts.all.bytes - scattered) / 1e9:.2f} GB, has to move {must.all / 1e9:.2f} GB: {must}")
-    print(f"beside arguments and results {memory.temp_size_in_bytes / 2**20:,.0f} MiB")
 
 
-def compile_step(model, batch: int, context: int, topology: str):
-    """The compiled program that writes greedily, for a described GPU."""
+def compile_step(model, batch: int, context: int, topology: str, rounding, read: bool):
+    """The compiled program that writes greedily, or that reads a piece of a prompt, for a described GPU."""
     import jax
     import numpy as np
     from flax import nnx
@@ -53,7 +63,7 @@ def compile_step(model, batch: int, context: int, topology: str):
 
     from hybridlm.layers.cache import AS_COMPUTED
     from hybridlm.model import decoding
-    from hybridlm.model.init import abstract
+    from hybridlm.model.quantize import of_run
     from hybridlm.plan.slices import read_devices
     from pallas_kernels.platform import assume_platform
 
@@ -63,13 +73,19 @@ def compile_step(model, batch: int, context: int, topology: str):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), tree)
 
     with assume_platform("gpu", capability="9.0"):
-        graphdef, params = nnx.split(abstract(model).model())
+        graphdef, params = nnx.split(of_run(model, rounding).model())
         unroll = decoding.UNROLL["gpu"]
         graphdef, params = jax.eval_shape(lambda p: decoding._prepared(graphdef, p, unroll), params)
         cache, *arrays = jax.eval_shape(lambda p: decoding._empty(graphdef, p, batch, context, AS_COMPUTED), params)
         key, number = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), np.int32)
         ends = jax.ShapeDtypeStruct((1,), np.int32)
         given = put((cache, params, *arrays, key, number, number))
+        if read:
+            piece = jax.ShapeDtypeStruct((batch, decoding.CHUNK), np.int32)
+            lengths = jax.ShapeDtypeStruct((batch,), np.int32)
+            return decoding._read.lower(
+                given[0], given[2], graphdef, given[1], *put((piece, lengths))
+            ).compile()  # fmt: skip
         lowered = decoding._write.lower(given[0], graphdef, *given[1:], 0.0, None, put(ends), True, None)
     return lowered.compile()
 

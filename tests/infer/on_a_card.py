@@ -24,8 +24,14 @@ STAGES = {
     "reading": ("prefill", *SIDE, "--context", "2048", "32768", "--batch", "1", "--rounds", "2"),
     "long": ("decode", *SIDE, "--context", "32768", "1048576", "--batch", "1", "--rounds", "3"),
     "large": ("prefill", "--config", "hybrid_8b", "--context", "262144", "--batch", "1", "--rounds", "1"),
-}
+    "int8": ("prefill", "--config", "hybrid_8b", "--context", "262144", "--batch", "1", "--rounds", "1",
+             "--quantize", "int8"),
+    "int8_decode": ("decode", "--config", "hybrid_8b", "--context", "2048", "--batch", "1", "--rounds", "3",
+                    "--quantize", "int8"),
+}  # fmt: skip
 """Name -> words of `hybridlm bench`."""
+IN_TRACES = "--xla_enable_command_buffers_during_profiling=true"
+"""Else a traced program launches each kernel by itself."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -38,6 +44,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     began = time.monotonic()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {IN_TRACES}".strip()
     if "peers" in args.stages:  # PyTorch wants memory of the same card
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +63,10 @@ def main(words: list[str] | None = None) -> int:
         if name == "trace":
             traced(args.trace_config, args.out)
             continue
-        files = ["--json", str(args.out / "bench.json"), "--html", str(args.out / "bench.html")]
+        bench = args.out / (
+            "bench_int8" if "--quantize" in STAGES[name] else "bench"
+        )  # a file is of one kind of models
+        files = ["--json", f"{bench}.json", "--html", f"{bench}.html"]
         worst = max(worst, hybridlm(["bench", *STAGES[name], *files]))
     return worst
 

@@ -16,7 +16,7 @@ from flax import nnx
 from hybridlm.cli import main
 from hybridlm.config import ConfigError
 from hybridlm.config.find import load_config
-from hybridlm.infer import bench, bench_peers, bench_tables
+from hybridlm.infer import bench, bench_models, bench_peers, bench_tables
 from hybridlm.infer.bench import Key, Plan, Row, measure
 from hybridlm.infer.bench_claims import CLAIMS, beside, ratios
 from hybridlm.infer.bench_models import Ours, filled
@@ -24,6 +24,7 @@ from hybridlm.infer.bound import HYBRID, RECURRENT, TRANSFORMER, Moved, kind_of,
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes
 from hybridlm.layers.quantized import dot
 from hybridlm.model import decoding
+from hybridlm.model.config import QuantizeConfig
 from hybridlm.model.decoding import Sampling
 from hybridlm.model.init import abstract
 from hybridlm.study.bench_page import as_html
@@ -319,6 +320,29 @@ def test_a_filled_cache_is_that_of_rows_that_were_read(writer):
     assert out_BN.shape == (2, 8) and state.length == 48 and np.array_equal(state.cache.length_B, [48, 48])
 
 
+def test_a_cache_is_filled_where_it_lies(writer):
+    """One that fills the device must not be there twice."""
+    state = writer.start(2, 48)
+    arrays = state.cache, state.x_BD
+    n_bytes = sum(a.nbytes for a in jax.tree.leaves(arrays))
+    memory = bench_models._noise.lower(arrays).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == n_bytes
+
+
+def test_matrices_in_eight_bits():
+    """What is counted is what lies on the device, and tokens are written with it."""
+    pytest.importorskip("qwix")
+    model = load_config("hybrid_tiny", TINY).model
+    small, whole = Ours("x", model, rounding=QuantizeConfig(weights="int8", stored=True)), Ours("x", model)
+    with small.opened() as opened:
+        held = sum(a.nbytes for a in jax.tree.leaves(opened.writer.prepared[1]))
+        assert small.weights() == held < whole.weights()
+        assert opened.decode(1, 16, 4, warm=False) > 0
+    assert small.moved(1, 16).weights < whole.moved(1, 16).weights
+    assert small.moved(1, 16).states == whole.moved(1, 16).states
+    assert "int8" in small.compute and "int8" not in whole.compute
+
+
 def test_tokens_are_written_without_the_host(writer, monkeypatch):
     """One program writes up to 64 of them: a loop on the device, in which nothing calls, sends or receives."""
     state = writer.start(1, 80)
@@ -338,6 +362,16 @@ def test_tokens_are_written_without_the_host(writer, monkeypatch):
     monkeypatch.setattr(decoding, "_write", written)
     writer.write(state, 70, Sampling())
     assert calls == [64, 6]
+
+
+def test_options_of_the_program_that_writes():
+    """XLA knows them, which refuses others."""
+    with platform.assume_platform("gpu"):
+        assert decoding._writing() is decoding._writing() is not decoding._write
+    assert decoding._writing() is decoding._write
+    assert jax.jit(lambda x: x + 1, compiler_options=decoding.OPTIONS["gpu"])(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_option": 1})(1)
 
 
 def test_on_a_gpu_loops_are_written_out():
