@@ -40,6 +40,15 @@ def start(
     join(cluster, joining)
 
 
+def kept_steps() -> Path | None:
+    """Folder of compiled steps, beside JAX's own compiled programs; None where these are kept nowhere, or elsewhere."""
+    import jax
+
+    flags: Any = jax.config  # whose values its type does not name
+    folder = flags.jax_compilation_cache_dir
+    return Path(folder) / "steps" if folder and "://" not in folder else None
+
+
 def start_alone(command: str) -> None:
     """`start` of a command that is of one process. ConfigError where this is one of several, which nobody joins."""
     from hybridlm.cluster import ClusterConfig, find_place
