@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compiled step on disk is taken where nothing that makes it has changed, and what is in doubt is compiled."""
+
+import dataclasses
+import logging
+import os
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm.cli.start import kept_steps
+from hybridlm.config import Config
+from hybridlm.config.overrides import override
+from hybridlm.layers import MLP
+from hybridlm.sharding import MeshConfig, make_mesh
+from hybridlm.train import kept_step as kept_steps_module
+from hybridlm.train.ahead import TrainStep
+from hybridlm.train.kept_step import KEPT, KeptStep, kept_step, key
+from tests.train.conftest import small_config
+
+LENGTHS = np.array([3], np.int32)
+CONFIG = small_config()
+
+
+def run(kept: KeptStep, n_traces: int, size: int = 4) -> tuple[float, float]:
+    """(state, metric) after two steps of a newly made function, which is traced so often."""
+    traces = []
+
+    def step(state, batch, lengths):
+        traces.append(batch.shape)
+        return {"sum": state["sum"] + batch.sum() * lengths[0]}, batch.max()
+
+    jitted, mesh = jax.jit(step, donate_argnums=0), make_mesh(MeshConfig(), jax.devices()[:1])
+    train_step, state, batch = TrainStep(jitted, LENGTHS), {"sum": jnp.float32(1)}, jnp.arange(float(size))
+    with jax.set_mesh(mesh):
+        train_step.prepare(mesh, *jax.tree.map(jnp.zeros_like, (state, batch)), kept)
+        for _ in range(2):
+            state, largest = train_step(state, batch)
+    for thread in threading.enumerate():
+        if thread.name == "compile":  # which writes the step behind the first one
+            thread.join()
+    assert len(traces) == n_traces
+    return float(state["sum"]), float(largest)
+
+
+def test_is_taken_without_a_trace(tmp_path):
+    assert run(KeptStep(tmp_path, "a"), n_traces=1) == (37.0, 3.0)
+    assert run(KeptStep(tmp_path, "a"), n_traces=0) == (37.0, 3.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.step"]
+
+
+@pytest.mark.parametrize("harm", ["a bit", "the end", "all", "other arguments"])
+def test_what_is_in_doubt_is_compiled(harm, tmp_path, caplog):
+    kept, size = KeptStep(tmp_path, "a"), 4
+    run(kept, n_traces=1)
+    content = kept.path.read_bytes()
+    if harm == "a bit":
+        kept.path.write_bytes(content[:200] + bytes([content[200] ^ 4]) + content[201:])
+    elif harm == "other arguments":
+        size = 5
+    else:
+        kept.path.write_bytes(content[:-10] if harm == "the end" else b"")
+    with caplog.at_level(logging.WARNING):
+        assert run(kept, n_traces=1, size=size)[1] == size - 1
+    said = [record.getMessage() for record in caplog.records if record.name == kept_steps_module.__name__]
+    assert len(said) == 1 and said[0].startswith("compiled step not used") and "\n" not in said[0]
+    assert run(kept, n_traces=0, size=size)[1] == size - 1  # the new one is in its place
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        assert run(KeptStep(tmp_path / "file" / "steps", "a"), n_traces=1) == (37.0, 3.0)
+    assert [r.getMessage()[:22] for r in caplog.records if r.name == kept_steps_module.__name__] == [
+        "compiled step not kept"
+    ]
+
+
+def test_those_used_last_stay(tmp_path):
+    for i in range(KEPT + 2):
+        (tmp_path / f"{i}.step").touch()
+        os.utime(tmp_path / f"{i}.step", (i, i))
+    run(KeptStep(tmp_path, "new"), n_traces=1)
+    assert {path.stem for path in tmp_path.iterdir()} == {"new", *(str(i) for i in range(3, KEPT + 2))}
+
+
+def one_device(**fields):
+    return make_mesh(MeshConfig(**fields), jax.devices()[:1])
+
+
+SAME = ["--run.steps=7", "--run.dir=elsewhere", "--run.log_every=1", "--data.workers=1"]
+OTHER = [
+    "--model.d_model=64", "--model.pattern=M-*", "--optim.lr=0.5", "--optim.accumulate=2", "--data.seq_len=64",
+    "--data.batch_size=2", "--run.seed=1", "--model.remat=full", "--model.blocks.M.chunk=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", SAME + OTHER)
+def test_the_key_hangs_on_what_the_program_does(word):
+    changed = key(override(CONFIG, [word]), one_device())
+    assert (changed == key(CONFIG, one_device())) == (word in SAME)
+
+
+def test_another_source_version_flag_or_device_is_another_key(tmp_path, monkeypatch):
+    keys = [key(CONFIG, one_device())]
+    keys.append(key(CONFIG, make_mesh(MeshConfig(), jax.devices()[:2])))
+    keys.append(key(CONFIG, make_mesh(MeshConfig(), jax.devices()[1:2])))
+    for name, value in (("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("LIBTPU_INIT_ARGS", "--some=1")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            keys.append(key(CONFIG, one_device()))
+    with monkeypatch.context() as patched:
+        patched.setattr(kept_steps_module, "versions", lambda: {"jax": "0.0"})
+        keys.append(key(CONFIG, one_device()))
+    old = jax.config.jax_default_prng_impl
+    jax.config.update("jax_default_prng_impl", "rbg")
+    keys.append(key(CONFIG, one_device()))
+    jax.config.update("jax_default_prng_impl", old)
+    package = types.SimpleNamespace(__name__="toy", __file__=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(kept_steps_module, "PACKAGES", (package,))
+    for name, source in (("__init__.py", ""), ("inner/a.py", "x = 1"), ("inner/a.py", "x = 2"), ("b.py", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+        keys.append(key(CONFIG, one_device()))
+    assert len(set(keys)) == len(keys)
+    assert key(CONFIG, one_device()) == keys[-1]
+
+
+class OtherMLP(MLP):
+    """Of a module that nobody looks at."""
+
+
+def test_is_kept_nowhere_where_its_source_is_unknown(tmp_path, monkeypatch):
+    blocks = {**CONFIG.model.blocks, "-": OtherMLP(**dataclasses.asdict(CONFIG.model.blocks["-"]))}
+    own: Config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, blocks=blocks))
+    assert kept_step(tmp_path, own, one_device()) is None
+    assert kept_step(None, CONFIG, one_device()) is None
+    assert kept_step(tmp_path, CONFIG, one_device()).folder == tmp_path
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert kept_step(tmp_path, CONFIG, one_device()) is None
+
+
+def test_the_folder_is_beside_the_compiled_programs(monkeypatch):
+    assert os.environ["HYBRIDLM_KEEP_STEPS"] == "0" and kept_steps() is None
+    monkeypatch.delenv("HYBRIDLM_KEEP_STEPS")
+    assert str(kept_steps()) == f"{jax.config.jax_compilation_cache_dir}/steps"
