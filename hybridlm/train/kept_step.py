@@ -20,7 +20,6 @@ import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-import hybridlm
 import pallas_kernels
 from hybridlm import storage
 from hybridlm.config import Config
@@ -28,8 +27,8 @@ from hybridlm.config.tree import children, to_dict
 from hybridlm.train.provenance import versions
 from pallas_kernels.platform import compiled_by
 
-PACKAGES = (hybridlm, pallas_kernels)
-OURS = {package.__name__ for package in PACKAGES} | {"builtins"}
+SOURCES = {"hybridlm": Path(__file__).parents[1], "pallas_kernels": Path(pallas_kernels.__file__).parent}
+OURS = {*SOURCES, "builtins"}
 ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "TPU_", "PALLAS_", "MOSAIC_", "CUDA_", "NVIDIA_")
 """Starts of the names of variables that compilers read."""
 KEPT = 8
@@ -108,11 +107,10 @@ def key(config: Config, mesh: Mesh) -> str:
 
 def _sources() -> str:
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        root = Path(package.__file__).parent
+    for package, root in SOURCES.items():
         for path in sorted(root.rglob("*.py")):
             content = path.read_bytes()
-            digest.update(f"{package.__name__}/{path.relative_to(root)} {len(content)}\n".encode() + content)
+            digest.update(f"{package}/{path.relative_to(root)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import os
 import threading
-import types
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +119,7 @@ def test_another_source_version_flag_or_device_is_another_key(tmp_path, monkeypa
     jax.config.update("jax_default_prng_impl", "rbg")
     keys.append(key(CONFIG, one_device()))
     jax.config.update("jax_default_prng_impl", old)
-    package = types.SimpleNamespace(__name__="toy", __file__=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(kept_steps_module, "PACKAGES", (package,))
+    monkeypatch.setattr(kept_steps_module, "SOURCES", {"toy": tmp_path})
     for name, source in (("__init__.py", ""), ("inner/a.py", "x = 1"), ("inner/a.py", "x = 2"), ("b.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source)
