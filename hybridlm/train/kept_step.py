@@ -33,21 +33,33 @@ ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "TPU_", "PALLAS_", "MOSAIC_", "CUDA_",
 """Starts of the names of variables that compilers read."""
 KEPT = 8
 """Steps in the folder; of more, those that were used last."""
+READING = (
+    "path", "val_path", "val_fraction", "weights", "epochs", "text_key", "cache_dir", "workers", "prefetch",
+)  # fmt: skip
+"""Of `data`, what says where text lies and how it is read: no program hangs on it, nor on any of `run` but the seed."""
+OF_OTHERS = 0o022
+"""Modes by which a group or all others can write."""
 DIGEST = hashlib.sha256().digest_size
 
 log = logging.getLogger(__name__)
 
 
 class KeptStep:
-    """The place of a config's compiled step; `load` and `store` never raise."""
+    """The place of a config's compiled step; `load` and `store` never raise.
+
+    What a step's file holds is run, as Python's pickles are. So folder and file are left alone unless they are this
+    user's and nobody else can write there.
+    """
 
     def __init__(self, folder: Path, key: str):
-        """folder: that this user alone can write, as what is in it is run. key: see `key`."""
+        """folder: is made for this user alone. key: see `key`."""
         self.folder, self.path = folder, folder / f"{key}.step"
 
     def load(self, mesh: Mesh, args: tuple):
         """The compiled step, which takes args of these shapes, types and shardings; None: it has to be compiled."""
         try:
+            if not (self._is_private(self.folder) and self._is_private(self.path)):
+                return None
             content = self.path.read_bytes()
         except OSError:
             return None
@@ -66,9 +78,12 @@ class KeptStep:
     def store(self, step: jax.stages.Compiled) -> None:
         """Keeps a compiled step for later starts, in the place of those that were not used for longest."""
         try:
-            content = pickle.dumps(serialize_executable.serialize(step))
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._is_private(self.folder):
+                return
+            content = pickle.dumps(serialize_executable.serialize(step))
             storage.write_bytes(self.path, hashlib.sha256(content).digest() + content)
+            self.path.chmod(0o600)
             steps = sorted(self.folder.glob("*.step"), key=lambda path: path.stat().st_mtime, reverse=True)
             for path in steps[KEPT:]:
                 path.unlink(missing_ok=True)
@@ -76,6 +91,15 @@ class KeptStep:
             _warn("not kept", self.path, error)
         except Exception as error:  # as of a program for CPUs that JAX has read from its own cache
             log.info("compiled step not kept: %s", error)
+
+    @staticmethod
+    def _is_private(path: Path) -> bool:
+        """Whether it is this user's, and nobody else can write it. OSError where it is not there."""
+        found = path.stat()
+        private = found.st_uid == os.getuid() and not found.st_mode & OF_OTHERS
+        if not private:
+            log.info("compiled steps not kept: others can write %s", path)
+        return private
 
 
 def kept_step(folder: Path | None, config: Config, mesh: Mesh) -> KeptStep | None:
@@ -88,9 +112,8 @@ def kept_step(folder: Path | None, config: Config, mesh: Mesh) -> KeptStep | Non
 
 def key(config: Config, mesh: Mesh) -> str:
     """Of all that the program of a step hangs on, as hexadecimal digits."""
-    # of the run and its text, what is no argument of the step; names and places of files change no program
     of_config = to_dict(config) | {"run": config.run.seed, "name": None, "cluster": None, "init": None, "probe": None}
-    of_config["data"] = [config.data.batch_size, config.data.seq_len, config.data.format]
+    of_config["data"] = {name: value for name, value in of_config["data"].items() if name not in READING}
     flags: Any = jax.config  # whose values its type does not name
     plain = {name: value for name, value in flags.values.items() if isinstance(value, (str, int, float, type(None)))}
     facts = {

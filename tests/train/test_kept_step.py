@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import threading
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ import pytest
 from hybridlm.cli.start import kept_steps
 from hybridlm.config import Config
 from hybridlm.config.overrides import override
+from hybridlm.errors import ConfigError
 from hybridlm.layers import MLP
 from hybridlm.sharding import MeshConfig, make_mesh
 from hybridlm.train import kept_step as kept_steps_module
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.kept_step import KEPT, KeptStep, kept_step, key
+from hybridlm.train.step import make_program
 from tests.train.conftest import small_config
 
 LENGTHS = np.array([3], np.int32)
@@ -79,6 +82,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize("place", ["folder", "file"])
+@pytest.mark.parametrize("whose", ["group", "all", "another user"])
+def test_what_others_can_write_is_left_alone(place, whose, tmp_path, monkeypatch):
+    kept = KeptStep(tmp_path / "steps", "a")
+    run(kept, n_traces=1)
+    assert (kept.folder.stat().st_mode & 0o777, kept.path.stat().st_mode & 0o777) == (0o700, 0o600)
+    path = kept.folder if place == "folder" else kept.path
+    if whose == "another user":
+        monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    else:
+        path.chmod(path.stat().st_mode | (0o020 if whose == "group" else 0o002))
+    monkeypatch.setattr(kept_steps_module.pickle, "loads", lambda content: pytest.fail("it was read"))
+    written = kept.path.stat().st_mtime_ns
+    run(kept, n_traces=1)
+    assert (kept.path.stat().st_mtime_ns == written) == (place == "folder" or whose == "another user")
+
+
 def test_those_used_last_stay(tmp_path):
     for i in range(KEPT + 2):
         (tmp_path / f"{i}.step").touch()
@@ -126,6 +146,42 @@ def test_another_source_version_flag_or_device_is_another_key(tmp_path, monkeypa
         keys.append(key(CONFIG, one_device()))
     assert len(set(keys)) == len(keys)
     assert key(CONFIG, one_device()) == keys[-1]
+
+
+def others(part) -> Iterator[tuple[str, object]]:
+    """(field, part with another value of it), of all fields that can have another one by themselves."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        for other in (not value, 7, 0.5, "x", ("x",), "dna", "chat", "best_fit", (0.25,), (3, 4), 10**6):
+            try:
+                changed = dataclasses.replace(part, **{field.name: other})
+            except (ConfigError, TypeError):
+                continue
+            if getattr(changed, field.name) != value:
+                yield field.name, changed
+                break
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["data", "run"])
+def test_configs_with_one_key_have_one_program(part):
+    """Each field of text and run: where the key is the same, the lowered text is the same."""
+    mesh = one_device()
+
+    def text(config):
+        program = make_program(config, mesh)
+        return program.train_step.lower(program.state_like, program.batch_like(config.data)).as_text()
+
+    with jax.set_mesh(mesh):
+        ours, tried, same = text(CONFIG), [], []
+        for name, changed in others(getattr(CONFIG, part)):
+            config = dataclasses.replace(CONFIG, **{part: changed})
+            tried.append(name)
+            if key(config, mesh) == key(CONFIG, mesh):
+                same.append(name)
+                assert text(config) == ours, name
+    fields = {field.name for field in dataclasses.fields(getattr(CONFIG, part))}
+    assert len(tried) > len(fields) - 5 and len(same) > len(fields) / 3, set(fields) - set(tried)
 
 
 class OtherMLP(MLP):
