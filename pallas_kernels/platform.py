@@ -159,6 +159,17 @@ def device_name() -> str:
     return _device().device_kind
 
 
+def compiled_by(device: jax.Device) -> tuple:
+    """Platform, and all else of a device at hand that decides whether a program compiled for it can be run: its kind
+    and number, the version of what compiles and runs, and for a CPU what it can do."""
+    facts = (getattr(device, "compute_capability", None), getattr(device, "core_count", None))
+    version, can = device.client.platform_version, ""
+    if platform_of(device) == "cpu":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            can = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return (platform_of(device), device.device_kind, device.id, version, *facts, can)
+
+
 def memory() -> int | None:
     """Bytes that the default device can give to arrays, a CPU's those of its host; None where it does not say."""
     return memory_of([_device()])

@@ -17,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("NPROC", "16")  # threads of XLA: those of an interpreted GPU kernel wait for each other
+os.environ.setdefault("HYBRIDLM_KEEP_STEPS", "0")  # what tests put in the place of functions is in no source
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where it only compiles, asks the network for no TPU
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test processes compile for it at once
 

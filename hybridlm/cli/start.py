@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -38,6 +39,19 @@ def start(
     if not flags.jax_compilation_cache_dir:
         _keep_programs(Path("~/.cache/hybridlm/xla").expanduser())
     join(cluster, joining)
+
+
+def kept_steps() -> Path | None:
+    """Folder of compiled steps, beside JAX's own compiled programs; None where these are kept nowhere, or elsewhere, or
+    HYBRIDLM_KEEP_STEPS is 0, as it has to be where code is changed without its files, as tests do."""
+    import jax
+
+    if os.environ.get("HYBRIDLM_KEEP_STEPS") == "0":
+        return None
+
+    flags: Any = jax.config  # whose values its type does not name
+    folder = flags.jax_compilation_cache_dir
+    return Path(folder) / "steps" if folder and "://" not in folder else None
 
 
 def start_alone(command: str) -> None:

@@ -6,7 +6,7 @@ import shlex
 from hybridlm.cli.command import Command
 from hybridlm.cli.ending import ended_together
 from hybridlm.cli.side_by_side import end_with_parent
-from hybridlm.cli.start import start
+from hybridlm.cli.start import kept_steps, start
 from hybridlm.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ def run(words: list[str], prog: str) -> int:
             from hybridlm.train.loop import train
 
             page = lambda folder: write_report(folder, like=config, ours=True)
-            code = train(config, longer, stop, peers, again, page, IN_TRAINING)
+            code = train(config, longer, stop, peers, again, page, IN_TRAINING, kept_steps())
             peers.close(code)
             return code
 

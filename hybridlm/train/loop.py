@@ -29,6 +29,7 @@ from hybridlm.train.evaluate import Validation
 from hybridlm.train.feed import Feed
 from hybridlm.train.health import Health
 from hybridlm.train.init_run import check_init_run, params_of_run, told_of_start
+from hybridlm.train.kept_step import kept_step
 from hybridlm.train.last_words import failure_recorded, page_written
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics_log import MetricsLog, read_metrics
@@ -61,15 +62,15 @@ FEED_PATIENCE = 0.8
 def train(
     config: Config, command: str = "python train.py --config CONFIG", stop: StopRequest | None = None,
     peers: Peers | None = None, resume: str | None = None, page: Callable[[Path], None] | None = None,
-    probes: Probes | None = None,
+    probes: Probes | None = None, steps: Path | None = None,
 ) -> int:  # fmt: skip
     """Trains, or resumes, the run of the config's folder; returns the exit code.
 
     0: complete; 128 + signal: stopped and saved. command: what the user typed, without --run.steps, and resume: with it
     (None: the same), for the lines that say what to type next. stop: the signals, where the caller has them already.
     peers: the other processes of the run. page: writes the page of a run into its folder, when it ends; None: nothing
-    does. probes: what `probe.tasks` names. Raises ConfigError for what the user has to change and RunError for what
-    ended the run.
+    does. probes: what `probe.tasks` names. steps: folder in which compiled steps are kept (`train.kept_step`); None:
+    nowhere. Raises ConfigError for what the user has to change and RunError for what ended the run.
     """
     resume, peers = resume or command, peers or Peers()
     check_probes(config, probes)
@@ -89,7 +90,7 @@ def train(
             stacks = storage.local("stacks", folder.path) / f"stacks-{jax.process_index()}.txt"
             watchdog = Watchdog(config.run.watchdog, stacks, resume)
             with page_written(folder, page), jax.set_mesh(mesh), watchdog, _memory_explained():
-                step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume, probes)
+                step, reached = _run(config, folder, found, mesh, display, stop, peers, watchdog, resume, probes, steps)
             if reached is None:
                 display.say(_stopped(config, step, resume))
                 return 128 + (stop.signum or 0)
@@ -103,7 +104,7 @@ def train(
 
 def _run(
     config: Config, folder: RunFolder, found: Found, mesh: Mesh, display: Display, stop: StopRequest, peers: Peers,
-    watchdog: Watchdog, resume: str, probes: Probes | None,
+    watchdog: Watchdog, resume: str, probes: Probes | None, kept: Path | None,
 ) -> tuple[int, str | None]:  # fmt: skip
     """Opens, restores, steps to the end, closes: (last step, what was reached or None where a signal stopped it)."""
     run, began = config.run, time.monotonic()
@@ -127,7 +128,8 @@ def _run(
         from_first(lambda: keep_tokenizer(config.data, folder.path))
 
         if peers.count == 1:  # processes compile together, in one order
-            program.train_step.prepare(mesh, program.state_like, program.batch_like(config.data))
+            like = program.state_like, program.batch_like(config.data)
+            program.train_step.prepare(mesh, *like, kept_step(kept, config, mesh))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
         step, state, origin = restored or _first_state(config, program, mesh, folder, corpus.tokenizer, display)
         if program.base.like is not None:
