@@ -15,10 +15,11 @@ from hybridlm.train.ending import leave
 ATTEMPTS = 3
 """Of reading one batch; each begins with fresh workers."""
 LOOKS = 0.05  # seconds between two looks for a stop
+GRACE = 1.0  # seconds that a batch which nobody wants any more may take, before its reader counts as stuck
 
 
 class Feed:
-    """The batches of a run, one after the other, read in a thread of its own.
+    """The batches of a run, one after the other, read in a thread of its own: the next one while a step is computed.
 
     A batch that cannot be read, because a worker process died, is read again by new workers. One that does not come
     within half of `patience` seconds is, too: the workers are killed. Where that does not help, RunError or, where it
@@ -30,17 +31,21 @@ class Feed:
         self._batches, self._patience, self._stopped, self._say = batches, patience, stopped, say
         self._asked, self._given = SimpleQueue(), SimpleQueue()
         self._state = batches.loader.get_state()
-        self.stuck = False
-        """Whether the reader still waits for a batch that nobody wants any more."""
+        self._is_asked = False  # for a batch that was not taken yet
+        self._answer: tuple | None = None  # which came before it was fetched
         threading.Thread(target=self._read, name="feed", daemon=True).start()
 
-    def next(self) -> dict[str, Any] | None:
-        """The next batch, on the devices; None where the run was told to stop before it came."""
+    def next(self, last: bool = False) -> dict[str, Any] | None:
+        """The next batch, on the devices; None where the run was told to stop before it came.
+
+        last: no other will be asked for, so that none is read ahead."""
         for attempt in range(ATTEMPTS):
-            batch, error = self._fetch()
+            batch, state, error = self._fetch(self._stopped)
             if error is None:
                 if batch is not None:
-                    self._state = self._batches.loader.get_state()
+                    self._state = state
+                    if not last:
+                        self._ask()
                     batch = self._batches.put(batch)
                 return batch
             if self._stopped():  # a signal to the whole group ends the workers, too
@@ -57,10 +62,22 @@ class Feed:
         return self._state
 
     def go_back(self, state: dict, left_out: int) -> None:
-        """Goes on from a checkpoint's state, without the batches that would come next there. Not while one is read."""
+        """Goes on from a checkpoint's state, without the batches that would come next there."""
+        if self._is_asked:  # what was read ahead is of the other way
+            self._fetch(lambda: False)
         self._batches.loader.set_state(state)
         self._batches.loader.skip(left_out)
         self._state = self._batches.loader.get_state()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the reader still waits for a batch that nobody wants any more, and that does not come now."""
+        if self._is_asked and self._answer is None:
+            try:
+                self._answer = self._given.get(timeout=GRACE)
+            except Empty:
+                return True
+        return False
 
     def leave_if_stuck(self, code: int, line: str, stream: TextIO | None = None) -> None:
         """Ends the process where its orderly end would wait for the reader, too; see `leave`."""
@@ -69,34 +86,41 @@ class Feed:
             leave(code, line, stream)
 
     def close(self) -> None:
-        """Ends the thread, once it has what it waits for."""
+        """Ends the thread, once it has what it waits for: a batch that is coming is waited for."""
         self._asked.put(False)
+        _ = self.stuck
 
-    def _fetch(self) -> tuple[Any, Exception | None]:
-        self._asked.put(True)
-        began, killed, self.stuck = time.monotonic(), False, True
+    def _ask(self) -> None:
+        if not self._is_asked:
+            self._is_asked = True
+            self._asked.put(True)
+
+    def _fetch(self, stopped: Callable[[], bool]) -> tuple[Any, Any, Exception | None]:
+        """(batch, the loader's state behind it, None), or (None, None, what went wrong or None where it stopped)."""
+        self._ask()
+        began, killed = time.monotonic(), False
         while True:
             try:
-                answer = self._given.get(timeout=LOOKS)
+                answer = self._answer or self._given.get(timeout=LOOKS)
             except Empty:
                 waited = time.monotonic() - began
-                if self._stopped():
-                    return None, None
+                if stopped():
+                    return None, None, None
                 if self._patience and waited > self._patience / 2 and not killed:
                     _kill_workers()
                     killed = True
                 if self._patience and waited > self._patience:
                     raise AgainError(f"no batch of text came for {waited:.0f} s (run.watchdog)") from None
             else:
-                self.stuck = False
+                self._is_asked, self._answer = False, None
                 return answer
 
     def _read(self) -> None:
         while self._asked.get():
             try:
-                answer = next(self._batches.loader), None
+                answer = next(self._batches.loader), self._batches.loader.get_state(), None
             except Exception as error:
-                answer = None, error
+                answer = None, None, error
             self._given.put(answer)
 
 

@@ -154,7 +154,7 @@ class Steps:
     def _fetch(self, step: int, state: dict) -> dict | None:
         """The next batch; where there is none to be had, the steps so far are saved before the run ends."""
         try:
-            return self.feed.next()
+            return self.feed.next(last=step + 1 == self.config.run.steps)
         except RunError as error:
             if not self.single:
                 raise

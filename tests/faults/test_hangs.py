@@ -128,8 +128,9 @@ def test_a_batch_that_cannot_be_read_is_read_again(failures):
     feed.close()
 
 
-def test_a_batch_that_does_not_come():
+def test_a_batch_that_does_not_come(monkeypatch):
     """The state is that of the batches handed out, whatever the reader does later."""
+    monkeypatch.setattr("hybridlm.train.feed.GRACE", 0.05)
     wait = lambda: time.sleep(0.5)
     feed = Feed(Text({1: [wait]}), 0.2, lambda: False, print)
     assert feed.next() == 0
@@ -143,6 +144,23 @@ def test_a_batch_that_does_not_come():
         stopping = Feed(Text({0: [act]}), 0, lambda: True, print)
         assert stopping.next() is None and stopping.state() == {"step": 0}
         stopping.close()
+
+
+def test_the_next_batch_is_read_ahead():
+    """Not beyond the last one; the state is that of the batches handed out; going back leaves out what was read."""
+    text = Text({})
+    text.set_state = lambda state: setattr(text, "step", state["step"])
+    text.skip = lambda n: setattr(text, "step", text.step + n)
+    feed = Feed(text, 0, lambda: False, print)
+    read = lambda n: [time.sleep(0.01) for _ in range(300) if text.step < n] and text.step
+    assert feed.next() == 0 and read(2) == 2 and feed.state() == {"step": 1}
+    assert feed.next() == 1 and read(3) == 3 and feed.state() == {"step": 2}
+    feed.go_back({"step": 1}, 3)
+    assert feed.state() == {"step": 4} and feed.next() == 4 and not feed.stuck
+    assert feed.next(last=True) == 5 and feed.state() == {"step": 6}
+    time.sleep(0.05)
+    assert text.step == 6
+    feed.close()
 
 
 def worker_of(pid: int) -> int:

@@ -409,9 +409,11 @@ def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
     mesh = plgpu.Mesh(
         grid=(cfg.blocks * cfg.batch * cfg.kv_heads,), grid_names=("block",), num_threads=3, thread_name="wg"
     )
+    # Zeros that hang on this call: XLA would make one array for all calls of a shape, and copy it for each to add to.
+    zero, delta = lax.optimization_barrier((jnp.zeros((), F32), delta))
     args = [q, k, v, do, lse, delta, bounds, ranges] + [keys] * (cfg.key_rows > 0)
     with unchecked_varying():
-        dq = jax.new_ref(jnp.zeros(q.shape, F32))
+        dq = jax.new_ref(jnp.full(q.shape, zero))
         dk, dv = pl.kernel(
             functools.partial(_body, cfg),
             out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
