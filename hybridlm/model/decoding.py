@@ -7,7 +7,7 @@ loop of up to BLOCK steps, and caches have room for 1, 1.25, 1.5 or 1.75 times a
 Axis letters: B batch, T prompt tokens, N new tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -146,7 +146,7 @@ class Writer:
         for first in range(0, n_new, BLOCK):
             n = min(BLOCK, n_new - first)
             at = np.int32(state.drawn + first), np.int32(n)
-            out_BN, cache, *arrays = _writing()(
+            out_BN, cache, *arrays = writing(platform())(
                 cache, self._graphdef, self._params, *arrays, key, *at, *options, how.temperature == 0, how.top_k
             )
             out.append(out_BN if n == BLOCK else out_BN[:, :n])
@@ -235,7 +235,6 @@ def read_piece(model: HybridLM, cache: Cache, x_BD: jax.Array, tokens_BT: jax.Ar
     return cache, jnp.where(lengths_B[:, None] > 0, last_BD, x_BD)
 
 
-@partial(jax.jit, static_argnums=(1, 12, 13), donate_argnums=0)
 def _write(
     cache, graphdef, params, x_BD, done_B, last_B, key, first, n_new, temperature, top_p, eos_E, greedy: bool, top_k
 ):  # fmt: skip
@@ -268,19 +267,10 @@ def _write(
     return out_BN, cache, x_BD, done_B, last_B
 
 
-def _writing() -> Callable:
-    """`_write` as it is compiled for the platform at hand."""
-    kind = platform()
-    if kind not in OPTIONS:
-        return _write
-    if kind not in _compiled:
-        _compiled[kind] = jax.jit(
-            _write.__wrapped__, static_argnums=(1, 12, 13), donate_argnums=0, compiler_options=OPTIONS[kind]
-        )
-    return _compiled[kind]
-
-
-_compiled: dict[str, Callable] = {}
+@functools.cache
+def writing(kind: str) -> jax.stages.Wrapped:
+    """`_write` as it is compiled for a platform."""
+    return jax.jit(_write, static_argnums=(1, 12, 13), donate_argnums=0, compiler_options=OPTIONS.get(kind))
 
 
 def filtered(logits_BV: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:

@@ -86,7 +86,7 @@ def compile_step(model, batch: int, context: int, topology: str, rounding, read:
             return decoding._read.lower(
                 given[0], given[2], graphdef, given[1], *put((piece, lengths))
             ).compile()  # fmt: skip
-        lowered = decoding._write.lower(given[0], graphdef, *given[1:], 0.0, None, put(ends), True, None)
+        lowered = decoding.writing("gpu").lower(given[0], graphdef, *given[1:], 0.0, None, put(ends), True, None)
     return lowered.compile()
 
 

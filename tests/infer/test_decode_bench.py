@@ -347,9 +347,20 @@ def test_tokens_are_written_without_the_host(writer, monkeypatch):
     """One program writes up to 64 of them: a loop on the device, in which nothing calls, sends or receives."""
     state = writer.start(1, 80)
     how = np.int32(0), np.int32(64), 0.0, None, np.array([-1], np.int32), True, None
-    text = decoding._write.lower(
-        state.cache, writer._graphdef, writer._params, state.x_BD, state.done_B, state.last_B, jax.random.key(0), *how
-    ).as_text()
+    text = (
+        decoding.writing(platform.platform())
+        .lower(
+            state.cache,
+            writer._graphdef,
+            writer._params,
+            state.x_BD,
+            state.done_B,
+            state.last_B,
+            jax.random.key(0),
+            *how,
+        )
+        .as_text()
+    )
     assert "stablehlo.while" in text
     for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
         assert word not in text
@@ -359,16 +370,14 @@ def test_tokens_are_written_without_the_host(writer, monkeypatch):
         calls.append(int(n_new))
         return np.zeros((1, decoding.BLOCK), np.int32), cache, x_BD, done_B, last_B
 
-    monkeypatch.setattr(decoding, "_write", written)
+    monkeypatch.setattr(decoding, "writing", lambda kind: written)
     writer.write(state, 70, Sampling())
     assert calls == [64, 6]
 
 
 def test_options_of_the_program_that_writes():
     """XLA knows them, which refuses others."""
-    with platform.assume_platform("gpu"):
-        assert decoding._writing() is decoding._writing() is not decoding._write
-    assert decoding._writing() is decoding._write
+    assert decoding.writing("gpu") is decoding.writing("gpu") is not decoding.writing("cpu")
     assert jax.jit(lambda x: x + 1, compiler_options=decoding.OPTIONS["gpu"])(1) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_option": 1})(1)

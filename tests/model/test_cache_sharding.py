@@ -106,7 +106,7 @@ def test_no_program_makes_an_array_of_the_cache_whole(types):
         texts.append(decoding._read.lower(state.cache, state.x_BD, graphdef, params, tokens, lengths))
         arrays, at = (state.x_BD, state.done_B, state.last_B), (np.int32(0), np.int32(1))
         drawn = (jax.random.key(0), *at, 0.0, None, np.array([-1], np.int32), True, None)
-        texts.append(decoding._write.lower(state.cache, graphdef, params, *arrays, *drawn))
+        texts.append(decoding.writing("cpu").lower(state.cache, graphdef, params, *arrays, *drawn))
         texts = [lowered.compile().as_text() for lowered in texts]
     whole = {}
     for leaf in jax.tree.leaves(state.cache.groups):

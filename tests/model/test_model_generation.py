@@ -62,7 +62,8 @@ def test_rows_end_with_one_of_several(model, greedy):
 
 def test_lengths_share_programs(model):
     """Of prompts and of what is written."""
-    programs = lambda: [f._cache_size() for f in (decoding._read, decoding._write, decoding._empty, decoding._prepared)]
+    all_of_them = decoding._read, decoding.writing("cpu"), decoding._empty, decoding._prepared
+    programs = lambda: [f._cache_size() for f in all_of_them]
     generate(model, random_tokens(2, 5), max_new_tokens=3)
     before = programs()
     for tokens, new in ((1, 9), (7, 4), (16, 1), (16, 16)):
@@ -76,13 +77,13 @@ def test_arrays_bound_to_a_device_share_programs(model):
     """As those of a checkpoint: each program is compiled once, however a conversation goes."""
     graphdef, params = nnx.split(model)
     writer = Writer(nnx.merge(graphdef, jax.device_put(params, jax.devices()[0])), prefill_chunk=16)
-    before = decoding._read._cache_size(), decoding._write._cache_size()
+    before = decoding._read._cache_size(), decoding.writing("cpu")._cache_size()
     state = writer.read(writer.start(1, 90), random_tokens(1, 40), np.array([40]))
     for done_B in (None, np.zeros(1, bool), None):
         _, state = writer.write(state.copy(), 1, Sampling(), done_B)
         state = writer.read(state, random_tokens(1, 7), np.array([7]))
         _, state = writer.write(state, 2, Sampling())
-    assert before == (decoding._read._cache_size() - 1, decoding._write._cache_size() - 1)
+    assert before == (decoding._read._cache_size() - 1, decoding.writing("cpu")._cache_size() - 1)
 
 
 def test_sizes():
