@@ -397,7 +397,8 @@ def test_a_grid_from_start_to_page(tmp_path, capfd):
     numbers = {kind["ratio"]: kind for kind in json.loads((tmp_path / "ratio.json").read_text())["kinds"]}
     assert numbers["1:1"]["accuracies"][0][0] > numbers["0"]["accuracies"][0][0] + 0.2
     run = tmp_path / "models" / "1-1,state=1,seed=0"
-    words_of_probe = "--tasks mqar --mqar.pairs=4 --mqar.vocab_size=16 --lengths 16 --rows 64 --batches 8 --json"
+    task = "--mqar.pairs=4 --mqar.vocab_size=16 --mqar.random_filler=False"  # as the study's
+    words_of_probe = f"--tasks mqar {task} --lengths 16 --rows 64 --batches 8 --json"
     assert main(["probe", "--run", str(run), *words_of_probe.split()]) == 0
     one = json.loads(capfd.readouterr().out)["tasks"]["mqar"]["scores"][0]
     assert one["accuracy"] == pytest.approx(numbers["1:1"]["accuracies"][0][0])  # the same rows
