@@ -241,8 +241,8 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         state_acc[...] = state * decay
         plgpu.wgmma(y_acc, corrections, smem["a"].at[ring].T)
         plgpu.wgmma(state_acc, kept, k)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and every warp has read the state that y is written over
         if cfg.emit_residuals:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out.at[1].T[...] = written
         out.at[0].T[...] = sums_of(y_acc, 1).astype(cfg.dtype)
         plgpu.commit_smem()
