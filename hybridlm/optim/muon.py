@@ -5,14 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-
-ITERATIONS = 5
-"""Of Newton and Schulz, by which the momentum is orthogonalised."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +37,11 @@ class Muon:
         """As of every update rule; see rules.py."""
         adam = optax.chain(optax.scale_by_adam(*self.betas, eps=self.eps), optax.scale_by_learning_rate(rate(lr)))
         muon = optax.contrib.muon(
-            rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
+            rate(self.lr), beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
             muon_weight_dimension_numbers=jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info),
         )  # fmt: skip
         labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
-        return optax.partition({"muon": _in_loops(muon), "adam": adam}, labels)
-
-
-def _in_loops(muon: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, its iterations a loop: optax writes them out where their coefficients are all the same, and compiling
-    five times as many products for each matrix takes longer than the rest of a small model's start."""
-
-    def update(updates, state, params=None):
-        is_muon = lambda part: isinstance(part, optax.contrib.MuonState)
-        each = lambda part: (
-            part._replace(ns_coeffs=jnp.tile(part.ns_coeffs, (ITERATIONS, 1))) if is_muon(part) else part
-        )
-        once = lambda part: part._replace(ns_coeffs=part.ns_coeffs[0]) if is_muon(part) else part
-        updates, state = muon.update(updates, jax.tree.map(each, state, is_leaf=is_muon), params)
-        return updates, jax.tree.map(once, state, is_leaf=is_muon)
-
-    return optax.GradientTransformation(muon.init, update)
+        return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:

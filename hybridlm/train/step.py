@@ -119,9 +119,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
     else:
         gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    platform = platform_of(mesh.devices.flat[0])
-    on_cpu, often = platform == "cpu", options(platform)
-    step = make_train_step(gradients, rule, prepare, on_cpu)
+    step = make_train_step(gradients, rule, prepare)
 
     def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
@@ -130,6 +128,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
+    platform = platform_of(mesh.devices.flat[0])
+    on_cpu, often = platform == "cpu", options(platform)
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     start = jax.jit(init, out_shardings=shardings, compiler_options=quick)
     start_from = jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0)
@@ -195,15 +195,13 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable, branch: bool = False) -> Callable:
+def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable) -> Callable:
     """(state, batch, lengths, *base) -> (state, metrics): the gradient of the mean over all tokens of the batch,
     applied if finite, it and what the optimizer makes of it.
 
     gradients: see `_make_gradients`. make_rule: (lengths) -> (optimizer, schedule), see `make_optimizer`. prepare: the
-    batch, see `optim.objective`. branch: the state, the new or the old, is chosen as a whole: on a CPU that saves a
-    kernel to be compiled for each of its arrays, a GPU would wait for its host. Where the loss, the gradient or the
-    update is not finite, parameters and optimizer stay as they were, the step counts as skipped, and the objective's
-    metrics are left out.
+    batch, see `optim.objective`. Where the loss, the gradient or the update is not finite, parameters and optimizer
+    stay as they were, the step counts as skipped, and the objective's metrics are left out.
     """
 
     def train_step(state, batch, lengths, *base) -> tuple[dict, Metrics]:
@@ -217,8 +215,7 @@ def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable,
             update_norm = optax.tree.norm(updates)  # finite parameters and this one finite: so are the new ones
             ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
             params = optax.apply_updates(state["params"], updates)
-            both = (params, opt_state), (state["params"], state["opt_state"])
-            kept = lax.cond(ok, lambda new, _: new, lambda _, old: old, *both) if branch else _choose(ok, *both)
+            kept = _choose(ok, (params, opt_state), (state["params"], state["opt_state"]))
         missed = 1 - ok.astype(jnp.int32)
         new_state = {
             "params": kept[0], "opt_state": kept[1], "step": state["step"] + 1, "skipped": state["skipped"] + missed,

@@ -11,8 +11,8 @@ from flax import nnx
 
 from hybridlm.layers.params import ParamInfo
 from hybridlm.optim.optimizer import make_optimizer
-from hybridlm.train.metrics import Last, Mean, on_host
-from hybridlm.train.step import like_params, make_train_step
+from hybridlm.train.metrics import Mean, on_host
+from hybridlm.train.step import like_params
 from tests.train.conftest import make_batch, small_config, small_program
 
 
@@ -118,23 +118,6 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     after, metrics = program.train_step(after, make_batch(config, 3))
     assert (int(after["step"]), int(metrics["skipped"].value()), int(metrics["skipped_in_row"].value())) == (4, 2, 0)
     assert np.isfinite(on_host(metrics)["loss"].value()) and relative(after["params"], state["params"]) > 0
-
-
-@pytest.mark.parametrize("branch", [True, False])
-def test_a_state_is_chosen_by_a_branch_as_by_elements(branch):
-    """As on CPUs, and as on all others: the new one where all is finite, else the old one."""
-    gradients = lambda params, batch: (batch.sum(), {"loss": Last(batch.sum())}, jax.tree.map(jnp.ones_like, params))
-    optimizer = optax.sgd(0.5, momentum=0.9)
-    make_rule = lambda lengths: (optimizer, optax.constant_schedule(0.5))
-    step = jax.jit(make_train_step(gradients, make_rule, lambda batch, key: batch, branch))
-    zero, params = jnp.int32(0), {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
-    state = {"params": params, "opt_state": optimizer.init(params), "step": zero, "skipped": zero}
-    state |= {"skipped_in_row": zero, "key": jax.random.key_data(jax.random.key(0))}
-    for batch, value, skipped in ((1.0, 0.5, 0), (np.nan, 0.5, 1), (np.inf, 0.5, 2), (2.0, -0.45, 2)):
-        state, _ = step(state, jnp.full(4, batch), zero)
-        assert int(state["skipped"]) == skipped
-        for leaf in jax.tree.leaves(state["params"]):
-            np.testing.assert_allclose(leaf, value, rtol=1e-6)
 
 
 def test_an_update_that_is_not_finite_is_not_applied():
