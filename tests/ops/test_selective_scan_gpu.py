@@ -145,6 +145,7 @@ def test_kernels_against_the_recurrence(case, dtype):
     assert not bad, bad
 
 
+@pytest.mark.newer
 @pytest.mark.parametrize(("tokens", "state", "choice"), [(32, 16, "gpu"), (31, 16, "xla"), (32, 32, "xla")])
 def test_auto_takes_the_kernels_for_what_they_serve_but_short_rows(tokens, state, choice):
     op, array = OPS["selective_scan"], jax.ShapeDtypeStruct
