@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
-from hybridlm.train.kept_step import KeptStep
+from hybridlm.train.kept_step import KeptStep, cache_hits
 
 
 @contextmanager
@@ -45,8 +45,8 @@ class TrainStep:
     def prepare(self, mesh: Mesh, state, batch, kept: KeptStep | None = None) -> None:
         """Starts to compile the step for arguments like these, in a thread of its own; the only ones it takes then.
 
-        kept: where the compiled step may be, and is kept if it is not. A process that ends before waits for the
-        compiler, which cannot be stopped in the middle.
+        kept: where the compiled step may be, and is kept if it is not and XLA had to compile it. A process that ends
+        before waits for the compiler, which cannot be stopped in the middle.
         """
         ahead = self._ahead = Future()
 
@@ -54,10 +54,10 @@ class TrainStep:
             try:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
-                    with no_collections():
+                    with no_collections(), cache_hits() as hits:
                         step = found or self.lower(state, batch).compile()
                     ahead.set_result(step)
-                    if kept and not found:
+                    if kept and not found and not hits:
                         kept.store(step)
             except BaseException as error:  # whatever it is, it is the first step's
                 if not ahead.done():

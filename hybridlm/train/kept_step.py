@@ -4,6 +4,9 @@
 JAX's persistent cache finds a program by its lowered text. To have that, a start with kernels traces and lowers for 5
 to 15 seconds, longer than all else that a start from the cache does. Here the step is found by what its text is made
 from: the sources, the config, versions, flags and devices. What is in doubt is compiled, as without a file.
+
+Only steps that XLA has just compiled are kept. What JAX has read from its own cache can lack functions when it is
+written and read once more (seen on CPUs, where it fails in the first step, too late for anything else).
 """
 
 import hashlib
@@ -11,12 +14,14 @@ import logging
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax import monitoring
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -25,12 +30,14 @@ from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.tree import children, to_dict
 from hybridlm.train.provenance import versions
-from pallas_kernels.platform import compiled_by
+from pallas_kernels.platform import compiled_by, platform_of
 
 SOURCES = {"hybridlm": Path(__file__).parents[1], "pallas_kernels": Path(pallas_kernels.__file__).parent}
 OURS = {*SOURCES, "builtins"}
 ENVIRONMENT = ("XLA_", "JAX_", "LIBTPU_", "TPU_", "PALLAS_", "MOSAIC_", "CUDA_", "NVIDIA_")
 """Starts of the names of variables that compilers read."""
+PLATFORMS = ("gpu",)
+"""Where steps are kept. A CPU's start has little to trace and lower; on a TPU it was never run."""
 KEPT = 8
 """Steps in the folder; of more, those that were used last."""
 READING = (
@@ -39,6 +46,7 @@ READING = (
 """Of `data`, what says where text lies and how it is read: no program hangs on it, nor on any of `run` but the seed."""
 OF_OTHERS = 0o022
 """Modes by which a group or all others can write."""
+HIT = "/jax/compilation_cache/cache_hits"
 DIGEST = hashlib.sha256().digest_size
 
 log = logging.getLogger(__name__)
@@ -87,10 +95,8 @@ class KeptStep:
             steps = sorted(self.folder.glob("*.step"), key=lambda path: path.stat().st_mtime, reverse=True)
             for path in steps[KEPT:]:
                 path.unlink(missing_ok=True)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the run goes on
             _warn("not kept", self.path, error)
-        except Exception as error:  # as of a program for CPUs that JAX has read from its own cache
-            log.info("compiled step not kept: %s", error)
 
     @staticmethod
     def _is_private(path: Path) -> bool:
@@ -103,11 +109,27 @@ class KeptStep:
 
 
 def kept_step(folder: Path | None, config: Config, mesh: Mesh) -> KeptStep | None:
-    """Where a config's step is kept; None where it is not: without a folder, with several processes, or with a block
-    that is defined elsewhere, whose source is not looked at."""
-    if folder is None or jax.process_count() > 1 or not all(_is_ours(node) for node in _nodes(config)):
+    """Where a config's step is kept; None where it is not: without a folder, on other platforms than PLATFORMS, with
+    several processes, or with a block that is defined elsewhere, whose source is not looked at."""
+    if folder is None or jax.process_count() > 1 or platform_of(mesh.devices.flat[0]) not in PLATFORMS:
         return None
-    return KeptStep(folder, key(config, mesh))
+    return KeptStep(folder, key(config, mesh)) if all(_is_ours(node) for node in _nodes(config)) else None
+
+
+@contextmanager
+def cache_hits() -> Iterator[list[str]]:
+    """Gathers an event for each program that this thread gets from JAX's own cache meanwhile."""
+    thread, hits = threading.get_ident(), []
+
+    def note(event: str, **about) -> None:
+        if event == HIT and threading.get_ident() == thread:
+            hits.append(event)
+
+    monitoring.register_event_listener(note)
+    try:
+        yield hits
+    finally:
+        monitoring.unregister_event_listener(note)
 
 
 def key(config: Config, mesh: Mesh) -> str:

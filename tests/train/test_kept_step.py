@@ -4,6 +4,8 @@
 import dataclasses
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -28,12 +30,14 @@ LENGTHS = np.array([3], np.int32)
 CONFIG = small_config()
 
 
-def run(kept: KeptStep, n_traces: int, size: int = 4) -> tuple[float, float]:
-    """(state, metric) after two steps of a newly made function, which is traced so often."""
+def run(kept: KeptStep, n_traces: int, size: int = 4, event: str | None = None) -> tuple[float, float]:
+    """(state, metric) after two steps of a newly made function, which is traced so often. event: that comes then."""
     traces = []
 
     def step(state, batch, lengths):
         traces.append(batch.shape)
+        if event is not None:
+            jax.monitoring.record_event(event)
         return {"sum": state["sum"] + batch.sum() * lengths[0]}, batch.max()
 
     jitted, mesh = jax.jit(step, donate_argnums=0), make_mesh(MeshConfig(), jax.devices()[:1])
@@ -53,6 +57,32 @@ def test_is_taken_without_a_trace(tmp_path):
     assert run(KeptStep(tmp_path, "a"), n_traces=1) == (37.0, 3.0)
     assert run(KeptStep(tmp_path, "a"), n_traces=0) == (37.0, 3.0)
     assert [path.name for path in tmp_path.iterdir()] == ["a.step"]
+
+
+def test_a_program_of_jax_own_cache_is_not_kept(tmp_path):
+    """Its file can lack functions."""
+    assert run(KeptStep(tmp_path, "a"), n_traces=1, event="/jax/compilation_cache/cache_hits") == (37.0, 3.0)
+    assert not list(tmp_path.iterdir())
+    assert run(KeptStep(tmp_path, "a"), n_traces=1, event="/jax/compilation_cache/cache_misses") == (37.0, 3.0)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_hit_of_jax_own_cache_is_seen(tmp_path):
+    """By the event that JAX sends, whatever it is called by then."""
+    words = """
+import sys, jax
+from hybridlm.train.kept_step import cache_hits
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+with cache_hits() as hits:
+    jax.jit(lambda x: x * 3 + 1).lower(1.0).compile()
+print(len(hits))
+"""
+    command = [sys.executable, "-c", words, str(tmp_path)]
+    seen = [subprocess.run(command, capture_output=True, text=True, timeout=120).stdout for _ in range(2)]
+    assert [text.split()[-1] for text in seen] == ["0", "1"]
 
 
 @pytest.mark.parametrize("harm", ["a bit", "the end", "all", "other arguments"])
@@ -188,7 +218,9 @@ class OtherMLP(MLP):
     """Of a module that nobody looks at."""
 
 
-def test_is_kept_nowhere_where_its_source_is_unknown(tmp_path, monkeypatch):
+def test_is_kept_nowhere_where_it_is_in_doubt(tmp_path, monkeypatch):
+    assert kept_step(tmp_path, CONFIG, one_device()) is None  # on a CPU
+    monkeypatch.setattr(kept_steps_module, "PLATFORMS", ("cpu",))
     blocks = {**CONFIG.model.blocks, "-": OtherMLP(**dataclasses.asdict(CONFIG.model.blocks["-"]))}
     own: Config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, blocks=blocks))
     assert kept_step(tmp_path, own, one_device()) is None
