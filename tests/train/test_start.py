@@ -4,6 +4,7 @@
 import jax
 import pytest
 from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from hybridlm.cli import train_main
 from hybridlm.train import kept_step
@@ -46,6 +47,7 @@ def test_the_next_start_traces_no_step(mini, events, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_step, "PLATFORMS", ("cpu",))
     before, runs, losses = jax.config.jax_compilation_cache_dir, [tmp_path / "first", tmp_path / "second"], []
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    compilation_cache.reset_cache()  # so that the new folder is looked at
     try:
         for run in runs:
             jax.clear_caches()
@@ -58,5 +60,6 @@ def test_the_next_start_traces_no_step(mini, events, tmp_path, monkeypatch):
             losses.append([r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"])
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
     assert len(list((tmp_path / "cache" / "steps").iterdir())) == 1
     assert losses[0] == losses[1] and len(losses[0]) == 3
