@@ -26,6 +26,13 @@ def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
     return jnp.cumsum(starts_BT.astype(jnp.int32), axis=1)
 
 
+def document_starts(segment_ids_BT: jax.Array) -> jax.Array:
+    """[B, T] bool: real tokens with which a document begins, but for the first of a row, which an initial state may
+    precede."""
+    number_BT = document_numbers(segment_ids_BT)
+    return (segment_ids_BT != 0) & (number_BT != jnp.pad(number_BT[:, :-1], ((0, 0), (1, 0))))
+
+
 def document_ids(segment_ids_BT: jax.Array) -> jax.Array:
     """[B, T] int32: ids of which each belongs to one document of its row only, 0 at padding."""
     return jnp.where(segment_ids_BT != 0, document_numbers(segment_ids_BT) + 1, 0)

@@ -10,6 +10,7 @@ written and read once more (seen on CPUs, where it fails in the first step, too 
 """
 
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -147,7 +148,7 @@ def key(config: Config, mesh: Mesh) -> str:
         "environment": {n: v for n, v in os.environ.items() if n.startswith(ENVIRONMENT) and "CACHE" not in n},
         "mesh": [list(mesh.shape.items()), [compiled_by(device) for device in mesh.devices.flat]],
     }
-    return hashlib.sha256(repr(_sorted(facts)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _sources() -> str:
@@ -157,13 +158,6 @@ def _sources() -> str:
             content = path.read_bytes()
             digest.update(f"{package}/{path.relative_to(root)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
-
-
-def _sorted(value):
-    """The value with the entries of its dicts in order."""
-    if isinstance(value, dict):
-        return [(name, _sorted(value[name])) for name in sorted(value)]
-    return [_sorted(child) for child in value] if isinstance(value, list) else value
 
 
 def _nodes(value) -> Iterator[Any]:

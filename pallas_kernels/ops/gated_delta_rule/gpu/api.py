@@ -11,7 +11,7 @@ from pallas_kernels.mosaic_gpu import LOG2E, TILE
 from pallas_kernels.ops.gated_delta_rule.gpu import backward, channel_chunks, channel_gradients, channel_walk, forward
 from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import BETWEEN_DOCUMENTS, FORGOTTEN
 from pallas_kernels.ops.gated_delta_rule.gpu.forward import Walk
-from pallas_kernels.segments import document_numbers
+from pallas_kernels.segments import document_starts
 
 WIDEST = 128  # key channels, and value channels of a thread block
 TOKEN_MULTIPLE = 8  # of the arrays' tokens: what the copy engine's tiles ask for
@@ -89,7 +89,7 @@ def _gates(beta_BTH, g, segment_ids):
     steps = jnp.zeros_like(beta) if g is None else jnp.maximum(g.astype(jnp.float32) * LOG2E, FORGOTTEN)
     real = None
     if segment_ids is not None:
-        is_real, first = _real_and_first(segment_ids)
+        is_real, first = segment_ids != 0, document_starts(segment_ids)
         steps = jnp.where(first[..., None], -BETWEEN_DOCUMENTS, jnp.where(is_real[..., None], steps, 0.0))
         beta = jnp.where(is_real[..., None], beta, 0.0)
         real = _told(is_real)
@@ -101,16 +101,9 @@ def _marked(beta_BTH, segment_ids):
     beta = beta_BTH.astype(jnp.float32)
     if segment_ids is None:
         return _chunked(beta), None
-    is_real, first = _real_and_first(segment_ids)
+    is_real, first = segment_ids != 0, document_starts(segment_ids)
     marks = jnp.stack([_told(is_real), _told(first, everywhere=1.0)], axis=2)
     return _chunked(jnp.where(is_real[..., None], beta, 0.0)), marks
-
-
-def _real_and_first(segment_ids):
-    """Which tokens are none of padding, and which of them begin a document behind another."""
-    is_real = segment_ids != 0
-    number = document_numbers(segment_ids)
-    return is_real, is_real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
 
 
 def _told(marks_BT, everywhere: float = 2.0):

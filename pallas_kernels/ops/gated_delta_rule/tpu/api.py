@@ -14,7 +14,7 @@ from pallas_kernels.by_token import tokens_where
 from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.ops.gated_delta_rule.tpu import kernels
 from pallas_kernels.ops.gated_delta_rule.tpu.chunk import CHUNK, Blocks
-from pallas_kernels.segments import document_numbers
+from pallas_kernels.segments import document_starts
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 WIDEST = 256  # key and value channels
@@ -136,13 +136,12 @@ def _gates(beta_BTH, g, segment_ids, blocks: Blocks):
     """float32 [B, head blocks, gate_rows, T]: log decays and step sizes of the heads; padding has neither."""
     steps = jnp.zeros_like(beta_BTH) if g is None else g
     if segment_ids is not None:
-        real, number = segment_ids != 0, document_numbers(segment_ids)
-        first = real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
+        real = segment_ids != 0
         steps = tokens_where(real, steps)
         beta_BTH = tokens_where(real, beta_BTH)
     steps = jnp.maximum(steps, FORGOTTEN)
     if segment_ids is not None:
-        steps = tokens_where(~first, steps, BETWEEN_DOCUMENTS)
+        steps = tokens_where(~document_starts(segment_ids), steps, BETWEEN_DOCUMENTS)
 
     def by_block(array):
         array = jnp.pad(array, ((0, 0), (0, -array.shape[1] % CHUNK), (0, 0))).swapaxes(1, 2)

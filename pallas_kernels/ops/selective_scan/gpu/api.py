@@ -12,7 +12,7 @@ from pallas_kernels.mosaic_gpu import LOG2E
 from pallas_kernels.ops.selective_scan.gpu import backward, forward
 from pallas_kernels.ops.selective_scan.gpu.forward import Walk
 from pallas_kernels.ops.selective_scan.gpu.threads import STATES, Threads
-from pallas_kernels.segments import document_numbers
+from pallas_kernels.segments import document_starts
 
 DTYPES = ("bfloat16", "float16", "float32")
 # What a token tells the kernels: it is padding, or begins a document, or neither (0). The latter is added to its log2
@@ -111,9 +111,7 @@ def _marks(segment_ids):
     if segment_ids is None:
         return None, None
     real = segment_ids != 0
-    number = document_numbers(segment_ids)
-    first = real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
-    return jnp.where(real, jnp.where(first, BETWEEN_DOCUMENTS, 0.0), PADDING), real
+    return jnp.where(real, jnp.where(document_starts(segment_ids), BETWEEN_DOCUMENTS, 0.0), PADDING), real
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_tpu import F32, LANES, SUBLANES, round_up
 from pallas_kernels.ops.selective_scan.tpu import kernels
 from pallas_kernels.ops.selective_scan.tpu.kernels import CHUNK, Blocks
-from pallas_kernels.segments import document_numbers
+from pallas_kernels.segments import document_starts
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 MOST_STATES = 64
@@ -114,9 +114,7 @@ def _marks(segment_ids):
     """What each token tells the kernels, float32 [B, T], None without segment ids."""
     if segment_ids is None:
         return None
-    real, number = segment_ids != 0, document_numbers(segment_ids)
-    first = real & (number != jnp.pad(number[:, :-1], ((0, 0), (1, 0))))
-    return jnp.where(real, jnp.where(first, BETWEEN_DOCUMENTS, 0.0), PADDING)
+    return jnp.where(segment_ids != 0, jnp.where(document_starts(segment_ids), BETWEEN_DOCUMENTS, 0.0), PADDING)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
