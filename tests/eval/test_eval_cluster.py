@@ -55,12 +55,18 @@ def test_two_processes_equal_one(trained, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_ends_both_in_one_line(trained, tmp_path):
-    run = ("--run", str(trained / "run"))
-    for words, told in (
+@pytest.mark.parametrize(
+    "words, told",
+    [
         (("--data.val_path=nowhere.txt",), "data.val_path ('nowhere.txt'): no file matches"),
-        (("--tasks", "arc_easy"), "tasks are of one process, and this is one of 2: start it in one"),
-    ):
-        for code, said, error in together(tmp_path, *run, *words):
-            lines = [line for line in error.splitlines() if line.startswith("error")]
-            assert code == 2 and len(lines) == 1 and told in lines[0] and not said, error
+        pytest.param(
+            ("--tasks", "arc_easy"), "tasks are of one process, and this is one of 2: start it in one",
+            marks=pytest.mark.harness,
+        ),
+    ],
+    ids=["no_text", "tasks"],
+)  # fmt: skip
+def test_what_cannot_be_ends_both_in_one_line(trained, tmp_path, words, told):
+    for code, said, error in together(tmp_path, "--run", str(trained / "run"), *words):
+        lines = [line for line in error.splitlines() if line.startswith("error")]
+        assert code == 2 and len(lines) == 1 and told in lines[0] and not said, error
