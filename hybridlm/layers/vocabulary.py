@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays over the vocabulary where a mesh splits them: no device has a whole table, nor its whole gradient.
+"""Arrays over the vocabulary where a mesh splits them: no TPU has a whole table, nor its whole gradient.
 
 A table [V, D] lies by rows over `tensor` and by columns over `fsdp`. Where columns are split, its rows are put together
 a chunk at a time, and the gradient of a chunk is scattered before the next one is made. Shards by columns alone would
-need no exchange of rows, but each device would look up the tokens of all.
+need no exchange of rows, but each device would look up the tokens of all. On a GPU all of a device's rows are one chunk
+(see ROWS): each chunk passes over all tokens, and takes a product with ones in the place of a sum by index.
 
 Axis letters: B batch, T tokens, V vocabulary, D model, C chunks, R rows of a chunk, M tokens of a device.
 """
@@ -16,9 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybridlm import exchange, sharding
+from pallas_kernels.platform import platform
 
 CHUNK = 4096
 """Rows of a chunk, per shard of the vocabulary."""
+ROWS = {"gpu": 2**30}
+"""By platform: rows of a chunk in `look_up`, elsewhere CHUNK."""
 TABLE = ("vocab", "d_model")
 """Logical axes of a table."""
 
@@ -88,10 +92,13 @@ def layout(n_vocab: int, chunk: int, shards: int = 1) -> tuple[int, int, int]:
     return shard, n_chunks, rows
 
 
-def look_up(w_VD: jax.Array, tokens_BT: jax.Array, dtype, multiplier: float = 1.0, chunk: int = CHUNK) -> jax.Array:
+def look_up(
+    w_VD: jax.Array, tokens_BT: jax.Array, dtype, multiplier: float = 1.0, chunk: int | None = None
+) -> jax.Array:
     """multiplier * w[tokens] in `dtype`, split over tokens like the residual stream. w: float32, as is its gradient,
-    which is summed in float32. chunk: rows put together at a time where columns are split."""
+    which is summed in float32. chunk: rows put together at a time where columns are split; None: see ROWS."""
     if sharding.is_split():
+        chunk = ROWS.get(platform(), CHUNK) if chunk is None else chunk
         return _look_up(w_VD, tokens_BT, jnp.dtype(dtype), multiplier, chunk)
     x_BTD = w_VD[tokens_BT]
     return (x_BTD if multiplier == 1 else x_BTD * multiplier).astype(dtype)

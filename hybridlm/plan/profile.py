@@ -13,8 +13,9 @@ from hybridlm.errors import ConfigError
 from hybridlm.plan import xplane
 from hybridlm.plan.costs import floors
 
+EXCHANGES = "exchanges"
 CLASSES = (
-    ("exchanges", r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|permute"),
+    (EXCHANGES, r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|permute"),
     ("kernels", r"mosaic|tpu_custom_call|_kernel$"),
     ("matrix products", r"gemm|nvjet|cublas|cutlass|xmma|convolution|\bdot\b|dot_general"),
     ("copies", r"memcpy|^copy|^wrapped_copy"),
@@ -50,7 +51,12 @@ class Profile:
     title: str
     step_ms: float
     """From the first kernel to the last, over the number of steps."""
+    work_ms: float
+    """Of all kernels together: more than a step where they run beside each other."""
     busy_ms: float
+    """In which a device runs something."""
+    exposed_ms: float
+    """Of that, in which it runs nothing but exchanges between devices."""
     by_class: dict[str, Row]
     by_place: dict[str, Row]
     floors: dict[str, float]
@@ -94,15 +100,33 @@ def tables(events: Sequence[xplane.Event], kind: str | None, config: Config, n_s
     n_devices = len({event.device for event in events})
     runs = n_steps * n_devices
     begin, end = min(e.start for e in events), max(e.start + e.duration for e in events)
+    busy, alone = (
+        _covered(found) / runs / 1e6
+        for found in (events, [event for event in events if class_of(event.name) != EXCHANGES])
+    )
     known = {name: 1e3 * seconds for name, seconds in floors(config, kind or "", n_devices).items()}
     return Profile(
         title=f"{title}, on {n_devices} x {kind or 'unknown device'}",
         step_ms=(end - begin) / n_steps / 1e6,
-        busy_ms=sum(event.duration for event in events) / runs / 1e6,
+        work_ms=sum(event.duration for event in events) / runs / 1e6,
+        busy_ms=busy,
+        exposed_ms=busy - alone,
         by_class=_summed(events, lambda event: class_of(event.name), runs),
         by_place=_summed(events, lambda event: place_of(event.op_name), runs),
         floors=known,
     )
+
+
+def _covered(events: Sequence[xplane.Event]) -> float:
+    """Nanoseconds of all devices in which at least one of the events runs."""
+    total, until, device = 0.0, 0.0, None
+    for event in sorted(events, key=lambda event: (event.device, event.start)):
+        if event.device != device:
+            device, until = event.device, event.start
+        end = event.start + event.duration
+        total += max(0.0, end - max(event.start, until))
+        until = max(until, end)
+    return total
 
 
 def _summed(events: Sequence[xplane.Event], key: Callable[[xplane.Event], str], runs: int) -> dict[str, Row]:
@@ -116,25 +140,31 @@ def _summed(events: Sequence[xplane.Event], key: Callable[[xplane.Event], str], 
 
 def grids(found: Profile) -> list[list[list[str]]]:
     """The two tables as cells, heads first."""
-    busy, passes = found.busy_ms, ("forward", "recomputed", "backward")
+    work, passes = found.work_ms, ("forward", "recomputed", "backward")
     classes = [["class", "ms", "share", "kernels a step", "floor, ms"]]
     for name, row in found.by_class.items():
         floor = found.floors.get(FLOORS.get(name, ""))
         of = " (both)" if FLOORS.get(name) == "arithmetic" else ""
         least = "" if not found.floors else "0" if floor is None else f"{floor:.1f}{of}"
-        classes.append([name, f"{row.ms:.2f}", f"{row.ms / busy:.1%}", f"{row.runs:.0f}", least])
+        classes.append([name, f"{row.ms:.2f}", f"{row.ms / work:.1%}", f"{row.runs:.0f}", least])
     places = [["place", "ms", "share", *passes, "floor, ms"]]
     for name, row in found.by_place.items():
         least = f"{found.floors['optimizer']:.1f}" if name == "optimizer" and found.floors else ""
         places.append(
-            [name, f"{row.ms:.2f}", f"{row.ms / busy:.1%}", *(f"{row.by_pass.get(p, 0.0):.2f}" for p in passes), least]
+            [name, f"{row.ms:.2f}", f"{row.ms / work:.1%}", *(f"{row.by_pass.get(p, 0.0):.2f}" for p in passes), least]
         )
     return [classes, places]
 
 
 def _head(found: Profile) -> list[str]:
     lines = [f"{found.title}: {found.step_ms:.1f} ms a step, busy {found.busy_ms / found.step_ms:.1%}"]
-    unknown = found.by_place.get(UNKNOWN, Row()).ms / found.busy_ms
+    if EXCHANGES in found.by_class:
+        exchanged, share = found.by_class[EXCHANGES].ms, found.exposed_ms / found.step_ms
+        lines.append(
+            f"exchanges between devices: {exchanged:.1f} ms a step, {found.exposed_ms:.1f} of them ({share:.1%} of the "
+            "step) with nothing else running"
+        )
+    unknown = found.by_place.get(UNKNOWN, Row()).ms / found.work_ms
     if unknown > 0.1:
         lines.append(
             f"{unknown:.0%} of the time is of kernels without a place: trace with {COMMAND_BUFFERS} to see them"

@@ -8,8 +8,9 @@ over tokens, so that microbatches and devices add up to exactly the mean over th
 `training_loss` takes chunks of tokens instead where it can, each with all of the vocabulary, and forms the gradient in
 the forward: the logits are computed once, not twice.
 
-On a mesh every device takes the products with its own rows of the vocabulary, a chunk of whole rows at a time, for the
-tokens of all devices that share its rows of the batch; see `layers.vocabulary`.
+On a mesh every device takes the products with its own rows of the vocabulary, for the tokens of all devices that share
+its rows of the batch: a chunk of whole rows at a time (see `layers.vocabulary`), or all of its rows at once where the
+gradient is formed in the forward.
 """
 
 from functools import partial
@@ -69,12 +70,11 @@ def training_loss(
     """(cross entropy + z_loss * squared log-partition, `cross_entropy`), summed; only the first has a gradient.
 
     Other arguments as of `cross_entropy`. n_logits: about as many of a chunk's tokens times V are in memory, in float32
-    and in the compute type; None: see LOGITS. A table that is split over devices has `cross_entropy`'s gradient.
+    and in the compute type; None: see LOGITS. Columns of the table that are split are put together once, and the
+    gradient of whole rows, float32, is in memory before it is scattered.
     """
     n_logits = LOGITS.get(platform()) if n_logits is None else n_logits
-    where = places(targets_BT.shape, w_VD.shape)
-    is_split = any(sharding.axis_size(axis) > 1 for axis in (*where.rows, *where.columns))
-    if n_logits is None or is_split:
+    if n_logits is None:
         sums = cross_entropy(x_BTD, w_VD, targets_BT, multiplier=multiplier, softcap=softcap)
         return sums.nats + z_loss * sums.z, jax.tree.map(lax.stop_gradient, sums)
     spec = _Formed(multiplier, softcap, z_loss, n_logits)
@@ -101,9 +101,10 @@ def _formed_forward(x_BTD, w_VD, targets_BT, spec: _Formed):
     where = places(targets_BT.shape, w_VD.shape)
 
     def run(x_BTD, w_VD, targets_BT):
-        nats, z, dx_BTD, dw_VD = _local_formed(x_BTD, w_VD, targets_BT, spec)
+        w_VD = where.whole_rows(w_VD.astype(x_BTD.dtype))
+        nats, z, dx_BTD, dw_VD = _local_formed(where.enter(x_BTD), w_VD, targets_BT, spec, where)
         nats, z = (exchange.add(a, where.tokens) for a in (nats, z))
-        return nats, z, dx_BTD, where.sum_rows(dw_VD)
+        return nats, z, where.leave(dx_BTD), where.sum_rows(dw_VD)
 
     outs = [((), ()), ((), ()), (sharding.STREAM, x_BTD.shape), (TABLE, w_VD.shape)]
     axes = (sharding.STREAM, TABLE, where.at)
@@ -121,9 +122,11 @@ def _formed_backward(spec: _Formed, saved, cotangents):
 _formed.defvjp(_formed_forward, _formed_backward)
 
 
-def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed):
-    """(cross entropy, squared log-partition) of a device's tokens, and the gradients of their weighted sum, float32."""
+def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed, where: Places):
+    """(cross entropy, squared log-partition) of a device's tokens, and the gradients of their weighted sum, float32:
+    that of the tokens is what the device's rows of the table give to it. w: those rows, in the type of x."""
     dtype, (n_vocab, d_model), n_tokens = x_BTD.dtype, w_VD.shape, targets_BT.size
+    first = where.first_row(n_vocab)
     n_chunks = -(-n_tokens // max(spec.n_logits // n_vocab, 1))
     rows = -(-n_tokens // n_chunks)
     rows = rows if n_chunks == 1 else -(-rows // TILE) * TILE
@@ -131,14 +134,17 @@ def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed):
     missing = n_chunks * rows - n_tokens
     x_CRD = jnp.pad(x_BTD.reshape(n_tokens, d_model), ((0, missing), (0, 0))).reshape(n_chunks, rows, d_model)
     target_CR = jnp.pad(targets_BT.reshape(n_tokens), (0, missing), constant_values=-1).reshape(n_chunks, rows)
-    w_VD = w_VD.astype(dtype)
 
     def step(carry, chunk):
         nats, z, dw_VD = carry
         x_RD, target_R = chunk
         logits, d_softcap = _capped(jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32), spec)
-        lse_R, is_real_R = _log_sum_exp(logits), target_R >= 0
-        at_target_R = jnp.take_along_axis(logits, jnp.maximum(target_R, 0)[:, None], axis=1)[:, 0]
+        lse_R, is_real_R = _over_rows(_log_sum_exp(logits), where.rows), target_R >= 0
+        target_R -= first
+        at_target_R = jnp.take_along_axis(logits, jnp.clip(target_R, 0, n_vocab - 1)[:, None], axis=1)[:, 0]
+        if where.rows:
+            here_R = (target_R >= 0) & (target_R < n_vocab)
+            at_target_R = exchange.add(jnp.where(here_R, at_target_R, 0.0), where.rows)
         nats += jnp.sum(jnp.where(is_real_R, lse_R - at_target_R, 0.0))
         z += jnp.sum(jnp.where(is_real_R, jnp.square(lse_R), 0.0))
         d_lse_R = jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
@@ -168,6 +174,14 @@ def _log_sum_exp(logits):
     start = jnp.float32(-jnp.inf), jnp.float32(0.0)
     largest, total = lax.reduce((logits, jnp.ones_like(logits)), start, combine, (logits.ndim - 1,))
     return largest + jnp.log(total)
+
+
+def _over_rows(lse_R, rows: tuple[str, ...]):
+    """Of the logits of all devices, from each one's own."""
+    if not rows:
+        return lse_R
+    largest_R = lax.pmax(lse_R, rows)
+    return largest_R + jnp.log(exchange.add(jnp.exp(lse_R - largest_R), rows))
 
 
 class _Spec(NamedTuple):

@@ -3,6 +3,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from hybridlm.layers import vocabulary
 from hybridlm.plan import hlo
 from hybridlm.plan.slices import slice_devices
 from hybridlm.sharding import STREAM, make_mesh
-from hybridlm.train.loss import cross_entropy
+from hybridlm.train.loss import cross_entropy, training_loss
 from pallas_kernels import platform
 from tests.model.model_support import QUICK
 from tests.tolerances import check_close
@@ -78,6 +79,42 @@ def test_look_up(name, shape, dtype):
     expected = np.zeros_like(table_VD, dtype=np.float64)
     np.add.at(expected, ids_BT.reshape(-1), 1.7 * np.asarray(weight_BTD, np.float64).reshape(-1, D))
     check_close(grad, expected, dtype="float32", what="gradient of the table")
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, tensor, context"])
+def test_look_up_in_all_rows_at_once(name):
+    """As on a GPU: a gather and a sum by index, and no product with ones."""
+    table_VD, ids_BT, weight_BTD = inputs("", "bfloat16")
+
+    def run(table_VD):
+        x_BTD, pull = jax.vjp(lambda w_VD: vocabulary.look_up(w_VD, ids_BT, "bfloat16", 1.7), table_VD)
+        return x_BTD, pull(weight_BTD)[0]
+
+    with platform.assume_platform("gpu", capability="9.0"):
+        (x_BTD, grad), text = on_mesh(make_mesh(MESHES[name]), table_VD, run)
+    assert " dot(" not in text
+    np.testing.assert_array_equal(x_BTD, (1.7 * table_VD)[ids_BT].astype(jnp.bfloat16))
+    expected = np.zeros_like(table_VD, dtype=np.float64)
+    np.add.at(expected, ids_BT.reshape(-1), 1.7 * np.asarray(weight_BTD, np.float64).reshape(-1, D))
+    check_close(grad, expected, dtype="float32", what="gradient of the table")
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_loss_whose_gradient_is_formed_in_the_forward(name, shape):
+    table_VD, targets_BT, x_BTD = inputs(shape, "float32")
+    targets_BT[0, 3] = -1
+    how = {"z_loss": 0.1, "multiplier": 0.5, "softcap": 3.0}
+
+    def run(table_VD, n_logits=3 * V):
+        loss = lambda x_BTD, w_VD: training_loss(x_BTD, w_VD, targets_BT, n_logits=n_logits, **how)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTD, table_VD)
+
+    ((loss, sums), grads), _ = on_mesh(make_mesh(MESHES[name]), table_VD, run)
+    (one, one_sums), one_grads = jax.jit(partial(run, n_logits=None), compiler_options=QUICK)(table_VD)
+    check_close(loss, one, dtype="float32", what="loss")
+    check_close(jnp.stack(sums), jnp.stack(one_sums), dtype="float32", what="sums")
+    for what, grad, expected in zip(("x", "w"), grads, one_grads, strict=True):
+        check_close(grad, expected, dtype="float32", what=f"gradient of {what}")
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)

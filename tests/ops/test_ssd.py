@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import ssd
+from pallas_kernels import oracle, platform, ssd
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.ssd import cases, xla
-from tests.ops.support import check_against_oracle, check_curvature, run
+from tests.ops.ssd_plain import plain_ssd
+from tests.ops.support import QUICK, check_against_oracle, check_curvature, run
 from tests.tolerances import check_close
 
 BASE = cases.Case("base", 2, 50, 4, 8, 2, 8, skip="HP", initial=True, final=True, decay="mixed", seed=3)
@@ -72,6 +73,19 @@ def test_bfloat16(case):
     check_against_oracle(
         "ssd", cases.make_inputs(case, "bfloat16"), dtype="bfloat16", implementation="xla", return_final_state=True
     )
+
+
+@pytest.mark.parametrize("case", [c for c in cases.TEST_CASES if c.name in ("mixed", "scattered", "groups")],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_bfloat16_with_sums_by_one_product(case):
+    """As off CPUs."""
+    inputs = cases.make_inputs(case, "bfloat16")
+    with platform.assume_platform("gpu", capability="8.0"):
+        found = oracle.evaluate("ssd", inputs, implementation="xla", return_final_state=True, chunk=32,
+                                compiler_options=QUICK)  # fmt: skip
+    expected = oracle.oracle("ssd", inputs, return_final_state=True)
+    for name, (error, limit) in oracle.errors("ssd", found, expected, "bfloat16").items():
+        assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"
 
 
 def test_small_steps_survive_large_sums_in_one_chunk():
@@ -220,3 +234,13 @@ def test_one_step_of_state_zero_and_dt_zero():
     result = run("ssd", inputs, implementation="reference", return_final_state=True)
     np.testing.assert_allclose(result["out1"], inputs["initial_state"], rtol=1e-7)
     check_against_oracle("ssd", inputs, implementation="xla", return_final_state=True)
+
+
+@pytest.mark.parametrize("chunk", [16, 48])
+def test_the_plain_version_that_times_are_held_against(chunk):
+    """It is the same function, gradients included: a comparison of times says something."""
+    inputs = make(tokens=48, groups=2, heads=4, decay="typical", skip="H", initial=False, final=False)
+    plain = lambda x, dt, A, B, C, D: plain_ssd(x, dt, A, B, C, D, chunk=chunk)
+    found = oracle.evaluate("ssd", inputs, function=plain, compiler_options=QUICK)
+    for name, (error, limit) in oracle.errors("ssd", found, oracle.oracle("ssd", inputs), "float32").items():
+        assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"

@@ -111,6 +111,23 @@ def test_tables(run, capsys):
     assert "<td>M.Mamba2/project</td><td>0.80</td>" in page
 
 
+def test_exchanges_beside_other_work_and_with_nothing_beside_them():
+    """Two devices: on the first 30 of an exchange's 40 us have a product beside them, on the second all 20 stand alone,
+    and two kernels that run at once are counted once."""
+
+    def event(device, name, start, micros):
+        return xplane.Event(device, name, "", 1e3 * start, 1e3 * micros)
+
+    events = [
+        event(0, "nvjet_sm90", 0, 100), event(0, "ncclDevKernel_ReduceScatter", 70, 40), event(0, "loop_add", 110, 90),
+        event(1, "ncclDevKernel_AllGather", 100, 20), event(1, "nvjet_sm90", 0, 50), event(1, "loop_add", 20, 40),
+    ]  # fmt: skip
+    found = profile.tables(events, None, read_config("hybrid_1b"), n_steps=1, title="")
+    assert (found.step_ms, found.busy_ms, found.exposed_ms) == pytest.approx((0.2, (0.2 + 0.08) / 2, (0.01 + 0.02) / 2))
+    assert found.work_ms == pytest.approx(0.34 / 2) and found.by_class[profile.EXCHANGES].ms == pytest.approx(0.03)
+    assert "exchanges between devices: 0.0 ms a step, 0.0 of them (7.5% of the step) with" in profile.as_text(found)
+
+
 def test_unknown_places_are_said(run, capsys):
     write_trace(run / "profile" / "later", [("nvjet_sm90", "command_buffer", "", 500, 2)])
     (run / "profile" / "host.xplane.pb").unlink()

@@ -361,7 +361,7 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
     # Within chunks.
     dweights_BCGRQQ = _einsum("bcqgrp,bcsgrp->bcgrqs", dy_BCQGRP, c.xdt_BCQGRP, product_dtype) * c.within_BCGRQQ
     dscores_BCGQQ = dweights_BCGRQQ.sum(axis=3).astype(product_dtype)
-    dsteps_BCQGR = _straddling_sums(dweights_BCGRQQ * c.scores_BCGQQ[:, :, :, None])
+    dsteps_BCQGR = _straddling_sums(dweights_BCGRQQ * c.scores_BCGQQ[:, :, :, None], product_dtype, dtype)
     weights_BCGRQQ = (c.scores_BCGQQ[:, :, :, None] * c.within_BCGRQQ).astype(product_dtype)
     dxdt_BCQGRP = _einsum("bcgrqs,bcqgrp->bcsgrp", weights_BCGRQQ, dy_BCQGRP, dtype)
 
@@ -403,14 +403,21 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
     return dtokens, _Weights(dA, dD), dstate_BGRPN.reshape(state_BHPN.shape)
 
 
-def _straddling_sums(products_BCGRQQ):
+def _straddling_sums(products_BCGRQQ, product_dtype, dtype):
     """For each token t of a chunk the sum of products[i, j] over j < t <= i, as [B, C, Q, G, R].
 
     It is the gradient of step t, which lies between j and i. Summed as written and not as a difference of row and
     column sums: behind a step that forgets everything the true sum is 0, and rounding left there would swamp the
-    gradients of A. Blocks of `_BLOCK` tokens keep that cheap.
+    gradients of A. Products in bfloat16 are summed by one product with ones, which passes over them once where blocks
+    take several passes; elsewhere, and on CPUs, blocks of `_BLOCK` tokens keep it cheap.
     """
     chunk = products_BCGRQQ.shape[-1]
+    if jnp.finfo(product_dtype).bits < 32 and platform.platform() != "cpu":
+        i_QQQ, j_QQQ, t_QQQ = jnp.meshgrid(*[jnp.arange(chunk)] * 3, indexing="ij")
+        between_QQQ = (j_QQQ < t_QQQ) & (t_QQQ <= i_QQQ)
+        flat = products_BCGRQQ.astype(product_dtype).reshape(*products_BCGRQQ.shape[:-2], chunk**2)
+        total = _einsum("bcgrs,sq->bcgrq", flat, between_QQQ.reshape(-1, chunk).astype(product_dtype), dtype)
+        return jnp.moveaxis(total, -1, 2)
     width = min(chunk, _BLOCK)
     starts = range(0, chunk, width)
     own = jnp.stack([products_BCGRQQ[..., k : k + width, k : k + width] for k in starts], axis=-3)
