@@ -9,7 +9,7 @@ from pallas_kernels import context
 from pallas_kernels.checks import check_float, check_positive_int, check_shape, check_sides
 from pallas_kernels.op import call
 from pallas_kernels.ops.relative_attention import OP
-from pallas_kernels.segments import document_ids
+from pallas_kernels.segments import document_ids, real_positions
 
 
 def relative_attention(
@@ -40,7 +40,8 @@ def relative_attention(
       window: a window of w sees its own position and the w - 1 before; None: all before.
       segment_ids: int32 [B, T] for both sides (then T == S), where a change of id between real tokens starts a
         document; or a pair [B, T], [B, S], where equal ids are one document in any order; None is one document.
-      positions: int32 like segment_ids; None counts tokens from 0, padding too.
+      positions: int32 like segment_ids; None counts tokens from 0: real ones where segment_ids is one array, all of
+        them where it is a pair or None, which is faster.
       scale: factor of q . k; None is P ** -0.5.
       context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order; to be called inside
         a shard_map over it. Keys and values are gathered; the result is this device's share.
@@ -64,12 +65,14 @@ def relative_attention(
             said = f"with {sizes[1]} queries and {sizes[2]} keys: must be equal"
             raise ValueError(f"context_axis ({context_axis!r}) {said}")
         context_axis = context_axis if context.axis_size(context_axis) > 1 else None
+    positions = check_sides("positions", positions, *sizes)
     if one_side and context_axis is None:
+        positions = (real_positions(pair[0]),) * 2 if positions is None else positions
         pair = (document_ids(pair[0]),) * 2
     kwargs = {
         "window": window,
         "segment_ids": pair,
-        "positions": check_sides("positions", positions, *sizes),
+        "positions": positions,
         "scale": q_BTHP.shape[-1] ** -0.5 if scale is None else float(scale),
     }
     args, more = (q_BTHP, k_BSKP, v_BSKP, r_BTHR, profiles_RE), {"one_side": one_side}

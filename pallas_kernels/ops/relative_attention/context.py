@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context
-from pallas_kernels.segments import document_ids
+from pallas_kernels.segments import document_ids, real_positions
 
 
 def relative_attention_context(
@@ -21,19 +21,14 @@ def relative_attention_context(
     n, index = context.axis_size(context_axis), jax.lax.axis_index(context_axis)
     n_batch, n_queries = q_BTHP.shape[:2]
     gather = lambda array: jax.lax.all_gather(array, context_axis, axis=1, tiled=True)
+    own = lambda array: jax.lax.dynamic_slice_in_dim(array, index * n_queries, n_queries, axis=1)
     ids, positions = options["segment_ids"], options["positions"]
+    place_BS = jnp.broadcast_to(jnp.arange(n * n_queries, dtype=jnp.int32), (n_batch, n * n_queries))
     if ids is not None:
         k_ids_BS = gather(ids[1])
         if one_side:
-            k_ids_BS = document_ids(k_ids_BS)
-            ids = (jax.lax.dynamic_slice_in_dim(k_ids_BS, index * n_queries, n_queries, axis=1), k_ids_BS)
-        else:
-            ids = (ids[0], k_ids_BS)
-    if positions is None:
-        own_T = jnp.arange(n_queries, dtype=jnp.int32) + index * n_queries
-        all_S = jnp.arange(n * n_queries, dtype=jnp.int32)
-        positions = tuple(jnp.broadcast_to(place, (n_batch, place.shape[0])) for place in (own_T, all_S))
-    else:
-        positions = (positions[0], gather(positions[1]))
+            place_BS, k_ids_BS = real_positions(k_ids_BS), document_ids(k_ids_BS)
+        ids = (own(k_ids_BS) if one_side else ids[0], k_ids_BS)
+    positions = (own(place_BS), place_BS) if positions is None else (positions[0], gather(positions[1]))
     options |= {"segment_ids": ids, "positions": positions}
     return attend(q_BTHP, gather(k_BTKP), gather(v_BTKP), r_BTHR, profiles_RE, **options)
