@@ -70,7 +70,7 @@ ALIKE = (
     "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first", "rwkv7_mixed", "minlstm",
     "hgrn", "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting", "kimi_bounded", "latent_queries",
     "norm_of_all", "titans_chunks", "hyena_modal", "bidirectional_apart", "bidirectional_tied", "parallel_normed",
-    "relative_window", "moe_sinks",
+    "relative_window", "moe_sinks", "output_conv",
 )  # fmt: skip
 """Examples that differ from others in a line, or are made of others."""
 EVERY = some([name for name in VARIANTS if name not in ALIKE])
