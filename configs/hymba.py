@@ -4,7 +4,7 @@
 Command: python train.py --config hymba:1.5b --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json
 Hardware: 1.5b: 25 GB for parameters and AdamW, over all devices, before activations. tiny: two CPU cores.
 Expected: attention over all tokens in the first, the middle and the last layer, over 1,024 in the others.
-docs/genomes.md says what differs from the published model.
+docs/compositions.md says what differs from the published model.
 """
 
 from hybridlm.config import (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `mamba3`, `gated_delta_rule`, `gated_delta_product`,
-`rwkv7`, `rwkv4`, `linear_attention`, `linear_scan`, `mlstm`, `slstm`, `titans`; `attention`; convolutions:
-`causal_conv1d`, `long_conv`; `grouped_dot` for experts; `cache_write` for decoding. `assume_platform` traces them for
-another platform than the one at hand.
+`rwkv7`, `rwkv4`, `linear_attention`, `linear_scan`, `mlstm`, `slstm`, `titans`; `attention`,
+`relative_attention`; convolutions: `causal_conv1d`, `long_conv`; `grouped_dot` for experts; `cache_write` for decoding.
+`assume_platform` traces them for another platform than the one at hand.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm. Importing it has two effects on the process:
 with jaxlib 0.10 it adds a flag to XLA_FLAGS (`compat.avoid_faulty_cpu_fusions`), and a finder of earlier module names
@@ -32,6 +32,7 @@ from pallas_kernels.ops.linear_scan.api import linear_scan  # noqa: E402
 from pallas_kernels.ops.long_conv.api import long_conv  # noqa: E402
 from pallas_kernels.ops.mamba3.api import mamba3  # noqa: E402
 from pallas_kernels.ops.mlstm.api import mlstm  # noqa: E402
+from pallas_kernels.ops.relative_attention.api import relative_attention  # noqa: E402
 from pallas_kernels.ops.rwkv4.api import rwkv4  # noqa: E402
 from pallas_kernels.ops.rwkv7.api import rwkv7  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
@@ -55,6 +56,7 @@ __all__ = [
     "long_conv",
     "mamba3",
     "mlstm",
+    "relative_attention",
     "rwkv4",
     "rwkv7",
     "selective_scan",

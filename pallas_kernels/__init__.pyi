@@ -421,6 +421,20 @@ def mlstm(
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array, jax.Array]: ...
+def relative_attention(
+    q_BTHP: AnyArray,
+    k_BSKP: AnyArray,
+    v_BSKP: AnyArray,
+    r_BTHR: AnyArray,
+    profiles_RE: AnyArray,
+    *,
+    window: int | None = None,
+    segment_ids: AnyArray | tuple[AnyArray, AnyArray] | None = None,
+    positions: AnyArray | tuple[AnyArray, AnyArray] | None = None,
+    scale: float | None = None,
+    context_axis: str | None = None,
+    implementation: str = "auto",
+) -> jax.Array: ...
 @overload
 def rwkv4(
     k_BTD: AnyArray,
@@ -735,6 +749,7 @@ __all__ = [
     "long_conv",
     "mamba3",
     "mlstm",
+    "relative_attention",
     "rwkv4",
     "rwkv7",
     "selective_scan",

@@ -51,6 +51,23 @@ def check_segment_ids(name: str, ids, expected: tuple, legend: str):
     return jnp.asarray(ids).astype(jnp.int32)
 
 
+def check_sides(name: str, arrays, n_batch: int, n_queries: int, n_keys: int):
+    """Of queries and keys the ids or positions as int32, or None: one array is of both sides, a pair of each."""
+    if arrays is None:
+        return None
+    if not isinstance(arrays, (tuple, list)):
+        if n_queries != n_keys:
+            raise ValueError(f"{name} is one array but q_BTHP has {n_queries} tokens and k_BSKP {n_keys}: give a pair")
+        both = check_segment_ids(name, arrays, (n_batch, n_queries), "batch, tokens of q_BTHP")
+        return both, both
+    if len(arrays) != 2:
+        raise ValueError(f"{name} has {len(arrays)} arrays, expected a pair for queries and keys")
+    return (
+        check_segment_ids(f"{name}[0]", arrays[0], (n_batch, n_queries), "batch, tokens of q_BTHP"),
+        check_segment_ids(f"{name}[1]", arrays[1], (n_batch, n_keys), "batch, tokens of k_BSKP"),
+    )
+
+
 def check_positive_int(name: str, value, minimum: int = 1) -> None:
     """Raises TypeError unless value is an int (a bool is none), ValueError if it is below the minimum."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or hasattr(value, "aval"):

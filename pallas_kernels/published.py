@@ -189,9 +189,10 @@ def hyena(a: Mapping, options: Mapping, implementation: str) -> dict:
     """Hyena of order 2 between its projections: the last two parts meet first, the first gates the result."""
     if options.get("order", 2) != 2:
         raise NotImplementedError(f"order ({options['order']}) of hyena not 2")
-    parts = ops.causal_conv1d(a["u"], a["short_w"], a["short_b"], implementation=implementation)
+    ids = a.get("segment_ids")
+    parts = ops.causal_conv1d(a["u"], a["short_w"], a["short_b"], segment_ids=ids, implementation=implementation)
     x0, x1, v = jnp.split(parts, 3, axis=-1)
-    y = ops.long_conv(v * x1, a["h"], skip=a["h_bias"], segment_ids=a.get("segment_ids"), implementation=implementation)
+    y = ops.long_conv(v * x1, a["h"], skip=a["h_bias"], segment_ids=ids, implementation=implementation)
     return {"y": y * x0}
 
 
@@ -265,12 +266,17 @@ def _gated(y, a: Mapping):
 
 
 def causal_conv1d(a: Mapping, options: Mapping, implementation: str) -> dict:
-    """The files' state is the row's last inputs of whatever document; the op's is those of the last one alone."""
-    x, ids = a["x"], a.get("segment_ids")
-    y, state = ops.causal_conv1d(x, a["weight"], a.get("bias"), activation=options["activation"], **_common(a),
+    """The files' state is the row's last inputs of whatever document, and what a row of several documents is given as
+    state belongs to none of them: it is in front of the row's inputs in the new state, and in no output. The op's state
+    is that of one document."""
+    x, given = a["x"], _common(a)
+    if "segment_ids" in a:
+        given.pop("initial_state", None)
+    y, state = ops.causal_conv1d(x, a["weight"], a.get("bias"), activation=options["activation"], **given,
                                  return_final_state=True, implementation=implementation)  # fmt: skip
-    if ids is not None and (n_before := state.shape[1]) <= x.shape[1]:
-        state = jnp.where((ids[:, -n_before:] != ids[:, -1:])[..., None], x[:, -n_before:], state)
+    if "segment_ids" in a:
+        before = a.get("initial_state", jnp.zeros_like(state))
+        state = jnp.concatenate([before, x], axis=1)[:, x.shape[1] :]
     return {"y": y, "final_state": state}
 
 

@@ -36,3 +36,9 @@ def document_starts(segment_ids_BT: jax.Array) -> jax.Array:
 def document_ids(segment_ids_BT: jax.Array) -> jax.Array:
     """[B, T] int32: ids of which each belongs to one document of its row only, 0 at padding."""
     return jnp.where(segment_ids_BT != 0, document_numbers(segment_ids_BT) + 1, 0)
+
+
+def real_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """[B, T] int32: how many real tokens of the row stand before each token."""
+    real_BT = segment_ids_BT != 0
+    return jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT

@@ -52,8 +52,10 @@ from hybridlm.layers import (
     MemoryAsContext,
     ModalFilter,
     MoE,
+    OutputConv,
     Parallel,
     Proportional,
+    RelativeAttention,
     Rope,
     Router,
     Rwkv4,
@@ -74,9 +76,9 @@ __all__ = [
     "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "Hyena", "ImplicitFilter",
     "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3",
     "LoraConfig", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE",
-    "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "Parallel", "ProbeConfig", "Proportional",
-    "QuantizeConfig", "RGLRU", "Rope", "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM",
-    "Shared", "Titans", "Wsd", "YaRN",
+    "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "OutputConv", "Parallel", "ProbeConfig",
+    "Proportional", "QuantizeConfig", "RGLRU", "RelativeAttention", "Rope", "Router", "RunConfig", "Rwkv4",
+    "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans", "Wsd", "YaRN",
 ]  # fmt: skip
 
 

@@ -36,7 +36,9 @@ from hybridlm.layers.mlp import MLP, FeedForward
 from hybridlm.layers.mlstm import MLSTM, MLSTMMixer
 from hybridlm.layers.moe import MoE, MoEFeedForward, Router
 from hybridlm.layers.norm import LayerNorm, RMSNorm
+from hybridlm.layers.output_conv import OutputConv, OutputConvMixer
 from hybridlm.layers.parallel import Branch, Parallel, ParallelMixer
+from hybridlm.layers.relative_attention import RelativeAttention, RelativeAttentionMixer
 from hybridlm.layers.rglru import RGLRU, RGLRUMixer
 from hybridlm.layers.rope import NTK, Linear, Llama3, Proportional, Rope, YaRN
 from hybridlm.layers.rwkv4 import Rwkv4, Rwkv4Mixer
@@ -55,13 +57,13 @@ __all__ = [
     "ImplicitFilter", "InnerNorm", "KimiDelta", "KimiDeltaMixer", "LatentAttention", "LatentAttentionMixer",
     "LayerNorm", "Linear", "LinearAttention", "LinearAttentionMixer", "Llama3", "MLP", "MLSTM", "MLSTMMixer", "Mamba1",
     "Mamba1Mixer", "Mamba2", "Mamba2Mixer", "Mamba3", "Mamba3Mixer", "MemoryAsContext", "MemoryAsContextMixer", "MoE",
-    "MoEFeedForward", "ModalFilter", "NTK", "Parallel", "ParallelMixer", "Proportional", "RGLRU", "RGLRUMixer",
-    "RMSNorm", "Rope", "Router", "Rwkv4", "Rwkv4Channel", "Rwkv4ChannelMixer", "Rwkv4Mixer", "Rwkv6", "Rwkv6Mixer",
-    "Rwkv7", "Rwkv7Mixer", "SLSTM", "SLSTMMixer", "Shared", "SharedLink", "SharedTransformer", "Titans", "TitansMixer",
-    "YaRN", "blocks_by_name",
+    "MoEFeedForward", "ModalFilter", "NTK", "OutputConv", "OutputConvMixer", "Parallel", "ParallelMixer",
+    "Proportional", "RGLRU", "RGLRUMixer", "RMSNorm", "RelativeAttention", "RelativeAttentionMixer", "Rope", "Router",
+    "Rwkv4", "Rwkv4Channel", "Rwkv4ChannelMixer", "Rwkv4Mixer", "Rwkv6", "Rwkv6Mixer", "Rwkv7", "Rwkv7Mixer", "SLSTM",
+    "SLSTMMixer", "Shared", "SharedLink", "SharedTransformer", "Titans", "TitansMixer", "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
-Block = AnyMixer | Parallel | Shared | Bidirectional | MemoryAsContext
+Block = AnyMixer | Parallel | Shared | Bidirectional | MemoryAsContext | OutputConv
 """What a pattern symbol can stand for on the command line and in stored configs."""
 BLOCKS: tuple[type[Block], ...] = get_args(Block)
 """Their classes."""

@@ -20,6 +20,7 @@ from hybridlm.layers.mamba3 import Mamba3
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.mlstm import MLSTM
 from hybridlm.layers.moe import MoE
+from hybridlm.layers.relative_attention import RelativeAttention
 from hybridlm.layers.rglru import RGLRU
 from hybridlm.layers.rwkv4 import Rwkv4
 from hybridlm.layers.rwkv4_channel import Rwkv4Channel
@@ -31,7 +32,7 @@ from hybridlm.layers.titans import Titans
 AnyMixer = (
     Mamba1 | Mamba2 | Attention | MLP | MoE | Mamba3 | LinearAttention | GatedDeltaNet | KimiDelta | LatentAttention
     | GatedConv | GatedScan | RGLRU | MLSTM | SLSTM | Rwkv4 | Rwkv4Channel | Rwkv6 | Rwkv7 | ChannelMix
-    | ConvolvedAttention | DepthMoE | Hyena | Titans
+    | ConvolvedAttention | DepthMoE | Hyena | Titans | RelativeAttention
 )  # fmt: skip
 """What the command line and stored configs know as a pattern symbol, a branch, or a part of a shared block."""
 MIXERS: tuple[type[AnyMixer], ...] = get_args(AnyMixer)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture of experts: routers as published, dropless experts, shared and latent experts, router losses and statistics.
 
-Axis letters: B batch, T tokens, D model, E experts, k experts of a token, F feed-forward, R latent width.
+Axis letters: B batch, T tokens, D model, E experts, k experts of a token, J sinks, F feed-forward, R latent width.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, reporting, split_of_parts
 from hybridlm.layers.experts import routed_per_device
-from hybridlm.layers.mlp import ACTIVATIONS, GATED, MLP, FeedForward
+from hybridlm.layers.mlp import ACTIVATIONS, GATED, MLP, FeedForward, gated
 
 STATISTICS = {
     "loss": Statistic("router_loss", layers="sum", loss=True),
@@ -98,6 +98,9 @@ class MoE:
     capacity: float | None = None
     """Over a mesh axis `expert`: room for that many times the rows of an even load in what a device sends to another,
     the rest is dropped; None: nothing is dropped, with room for all rows."""
+    sinks: int = 0
+    """Experts J of width d_ff that every token uses and that the router weighs beside the chosen ones: weights are
+    renormalised over both (Inkling)."""
 
     FREE: ClassVar[frozenset[str]] = frozenset()
     KEPT: ClassVar[Mapping[str, Kept]] = {
@@ -117,6 +120,9 @@ class MoE:
         choice = E // r.n_groups * r.top_groups
         require(r.top_k <= choice, f"router.top_k ({r.top_k}) exceeds the {choice} experts to choose from")
         require(not self.shared_gate or self.shared is not None, "shared_gate needs shared experts")
+        require(self.sinks >= 0, f"sinks ({self.sinks}) must not be negative")
+        weighed = r.score == "sigmoid" and r.renormalise
+        require(not self.sinks or weighed, f"sinks ({self.sinks}) need router.score=sigmoid and router.renormalise")
         require(not self.latent_bias or self.d_latent is not None, "latent_bias needs d_latent")
 
     def check(self, d_model: int) -> None:
@@ -142,8 +148,9 @@ class MoE:
     def flops(self, d_model: int, seq_len: int) -> float:
         """Router, projections, a token's experts and the shared ones."""
         shared = sum(part.flops(d_model, seq_len) for part in self.parts().values())
-        projections = 2.0 * d_model * (self.n_experts + self.shared_gate + 2 * (self.d_latent or 0))
-        width = self.router.top_k * (self.d_latent or d_model)
+        choices = self.n_experts + self.sinks + self.shared_gate
+        projections = 2.0 * d_model * (choices + 2 * (self.d_latent or 0))
+        width = self.router.top_k * (self.d_latent or d_model) + self.sinks * d_model
         return projections + shared + 2.0 * (3 if self.gated else 2) * width * self.d_ff
 
     def resolved(self, d_model: int) -> "MoE":
@@ -186,7 +193,8 @@ class MoEFeedForward(nnx.Module):
         self.config, self.d_model, self.dtype = config, d_model, dtype
         out_std = init_std if out_std is None else out_std
         D, E, F, R = d_model, config.n_experts, config.d_ff, config.d_latent or d_model
-        self.router = params.matrix(rngs, (D, E), ("d_model", None), init_std, exact=True)
+        J = config.sinks
+        self.router = params.matrix(rngs, (D, E + J), ("d_model", None), init_std, exact=True)
         self.selection_bias = params.zeros((E,), (None,), "bias") if config.router.selection_bias else None
         latent, bias = config.d_latent is not None, config.latent_bias
         self.latent_in = params.matrix(rngs, (D, R), ("d_model", None), init_std) if latent else None
@@ -197,6 +205,9 @@ class MoEFeedForward(nnx.Module):
         self.w_out = params.matrix(rngs, (E, F, R), ("experts", "d_ff", "d_model"), out_std, fused_axes=(0,))
         self.latent_out = params.matrix(rngs, (R, D), (None, "d_model"), out_std) if latent else None
         self.latent_out_bias = params.zeros((D,), ("d_model",), "bias") if bias else None
+        of_sinks, parts = ("d_model", *names, None, "d_ff"), tuple(range(1, len(sides) + 2))
+        self.sink_in = params.matrix(rngs, (D, *sides, J, F), of_sinks, init_std, fused_axes=parts) if J else None
+        self.sink_out = params.matrix(rngs, (J, F, D), (None, "d_ff", "d_model"), out_std, n_in=2) if J else None
         options: dict[str, Any] = {"rngs": rngs, "init_std": init_std, "out_std": out_std, "dtype": dtype}
         self.shared = None if config.shared is None else FeedForward(config.shared, D, **options)
         self.shared_gate = params.matrix(rngs, (D, 1), ("d_model", None), init_std) if config.shared_gate else None
@@ -211,11 +222,13 @@ class MoEFeedForward(nnx.Module):
             logits_BTE = params.enter(exact, x_BTD.astype(jnp.float32), [self.router], sharding.STREAM)
             logits_BTE = checkpoint_name(sharding.constrain(logits_BTE, *sharding.STREAM), "moe_logits")
             bias_E = None if self.selection_bias is None else self.selection_bias[...]
-            experts_BTk, weights_BTk, scores_BTE = route(c.router, logits_BTE, bias_E)
+            logits_BTE, sinks_BTJ = logits_BTE[..., : c.n_experts], logits_BTE[..., c.n_experts :]
+            experts_BTk, weights_BTk, scores_BTE = route(c.router, logits_BTE, bias_E, sinks_BTJ)
+            weights_BTk, sinks_BTJ = weights_BTk[..., : c.router.top_k], weights_BTk[..., c.router.top_k :]
         with jax.named_scope("experts"):
             y_BTD, kept_BTk = self._routed(x_BTD, experts_BTk, weights_BTk, real_BT)
         with jax.named_scope("shared"):
-            y_BTD = y_BTD + self._shared(x_BTD)
+            y_BTD = y_BTD + self._shared(x_BTD) + self._sinks(x_BTD, sinks_BTJ)
         with jax.named_scope("statistics"):
             of_router = statistics(c, c.router.top_k, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk)
             return Output(y_BTD, of_router)
@@ -258,6 +271,15 @@ class MoEFeedForward(nnx.Module):
             return y_BTD
         return y_BTD * jax.nn.sigmoid(params.project(x_BTD, self.shared_gate))
 
+    def _sinks(self, x_BTD, weights_BTJ) -> jax.Array | float:
+        """The output of the experts that the router weighs for every token."""
+        if self.sink_in is None or self.sink_out is None:
+            return 0.0
+        h, name = params.project(x_BTD, self.sink_in), self.config.activation
+        h = sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff")
+        h_BTJF = gated(h, GATED[name], 1.0) if self.config.gated else ACTIVATIONS[name](h)
+        return params.leave((h_BTJF * weights_BTJ[..., None]).astype(h_BTJF.dtype), self.sink_out)
+
 
 def statistics(config, top_k: int, logits_BTE, scores_BTE, experts_BTk, real_BT, kept_BTk) -> dict[str, jax.Array]:
     """STATISTICS of a mixture, over the real tokens. config: with the weights of its losses."""
@@ -284,10 +306,13 @@ def inspected(stats: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: stats[key] for name, key in names.items()}
 
 
-def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None) -> tuple:
+def route(
+    router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None, sinks_BTJ: jax.Array | None = None
+) -> tuple:
     """(chosen experts [B, T, k], their weights [B, T, k], scores [B, T, E]), the last two float32.
 
-    bias_E: added to the scores (of softmax_after: to the logits) for the choice alone.
+    bias_E: added to the scores (of softmax_after: to the logits) for the choice alone. sinks_BTJ: logits of experts
+    that are used anyway, whose weights stand behind the others, [B, T, k + J].
     """
     logits_BTE = logits_BTE.astype(jnp.float32)
     scores_BTE = jax.nn.sigmoid(logits_BTE) if router.score == "sigmoid" else jax.nn.softmax(logits_BTE, axis=-1)
@@ -300,6 +325,9 @@ def route(router: Router, logits_BTE: jax.Array, bias_E: jax.Array | None = None
         weights_BTk = jax.nn.softmax(jnp.take_along_axis(logits_BTE, experts_BTk, axis=-1), axis=-1)
     else:
         weights_BTk = jnp.take_along_axis(scores_BTE, experts_BTk, axis=-1)
+    if sinks_BTJ is not None and sinks_BTJ.shape[-1]:
+        sinks_BTJ = jax.nn.sigmoid(sinks_BTJ.astype(jnp.float32))
+        weights_BTk = jnp.concatenate([weights_BTk, sinks_BTJ], axis=-1)
     if router.renormalise:
         weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + router.renormalise_eps
     return experts_BTk, weights_BTk * router.scaling, scores_BTE

@@ -10,6 +10,7 @@ size, W convolution window.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 import pallas_kernels
 from hybridlm import sharding
@@ -311,6 +312,33 @@ def attention(
     arrays = (q, k, v, k_scale, v_scale, gate, sinks, *segment_ids, *positions, q_offset, layer)
     names = (heads, keys, keys, scales, scales, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
     return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
+
+
+def relative_attention(
+    q, k, v, r, profiles_RE, *, segment_ids: tuple, positions: tuple = (None, None), q_offset=None, layer=None,
+    split_tokens: bool = False, **options,
+) -> jax.Array:  # fmt: skip
+    """`pallas_kernels.relative_attention`: [B, T, H, P]. As `attention`; options: window and scale."""
+    if q_offset is not None:
+        at = q_offset[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        positions = (at, jnp.broadcast_to(jnp.arange(k.shape[-3], dtype=jnp.int32), (q.shape[0], k.shape[-3])))
+    if not split_tokens:
+        k, v = (caches.read(a, layer, q.dtype) for a in (k, v))
+    k, v = (sharding.repeat_for_heads(a, 2, q.shape[2]) for a in (k, v))
+
+    def run(q, k, v, r, profiles, q_ids, k_ids, q_at, k_at, context_axis=None):
+        return pallas_kernels.relative_attention(
+            q, k, v, r, profiles, context_axis=context_axis,
+            segment_ids=None if q_ids is None else (q_ids, k_ids),
+            positions=None if q_at is None else (q_at, k_at),
+            **options,
+        )  # fmt: skip
+
+    heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
+    names = (heads, kv_heads, kv_heads, heads, (None, None), ROWS, ROWS, ROWS, ROWS)
+    return sharding.per_device(
+        run, (q, k, v, r, profiles_RE, *segment_ids, *positions), names, heads, split_tokens=split_tokens
+    )
 
 
 def implementation(tokens_BT: jax.Array, initial_state) -> str:

@@ -21,6 +21,7 @@ NAMES = (
     "long_conv",
     "mamba3",
     "mlstm",
+    "relative_attention",
     "rwkv4",
     "rwkv7",
     "selective_scan",

@@ -110,7 +110,7 @@ def in_files(plan: Plan, name: str) -> str:
 
 def published_norm(plan: Plan, norms: dict[str, float], name: str) -> float:
     """Norm of a parameter of the published implementation, which holds all experts in one; files may have one each."""
-    end = next((end for end in EXPERTS if name.endswith(end)), "")
+    end = next((end for end in EXPERTS if name.endswith(f".{end}")), "")
     for known in other_names(plan, name):
         pattern = re.escape(known.removesuffix(end)) + EXPERTS.get(end, "")
         found = [norm for key, norm in norms.items() if re.fullmatch(pattern, key)]

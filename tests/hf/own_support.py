@@ -53,6 +53,7 @@ ALL = {
     "lstms": ("abc", dict(zip("abc", ["mlstm", "slstm", "mlstm_plain"])), {}),
     "long": ("ab", dict(zip("ab", ["hyena", "hyena_modal"])), {}),
     "memories": ("abc", dict(zip("abc", ["titans", "titans_chunks", "memory_context"])), {}),
+    "relative": ("abcd", dict(zip("abcd", ["relative", "relative_window", "output_conv", "moe_sinks"])), {}),
     "depths": ("EaDaD", dict(zip("EaD", ["depth_moe_first", "window", "depth_moe"])), {}),
     "routed": (
         "EaE-",

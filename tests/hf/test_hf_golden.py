@@ -32,8 +32,9 @@ def by_default(*names: str) -> list:
 
 
 every = pytest.mark.parametrize("name", GOLDEN)
-ALIKE = ("lfm2_moe", "lfm3", "hunyuan_v1_dense", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "bailing_hybrid")
-"""Families whose mixers others have, too: of these the slow tests alone take derivatives and generate."""
+ALIKE = ("lfm2_moe", "lfm3", "hunyuan_v1_dense", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "bailing_hybrid", "inkling")
+"""Families whose mixers others have, or whose caches and gradients the tests of mixers and ops hold each time: of these
+the slow tests alone take derivatives and generate."""
 most = pytest.mark.parametrize("name", by_default(*(name for name in GOLDEN if name not in ALIKE)))
 
 

@@ -83,6 +83,13 @@ MINIMAX = {
     **LLAMA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
     "intermediate_size": 12, "block_size": 8,
 }  # fmt: skip
+INKLING = {
+    **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 12, "sliding_window_size": 5,
+    "d_rel": 4, "rel_extent": 7, "intermediate_size": 40, "moe_intermediate_size": 12, "n_routed_experts": 5,
+    "num_experts_per_tok": 2, "layer_types": ["hybrid_sliding", "hybrid", "hybrid"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"], "logits_mup_width_multiplier": 3.0,
+}  # fmt: skip
 ZAYA = {
     **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "moe_intermediate_size": 12, "num_experts": 3, "router_hidden_size": 10,
@@ -410,6 +417,17 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
                 "num_hidden_layers": 1, "num_experts": 5, "cca_time0": 1,
                 "rope_parameters": {"hybrid": {"rope_type": "default", "rope_theta": 50.0}},
             },
+        )
+    ],
+    "inkling_text": [
+        (INKLING, change)
+        for change in (
+            {"log_scaling_n_floor": 6, "log_scaling_alpha": 0.5, "conv_kernel_size": 3, "route_scale": 2.5},
+            {"layer_types": None, "mlp_layer_types": None, "n_shared_experts": 1, "hidden_act": "gelu"},
+            {"layer_types": ["hybrid"] * 3, "mlp_layer_types": ["dense"] * 3, "rel_extent": 40, "d_rel": 1},
+            {"layer_types": ["hybrid_sliding"] * 2, "mlp_layer_types": ["sparse"] * 2, "num_hidden_layers": 2,
+             "sliding_window_size": 1, "n_shared_experts": 3, "num_experts_per_tok": 5, "rms_norm_eps": 1e-2},
+            {"log_scaling_n_floor": 1, "rel_extent": 1, "conv_kernel_size": 1, "num_key_value_heads": 4},
         )
     ],
     "hunyuan_v1_dense": [

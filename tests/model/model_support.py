@@ -42,7 +42,9 @@ from hybridlm.config import (
     ModalFilter,
     ModelConfig,
     MoE,
+    OutputConv,
     Parallel,
+    RelativeAttention,
     Rope,
     Router,
     Rwkv4,
@@ -165,6 +167,7 @@ VARIANTS["shared"] = Shared(
     mlp_adapter=3, attention_adapter=2,
 )  # fmt: skip
 VARIANTS |= {
+    "moe_sinks": MoE(4, 6, router=Router(2, "sigmoid", renormalise=True, scaling=2.0, selection_bias=True), sinks=2),
     "hyena": Hyena(ImplicitFilter(max_len=24, width=6, n_inner=1, frequency=2.0)),
     "hyena_modal": Hyena(ModalFilter(3, 0.01, 0.5), d_conv=4, conv_bias=False, proj_bias=False),
     "titans": Titans(2, d_head=4, d_memory=6, max_rate=0.5),
@@ -176,6 +179,9 @@ VARIANTS |= {
     "memory_context": MemoryAsContext(
         Titans(2, d_head=4, d_memory=6, max_rate=0.02), Attention(n_heads=2, d_head=8, window=6)
     ),
+    "relative": RelativeAttention(n_heads=4, n_kv_heads=2, d_head=8, n_profiles=3, extent=5, d_conv=3, log_floor=4),
+    "relative_window": RelativeAttention(2, 1, 4, n_profiles=2, extent=4, window=4, d_conv=2),
+    "output_conv": OutputConv(VARIANTS["mlp"], d_conv=3, scaled=True),
     "parallel_normed": Parallel({name: replace(branch, norm=True) for name, branch in BRANCHES.items()}, merge="gate"),
 }
 HYBRID = {

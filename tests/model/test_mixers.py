@@ -23,6 +23,7 @@ from hybridlm.config import (
     MemoryAsContext,
     MeshConfig,
     MoE,
+    RelativeAttention,
     Rwkv6,
     Rwkv7,
     Shared,
@@ -42,7 +43,10 @@ from tests.model.model_support import HYBRID as HYBRID_BLOCKS
 from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
-BY_FAMILY = ("gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe", "kimi", "latent")
+BY_FAMILY = (
+    "gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe", "kimi", "latent", "relative",
+    "output_conv",
+)  # fmt: skip
 """What golden checkpoints hold, by default, to documents in rows, pieces and devices: those tests of them are slow."""
 LARGE = ("hyena", "titans", "bidirectional", "memory_context")
 """What takes longest to compile: of their programs the mixer's alone runs by the minute."""
@@ -66,6 +70,7 @@ ALIKE = (
     "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first", "rwkv7_mixed", "minlstm",
     "hgrn", "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting", "kimi_bounded", "latent_queries",
     "norm_of_all", "titans_chunks", "hyena_modal", "bidirectional_apart", "bidirectional_tied", "parallel_normed",
+    "relative_window", "moe_sinks", "output_conv",
 )  # fmt: skip
 """Examples that differ from others in a line, or are made of others."""
 EVERY = some([name for name in VARIANTS if name not in ALIKE])
@@ -86,6 +91,7 @@ def seen(name: str) -> np.ndarray:
     if sees_ahead(VARIANTS[name]):
         return np.ones((T, T), bool)
     of_two = {"window": 5, "gated_conv": 7, "rwkv4_channel": 3, "channel_mix": 3}  # layers of self and 2, 3 or 1 before
+    of_two |= {"relative_window": 9, "output_conv": 5}  # 3 before, whose keys and values see 1 more; 2 before
     behind = of_two.get(name, T)
     return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
 
@@ -200,6 +206,9 @@ def of_ops(block, seq_len: int) -> float:
         return scan_flops(block.heads(properties.D), block.d_head, block.d_head, seq_len)
     if isinstance(block, Rwkv7):
         return rwkv7.scan_flops(block.heads(properties.D), block.d_head, seq_len)
+    if isinstance(block, RelativeAttention):
+        of_profiles = 2.0 * (block.n_heads - 1) * block.n_profiles * block.extent  # one head's are their parameters'
+        return of_profiles + 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
     if isinstance(block, ConvolvedAttention):
         return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
     return 0.0

@@ -25,6 +25,7 @@ BLOCKS = {
     "granite": MoE(n_experts=5, d_ff=6, router=Router(3, "softmax_after"), shared=MLP(7)),
     "qwen": MoE(4, 6, "geglu", Router(2, renormalise=True), MLP(7, "geglu"), shared_gate=True),
     "nemotron": VARIANTS["moe"],
+    "inkling": MoE(4, 6, router=Router(2, "sigmoid", renormalise=True, scaling=2.0, selection_bias=True), sinks=2),
 }
 ROUTERS = {name: block.router for name, block in BLOCKS.items()} | {
     "deepseek_v2": Router(3, scaling=16.0, n_groups=4, top_groups=2, group_top=1),
@@ -72,7 +73,9 @@ def dense(layer, x_BTD, real_BT):
     """Every expert on every token, weighed by what the router says: no sorting, no groups of rows."""
     c, w = layer.config, {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(layer))}
     act = ACTIVATIONS[GATED.get(c.activation, c.activation)]
-    experts, weights, _ = route(c.router, x_BTD @ w["router"], w.get("selection_bias"))
+    logits, E = x_BTD @ w["router"], c.n_experts
+    experts, weights, _ = route(c.router, logits[..., :E], w.get("selection_bias"), logits[..., E:])
+    weights, of_sinks = weights[..., : c.router.top_k], weights[..., c.router.top_k :]
     u = x_BTD if c.d_latent is None else x_BTD @ w["latent_in"] + w["latent_in_bias"][None, None]
     y = 0.0
     for e in range(c.n_experts):
@@ -85,7 +88,25 @@ def dense(layer, x_BTD, real_BT):
         h = act(h[:, :, 0]) * h[:, :, 1] if c.gated else act(h)
         gate = jax.nn.sigmoid(x_BTD @ w["shared_gate"]) if c.shared_gate else 1.0
         y += h @ w["shared.w_out"] * gate
+    for j in range(c.sinks):
+        h = act(x_BTD @ w["sink_in"][:, 0, j]) * (x_BTD @ w["sink_in"][:, 1, j])
+        y += h @ w["sink_out"][j] * of_sinks[..., j, None]
     return y
+
+
+def test_sinks_are_weighed_with_the_chosen():
+    """The weights of both sum to the scaling, each a sigmoid over the sum of all; the bias is for the choice alone."""
+    router, rng = BLOCKS["inkling"].router, np.random.default_rng(0)
+    logits, sinks, bias = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 2)), rng.normal(size=4)
+    experts, weights, _ = route(router, *(jnp.asarray(a, jnp.float32) for a in (logits, bias, sinks)))
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
+    for place in np.ndindex(2, 3):
+        chosen = sorted(range(4), key=lambda e: -(sigmoid(logits[place][e]) + bias[e]))[:2]
+        np.testing.assert_array_equal(experts[place], chosen)
+        wanted = np.concatenate([sigmoid(logits[place][chosen]), sigmoid(sinks[place])])
+        np.testing.assert_allclose(weights[place], 2.0 * wanted / wanted.sum(), rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"^sinks \(1\) need router.score=sigmoid and router.renormalise$"):
+        MoE(4, 6, sinks=1)
 
 
 @pytest.mark.quick

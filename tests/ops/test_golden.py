@@ -67,6 +67,37 @@ def test_every_golden_file_is_here():
     assert all(any(path.stem.startswith(start) for path in FILES) for start in BY_DEFAULT)
 
 
+def drawn(*shapes: tuple) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def test_hyena_of_two_documents_is_that_of_each():
+    """The short convolution stops at documents as the long one does."""
+    u, short_w, short_b, h, h_bias = drawn((1, 12, 9), (9, 3), (9,), (12, 3), (3,))
+    weights = {"short_w": short_w, "short_b": short_b, "h_bias": h_bias}
+    run = lambda u, h, **more: published.hyena({"u": u, "h": h, **weights, **more}, {"order": 2}, "xla")["y"]
+    ids = np.repeat([[1, 2]], (5, 7), axis=1).astype(np.int32)
+    apart = np.concatenate([run(u[:, :5], h[:5]), run(u[:, 5:], h[:7])], axis=1)
+    check_close(run(u, h, segment_ids=ids), apart, dtype="float32", what="y")
+
+
+@pytest.mark.parametrize("n_tokens", [2, 9])
+def test_a_state_in_front_of_packed_rows_is_of_none_of_them(n_tokens):
+    """Of the convolution: no output reads it, the new state is the last inputs of the row, it among them."""
+    x, weight, before = drawn((2, n_tokens, 4), (4, 4), (2, 3, 4))
+    ids = np.repeat([[1, 2]], (1, n_tokens - 1), axis=1).repeat(2, axis=0).astype(np.int32)
+    given = {"x": x, "weight": weight, "initial_state": before, "segment_ids": ids}
+    found = published.causal_conv1d(given, {"activation": None}, "xla")
+    inputs = np.concatenate([before, x], axis=1)
+    expected = np.zeros_like(x)
+    for t in range(n_tokens):
+        for s in range(max(0, t - 3), t + 1):
+            expected[:, t] += (ids[0, s] == ids[0, t]) * weight[:, 3 - t + s] * x[:, s]
+    check_close(found["y"], expected, dtype="float32", what="y")
+    np.testing.assert_array_equal(found["final_state"], inputs[:, n_tokens:])
+
+
 # The command.
 
 

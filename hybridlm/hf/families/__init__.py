@@ -9,6 +9,7 @@ from hybridlm.hf.families import (
     falcon_mamba,
     granitemoehybrid,
     hunyuan_v1_dense,
+    inkling,
     jamba,
     kimi_linear,
     lfm2,
@@ -40,7 +41,7 @@ KNOWN: dict[str, Family] = {
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
         zamba, zamba2, qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, kimi_linear, bailing_hybrid,
-        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya, own,
+        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya, inkling, own,
     )
     for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip

@@ -5,7 +5,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from hybridlm.hf.families import tables
+from hybridlm.hf.families import own_rwkv, tables
 from hybridlm.hf.family import Table
 from hybridlm.layers import (
     MLP,
@@ -31,7 +31,9 @@ from hybridlm.layers import (
     Mamba3,
     MemoryAsContext,
     MoE,
+    OutputConv,
     Parallel,
+    RelativeAttention,
     Rwkv4,
     Rwkv4Channel,
     Rwkv6,
@@ -146,6 +148,11 @@ def _moe(block: MoE) -> Table:
         "latent_out.bias": "mixer.latent_out_bias: D",
         **({} if block.shared is None else tables.at("shared_expert.", _mlp(block.shared), "mixer.shared")),
         "shared_expert_gate.weight": "mixer.shared_gate: 1 D -> D 0",
+        **{
+            f"weighed_experts.{{j}}.{name}.weight": f"mixer.sink_in: F D -> D{side} j F"
+            for name, side in firsts.items()
+        },
+        "weighed_experts.{j}.down_proj.weight": "mixer.sink_out: D F -> j F D",
     }
 
 
@@ -181,6 +188,24 @@ def _convolved(block: ConvolvedAttention) -> Table:
         "v_proj.weight": "mixer.w_v: (c X) D -> D c X",
         "v_proj.bias": "mixer.b_v: (c X) -> c X",
         "key_scale": "mixer.key_scale: K",
+    }
+
+
+def _relative(block: RelativeAttention) -> Table:
+    return {
+        **{name: spec for name, spec in tables.ATTENTION.items() if name.endswith("weight")},
+        "r_proj.weight": "mixer.w_r: (H R) D -> D H R",
+        "k_conv1d.weight": "mixer.conv_k: (K P) 1 W -> K P W",
+        "v_conv1d.weight": "mixer.conv_v: (K P) 1 W -> K P W",
+        "profiles": "mixer.profiles: R E",
+    }
+
+
+def _output_conv(block: OutputConv) -> Table:
+    return {
+        **tables.at("mixer.", table_of(block.mixer), "mixer.mixer"),
+        "scale": "mixer.scale: c",
+        "conv1d.weight": "mixer.conv: D 1 W -> D W",
     }
 
 
@@ -226,72 +251,6 @@ def _mamba3(block: Mamba3) -> Table:
         "norm_weight": "mixer.norm: H P",
         "out_proj.weight": "mixer.out: D (H P) -> H P D",
     }  # fmt: skip
-
-
-RWKV = {
-    "r_proj.weight": "mixer.w_r: (H N) D -> D H N",
-    "k_proj.weight": "mixer.w_k: (H N) D -> D H N",
-    "v_proj.weight": "mixer.w_v: (H N) D -> D H N",
-    "shares": "mixer.shares: c D",
-    "decay_proj.0.weight": "mixer.decay_down: R D -> D R",
-    "decay_proj.2.weight": "mixer.decay_up: (H N) R -> R H N",
-    "decay_bias": "mixer.decay_bias: (H N) -> H N",
-    "norm.weight": "mixer.norm_weight: (H N) -> H N",
-    "norm.bias": "mixer.norm_bias: (H N) -> H N",
-    "o_proj.weight": "mixer.w_o: D (H N) -> H N D",
-}
-"""What RWKV-6 and RWKV-7 have in common."""
-
-
-def _rwkv7(block: Rwkv7) -> Table:
-    table = dict(RWKV)
-    for name, ours, last in (("rate_proj", "rate", 1), ("gate_proj", "gate", 2), ("share_proj", "value", 1)):
-        table[f"{name}.0.weight"] = f"mixer.{ours}_down: R D -> D R"
-        table[f"{name}.{last}.weight"] = f"mixer.{ours}_up: (H N) R -> R H N"
-    vectors = {"rate_bias": "rate_bias", "share_bias": "value_bias", "k_k": "k_k", "k_a": "k_a", "r_k": "r_k"}
-    return table | {theirs: f"mixer.{ours}: (H N) -> H N" for theirs, ours in vectors.items()}
-
-
-def _rwkv6(block: Rwkv6) -> Table:
-    return {
-        **RWKV,
-        "gate_proj.weight": "mixer.w_gate: (H N) D -> D H N",
-        "first_share": "mixer.share: D",
-        "share_down.weight": "mixer.share_down: (c R) D -> D c R",
-        "share_up": "mixer.share_up: c R D",
-        "bonus": "mixer.bonus: (H N) -> H N",
-    }
-
-
-def _channel_mix(block: ChannelMix) -> Table:
-    return {
-        "share_in": "mixer.share_in: D",
-        "share_gate": "mixer.share_gate: D",
-        "up_proj.weight": "mixer.w_in: F D -> D F",
-        "receptance.weight": "mixer.w_gate: E D -> D E",
-        "down_proj.weight": "mixer.w_out: D F -> F D",
-    }
-
-
-def _rwkv4(block: Rwkv4) -> Table:
-    return {
-        "shares": "mixer.share: c D",
-        "k_proj.weight": "mixer.w_in: F D -> D 0 F",
-        "v_proj.weight": "mixer.w_in: F D -> D 1 F",
-        "r_proj.weight": "mixer.w_in: F D -> D 2 F",
-        "decay": "mixer.decay: F",
-        "bonus": "mixer.bonus: F",
-        "o_proj.weight": "mixer.w_out: D F -> F D",
-    }
-
-
-def _rwkv4_channel(block: Rwkv4Channel) -> Table:
-    return {
-        "shares": "mixer.share: c D",
-        "up_proj.weight": "mixer.w_in: F D -> D F",
-        "receptance.weight": "mixer.w_receptance: E D -> D E",
-        "down_proj.weight": "mixer.w_out: D F -> F D",
-    }
 
 
 def _mlstm(block: MLSTM) -> Table:
@@ -380,9 +339,10 @@ KINDS: dict[type, Callable[[Any], Table]] = {
     Attention: _attention, Mamba2: _mamba2, Mamba1: _mamba1, MLP: _mlp, MoE: _moe, GatedDeltaNet: _delta,
     KimiDelta: _kimi, GatedConv: _gated_conv, GatedScan: _scan, RGLRU: _rglru, Parallel: _parallel, Shared: _shared,
     LatentAttention: _latent, ConvolvedAttention: _convolved, LinearAttention: _linear, Mamba3: _mamba3,
-    Rwkv7: _rwkv7, Rwkv6: _rwkv6, ChannelMix: _channel_mix, Rwkv4: _rwkv4, Rwkv4Channel: _rwkv4_channel,
+    Rwkv7: own_rwkv.rwkv7, Rwkv6: own_rwkv.rwkv6, ChannelMix: own_rwkv.channel_mix, Rwkv4: own_rwkv.rwkv4,
+    Rwkv4Channel: own_rwkv.rwkv4_channel,
     MLSTM: _mlstm, SLSTM: _slstm, Hyena: _hyena, Titans: _titans, MemoryAsContext: _memory_as_context,
-    DepthMoE: _depth_moe,
+    DepthMoE: _depth_moe, RelativeAttention: _relative, OutputConv: _output_conv,
 }  # fmt: skip
 """Blocks of the format -> the table of their weights; torch_code has a class of the same name."""
 

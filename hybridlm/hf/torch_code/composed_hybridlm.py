@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that hold others: branches side by side, and a transformer whose weights several depths share."""
+"""Blocks that hold others: branches side by side, a convolution of the output, and a transformer whose weights several
+depths share."""
 
 import math
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from .attention_hybridlm import Attention
 from .feed_forward_hybridlm import MLP
-from .layers_hybridlm import Norm, Tokens, linear
+from .layers_hybridlm import Norm, ShortConv, Tokens, linear
 
 
 class Parallel(nn.Module):
@@ -32,6 +33,22 @@ class Parallel(nn.Module):
         if self.block["merge"] == "add":
             return sum(parts)
         return (parts[0] * math.prod(torch.sigmoid(y.float()) for y in parts[1:])).to(x_BTD.dtype)
+
+
+class OutputConv(nn.Module):
+    """y + convolution(y) of the output y of another block, which may be times a learned number."""
+
+    def __init__(self, block: dict, d_model: int, make, **_):
+        """make: (block, d_model) -> a mixer."""
+        super().__init__()
+        self.mixer = make(block["mixer"], d_model)
+        self.scale = nn.Parameter(torch.ones(1)) if block["scaled"] else None
+        self.conv1d = ShortConv(d_model, block["d_conv"], bias=False, activation=None)
+
+    def forward(self, x_BTD, tokens: Tokens, cache: dict | None):
+        y = self.mixer(x_BTD, tokens, None if cache is None else cache.setdefault("mixer", {}))
+        y = y if self.scale is None else y * self.scale.to(y.dtype)
+        return y + self.conv1d(y, tokens, cache)
 
 
 class SharedTransformer(nn.Module):

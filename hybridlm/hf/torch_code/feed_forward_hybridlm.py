@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward sublayers: the MLP and the mixtures of experts.
 
-Letters: B batch, T tokens, M tokens of all rows, E experts, k chosen ones, R width of a latent or of a router.
+Letters: B batch, T tokens, M tokens of all rows, E experts, k chosen ones, J sinks, R width of a latent or of a router.
 """
 
 import torch
@@ -47,7 +47,7 @@ class MoE(nn.Module):
     def __init__(self, block: dict, d_model: int, **_):
         super().__init__()
         self.block, E, R = block, block["n_experts"], block["d_latent"] or d_model
-        self.router = linear(d_model, E)
+        self.router = linear(d_model, E + block.get("sinks", 0))
         self.selection_bias = nn.Parameter(torch.zeros(E)) if block["router"]["selection_bias"] else None
         latent, bias = block["d_latent"] is not None, block["latent_bias"]
         self.latent_in = linear(d_model, R, bias) if latent else None
@@ -55,12 +55,17 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList([FeedForward(R, block["d_ff"], block["activation"]) for _ in range(E)])
         self.shared_expert = None if block["shared"] is None else MLP(block["shared"], d_model)
         self.shared_expert_gate = linear(d_model, 1) if block["shared_gate"] else None
+        sinks = [FeedForward(d_model, block["d_ff"], block["activation"]) for _ in range(block.get("sinks", 0))]
+        self.weighed_experts = nn.ModuleList(sinks) if sinks else None
 
     def forward(self, x_BTD, tokens: Tokens, cache: dict | None):
         experts_Mk, weights_Mk = self._route(x_BTD.flatten(0, 1).float())
+        weights_Mk, of_sinks_MJ = weights_Mk.split([experts_Mk.shape[1], self.block.get("sinks", 0)], -1)
         u_MR = x_BTD.flatten(0, 1) if self.latent_in is None else self.latent_in(x_BTD.flatten(0, 1))
         y_MR = mixed(self.experts, u_MR, experts_Mk, weights_Mk)
         y_BTD = (y_MR if self.latent_out is None else self.latent_out(y_MR)).view_as(x_BTD)
+        for sink, weight_M in zip(self.weighed_experts or (), of_sinks_MJ.unbind(-1)):
+            y_BTD = y_BTD + (sink(x_BTD) * weight_M.view(*x_BTD.shape[:2], 1)).to(x_BTD.dtype)
         if self.shared_expert is None:
             return y_BTD
         shared = self.shared_expert(x_BTD)
@@ -68,9 +73,9 @@ class MoE(nn.Module):
         return y_BTD + (shared if gate is None else shared * torch.sigmoid(gate(x_BTD)))
 
     def _route(self, x_MD):
-        """The chosen experts of each token and their weights, [M, k]."""
+        """The chosen experts of each token, [M, k], and their weights, behind them those of the sinks, [M, k + J]."""
         c = self.block["router"]
-        logits = exact(self.router, x_MD)
+        logits, sinks = exact(self.router, x_MD).split([self.block["n_experts"], self.block.get("sinks", 0)], -1)
         scores = torch.sigmoid(logits) if c["score"] == "sigmoid" else logits.softmax(-1)
         choice = logits if c["score"] == "softmax_after" else scores
         choice = choice if self.selection_bias is None else choice + self.selection_bias.float()
@@ -82,6 +87,7 @@ class MoE(nn.Module):
         experts = choice.topk(c["top_k"], -1).indices
         weights = (logits if c["score"] == "softmax_after" else scores).gather(-1, experts)
         weights = weights.softmax(-1) if c["score"] == "softmax_after" else weights
+        weights = torch.cat([weights, torch.sigmoid(sinks)], -1)
         if c["renormalise"]:
             weights = weights / (weights.sum(-1, keepdim=True) + c["renormalise_eps"])
         return experts, weights * c["scaling"]

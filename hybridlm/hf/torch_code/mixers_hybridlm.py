@@ -2,7 +2,7 @@
 """What the blocks of the config are."""
 
 from .attention_hybridlm import Attention
-from .composed_hybridlm import Parallel, Shared
+from .composed_hybridlm import OutputConv, Parallel, Shared
 from .compressed_attention_hybridlm import ConvolvedAttention, LatentAttention
 from .delta_hybridlm import GatedDeltaNet, KimiDelta
 from .feed_forward_hybridlm import MLP, DepthMoE, MoE
@@ -10,6 +10,7 @@ from .linear_attention_hybridlm import LinearAttention
 from .long_conv_hybridlm import Hyena
 from .mamba3_hybridlm import Mamba3
 from .mamba_hybridlm import Mamba1, Mamba2
+from .relative_attention_hybridlm import RelativeAttention
 from .rwkv_hybridlm import ChannelMix, Rwkv4, Rwkv4Channel, Rwkv6, Rwkv7
 from .scan_hybridlm import RGLRU, GatedConv, GatedScan
 from .titans_hybridlm import MemoryAsContext, Titans
@@ -34,8 +35,10 @@ MIXERS = {
     "Mamba3": Mamba3,
     "MemoryAsContext": MemoryAsContext,
     "MoE": MoE,
+    "OutputConv": OutputConv,
     "Parallel": Parallel,
     "RGLRU": RGLRU,
+    "RelativeAttention": RelativeAttention,
     "Rwkv4": Rwkv4,
     "Rwkv4Channel": Rwkv4Channel,
     "Rwkv6": Rwkv6,

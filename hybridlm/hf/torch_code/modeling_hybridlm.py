@@ -24,7 +24,7 @@ FLOAT32 = (
     "q_conv1d", "k_conv1d", "v_conv1d", "filter", "scales", "embed_scales", "key_scale", "state_scale",
     "selection_bias", "lower_bound", "decay", "slopes", "bonus", "gate_biases", "decay_bias", "rate_bias", "share_bias",
     "shares", "first_share", "share_in", "share_gate", "k_k", "k_a", "r_k", "B_bias", "C_bias", "mimo_v", "mimo_z",
-    "mimo_o", "rates", "memory_in", "memory_out",
+    "mimo_o", "rates", "memory_in", "memory_out", "profiles", "scale",
 )  # fmt: skip
 """Parts of names of parameters that are used in float32, whatever the others are stored in."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context, segments
-from pallas_kernels.checks import check_array, check_float, check_positive_int, check_segment_ids, check_shape, rank
+from pallas_kernels.checks import check_array, check_float, check_positive_int, check_shape, check_sides, rank
 from pallas_kernels.op import call
 from pallas_kernels.ops.attention import OP
 
@@ -74,7 +74,7 @@ def attention(
         k_BSKP, v_BSKP, scales = jax.tree.map(entry, (*stacked[:2], scales))
     _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales))
     sizes = n_batch, n_queries, k_BSKP.shape[1]
-    pair = _pair("segment_ids", segment_ids, *sizes)
+    pair = check_sides("segment_ids", segment_ids, *sizes)
     one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
     context_axis = _context_axis(context_axis, *sizes[1:], q_offset)
     if one_side and context_axis is None:
@@ -84,7 +84,7 @@ def attention(
         "causal": bool(causal),
         "window": window,
         "segment_ids": pair,
-        "positions": _pair("positions", positions, *sizes),
+        "positions": check_sides("positions", positions, *sizes),
         "scale": d_head**-0.5 if scale is None else _finite("scale", scale),
         "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),
         "sinks": sinks,
@@ -169,23 +169,6 @@ def _context_axis(context_axis: str | None, n_queries: int, n_keys: int, q_offse
     if not isinstance(q_offset, int) or q_offset != 0:
         raise ValueError(f"context_axis ({context_axis!r}) and q_offset ({q_offset!r}) cannot be given together")
     return context_axis if n_devices > 1 else None
-
-
-def _pair(name: str, arrays, n_batch: int, n_queries: int, n_keys: int):
-    """None, or the query and the key side as int32."""
-    if arrays is None:
-        return None
-    if not isinstance(arrays, (tuple, list)):
-        if n_queries != n_keys:
-            raise ValueError(f"{name} is one array but q_BTHP has {n_queries} tokens and k_BSKP {n_keys}: give a pair")
-        both = check_segment_ids(name, arrays, (n_batch, n_queries), "batch, tokens of q_BTHP")
-        return both, both
-    if len(arrays) != 2:
-        raise ValueError(f"{name} has {len(arrays)} arrays, expected a pair for queries and keys")
-    return (
-        check_segment_ids(f"{name}[0]", arrays[0], (n_batch, n_queries), "batch, tokens of q_BTHP"),
-        check_segment_ids(f"{name}[1]", arrays[1], (n_batch, n_keys), "batch, tokens of k_BSKP"),
-    )
 
 
 def _finite(name: str, value, positive: bool = False) -> float:
