@@ -89,9 +89,8 @@ class RelativeAttention:
         return projections + profiles + 4.0 * d_keys * self.d_conv + 4.0 * d_queries * seen
 
     def resolved(self, d_model: int) -> "RelativeAttention":
-        """Without a floor the scale is that of none, 0; no distance counts that a window hides."""
-        scale = 0.0 if self.log_floor is None else self.log_scale
-        return replace(self, log_scale=scale)
+        """Without a floor the scale counts for nothing: 0."""
+        return replace(self, log_scale=0.0 if self.log_floor is None else self.log_scale)
 
 
 class RelativeAttentionMixer(nnx.Module):
