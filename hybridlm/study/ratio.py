@@ -2,6 +2,7 @@
 """`hybridlm study ratio`: how much attention a task needs. The models of a grid, their questions, their results."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -196,7 +197,8 @@ def _keep(one: Order, trained: Trained, scores: list[dict[str, Any]], together: 
     on_task.keep(one.folder, one.config, trained)
     found = {
         "asked": one.spec, "scores": scores, "losses": trained.losses, "seconds": round(trained.seconds / together, 1),
-        "together": together, "device": device_name(), "versions": versions(), **measures(one.config, one.tests),
+        "cpu_seconds": round(time.process_time() / together, 1), "together": together, "device": device_name(),
+        "versions": versions(), **measures(one.config, one.tests),
     }  # fmt: skip
     storage.write_text(one.folder / RESULT, json.dumps(found, indent=1) + "\n")
     return found
