@@ -2,6 +2,7 @@
 """Models that differ in their seed and their rate alone, trained by one program: a device that one of them leaves idle
 takes the steps of many in hardly more time, and the program is compiled once."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from hybridlm.config import Config
 from hybridlm.study.on_task import Trained, Trial, check, one_device, rows_of
 from hybridlm.train.metrics import Metrics, merge
 from hybridlm.train.step import Program, make_program
+from hybridlm.train.xla import options
+from pallas_kernels.platform import platform_of
 
 
 class Together(NamedTuple):
@@ -67,16 +70,18 @@ def make_step(program: Program, rate_S: np.ndarray | None) -> Callable:
 
     rate_S: what the change of the parameters, which is in proportion to the learning rates, is multiplied by.
     """
-    lengths = program.train_step.lengths
+    lengths, of_one = program.train_step.lengths, inspect.unwrap(program.train_step.jitted)
+    often = options(platform_of(program.batch_sharding.mesh.devices.flat[0]))  # those of a jit within would be refused
 
     def one(state, batch, rate):
-        after, metrics = program.train_step.jitted(state, batch, lengths)
+        after, metrics = of_one(state, batch, lengths)
         if rate is not None:
             scaled = jax.tree.map(lambda old, new: old + rate * (new - old), state["params"], after["params"])
             after = after | {"params": scaled}
         return after, metrics
 
-    jitted = jax.jit(jax.vmap(one, in_axes=(0, 0, None if rate_S is None else 0)), donate_argnums=0)
+    axes = (0, 0, None if rate_S is None else 0)
+    jitted = jax.jit(jax.vmap(one, in_axes=axes), donate_argnums=0, compiler_options=often)
     return lambda state, batch: jitted(state, batch, rate_S)
 
 
