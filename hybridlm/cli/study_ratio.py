@@ -37,7 +37,7 @@ def run(words: list[str], prog: str) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # this process looks at shapes alone: devices are the models'
-    from hybridlm.study.ratio import members, result
+    from hybridlm.study.ratio import alike, members, result
 
     study = _study(args, of_config, of_task)
     points = _points(args)
@@ -48,8 +48,9 @@ def run(words: list[str], prog: str) -> int:
     if args.dry_run:
         print(_listed(study, found))
         return 0
-    n = min(at_once() if args.parallel is None else args.parallel, max(len(todo), 1))
-    code = _train(study, todo, slots(n), len(found)) if todo else Exit.COMPLETE
+    bundles = [kind[i : i + args.together] for kind in alike(todo) for i in range(0, len(kind), args.together)]
+    n = min(at_once() if args.parallel is None else args.parallel, max(len(bundles), 1))
+    code = _train(study, bundles, slots(n), len(found)) if todo else Exit.COMPLETE
     results = [one for member in found if (one := result(study, member)) is not None]
     if results:
         _write(study, results, folder, f"{prog} {shlex.join(words)}")
@@ -86,6 +87,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--mixers", nargs="+", default=["Mamba2"], metavar="NAME", help="what attention is mixed with (Mamba2)"
     )
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[1.0], metavar="X", help="factors of the learning rates (1)"
+    )
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="models of each kind (2)")
     parser.add_argument(
         "--stages",
@@ -107,6 +111,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--positions", choices=POSITIONS, default=Sizes().positions, help="of attention (none)")
     parser.add_argument("--dir", metavar="FOLDER", help="of the models and the page (runs/study-ratio-TASK)")
     parser.add_argument("--parallel", type=int, metavar="N", help="models at once (one a GPU, or one a core)")
+    parser.add_argument(
+        "--together", type=int, default=1, metavar="N", help="seeds and rates of a kind in one program, on a GPU (1)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and list the models")
     return parser
 
@@ -115,7 +122,8 @@ def _check(args: argparse.Namespace) -> None:
     require(1 <= args.seeds <= 100, f"--seeds ({args.seeds}) must be between 1 and 100")
     for length in args.lengths or ():
         require(1 <= length <= WHOLE, f"--lengths ({length}) must be at least 1")
-    for name in ("ratios", "placement", "arrangement", "state", "mixers", "lengths"):
+    require(1 <= args.together <= 256, f"--together ({args.together}) must be between 1 and 256")
+    for name in ("ratios", "placement", "arrangement", "state", "mixers", "rates", "lengths"):
         values = getattr(args, name) or ()
         twice = [value for value in values if list(values).count(value) > 1]
         require(not twice, f"--{name} ({twice[0] if twice else ''}) is there twice")
@@ -159,7 +167,7 @@ def _points(args: argparse.Namespace) -> list:
     return points(
         {
             "ratio": args.ratios, "gate": GATES[args.gate], "placement": args.placement,
-            "arrangement": args.arrangement, "state": args.state, "mixer": args.mixers,
+            "arrangement": args.arrangement, "state": args.state, "mixer": args.mixers, "rate": args.rates,
         }
     )  # fmt: skip
 
@@ -181,21 +189,24 @@ def _listed(study, found: Sequence) -> str:
     return table(rows)
 
 
-def _train(study, todo: Sequence, places: list[dict[str, str]], n_members: int) -> int:
-    """Trains the models, as many at once as there are places; the exit code."""
+def _train(study, bundles: Sequence[Sequence], places: list[dict[str, str]], n_members: int) -> int:
+    """Trains the models, as many bundles at once as there are places, one in a process; the exit code."""
     from hybridlm.study.ratio import MEMBER, asked
 
-    jobs = []
-    for member in todo:
-        storage.make_folder(member.folder)
-        storage.write_text(member.folder / MEMBER, json.dumps(asked(study, member), indent=1) + "\n")
-        words = [sys.executable, "-m", "hybridlm.cli.study_member", str(member.folder)]
-        jobs.append(Job(member.name, words, logs_of("studies", member.folder) / "log.txt"))
-    done, codes = n_members - len(jobs), []
+    jobs, sizes = [], {}
+    for bundle in bundles:
+        for member in bundle:
+            storage.make_folder(member.folder)
+            storage.write_text(member.folder / MEMBER, json.dumps(asked(study, member), indent=1) + "\n")
+        words = [sys.executable, "-m", "hybridlm.cli.study_member", *(str(member.folder) for member in bundle)]
+        name = bundle[0].name + (f" and {len(bundle) - 1} more" if len(bundle) > 1 else "")
+        jobs.append(Job(name, words, logs_of("studies", bundle[0].folder) / "log.txt"))
+        sizes[name] = len(bundle)
+    done, codes = n_members - sum(sizes.values()), []
 
     def began(job: Job) -> None:
         nonlocal done
-        done += 1
+        done += sizes[job.name]
         print(f"[{done}/{n_members}] {job.name}: {job.log}", flush=True)
 
     def ended(job: Job, code: int) -> bool:

@@ -83,10 +83,12 @@ class Point:
     """Size N of the state of a head, as of Mamba-2; of mixers without such a size it says nothing."""
     mixer: str = "Mamba2"
     """What stands where attention does not: a name of MIXERS."""
+    rate: float = 1.0
+    """Factor of the learning rates."""
 
     def __post_init__(self):
         check_fields(self)
-        check_positive(self, ("state",))
+        check_positive(self, ("state", "rate"))
         share(self.ratio)
         require(self.mixer in MIXERS, f"mixer ({self.mixer}) must be one of {', '.join(MIXERS)}")
 
@@ -118,7 +120,8 @@ class Point:
         words = [{"0": "none", "all": "all"}.get(self.ratio, self.ratio), *(["gate"] if self.gate else [])]
         for f in fields(self)[2:]:
             if getattr(self, f.name) != getattr(usual, f.name):
-                words.append(f"{f.name}={getattr(self, f.name)}")
+                value = getattr(self, f.name)
+                words.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
         return " ".join(words)
 
     @property

@@ -19,16 +19,13 @@ from hybridlm.config.tree import to_dict
 from hybridlm.data import load_tokenizer
 from hybridlm.errors import RunError, require
 from hybridlm.model.model import HybridLM
-from hybridlm.probes import UNSCORED, Task, score
+from hybridlm.probes import UNSCORED, Task
 from hybridlm.probes.scoring import check_vocabulary
 from hybridlm.sharding import make_mesh
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.metrics import Metrics, merge, on_host
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.tokenizer_copy import IDENTITY, keep_tokenizer
-
-TEST_SEED = 0
-"""Of the rows that models are scored on: those that a seed of training draws are others."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +127,6 @@ def take_steps(
             say(f"step {step}/{config.run.steps}  loss {losses[-1][1]:.4f}  {time.monotonic() - began:.0f} s")
     jax.block_until_ready(state)
     return Trained(program.model(state["params"]), state, losses, time.monotonic() - began)
-
-
-def scored(model: HybridLM, trials: Sequence[Trial], rows: int, batches: int) -> list[dict[str, Any]]:
-    """Of each trial what was right, as JSON, of rows that no training saw; of a model on one device.
-
-    rows: of a batch of the first trial; one of longer documents has fewer, so that it has no more tokens.
-    """
-    found = []
-    least = trials[0].length
-    with jax.set_mesh(one_device()):
-        for task, length in trials:
-            n = max(1, rows * least // max(length, least))
-            one = score(model, task, length, rows=n, batches=batches, seed=TEST_SEED)
-            by = {facet: {str(value): list(count) for value, count in of.items()} for facet, of in one.by.items()}
-            found.append({"length": length, "accuracy": one.accuracy, "right": one.right, "asked": one.asked,
-                          "chance": task.chance(length), "by": by})  # fmt: skip
-    return found
 
 
 def keep(folder: Path, config: Config, trained: Trained, tokenizer: str | None = None) -> None:

@@ -2,6 +2,7 @@
 """`hybridlm study ratio`: how much attention a task needs. The models of a grid, their questions, their results."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,14 +14,15 @@ from hybridlm import storage
 from hybridlm.config import Config, DataConfig, Muon, OptimConfig, RunConfig, Wsd
 from hybridlm.config.stored import from_dict
 from hybridlm.config.tree import to_dict
-from hybridlm.errors import ConfigError, require, within
+from hybridlm.errors import ConfigError, RunError, require, within
 from hybridlm.infer.cache_size import cache_size
 from hybridlm.model.flops import forward_flops
 from hybridlm.probes import PROBES
 from hybridlm.probes.scoring import check_vocabulary
-from hybridlm.study import on_task
+from hybridlm.study import answers, on_task
 from hybridlm.study.grid import Point, Sizes, count, model_of, share
-from hybridlm.study.on_task import Trial
+from hybridlm.study.on_task import Trained, Trial
+from hybridlm.study.together import train_together
 from hybridlm.train.provenance import versions
 from hybridlm.train.records import read_json
 from pallas_kernels.platform import device_name
@@ -88,9 +90,25 @@ def members(study: Study, points: Sequence[Point], seeds: Sequence[int], folder:
                 check_vocabulary(model.vocab_size, task)
         for seed in seeds:
             run = replace(study.config.run, seed=seed, dir="")
-            config = replace(study.config, name=point.file, model=model, run=run)
+            optim = at_rate(study.config.optim, point.rate)
+            config = replace(study.config, name=point.file, model=model, run=run, optim=optim)
             found.append(Member(point, seed, config, folder / "models" / f"{point.file},seed={seed}"))
     return found
+
+
+def at_rate(optim: OptimConfig, rate: float) -> OptimConfig:
+    """With `rate` times the learning rates, that of the rule among them where it has one of its own."""
+    own = getattr(optim.rule, "lr", None)
+    rule = optim.rule if own is None else replace(optim.rule, lr=own * rate)
+    return replace(optim, lr=optim.lr * rate, rule=rule)
+
+
+def alike(members: Sequence[Member]) -> list[list[Member]]:
+    """Members that differ in seed and rate alone, kind by kind: those that can be trained together."""
+    kinds: dict[Point, list[Member]] = {}
+    for member in members:
+        kinds.setdefault(replace(member.point, rate=1.0), []).append(member)
+    return list(kinds.values())
 
 
 def asked(study: Study, member: Member) -> dict[str, Any]:
@@ -109,6 +127,7 @@ def result(study: Study, member: Member) -> dict[str, Any] | None:
     try:
         found = read_json(file)
         there = found["asked"]
+        there["point"] = asdict(Point(**there["point"]))  # of an earlier version: with what it could not be asked
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{file} cannot be read ({error}): remove it, and the model is trained again") from None
     here = asked(study, member)
@@ -118,21 +137,70 @@ def result(study: Study, member: Member) -> dict[str, Any] | None:
     return found
 
 
-def train_member(folder: Path) -> dict[str, Any]:
-    """Trains, scores and keeps the model whose folder says what is asked of it; writes its result last."""
+class Order(NamedTuple):
+    """What a model's folder says is asked of it."""
+
+    folder: Path
+    spec: dict[str, Any]
+    config: Config
+    stages: list[Trial]
+    tests: list[Trial]
+
+    @property
+    def rate(self) -> float:
+        """Factor of the learning rates, in its config already."""
+        return Point(**self.spec["point"]).rate
+
+
+def order(folder: Path) -> Order:
+    """ConfigError where the folder's file is none."""
     with within(f"{folder / MEMBER}: "):
         spec = read_json(folder / MEMBER)
-        config: Config = from_dict(spec["config"])
         stages, tests = (trials_of(spec["task"], given) for given in (spec["stages"], spec["test"]["trials"]))
-    test = spec["test"]
-    trained = on_task.train_on(config, stages, lambda line: print(line, flush=True))
-    scores = on_task.scored(trained.model, tests, test["rows"], test["batches"])
-    on_task.keep(folder, config, trained)
+        return Order(folder, spec, from_dict(spec["config"]), stages, tests)
+
+
+def train_member(folder: Path) -> dict[str, Any]:
+    """Trains, scores and keeps the model whose folder says what is asked of it; writes its result last."""
+    one = order(folder)
+    trained = on_task.train_on(one.config, one.stages, _say)
+    scores = answers.scored(trained.model, one.tests, one.spec["test"]["rows"], one.spec["test"]["batches"])
+    return _keep(one, trained, scores, 1)
+
+
+def train_members(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """As `train_member`, of models that are `alike`, by one program; `seconds` of each is its share of the time.
+
+    RunError, with the folders, where some were not finite any more: the others are kept.
+    """
+    orders = [order(folder) for folder in folders]
+    first = orders[0]
+    base = replace(first.config, optim=at_rate(first.config.optim, 1 / first.rate))
+    seeds, rates = [one.config.run.seed for one in orders], [one.rate for one in orders]
+    trained = train_together(base, seeds, rates, first.stages, _say)
+    test, params = first.spec["test"], trained.state["params"]
+    scores = answers.scored_together(trained.graphdef, params, first.tests, test["rows"], test["batches"])
+    failed = [i for i in range(len(orders)) if trained.skipped[i] >= base.optim.max_skipped]
+    kept = [_keep(one, trained.of(i), scores[i], len(orders)) for i, one in enumerate(orders) if i not in failed]
+    named = ", ".join(str(orders[i].folder) for i in failed)
+    if failed:
+        raise RunError(f"loss or gradient not finite at the end: lower optim.lr: {named}")
+    return kept
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _keep(one: Order, trained: Trained, scores: list[dict[str, Any]], together: int) -> dict[str, Any]:
+    """Writes the folder of a run, and the result last."""
+    on_task.keep(one.folder, one.config, trained)
     found = {
-        "asked": spec, "scores": scores, "losses": trained.losses, "seconds": round(trained.seconds, 1),
-        "device": device_name(), "versions": versions(), **measures(config, tests),
+        "asked": one.spec, "scores": scores, "losses": trained.losses, "seconds": round(trained.seconds / together, 1),
+        "cpu_seconds": round(time.process_time() / together, 1), "together": together, "device": device_name(),
+        "versions": versions(), **measures(one.config, one.tests),
     }  # fmt: skip
-    storage.write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
+    storage.write_text(one.folder / RESULT, json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -61,6 +61,9 @@ class Program(NamedTuple):
     """The model without its parameters: `model` gives it with them."""
     base: Base
     """What the programs take beside the state; a run with adapters fills it before its first step."""
+    fresh: Callable
+    """(seed) -> train state of that seed, as `init` makes it of the config's; a function to be transformed, not
+    jitted."""
     whole: Callable
     """(params, *base.args) -> the model's parameters: those of the state, or the base with the adapters in it."""
 
@@ -85,21 +88,22 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     optimizer, _ = make_optimizer(config.optim, steps, trained)
     base = Base(like_on(info, mesh) if specs else None)
 
-    def keys():
-        return jax.random.split(jax.random.key(config.run.seed))  # of the parameters, of the run
+    def keys(seed):
+        return jax.random.split(jax.random.key(seed))  # of the parameters, of the run
 
-    def draw():
-        model = HybridLM(config.model, rngs=nnx.Rngs(keys()[0]))
+    def draw(seed=config.run.seed):
+        model = HybridLM(config.model, rngs=nnx.Rngs(keys(seed)[0]))
         return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
 
-    def init():
-        return init_from(lora.draw(specs, jax.random.fold_in(keys()[0], ADAPTERS)) if specs else draw())
+    def init(seed=config.run.seed):
+        of_adapters = lambda: lora.draw(specs, jax.random.fold_in(keys(seed)[0], ADAPTERS))
+        return init_from(of_adapters() if specs else draw(seed), seed)
 
-    def init_from(params):
+    def init_from(params, seed=config.run.seed):
         zero = jnp.zeros((), jnp.int32)
         return {
             "params": params, "opt_state": optimizer.init(params), "step": zero, "skipped": zero,
-            "skipped_in_row": zero, "key": jax.random.key_data(keys()[1]),
+            "skipped_in_row": zero, "key": jax.random.key_data(keys(seed)[1]),
         }  # fmt: skip
 
     def whole(params, *base):
@@ -150,6 +154,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         batch_sharding=batch_sharding(mesh),
         graphdef=graphdef,
         base=base,
+        fresh=init,
         whole=whole,
     )
 

@@ -20,10 +20,11 @@ from hybridlm.model.flops import forward_flops
 from hybridlm.model.init import abstract
 from hybridlm.probes import MQAR, UNSCORED
 from hybridlm.study import grid, ratio
+from hybridlm.study.answers import TEST_SEED
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, Sizes, count, model_of, placed, points, share
 from hybridlm.study.mixers import MIXERS
-from hybridlm.study.on_task import TEST_SEED, Trial, rows_of, scored
+from hybridlm.study.on_task import Trial, rows_of
 from hybridlm.study.ratio_page import as_text, figure, labels, lines
 
 SMALL = Sizes(d_model=32, mixers=4, mlp_every=2, d_head=16, vocab_size=264, params=60_000)
@@ -260,19 +261,6 @@ def test_figures_by_stage_and_beyond_what_was_learned(results):
     assert len(alone.axes) == len(axes) - 2
 
 
-def test_longer_documents_are_scored_in_fewer_rows():
-    """As many tokens a batch as of the first trial, at least a row; shorter ones in as many rows."""
-    shapes = []
-
-    def logits(tokens_BT):
-        shapes.append(tokens_BT.shape)
-        return np.zeros((*tokens_BT.shape, 16), np.float32)
-
-    trials = (TASK, Trial(TASK.task, 40), Trial(TASK.task, 1000), EASY)
-    scored(logits, trials, rows=8, batches=1)
-    assert shapes == [(8, 16), (3, 40), (1, 1000), (8, 8)]
-
-
 def test_bars_of_what_cannot_be_drawn_are_left_out():
     line = Line([0.0, 1.0, 2.0], [1.0, np.nan, 3.0], "a", between=([0.5, 0.0, 2.0], [1.5, 1.0, 3.5]))
     axes = draw([Panel("x", "y", [line])]).axes[0]
@@ -291,7 +279,7 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
     trained = []
 
     def train(study, todo, places, n):
-        trained.extend(member.name for member in todo)
+        trained.extend(member.name for bundle in todo for member in bundle)
         made_up(tmp_path, study, ("0",) if len(todo) == 4 else ("1:1",), (False,))
         return 0
 
