@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the compiler for the programs that are run again and again. Each is here for a measurement, beside it."""
+"""Options of the compiler for the programs that are run again and again, and what it need not search for. Each is here
+for a measurement, beside it."""
 
 OPTIONS = {
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
@@ -7,6 +8,9 @@ OPTIONS = {
     "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},
 }
 """By platform."""
+
+TILINGS: dict[str, dict[str, str]] = {}
+"""File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
 
 
 def options(platform: str) -> dict | None:
