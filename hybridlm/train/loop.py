@@ -48,6 +48,7 @@ from hybridlm.train.sinks import check as check_sinks
 from hybridlm.train.step import Program, make_program
 from hybridlm.train.steps import Steps
 from hybridlm.train.stop import StopRequest
+from hybridlm.train.tilings import put as put_tilings
 from hybridlm.train.tokenizer_copy import keep_tokenizer, told_of_other
 from hybridlm.train.trace import Trace
 from hybridlm.train.watchdog import Watchdog
@@ -87,6 +88,7 @@ def train(
                 from_first(lambda: check_init_run(config))
             mesh = make_mesh(config.mesh)
             check_config(config, mesh)
+            put_tilings()
             stacks = storage.local("stacks", folder.path) / f"stacks-{jax.process_index()}.txt"
             watchdog = Watchdog(config.run.watchdog, stacks, resume)
             with page_written(folder, page), jax.set_mesh(mesh), watchdog, _memory_explained():

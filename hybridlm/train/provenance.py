@@ -17,7 +17,7 @@ from pallas_kernels.platform import device_name
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "hybridlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu", "ml_dtypes", "qwix",
-    "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt",
+    "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cublas",
 )  # fmt: skip
 GIT_SECONDS = 5.0
 

@@ -131,10 +131,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
-    # Run once: on CPU, LLVM's optimisation of the random numbers would take longer than all of them.
     platform = platform_of(mesh.devices.flat[0])
-    on_cpu, often = platform == "cpu", options(platform)
-    quick = {"xla_backend_optimization_level": 0} if on_cpu else None
+    quick, often = options(platform, once=True), options(platform)
     start = jax.jit(init, out_shardings=shardings, compiler_options=quick)
     start_from = jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0)
     eval_step = jax.jit(evaluate, compiler_options=often)

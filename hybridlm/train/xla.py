@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the compiler for the programs that are run again and again. Each is here for a measurement, beside it."""
+"""Options of the compiler, and what it need not search for. Each is here for a measurement, beside it."""
 
 OPTIONS = {
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
@@ -8,7 +8,20 @@ OPTIONS = {
 }
 """By platform."""
 
+ONCE = {
+    # LLVM's optimisation of the random numbers would take longer than all of them: hybrid_tiny, 2 cores, JAX 0.10.2.
+    "cpu": {"xla_backend_optimization_level": 0},
+    "gpu": OPTIONS["gpu"],
+}
+"""By platform, for programs that are run once."""
 
-def options(platform: str) -> dict | None:
-    """For `jax.jit(compiler_options=...)`; None where there are none."""
-    return OPTIONS.get(platform)
+TILINGS = {
+    # One H100, hybrid_1b: of 70 s that its step compiled for beside other work, the search took 10 (2026-11-26).
+    "NVIDIA H100 80GB HBM3": {"0.11.2": "h100-jaxlib-0.11.2.json"},
+}
+"""File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
+
+
+def options(platform: str, once: bool = False) -> dict | None:
+    """For `jax.jit(compiler_options=...)`; None where there are none. once: of a program that is run once."""
+    return (ONCE if once else OPTIONS).get(platform)
