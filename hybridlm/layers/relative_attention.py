@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
-from hybridlm.layers import attention, ops, params, short_conv
+from hybridlm.layers import attention, inspection, ops, params, short_conv
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
@@ -138,6 +138,13 @@ class RelativeAttentionMixer(nnx.Module):
         q, k, v, r, _ = self._project(x_BTD, positions, tokens, None)
         y_BTHP = self._attend(q, k, v, r, segment_ids=(ids, ids), positions=(places, places), split_tokens=True)
         return Output(self._output(y_BTHP))
+
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Entropy of the attention, and its share on the first token; see `inspection.attention`."""
+        ids, positions, places = attention.stand(x_BTD, tokens, self.config.extent)
+        q, k, _, r, _ = self._project(x_BTD, positions, tokens, None)
+        options = {"window": self.config.window, "scale": 1.0 / self.config.d_head, "softcap": None}
+        return inspection.attention(q, k, None, ids, places, terms=(r, self.profiles[...]), **options)
 
     def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, Any]:
         """Keys and values as of `Attention`, and the windows of their convolutions."""
