@@ -143,7 +143,7 @@ class RelativeAttentionMixer(nnx.Module):
         """Entropy of the attention, and its share on the first token; see `inspection.attention`."""
         ids, positions, places = attention.stand(x_BTD, tokens, self.config.extent)
         q, k, _, r, _ = self._project(x_BTD, positions, tokens, None)
-        options = {"window": self.config.window, "scale": 1.0 / self.config.d_head, "softcap": None}
+        options: dict[str, Any] = {"window": self.config.window, "scale": 1.0 / self.config.d_head, "softcap": None}
         return inspection.attention(q, k, None, ids, places, terms=(r, self.profiles[...]), **options)
 
     def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, Any]:
@@ -180,8 +180,9 @@ class RelativeAttentionMixer(nnx.Module):
             v, of_v = self._convolved(v, self.conv_v, tokens, old and old["conv_v"])
         with jax.named_scope("norm_heads"):
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.log_floor is not None:
-            q, r = (self._grown(a, positions_BT) for a in (q, r))
+        if (floor := self.config.log_floor) is not None:
+            factor_BT = 1.0 + self.config.log_scale * jnp.log(jnp.maximum((positions_BT + 1) / floor, 1.0))
+            q, r = (_times(a, factor_BT) for a in (q, r))
         return q, k, v, r, {"conv_k": of_k, "conv_v": of_v}
 
     def _convolved(self, x_BTKP, weight: nnx.Param, tokens: Tokens, window) -> tuple[jax.Array, jax.Array | None]:
@@ -191,20 +192,18 @@ class RelativeAttentionMixer(nnx.Module):
         )
         return x_BTKP + y_BTKP, window
 
-    def _grown(self, x_BTHP: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """What becomes a part of the scores, times 1 + log_scale log(...); the type of the input."""
-        c = self.config
-        beyond = (positions_BT + 1).astype(jnp.float32) / c.log_floor
-        factor = 1.0 + c.log_scale * jnp.log(jnp.maximum(beyond, 1.0))
-        return (x_BTHP.astype(jnp.float32) * factor[:, :, None, None]).astype(x_BTHP.dtype)
-
     @jax.named_scope("attend")
     def _attend(self, q, k, v, r, **places) -> jax.Array:
         """The op; places: where queries and keys stand, as `ops.relative_attention` takes it."""
-        options = {"window": self.config.window, "scale": 1.0 / self.config.d_head}
+        options: dict[str, Any] = {"window": self.config.window, "scale": 1.0 / self.config.d_head}
         y_BTHP = ops.relative_attention(q, k, v, r, self.profiles[...], **places, **options)
         return checkpoint_name(y_BTHP, "attention_out")
 
     @jax.named_scope("output")
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         return params.leave(sharding.constrain(y_BTHP, "batch", "tokens", "heads", None), self.w_o)
+
+
+def _times(x_BTHP: jax.Array, factor_BT: jax.Array) -> jax.Array:
+    """In float32; the type of x."""
+    return (x_BTHP.astype(jnp.float32) * factor_BT[:, :, None, None]).astype(x_BTHP.dtype)
