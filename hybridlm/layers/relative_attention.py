@@ -89,7 +89,7 @@ class RelativeAttention:
         return projections + profiles + 4.0 * d_keys * self.d_conv + 4.0 * d_queries * seen
 
     def resolved(self, d_model: int) -> "RelativeAttention":
-        """Without a floor the scale is that of none, 0; no distance counts that a window hides."""
+        """Without a floor the scale is that of none, 0."""
         scale = 0.0 if self.log_floor is None else self.log_scale
         return replace(self, log_scale=scale)
 
@@ -181,7 +181,9 @@ class RelativeAttentionMixer(nnx.Module):
         with jax.named_scope("norm_heads"):
             q, k = self.q_norm(q), self.k_norm(k)
         if (floor := self.config.log_floor) is not None:
-            factor_BT = 1.0 + self.config.log_scale * jnp.log(jnp.maximum((positions_BT + 1) / floor, 1.0))
+            factor_BT = 1.0 + self.config.log_scale * jnp.log(
+                jnp.maximum((positions_BT + 1).astype(jnp.float32) / floor, 1.0)
+            )
             q, r = (_times(a, factor_BT) for a in (q, r))
         return q, k, v, r, {"conv_k": of_k, "conv_v": of_v}
 
