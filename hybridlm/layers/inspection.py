@@ -64,14 +64,15 @@ def state_norms(state_B: jax.Array, weight_B: jax.Array | None = None) -> dict[s
 def attention(
     q_BTHP: jax.Array, k_BTKP: jax.Array, sinks_H: jax.Array | None, segment_ids_BT: jax.Array | None,
     places_BT: jax.Array | None, *, window: int | None, scale: float | None, softcap: float | None,
-    causal: bool = True, every: int = 1,
+    causal: bool = True, every: int = 1, terms: tuple[jax.Array, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """How attention spreads, over QUERIES queries a row: the entropy in nats of what a query attends to, a sink
     included, and the share that the first token of its document gets.
 
     {entropy_mean, first_token_mean} over queries and heads; {entropy_min, first_token_max} of the heads' means, the
     lowest and the highest. places_BT: positions that a window counts; None: those in the row. every: of so many
-    tokens each the last one alone is a query. See `pallas_kernels.attention` for the rest.
+    tokens each the last one alone is a query. terms: shares [B, T, H, R] of profiles [R, E] by distance in places, as
+    `pallas_kernels.relative_attention` adds them. See `pallas_kernels.attention` for the rest.
     """
     B, T, H, P = q_BTHP.shape
     K = k_BTKP.shape[2]
@@ -82,14 +83,20 @@ def attention(
     chosen = np.arange(1, n + 1) * (T // every) // n * every - 1
     sinks_H = jnp.full(H, -jnp.inf) if sinks_H is None else sinks_H.astype(jnp.float32)
     keys_BSKP = k_BTKP.astype(jnp.float32)
+    r_BTHR, profiles_RE = (jnp.zeros((B, T, H, 0)), jnp.zeros((0, 1))) if terms is None else terms
 
     def of_query(query):
-        q_BHP, id_B, place_B, index = query
+        q_BHP, r_BHR, id_B, place_B, index = query
         q_BKRP = q_BHP.astype(jnp.float32).reshape(B, K, H // K, P)
         scores_BHS = jnp.einsum("BKRP,BSKP->BKRS", q_BKRP, keys_BSKP).reshape(B, H, T)
         scores_BHS *= P**-0.5 if scale is None else scale
         scores_BHS = scores_BHS if softcap is None else softcap * jnp.tanh(scores_BHS / softcap)
         behind_BS = place_B[:, None] - places_BT
+        if terms is not None:
+            terms_BHE = jnp.einsum("BHR,RE->BHE", r_BHR.astype(jnp.float32), profiles_RE)
+            at_BHS = jnp.broadcast_to(jnp.clip(behind_BS, 0, terms_BHE.shape[-1] - 1)[:, None], scores_BHS.shape)
+            near_BS = behind_BS < terms_BHE.shape[-1]
+            scores_BHS += jnp.where(near_BS[:, None], jnp.take_along_axis(terms_BHE, at_BHS, axis=-1), 0.0)
         seen_BS = (id_B[:, None] == ids_BT) & (id_B != 0)[:, None]
         seen_BS = seen_BS & (jnp.arange(T)[None] <= index) if causal else seen_BS
         seen_BS = seen_BS if window is None else seen_BS & (behind_BS < window)
@@ -104,6 +111,7 @@ def attention(
     by_query = partial(jnp.moveaxis, source=1, destination=0)
     queries = (
         by_query(q_BTHP[:, chosen]),
+        by_query(r_BTHR[:, chosen]),
         by_query(ids_BT[:, chosen]),
         by_query(places_BT[:, chosen]),
         jnp.asarray(chosen),

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
-from hybridlm.layers import attention, ops, params, short_conv
+from hybridlm.layers import attention, inspection, ops, params, short_conv
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
@@ -89,8 +89,9 @@ class RelativeAttention:
         return projections + profiles + 4.0 * d_keys * self.d_conv + 4.0 * d_queries * seen
 
     def resolved(self, d_model: int) -> "RelativeAttention":
-        """Without a floor the scale counts for nothing: 0."""
-        return replace(self, log_scale=0.0 if self.log_floor is None else self.log_scale)
+        """Without a floor the scale is that of none, 0."""
+        scale = 0.0 if self.log_floor is None else self.log_scale
+        return replace(self, log_scale=scale)
 
 
 class RelativeAttentionMixer(nnx.Module):
@@ -138,6 +139,13 @@ class RelativeAttentionMixer(nnx.Module):
         y_BTHP = self._attend(q, k, v, r, segment_ids=(ids, ids), positions=(places, places), split_tokens=True)
         return Output(self._output(y_BTHP))
 
+    def inspect(self, x_BTD: jax.Array, tokens: Tokens) -> dict[str, jax.Array]:
+        """Entropy of the attention, and its share on the first token; see `inspection.attention`."""
+        ids, positions, places = attention.stand(x_BTD, tokens, self.config.extent)
+        q, k, _, r, _ = self._project(x_BTD, positions, tokens, None)
+        options: dict[str, Any] = {"window": self.config.window, "scale": 1.0 / self.config.d_head, "softcap": None}
+        return inspection.attention(q, k, None, ids, places, terms=(r, self.profiles[...]), **options)
+
     def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, Any]:
         """Keys and values as of `Attention`, and the windows of their convolutions."""
         c = self.config
@@ -172,8 +180,11 @@ class RelativeAttentionMixer(nnx.Module):
             v, of_v = self._convolved(v, self.conv_v, tokens, old and old["conv_v"])
         with jax.named_scope("norm_heads"):
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.log_floor is not None:
-            q, r = (self._grown(a, positions_BT) for a in (q, r))
+        if (floor := self.config.log_floor) is not None:
+            factor_BT = 1.0 + self.config.log_scale * jnp.log(
+                jnp.maximum((positions_BT + 1).astype(jnp.float32) / floor, 1.0)
+            )
+            q, r = (_times(a, factor_BT) for a in (q, r))
         return q, k, v, r, {"conv_k": of_k, "conv_v": of_v}
 
     def _convolved(self, x_BTKP, weight: nnx.Param, tokens: Tokens, window) -> tuple[jax.Array, jax.Array | None]:
@@ -183,20 +194,18 @@ class RelativeAttentionMixer(nnx.Module):
         )
         return x_BTKP + y_BTKP, window
 
-    def _grown(self, x_BTHP: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """What becomes a part of the scores, times 1 + log_scale log(...); the type of the input."""
-        c = self.config
-        beyond = (positions_BT + 1).astype(jnp.float32) / c.log_floor
-        factor = 1.0 + c.log_scale * jnp.log(jnp.maximum(beyond, 1.0))
-        return (x_BTHP.astype(jnp.float32) * factor[:, :, None, None]).astype(x_BTHP.dtype)
-
     @jax.named_scope("attend")
     def _attend(self, q, k, v, r, **places) -> jax.Array:
         """The op; places: where queries and keys stand, as `ops.relative_attention` takes it."""
-        options = {"window": self.config.window, "scale": 1.0 / self.config.d_head}
+        options: dict[str, Any] = {"window": self.config.window, "scale": 1.0 / self.config.d_head}
         y_BTHP = ops.relative_attention(q, k, v, r, self.profiles[...], **places, **options)
         return checkpoint_name(y_BTHP, "attention_out")
 
     @jax.named_scope("output")
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
         return params.leave(sharding.constrain(y_BTHP, "batch", "tokens", "heads", None), self.w_o)
+
+
+def _times(x_BTHP: jax.Array, factor_BT: jax.Array) -> jax.Array:
+    """In float32; the type of x."""
+    return (x_BTHP.astype(jnp.float32) * factor_BT[:, :, None, None]).astype(x_BTHP.dtype)

@@ -19,7 +19,9 @@ INPUTS = np.random.default_rng(0).integers(3, 48, (2, 19)).astype(np.int32)
 
 
 def randomised(name: str, values: dict, seed: int = 0):
-    """A published model without a parameter at 0 or 1."""
+    """A published model without a parameter at 0 or 1; skips what the installed transformers does not know."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(name, **values)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()

@@ -95,8 +95,13 @@ VARIANTS = {
         shared=MLP(8, "relu2"),
         router=Router(3, "sigmoid", renormalise=True, scaling=1.5, selection_bias=True, n_groups=3, top_groups=2),
     ),
-    "gla": LinearAttention(n_heads=2, d_key=6, d_head=8, decay=ChannelDecay(rank=4, divisor=2.0), chunk=8),
-    "retnet": LinearAttention(n_heads=4, d_key=8, d_head=6, rope=Rope(100.0), norm=HeadNorm(weight=None), chunk=8),
+    # Their eps keeps the norm of what a query reads next to nothing of from blowing up rounding.
+    "gla": LinearAttention(
+        n_heads=2, d_key=6, d_head=8, decay=ChannelDecay(rank=4, divisor=2.0), norm=HeadNorm(eps=1e-2), chunk=8,
+    ),
+    "retnet": LinearAttention(
+        n_heads=4, d_key=8, d_head=6, rope=Rope(100.0), norm=HeadNorm(weight=None, eps=1e-2), chunk=8,
+    ),
     "lightning": LinearAttention(
         n_heads=2, d_key=6, d_head=6, decay=FixedDecay("lightning"), feature_map="silu", value_activation="silu",
         scale=1.0, norm=HeadNorm(per_head=False, weight="channel"), gate="sigmoid", chunk=8,

@@ -43,7 +43,9 @@ def check_numbers(found, expected):
         check_close(found[name], value, dtype="float32", what=name)
 
 
-def spread_by_hand(q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, softcap, causal=True):
+def spread_by_hand(
+    q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, softcap, causal=True, terms_BTHE=None
+):  # fmt: skip
     """Entropy and share of the first token, query by query, in float64: [B, Q, H] each, NaN for padding."""
     B, _, H, P = q_BTHP.shape
     entropy, first = (np.full((B, len(queries), H), np.nan) for _ in range(2))
@@ -56,6 +58,10 @@ def spread_by_hand(q_BTHP, k_BTKP, sinks_H, ids_BT, queries, window, scale, soft
             keys = document if window is None else document[-window:]
             scores = k_SP[keys] @ q_BTHP[b, t, h].astype(np.float64) * (P**-0.5 if scale is None else scale)
             scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+            if terms_BTHE is not None:  # by how many tokens of the document stand between
+                behind = np.arange(len(keys))[::-1]
+                near = behind < terms_BTHE.shape[-1]
+                scores = scores + near * terms_BTHE[b, t, h, np.minimum(behind, terms_BTHE.shape[-1] - 1)]
             weights = np.exp(np.append(scores, [] if sinks_H is None else sinks_H[h]))
             p = weights / weights.sum()
             entropy[b, i, h] = -np.sum(p * np.log(p))
@@ -90,6 +96,26 @@ def test_attention(name):
     }  # fmt: skip
     check_numbers(found, expected)
     assert 0 < found["entropy_min"] < found["entropy_mean"] and 0 < found["first_token_mean"] < found["first_token_max"]
+
+
+@pytest.mark.parametrize("name", ["relative", "relative_window"])
+def test_relative_attention(name):
+    """With the terms by distance, which padding inside of a document does not count for."""
+    block, x_BTD = VARIANTS[name], draw(2, 12)
+    found, graphdef, params = numbers_of(block, x_BTD, IDS)
+
+    def project(params):
+        mixer = nnx.merge(graphdef, params)
+        _, positions, _ = stand(x_BTD, Tokens(IDS), block.window)
+        q, k, _, r, _ = mixer._project(x_BTD, positions, Tokens(IDS), None)
+        return q, k, r @ mixer.profiles[...]
+
+    q, k, terms = jax.device_get(jax.jit(project, compiler_options=QUICK)(params))
+    entropy, first = spread_by_hand(q, k, None, IDS, range(12), block.window, 1 / block.d_head, None, terms_BTHE=terms)
+    check_numbers(found, {
+        "entropy_mean": np.nanmean(entropy), "entropy_min": np.nanmean(entropy, axis=(0, 1)).min(),
+        "first_token_mean": np.nanmean(first), "first_token_max": np.nanmean(first, axis=(0, 1)).max(),
+    })  # fmt: skip
 
 
 def softplus(a):

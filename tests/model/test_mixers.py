@@ -59,10 +59,14 @@ in the slow tests."""
 
 
 def some(names, of=tuple(VARIANTS)) -> list:
-    """The examples, those that are not among the names for the slow tests."""
+    """The examples, those that are not among the names for the slow tests; there several side by side, of which each
+    stands alone too, are left out."""
+    of = [name for name in of if name in names or name != "recurrences"]
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
 
+ALONE = (*(name for name in FIRST if name != "recurrences"), *VARIANTS["recurrences"].branches)
+"""One example of each class, none side by side."""
 REST = some(("mamba1", "moe"))
 """One example of each class that other tests of this folder have in no model: of what they do for those they have."""
 ALIKE = (
@@ -150,9 +154,16 @@ def test_free_fields_change_nothing(name):
     properties.check_free(VARIANTS[name])
 
 
-@pytest.mark.parametrize("policy", ["kernels", *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "mixer"))])
 @pytest.mark.parametrize("name", REST)
-def test_remat_changes_nothing(name, policy):
+def test_remat_changes_nothing(name):
+    properties.check_remat(VARIANTS[name], "kernels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "mixer"])
+@pytest.mark.parametrize("name", ALONE)
+def test_remat_of_everything_changes_nothing(name, policy):
+    """One example of each class: what these policies keep hangs on no option."""
     properties.check_remat(VARIANTS[name], policy)
 
 

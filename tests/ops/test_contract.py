@@ -22,6 +22,11 @@ TRACED = (contract.check_no_rows, contract.check_float64, contract.check_x64_fla
           contract.check_traces_in_a_checked_shard_map, contract.check_traces_under_checkpoint)  # fmt: skip
 
 
+OF_THE_KERNEL = (contract.check_hints, contract.check_eager, contract.check_checkpoint, contract.check_scan,
+                 contract.check_shard_map)  # fmt: skip
+"""What of a borrowed kernel is shown for the op whose it is."""
+
+
 def is_slow(subject, check) -> bool:
     """Of kernels: what asks for many compilations, or is shown for the op whose kernels they are."""
     rarely = subject.name in (*BORROWED, *LARGE) and check not in (contract.check_oracle, *TRACED)
@@ -37,7 +42,7 @@ def on_kernels(platform: str):
                          id=f"{subject}-{check.__name__}")
             for subject in contract.subjects()
             for check in (*contract.ESSENTIAL, *contract.REST)
-            if subject.implementation == platform
+            if subject.implementation == platform and not (subject.name in BORROWED and check in OF_THE_KERNEL)
             and not LIMITS.keys() & {(platform, check.__name__), (platform, check.__name__, subject.name)}
         ],
     )  # fmt: skip
