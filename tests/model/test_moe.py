@@ -184,7 +184,7 @@ def test_one_device_equals_eight(mesh, one):
     assert stats["router_dropped"] == 0
     for path, grad in one[2].items():
         check_close(grads[path], grad, dtype="float32", what=f"gradient of {path}")
-    assert ("all-to-all" in text) == (mesh.expert > 1)
+    assert mesh.expert == 1 or "all-to-all" in text  # XLA moves other arrays so, too
 
 
 @pytest.mark.slow
