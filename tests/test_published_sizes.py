@@ -32,6 +32,8 @@ PUBLISHED = {
     "hunyuan:1.8b": 1_791_080_448,
     "hunyuan:4b": 4_221_757_440,
     "hunyuan:7b": 7_504_568_320,
+    "inkling:small": 263_655_199_274,
+    "inkling:large": 947_025_564_226,
     "jamba:52b": 51_570_323_328,
     "jamba:398b": 398_555_145_696,
     "kimi_linear:48b-a3b": 49_122_681_728,

@@ -107,7 +107,7 @@ def test_causal_through_gradients(name):
     properties.check_causal(properties.model_of(VARIANTS[name]), seen(name), rounding=rounding)
 
 
-@pytest.mark.parametrize("name", some(("bidirectional", "both_ways")))
+@pytest.mark.parametrize("name", some(("bidirectional", "both_ways"), (*ALONE, "both_ways")))
 def test_documents_do_not_touch_through_gradients(name):
     """What a token's output hangs on, in its document, and on no token of another one."""
     ids = np.array([1] * 4 + [2] * 1 + [7] * 6)

@@ -42,7 +42,7 @@ def test_equals_direct_taps_on_drawn_shapes(**drawn):
 
 
 @pytest.mark.slow
-@settings(max_examples=80, derandomize=False)
+@settings(max_examples=30, derandomize=False)
 @given(**DRAWN)
 def test_equals_direct_taps_on_many_drawn_shapes(**drawn):
     check_drawn(**drawn)

@@ -24,7 +24,18 @@ def read(keys: Keys) -> ModelConfig:
     keys.carry("model_max_length", "rms_norm_eps_moe_gate", "number_of_conv_states", "local_layer_ids")
     keys.derived("num_mtp_layers", "chain_hidden_post_norm", "mtp_hidden_states_first", "mtp_local_layer_ids")
     keys.only("tie_word_embeddings", False)
-    keys.only("shared_expert_sink", True)
+    for name in (
+        "shared_expert_sink",
+        "use_sconv",
+        "use_embed_norm",
+        "use_gate_bias",
+        "use_global_scale",
+        "norm_after_topk",
+    ):
+        keys.only(name, True)
+    keys.only("gate_activation", "sigmoid")
+    for name in ("q_bias", "o_bias", "final_logit_softcapping"):
+        keys.only(name, None, False)
     keys.only("attention_dropout", 0.0, 0, None)
     n_layers, vocabulary = keys("num_hidden_layers", 66), keys("vocab_size", 201_024)
     taps = keys.some("conv_kernel_size", 4)
