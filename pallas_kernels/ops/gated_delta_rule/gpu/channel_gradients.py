@@ -45,17 +45,8 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.backward import SMALLEST_BETA
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import (
-    CHANNEL_PARAMS,
-    FIRST,
-    PER_K,
-    PER_Q,
-    REAL,
-    clear,
-    log2_decays,
-    weigh,
-)
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import vector
+from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import PER_K, PER_Q, log2_decays, weigh
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, clear_padding, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
@@ -94,7 +85,7 @@ def _from_states(cfg, i, smem, bars, wg):
             plgpu.barrier_wait(bars["part_full"].at[ring])
             given, u = smem["given"].at[ring], smem["u"].at[ring]
             state, grad = (smem[name].at[ring, wg] for name in ("state", "grad"))
-            clear(cfg, smem, 0, given.at[F_PAIRS])
+            clear_padding(cfg, smem, 0, given.at[F_PAIRS])
             for which, acc in zip(part_of, pairs, strict=True):
                 plgpu.wgmma(acc, given.at[which], u.T)
             plgpu.wgmma(d_q, given.at[F_PAIRS], state)
@@ -172,7 +163,7 @@ def _states_part(cfg, i, where, ins, smem, bars, wg):
     b, chunk, head = where
     channels, totals, decays = pl.ds(wg * TILE, TILE), smem["totals"].at[wg], smem["decays"].at[wg]
     plgpu.barrier_wait(bars["full"])
-    clear(cfg, smem, 0, smem["q"].at[wg], smem["k"].at[wg])
+    clear_padding(cfg, smem, 0, smem["q"].at[wg], smem["k"].at[wg])
     steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, channels]
     sums = threads.sums_upto(log2_decays(cfg, steps, smem["real"].at[0] if cfg.segments else None))
     threads.store_totals_upto(totals.at[DECAYS], sums)
@@ -214,8 +205,7 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     net += threads.others["behind"](own) + threads.others["all"](end)
     if cfg.segments:
         marks = smem["real"].at[0]
-        net = jnp.where(rows_of(vector(marks.at[REAL], ROW)) > 0.5, net, 0.0)
-        net = jnp.where(rows_of(vector(marks.at[FIRST], ROW)) > 0.5, 0.0, net)
+        net = jnp.where(rows_of(vector(marks, ROW)) > 0.0, net, 0.0)
     outs["dg"][b, rows, head, channels] = net
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(bars["empty"])
@@ -304,7 +294,7 @@ def _scratch(cfg):
         "lengths": plgpu.SMEM((2, TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
         "dbeta": plgpu.SMEM((n_slices, TILE), F32),
-        "real": plgpu.SMEM((1, 2, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((1, TILE), F32) if cfg.segments else None,
     }
 
 
@@ -371,7 +361,7 @@ def _tiles(cfg, blocks, arrays):
         grid_names=("block",),
         num_threads=cfg.key // TILE + 1,
         thread_name="wg",
-        compiler_params=CHANNEL_PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     return dict(zip(out, call_varying(kernel, *(arrays[name] for name in _inputs(cfg)))))
 

@@ -100,6 +100,9 @@ def selective_scan_gpu(
     return (y, unpad(final, 1)[..., :d_state]) if return_final_state else y
 
 
+FORM = None
+
+
 def _width(n_batch: int, n_channels: int, n_groups: int) -> int:
     """Channels of a thread: two, or one where thread blocks of two would not fill the multiprocessors."""
     blocks = -(-n_channels // n_groups // Threads(2).channels) * n_groups
@@ -117,7 +120,10 @@ def _marks(segment_ids):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _core(x, dt, A, B, C, skip, init, marks, options):
     """y and the final state ``[B, D, 16]`` (None unless asked for), of channels in whole blocks and 16 states."""
-    out = forward.walk(_config(x, B, skip, init, marks, options), x, dt, B, C, marks, A * LOG2E, skip, init)
+    cfg = _config(x, B, skip, init, marks, options)
+    if FORM:
+        cfg = dataclasses.replace(cfg, width=FORM[0], held=FORM[1], apart=FORM[2])
+    out = forward.walk(cfg, x, dt, B, C, marks, A * LOG2E, skip, init)
     return out["y"], out.get("final")
 
 
@@ -127,6 +133,8 @@ def _config(x, B, skip, init, marks, options):
         *x.shape,
         B.shape[2],
         width,
+        4,
+        False,
         x.dtype,
         has_skip=skip is not None,
         segments=marks is not None,

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import F32, PARAMS, named_body
 from pallas_kernels.ops.selective_scan.gpu.threads import QUAD, STATES, Threads
+from pallas_kernels.ops.selective_scan.gpu import threads as threads_module
 from pallas_kernels.varying import call_varying
 
 TILE = 32  # tokens
@@ -34,6 +35,8 @@ class Walk:
     channels: int
     groups: int
     width: int  # channels of a thread
+    held: int
+    apart: bool
     dtype: jnp.dtype  # of x and y
     has_skip: bool = False
     segments: bool = False
@@ -43,7 +46,7 @@ class Walk:
 
     @property
     def threads(self) -> Threads:
-        return Threads(self.width)
+        return Threads(self.width, self.held, self.apart)
 
     @property
     def tiles(self) -> int:
@@ -83,13 +86,13 @@ def load_tokens(ref, cfg):
 def each_token(ref, cfg):
     """[channels] of memory -> [4, channels]."""
     row = plgpu.load(ref, layout=cfg.threads.tokens.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(row, (QUAD, cfg.threads.channels), (1,))
+    return lax.broadcast_in_dim(row, (cfg.threads.sharers, cfg.threads.channels), (1,))
 
 
 def is_real(tiles, rows, cfg):
     """Which of four tokens are no padding, [4, channels]."""
     marks = plgpu.load(tiles["marks"].at[rows], layout=cfg.threads.tokens.reduce(1), optimized=False)
-    return lax.broadcast_in_dim(marks, (QUAD, cfg.threads.channels), (0,)) <= 0.0
+    return lax.broadcast_in_dim(marks, (cfg.threads.sharers, cfg.threads.channels), (0,)) <= 0.0
 
 
 def fetch(cfg, ins, smem, names, idx, tile, slot, bar):
@@ -124,7 +127,10 @@ def if_real(mark, array):
 def decays(cfg, rates, dt, between):
     """exp(dt A) of a token, [channels, 16]; `rates` is A log2(e)."""
     exponent = each_channel(dt, cfg) * rates
-    return jnp.exp2(exponent if between is None else exponent + between)
+    exponent = exponent if between is None else exponent + between
+    if threads_module.EMULATED:
+        return cfg.threads.powers(exponent)
+    return jnp.exp2(exponent)
 
 
 def _ready(cfg, tiles, rates, t):
@@ -137,14 +143,15 @@ def _ready(cfg, tiles, rates, t):
 def _quad(cfg, tiles, rates, skip, q, carry):
     """((states behind four tokens, what the next is ready with), y of the four [4, channels])."""
     (h, (decay, added)), products = carry, []
-    for r in range(QUAD):
-        t = q * QUAD + r
+    n_tokens = cfg.threads.sharers
+    for r in range(n_tokens):
+        t = q * n_tokens + r
         h = decay * h + added
-        decay, added = _ready(cfg, tiles, rates, t + 1 if r + 1 < QUAD else jnp.minimum(t + 1, TILE - 1))
+        decay, added = _ready(cfg, tiles, rates, t + 1 if r + 1 < n_tokens else jnp.minimum(t + 1, TILE - 1))
         products.append(h * each_state(load_column(tiles["C"].at[t], cfg), cfg))
     y = cfg.threads.sum_states(*products)
     if cfg.has_skip:
-        rows = pl.ds(q * QUAD, QUAD)
+        rows = pl.ds(q * n_tokens, n_tokens)
         x = load_tokens(tiles["x"].at[rows], cfg).astype(F32)
         y += skip * (jnp.where(is_real(tiles, rows, cfg), x, 0.0) if cfg.segments else x)
     return (h, (decay, added)), y
@@ -178,11 +185,12 @@ def _body(cfg, *refs):
             tiles = {name: smem[name].at[slot] for name in names}
 
             def quads(i, carry):
-                ys = [None] * UNROLL
-                for r in range(UNROLL):
-                    carry, ys[r] = _quad(cfg, tiles, rates, skip, i * UNROLL + r, carry)
-                for r in range(UNROLL):  # last, so that the sums of four tokens run beside the next four
-                    rows = pl.ds(n * TILE + (i * UNROLL + r) * QUAD, QUAD)
+                unroll = UNROLL * QUAD // cfg.threads.sharers
+                ys = [None] * unroll
+                for r in range(unroll):
+                    carry, ys[r] = _quad(cfg, tiles, rates, skip, i * unroll + r, carry)
+                for r in range(unroll):  # last, so that the sums of four tokens run beside the next four
+                    rows = pl.ds(n * TILE + (i * unroll + r) * cfg.threads.sharers, cfg.threads.sharers)
                     outs["y"][b, rows, channels] = ys[r].astype(cfg.dtype)
                 return carry
 

@@ -18,11 +18,12 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 STATES = 16  # of a channel
 QUAD = 4  # threads that share channels, and tokens whose sums over states are taken together
 HELD = STATES // QUAD  # states of a channel that a thread holds
+VECTOR = 4  # states of a register
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 GROUPS = LANES // QUAD  # quads of a warp
 F32 = jnp.float32
@@ -39,23 +40,35 @@ class Threads:
     """Layouts of arrays over a warpgroup whose threads hold `width` channels each, and what the threads do."""
 
     width: int
+    held: int = 4
+    apart: bool = False
+
+    @property
+    def sharers(self) -> int:
+        return STATES // self.held
+
+    @property
+    def groups(self) -> int:
+        return LANES // self.sharers
 
     @property
     def channels(self) -> int:
-        return WARPS * GROUPS * self.width
+        return WARPS * self.groups * self.width
 
     @functools.cached_property
     def both(self):
         """Of ``[channels, 16]``."""
-        warp, channels = GROUPS * self.width, self.channels
-        return _layout(((channels, STATES), (warp, STATES), (self.width, HELD)), (-6,), (-4, -3), -1)
+        warp, channels = self.groups * self.width, self.channels
+        tiles = (channels, STATES), (warp, STATES), (warp, self.sharers * VECTOR), (self.width, VECTOR)
+        return _layout(tiles, (-8,), (-3, -4) if self.apart else (-4, -3), -1)
 
     @functools.cached_property
     def row(self):
         """Of ``[channels]``, the same in the threads of a quad."""
-        warp = GROUPS * self.width
-        replicated = fragmented_array.Replicated(QUAD)
-        return _layout(((self.channels,), (warp,), (self.width,)), (-3,), (-2, replicated), -1)
+        warp = self.groups * self.width
+        replicated = fragmented_array.Replicated(self.sharers)
+        lanes = (replicated, -2) if self.apart else (-2, replicated)
+        return _layout(((self.channels,), (warp,), (self.width,)), (-3,), lanes, -1)
 
     @functools.cached_property
     def column(self):
@@ -65,8 +78,9 @@ class Threads:
     @functools.cached_property
     def tokens(self):
         """Of ``[4, channels]``, a token a thread of the quad."""
-        warp = GROUPS * self.width
-        return _layout(((QUAD, self.channels), (1, warp), (1, self.width)), (-5,), (-3, -6), -1)
+        warp = self.groups * self.width
+        lanes = (-6, -3) if self.apart else (-3, -6)
+        return _layout(((self.sharers, self.channels), (1, warp), (1, self.width)), (-5,), lanes, -1)
 
     @functools.cached_property
     def line(self):
@@ -80,9 +94,9 @@ class Threads:
         @plgpu.inline_mgpu(arg_types=(self.row,), return_type=self._of((self.channels, STATES), self.both))
         def spread(_, row):
             pair = row.registers.flat[0]
-            held = ir.VectorType.get((HELD,), ir.F32Type.get())
-            return self._array(self.both, [vector.broadcast(held, _element(pair, v)) for v in range(self.width)],
-                               (self.channels, STATES))  # fmt: skip
+            held = ir.VectorType.get((VECTOR,), ir.F32Type.get())
+            each = [vector.broadcast(held, _element(pair, v)) for v in range(self.width)]
+            return self._array(self.both, each * (self.held // VECTOR), (self.channels, STATES))
 
         return spread
 
@@ -90,14 +104,38 @@ class Threads:
     def sum_states(self):
         """Four ``[channels, 16]``, one a token -> ``[4, channels]``."""
 
-        @plgpu.inline_mgpu(arg_types=(self.both,) * QUAD, return_type=self._of((QUAD, self.channels), self.tokens))
+        shape = self.sharers, self.channels
+
+        @plgpu.inline_mgpu(arg_types=(self.both,) * self.sharers, return_type=self._of(shape, self.tokens))
         def sum_states(_, *tokens):
-            sums = [[_sum(register, HELD) for register in token.registers.flat] for token in tokens]
-            (mine,) = _scatter(sums, (2, 1))
+            sums = []
+            for token in tokens:
+                each = list(token.registers.flat)
+                by_channel = [each[v :: self.width] for v in range(self.width)]
+                sums.append([_sum_all(registers) for registers in by_channel])
+            steps = self.sharers.bit_length() - 1
+            distances = [(self.groups if self.apart else 1) << n for n in reversed(range(steps))]
+            (mine,) = _scatter(sums, distances)
             held = vector.from_elements(ir.VectorType.get((self.width,), ir.F32Type.get()), mine)
-            return self._array(self.tokens, [held], (QUAD, self.channels))
+            return self._array(self.tokens, [held], shape)
 
         return sum_states
+
+    @functools.cached_property
+    def powers(self):
+        """2^x of ``[channels, 16]``, some by the multiplying units."""
+
+        @plgpu.inline_mgpu(arg_types=(self.both,), return_type=self._of((self.channels, STATES), self.both))
+        def powers(_, exponents):
+            registers = list(exponents.registers.flat)
+            made = []
+            for n, register in enumerate(registers):
+                each = [_element(register, k) for k in range(VECTOR)]
+                each = [_power(x) if n == 0 and k < EMULATED else _exp2(x) for k, x in enumerate(each)]
+                made.append(vector.from_elements(register.type, each))
+            return self._array(self.both, made, (self.channels, STATES))
+
+        return powers
 
     @functools.cached_property
     def sum_channels(self):
@@ -155,6 +193,35 @@ def _add(a, b):
 
 def _sum(register, n: int):
     return functools.reduce(_add, [_element(register, k) for k in range(n)])
+
+
+EMULATED = 0
+
+
+def _exp2(x):
+    f32 = ir.F32Type.get()
+    return llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+COEFFICIENTS = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472614891827)
+
+
+def _power(x):
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    c = lambda value: mgpu.c(value, f32)
+    x = arith.maximumf(x, c(-126.0))
+    rounded = arith.addf(x, c(12582912.0))
+    f = arith.subf(x, arith.subf(rounded, c(12582912.0)))
+    total = c(COEFFICIENTS[-1])
+    for value in (*reversed(COEFFICIENTS[:-1]), 1.0):
+        total = _add(arith.mulf(total, f, fastmath=arith.FastMathFlags.contract), c(value))
+    bits = arith.shli(arith.bitcast(i32, rounded), _i32(23))
+    return arith.bitcast(f32, arith.addi(arith.bitcast(i32, total), bits))
+
+
+def _sum_all(registers):
+    """Of all elements."""
+    return functools.reduce(_add, [_element(register, k) for register in registers for k in range(VECTOR)])
 
 
 def _shuffle(value, distance: int):
