@@ -44,8 +44,10 @@ from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
     FORGOTTEN,
     LANE_PARAMS,
     LENGTH_EPS,
+    MARKS,
     clear_padding,
     documented,
+    marks_of,
     vector,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
@@ -62,7 +64,7 @@ def slices(cfg) -> int:
 def log2_decays(cfg, source, real):
     """float32 [64, 64] of a chunk's tokens; `real` the slot of marks in shared memory."""
     steps = jnp.maximum(plgpu.load(source, layout=WGMMA, optimized=False) * LOG2E, FORGOTTEN)
-    return documented(steps, rows_of(vector(real, ROW))) if cfg.segments else steps
+    return documented(steps, rows_of(marks_of(real))) if cfg.segments else steps
 
 
 def weigh(tile, weight, dtype):
@@ -214,7 +216,7 @@ def _scratch(cfg):
         "totals": plgpu.SMEM((slices(cfg), TILE // threads.BLOCK, TILE), F32),
         "ends": plgpu.SMEM((slices(cfg), TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
-        "real": plgpu.SMEM((1, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((1, TILE), MARKS) if cfg.segments else None,
         "lengths": plgpu.SMEM((2, TILE), F32),
     }
 

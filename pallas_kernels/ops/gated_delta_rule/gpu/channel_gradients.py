@@ -46,7 +46,7 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.backward import SMALLEST_BETA
 from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import PER_K, PER_Q, log2_decays, weigh
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, clear_padding, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, MARKS, clear_padding, marks_of, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
@@ -204,8 +204,7 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     own, end = (smem["totals"].at[wg, n] for n in (OF_NET, OF_END))
     net += threads.others["behind"](own) + threads.others["all"](end)
     if cfg.segments:
-        marks = smem["real"].at[0]
-        net = jnp.where(rows_of(vector(marks, ROW)) > 0.0, net, 0.0)
+        net = jnp.where(rows_of(marks_of(smem["real"].at[0])) > 0.0, net, 0.0)
     outs["dg"][b, rows, head, channels] = net
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(bars["empty"])
@@ -294,7 +293,7 @@ def _scratch(cfg):
         "lengths": plgpu.SMEM((2, TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
         "dbeta": plgpu.SMEM((n_slices, TILE), F32),
-        "real": plgpu.SMEM((1, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((1, TILE), MARKS) if cfg.segments else None,
     }
 
 

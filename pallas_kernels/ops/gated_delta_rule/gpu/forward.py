@@ -78,6 +78,7 @@ STEP = PER_Q  # where the log2 decays of tokens stand until all have been summed
 HEADS = 4  # whose gates are copied together: 16 bytes of a token, the least that the copy engine takes
 # Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
 BETWEEN_DOCUMENTS = 144.0
+MARKS = jnp.bfloat16  # in which shared memory has room for them
 FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
 
 
@@ -124,14 +125,19 @@ def clear_padding(cfg, smem, slot, *tiles):
     """
     if not cfg.segments:
         return
-    marks = smem["real"].at[slot]
+    marks, first = smem["real"].at[slot], smem["real"][slot, 0].astype(F32)
 
-    @pl.when(marks[0] * marks[0] < 2.0)
+    @pl.when(first * first < 2.0)
     def _():
-        keep = rows_of(vector(marks, ROW), TILE) != 0.0
+        keep = rows_of(marks_of(marks), TILE) != 0.0
         for tile in tiles:
             clear_rows(tile, keep, cfg.dtype)
         plgpu.commit_smem()
+
+
+def marks_of(ref):
+    """A chunk's marks, one a row of a tile."""
+    return vector(ref, ROW).astype(F32)
 
 
 def documented(steps, mark):
@@ -159,7 +165,7 @@ def _gates(cfg, head, smem, slot, numbers):
     beta = vector(smem["beta"].at[slot, :, own], ROW)
     steps = jnp.maximum(vector(smem["g"].at[slot, :, own], ROW) * LOG2E, FORGOTTEN) if cfg.decays else beta * 0.0
     if cfg.segments:
-        mark = vector(smem["real"].at[slot], ROW)
+        mark = marks_of(smem["real"].at[slot])
         beta, steps = jnp.where(mark != 0.0, beta, 0.0), documented(steps, mark)
     numbers[BETA] = beta
     numbers[STEP] = steps
@@ -350,7 +356,7 @@ def _scratch(cfg):
         "out": tile((cfg.parts, outs, TILE, TILE)),
         "g": plgpu.SMEM((KEY_STAGES, TILE, HEADS), F32) if cfg.decays else None,
         "beta": plgpu.SMEM((KEY_STAGES, TILE, HEADS), F32),
-        "real": plgpu.SMEM((KEY_STAGES, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((KEY_STAGES, TILE), MARKS) if cfg.segments else None,
         "numbers": plgpu.SMEM((SCORE_STAGES, NUMBERS, TILE), F32),
     }
 
