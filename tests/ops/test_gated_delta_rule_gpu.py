@@ -21,6 +21,7 @@ from tests.ops.support import check_against_oracle
 gpu = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 inverse = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.inverse")
+threads = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.threads")
 
 SERVED = (*cases.TEST_CASES, *cases.WIDTH_CASES)
 by_name = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
@@ -45,7 +46,7 @@ def test_supports_names_argument_and_limit():
 
 @pytest.mark.newer
 @pytest.mark.parametrize(
-    ("changes", "choice"), [({}, "gpu"), ({"gate": None}, "gpu"), ({"gate": "channel"}, "xla"), ({"key": 192}, "xla")]
+    ("changes", "choice"), [({}, "gpu"), ({"gate": None}, "gpu"), ({"gate": "channel"}, "gpu"), ({"key": 192}, "xla")]
 )
 def test_auto_takes_what_is_proven_on_the_card(changes, choice):
     inputs = cases.make_inputs(
@@ -62,10 +63,10 @@ def test_marks_tell_padding_and_where_documents_begin(layout):
     """Against a walk over the tokens."""
     batch, tokens = 2, 150
     ids = make_segment_ids(layout, batch, tokens, seed=5)
-    marks = np.asarray(gpu._marks(jnp.asarray(ids))).swapaxes(1, 2)
+    marks = np.asarray(gpu._marks(jnp.asarray(ids)))
     padded = np.pad(ids != 0, ((0, 0), (0, -tokens % gpu.TILE))).reshape(batch, -1, gpu.TILE)
-    np.testing.assert_array_equal(marks[:, 0], np.where(padded.all(-1, keepdims=True), 2, padded))
-    first = marks[:, 1].reshape(batch, -1)
+    np.testing.assert_array_equal(abs(marks), np.where(padded.all(-1, keepdims=True), 2, padded))
+    first = (marks < 0).reshape(batch, -1)
     for row in range(batch):
         last = 0
         for t in range(tokens):
@@ -89,6 +90,20 @@ def test_kernels_interpreted_where_a_head_has_two_warpgroups(gate, heads, tokens
     case = cases.Case("parts", 1, tokens, heads, 128, 1, 128, gate=gate, decay="mixed", layout="packed")
     inputs = cases.make_inputs(case, "bfloat16")
     inputs["g"][0, 37] = -np.inf  # forgets everything
+    check_interpreted(inputs, case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "level"), [(1.0, 5), (6.0, 3), (40.0, 0)])
+def test_blocks_taken_whole_give_the_same(factor, level):
+    """Decays about, of which a chunk, blocks of 16 tokens or none are taken whole."""
+    case = cases.Case("levels", 1, 64, 1, 64, 1, 64, decay="typical", initial=False)
+    inputs = cases.make_inputs(case, "bfloat16")
+    inputs["g"] *= np.float32(factor)
+    blocks = inputs["g"][0, :, 0].reshape(4, 16, -1).sum(1) * gpu.LOG2E
+    fits = [(blocks.sum(0) >= -threads.SPAN).all(), (blocks >= -threads.SPAN).all()]
+    assert level == (5 if fits[0] else 3 if fits[1] else 0)
     check_interpreted(inputs, case)
 
 

@@ -90,7 +90,7 @@ def gated_delta_rule_gpu(
 
 
 def _marks(segment_ids):
-    """What the ids tell of each token, bfloat16 ``[B, chunks, 64]``: see `forward.clear_padding` and `documented`.
+    """What the ids tell of each token, float32 ``[B, chunks, 64]``: see `forward.clear_padding` and `documented`.
 
     Padding is told as 0, real tokens as 1, those of a chunk without padding as 2, and what begins a document behind
     another as the negative of that.
@@ -99,8 +99,7 @@ def _marks(segment_ids):
         _chunked(mark.astype(jnp.float32)[..., None])[:, :, 0]
         for mark in (segment_ids != 0, document_starts(segment_ids))
     )
-    marks = jnp.where(real.all(-1, keepdims=True), 2.0, real) * (1.0 - 2.0 * first)
-    return marks.astype(forward.MARKS)
+    return jnp.where(real.all(-1, keepdims=True), 2.0, real) * (1.0 - 2.0 * first)
 
 
 def _chunked(array):

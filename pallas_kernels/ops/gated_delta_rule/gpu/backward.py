@@ -53,7 +53,6 @@ from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
     FROM_STATE_K,
     FROM_STATE_Q,
     LANE_PARAMS,
-    MARKS,
     NUMBERS,
     PER_K,
     PER_Q,
@@ -198,7 +197,7 @@ def _reverse_body(cfg, *refs):
         "t": tile((STAGES, TILE, TILE)),
         "out": tile((walk.parts, walk.key // TILE, TILE, TILE)),
         "numbers": plgpu.SMEM((STAGES, NUMBERS, TILE), F32),
-        "real": plgpu.SMEM((STAGES, TILE), MARKS) if walk.segments else None,
+        "real": plgpu.SMEM((STAGES, TILE), F32) if walk.segments else None,
     }
     barriers = {
         "full": plgpu.Barrier(num_arrivals=5 + walk.parts + walk.segments, num_barriers=STAGES),
@@ -416,7 +415,7 @@ def _tile_scratch(cfg):
         "pairs": tile((2, TILE, TILE)),
         "dq": tile((cfg.key // TILE, TILE, TILE)),
         "numbers": plgpu.SMEM((STAGES, NUMBERS, TILE), F32),
-        "real": plgpu.SMEM((STAGES, TILE), MARKS) if cfg.segments else None,
+        "real": plgpu.SMEM((STAGES, TILE), F32) if cfg.segments else None,
         "sums": plgpu.SMEM((2, TILE), F32),
         "net": plgpu.SMEM((2, TILE), F32),
         "gradients": plgpu.SMEM((2, TILE), F32),

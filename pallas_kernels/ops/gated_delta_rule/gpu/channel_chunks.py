@@ -44,10 +44,8 @@ from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
     FORGOTTEN,
     LANE_PARAMS,
     LENGTH_EPS,
-    MARKS,
     clear_padding,
     documented,
-    marks_of,
     vector,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
@@ -64,7 +62,7 @@ def slices(cfg) -> int:
 def log2_decays(cfg, source, real):
     """float32 [64, 64] of a chunk's tokens; `real` the slot of marks in shared memory."""
     steps = jnp.maximum(plgpu.load(source, layout=WGMMA, optimized=False) * LOG2E, FORGOTTEN)
-    return documented(steps, rows_of(marks_of(real))) if cfg.segments else steps
+    return documented(steps, rows_of(vector(real, ROW))) if cfg.segments else steps
 
 
 def weigh(tile, weight, dtype):
@@ -105,31 +103,31 @@ def _sum_decays(cfg, idx, ins, smem):
     lax.fori_loop(0, slices(cfg), each, None)
 
 
-def _level(cfg, bits, smem):
+def _level(cfg, bits, whole, smem):
     """(A, B) of the pairs of a level, without lengths and beta."""
 
     def work(of_q, of_k):
         for n in range(slices(cfg)):
-            weight = jnp.exp2(threads.distance(smem["sums"].at[n], bits))
-            keys = weigh(smem["k"].at[n], weight, cfg.dtype)
-            smem["keys"][n] = keys
+            of_row, of_column = threads.distances(smem["sums"].at[n], bits, whole)
+            smem["keys"][n] = weigh(smem["k"].at[n], jnp.exp2(of_column), cfg.dtype)
+            weight = jnp.exp2(of_row)
             plgpu.commit_smem()
             plgpu.wgmma(of_q, weigh(smem["q"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
-            plgpu.wgmma(of_k, keys, smem["keys"].at[n].T)
+            plgpu.wgmma(of_k, weigh(smem["k"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
         return sums_of(of_q), sums_of(of_k)
 
     pairs = accumulate(work, TILE, TILE)
     plgpu.commit_smem()  # all have read the keys
-    return [threads.keep_level(product, bits) for product in pairs]
+    return [threads.keep_level(product, bits, whole) for product in pairs]
 
 
 def _pairs(cfg, smem):
     """(A, B diag(beta)) of the chunk."""
 
-    def level(bits, found):
-        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, smem), strict=True))
+    def level(bits, whole, found):
+        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, whole, smem), strict=True))
 
-    asked, mixed = lax.fori_loop(0, threads.LEVELS, level, (zeros(TILE), zeros(TILE)))
+    asked, mixed = threads.each_level(smem["totals"], level, (zeros(TILE), zeros(TILE)))
     own = no_rows()
     for n in range(slices(cfg)):
         own += jnp.sum(load_tile(smem["q"].at[n]) * load_tile(smem["k"].at[n]), axis=1)
@@ -216,7 +214,7 @@ def _scratch(cfg):
         "totals": plgpu.SMEM((slices(cfg), TILE // threads.BLOCK, TILE), F32),
         "ends": plgpu.SMEM((slices(cfg), TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
-        "real": plgpu.SMEM((1, TILE), MARKS) if cfg.segments else None,
+        "real": plgpu.SMEM((1, TILE), F32) if cfg.segments else None,
         "lengths": plgpu.SMEM((2, TILE), F32),
     }
 

@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, MARKS, Walk, clear_padding, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, Walk, clear_padding, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
@@ -231,7 +231,7 @@ def _scratch(steps):
         "out": tile((cfg.parts, outs, TILE, TILE)),
         "ends": plgpu.SMEM((STAGES, cfg.key), F32),
         "beta": plgpu.SMEM((STAGES, TILE), F32),
-        "real": plgpu.SMEM((STAGES, TILE), MARKS) if cfg.segments else None,
+        "real": plgpu.SMEM((STAGES, TILE), F32) if cfg.segments else None,
     }
 
 

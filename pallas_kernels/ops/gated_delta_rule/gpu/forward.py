@@ -56,6 +56,7 @@ from pallas_kernels.varying import call_varying
 
 KEY_STAGES = 3
 VALUE_STAGES = 1  # its copy has a chunk's time
+GATE_STAGES = 2  # read as the scores of a chunk begin
 SCORE_STAGES = 2
 LENGTH_EPS = 1e-6  # as in the op's docstring
 LANE_PARAMS = dataclasses.replace(
@@ -78,7 +79,6 @@ STEP = PER_Q  # where the log2 decays of tokens stand until all have been summed
 HEADS = 4  # whose gates are copied together: 16 bytes of a token, the least that the copy engine takes
 # Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
 BETWEEN_DOCUMENTS = 144.0
-MARKS = jnp.bfloat16  # in which shared memory has room for them
 FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
 
 
@@ -125,19 +125,14 @@ def clear_padding(cfg, smem, slot, *tiles):
     """
     if not cfg.segments:
         return
-    marks, first = smem["real"].at[slot], smem["real"][slot, 0].astype(F32)
+    marks, first = smem["real"].at[slot], smem["real"][slot, 0]
 
     @pl.when(first * first < 2.0)
     def _():
-        keep = rows_of(marks_of(marks), TILE) != 0.0
+        keep = rows_of(vector(marks, ROW), TILE) != 0.0
         for tile in tiles:
             clear_rows(tile, keep, cfg.dtype)
         plgpu.commit_smem()
-
-
-def marks_of(ref):
-    """A chunk's marks, one a row of a tile."""
-    return vector(ref, ROW).astype(F32)
 
 
 def documented(steps, mark):
@@ -159,13 +154,15 @@ def _per_length(cfg, products):
     return lax.rsqrt(squares + LENGTH_EPS if cfg.normalize else jnp.maximum(1.0, jnp.minimum(squares, 1.0)))
 
 
-def _gates(cfg, head, smem, slot, numbers):
+def _gates(cfg, i, head, smem, bars, numbers):
     """Fills betas of the tokens and, where their sums are to stand, log2 decays."""
-    own = lax.rem(head, HEADS)
-    beta = vector(smem["beta"].at[slot, :, own], ROW)
-    steps = jnp.maximum(vector(smem["g"].at[slot, :, own], ROW) * LOG2E, FORGOTTEN) if cfg.decays else beta * 0.0
+    slot, gate_slot, own = lax.rem(i, KEY_STAGES), lax.rem(i, GATE_STAGES), lax.rem(head, HEADS)
+    plgpu.barrier_wait(bars["gates_full"].at[gate_slot])
+    beta = vector(smem["beta"].at[gate_slot, :, own], ROW)
+    steps = jnp.maximum(vector(smem["g"].at[gate_slot, :, own], ROW) * LOG2E, FORGOTTEN) if cfg.decays else beta * 0.0
+    plgpu.barrier_arrive(bars["gates_empty"].at[gate_slot])
     if cfg.segments:
-        mark = marks_of(smem["real"].at[slot])
+        mark = vector(smem["real"].at[slot], ROW)
         beta, steps = jnp.where(mark != 0.0, beta, 0.0), documented(steps, mark)
     numbers[BETA] = beta
     numbers[STEP] = steps
@@ -203,7 +200,7 @@ def _scores(cfg, idx, outs, smem, bars):
 
         if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
             plgpu.wait_smem_to_gmem(3, wait_read_only=True)
-        _gates(cfg, head, smem, slot, numbers)
+        _gates(cfg, i, head, smem, bars, numbers)
         per_q = _per_length(cfg, _product(q, q.T))
         mixed = _product(k, k.T)
         per_k = _per_length(cfg, mixed)
@@ -323,10 +320,17 @@ def _produce(cfg, idx, ins, smem, bars):
         bar = bars["full"].at[slot]
         plgpu.copy_gmem_to_smem(ins["k"].at[b, rows, group], smem["k"].at[slot], bar)
         plgpu.copy_gmem_to_smem(ins["q"].at[b, rows, group], smem["q"].at[slot], bar)
-        for name in gates:
-            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, heads], smem[name].at[slot], bar)
         if cfg.segments:
             plgpu.copy_gmem_to_smem(ins["real"].at[b, i], smem["real"].at[slot], bar)
+        gate_slot = lax.rem(i, GATE_STAGES)
+
+        @pl.when(i >= GATE_STAGES)
+        def _():
+            plgpu.barrier_wait(bars["gates_empty"].at[gate_slot])
+
+        bar = bars["gates_full"].at[gate_slot]
+        for name in gates:
+            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, heads], smem[name].at[gate_slot], bar)
 
         @pl.when(i >= VALUE_STAGES)
         def _():
@@ -340,6 +344,7 @@ def _produce(cfg, idx, ins, smem, bars):
     lax.fori_loop(0, cfg.chunks, step, None)
     drain(cfg.chunks, KEY_STAGES, [bars["empty"]])
     drain(cfg.chunks, VALUE_STAGES, [bars["v_empty"]])
+    drain(cfg.chunks, GATE_STAGES, [bars["gates_empty"]])
 
 
 def _scratch(cfg):
@@ -354,19 +359,21 @@ def _scratch(cfg):
         "t": tile((SCORE_STAGES, TILE, TILE)),
         "scratch": tile((SCRATCH, TILE, TILE)),
         "out": tile((cfg.parts, outs, TILE, TILE)),
-        "g": plgpu.SMEM((KEY_STAGES, TILE, HEADS), F32) if cfg.decays else None,
-        "beta": plgpu.SMEM((KEY_STAGES, TILE, HEADS), F32),
-        "real": plgpu.SMEM((KEY_STAGES, TILE), MARKS) if cfg.segments else None,
+        "g": plgpu.SMEM((GATE_STAGES, TILE, HEADS), F32) if cfg.decays else None,
+        "beta": plgpu.SMEM((GATE_STAGES, TILE, HEADS), F32),
+        "real": plgpu.SMEM((KEY_STAGES, TILE), F32) if cfg.segments else None,
         "numbers": plgpu.SMEM((SCORE_STAGES, NUMBERS, TILE), F32),
     }
 
 
 def _barriers(cfg):
     return {
-        "full": plgpu.Barrier(num_arrivals=3 + cfg.decays + cfg.segments, num_barriers=KEY_STAGES),
+        "full": plgpu.Barrier(num_arrivals=2 + cfg.segments, num_barriers=KEY_STAGES),
         "empty": plgpu.Barrier(num_arrivals=1 + cfg.parts, num_barriers=KEY_STAGES),
         "v_full": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
         "v_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
+        "gates_full": plgpu.Barrier(num_arrivals=1 + cfg.decays, num_barriers=GATE_STAGES),
+        "gates_empty": plgpu.Barrier(num_arrivals=1, num_barriers=GATE_STAGES),
         "t_full": plgpu.Barrier(num_arrivals=1, num_barriers=SCORE_STAGES),
         "t_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=SCORE_STAGES),
     }
