@@ -195,6 +195,30 @@ def test_convolution_on_hopper():
     assert said == {"causal_conv1d_forward": 2, "causal_conv1d_backward": 6}
 
 
+@pytest.mark.newer
+@pytest.mark.parametrize(("gate", "key", "kernels"), [((), 128, 3), ((), 64, 3), ((128,), 128, 4), ((64,), 64, 4)])
+def test_delta_rule_on_hopper(gate, key, kernels):
+    """All of them, of one warpgroup of the state; kernels that visit chunks in any order loop over them, and those by
+    channel over levels, of which one is counted. Of two slices of key channels each has a warpgroup, but for the pairs,
+    which both share."""
+    B, T, H = 1, 256, 2
+    q, v, beta = Shape((B, T, H, key), BF16), Shape((B, T, H, 64), BF16), Shape((B, T, H), F32)
+    found = gpu_kernels(
+        lambda *a: pk.gated_delta_rule(*a, implementation="gpu"), q, q, v, beta, Shape((B, T, H, *gate), F32)
+    )
+    assert len(found) == kernels
+    for eqn in found:
+        name, chunks = eqn.params["name"], B * H * T // 64
+        products = [p for jaxpr in eqn.params["jaxprs"] for p in wgmmas(getattr(jaxpr, "jaxpr", jaxpr))]
+        times = chunks
+        if name.endswith("walk"):
+            times = B * H
+        made = times * sum(flops for flops, *_ in products)
+        if name.endswith("channel_gradients"):
+            made *= key // 64
+        assert gpu_said(eqn) == pytest.approx(made, rel=0.02), name
+
+
 SCAN = Shape((2, 512, 128), BF16), Shape((2, 512, 128), F32), Shape((128, 16), F32), *[Shape((2, 512, 16), BF16)] * 2
 
 

@@ -312,9 +312,9 @@ def _distances(_, sums, bits, whole):
 
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-distances = plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=(_TILE_F32, _TILE_F32)
-)(_distances)
+distances = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=(_TILE_F32, _TILE_F32))(
+    _distances
+)
 
 
 LEVELS = 6  # blocks of 2, 4, ... 64 tokens
