@@ -105,7 +105,7 @@ def _sizes(op: str) -> list:
         return [(api, {"TOKEN_MULTIPLE": api.TILE}), (threads, _threads(threads))]
     if op == "selective_scan":
         forward, threads = (importlib.import_module(f"pallas_kernels.ops.{op}.gpu.{m}") for m in ("forward", "threads"))
-        return [(forward, {"UNROLL": 2}), (threads.Threads, _scan_threads(threads))]
+        return [(forward, {"UNROLL": 8}), (threads.Threads, _scan_threads(threads))]
     return []
 
 

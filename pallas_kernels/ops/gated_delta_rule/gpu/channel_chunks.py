@@ -14,6 +14,9 @@ each channel it stores
 in the right half sees those in the left half through the middle, ``exp2(a_i - a_mid) exp2(a_mid - a_j)``, both at most
 1. So a chunk is six levels, w = 1 to 32, each one product of 64 tokens of which the level's pairs are kept; a token is
 in the left or the right half of its block, so it has one weight a level. No number overflows, whatever the decays.
+
+**A block that decays by no more than 2^-90** is taken whole, in one product with weights about its middle in which one
+of the two is above 1: a chunk at best, then it is one product in all, or blocks of 16 tokens below the levels above.
 """
 
 import functools

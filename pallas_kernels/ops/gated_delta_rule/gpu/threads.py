@@ -285,10 +285,9 @@ def _distances(_, sums, bits, whole):
     """Log2 weights of rows, as of queries and as of keys, about the middle of their block of ``2 << bits`` rows.
 
     By the chunk's sums of log2 decays up to each row. Of a whole block (`whole` 1) they are the decay since the middle
-    and its negative, so that the weights of any two rows of it are the decay between them: for blocks that `first_level`
-    allows. Else (0) both are what is at most 0: behind the middle the sum of the rows since then, the own included,
-    before it that of the rows up to it, the own excluded. Then the weights of two rows on either side are the decay
-    between them.
+    and its negative, so that those of any two rows of it are the decay between them: where `first_level` allows it.
+    Else (0) both are what is at most 0: behind the middle the sum of the rows since then, the own included, before it
+    that of the rows up to it, the own excluded. Then those of two rows on either side are the decay between them.
 
     The level is known at run time only: six times as much code would not stay in the instruction cache.
     """

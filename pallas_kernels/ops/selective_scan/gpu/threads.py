@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which thread of a Hopper warpgroup holds what of a selective scan, and the sums over threads, in Mosaic's own words.
 
-A thread holds ``width`` neighbouring channels, of each a quarter of the 16 states: thread 4 c + s of warp w has the
-channels from (8 w + c) width on, of each states 4 s to 4 s + 3. Four threads that share channels are a quad. Sums over
-states are taken four tokens at a time, so that each thread of the quad ends with the sums of one token, and sums over
-channels so that each thread of the warp ends with that of one state: fewest shuffles, no thread repeats another's work.
+A thread holds ``width`` neighbouring channels, of each ``held`` of the 16 states: thread 4 c + s of warp w has the
+channels from (8 w + c) width on, of each states 4 s to 4 s + 3, if four threads share channels. Sums over states are
+taken of as many tokens at a time as threads share channels, so that each of them ends with the sums of one token, and
+sums over channels so that each thread of the warp ends with that of one state: fewest shuffles, no thread repeats
+another's work.
 
 Tests replace these functions by plain ones (tests/ops/interpreter.py).
 """
@@ -18,14 +19,12 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
 STATES = 16  # of a channel
-QUAD = 4  # threads that share channels, and tokens whose sums over states are taken together
-HELD = STATES // QUAD  # states of a channel that a thread holds
 VECTOR = 4  # states of a register
+QUAD = STATES // VECTOR  # threads that share channels if each holds one register of a channel's states
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
-GROUPS = LANES // QUAD  # quads of a warp
 F32 = jnp.float32
 
 
@@ -37,18 +36,20 @@ def _layout(tiles, warp_dims, lane_dims, vector_dim):
 
 @dataclasses.dataclass(frozen=True)
 class Threads:
-    """Layouts of arrays over a warpgroup whose threads hold `width` channels each, and what the threads do."""
+    """Layouts of arrays over a warpgroup, and what its threads do."""
 
-    width: int
-    held: int = 4
-    apart: bool = False
+    width: int  # channels of a thread
+    held: int = VECTOR  # states of each of them that it holds
+    apart: bool = False  # threads that share channels: neighbours, or as far from each other in a warp as can be
 
     @property
     def sharers(self) -> int:
+        """Threads that share channels, and tokens whose sums over states are taken together."""
         return STATES // self.held
 
     @property
     def groups(self) -> int:
+        """Threads of a warp that share none."""
         return LANES // self.sharers
 
     @property
@@ -64,7 +65,7 @@ class Threads:
 
     @functools.cached_property
     def row(self):
-        """Of ``[channels]``, the same in the threads of a quad."""
+        """Of ``[channels]``, the same in the threads that share them."""
         warp = self.groups * self.width
         replicated = fragmented_array.Replicated(self.sharers)
         lanes = (replicated, -2) if self.apart else (-2, replicated)
@@ -77,7 +78,7 @@ class Threads:
 
     @functools.cached_property
     def tokens(self):
-        """Of ``[4, channels]``, a token a thread of the quad."""
+        """Of ``[sharers, channels]``, a token a thread of those that share channels."""
         warp = self.groups * self.width
         lanes = (-6, -3) if self.apart else (-3, -6)
         return _layout(((self.sharers, self.channels), (1, warp), (1, self.width)), (-5,), lanes, -1)
@@ -102,8 +103,7 @@ class Threads:
 
     @functools.cached_property
     def sum_states(self):
-        """Four ``[channels, 16]``, one a token -> ``[4, channels]``."""
-
+        """As many ``[channels, 16]`` as threads share channels, one a token -> ``[sharers, channels]``."""
         shape = self.sharers, self.channels
 
         @plgpu.inline_mgpu(arg_types=(self.both,) * self.sharers, return_type=self._of(shape, self.tokens))
@@ -122,31 +122,18 @@ class Threads:
         return sum_states
 
     @functools.cached_property
-    def powers(self):
-        """2^x of ``[channels, 16]``, some by the multiplying units."""
-
-        @plgpu.inline_mgpu(arg_types=(self.both,), return_type=self._of((self.channels, STATES), self.both))
-        def powers(_, exponents):
-            registers = list(exponents.registers.flat)
-            made = []
-            for n, register in enumerate(registers):
-                each = [_element(register, k) for k in range(VECTOR)]
-                each = [_power(x) if n == 0 and k < EMULATED else _exp2(x) for k, x in enumerate(each)]
-                made.append(vector.from_elements(register.type, each))
-            return self._array(self.both, made, (self.channels, STATES))
-
-        return powers
-
-    @functools.cached_property
     def sum_channels(self):
-        """Two ``[channels, 16]`` -> sums over each warp's channels, ``[4, 32]``, where `places` says."""
+        """Two ``[channels, 16]`` -> sums over each warp's channels, ``[4, 32]``, where `places` says.
+
+        Of threads that hold one register of a channel's states and share channels with neighbours.
+        """
 
         @plgpu.inline_mgpu(arg_types=(self.both,) * 2, return_type=self._of((WARPS, LANES), self.line))
         def sum_channels(_, *arrays):
             sums = []
             for array in arrays:
                 total = functools.reduce(_add, array.registers.flat)
-                sums += [[_element(total, k)] for k in range(HELD)]
+                sums += [[_element(total, k)] for k in range(VECTOR)]
             ((mine,),) = _scatter(sums, (4, 8, 16))
             held = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [mine])
             return mgpu.FragmentedArray(
@@ -171,10 +158,10 @@ def places() -> np.ndarray:
     """Of `sum_channels`: int ``[2, 16]``, where in a warp's 32 numbers the sum of each of two arrays' states stands."""
     found = np.empty((2, STATES), np.int32)
     for which, state in np.ndindex(2, STATES):
-        value, place = which * HELD + state % HELD, 0  # of the 8 values of a thread, halved thrice
+        value, place = which * VECTOR + state % VECTOR, 0  # of the 8 values of a thread, halved thrice
         for step, half in ((4, 4), (8, 2), (16, 1)):
             place += step * (value // half % 2)
-        found[which, state] = place + state // HELD
+        found[which, state] = place + state // VECTOR
     return found
 
 
@@ -189,40 +176,6 @@ def _element(register, k: int):
 def _add(a, b):
     """a + b, one instruction with a product that is added."""
     return arith.addf(a, b, fastmath=arith.FastMathFlags.contract)
-
-
-def _sum(register, n: int):
-    return functools.reduce(_add, [_element(register, k) for k in range(n)])
-
-
-EMULATED = 0
-
-
-def _exp2(x):
-    f32 = ir.F32Type.get()
-    return llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
-
-
-COEFFICIENTS = (
-    0.6931470036506653,
-    0.24022242426872253,
-    0.05550733581185341,
-    0.009671512991189957,
-    0.001326472614891827,
-)
-
-
-def _power(x):
-    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    c = lambda value: mgpu.c(value, f32)
-    x = arith.maximumf(x, c(-126.0))
-    rounded = arith.addf(x, c(12582912.0))
-    f = arith.subf(x, arith.subf(rounded, c(12582912.0)))
-    total = c(COEFFICIENTS[-1])
-    for value in (*reversed(COEFFICIENTS[:-1]), 1.0):
-        total = _add(arith.mulf(total, f, fastmath=arith.FastMathFlags.contract), c(value))
-    bits = arith.shli(arith.bitcast(i32, rounded), _i32(23))
-    return arith.bitcast(f32, arith.addi(arith.bitcast(i32, total), bits))
 
 
 def _sum_all(registers):
