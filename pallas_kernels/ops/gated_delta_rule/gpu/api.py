@@ -29,14 +29,6 @@ def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
     return None
 
 
-def slower(q, k, v, beta, g=None, **options) -> str | None:
-    """Why `auto` leaves a call that the kernels serve to xla, or None."""
-    del q, k, v, beta, options
-    if g is not None and g.ndim == 4:
-        return f"g has shape {list(g.shape)}, the kernels of decays by key channel are not proven faster"
-    return None
-
-
 def gated_delta_rule_gpu(
     q_BTGN,
     k_BTGN,

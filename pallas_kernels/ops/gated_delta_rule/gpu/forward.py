@@ -14,12 +14,13 @@ is needed for. With ``a`` the within-chunk cumulative log2 decay and ``E_ij = ex
 (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464, section 3.3, with beta on the other side of the inverse, so that
 U is there for the gradient of beta). Lengths of q and k enter as numbers a token, so that no rounded unit vector does.
 
-Documents are decays, as in `ssd`. For the gradients the forward also stores U, T, A, the tokens' numbers and the state
-that enters each chunk.
+Gates come as they are, of a few heads together, and documents as marks of tokens (see `clear_padding`, `documented`):
+they are decays, as in `ssd`. For the gradients the forward also stores U, T, A, the tokens' numbers and the state that
+enters each chunk.
 
-Barriers: ``full`` and ``empty`` of each slot of the two rings (queries and keys; values) between the producer and the
-others; ``t_full`` and ``t_empty`` between the warpgroup of the scores and those of the state. No barrier is inserted
-automatically: between two writes of one buffer all its readers have passed a barrier.
+Barriers: ``full`` and ``empty`` of each slot of the three rings (queries and keys; values; gates) between the producer
+and those who read them; ``t_full`` and ``t_empty`` between the warpgroup of the scores and those of the state. No
+barrier is inserted automatically: between two writes of one buffer all its readers have passed a barrier.
 """
 
 import dataclasses
