@@ -6,8 +6,11 @@ token itself it weighs `now`, so `later` times that product is taken off. Keys a
 each head; states are ssd's own.
 
 With rank R a token is R tokens of ssd, of which the first decays. What each of them reads of those of its own token is
-wrong likewise, and mended with it.
+wrong likewise, and mended with it. What stands around the kernels is computed again for its gradient, so that nothing
+of it is kept in float32.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,50 +37,67 @@ def mamba3_gpu(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS,
                return_final_state=False, chunk=None, q_bias, k_bias, D, mimo_v, rotary_pairs, **more):  # fmt: skip
     """See `pallas_kernels.mamba3`; `chunk` is a hint not followed."""
     del chunk
-    tokens = (q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, z)
+    tokens = (q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS)
     states = [more.pop(name) for name in STATES]
-    dtype = accumulation_dtype(tokens)
     if states[0] is None:
         states = empty_states(q_BTRGN, k_BTRGN, v_BTHP, angles_BTHS)
     ids_BT = jnp.ones_like(adt_BTH[:, :, 0], jnp.int32) if segment_ids is None else segment_ids
-    clear = lambda array: None if array is None else tokens_where(ids_BT != 0, array.astype(dtype))
-    tokens, states = tuple(map(clear, tokens)), tuple(state.astype(dtype) for state in states)
-    document_BT = document_numbers(ids_BT)
-    marks = Marks(ids_BT != 0, document_BT, jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0))))
-    written = prepare(tokens, states, marks, q_bias=q_bias, k_bias=k_bias, mimo_v=mimo_v, rotary_pairs=rotary_pairs)
-    y_BTHRP, state_BHPN = _read(written, tokens[3], segment_ids, v_BTHP.dtype)
-    if D is not None:
-        y_BTHRP += D.astype(dtype)[None, None, :, None, None] * written.v_BTHRP
-    y_BTHP = tokens_where(ids_BT != 0, parts.output(y_BTHRP, tokens[7], **more)).astype(v_BTHP.dtype)
+    prepared = jax.checkpoint(functools.partial(_prepared, rotary_pairs=rotary_pairs, dtype=accumulation_dtype(tokens)))
+    written = prepared(tokens, tuple(states), {"q_bias": q_bias, "k_bias": k_bias, "mimo_v": mimo_v}, ids_BT)
+    y_BTHP, state_BHPN = _scan(written, tokens_where(ids_BT != 0, adt_BTH), segment_ids)
+    finished = jax.checkpoint(functools.partial(_finished, norm_eps=more.pop("norm_eps")))
+    y_BTHP = finished(y_BTHP, written, z, {"D": D, **more}, ids_BT)
     angle_BHS, k_BHRN, v_BHRP = written.last
     return (y_BTHP, angle_BHS, state_BHPN, k_BHRN, v_BHRP) if return_final_state else y_BTHP
 
 
-def _read(written: Written, adt_BTH, segment_ids, narrow):
-    """(y of each rank, leaving state) of what is written, its products of operands of the dtype `narrow`."""
+def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype) -> Written:
+    """See `prepare`, in `dtype`; queries, keys and values then in that of the values, as the kernels take them."""
+    narrow = tokens[2].dtype
+    tokens = tuple(tokens_where(ids_BT != 0, array.astype(dtype)) for array in tokens)
+    document_BT = document_numbers(ids_BT)
+    marks = Marks(ids_BT != 0, document_BT, jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0))))
+    written = prepare((*tokens, None), tuple(state.astype(dtype) for state in states), marks, **weights,
+                      rotary_pairs=rotary_pairs)  # fmt: skip
     q, k, v = (array.astype(narrow) for array in (written.q_BTHRN, written.k_BTHRN, written.v_BTHRP))
-    n_batch, n_tokens, n_heads, n_rank, _ = q.shape
+    return written._replace(q_BTHRN=q, k_BTHRN=k, v_BTHRP=v)
+
+
+def _scan(written: Written, adt_BTH, segment_ids):
+    """(y of ssd's tokens, leaving state)."""
+    n_batch, n_tokens, n_heads, n_rank, _ = written.q_BTHRN.shape
     flat = lambda array: array.swapaxes(2, 3).reshape(n_batch, n_tokens * n_rank, n_heads, -1)
     by_rank = lambda array: jnp.repeat(array, n_rank, axis=1)
-    weight_BTH = written.now_BTH + written.later_BTH
     decay_BTRH = jnp.pad(adt_BTH[:, :, None], ((0, 0), (0, 0), (0, n_rank - 1), (0, 0)))
-    y_BTHP, state_BHPN = ssd(
-        flat(v),
-        by_rank(weight_BTH),
+    return ssd(
+        flat(written.v_BTHRP),
+        by_rank(written.now_BTH + written.later_BTH),
         None,
-        flat(k),
-        flat(q),
+        flat(written.k_BTHRN),
+        flat(written.q_BTHRN),
         decay=decay_BTRH.reshape(n_batch, -1, n_heads),
         segment_ids=None if segment_ids is None else by_rank(segment_ids),
         initial_state=written.state_BHNP.swapaxes(-1, -2),
         return_final_state=True,
         implementation="gpu",
     )
-    dtype = weight_BTH.dtype
-    q, k, v = (array.astype(dtype) for array in (q, k, v))
+
+
+def _finished(y_BTHP, written: Written, z, weights, ids_BT, *, norm_eps):
+    """y of ssd's tokens with what they read of their own token put right, then as `parts.output`."""
+    D, narrow = weights["D"], y_BTHP.dtype
+    now_BTH, later_BTH = written.now_BTH, written.later_BTH
+    dtype, n_rank = now_BTH.dtype, written.q_BTHRN.shape[3]
+    q, k, v = (array.astype(dtype) for array in (written.q_BTHRN, written.k_BTHRN, written.v_BTHRP))
     is_read = jnp.tril(jnp.ones((n_rank, n_rank), dtype))
-    missing = written.now_BTH[..., None, None] - jnp.multiply.outer(weight_BTH, is_read)
+    missing = now_BTH[..., None, None] - jnp.multiply.outer(now_BTH + later_BTH, is_read)
     # Sums over few or no elements, which XLA does as it reads them; as products they would be matrices of one row.
     own = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * missing
-    own = (own[..., None] * v[..., None, :, :]).sum(-2)
-    return y_BTHP.reshape(n_batch, n_tokens, n_rank, n_heads, -1).swapaxes(2, 3).astype(dtype) + own, state_BHPN
+    y_BTHRP = y_BTHP.reshape(*q.shape[:2], n_rank, q.shape[2], -1).swapaxes(2, 3).astype(dtype)
+    y_BTHRP += (own[..., None] * v[..., None, :, :]).sum(-2)
+    if D is not None:
+        y_BTHRP += D.astype(dtype)[None, None, :, None, None] * v
+    z = None if z is None else tokens_where(ids_BT != 0, z.astype(dtype))
+    rest = {name: weights[name] for name in ("norm_weight", "mimo_z", "mimo_o")}
+    y_BTHP = parts.output(y_BTHRP, z, **rest, norm_eps=norm_eps)
+    return tokens_where(ids_BT != 0, y_BTHP).astype(narrow)
