@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.by_token import tokens_where
 from pallas_kernels.chunks import Marks
@@ -22,7 +23,7 @@ from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
 from pallas_kernels.ops.mamba3.xla import Written, prepare
 from pallas_kernels.ops.ssd import OP as SSD
-from pallas_kernels.ops.ssd.api import ssd
+from pallas_kernels.ops.ssd.gpu.api import ssd_gpu
 from pallas_kernels.segments import document_numbers
 
 
@@ -43,24 +44,33 @@ def mamba3_gpu(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS,
         states = empty_states(q_BTRGN, k_BTRGN, v_BTHP, angles_BTHS)
     ids_BT = jnp.ones_like(adt_BTH[:, :, 0], jnp.int32) if segment_ids is None else segment_ids
     prepared = jax.checkpoint(functools.partial(_prepared, rotary_pairs=rotary_pairs, dtype=accumulation_dtype(tokens)))
-    written = prepared(tokens, tuple(states), {"q_bias": q_bias, "k_bias": k_bias, "mimo_v": mimo_v}, ids_BT)
+    written, own = prepared(tokens, tuple(states), {"q_bias": q_bias, "k_bias": k_bias, "mimo_v": mimo_v}, ids_BT)
     y_BTHP, state_BHPN = _scan(written, tokens_where(ids_BT != 0, adt_BTH), segment_ids)
     finished = jax.checkpoint(functools.partial(_finished, norm_eps=more.pop("norm_eps")))
-    y_BTHP = finished(y_BTHP, written, z, {"D": D, **more}, ids_BT)
+    y_BTHP = finished(y_BTHP, own, written.v_BTHRP, z, {"D": D, **more}, ids_BT)
     angle_BHS, k_BHRN, v_BHRP = written.last
     return (y_BTHP, angle_BHS, state_BHPN, k_BHRN, v_BHRP) if return_final_state else y_BTHP
 
 
-def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype) -> Written:
-    """See `prepare`, in `dtype`; queries, keys and values then in that of the values, as the kernels take them."""
+def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype):
+    """(see `prepare`, in `dtype`, values in theirs; what a token's own values lack or have too much, [B, T, H, R, R]).
+
+    Queries and keys are rounded as their products are, but their gradients are not: that of an angle is a sum over all
+    later tokens in which those of queries and of keys cancel.
+    """
     narrow = tokens[2].dtype
     tokens = tuple(tokens_where(ids_BT != 0, array.astype(dtype)) for array in tokens)
     document_BT = document_numbers(ids_BT)
     marks = Marks(ids_BT != 0, document_BT, jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0))))
     written = prepare((*tokens, None), tuple(state.astype(dtype) for state in states), marks, **weights,
                       rotary_pairs=rotary_pairs)  # fmt: skip
-    q, k, v = (array.astype(narrow) for array in (written.q_BTHRN, written.k_BTHRN, written.v_BTHRP))
-    return written._replace(q_BTHRN=q, k_BTHRN=k, v_BTHRP=v)
+    q, k = (array + lax.stop_gradient(array.astype(narrow).astype(dtype) - array) for array in written[:2])
+    n_rank = q.shape[3]
+    is_read = jnp.tril(jnp.ones((n_rank, n_rank), dtype))
+    now_BTH, later_BTH = written.now_BTH[..., None, None], written.later_BTH[..., None, None]
+    # A sum that XLA takes as it reads; as a product it would be matrices of few rows or one.
+    own = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * (now_BTH * (1 - is_read) - later_BTH * is_read)
+    return written._replace(q_BTHRN=q, k_BTHRN=k, v_BTHRP=written.v_BTHRP.astype(narrow)), own
 
 
 def _scan(written: Written, adt_BTH, segment_ids):
@@ -69,7 +79,7 @@ def _scan(written: Written, adt_BTH, segment_ids):
     flat = lambda array: array.swapaxes(2, 3).reshape(n_batch, n_tokens * n_rank, n_heads, -1)
     by_rank = lambda array: jnp.repeat(array, n_rank, axis=1)
     decay_BTRH = jnp.pad(adt_BTH[:, :, None], ((0, 0), (0, 0), (0, n_rank - 1), (0, 0)))
-    return ssd(
+    return ssd_gpu(
         flat(written.v_BTHRP),
         by_rank(written.now_BTH + written.later_BTH),
         None,
@@ -79,21 +89,14 @@ def _scan(written: Written, adt_BTH, segment_ids):
         segment_ids=None if segment_ids is None else by_rank(segment_ids),
         initial_state=written.state_BHNP.swapaxes(-1, -2),
         return_final_state=True,
-        implementation="gpu",
     )
 
 
-def _finished(y_BTHP, written: Written, z, weights, ids_BT, *, norm_eps):
+def _finished(y_BTHP, own, v_BTHRP, z, weights, ids_BT, *, norm_eps):
     """y of ssd's tokens with what they read of their own token put right, then as `parts.output`."""
-    D, narrow = weights["D"], y_BTHP.dtype
-    now_BTH, later_BTH = written.now_BTH, written.later_BTH
-    dtype, n_rank = now_BTH.dtype, written.q_BTHRN.shape[3]
-    q, k, v = (array.astype(dtype) for array in (written.q_BTHRN, written.k_BTHRN, written.v_BTHRP))
-    is_read = jnp.tril(jnp.ones((n_rank, n_rank), dtype))
-    missing = now_BTH[..., None, None] - jnp.multiply.outer(now_BTH + later_BTH, is_read)
-    # Sums over few or no elements, which XLA does as it reads them; as products they would be matrices of one row.
-    own = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * missing
-    y_BTHRP = y_BTHP.reshape(*q.shape[:2], n_rank, q.shape[2], -1).swapaxes(2, 3).astype(dtype)
+    D, narrow, dtype = weights["D"], y_BTHP.dtype, own.dtype
+    v = v_BTHRP.astype(dtype)
+    y_BTHRP = y_BTHP.reshape(*v.shape[:2], v.shape[3], v.shape[2], -1).swapaxes(2, 3).astype(dtype)
     y_BTHRP += (own[..., None] * v[..., None, :, :]).sum(-2)
     if D is not None:
         y_BTHRP += D.astype(dtype)[None, None, :, None, None] * v
