@@ -67,9 +67,9 @@ def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype):
     q, k = (array + lax.stop_gradient(array.astype(narrow).astype(dtype) - array) for array in written[:2])
     n_rank = q.shape[3]
     is_read = jnp.tril(jnp.ones((n_rank, n_rank), dtype))
-    now_BTH, later_BTH = written.now_BTH[..., None, None], written.later_BTH[..., None, None]
+    missing = jnp.multiply.outer(written.now_BTH, 1 - is_read) - jnp.multiply.outer(written.later_BTH, is_read)
     # A sum that XLA takes as it reads; as a product it would be matrices of few rows or one.
-    own = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * (now_BTH * (1 - is_read) - later_BTH * is_read)
+    own = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * missing
     return written._replace(q_BTHRN=q, k_BTHRN=k, v_BTHRP=written.v_BTHRP.astype(narrow)), own
 
 
