@@ -14,7 +14,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.by_token import tokens_where
 from pallas_kernels.chunks import Marks
@@ -53,24 +52,20 @@ def mamba3_gpu(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS,
 
 
 def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype):
-    """(see `prepare`, in `dtype`, values in theirs; what a token's own values lack or have too much, [B, T, H, R, R]).
-
-    Queries and keys are rounded as their products are, but their gradients are not: that of an angle is a sum over all
-    later tokens in which those of queries and of keys cancel.
-    """
+    """(see `prepare`, in `dtype`, values in theirs; what a token's own values lack or have too much, [B, T, H, R, R])."""
     narrow = tokens[2].dtype
     tokens = tuple(tokens_where(ids_BT != 0, array.astype(dtype)) for array in tokens)
     document_BT = document_numbers(ids_BT)
     marks = Marks(ids_BT != 0, document_BT, jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0))))
     written = prepare((*tokens, None), tuple(state.astype(dtype) for state in states), marks, **weights,
-                      rotary_pairs=rotary_pairs)  # fmt: skip
-    q, k = (array + lax.stop_gradient(array.astype(narrow).astype(dtype) - array) for array in written[:2])
+                      rotary_pairs=rotary_pairs, narrow=narrow)  # fmt: skip
+    q, k = written[:2]
     n_rank = q.shape[3]
     is_read = jnp.tril(jnp.ones((n_rank, n_rank), dtype))
     missing = jnp.multiply.outer(written.now_BTH, 1 - is_read) - jnp.multiply.outer(written.later_BTH, is_read)
     # A sum that XLA takes as it reads; as a product it would be matrices of few rows or one.
     own = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * missing
-    return written._replace(q_BTHRN=q, k_BTHRN=k, v_BTHRP=written.v_BTHRP.astype(narrow)), own
+    return written._replace(v_BTHRP=written.v_BTHRP.astype(narrow)), own
 
 
 def _scan(written: Written, adt_BTH, segment_ids):
