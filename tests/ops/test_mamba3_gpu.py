@@ -27,7 +27,11 @@ def test_it_is_a_call_of_ssd(name, monkeypatch):
     """Outputs, states and gradients, in float32: what the diagonal has too much is taken off to rounding."""
     case = cases.CASES[name]
 
-    monkeypatch.setattr(api, "ssd_gpu", functools.partial(ssd, implementation="xla"))
+    def by_xla(*args, implementation, **options):
+        assert implementation == "gpu"
+        return ssd(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(api, "ssd", by_xla)
     with served_by(api.mamba3_gpu, only="mamba3"):
         check_against_oracle("mamba3", cases.make_inputs(case), **cases.make_settings(case))
 

@@ -22,7 +22,7 @@ from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
 from pallas_kernels.ops.mamba3.xla import Written, prepare
 from pallas_kernels.ops.ssd import OP as SSD
-from pallas_kernels.ops.ssd.gpu.api import ssd_gpu
+from pallas_kernels.ops.ssd.api import ssd
 from pallas_kernels.segments import document_numbers
 
 
@@ -74,7 +74,7 @@ def _scan(written: Written, adt_BTH, segment_ids):
     flat = lambda array: array.swapaxes(2, 3).reshape(n_batch, n_tokens * n_rank, n_heads, -1)
     by_rank = lambda array: jnp.repeat(array, n_rank, axis=1)
     decay_BTRH = jnp.pad(adt_BTH[:, :, None], ((0, 0), (0, 0), (0, n_rank - 1), (0, 0)))
-    return ssd_gpu(
+    return ssd(
         flat(written.v_BTHRP),
         by_rank(written.now_BTH + written.later_BTH),
         None,
@@ -84,6 +84,7 @@ def _scan(written: Written, adt_BTH, segment_ids):
         segment_ids=None if segment_ids is None else by_rank(segment_ids),
         initial_state=written.state_BHNP.swapaxes(-1, -2),
         return_final_state=True,
+        implementation="gpu",
     )
 
 

@@ -73,9 +73,11 @@ def supports(x, dt, A, B, C, *, states=None, **more):
     del dt, A, more
     if states == "float32":
         return "states ('float32'): they are kept in bfloat16 or recomputed"
-    for name, array in (("x_BTHP", x), ("B_BTGN", B), ("C_BTGN", C)):
-        if array.dtype != jnp.bfloat16:
-            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+    if x.dtype != jnp.bfloat16:
+        return f"dtype of x_BTHP ({x.dtype}) is not bfloat16"
+    for name, array in (("B_BTGN", B), ("C_BTGN", C)):
+        if array.dtype != B.dtype or array.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"dtype of {name} ({array.dtype}) not bfloat16 or float32, or not that of B_BTGN ({B.dtype})"
     if B.shape[-1] > MAX_STATE:
         return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
     return None
@@ -331,8 +333,7 @@ def ssd_gpu(
     """The scan of ``pallas_kernels.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
 
     Padding may hold anything. Any head width is cut or padded into heads of 64, any state size padded to a multiple
-    of 64. B and C may be float32 beside x in bfloat16, so that their gradients are (see `_core`): no caller of the op
-    has that, ops that become this one do.
+    of 64. B and C may be float32, so that their gradients are not rounded; their products are of bfloat16.
     """
     del chunk
     batch, tokens, heads, width = x.shape
