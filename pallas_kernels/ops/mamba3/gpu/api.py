@@ -52,7 +52,7 @@ def mamba3_gpu(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS,
 
 
 def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype):
-    """(see `prepare`, in `dtype`, values in theirs; what a token's own values lack or have too much, [B, T, H, R, R])."""
+    """(see `prepare`, in `dtype`, values in theirs; what a token lacks of its own values [B, T, H, R, R])."""
     narrow = tokens[2].dtype
     tokens = tuple(tokens_where(ids_BT != 0, array.astype(dtype)) for array in tokens)
     document_BT = document_numbers(ids_BT)
