@@ -21,6 +21,7 @@ from tests.ops.support import check_against_oracle
 gpu = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 inverse = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.inverse")
+threads = pytest.importorskip("pallas_kernels.ops.gated_delta_rule.gpu.threads")
 
 SERVED = (*cases.TEST_CASES, *cases.WIDTH_CASES)
 by_name = pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
@@ -57,50 +58,21 @@ def test_auto_takes_what_is_proven_on_the_card(changes, choice):
     assert chosen is op.implementations[choice]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gates_forget_between_documents_and_pass_padding(layout):
-    """What is left of token j at token i of the chunk, by the log2 decays behind it, against a walk over the tokens."""
-    batch, tokens, heads = 2, 150, 3
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])
+def test_marks_tell_padding_and_where_documents_begin(layout):
+    """Against a walk over the tokens."""
+    batch, tokens = 2, 150
     ids = make_segment_ids(layout, batch, tokens, seed=5)
-    g, beta = -rng.random((batch, tokens, heads), np.float32), rng.random((batch, tokens, heads), np.float32)
-    if ids is not None:
-        g[ids == 0] = beta[ids == 0] = np.nan
-    steps, betas, real = gpu._gates(jnp.asarray(beta), jnp.asarray(g), None if ids is None else jnp.asarray(ids))
-    flat = np.asarray(steps, np.float64).swapaxes(2, 3).reshape(batch, -1, heads)[:, :tokens]
-    flat_beta = np.asarray(betas).swapaxes(2, 3).reshape(batch, -1, heads)[:, :tokens]
-    ids = np.ones((batch, tokens), np.int32) if ids is None else ids
-    assert (real is None) == (layout == "dense")
+    marks = np.asarray(gpu._marks(jnp.asarray(ids)))
+    padded = np.pad(ids != 0, ((0, 0), (0, -tokens % gpu.TILE))).reshape(batch, -1, gpu.TILE)
+    np.testing.assert_array_equal(abs(marks), np.where(padded.all(-1, keepdims=True), 2, padded))
+    first = (marks < 0).reshape(batch, -1)
     for row in range(batch):
         last = 0
         for t in range(tokens):
-            if ids[row, t] == 0:
-                expected, expected_beta = np.zeros(heads), np.zeros(heads)
-            elif last and ids[row, t] != last:
-                expected, expected_beta = np.full(heads, -gpu.BETWEEN_DOCUMENTS), beta[row, t]
-            else:
-                expected, expected_beta = g[row, t] * np.log2(np.e), beta[row, t]
+            assert first[row, t] == (ids[row, t] != 0 and last != 0 and ids[row, t] != last)
             last = ids[row, t] or last
-            np.testing.assert_allclose(flat[row, t], expected, rtol=1e-6)
-            np.testing.assert_array_equal(flat_beta[row, t], expected_beta)
-        if real is not None:
-            padded = np.pad(ids[row] != 0, (0, -tokens % gpu.TILE)).reshape(-1, gpu.TILE)
-            np.testing.assert_array_equal(real[row], np.where(padded.all(-1, keepdims=True), 2, padded))
-
-
-def test_a_decay_of_minus_infinity_is_bounded():
-    steps, _, _ = gpu._gates(jnp.ones((1, 64, 1)), jnp.full((1, 64, 1), -jnp.inf), None)
-    assert steps.min() == gpu.FORGOTTEN and np.finfo(np.float32).tiny > 2.0**gpu.FORGOTTEN
-
-
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])
-def test_marks_of_decays_by_channel_are_those_of_the_gates(layout):
-    ids = jnp.asarray(make_segment_ids(layout, 2, 150, seed=5))
-    beta, marks = gpu._marked(jnp.ones((2, 150, 1)), ids)
-    steps, expected, real = gpu._gates(jnp.ones((2, 150, 1)), None, ids)
-    np.testing.assert_array_equal(beta, expected)
-    np.testing.assert_array_equal(marks[:, :, 0], real)
-    np.testing.assert_array_equal(marks[:, :, 1], steps[:, :, 0] == -gpu.BETWEEN_DOCUMENTS)
+        assert not first[row, tokens:].any()
 
 
 @needs_gpu_interpreter
@@ -118,6 +90,20 @@ def test_kernels_interpreted_where_a_head_has_two_warpgroups(gate, heads, tokens
     case = cases.Case("parts", 1, tokens, heads, 128, 1, 128, gate=gate, decay="mixed", layout="packed")
     inputs = cases.make_inputs(case, "bfloat16")
     inputs["g"][0, 37] = -np.inf  # forgets everything
+    check_interpreted(inputs, case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "level"), [(1.0, 5), (6.0, 3), (40.0, 0)])
+def test_blocks_taken_whole_give_the_same(factor, level):
+    """Decays about, of which a chunk, blocks of 16 tokens or none are taken whole."""
+    case = cases.Case("levels", 1, 64, 1, 64, 1, 64, decay="typical", initial=False)
+    inputs = cases.make_inputs(case, "bfloat16")
+    inputs["g"] *= np.float32(factor)
+    blocks = inputs["g"][0, :, 0].reshape(4, 16, -1).sum(1) * gpu.LOG2E
+    fits = [(blocks.sum(0) >= -threads.SPAN).all(), (blocks >= -threads.SPAN).all()]
+    assert level == (5 if fits[0] else 3 if fits[1] else 0)
     check_interpreted(inputs, case)
 
 

@@ -195,6 +195,28 @@ def test_convolution_on_hopper():
     assert said == {"causal_conv1d_forward": 2, "causal_conv1d_backward": 6}
 
 
+@pytest.mark.newer
+@pytest.mark.parametrize(("gate", "kernels"), [((), 3), ((64,), 4)])
+def test_delta_rule_on_hopper(gate, kernels):
+    """All products, of one warpgroup of the state and one slice of key channels: of two, products read cuts of tiles,
+    whose size a traced kernel does not tell. Nor does it that of tiles which share memory with others, as those of the
+    inverse do by channel: there it is taken from the walk, which has the same. Of levels, a loop, one is counted."""
+    B, T, H, P = 1, 256, 2, 64
+    q, beta = Shape((B, T, H, P), BF16), Shape((B, T, H), F32)
+    found = gpu_kernels(
+        lambda *a: pk.gated_delta_rule(*a, implementation="gpu"), q, q, q, beta, Shape((B, T, H, *gate), F32)
+    )
+    assert len(found) == kernels
+    for eqn in found:
+        name, chunks = eqn.params["name"], B * H * T // 64
+        products = [p for jaxpr in eqn.params["jaxprs"] for p in wgmmas(getattr(jaxpr, "jaxpr", jaxpr))]
+        made = sum(flops for flops, loops, _ in products if loops or not name.endswith("chunks"))
+        made *= B * H if name.endswith("walk") else chunks
+        if name.endswith("chunks"):
+            made += chunks * 12 * 2 * 64**3
+        assert gpu_said(eqn) == pytest.approx(made, rel=0.02), name
+
+
 SCAN = Shape((2, 512, 128), BF16), Shape((2, 512, 128), F32), Shape((128, 16), F32), *[Shape((2, 512, 16), BF16)] * 2
 
 

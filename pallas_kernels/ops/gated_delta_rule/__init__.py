@@ -33,4 +33,13 @@ OP = Op(
             capability=HOPPER,
         ),
     },
+    gpu_costs={
+        "gated_delta_rule_walk": "pallas_kernels.ops.gated_delta_rule.gpu.cost:walk",
+        "gated_delta_rule_reverse_walk": "pallas_kernels.ops.gated_delta_rule.gpu.cost:reverse_walk",
+        "gated_delta_rule_gradients": "pallas_kernels.ops.gated_delta_rule.gpu.cost:gradients",
+        "gated_delta_rule_channel_chunks": "pallas_kernels.ops.gated_delta_rule.gpu.cost:channel_chunks",
+        "gated_delta_rule_channel_walk": "pallas_kernels.ops.gated_delta_rule.gpu.cost:channel_walk",
+        "gated_delta_rule_channel_reverse_walk": "pallas_kernels.ops.gated_delta_rule.gpu.cost:channel_walk",
+        "gated_delta_rule_channel_gradients": "pallas_kernels.ops.gated_delta_rule.gpu.cost:gradients",
+    },
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.mamba3`."""
 
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="mamba3",
@@ -21,5 +21,11 @@ OP = Op(
     implementations={
         "reference": Implementation("pallas_kernels.ops.mamba3.reference:mamba3_reference", forward_mode=True),
         "xla": Implementation("pallas_kernels.ops.mamba3.xla:mamba3_xla", forward_mode=True),
+        "gpu": Implementation(
+            "pallas_kernels.ops.mamba3.gpu.api:mamba3_gpu",
+            "pallas_kernels.ops.mamba3.gpu.api:supports",
+            oldest_jax=(0, 11),
+            capability=HOPPER,
+        ),
     },
 )

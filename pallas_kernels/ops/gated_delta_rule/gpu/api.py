@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import LOG2E, TILE
 from pallas_kernels.ops.gated_delta_rule.gpu import backward, channel_chunks, channel_gradients, channel_walk, forward
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import BETWEEN_DOCUMENTS, FORGOTTEN
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import Walk
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import FORGOTTEN, HEADS, Walk
 from pallas_kernels.segments import document_starts
 
 WIDEST = 128  # key channels, and value channels of a thread block
@@ -65,14 +64,16 @@ def gated_delta_rule_gpu(
         init = pad(initial_state.astype(jnp.float32), 0, 0, pad_n, pad_p).swapaxes(2, 3)
         init = init.reshape(n_batch, n_heads * cuts, -1, key + pad_n)
     options = (bool(normalize), float(scale), return_final_state)
-    cut = lambda array: jnp.repeat(array, cuts, axis=2) if cuts > 1 else array
+    real = None if segment_ids is None else _marks(segment_ids)
+    g, beta = (None if gate is None else gate.astype(jnp.float32) for gate in (g, beta_BTH))
+    g, beta = (gate if gate is None or cuts == 1 else jnp.repeat(gate, cuts, axis=2) for gate in (g, beta))
     if by_channel:
-        beta, real = _marked(beta_BTH, segment_ids)
-        g = pad(cut(g.astype(jnp.float32)), 0, pad_t, 0, pad_n)
-        y, final = _core_by_channel(q, k, v, g, cut(beta), real, init, options)
+        beta = jnp.where(segment_ids[..., None] != 0, beta, 0.0) if segment_ids is not None else beta
+        y, final = _core_by_channel(q, k, v, pad(g, 0, pad_t, 0, pad_n), _chunked(beta), real, init, options)
     else:
-        steps, beta, real = _gates(beta_BTH, g, segment_ids)
-        y, final = _core(q, k, v, jnp.stack([cut(steps), cut(beta)], axis=3), real, init, options)
+        pad_h = -n_heads * cuts % HEADS
+        g, beta = (gate if gate is None else pad(gate, 0, pad_t, pad_h) for gate in (g, beta))
+        y, final = _core(q, k, v, g, beta, real, init, options)
     y = y.reshape(n_batch, n_tokens + pad_t, n_heads, -1)[:, :n_tokens, :, :width]
     if not return_final_state:
         return y
@@ -80,36 +81,17 @@ def gated_delta_rule_gpu(
     return y, final[:, :, :key, :width]
 
 
-def _gates(beta_BTH, g, segment_ids):
-    """(log2 decays, beta, padding) by chunk: float32 ``[B, chunks, H, 64]`` twice and ``[B, chunks, 64]`` or None.
+def _marks(segment_ids):
+    """What the ids tell of each token, float32 ``[B, chunks, 64]``: see `forward.clear_padding` and `documented`.
 
-    Padding has beta = 0 and no decay. It is told as 0, real tokens as 1, a chunk without padding as 2 all over.
+    Padding is told as 0, real tokens as 1, those of a chunk without padding as 2, and what begins a document behind
+    another as the negative of that.
     """
-    beta = beta_BTH.astype(jnp.float32)
-    steps = jnp.zeros_like(beta) if g is None else jnp.maximum(g.astype(jnp.float32) * LOG2E, FORGOTTEN)
-    real = None
-    if segment_ids is not None:
-        is_real, first = segment_ids != 0, document_starts(segment_ids)
-        steps = jnp.where(first[..., None], -BETWEEN_DOCUMENTS, jnp.where(is_real[..., None], steps, 0.0))
-        beta = jnp.where(is_real[..., None], beta, 0.0)
-        real = _told(is_real)
-    return _chunked(steps), _chunked(beta), real
-
-
-def _marked(beta_BTH, segment_ids):
-    """(beta ``[B, chunks, H, 64]``, marks ``[B, chunks, 2, 64]``: padding as in `_gates`, first tokens)."""
-    beta = beta_BTH.astype(jnp.float32)
-    if segment_ids is None:
-        return _chunked(beta), None
-    is_real, first = segment_ids != 0, document_starts(segment_ids)
-    marks = jnp.stack([_told(is_real), _told(first, everywhere=1.0)], axis=2)
-    return _chunked(jnp.where(is_real[..., None], beta, 0.0)), marks
-
-
-def _told(marks_BT, everywhere: float = 2.0):
-    """1 where it holds, else 0, ``[B, chunks, 64]``; chunks where it holds throughout are told as `everywhere`."""
-    marks = _chunked(marks_BT.astype(jnp.float32)[..., None])[:, :, 0]
-    return jnp.where(marks.all(-1, keepdims=True), everywhere, marks)
+    real, first = (
+        _chunked(mark.astype(jnp.float32)[..., None])[:, :, 0]
+        for mark in (segment_ids != 0, document_starts(segment_ids))
+    )
+    return jnp.where(real.all(-1, keepdims=True), 2.0, real) * (1.0 - 2.0 * first)
 
 
 def _chunked(array):
@@ -119,45 +101,60 @@ def _chunked(array):
     return array.reshape(n_batch, -1, TILE, n_heads).swapaxes(2, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _core(q, k, v, gates, real, init, options):
+def _unchunked(array, n_tokens: int):
+    """The inverse of `_chunked`."""
+    return array.swapaxes(2, 3).reshape(array.shape[0], -1, array.shape[2])[:, :n_tokens]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _core(q, k, v, g, beta, real, init, options):
     """y and the final state ``[B, H, P, N]`` (None unless asked for) for widths the kernels take.
 
-    N 64 or 128, P 64 or 128, T a multiple of 8; gates ``[B, chunks, H, 2, 64]``: log2 decays and beta.
+    N 64 or 128, P 64 or 128, T a multiple of 8; g (or None) and beta ``[B, T, H]``, H filled up to a multiple of HEADS.
     """
-    out = forward.walk(_config(q, v, gates, real, init, options), q, k, v, gates, real, init)
+    out = forward.walk(_config(q, v, g, real, init, options), q, k, v, g, beta, real, init)
     return out["y"], out.get("final")
 
 
-def _config(q, v, gates, real, init, options):
-    """Of arrays as in `_core`; `gates` may be any by chunk."""
+def _config(q, v, g, real, init, options):
+    """Of arrays as in `_core`."""
     normalize, scale, with_final = options
     return Walk(
         *v.shape[:3],
         *q.shape[2:],
         v.shape[3],
-        gates.shape[1],
+        -(-v.shape[1] // TILE),
         normalize,
         scale,
+        decays=g is not None,
         segments=real is not None,
         has_init=init is not None,
         emit_final=with_final,
     )
 
 
-def _core_fwd(q, k, v, gates, real, init, options):
-    cfg = dataclasses.replace(_config(q, v, gates, real, init, options), emit_residuals=True)
-    out = forward.walk(cfg, q, k, v, gates, real, init)
+def _core_fwd(q, k, v, g, beta, real, init, options):
+    cfg = dataclasses.replace(_config(q, v, g, real, init, options), emit_residuals=True)
+    out = forward.walk(cfg, q, k, v, g, beta, real, init)
     kept = {name: out[name] for name in ("written", "states", "a", "t", "numbers")}
-    return (out["y"], out.get("final")), (q, k, v, gates, real, init, kept)
+    return (out["y"], out.get("final")), (q, k, v, g, real, init, kept)
 
 
 def _core_bwd(options, residuals, cotangents):
-    q, k, v, gates, real, init, kept = residuals
+    q, k, v, g, real, init, kept = residuals
     dy, d_final = cotangents
-    cfg = _config(q, v, gates, real, init, options)
-    dq, dk, dv, d_gates, d_init = backward.gradients(cfg, q, k, gates, real, kept, dy, d_final)
-    return dq, dk, dv, d_gates, None, d_init
+    cfg = _config(q, v, g, real, init, options)
+    dq, dk, dv, d_gates, d_init = backward.gradients(cfg, q, k, real, kept, dy, d_final)
+    d_steps, d_beta = d_gates[:, :, :, 0] * LOG2E, d_gates[:, :, :, 1]
+    if real is not None:
+        mark = real[:, :, None]
+        d_steps, d_beta = jnp.where(mark > 0.0, d_steps, 0.0), jnp.where(mark == 0.0, 0.0, d_beta)
+    pad_h = -v.shape[2] % HEADS
+    d_steps, d_beta = (
+        jnp.pad(_unchunked(array, v.shape[1]), ((0, 0), (0, 0), (0, pad_h))) for array in (d_steps, d_beta)
+    )
+    d_g = None if g is None else jnp.where(g * LOG2E > FORGOTTEN, d_steps, 0.0)
+    return dq, dk, dv, d_g, d_beta, None, d_init
 
 
 _core.defvjp(_core_fwd, _core_bwd)
@@ -166,7 +163,7 @@ _core.defvjp(_core_fwd, _core_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _core_by_channel(q, k, v, g, beta, real, init, options):
     """As `_core` with g ``[B, T, H, N]``, beta and marks by chunk, and T a multiple of 64."""
-    cfg = _config(q, v, beta, real, init, options)
+    cfg = _config(q, v, g, real, init, options)
     return _walk_by_channel(cfg, q, k, v, g, beta, real, init)[:2]
 
 
@@ -180,7 +177,7 @@ def _walk_by_channel(cfg, q, k, v, g, beta, real, init):
 
 
 def _core_by_channel_fwd(q, k, v, g, beta, real, init, options):
-    cfg = dataclasses.replace(_config(q, v, beta, real, init, options), emit_residuals=True)
+    cfg = dataclasses.replace(_config(q, v, g, real, init, options), emit_residuals=True)
     y, final, made, out = _walk_by_channel(cfg, q, k, v, g, beta, real, init)
     kept = {**made, "u": out["written"], "state": out["states"]}
     return (y, final), (q, k, v, g, beta, real, init, kept)
@@ -189,7 +186,7 @@ def _core_by_channel_fwd(q, k, v, g, beta, real, init, options):
 def _core_by_channel_bwd(options, residuals, cotangents):
     q, k, v, g, beta, real, init, kept = residuals
     dy, d_final = cotangents
-    cfg = _config(q, v, beta, real, init, options)
+    cfg = _config(q, v, g, real, init, options)
     arrays = {**kept, "q": q, "k": k, "g": g, "beta": beta, "real": real, "dy": dy, "final": d_final}
     steps = channel_walk.Steps(cfg, reverse=True, has_final=d_final is not None)
     back = channel_walk.walk(steps, {name: arrays[name] for name in steps.inputs})

@@ -48,6 +48,7 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
+    BETA,
     DECAY,
     FROM_STATE_K,
     FROM_STATE_Q,
@@ -100,7 +101,7 @@ def _reverse_step(cfg, grad, idx, outs, smem, bars, step, part):
         acc[...] = sums_of(acc) * cols_of(vector(numbers.at[TO_STATE]))
         plgpu.wgmma(acc, given, smem["a"].at[slot])
         asked = (given.astype(F32) * cols_of(vector(numbers.at[FROM_STATE_Q]))).astype(dtype)
-        return (sums_of(acc) * cols_of(vector(smem["gates"].at[slot, 1]))).astype(dtype), asked
+        return (sums_of(acc) * cols_of(vector(numbers.at[BETA]))).astype(dtype), asked
 
     weighted, asked = accumulate(written, TILE)
 
@@ -160,7 +161,7 @@ def _reverse_produce(cfg, idx, ins, smem, bars):
         for part in range(cfg.walk.parts):
             source = ins["dy"].at[b, rows, head, pl.ds(part * TILE, TILE)]
             plgpu.copy_gmem_to_smem(source, smem["dy"].at[slot, part], bar)
-        for name in ("a", "t", "numbers", "gates"):
+        for name in ("a", "t", "numbers"):
             plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head], smem[name].at[slot], bar)
         if cfg.walk.segments:
             plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[slot], bar)
@@ -184,7 +185,7 @@ def _reverse_outputs(cfg):
 
 def _reverse_body(cfg, *refs):
     walk = cfg.walk
-    names = ["q", "k", "dy", "a", "t", "numbers", "gates"] + ["real"] * walk.segments + ["final"] * cfg.has_final
+    names = ["q", "k", "dy", "a", "t", "numbers"] + ["real"] * walk.segments + ["final"] * cfg.has_final
     ins, outs = dict(zip(names, refs)), dict(zip(_reverse_outputs(cfg), refs[len(names) :]))
     wg, idx = lax.axis_index("wg"), (lax.axis_index("batch"), lax.axis_index("head"))
     tile = functools.partial(plgpu.SMEM, dtype=walk.dtype, transforms=BF16_TRANSFORMS)
@@ -196,11 +197,10 @@ def _reverse_body(cfg, *refs):
         "t": tile((STAGES, TILE, TILE)),
         "out": tile((walk.parts, walk.key // TILE, TILE, TILE)),
         "numbers": plgpu.SMEM((STAGES, NUMBERS, TILE), F32),
-        "gates": plgpu.SMEM((STAGES, 2, TILE), F32),
         "real": plgpu.SMEM((STAGES, TILE), F32) if walk.segments else None,
     }
     barriers = {
-        "full": plgpu.Barrier(num_arrivals=6 + walk.parts + walk.segments, num_barriers=STAGES),
+        "full": plgpu.Barrier(num_arrivals=5 + walk.parts + walk.segments, num_barriers=STAGES),
         "empty": plgpu.Barrier(num_arrivals=walk.parts, num_barriers=STAGES),
     }
 
@@ -219,7 +219,7 @@ def _reverse_body(cfg, *refs):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
-def reverse(cfg, q, k, dy, a, t, numbers, gates, real, final):
+def reverse(cfg, q, k, dy, a, t, numbers, real, final):
     """Runs the walk in reverse; returns its outputs by name: dv ``[B, T, H, P]``, grads ``[B, chunks, H, P, N]``, init.
 
     ``grads`` are the gradients of the state that leaves each chunk, ``init`` that of the initial state.
@@ -234,7 +234,7 @@ def reverse(cfg, q, k, dy, a, t, numbers, gates, real, final):
         thread_name="wg",
         compiler_params=LANE_PARAMS,
     )
-    args = [q, k, dy, a, t, numbers, gates, real if cfg.walk.segments else None, final if cfg.has_final else None]
+    args = [q, k, dy, a, t, numbers, real if cfg.walk.segments else None, final if cfg.has_final else None]
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))
 
 
@@ -247,7 +247,7 @@ def _dots(tile, values):
 
 
 def _beta(smem, slot, layout):
-    return jnp.maximum(vector(smem["gates"].at[slot, 1], layout), SMALLEST_BETA)
+    return jnp.maximum(vector(smem["numbers"].at[slot, BETA], layout), SMALLEST_BETA)
 
 
 def _store_rows(cfg, smem, slot, tile, per, values, dots, targets):
@@ -382,8 +382,7 @@ def _tile_produce(cfg, i, where, ins, smem, bars):
     bar = bars["full"].at[slot]
     for name in ("q", "k"):
         plgpu.copy_gmem_to_smem(ins[name].at[b, rows, group], smem[name].at[slot], bar)
-    for name in ("numbers", "gates"):
-        plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head], smem[name].at[slot], bar)
+    plgpu.copy_gmem_to_smem(ins["numbers"].at[b, chunk, head], smem["numbers"].at[slot], bar)
     if cfg.segments:
         plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[slot], bar)
     for part in range(cfg.parts):
@@ -416,7 +415,6 @@ def _tile_scratch(cfg):
         "pairs": tile((2, TILE, TILE)),
         "dq": tile((cfg.key // TILE, TILE, TILE)),
         "numbers": plgpu.SMEM((STAGES, NUMBERS, TILE), F32),
-        "gates": plgpu.SMEM((STAGES, 2, TILE), F32),
         "real": plgpu.SMEM((STAGES, TILE), F32) if cfg.segments else None,
         "sums": plgpu.SMEM((2, TILE), F32),
         "net": plgpu.SMEM((2, TILE), F32),
@@ -427,7 +425,7 @@ def _tile_scratch(cfg):
 def _tile_barriers(cfg):
     one = functools.partial(plgpu.Barrier, num_arrivals=1, num_barriers=1)
     return {
-        "full": plgpu.Barrier(num_arrivals=4 + cfg.segments, num_barriers=STAGES),
+        "full": plgpu.Barrier(num_arrivals=3 + cfg.segments, num_barriers=STAGES),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         "part_full": plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
         "part_empty": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
@@ -438,7 +436,7 @@ def _tile_barriers(cfg):
 
 
 def _tile_body(cfg, blocks, *refs):
-    names = ["q", "k", "dy", "u", "dv", "state", "grad", "numbers", "gates"] + ["real"] * cfg.segments
+    names = ["q", "k", "dy", "u", "dv", "state", "grad", "numbers"] + ["real"] * cfg.segments
     ins, outs = dict(zip(names, refs)), dict(zip(_tile_outputs(cfg), refs[len(names) :]))
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
     tiles = cfg.batch * cfg.heads * cfg.chunks
@@ -497,13 +495,13 @@ def tiles(cfg, blocks, *args):
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))
 
 
-def gradients(cfg, q, k, gates, real, kept, dy, d_final):
-    """(dq, dk, dv, gradient of gates, that of the initial state or None) of `forward.walk`."""
+def gradients(cfg, q, k, real, kept, dy, d_final):
+    """(dq, dk, dv, those of log2 decays and betas ``[B, chunks, H, 2, 64]``, that of the initial state or None)."""
     turned = Reverse(cfg, d_final is not None, cfg.has_init)
-    back = reverse(turned, q, k, dy, kept["a"], kept["t"], kept["numbers"], gates, real, d_final)
+    back = reverse(turned, q, k, dy, kept["a"], kept["t"], kept["numbers"], real, d_final)
     blocks = min(platform.multiprocessors(), cfg.batch * cfg.heads * cfg.chunks)
     states = (kept["states"], back["grads"])
-    out = tiles(cfg, blocks, q, k, dy, kept["written"], back["dv"], *states, kept["numbers"], gates, real)
+    out = tiles(cfg, blocks, q, k, dy, kept["written"], back["dv"], *states, kept["numbers"], real)
     dq, dk = (of_groups(out[name], cfg.groups) for name in ("dq", "dk"))
     return dq, dk, back["dv"], out["gates"], back.get("init")
 

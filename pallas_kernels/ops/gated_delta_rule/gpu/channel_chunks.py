@@ -14,9 +14,11 @@ each channel it stores
 in the right half sees those in the left half through the middle, ``exp2(a_i - a_mid) exp2(a_mid - a_j)``, both at most
 1. So a chunk is six levels, w = 1 to 32, each one product of 64 tokens of which the level's pairs are kept; a token is
 in the left or the right half of its block, so it has one weight a level. No number overflows, whatever the decays.
+
+**A block that decays by no more than 2^-90** is taken whole, in one product with weights about its middle in which one
+of the two is above 1: a chunk at best, then it is one product in all, or blocks of 16 tokens below the levels above.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -42,22 +44,16 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
+    FORGOTTEN,
     LANE_PARAMS,
     LENGTH_EPS,
     clear_padding,
+    documented,
     vector,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu.inverse import SCRATCH, unit_inverse
 from pallas_kernels.varying import call_varying
 
-# Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
-BETWEEN_DOCUMENTS = 144.0
-FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
-REAL, FIRST = 0, 1  # rows of "real": 0 padding, 1 real, 2 all over in a chunk without padding; 1 begins a document
-CHANNEL_PARAMS = dataclasses.replace(
-    LANE_PARAMS,
-    reduction_scratch_bytes=0,  # no sum over the rows of a tile, for which warps would meet in shared memory
-)
 PER_Q, PER_K = 0, 1  # rows of "lengths": 1 / length of the token's query and key
 
 
@@ -69,16 +65,7 @@ def slices(cfg) -> int:
 def log2_decays(cfg, source, real):
     """float32 [64, 64] of a chunk's tokens; `real` the slot of marks in shared memory."""
     steps = jnp.maximum(plgpu.load(source, layout=WGMMA, optimized=False) * LOG2E, FORGOTTEN)
-    if not cfg.segments:
-        return steps
-    steps = jnp.where(rows_of(vector(real.at[REAL], ROW)) > 0.5, steps, 0.0)
-    return jnp.where(rows_of(vector(real.at[FIRST], ROW)) > 0.5, -BETWEEN_DOCUMENTS, steps)
-
-
-def clear(cfg, smem, slot, *tiles):
-    """`clear_padding` by this module's marks."""
-    if cfg.segments:
-        clear_padding(cfg, {"real": smem["real"].at[:, REAL]}, slot, *tiles)
+    return documented(steps, rows_of(vector(real, ROW))) if cfg.segments else steps
 
 
 def weigh(tile, weight, dtype):
@@ -119,31 +106,31 @@ def _sum_decays(cfg, idx, ins, smem):
     lax.fori_loop(0, slices(cfg), each, None)
 
 
-def _level(cfg, bits, smem):
+def _level(cfg, bits, whole, smem):
     """(A, B) of the pairs of a level, without lengths and beta."""
 
     def work(of_q, of_k):
         for n in range(slices(cfg)):
-            weight = jnp.exp2(threads.distance(smem["sums"].at[n], bits))
-            keys = weigh(smem["k"].at[n], weight, cfg.dtype)
-            smem["keys"][n] = keys
+            of_row, of_column = threads.distances(smem["sums"].at[n], bits, whole)
+            smem["keys"][n] = weigh(smem["k"].at[n], jnp.exp2(of_column), cfg.dtype)
+            weight = jnp.exp2(of_row)
             plgpu.commit_smem()
             plgpu.wgmma(of_q, weigh(smem["q"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
-            plgpu.wgmma(of_k, keys, smem["keys"].at[n].T)
+            plgpu.wgmma(of_k, weigh(smem["k"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
         return sums_of(of_q), sums_of(of_k)
 
     pairs = accumulate(work, TILE, TILE)
     plgpu.commit_smem()  # all have read the keys
-    return [threads.keep_level(product, bits) for product in pairs]
+    return [threads.keep_level(product, bits, whole) for product in pairs]
 
 
 def _pairs(cfg, smem):
     """(A, B diag(beta)) of the chunk."""
 
-    def level(bits, found):
-        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, smem), strict=True))
+    def level(bits, whole, found):
+        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, whole, smem), strict=True))
 
-    asked, mixed = lax.fori_loop(0, threads.LEVELS, level, (zeros(TILE), zeros(TILE)))
+    asked, mixed = threads.each_level(smem["totals"], level, (zeros(TILE), zeros(TILE)))
     own = no_rows()
     for n in range(slices(cfg)):
         own += jnp.sum(load_tile(smem["q"].at[n]) * load_tile(smem["k"].at[n]), axis=1)
@@ -182,7 +169,7 @@ def _work(cfg, idx, ins, outs, smem, bar):
     if cfg.segments:
         plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[0], bar)
     plgpu.barrier_wait(bar)
-    clear(cfg, smem, 0, *(smem[name].at[n] for name in ("q", "k") for n in range(slices(cfg))))
+    clear_padding(cfg, smem, 0, *(smem[name].at[n] for name in ("q", "k") for n in range(slices(cfg))))
     _sum_decays(cfg, idx, ins, smem)
     _lengths(cfg, smem)
     plgpu.commit_smem()
@@ -230,7 +217,7 @@ def _scratch(cfg):
         "totals": plgpu.SMEM((slices(cfg), TILE // threads.BLOCK, TILE), F32),
         "ends": plgpu.SMEM((slices(cfg), TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
-        "real": plgpu.SMEM((1, 2, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((1, TILE), F32) if cfg.segments else None,
         "lengths": plgpu.SMEM((2, TILE), F32),
     }
 
@@ -252,7 +239,7 @@ def _body(cfg, *refs):
 def chunks(cfg, q, k, g, beta, real):
     """Its outputs by name, see `_outputs`.
 
-    q, k ``[B, T, G, N]``, g ``[B, T, H, N]`` float32, beta ``[B, chunks, H, 64]``, real ``[B, chunks, 2, 64]`` or None.
+    q, k ``[B, T, G, N]``, g ``[B, T, H, N]`` float32, beta ``[B, chunks, H, 64]``, real ``[B, chunks, 64]`` or None.
     """
     out = _outputs(cfg)
     kernel = plgpu.kernel(
@@ -260,7 +247,7 @@ def chunks(cfg, q, k, g, beta, real):
         out_type=list(out.values()),
         grid=(cfg.heads, cfg.chunks, cfg.batch),
         grid_names=("head", "chunk", "batch"),
-        compiler_params=CHANNEL_PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     args = [q, k, g, beta, real if cfg.segments else None]
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))

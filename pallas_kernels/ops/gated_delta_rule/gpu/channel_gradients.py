@@ -45,23 +45,15 @@ from pallas_kernels.mosaic_gpu import (
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
 from pallas_kernels.ops.gated_delta_rule.gpu.backward import SMALLEST_BETA
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import (
-    CHANNEL_PARAMS,
-    FIRST,
-    PER_K,
-    PER_Q,
-    REAL,
-    clear,
-    log2_decays,
-    weigh,
-)
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import vector
+from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import PER_K, PER_Q, log2_decays, weigh
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, clear_padding, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
 F_PAIRS, H_PAIRS = 0, 1  # tiles of "pairs"
 OF_NET, OF_END, DECAYS = 0, 1, 2  # "totals" of a warpgroup, by 16 tokens; the former two of gradients
 OF_Q, OF_K, OF_BETA = 0, 1, 2  # rows of "sums" of a warpgroup
+AS_ROW, AS_COLUMN = 0, 1  # of `threads.distances`
 
 
 def _beta(smem, layout):
@@ -94,7 +86,7 @@ def _from_states(cfg, i, smem, bars, wg):
             plgpu.barrier_wait(bars["part_full"].at[ring])
             given, u = smem["given"].at[ring], smem["u"].at[ring]
             state, grad = (smem[name].at[ring, wg] for name in ("state", "grad"))
-            clear(cfg, smem, 0, given.at[F_PAIRS])
+            clear_padding(cfg, smem, 0, given.at[F_PAIRS])
             for which, acc in zip(part_of, pairs, strict=True):
                 plgpu.wgmma(acc, given.at[which], u.T)
             plgpu.wgmma(d_q, given.at[F_PAIRS], state)
@@ -123,39 +115,48 @@ def _product(left, right):
     return accumulate(work, TILE)
 
 
-def _level(cfg, smem, wg, bits, found):
-    """Adds the pairs of a level to (dq, dk, gradient of a, k . (second))."""
+def _level(cfg, smem, wg, bits, whole, found):
+    """Adds the pairs of a level to (dq, dk, gradient of a, k . (second)).
+
+    Weights are taken again where they are needed: registers do not hold those of rows beside those of columns.
+    """
     d_q, d_k, net, dots = found
     zero = threads.hidden_zero()
-    weight = jnp.exp2(threads.distance(smem["decays"].at[wg], bits))
     weighed, pairs = smem["weighed"].at[wg + zero], smem["pairs"].at[zero]
+    weights = lambda side: jnp.exp2(threads.distances(smem["decays"].at[wg], bits, whole)[side])
+    tokens = lambda name, weight: weigh(smem[name].at[wg + zero], weight, cfg.dtype)
     of = lambda which, back: threads.keep_level(
-        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), bits, back
+        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), bits, whole, back
     )
-    plgpu.commit_smem()  # all have read what the level before has left
-    keys = weigh(smem["k"].at[wg + zero], weight, cfg.dtype)
-    weighed[...] = keys
-    plgpu.commit_smem()
+
+    def store(array):
+        plgpu.commit_smem()  # all have read what stands there
+        weighed[...] = array
+        plgpu.commit_smem()
+
+    store(tokens("k", weights(AS_COLUMN)))
+    weight = weights(AS_ROW)
     more = _product(of(F_PAIRS, False), weighed)
     d_q += more * weight
-    queries = weigh(smem["q"].at[wg + zero], weight, cfg.dtype)
-    net += more * queries.astype(F32)
+    net += more * tokens("q", weight).astype(F32)
     more = _product(of(H_PAIRS, False), weighed)
     d_k += more * weight
-    net += more * keys.astype(F32)
+    readers = tokens("k", weight)
+    net += more * readers.astype(F32)
 
     def onward(acc):
+        store(readers)
         plgpu.wgmma(acc, of(H_PAIRS, True), weighed)
+        queries = tokens("q", weight)
         plgpu.wgmma_wait(0)
-        plgpu.commit_smem()  # all have read the keys
-        weighed[...] = queries
-        plgpu.commit_smem()
+        store(queries)
         plgpu.wgmma(acc, of(F_PAIRS, True), weighed)
         return sums_of(acc)
 
     more = accumulate(onward, TILE)
+    weight = weights(AS_COLUMN)
     d_k += more * weight
-    more *= keys.astype(F32)
+    more *= tokens("k", weight).astype(F32)
     return d_q, d_k, net - more, dots + jnp.sum(more, axis=1)
 
 
@@ -172,7 +173,7 @@ def _states_part(cfg, i, where, ins, smem, bars, wg):
     b, chunk, head = where
     channels, totals, decays = pl.ds(wg * TILE, TILE), smem["totals"].at[wg], smem["decays"].at[wg]
     plgpu.barrier_wait(bars["full"])
-    clear(cfg, smem, 0, smem["q"].at[wg], smem["k"].at[wg])
+    clear_padding(cfg, smem, 0, smem["q"].at[wg], smem["k"].at[wg])
     steps = ins["g"].at[b, pl.ds(chunk * TILE, TILE), head, channels]
     sums = threads.sums_upto(log2_decays(cfg, steps, smem["real"].at[0] if cfg.segments else None))
     threads.store_totals_upto(totals.at[DECAYS], sums)
@@ -200,7 +201,8 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     found = _states_part(cfg, i, where, ins, smem, bars, wg)
     plgpu.commit_smem()
     _meet(cfg, bars["pairs"])
-    found = lax.fori_loop(0, threads.LEVELS, lambda bits, found: _level(cfg, smem, wg, bits, found), found)
+    level = functools.partial(_level, cfg, smem, wg)
+    found = threads.each_level(smem["totals"].at[pl.ds(wg, 1), DECAYS], level, found)
     d_q, d_k, net, dots = _own_pairs(smem, wg, found)
     net = threads.sums_from(net)
     threads.store_totals_from(smem["totals"].at[wg, OF_NET], net)
@@ -213,9 +215,7 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     own, end = (smem["totals"].at[wg, n] for n in (OF_NET, OF_END))
     net += threads.others["behind"](own) + threads.others["all"](end)
     if cfg.segments:
-        marks = smem["real"].at[0]
-        net = jnp.where(rows_of(vector(marks.at[REAL], ROW)) > 0.5, net, 0.0)
-        net = jnp.where(rows_of(vector(marks.at[FIRST], ROW)) > 0.5, 0.0, net)
+        net = jnp.where(rows_of(vector(smem["real"].at[0], ROW)) > 0.0, net, 0.0)
     outs["dg"][b, rows, head, channels] = net
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(bars["empty"])
@@ -304,7 +304,7 @@ def _scratch(cfg):
         "lengths": plgpu.SMEM((2, TILE), F32),
         "beta": plgpu.SMEM((TILE,), F32),
         "dbeta": plgpu.SMEM((n_slices, TILE), F32),
-        "real": plgpu.SMEM((1, 2, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((1, TILE), F32) if cfg.segments else None,
     }
 
 
@@ -371,7 +371,7 @@ def _tiles(cfg, blocks, arrays):
         grid_names=("block",),
         num_threads=cfg.key // TILE + 1,
         thread_name="wg",
-        compiler_params=CHANNEL_PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     return dict(zip(out, call_varying(kernel, *(arrays[name] for name in _inputs(cfg)))))
 

@@ -36,8 +36,7 @@ from pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
-from pallas_kernels.ops.gated_delta_rule.gpu.channel_chunks import CHANNEL_PARAMS, clear
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import Walk, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, Walk, clear_padding, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
@@ -101,7 +100,7 @@ def _forward_step(steps, state, idx, outs, smem, bars, i, part):
         for n, cut in enumerate(_columns(cfg)):
             plgpu.copy_smem_to_gmem(out.at[n], outs["states"].at[b, i, head, channels, cut])
     plgpu.barrier_wait(bars["full"].at[slot])
-    clear(cfg, smem, slot, v)
+    clear_padding(cfg, smem, slot, v)
 
     def read(acc):
         for n, cut in enumerate(_columns(cfg)):
@@ -149,7 +148,7 @@ def _reverse_step(steps, grad, idx, outs, smem, bars, step, part):
     for n, cut in enumerate(_columns(cfg)):
         plgpu.copy_smem_to_gmem(out.at[n], outs["grads"].at[b, i, head, channels, cut])
     plgpu.barrier_wait(bars["full"].at[slot])
-    clear(cfg, smem, slot, dy)
+    clear_padding(cfg, smem, slot, dy)
 
     def written(acc):
         for n, cut in enumerate(_columns(cfg)):
@@ -232,7 +231,7 @@ def _scratch(steps):
         "out": tile((cfg.parts, outs, TILE, TILE)),
         "ends": plgpu.SMEM((STAGES, cfg.key), F32),
         "beta": plgpu.SMEM((STAGES, TILE), F32),
-        "real": plgpu.SMEM((STAGES, 2, TILE), F32) if cfg.segments else None,
+        "real": plgpu.SMEM((STAGES, TILE), F32) if cfg.segments else None,
     }
 
 
@@ -288,6 +287,6 @@ def walk(steps, arrays):
         grid_names=("batch", "head"),
         num_threads=steps.walk.parts + 1,
         thread_name="wg",
-        compiler_params=CHANNEL_PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     return dict(zip(out, call_varying(kernel, *(arrays[name] for name in steps.inputs))))

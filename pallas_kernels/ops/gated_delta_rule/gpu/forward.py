@@ -14,12 +14,13 @@ is needed for. With ``a`` the within-chunk cumulative log2 decay and ``E_ij = ex
 (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464, section 3.3, with beta on the other side of the inverse, so that
 U is there for the gradient of beta). Lengths of q and k enter as numbers a token, so that no rounded unit vector does.
 
-Documents are decays, as in `ssd`. For the gradients the forward also stores U, T, A, the tokens' numbers and the state
-that enters each chunk.
+Gates come as they are, of a few heads together, and documents as marks of tokens (see `clear_padding`, `documented`):
+they are decays, as in `ssd`. For the gradients the forward also stores U, T, A, the tokens' numbers and the state that
+enters each chunk.
 
-Barriers: ``full`` and ``empty`` of each slot of the two rings (queries and keys; values) between the producer and the
-others; ``t_full`` and ``t_empty`` between the warpgroup of the scores and those of the state. No barrier is inserted
-automatically: between two writes of one buffer all its readers have passed a barrier.
+Barriers: ``full`` and ``empty`` of each slot of the three rings (queries and keys; values; gates) between the producer
+and those who read them; ``t_full`` and ``t_empty`` between the warpgroup of the scores and those of the state. No
+barrier is inserted automatically: between two writes of one buffer all its readers have passed a barrier.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
     F32,
+    LOG2E,
     PARAMS,
     ROW,
     TILE,
@@ -55,9 +57,14 @@ from pallas_kernels.varying import call_varying
 
 KEY_STAGES = 3
 VALUE_STAGES = 1  # its copy has a chunk's time
+GATE_STAGES = 2  # read as the scores of a chunk begin
 SCORE_STAGES = 2
 LENGTH_EPS = 1e-6  # as in the op's docstring
-LANE_PARAMS = dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane)
+LANE_PARAMS = dataclasses.replace(
+    PARAMS,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    reduction_scratch_bytes=0,  # no sum over the rows of a tile, for which warps would meet in shared memory
+)
 
 # Numbers of a token that the warpgroup of the scores finds: rows of "numbers".
 FROM_STATE_Q = 0  # scale exp2(a) / |q|, of what its query reads from the entering state
@@ -66,7 +73,14 @@ TO_STATE = 2  # exp2(a_end - a) / |k|
 DECAY = 3  # a
 PER_Q = 4  # 1 / |q|
 PER_K = 5
-NUMBERS = 6
+BETA = 6
+NUMBERS = 7
+STEP = PER_Q  # where the log2 decays of tokens stand until all have been summed up
+
+HEADS = 4  # whose gates are copied together: 16 bytes of a token, the least that the copy engine takes
+# Taken from the log2 decay of a document's first token: weights across it are below 2^-126, which is 0 on the device.
+BETWEEN_DOCUMENTS = 144.0
+FORGOTTEN = -160.0  # log2 decay of a token below which nothing is left; a sum of 64 of them still tells decays apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Walk:
     chunks: int
     normalize: bool
     scale: float
+    decays: bool = True
     segments: bool = False
     has_init: bool = False
     emit_final: bool = False
@@ -111,14 +126,19 @@ def clear_padding(cfg, smem, slot, *tiles):
     """
     if not cfg.segments:
         return
-    real = smem["real"].at[slot]
+    marks, first = smem["real"].at[slot], smem["real"][slot, 0]
 
-    @pl.when(real[0] < 1.5)
+    @pl.when(first * first < 2.0)
     def _():
-        keep = rows_of(vector(real, ROW), TILE) > 0.0
+        keep = rows_of(vector(marks, ROW), TILE) != 0.0
         for tile in tiles:
             clear_rows(tile, keep, cfg.dtype)
         plgpu.commit_smem()
+
+
+def documented(steps, mark):
+    """Log2 decays with those of first tokens and of padding, by marks of the same shape."""
+    return jnp.where(mark < 0.0, -BETWEEN_DOCUMENTS, jnp.where(mark > 0.0, steps, 0.0))
 
 
 def _product(left, right):
@@ -135,9 +155,24 @@ def _per_length(cfg, products):
     return lax.rsqrt(squares + LENGTH_EPS if cfg.normalize else jnp.maximum(1.0, jnp.minimum(squares, 1.0)))
 
 
-def _numbers(cfg, numbers, steps, per_q, per_k):
-    """Fills the tokens' numbers."""
-    decay = jnp.sum(threads.keep_lower(cols_of(vector(steps))), axis=1)
+def _gates(cfg, i, head, smem, bars, numbers):
+    """Fills betas of the tokens and, where their sums are to stand, log2 decays."""
+    slot, gate_slot, own = lax.rem(i, KEY_STAGES), lax.rem(i, GATE_STAGES), lax.rem(head, HEADS)
+    plgpu.barrier_wait(bars["gates_full"].at[gate_slot])
+    beta = vector(smem["beta"].at[gate_slot, :, own], ROW)
+    steps = jnp.maximum(vector(smem["g"].at[gate_slot, :, own], ROW) * LOG2E, FORGOTTEN) if cfg.decays else beta * 0.0
+    plgpu.barrier_arrive(bars["gates_empty"].at[gate_slot])
+    if cfg.segments:
+        mark = vector(smem["real"].at[slot], ROW)
+        beta, steps = jnp.where(mark != 0.0, beta, 0.0), documented(steps, mark)
+    numbers[BETA] = beta
+    numbers[STEP] = steps
+
+
+def _numbers(cfg, numbers, per_q, per_k):
+    """Fills the tokens' other numbers."""
+    plgpu.commit_smem()
+    decay = jnp.sum(threads.keep_lower(cols_of(vector(numbers.at[STEP]))), axis=1)
     numbers[DECAY] = decay
     plgpu.commit_smem()
     upto, after = jnp.exp2(decay), jnp.exp2(numbers[DECAY, TILE - 1] - decay)
@@ -166,17 +201,17 @@ def _scores(cfg, idx, outs, smem, bars):
 
         if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
             plgpu.wait_smem_to_gmem(3, wait_read_only=True)
-        beta = smem["gates"].at[slot, 1]
+        _gates(cfg, i, head, smem, bars, numbers)
         per_q = _per_length(cfg, _product(q, q.T))
         mixed = _product(k, k.T)
         per_k = _per_length(cfg, mixed)
-        _numbers(cfg, numbers, smem["gates"].at[slot, 0], per_q, per_k)
+        _numbers(cfg, numbers, per_q, per_k)
         decay = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
         pair = jnp.exp2(jnp.minimum(decay, 0.0)) * cols_of(vector(numbers.at[PER_K]))
         scores = _product(q, k.T) * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
         a_ref[...] = threads.keep_lower(scores * pair).astype(cfg.dtype)
         mixed *= rows_of(vector(numbers.at[PER_K], ROW))
-        mixed *= cols_of(vector(beta))
+        mixed *= cols_of(vector(numbers.at[BETA]))
         mixed = threads.keep_strictly_lower(mixed * pair)
         plgpu.barrier_arrive(bars["empty"].at[slot])
         unit_inverse(mixed, t_ref, [smem["scratch"].at[threads.hidden_zero() + n] for n in range(SCRATCH)])
@@ -228,7 +263,7 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         for n, cut in enumerate(columns):
             plgpu.wgmma(from_q, out.at[n], q.at[:, cut].T)
         written = sums_of(solved, len(columns))
-        corrections = written * cols_of(vector(smem["gates"].at[slot, 1]))
+        corrections = written * cols_of(vector(numbers.at[BETA]))
         kept = (corrections * cols_of(vector(numbers.at[TO_STATE]))).astype(cfg.dtype)
         y = sums_of(from_q) * cols_of(vector(numbers.at[FROM_STATE_Q]))
         return written.astype(cfg.dtype), corrections.astype(cfg.dtype), kept, y
@@ -241,7 +276,7 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         state_acc[...] = state * decay
         plgpu.wgmma(y_acc, corrections, smem["a"].at[ring].T)
         plgpu.wgmma(state_acc, kept, k)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and every warp has read the state that y is written over
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup: all have read the state
         if cfg.emit_residuals:
             out.at[1].T[...] = written
         out.at[0].T[...] = sums_of(y_acc, 1).astype(cfg.dtype)
@@ -274,6 +309,7 @@ def _states(cfg, idx, ins, outs, smem, bars, part):
 def _produce(cfg, idx, ins, smem, bars):
     b, head = idx
     group = lax.div(head, cfg.heads // cfg.groups)
+    gates, heads = ["g"] * cfg.decays + ["beta"], pl.ds(lax.div(head, HEADS) * HEADS, HEADS)
 
     def step(i, _):
         slot, v_slot, rows = lax.rem(i, KEY_STAGES), lax.rem(i, VALUE_STAGES), pl.ds(i * TILE, TILE)
@@ -285,9 +321,17 @@ def _produce(cfg, idx, ins, smem, bars):
         bar = bars["full"].at[slot]
         plgpu.copy_gmem_to_smem(ins["k"].at[b, rows, group], smem["k"].at[slot], bar)
         plgpu.copy_gmem_to_smem(ins["q"].at[b, rows, group], smem["q"].at[slot], bar)
-        plgpu.copy_gmem_to_smem(ins["gates"].at[b, i, head], smem["gates"].at[slot], bar)
         if cfg.segments:
             plgpu.copy_gmem_to_smem(ins["real"].at[b, i], smem["real"].at[slot], bar)
+        gate_slot = lax.rem(i, GATE_STAGES)
+
+        @pl.when(i >= GATE_STAGES)
+        def _():
+            plgpu.barrier_wait(bars["gates_empty"].at[gate_slot])
+
+        bar = bars["gates_full"].at[gate_slot]
+        for name in gates:
+            plgpu.copy_gmem_to_smem(ins[name].at[b, rows, heads], smem[name].at[gate_slot], bar)
 
         @pl.when(i >= VALUE_STAGES)
         def _():
@@ -301,6 +345,7 @@ def _produce(cfg, idx, ins, smem, bars):
     lax.fori_loop(0, cfg.chunks, step, None)
     drain(cfg.chunks, KEY_STAGES, [bars["empty"]])
     drain(cfg.chunks, VALUE_STAGES, [bars["v_empty"]])
+    drain(cfg.chunks, GATE_STAGES, [bars["gates_empty"]])
 
 
 def _scratch(cfg):
@@ -315,7 +360,8 @@ def _scratch(cfg):
         "t": tile((SCORE_STAGES, TILE, TILE)),
         "scratch": tile((SCRATCH, TILE, TILE)),
         "out": tile((cfg.parts, outs, TILE, TILE)),
-        "gates": plgpu.SMEM((KEY_STAGES, 2, TILE), F32),
+        "g": plgpu.SMEM((GATE_STAGES, TILE, HEADS), F32) if cfg.decays else None,
+        "beta": plgpu.SMEM((GATE_STAGES, TILE, HEADS), F32),
         "real": plgpu.SMEM((KEY_STAGES, TILE), F32) if cfg.segments else None,
         "numbers": plgpu.SMEM((SCORE_STAGES, NUMBERS, TILE), F32),
     }
@@ -323,10 +369,12 @@ def _scratch(cfg):
 
 def _barriers(cfg):
     return {
-        "full": plgpu.Barrier(num_arrivals=3 + cfg.segments, num_barriers=KEY_STAGES),
+        "full": plgpu.Barrier(num_arrivals=2 + cfg.segments, num_barriers=KEY_STAGES),
         "empty": plgpu.Barrier(num_arrivals=1 + cfg.parts, num_barriers=KEY_STAGES),
         "v_full": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
         "v_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=VALUE_STAGES),
+        "gates_full": plgpu.Barrier(num_arrivals=1 + cfg.decays, num_barriers=GATE_STAGES),
+        "gates_empty": plgpu.Barrier(num_arrivals=1, num_barriers=GATE_STAGES),
         "t_full": plgpu.Barrier(num_arrivals=1, num_barriers=SCORE_STAGES),
         "t_empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=SCORE_STAGES),
     }
@@ -352,7 +400,7 @@ def _outputs(cfg):
 
 
 def _body(cfg, *refs):
-    names = ["q", "k", "v", "gates"] + ["real"] * cfg.segments + ["init"] * cfg.has_init
+    names = ["q", "k", "v"] + ["g"] * cfg.decays + ["beta"] + ["real"] * cfg.segments + ["init"] * cfg.has_init
     ins, outs = dict(zip(names, refs)), dict(zip(_outputs(cfg), refs[len(names) :]))
     wg, idx = lax.axis_index("wg"), (lax.axis_index("batch"), lax.axis_index("head"))
     most = cfg.registers
@@ -377,11 +425,11 @@ def _body(cfg, *refs):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
-def walk(cfg, q, k, v, gates, real, init):
+def walk(cfg, q, k, v, g, beta, real, init):
     """Runs the walk; returns its outputs by name, see `_outputs`.
 
-    q, k ``[B, T, G, N]``, v ``[B, T, H, P]``, gates ``[B, chunks, H, 2, 64]`` (log2 decays and beta), real ``[B,
-    chunks, 64]`` or None, init ``[B, H, P, N]`` float32 or None.
+    q, k ``[B, T, G, N]``, v ``[B, T, H, P]``, g (or None) and beta float32 ``[B, T, H]`` with heads up to a multiple of
+    HEADS, marks real ``[B, chunks, 64]`` or None, init ``[B, H, P, N]`` float32 or None.
     """
     out = _outputs(cfg)
     kernel = plgpu.kernel(
@@ -393,5 +441,5 @@ def walk(cfg, q, k, v, gates, real, init):
         thread_name="wg",
         compiler_params=LANE_PARAMS,
     )
-    args = [q, k, v, gates, real if cfg.segments else None, init if cfg.has_init else None]
+    args = [q, k, v, g, beta, real if cfg.segments else None, init if cfg.has_init else None]
     return dict(zip(out, call_varying(kernel, *(a for a in args if a is not None))))

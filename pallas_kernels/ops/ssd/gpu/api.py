@@ -73,9 +73,11 @@ def supports(x, dt, A, B, C, *, states=None, **more):
     del dt, A, more
     if states == "float32":
         return "states ('float32'): they are kept in bfloat16 or recomputed"
-    for name, array in (("x_BTHP", x), ("B_BTGN", B), ("C_BTGN", C)):
-        if array.dtype != jnp.bfloat16:
-            return f"dtype of {name} ({array.dtype}) is not bfloat16"
+    if x.dtype != jnp.bfloat16:
+        return f"dtype of x_BTHP ({x.dtype}) is not bfloat16"
+    for name, array in (("B_BTGN", B), ("C_BTGN", C)):
+        if array.dtype != B.dtype or array.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"dtype of {name} ({array.dtype}) not bfloat16 or float32, or not that of B_BTGN ({B.dtype})"
     if B.shape[-1] > MAX_STATE:
         return f"state size of B_BTGN ({B.shape[-1]}) above {MAX_STATE}"
     return None
@@ -164,8 +166,9 @@ def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
     """y and final state (None unless ``with_final``) for widths the kernels take.
 
     P = 64, N a multiple of 64, T of 8; a [H], or log decays [B, T, H] in place of dt a; d [H], [H, 64] or None; init
-    may be None.
+    may be None. B and C may be float32: rounded for their products, with gradients that are not.
     """
+    b_mat, c_mat = b_mat.astype(x.dtype), c_mat.astype(x.dtype)
     return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, False)[:2]
 
 
@@ -183,9 +186,11 @@ def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, emit_states):
 
 
 def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
+    given = jnp.zeros(0, b_mat.dtype)
+    b_mat, c_mat = b_mat.astype(x.dtype), c_mat.astype(x.dtype)
     y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, True)
     states = checkpoint_name(states, "ssd_states")
-    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real)
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real, given)
 
 
 def choose_splits(blocks, heads):
@@ -269,7 +274,7 @@ def _dt_grads(out, dt, a, ids):
 
 
 def _core_bwd(with_final, residuals, cotangents):
-    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real = residuals
+    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real, given = residuals
     dy, d_final = cotangents
     cfg = _config(x, b_mat, d, ids)
     batch, heads = cfg.batch, cfg.heads
@@ -286,6 +291,7 @@ def _core_bwd(with_final, residuals, cotangents):
         splits,
         cfg.segments,
         cfg.has_d,
+        wide=given.dtype != b_mat.dtype,
     )
     out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, real, _skip_rows(d))
 
@@ -301,8 +307,8 @@ def _core_bwd(with_final, residuals, cotangents):
         if d.ndim == 2:
             d_d = _cleared(dy.astype(F32) * x.astype(F32), ids).sum((0, 1))
         d_d = d_d.astype(d.dtype)
-    d_b = _joined(out["d_b"], cfg.tokens).astype(b_mat.dtype)
-    d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(c_mat.dtype)
+    d_b = _joined(out["d_b"], cfg.tokens).astype(given.dtype)
+    d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(given.dtype)
     return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
 
 
@@ -327,7 +333,7 @@ def ssd_gpu(
     """The scan of ``pallas_kernels.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
 
     Padding may hold anything. Any head width is cut or padded into heads of 64, any state size padded to a multiple
-    of 64.
+    of 64. B and C may be float32, so that their gradients are not rounded; their products are of bfloat16.
     """
     del chunk
     batch, tokens, heads, width = x.shape

@@ -75,6 +75,7 @@ class Grads:
     column: int = 0  # the first of these columns
     pairs: bool = True  # with the terms of pairs of tokens; without: only what goes through the states
     whole: bool = True  # these are all columns; else the scores are given and dS is an output
+    wide: bool = False  # gradients of B are not rounded
 
     @property
     def block_heads(self) -> int:
@@ -87,7 +88,7 @@ class Grads:
     @property
     def db_dtype(self):
         """One part is the gradient itself."""
-        return self.dtype if self.splits == 1 and self.whole else F32
+        return self.dtype if self.splits == 1 and self.whole and not self.wide else F32
 
     def tiles(self, k) -> int:
         """Pairs of tiles that end in or start from tile ``k`` of a span, here."""

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How mamba3 becomes a call of ssd, whose kernels test_ssd_gpu.py is about; with XLA in their place, in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.ops.mamba3 import OP, cases
+from pallas_kernels.ops.mamba3.gpu import api
+from pallas_kernels.ops.ssd.api import ssd
+from pallas_kernels.platform import assume_platform
+from tests.ops.support import check_against_oracle, served_by
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scattered",
+        "mimo_norm",
+        *(pytest.param(case.name, marks=pytest.mark.slow) for case in cases.TEST_CASES
+          if case.name not in ("scattered", "mimo_norm")),
+    ],
+)  # fmt: skip
+def test_it_is_a_call_of_ssd(name, monkeypatch):
+    """Outputs, states and gradients, in float32: what the diagonal has too much is taken off to rounding."""
+    case = cases.CASES[name]
+
+    def by_xla(*args, implementation, **options):
+        assert implementation == "gpu"
+        return ssd(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(api, "ssd", by_xla)
+    with served_by(api.mamba3_gpu, only="mamba3"):
+        check_against_oracle("mamba3", cases.make_inputs(case), **cases.make_settings(case))
+
+
+@pytest.mark.newer
+def test_supports_names_argument_and_limit():
+    inputs = cases.make_inputs(cases.CASES["mimo"], "bfloat16")
+    given = {name: array for name, array in inputs.items() if array is not None}
+    args = [given.pop(name) for name in OP.positional]
+    check = functools.partial(api.supports, **given)
+    with assume_platform("gpu", capability="9.0"):
+        assert check(*args) is None
+        wide = jax.ShapeDtypeStruct((*args[1].shape[:-1], 512), jnp.bfloat16)
+        assert "state size" in check(args[0], wide, *args[2:])
+        single = jax.ShapeDtypeStruct(args[2].shape, jnp.float32)
+        assert "float32" in check(*args[:2], single, *args[3:])
