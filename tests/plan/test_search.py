@@ -111,10 +111,13 @@ class ByShapes:
         )  # fmt: skip
 
 
-def with_rows(rows: int, microbatches: int = 1) -> Config:
+LONG = 2**18
+"""Tokens of a row of which a few fill a device."""
+
+
+def with_rows(rows: int) -> Config:
     """rows: of a device."""
-    data, optim = replace(CONFIG.data, batch_size=8 * rows), replace(CONFIG.optim, accumulate=microbatches)
-    return replace(CONFIG, data=data, optim=optim)
+    return replace(CONFIG, data=replace(CONFIG.data, seq_len=LONG, batch_size=8 * rows))
 
 
 def test_changes_are_ordered_by_what_they_keep():
@@ -132,8 +135,8 @@ def test_changes_are_ordered_by_what_they_keep():
 
 def test_the_smallest_change_that_fits():
     """Recomputation first, then microbatches, then both; what cannot be enough is not compiled."""
-    counted = count(CONFIG, DEVICES)
-    of_rows = {r: activations(CONFIG, counted, DEVICES, r) / counted.rows * 8 for r in ("mixer", "kernels", "full")}
+    one, counted = with_rows(1), count(with_rows(1), DEVICES)
+    of_rows = {remat: activations(one, counted, DEVICES, remat) for remat in ("mixer", "kernels", "full")}
     room = 16 * GIB - sum(counted.state.values()) - 2 * counted.gradients
     for config, words in [
         *((with_rows(int(room / size)), f"--model.remat={remat}") for remat, size in of_rows.items()),
