@@ -39,8 +39,8 @@ class Result:
 
 
 Compile = Callable[[Config], Plan]
-UNSURE = 0.1
-"""Of what a policy keeps by shapes: how much more a compiler may make of it."""
+UNSURE = 1.25
+"""Times what there is that a policy may seem to need and is compiled still: padding is not in its shapes."""
 
 
 def compiled(name: str, devices: Devices) -> Compile:
@@ -174,20 +174,19 @@ def fitting(plan: Plan, most: int, book: Book, compile: Compile) -> Iterator[Res
 
 def _too_large(change: Change, plan: Plan) -> bool:
     """Whether even what a step needs at least is more than there is, or what is known to be needed is by far: all that
-    hangs on the rows of a microbatch shrinks with them at best, and a policy frees no more than it keeps less."""
+    hangs on the rows of a microbatch shrinks with them at best, and under another policy about as shapes do."""
     try:
         counted = count(change.set_in(plan.config), plan.devices)
     except ConfigError:
         return True
     if counted.memory is None:
         return False
-    fixed = sum(plan.counted.state.values())
-    needed = plan.needed or 0
-    times = change.accumulate / plan.config.optim.accumulate
-    if change.mesh == plan.config.mesh:
-        here, there = (activations(plan.config, plan.counted, plan.devices, remat)
-                       for remat in (plan.config.model.remat, change.remat))  # fmt: skip
-        needed = fixed + (needed - fixed - (1 + UNSURE) * (here - there)) / times
-    else:
-        needed = 0
-    return max(counted.least, needed) > counted.memory
+    if counted.least > counted.memory:
+        return True
+    if change.mesh != plan.config.mesh or plan.needed is None:
+        return False
+    here, there = (activations(plan.config, plan.counted, plan.devices, remat)
+                   for remat in (plan.config.model.remat, change.remat))  # fmt: skip
+    fixed, times = sum(plan.counted.state.values()), change.accumulate / plan.config.optim.accumulate
+    needed = fixed + (plan.needed - fixed) * there / here / times
+    return needed > counted.memory * (1.0 if there == here else UNSURE)
