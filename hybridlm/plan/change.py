@@ -59,14 +59,10 @@ def activations(config: Config, counted: Counted, devices: Devices, remat: str) 
 
 
 def smaller(config: Config, counted: Counted, devices: Devices) -> Iterator[Change]:
-    """Changes that lower the memory of a device, the smallest first: a policy that keeps less, that which keeps most of
-    them first; a smaller microbatch; this and the policy that keeps least; then parameters or the residual stream are
-    split further."""
-    here, bytes_of = current(config), {}
-    for remat in dict.fromkeys((here.remat, *REMATS)):
-        bytes_of[remat] = activations(config, counted, devices, remat)
-    less = [remat for remat in bytes_of if bytes_of[remat] < bytes_of[here.remat]]
-    policies = sorted(less, key=lambda remat: -bytes_of[remat])
+    """Changes that lower the memory of a device, the smallest first: a policy that keeps less, see `_policies`; a
+    smaller microbatch; this and the policy that keeps least; then parameters or the residual stream are split
+    further."""
+    here, policies = current(config), _policies(config, counted, devices)
     rows = config.data.batch_size // config.optim.accumulate
     shards = math.prod(counted.mesh.get(axis, 1) for axis in ("slice", "data", "fsdp", "expert"))
     times = [2**n for n in range(1, 7) if rows % (2**n * shards) == 0]
@@ -81,6 +77,17 @@ def smaller(config: Config, counted: Counted, devices: Devices) -> Iterator[Chan
                 split = {wider: sizes[wider] * n, narrower: sizes[narrower] // n}
                 mesh = replace(config.mesh, **({"data": sizes["data"], "fsdp": sizes["fsdp"]} | split))
                 yield Change(mesh, strongest, here.accumulate)
+
+
+def _policies(config: Config, counted: Counted, devices: Devices) -> list[str]:
+    """Policies that keep less than the config's, that which keeps most first, but those that keep more than another and
+    yet compute more again."""
+    here = config.model.remat
+    sizes = {remat: activations(config, counted, devices, remat) for remat in (here, *REMATS)}
+    again = {remat: recomputed(replace(config.model, remat=remat), config.data.seq_len) for remat in REMATS}
+    less = [remat for remat in REMATS if sizes[remat] < sizes[here]]
+    worse = {a for a in less for b in less if sizes[b] <= sizes[a] and again[b] < again[a]}
+    return sorted(set(less) - worse, key=lambda remat: -sizes[remat])
 
 
 def meshes(config: Config, devices: Devices) -> list[MeshConfig]:

@@ -121,11 +121,14 @@ def with_rows(rows: int) -> Config:
 
 
 def test_changes_are_ordered_by_what_they_keep():
-    """Of a transformer `mixer` keeps all of its MLPs, more than `kernels` does; what frees nothing is no change."""
+    """Of a transformer `mixer` keeps all of its MLPs, more than `kernels`, and makes attention's products again, which
+    that does not: so it is left out. What frees nothing is no change."""
     counted = count(CONFIG, DEVICES)
     sizes = [activations(CONFIG, counted, DEVICES, remat) for remat in ("none", "mixer", "kernels", "full")]
     assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] == counted.inputs
-    assert [change.remat for change in smaller(CONFIG, counted, DEVICES)][:3] == ["mixer", "kernels", "full"]
+    assert [change.remat for change in smaller(CONFIG, counted, DEVICES)][:3] == ["kernels", "full", "none"]
+    config = replace(CONFIG, model=replace(CONFIG.model, remat="mixer"))
+    assert [change.remat for change in smaller(config, counted, DEVICES)][:3] == ["kernels", "full", "mixer"]
     config = replace(CONFIG, model=replace(CONFIG.model, remat="full"))
     assert all(change.remat == "full" for change in smaller(config, counted, DEVICES))
     changes, here = list(smaller(CONFIG, counted, DEVICES)), current(CONFIG)
@@ -136,7 +139,7 @@ def test_changes_are_ordered_by_what_they_keep():
 def test_the_smallest_change_that_fits():
     """Recomputation first, then microbatches, then both; what cannot be enough is not compiled."""
     one, counted = with_rows(1), count(with_rows(1), DEVICES)
-    of_rows = {remat: activations(one, counted, DEVICES, remat) for remat in ("mixer", "kernels", "full")}
+    of_rows = {remat: activations(one, counted, DEVICES, remat) for remat in ("kernels", "full")}
     room = 16 * GIB - sum(counted.state.values()) - 2 * counted.gradients
     for config, words in [
         *((with_rows(int(room / size)), f"--model.remat={remat}") for remat, size in of_rows.items()),
