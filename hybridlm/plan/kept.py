@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Literal
 
 from hybridlm.layers.block import Tokens
 from hybridlm.layers.params import in_type, param_info
@@ -72,7 +73,7 @@ def _kept(symbol: str, model: ModelConfig, seq_len: int, chip: str) -> int:
     with described_as(chip):
         jaxpr = jax.make_jaxpr(backward)(*arrays).jaxpr
     given = {id(v) for v in (*jaxpr.invars, *jaxpr.constvars)}
-    made = {id(v): v.aval for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal) and id(v) not in given}
+    made = {id(v): v.aval for v in jaxpr.outvars if not isinstance(v, Literal) and id(v) not in given}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in made.values())
 
 
