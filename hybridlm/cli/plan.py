@@ -4,6 +4,7 @@
 import argparse
 import atexit
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -31,7 +32,8 @@ def run(words: list[str], prog: str) -> int:
     tokens = None if args.tokens is None else count(args.tokens)
     for name, least in (("fit", 0), ("best", 1)):
         require(getattr(args, name) >= least, f"--{name} ({getattr(args, name)}) must be at least {least}")
-    require(args.price is None or args.price > 0, f"--price ({args.price}) must be positive")
+    require(args.price is None or 0 < args.price < math.inf, f"--price ({args.price}) must be a positive number")
+    require(args.price is None or tokens is not None, "--price is of a whole training: give its --tokens, too, as 1T")
     topology = args.topology or _pod_of(args.config)
     _be_alone(topology)
 
@@ -198,13 +200,18 @@ def _be_alone(topology: str) -> None:
 
 
 def _write(plan, args: argparse.Namespace) -> None:
+    from hybridlm.plan.search import path_of
+
     if args.json:
-        storage.write_text(storage.as_path(args.json), plan.as_json())
+        with path_of("--json", args.json):
+            storage.write_text(storage.as_path(args.json), plan.as_json())
     if args.budget:
         from hybridlm.plan import budget
 
-        budget.write(Path(args.budget), plan.name, budget.of_plan(plan))
+        with path_of("--budget", args.budget):
+            budget.write(Path(args.budget), plan.name, budget.of_plan(plan))
     if args.html:
         from hybridlm.plan.page import as_html
 
-        storage.write_text(storage.as_path(args.html), as_html(plan))
+        with path_of("--html", args.html):
+            storage.write_text(storage.as_path(args.html), as_html(plan))

@@ -11,15 +11,12 @@ from hybridlm.errors import ConfigError
 from hybridlm.plan.bounds import on_the_wire
 from hybridlm.plan.costs import WIDTH
 from hybridlm.plan.counted import Counted, count
+from hybridlm.plan.kept import kept, recomputed
 from hybridlm.plan.slices import Devices
 from hybridlm.sharding import MeshConfig
 
 REMATS = ("none", "kernels", "mixer", "full")
-"""Policies that are tried, from what recomputes least to what recomputes most."""
-RECOMPUTED = {"none": 0.0, "kernels": 0.02, "mixer": 0.2, "full": 1 / 3}
-"""Of the model's FLOPs, what a policy computes once more, roughly: for a first order of candidates."""
-KEPT = {"none": 12.0, "kernels": 6.0, "mixer": 4.0, "full": 1.0}
-"""What a policy keeps, in inputs of sublayers, likewise."""
+"""Policies that are tried."""
 MOST_TENSOR = 16
 
 
@@ -53,18 +50,26 @@ def current(config: Config) -> Change:
     return Change(config.mesh, config.model.remat, config.optim.accumulate)
 
 
-def smaller(config: Config, counted: Counted) -> Iterator[Change]:
-    """Changes that lower the memory of a device, the smallest first: more is recomputed, a microbatch is smaller, both,
-    then the parameters or the residual stream are split further."""
-    here = current(config)
-    policies = REMATS[REMATS.index(here.remat) + 1 :] if here.remat in REMATS else REMATS[1:]
+def activations(config: Config, counted: Counted, devices: Devices, remat: str) -> int:
+    """Bytes of a device that live from the forward to the backward of a microbatch under a policy, by shapes: inputs of
+    sublayers, and what the policy keeps beside them, as if all of it were split like the residual stream."""
+    seq_len = config.data.seq_len
+    of_row = kept(replace(config.model, remat=remat), seq_len, devices.chip)
+    return counted.inputs + of_row * counted.tokens_of_device // seq_len
+
+
+def smaller(config: Config, counted: Counted, devices: Devices) -> Iterator[Change]:
+    """Changes that lower the memory of a device, the smallest first: a policy that keeps less, see `_policies`; a
+    smaller microbatch; this and the policy that keeps least; then parameters or the residual stream are split
+    further."""
+    here, policies = current(config), _policies(config, counted, devices)
     rows = config.data.batch_size // config.optim.accumulate
     shards = math.prod(counted.mesh.get(axis, 1) for axis in ("slice", "data", "fsdp", "expert"))
     times = [2**n for n in range(1, 7) if rows % (2**n * shards) == 0]
     yield from (replace(here, remat=remat) for remat in policies)
     yield from (replace(here, accumulate=here.accumulate * n) for n in times)
-    yield from (replace(here, remat=policies[-1], accumulate=here.accumulate * n) for n in times if policies)
     strongest = policies[-1] if policies else here.remat
+    yield from (replace(here, remat=strongest, accumulate=here.accumulate * n) for n in times if policies)
     sizes = {axis: counted.mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
     for wider, narrower in (("fsdp", "data"), ("tensor", "data"), ("tensor", "fsdp")):
         for n in (2, 4, 8):
@@ -72,6 +77,17 @@ def smaller(config: Config, counted: Counted) -> Iterator[Change]:
                 split = {wider: sizes[wider] * n, narrower: sizes[narrower] // n}
                 mesh = replace(config.mesh, **({"data": sizes["data"], "fsdp": sizes["fsdp"]} | split))
                 yield Change(mesh, strongest, here.accumulate)
+
+
+def _policies(config: Config, counted: Counted, devices: Devices) -> list[str]:
+    """Policies that keep less than the config's, that which keeps most first, but those that keep more than another and
+    yet compute more again."""
+    here = config.model.remat
+    sizes = {remat: activations(config, counted, devices, remat) for remat in (here, *REMATS)}
+    again = {remat: recomputed(replace(config.model, remat=remat), config.data.seq_len) for remat in REMATS}
+    less = [remat for remat in REMATS if sizes[remat] < sizes[here]]
+    worse = {a for a in less for b in less if sizes[b] <= sizes[a] and again[b] < again[a]}
+    return sorted(set(less) - worse, key=lambda remat: -sizes[remat])
 
 
 def meshes(config: Config, devices: Devices) -> list[MeshConfig]:
@@ -98,7 +114,7 @@ class Guess:
     seconds: float
     """Model FLOPs and what is computed again, at the peak, and exchanges by hand over all links."""
     bytes: int
-    """Of a device: what no step goes without, and what the policy keeps, roughly."""
+    """Of a device: what no step goes without, and what the policy keeps by shapes."""
 
 
 def guesses(config: Config, devices: Devices) -> tuple[list[Guess], list[str]]:
@@ -133,10 +149,11 @@ def _guess(whole: Counted, config: Config, change: Change, devices: Devices) -> 
         whole, microbatches=n, tokens_of_device=whole.tokens_of_device // n, inputs=whole.inputs // n,
         gradients=whole.gradients * (4 // WIDTH[config.model.compute_dtype] if n > 1 else 1),
     )  # fmt: skip
-    again, kept = RECOMPUTED.get(change.remat, 0.02), KEPT.get(change.remat, KEPT["kernels"])
+    again = recomputed(replace(config.model, remat=change.remat), config.data.seq_len)
     arithmetic = counted.model_flops * (1 + again) / (peak.tflops * 1e12)
     exchange = exchanged(change.set_in(config), counted) / (peak.links_gbs * 1e9)
-    return Guess(change, arithmetic + exchange, counted.least + round((kept - 1) * counted.inputs))
+    more = activations(config, counted, devices, change.remat) - counted.inputs
+    return Guess(change, arithmetic + exchange, counted.least + more)
 
 
 def exchanged(config: Config, counted: Counted) -> float:

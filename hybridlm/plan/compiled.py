@@ -55,19 +55,30 @@ class Compiled:
 
 _SIZE = r"([\d.]+)([KMGT]?)"
 WANT = (rf"Used {_SIZE} of {_SIZE} hbm", rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
-"""How compilers of TPUs say what a program needs, and what there is."""
+"""How compilers of TPUs say what a program needs of a device's memory, and what there is."""
+OF_CORE = rf"memory space (?!hbm)(\w+)\. Used {_SIZE} of {_SIZE} "
+"""How they say what one operation needs of a core's own memory."""
 
 
 class DoesNotFit(RuntimeError):
-    """The compiler gives up: the program needs more memory than a device has."""
+    """The compiler gives up: the program needs more memory than a device has, or an operation more than a core."""
 
     def __init__(self, said: str):
         """said: the compiler's own words."""
         found = next(filter(None, (re.search(pattern, said) for pattern in WANT)), None)
         units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         self.needed = round(float(found[1]) * units[found[2]]) if found else None
-        more = f": it needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB" if found else ""
+        more = f": it needs {_words(found[1], found[2])} of {_words(found[3], found[4])}" if found else ""
+        if of_core := re.search(OF_CORE, said):
+            space, *sizes = of_core.groups()
+            name = re.search(r'op_name="([^"]+)"', said)
+            what = "/".join(name[1].split("/")[-2:]) if name else "an operation"
+            more = f" of a core ({space}): {what} needs {_words(*sizes[:2])} of {_words(*sizes[2:])}"
         super().__init__(f"the compiler gives up, for want of memory{more}")
+
+
+def _words(number: str, unit: str) -> str:
+    return f"{number} {unit}iB" if unit else f"{number} B"
 
 
 def compile(lowered: jax.stages.Lowered, backend: str) -> Compiled:

@@ -2,6 +2,7 @@
 """Which way to run a config is best on given devices, and which change makes one fit: guessed for all, compiled for a
 few, every compiled result kept as a line of JSON, so that a search goes on where it stopped."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import jax
 from hybridlm.config import Config
 from hybridlm.config.tree import to_dict
 from hybridlm.errors import ConfigError, require
-from hybridlm.plan.change import Change, current, guesses, smaller
+from hybridlm.plan.change import Change, activations, current, guesses, smaller
 from hybridlm.plan.counted import count
 from hybridlm.plan.plan import Plan
 from hybridlm.plan.slices import Devices
@@ -38,6 +39,8 @@ class Result:
 
 
 Compile = Callable[[Config], Plan]
+UNSURE = 1.25
+"""Times what there is that a policy may seem to need and is compiled still: padding is not in its shapes."""
 
 
 def compiled(name: str, devices: Devices) -> Compile:
@@ -52,13 +55,26 @@ def compiled(name: str, devices: Devices) -> Compile:
     return make
 
 
+@contextlib.contextmanager
+def path_of(option: str, path: Path | str) -> Iterator[None]:
+    """What the system says of a path becomes a ConfigError that names the option."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{option} ({path}): {reason}: give a file in a folder that is there") from error
+
+
 class Book:
     """Results on disk, a line each, by what they are of."""
 
     def __init__(self, path: Path | None = None):
+        """ConfigError where there is a file that cannot be read."""
         self.path, self.results = path, {}
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            with path_of("--search", path):
+                lines = path.read_text(encoding="utf-8").splitlines()
+            for line in lines:
                 try:
                     kept = json.loads(line)
                     seconds = None if kept["seconds"] is None else tuple(kept["seconds"])
@@ -66,6 +82,12 @@ class Book:
                     self.results[kept["key"]] = Result(**fields)
                 except (ValueError, KeyError, TypeError):  # the last line of an interrupted search
                     continue
+
+    def begin(self) -> None:
+        """Makes the file where there is none. ConfigError where it cannot be written: before anything is compiled."""
+        if self.path is not None:
+            with path_of("--search", self.path):
+                self.path.open("a").close()
 
     def of(self, change: Change, config: Config, devices: Devices, compile: Compile) -> Result:
         """The result of a change: what is kept of it, else what compiling it gives, which is kept then."""
@@ -117,6 +139,7 @@ def search(
     reason = f": {cannot[0]}" if cannot else ", by what it needs at least"
     require(bool(ranked), f"--search: nothing fits {devices.words}{reason}")
     here = current(config)
+    book.begin()
     yield 0, len(ranked), book.of(here, config, devices, compile)
     fitting = 0
     tried = [one for one in ranked if one.change.set_in(config) != config][: 2 * best]
@@ -137,7 +160,7 @@ def fitting(plan: Plan, most: int, book: Book, compile: Compile) -> Iterator[Res
     """Compiles changes that lower the memory of a plan that does not fit, the smallest first, until one fits or `most`
     were tried. Those that are known not to help enough are left out."""
     tried = 0
-    for change in smaller(plan.config, plan.counted):
+    for change in smaller(plan.config, plan.counted, plan.devices):
         if tried == most:
             return
         if _too_large(change, plan):
@@ -151,15 +174,19 @@ def fitting(plan: Plan, most: int, book: Book, compile: Compile) -> Iterator[Res
 
 def _too_large(change: Change, plan: Plan) -> bool:
     """Whether even what a step needs at least is more than there is, or what is known to be needed is by far: all that
-    hangs on the rows of a microbatch shrinks with them at best."""
+    hangs on the rows of a microbatch shrinks with them at best, and under another policy about as shapes do."""
     try:
         counted = count(change.set_in(plan.config), plan.devices)
     except ConfigError:
         return True
     if counted.memory is None:
         return False
-    fixed = sum(plan.counted.state.values())
-    needed = plan.needed or 0
-    times = change.accumulate / plan.config.optim.accumulate
-    same = change.remat == plan.config.model.remat and change.mesh == plan.config.mesh
-    return counted.least > counted.memory or (same and fixed + (needed - fixed) / times > counted.memory)
+    if counted.least > counted.memory:
+        return True
+    if change.mesh != plan.config.mesh or plan.needed is None:
+        return False
+    here, there = (activations(plan.config, plan.counted, plan.devices, remat)
+                   for remat in (plan.config.model.remat, change.remat))  # fmt: skip
+    fixed, times = sum(plan.counted.state.values()), change.accumulate / plan.config.optim.accumulate
+    needed = fixed + (plan.needed - fixed) * there / here / times
+    return needed > counted.memory * (1.0 if there == here else UNSURE)

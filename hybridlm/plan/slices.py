@@ -51,6 +51,8 @@ GENERATIONS = {
 GPUS_PER_HOST = 8
 HOST = (2, 2, 1)
 """Chips of a host along the axes of a slice."""
+SLICES = r"^\d+x"
+"""How many, in front of a name."""
 OF_SLICE = 100_000
 """Ids of devices of several slices begin at multiples of it."""
 
@@ -73,6 +75,11 @@ class Devices:
     def peaks(self) -> Peaks | None:
         """Of one device; None where nothing is known, as of CPUs."""
         return peaks(self.kind) if self.backend != "cpu" else None
+
+    @property
+    def chip(self) -> str:
+        """Its name among the words: "v5p", "h100", "cpu"."""
+        return re.sub(SLICES, "", self.words.partition(":")[0])
 
     @property
     def domain(self) -> int:
@@ -114,7 +121,7 @@ def read_devices(words: str) -> Devices:
             f"topology ({words!r}): hosts have {GPUS_PER_HOST} GPUs, give up to {GPUS_PER_HOST} or a multiple of it",
         )
         return Devices(words, GPUS[family].kind, count, -(-count // GPUS_PER_HOST), count, "gpu")
-    name = re.sub(r"^\d+x", "", family)
+    name = re.sub(SLICES, "", family)
     known = ", ".join(GENERATIONS)
     require(
         name in GENERATIONS,

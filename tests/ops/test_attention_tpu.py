@@ -114,7 +114,7 @@ def test_equals_the_matrix_form_on_drawn_shapes(tokens, heads, width, layout, wi
 def test_the_queries_in_parts(monkeypatch):
     from pallas_kernels.ops.attention.tpu import backward as tpu_backward
 
-    monkeypatch.setattr(tpu_backward, "MOST_QUERIES", 256 * 2 * 64)
+    monkeypatch.setattr(tpu_backward, "MOST_DQ_BYTES", 256 * 2 * 128 * 12)  # 256 queries of 2 heads in float32
     check(case_of(name="parts", layout="packed", queries=1000), **SMALL)
 
 
@@ -256,6 +256,9 @@ def test_compiles_in_a_shard_map_that_checks_what_varies(queries):
     {"queries": 1024, "width": 256, "kv_heads": 8},
     {"queries": 512, "dtype": jnp.float32},
     {"queries": 1, "keys": 4096, "q_offset": 4000},
+    {"queries": 16_384, "keys": 65_536, "width": 64},
+    {"queries": 12_288},
+    {"queries": 6144, "width": 256},
 ], ids=str)  # fmt: skip
 def test_compiles_at_every_width(generation, options):
     compile_for(generation, **options)

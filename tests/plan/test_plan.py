@@ -185,7 +185,12 @@ def test_the_command(tmp_path, capsys):
     ("--config", "hybrid_tiny", "--topology", "v5e:3x3"): "slices of v5e are 2x2, 2x4",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--tokens", "many"): r"--tokens \('many'\) must be",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--search", "x.jsonl"): "no peaks are known of cpu:1",
-    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "-1"): "must be positive",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "-1"): "must be a positive number",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--tokens", "1T", "--price", "inf"): "must be a positive number",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "2"): "give its --tokens",
+    ("--config", "hybrid_tiny", "--topology", "v5e:2x4", "--search", "/no/such/x"): r"^error: --search \(/no/such",
+    ("--config", "hybrid_tiny", "--topology", "v5e:2x4", "--search", "/"): r"^error: --search \(/\): Is a directory",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--json", "/no/such/x"): r"^error: --json \(/no/such/x",
     ("--config", "hybrid_tiny", "--topology", "v5e:2x4", "--mesh.tensor=3"): "8 devices not divisible by 3",
 }.items())  # fmt: skip
 def test_what_cannot_be_is_one_line(words, line, capsys):

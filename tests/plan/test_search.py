@@ -17,10 +17,12 @@ import pytest
 
 from hybridlm.cli.plan import stoppable
 from hybridlm.config import MLP, Attention, Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, RunConfig
+from hybridlm.config.find import load_config
 from hybridlm.errors import ConfigError
-from hybridlm.plan.change import current, exchanged, guesses, smaller
+from hybridlm.plan.change import activations, current, exchanged, guesses, smaller
 from hybridlm.plan.compiled import DoesNotFit, compile
 from hybridlm.plan.counted import count
+from hybridlm.plan.kept import kept, recomputed
 from hybridlm.plan.search import Book, fitting, key_of, order, search
 from hybridlm.plan.slices import read_devices
 
@@ -93,19 +95,95 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     assert key_of(CONFIG, DEVICES) != key_of(replace(CONFIG, lora=LoraConfig(rank=2)), DEVICES)
 
 
+class ByShapes:
+    """A compiler that needs what shapes say: the state, gradients, and what lives from the forward to the backward."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, config):
+        self.asked.append(config)
+        counted = count(config, DEVICES)
+        peak = counted.least - counted.inputs + activations(config, counted, DEVICES, config.model.remat)
+        return SimpleNamespace(
+            compiled=SimpleNamespace(memory=SimpleNamespace(peak=peak), seconds=2.0), fits=peak <= 16 * GIB, refused="",
+            bounds=SimpleNamespace(lower=1.0, upper=2.0), needed=peak, counted=counted, config=config, devices=DEVICES,
+        )  # fmt: skip
+
+
+LONG = 2**18
+"""Tokens of a row of which a few fill a device."""
+
+
+def with_rows(rows: int) -> Config:
+    """rows: of a device."""
+    return replace(CONFIG, data=replace(CONFIG.data, seq_len=LONG, batch_size=8 * rows))
+
+
+def test_changes_are_ordered_by_what_they_keep():
+    """Of a transformer `mixer` keeps all of its MLPs, more than `kernels`, and makes attention's products again, which
+    that does not: so it is left out. What frees nothing is no change."""
+    counted = count(CONFIG, DEVICES)
+    sizes = [activations(CONFIG, counted, DEVICES, remat) for remat in ("none", "mixer", "kernels", "full")]
+    assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] == counted.inputs
+    assert [change.remat for change in smaller(CONFIG, counted, DEVICES)][:3] == ["kernels", "full", "none"]
+    config = replace(CONFIG, model=replace(CONFIG.model, remat="mixer"))
+    assert [change.remat for change in smaller(config, counted, DEVICES)][:3] == ["kernels", "full", "mixer"]
+    config = replace(CONFIG, model=replace(CONFIG.model, remat="full"))
+    assert all(change.remat == "full" for change in smaller(config, counted, DEVICES))
+    changes, here = list(smaller(CONFIG, counted, DEVICES)), current(CONFIG)
+    kinds = [(c.remat != here.remat) + (c.accumulate != here.accumulate) + (c.mesh != here.mesh) for c in changes]
+    assert kinds[0] == 1 and max(kinds) == 2 and here not in changes
+
+
 def test_the_smallest_change_that_fits():
     """Recomputation first, then microbatches, then both; what cannot be enough is not compiled."""
-    changes = list(smaller(CONFIG, count(CONFIG, DEVICES)))
-    here = current(CONFIG)
-    assert all(change != here for change in changes)
-    kinds = [(c.remat != here.remat) + (c.accumulate != here.accumulate) + (c.mesh != here.mesh) for c in changes]
-    assert kinds[0] == 1 and max(kinds) == 2
-    for gib, needs in ((18, "--model.remat"), (60, "--optim.accumulate"), (200, "--model.remat=full --optim.acc")):
-        compiler = Compiler(gib)
-        plan = SimpleNamespace(config=CONFIG, devices=DEVICES, counted=count(CONFIG, DEVICES), needed=int(gib * GIB))
+    one, counted = with_rows(1), count(with_rows(1), DEVICES)
+    of_rows = {remat: activations(one, counted, DEVICES, remat) for remat in ("kernels", "full")}
+    room = 16 * GIB - sum(counted.state.values()) - 2 * counted.gradients
+    for config, words in [
+        *((with_rows(int(room / size)), f"--model.remat={remat}") for remat, size in of_rows.items()),
+        (with_rows(64 * int(room / of_rows["full"] / 16)), "--optim.accumulate="),
+    ]:
+        compiler = ByShapes()
+        plan = compiler(config)
+        assert not plan.fits
         tried = list(fitting(plan, 12, Book(), compiler))
-        assert tried[-1].fits and not any(result.fits for result in tried[:-1])
-        assert tried[-1].words.startswith(needs), tried
+        assert tried[-1].fits and tried[-1].words.startswith(words), tried
+        assert not any(result.fits for result in tried[:-1]) and len(tried) <= 2
+    plan = ByShapes()(with_rows(64 * int(room / of_rows["full"])))
+    assert [result.words for result in fitting(plan, 12, Book(), ByShapes())][-1].startswith("--model.remat=full --opt")
+
+
+@pytest.mark.parametrize(("names", "numbers"), {
+    "mlp_in": 2 * 512, "mlp_hidden": 512, "attention_q,attention_v": 2 * 256, "sublayer_norm": 2 * 256, "full": 0,
+}.items())  # fmt: skip
+def test_what_is_kept_by_name(names, numbers):
+    """By hand: numbers a token, two bytes each, of an attention and a gated MLP sublayer, four times the depth."""
+    model = replace(CONFIG.model, pattern="*-" * 4, remat=names)
+    assert kept(model, 512, "v5e") == 4 * 512 * 2 * numbers
+
+
+def test_what_is_computed_again():
+    """Of a forward and a backward twice as long: a third where all sublayers are, less where only mixers are."""
+    share = {
+        remat: recomputed(replace(CONFIG.model, remat=remat), 512) for remat in ("none", "kernels", "mixer", "full")
+    }
+    assert 0 == share["none"] < share["kernels"] < share["mixer"] < share["full"] < 0.35
+    model = replace(CONFIG.model, vocab_size=8, remat="full")
+    assert recomputed(model, 512) == pytest.approx(1 / 3, abs=0.025)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hybrid_tiny", "zamba2:1.2b", "zaya1:8b", "caduceus:ps-1k", "granite4_h:tiny"])
+@pytest.mark.parametrize("chip", ["cpu", "v5p"])
+def test_every_kind_of_block_has_shapes(name, chip):
+    """Blocks that share weights, hand something on, have experts or read both ways: nothing but inputs is kept under
+    `full`, and the most under `none`."""
+    config = load_config(name, ["--data.seq_len=512"])
+    found = [kept(replace(config.model, remat=remat), 512, chip) for remat in ("none", "kernels", "full")]
+    stream = len(config.model.pattern) * 512 * config.model.d_model * 4
+    assert found[0] > found[1] >= found[2] and found[0] > stream and found[2] <= stream
 
 
 def test_what_cannot_be_ranked_is_one_line():
@@ -117,6 +195,15 @@ def test_what_a_compiler_says_of_memory():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded by 7.75G."
     assert DoesNotFit(said).needed == 23.5 * GIB
     assert str(DoesNotFit(said)) == "the compiler gives up, for want of memory: it needs 23.50 GiB of 15.75 GiB"
+    of_core = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 70.00M of 63.94M vmem. Exceeded by 6.06M."
+        '\n\n  1. Size: 32.00M\n     Operator: op_name="jit(f)/transpose(jvp(attention_backward))/pallas_call"\n'
+    )
+    assert DoesNotFit(of_core).needed is None
+    assert str(DoesNotFit(of_core)) == (
+        "the compiler gives up, for want of memory of a core (vmem): "
+        "transpose(jvp(attention_backward))/pallas_call needs 70.00 MiB of 63.94 MiB"
+    )
     said = "the total memory required for HLO temporaries (16.00G) exceeds available HBM (15.75G)."
     assert DoesNotFit(said).needed == 16 * GIB
     assert DoesNotFit("other words").needed is None

@@ -300,7 +300,7 @@ def _attend_backward(s: Settings, residuals, dout):
     arrays = _arrays(s, mask, q=q, k=k, v=v, do=wide_dout.astype(v.dtype))
     arrays["log_sum"] = log_sum
     arrays["delta"] = jnp.pad(delta_BHT, ((0, 0), (0, 0), (0, -n_queries % s.blocks[0])))[:, :, None]
-    parts = tpu_backward.choose_parts(log_sum.shape[-1], s)
+    parts = tpu_backward.choose_parts(log_sum.shape[-1], q.dtype.itemsize, s)
     pairs = _words(block_pairs.by_key(_for_pairs(mask, q, k, s), s.blocks, parts))
     found = tpu_backward.backward(arrays, pairs, parts, s)
     if parts > 1:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import F32, LANES, NN, NT, TN, column, dot, widen
+from pallas_kernels.mosaic_tpu import F32, LANES, NN, NT, TN, column, dot, round_up, widen
 from pallas_kernels.ops.attention import block_pairs
 from pallas_kernels.ops.attention.mask import visible_pairs
 from pallas_kernels.ops.attention.tpu.common import (
@@ -28,14 +28,17 @@ from pallas_kernels.ops.attention.tpu.common import (
     word_at,
 )
 
-MOST_QUERIES = 6 * 2**20  # entries of dq kept in VMEM
+MOST_DQ_BYTES = 48 * 2**20  # in VMEM, of which v5p and TPU7x have 64 MiB; all else takes up to 12
 
 
-def choose_parts(n_queries: int, s: Settings) -> int:
-    """Parts of the queries so that one part's dq of a group of heads fits VMEM; divides the number of query blocks."""
-    n_blocks = n_queries // s.blocks[0]
+def choose_parts(n_queries: int, itemsize: int, s: Settings) -> int:
+    """Parts of the queries so that one part's dq of a group of heads fits VMEM; divides the number of query blocks.
+
+    A part is there as a float32 sum and, in q's type of this size, twice: one is written while the next is filled.
+    """
+    n_blocks, of_query = n_queries // s.blocks[0], s.group * round_up(s.width, LANES) * (4 + 2 * itemsize)
     parts = 1
-    while (n_queries // parts) * s.group * s.width > MOST_QUERIES and parts < n_blocks:
+    while (n_queries // parts) * of_query > MOST_DQ_BYTES and parts < n_blocks:
         parts = next(count for count in range(parts + 1, n_blocks + 1) if n_blocks % count == 0)
     return parts
 
