@@ -5,10 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+
+ITERATIONS = 5
+"""Of Newton and Schulz, towards an orthogonal matrix."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,35 @@ class Muon:
         """As of every update rule; see rules.py."""
         adam = optax.chain(optax.scale_by_adam(*self.betas, eps=self.eps), optax.scale_by_learning_rate(rate(lr)))
         muon = optax.contrib.muon(
-            rate(self.lr), beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
+            rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
             muon_weight_dimension_numbers=jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info),
         )  # fmt: skip
         labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
-        return optax.partition({"muon": muon, "adam": adam}, labels)
+        return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
+
+
+def _in_a_loop(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon, its iterations in a loop, not one after the other in the program: the same numbers to the bit, a fifth of
+    the products to compile. optax scans where there are coefficients for each iteration; the state keeps one row."""
+
+    def update(grads, state, params=None):
+        updates, new = muon.update(grads, _with_rows(state, lambda row: jnp.stack([row] * ITERATIONS)), params)
+        return updates, _with_rows(new, lambda rows: rows[0])
+
+    return optax.GradientTransformation(muon.init, update)
+
+
+def _with_rows(state, change: Callable):
+    """A state with other coefficients."""
+
+    def changed(part):
+        return part._replace(ns_coeffs=change(part.ns_coeffs)) if _is_muon(part) else part
+
+    return jax.tree.map(changed, state, is_leaf=_is_muon)
+
+
+def _is_muon(part) -> bool:
+    return isinstance(part, optax.contrib.MuonState)
 
 
 def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:

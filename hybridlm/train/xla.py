@@ -16,7 +16,7 @@ ONCE = {
 """By platform, for programs that are run once."""
 
 TILINGS = {
-    # One H100, hybrid_1b: of 70 s that its step compiled for beside other work, the search took 10 (2026-11-26).
+    # hybrid_1b, JAX 0.11.2, beside other work: of 70 s that its step compiled for, the search took 10 (2026-11-26).
     "NVIDIA H100 80GB HBM3": {"0.11.2": "h100-jaxlib-0.11.2.json"},
 }
 """File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""

@@ -146,6 +146,16 @@ def test_every_parameter_of_a_model_goes_where_it_belongs():
     assert others >= {"embedding", "A_log", "dt_bias", "D", "conv_x", "conv_BC", "norm", "weight", "sinks"}
 
 
+def test_muon_compiles_one_iteration_of_five():
+    """Three products a matrix, whatever the number of iterations."""
+    config = OptimConfig(lr=0.1, rule=Muon(), schedule=Constant(), warmup_steps=0)
+    rule, _ = make_optimizer(config, 10, INFO)
+    params = {leaf: jnp.ones(info.shape) for leaf, info in INFO.items()}
+    program = str(jax.make_jaxpr(rule.update)(params, rule.init(params), params))
+    n_matrices = sum(muon_dims(info) is not None for info in INFO.values())
+    assert program.count("dot_general") == 3 * n_matrices
+
+
 def optimizer_of_before(name, betas=(0.9, 0.95), eps=1e-8, momentum=0.95, weight_decay=0.1, clip_norm=1.0):
     """AdamW at 0.1 and Muon at 0.2 as versions built them in which one class held all numbers: what wrote the optimizer
     states of their checkpoints."""
