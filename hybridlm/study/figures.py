@@ -14,6 +14,8 @@ from hybridlm.page import quiet, visible
 
 WIDTH, HEIGHT = 4.6, 3.4
 """Of a panel, inches."""
+LETTER, MARK = 0.07, 0.6
+"""Of a legend, inches: the width of a letter, and of a line's mark with the space around it."""
 POINTS = 500
 """Most points of a line: of more, the means of as many stretches are drawn."""
 COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#c2185b", "#7b52ab", "#8c564b", "#17a2b8", "#7f7f7f", "#b8a000", "#000000")
@@ -85,9 +87,10 @@ def draw(panels: Sequence[Panel], title: str = "", columns: int = 3):
                 if not label.startswith("_"):
                     known.setdefault(label, handle)
         if known:
-            figure.legend(
-                known.values(), known.keys(), loc="outside lower center", ncols=min(4, len(known)), frameon=False
-            )
+            longest = max(map(len, known))
+            fitting = int(figure.get_figwidth() / (LETTER * longest + MARK))
+            n = max(1, min(4, len(known), fitting))
+            figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=n, frameon=False)
         if title:
             figure.suptitle(_plain(title))
     return figure

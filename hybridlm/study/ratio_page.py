@@ -13,7 +13,7 @@ from hybridlm.model.flops import train_flops
 from hybridlm.page import as_svg
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, model_of
-from hybridlm.study.ratio import Kind, Study, recovered, trials_as_json
+from hybridlm.study.ratio import Kind, Study, at_best_rate, recovered, trials_as_json
 from hybridlm.study.ratio import labels as tests_of
 from hybridlm.train.progress import short
 
@@ -21,7 +21,7 @@ HEAD = (
     "attention", "parameters", "cache of a row", "FLOPs a token", "accuracy", "lowest", "highest", "seeds",
     "of attention's",
 )  # fmt: skip
-FREE = ("gate", "placement", "arrangement", "state", "mixer", "rate")
+FREE = ("gate", "placement", "arrangement", "state", "mixer")
 """What tells a line of the figure from another; along it the ratio goes."""
 
 
@@ -69,14 +69,15 @@ def labels(keys: Sequence[Point]) -> list[str]:
     """In what the lines differ from each other."""
     differ = [name for name in FREE if len({getattr(key, name) for key in keys}) > 1]
     words = lambda key, name: ("gate" if key.gate else "no gate") if name == "gate" else f"{getattr(key, name)}"
-    units = {"state": "state ", "rate": "rate "}
+    units = {"state": "state "}
     return [", ".join(units.get(name, "") + words(key, name) for name in differ) or key.mixer for key in keys]
 
 
 def figure(study: Study, found: Sequence[Kind], title: str = ""):
     """Accuracy in the first test over the share of attention, the bytes of the cache and FLOPs; over the documents of
     the stages and over those longer than any of them, where there are such; bars from the lowest to the highest seed;
-    and how the loss came down. A matplotlib figure."""
+    and how the loss came down; each kind at the best of its learning rates. A matplotlib figure."""
+    found = at_best_rate(found)
     grouped = lines(found)
     names = labels(list(grouped))
     word = f"accuracy, {study.task}, {tests_of(study.tests)[0]}"
@@ -147,6 +148,8 @@ def as_page(study: Study, found: Sequence[Kind], results: Sequence[Mapping[str, 
         f"models took {minutes:.0f} minutes of training in all on {', '.join(devices)}."
     )
     drawn = "Dots: means of the seeds; bars: from the lowest seed to the highest."
+    if len({kind.point.rate for kind in found}) > 1:
+        drawn += " Each kind of model is drawn at the best of its learning rates."
     figures = html.figure(as_svg(figure(study, found)), drawn)
     parts = [html.paragraph(told), html.preformatted(command), figures]
     for at, label in enumerate(tests_of(study.tests)):

@@ -109,6 +109,18 @@ def test_a_bundle_is_kept_but_for_what_is_not_finite(members, monkeypatch, capsy
     assert (members[3].folder / "checkpoints").exists()
 
 
+def test_figures_show_each_kind_at_its_best_rate():
+    """By the mean of the seeds, the lowest rate where two are alike; other options stay apart."""
+    points_of = {Point("0", rate=0.5): (0.2, 0.4), Point("0", rate=2.0): (0.1, 0.9), Point("0"): (0.5, 0.5)}
+    points_of |= {Point("1:1", rate=0.5): (1.0, 1.0), Point("1:1"): (1.0, 1.0), Point("0", state=4): (0.0, 0.1)}
+    found = [
+        ratio.Kind(point, [0, 1], 1, [1], [1.0], np.array(scores)[:, None], [], [0.1])
+        for point, scores in points_of.items()
+    ]
+    best = {kind.point: kind.accuracies[:, 0].tolist() for kind in ratio.at_best_rate(found)}
+    assert best == {Point("0"): [0.5, 0.5], Point("1:1"): [1.0, 1.0], Point("0", state=4): [0.0, 0.1]}
+
+
 def test_results_without_a_rate_are_of_the_usual_one(tmp_path):
     (one,) = ratio.members(STUDY, [Point("0")], (0,), tmp_path)
     asked = ratio.asked(STUDY, one)
