@@ -26,7 +26,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import schedule_lengths
-from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
+from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice, whole_weights
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
@@ -116,7 +116,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
     objective = make_objective(replace(config, model=model), program)
-    layout = Layout(model, mesh, apart, config.quantize)
+    if config.optim.gather_once:
+        objective = _with_whole_weights(objective)
+    layout = Layout(model, mesh, apart, config.quantize, config.optim.gather_once)
     rule = partial(make_optimizer, config.optim, steps, trained)
     prepare = config.optim.objective.prepare
     if specs:
@@ -155,6 +157,14 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         fresh=init,
         whole=whole,
     )
+
+
+def _with_whole_weights(objective: Callable) -> Callable:
+    def of(params, batch):
+        with whole_weights():
+            return objective(params, batch)
+
+    return of
 
 
 def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, Callable]:
