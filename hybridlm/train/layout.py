@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     """What matrices are rounded to once a step. Gradients are of the rounded ones and change those of the state."""
 
     whole: bool = False
-    """Weights of sublayers are put together once a step over what splits d_model, and used so: see `sharding.whole_weights`."""
+    """Weights of sublayers are put together once a step over what splits d_model: see `sharding.whole_weights`."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
