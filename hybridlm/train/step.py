@@ -117,9 +117,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
-    objective = make_objective(replace(config, model=model), program)
-    if config.optim.gather_once:
-        objective = _with_whole_weights(objective)
+    objective = _of_weights(make_objective(replace(config, model=model), program), config.optim.gather_once)
     layout = Layout(model, mesh, apart, config.quantize, config.optim.gather_once)
     rule = partial(make_optimizer, config.optim, steps, trained)
     prepare = config.optim.objective.prepare
@@ -127,15 +125,14 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
     else:
         gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    step = make_train_step(gradients, rule, prepare)
-    step = partial(_on_device, step, like) if config.optim.offload else step
+    step = _on_device(make_train_step(gradients, rule, prepare), like, config.optim.offload)
 
     def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
         return objective(layout.stack(whole(params, *base)), batch)[1]
 
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
-    inspect = partial(_on_device, inspect, like) if config.optim.offload else inspect
+    inspect = _on_device(inspect, like, config.optim.offload)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     platform = platform_of(mesh.devices.flat[0])
     quick, often = options(platform, once=True), options(platform)
@@ -163,12 +160,14 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     )
 
 
-def _with_whole_weights(objective: Callable) -> Callable:
-    def of(params, batch):
+def _of_weights(objective: Callable, whole: bool) -> Callable:
+    """The objective of weights that are put together before, or not."""
+
+    def of_whole(params, batch):
         with whole_weights():
             return objective(params, batch)
 
-    return of
+    return of_whole if whole else objective
 
 
 def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, Callable]:
@@ -185,14 +184,14 @@ def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, C
     return init, init_from
 
 
-def _on_device(of_state: Callable, like: dict, state: dict, *args):
-    """`of_state(state, *args)`, with what of the state lies in the host's memory copied to the devices."""
+def _on_device(of_state: Callable, like: dict, offload: bool) -> Callable:
+    """`of_state(state, ...)` of a state of which a part lies in the host's memory: it is copied to the devices."""
 
     def here(x, like):
         at = like.sharding
         return jax.device_put(x, at.with_memory_kind("device")) if at.memory_kind == HOST else x
 
-    return of_state(jax.tree.map(here, state, like), *args)
+    return (lambda state, *args: of_state(jax.tree.map(here, state, like), *args)) if offload else of_state
 
 
 def _state_like(shapes: dict, info, mesh: Mesh, offload: bool = False) -> dict:
