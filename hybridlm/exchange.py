@@ -37,12 +37,15 @@ def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, we
 
     out_axes: of the result (a tuple of names) or of the results (a list). What the names ask for is exchanged once for
     all products, in the type of the arrays:
-    - weights are gathered over the axes that split d_model, and their gradients scattered over them;
+    - weights are gathered over the axes that split d_model, and their gradients scattered over them; where
+      `sharding.weights_are_whole`, gradients alone, as sums of which the compiler keeps a share;
     - tokens of the stream are gathered where the results have whole `tokens`, and their gradient scattered;
     - sums over what `tensor` splits of x are scattered over the tokens where the result is the stream.
     """
     if not sharding.is_split():
         return fn(x, *weights)
+    if sharding.weights_are_whole():
+        weight_axes = [tuple(None if name == "d_model" else name for name in axes) for axes in weight_axes]
     several = isinstance(out_axes, list)
     results = jax.eval_shape(fn, x, *weights)
     names = out_axes if several else [out_axes]

@@ -8,7 +8,9 @@ compiler cannot split by itself, run per device on their rows and heads through 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -172,6 +174,20 @@ def param_shardings(info, mesh: Mesh):
     return jax.tree.map(sharding, info)
 
 
+def whole_shardings(info, mesh: Mesh):
+    """`param_shardings` whole over the axes that split d_model, but for experts, which are gathered by themselves."""
+    split = set(RULES["d_model"])
+
+    def sharding(leaf, at: NamedSharding) -> NamedSharding:
+        if "experts" in leaf.axes:
+            return at
+        axes = ((entry,) if isinstance(entry, str) else entry or () for entry in at.spec)
+        entries = (tuple(axis for axis in of_dim if axis not in split) or None for of_dim in axes)
+        return NamedSharding(mesh, P(*entries))
+
+    return jax.tree.map(sharding, info, param_shardings(info, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of [B, T] token arrays: rows over slice, data, fsdp and expert. Ids are few: a row is everywhere."""
     return NamedSharding(mesh, P(RULES["batch"], None))
@@ -246,6 +262,25 @@ def _gather_fsdp_bwd(dtype, axes, like, grad):
 
 
 _gather_fsdp.defvjp(_gather_fsdp_fwd, _gather_fsdp_bwd)
+
+
+_WHOLE: ContextVar[bool] = ContextVar("weights_are_whole", default=False)
+
+
+def weights_are_whole() -> bool:
+    """Whether products find their matrices whole over the axes that split d_model: see `whole_weights`."""
+    return _WHOLE.get()
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within, programs are traced whose matrices were put together before: products gather none. It changes no result,
+    as shards would be put together where they are not."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
 
 
 def repeat_for_heads(x: jax.Array, axis: int, n_heads: int) -> jax.Array:

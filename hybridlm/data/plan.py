@@ -192,6 +192,11 @@ def _identity(corpus: Corpus, split: str) -> str:
     return corpus.stats[split]["fingerprint"]
 
 
+ENDLESS = 2**53
+"""Rows of sources that are read again and again: the largest number that Grain's division by the rows of a batch, in
+float64, keeps; sys.maxsize becomes one more than a length can be."""
+
+
 class _Mixed:
     """Rows of several sources in the order of a mixture, each from its own row on."""
 
@@ -199,7 +204,7 @@ class _Mixed:
         self.sources, self.starts, self.mixture = sources, starts, mixture
 
     def __len__(self) -> int:
-        return sys.maxsize if self.mixture.length is None else self.mixture.length
+        return ENDLESS if self.mixture.length is None else self.mixture.length
 
     def __getitem__(self, row: int):
         source, number = self.mixture.at(row)

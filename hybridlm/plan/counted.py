@@ -16,7 +16,7 @@ from hybridlm.plan.slices import Devices
 from hybridlm.sharding import RULES, make_mesh
 from hybridlm.train.batches import held_rows
 from hybridlm.train.layout import unrolled
-from hybridlm.train.step import make_program
+from hybridlm.train.step import HOST, make_program
 
 SHOWN = 1 << 20
 """Bytes from which on an array that every device keeps whole is worth a line."""
@@ -85,7 +85,8 @@ def count(config: Config, devices: Devices) -> Counted:
     if program.base.like is not None:
         parts["base"] = program.base.like
     parts["other"] = {name: value for name, value in like.items() if name not in ("params", "opt_state")}
-    state = {name: sum(map(shard_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
+    held = {name: [x for x in jax.tree.leaves(part) if x.sharding.memory_kind != HOST] for name, part in parts.items()}
+    state = {name: sum(map(shard_bytes, part)) for name, part in held.items()}
     local = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(like["params"]))
     width = WIDTH[config.model.compute_dtype]
     stream = data.batch_size // config.optim.accumulate * data.seq_len // _shards(mesh.shape, "batch", "stream")

@@ -18,7 +18,7 @@ from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
-from hybridlm.sharding import param_shardings
+from hybridlm.sharding import param_shardings, whole_shardings
 from pallas_kernels.platform import platform_of
 
 SUMS = "gradient_sums"
@@ -46,13 +46,20 @@ class Layout(NamedTuple):
     rounding: QuantizeConfig = QuantizeConfig()
     """What matrices are rounded to once a step. Gradients are of the rounded ones and change those of the state."""
 
+    whole: bool = False
+    """Weights of sublayers are put together once a step over what splits d_model: see `sharding.whole_weights`."""
+
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
         with jax.named_scope("round"):
             params = quantize.round_matrices(params, self.config, self.rounding)
         spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
         spots = in_type(spots, stacked(self.config).info["groups"], self.config.compute_dtype)
-        return lax.with_sharding_constraint(params | {"groups": spots}, self._at(stacked(self.config)))
+        model = stacked(self.config)
+        at = self._at(model)
+        if self.whole:
+            at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
+        return lax.with_sharding_constraint(params | {"groups": spots}, at)
 
     def stack_low(self, low: dict) -> dict:
         """Adapters (`model.lora`) as the program reads them."""

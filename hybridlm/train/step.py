@@ -26,7 +26,7 @@ from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.schedule import schedule_lengths
-from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice
+from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice, whole_weights
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
@@ -36,6 +36,8 @@ from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options
 from pallas_kernels.platform import platform_of
 
+HOST = "pinned_host"
+"""Kind of the memory of a host that devices read by themselves."""
 ADAPTERS = 1
 """What the key of the parameters is folded with for that of adapters."""
 
@@ -109,27 +111,28 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     def whole(params, *base):
         return lora.merge(*base, params, specs, config.lora.scale) if base else params
 
-    like = _state_like(jax.eval_shape(init), trained, mesh)
+    like = _state_like(jax.eval_shape(init), trained, mesh, config.optim.offload)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
-    objective = make_objective(replace(config, model=model), program)
-    layout = Layout(model, mesh, apart, config.quantize)
+    objective = _of_weights(make_objective(replace(config, model=model), program), config.optim.gather_once)
+    layout = Layout(model, mesh, apart, config.quantize, config.optim.gather_once)
     rule = partial(make_optimizer, config.optim, steps, trained)
     prepare = config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
     else:
         gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    step = make_train_step(gradients, rule, prepare)
+    step = _on_device(make_train_step(gradients, rule, prepare), like, config.optim.offload)
 
     def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
         return objective(layout.stack(whole(params, *base)), batch)[1]
 
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
+    inspect = _on_device(inspect, like, config.optim.offload)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     platform = platform_of(mesh.devices.flat[0])
     quick, often = options(platform, once=True), options(platform)
@@ -157,6 +160,16 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     )
 
 
+def _of_weights(objective: Callable, whole: bool) -> Callable:
+    """The objective of weights that are put together before, or not."""
+
+    def of_whole(params, batch):
+        with whole_weights():
+            return objective(params, batch)
+
+    return of_whole if whole else objective
+
+
 def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, Callable]:
     """`init` and `init_from` of a program with adapters: the parameters become the base, new adapters the state."""
 
@@ -171,13 +184,25 @@ def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, C
     return init, init_from
 
 
-def _state_like(shapes: dict, info, mesh: Mesh) -> dict:
-    """The train state's shapes and types with its shardings: those of the parameters, all else everywhere."""
+def _on_device(of_state: Callable, like: dict, offload: bool) -> Callable:
+    """`of_state(state, ...)` of a state of which a part lies in the host's memory: it is copied to the devices."""
+
+    def here(x, like):
+        at = like.sharding
+        return jax.device_put(x, at.with_memory_kind("device")) if at.memory_kind == HOST else x
+
+    return (lambda state, *args: of_state(jax.tree.map(here, state, like), *args)) if offload else of_state
+
+
+def _state_like(shapes: dict, info, mesh: Mesh, offload: bool = False) -> dict:
+    """The train state's shapes and types with its shardings: those of the parameters, all else everywhere. offload:
+    what of the optimizer's state belongs to a parameter lies in the host's memory."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     params_at = param_shardings(info, mesh)
+    moments_at = jax.tree.map(lambda at: at.with_memory_kind(HOST), params_at) if offload else params_at
     shardings = jax.tree.map(lambda _: everywhere, shapes) | {
         "params": params_at,
-        "opt_state": like_params(shapes["opt_state"], shapes["params"], params_at, everywhere),
+        "opt_state": like_params(shapes["opt_state"], shapes["params"], moments_at, everywhere),
     }
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 

@@ -3,7 +3,7 @@
 
 OPTIONS = {
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
-    # instead of 47 s without a GPU; see docs/results/training.md.
+    # instead of 47 s without a GPU; see docs/results/training-before.md.
     "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},
 }
 """By platform."""

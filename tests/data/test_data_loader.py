@@ -30,6 +30,13 @@ def test_shapes_and_an_epoch_holds_every_pair_once(config):
     assert (batches[0]["tokens"] != batches[1]["tokens"]).any()  # each epoch in an order of its own
 
 
+def test_batches_of_one_row(config):
+    """They are the rows of larger batches, one after the other, as many as are asked for."""
+    rows = [value for batch in take(make_loader(config(batch_size=4)), 3) for value in batch["tokens"]]
+    ones = take(make_loader(config(batch_size=1)), 12)
+    np.testing.assert_array_equal([batch["tokens"][0] for batch in ones], rows)
+
+
 def test_targets_follow_within_a_segment(config):
     for batch in take(make_loader(config()), 5):
         segments, positions = batch["segment_ids"], batch["positions"]

@@ -11,8 +11,11 @@ from flax import nnx
 
 from hybridlm.layers.params import ParamInfo
 from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.plan import collectives
+from hybridlm.plan.collectives import Totals
+from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.metrics import Mean, on_host
-from hybridlm.train.step import like_params
+from hybridlm.train.step import HOST, like_params
 from tests.train.conftest import make_batch, small_config, small_program
 
 
@@ -80,6 +83,50 @@ def test_eight_devices_equal_one(reference, name, mesh):
     used = {axis for spec in jax.tree.leaves(specs["opt_state"]) for axis in jax.tree.leaves(tuple(spec))}
     split = {"fsdp": {"fsdp"}, "tensor": {"tensor"}, "both": {"fsdp", "tensor"}, "data": set(), "context": {"fsdp"}}
     assert used >= split[mesh]
+
+
+def gathers(config, mesh, program) -> int:
+    """Gathers over fsdp that a step asks for at the use of a matrix or a table."""
+    with jax.set_mesh(mesh):
+        traced = program.train_step.trace(program.state_like, program.batch_like(config.data))
+        return collectives.totals(collectives.of_traced(traced)).get("all-gather fsdp", Totals()).runs
+
+
+def test_matrices_gathered_once_a_step(reference):
+    """The same step; of the gathers at each use in each microbatch those of tables are left."""
+    params, history, _ = reference["adamw"]
+    words, sizes = (*options("adamw"), "optim.accumulate=4"), (1, 2, 2)
+    many, many_history, specs = run_steps((*words, "optim.gather_once=True"), sizes)
+    for a, b in zip(many_history, history, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-4)
+    assert relative(many, params) < 5e-4
+    assert {"fsdp", "tensor"} <= {a for spec in jax.tree.leaves(specs["params"]) for a in jax.tree.leaves(tuple(spec))}
+    each, once = (gathers(*small_program((*words, *more), sizes)) for more in ((), ("optim.gather_once=True",)))
+    assert 0 < once < each / 4
+
+
+def test_moments_in_the_memory_of_the_host(reference, tmp_path):
+    """The same step, on a mesh, too; a checkpoint goes from either memory to the other."""
+    params, history, _ = reference["adamw"]
+    config, mesh, program = small_program((*options("adamw"), "optim.offload=True"), (1, 2, 1))
+    with jax.set_mesh(mesh):
+        state = program.init()
+        for step in range(3):
+            batch = jax.device_put(make_batch(config, step), program.batch_sharding)
+            state, metrics = program.train_step(state, batch)
+            chex.assert_trees_all_close(on_host(metrics), history[step], rtol=1e-4)
+        program.inspect(state, batch)  # reads the moments, too
+    assert relative(jax.device_get(state["params"]), params) < 5e-4
+    kinds = lambda tree: [x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim]
+    assert set(kinds(state["opt_state"])) == {HOST} and HOST not in kinds(state["params"])
+    checkpoints = Checkpoints(tmp_path / "c", 2)
+    checkpoints.save(3, state, {"name": "x"}, {"data": {"step": 3}})
+    checkpoints.close()
+    usual = small_program(options("adamw"), (1, 2, 1))[2]
+    for like, kind in ((usual.state_like, "device"), (program.state_like, HOST)):
+        again, _ = Checkpoints(tmp_path / "c", 2).restore(3, like)
+        assert set(kinds(again["opt_state"])) == {kind}
+        chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(state))
 
 
 def test_mean_over_all_tokens_of_the_batch():
