@@ -62,8 +62,13 @@ def _on_tpu(op: str):
         yield
 
 
+def mosaic_interpreted(*, multiprocessors: int = MULTIPROCESSORS):
+    """Context in which Mosaic's GPU kernels that are no op's run interpreted on this machine."""
+    return _on_gpu(None, multiprocessors)
+
+
 @contextlib.contextmanager
-def _on_gpu(op: str, multiprocessors: int):
+def _on_gpu(op: str | None, multiprocessors: int):
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (  # no public name
         reset_gpu_interpret_mode_state,
     )
@@ -78,8 +83,10 @@ def _on_gpu(op: str, multiprocessors: int):
         yield
 
 
-def _sizes(op: str) -> list:
+def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
+    if op is None:
+        return [(importlib.import_module("pallas_kernels.one_token.products"), {"loop_with": _loop_with})]
     if op == "gated_delta_product":
         op = "gated_delta_rule"  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")

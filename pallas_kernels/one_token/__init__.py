@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for one token of one text on a Hopper GPU: what stands between the products of a sublayer, in or beside them.
+
+`why_not` says where they can serve; what they compute says `products` and `mamba2_step`, which are imported where they
+are called, for Mosaic takes its time.
+
+Axis letters: B batch, H heads, P head width, G state groups, N state size, W convolution window.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels import compat, platform
+from pallas_kernels.op import HOPPER
+
+OLDEST_JAX = (0, 11, 0)
+TILE = 64
+"""Columns of a product, and channels of a head, that a thread block has."""
+SHARE = 1024
+"""Inputs of a product are a multiple of it."""
+LONGEST = 8 * SHARE
+"""Inputs of a product at most: a thread block has all of their vector in registers."""
+STATES = (128, 256)
+"""State sizes that the step of Mamba-2 takes: a thread of 128 convolves one or two."""
+
+
+class Weights(NamedTuple):
+    """Parameters of a Mamba-2 mixer that its step reads, float32."""
+
+    conv_x: jax.Array
+    """[H, P, W]."""
+    conv_x_bias: jax.Array | None
+    """[H, P]."""
+    conv_BC: jax.Array
+    """[2, G, N, W]."""
+    conv_BC_bias: jax.Array | None
+    """[2, G, N]."""
+    dt_bias: jax.Array
+    """[H]."""
+    A_log: jax.Array
+    """[H]."""
+    D: jax.Array
+    """[H]."""
+
+
+def why_not(dtype: DTypeLike) -> str | None:
+    """Why the kernels cannot serve activations of a type; None where they can."""
+    if reason := compat.why_too_old(OLDEST_JAX):
+        return reason
+    if platform.platform() != "gpu" or platform.gpu_capability() != HOPPER:
+        return "they are written for Hopper GPUs"
+    return None if jnp.dtype(dtype) == jnp.bfloat16 else f"activations are of type {jnp.dtype(dtype)}, not bfloat16"
+
+
+def product_fits(n_inputs: int, n_outputs: int) -> bool:
+    """Whether a matrix can be cut in whole blocks."""
+    return n_inputs % SHARE == 0 and 0 < n_inputs <= LONGEST and n_outputs % TILE == 0 and n_outputs > 0
+
+
+def step_fits(width: int, n_state: int) -> bool:
+    """Whether a head's width and state size can be cut in whole blocks."""
+    return width % TILE == 0 and n_state in STATES
