@@ -55,13 +55,21 @@ def _fits(value: Any, n_in: int) -> bool:
     return one_token.product_fits(n_inputs, value.size // n_inputs)
 
 
-def products(row: Row, *weights: nnx.Param) -> list[jax.Array]:
+KNOBS = {"tile": 16, "ahead": False}
+
+
+def flat(weight: nnx.Param, width: int) -> jax.Array:
+    return params.operand(weight, jnp.bfloat16).reshape(-1, width)
+
+
+def products(row: Row, *weights: nnx.Param, ahead=None) -> list[jax.Array]:
     """The normed stream times each matrix [D, ...]: [...]."""
     from pallas_kernels.one_token import products as kernels
 
     values = [params.operand(weight, row.x_BTD.dtype) for weight in weights]
     flat, parts = [w.reshape(w.shape[0], -1) for w in values], [row.x_BTD.reshape(-1), row.weight_D]
-    sums = kernels.products(kernels.NORMED, parts, flat, eps=row.norm.eps)
+    ahead = ahead if KNOBS["ahead"] else None
+    sums = kernels.products(kernels.NORMED, parts, flat, eps=row.norm.eps, ahead=ahead)
     ys = (y if y.ndim == 1 else y.sum(0).astype(row.x_BTD.dtype) for y in sums)
     return [y.reshape(w.shape[1:]) for y, w in zip(ys, values, strict=True)]
 
@@ -73,6 +81,9 @@ def add(row: Row, vector: str, parts: Sequence[jax.Array], weight: nnx.Param, ep
 
     x_BTD = row.x_BTD
     w_KN = params.operand(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+    if KNOBS["tile"] < 64:
+        (y,) = kernels.products(kernels.VECTORS[vector], [part.reshape(-1) for part in parts], [w_KN], eps=eps, tile=KNOBS["tile"], shares=1, onto=x_BTD.reshape(-1), multiplier=row.multiplier)
+        return y.reshape(x_BTD.shape)
     (sums,) = kernels.products(kernels.VECTORS[vector], [part.reshape(-1) for part in parts], [w_KN], eps=eps)
     y = sums if sums.ndim == 1 else sums.sum(0)
     y = y.astype(x_BTD.dtype)
