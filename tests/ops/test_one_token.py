@@ -40,17 +40,17 @@ MADE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "n_inputs", "columns"),
+    ("name", "n_inputs", "columns", "onto"),
     [
-        ("normed", K, (128, 64)),
-        ("normed", 2 * K, (6400,)),
-        ("silu", 2 * K, (64,)),
-        ("gated_norm", 2 * K, (128,)),
-        ("norm_gate", K, (64,)),
-        ("plain", K, (64,)),
+        ("normed", K, (128, 64), False),
+        ("normed", 2 * K, (256,), False),
+        ("silu", 2 * K, (32,), True),
+        ("gated_norm", 2 * K, (32,), True),
+        ("norm_gate", K, (16,), True),
+        ("plain", K, (16,), True),
     ],
 )
-def test_products(name, n_inputs, columns):
+def test_products(name, n_inputs, columns, onto):
     from pallas_kernels.one_token import products
 
     rng, vector = np.random.default_rng(0), products.VECTORS[name]
@@ -60,14 +60,17 @@ def test_products(name, n_inputs, columns):
     if len(parts) == 3:  # what stands behind the gate is not read
         parts[1] = jnp.concatenate([parts[1], jnp.full(n_inputs, jnp.nan, jnp.bfloat16)])
     weights = [bf16(rng, n_inputs, n, scale=n_inputs**-0.5) for n in columns]
+    x = bf16(rng, columns[0]) if onto else None
     with mosaic_interpreted():
-        sums = products.products(vector, parts, weights, eps=EPS)
-    whole = sum(columns) >= products.BLOCKS * one_token.TILE
+        sums = products.products(vector, parts, weights, eps=EPS, onto=x, multiplier=0.5, tile=16 if onto else 64, shares=1 if onto else None)
+    whole = sum(columns) >= products.BLOCKS * one_token.TILE or onto
     v = MADE[name](*f64(*parts))
     for y, w in zip(sums, weights, strict=True):
         assert y.dtype == (jnp.bfloat16 if y.ndim == 1 else jnp.float32) and (y.ndim == 1 or not whole)
         y = np.asarray(y, np.float64)
-        check_close(y if y.ndim == 1 else y.sum(0), v @ np.asarray(w, np.float64), dtype="bfloat16", what="y")
+        expected = v @ np.asarray(w, np.float64)
+        expected = expected if x is None else np.asarray(x, np.float64) + 0.5 * expected
+        check_close(y if y.ndim == 1 else y.sum(0), expected, dtype="bfloat16", what="y")
 
 
 @pytest.mark.parametrize(
