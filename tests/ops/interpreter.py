@@ -62,9 +62,10 @@ def _on_tpu(op: str):
         yield
 
 
-def mosaic_interpreted(*, multiprocessors: int = MULTIPROCESSORS):
-    """Context in which Mosaic's GPU kernels that are no op's run interpreted on this machine."""
-    return _on_gpu(None, multiprocessors)
+def mosaic_interpreted():
+    """Context in which Mosaic's GPU kernels that are no op's, `pallas_kernels.one_token`, run interpreted; what else is
+    traced is for this machine."""
+    return _on_gpu(None, MULTIPROCESSORS)
 
 
 @contextlib.contextmanager
@@ -77,7 +78,8 @@ def _on_gpu(op: str | None, multiprocessors: int):
     with contextlib.ExitStack() as stack:
         for target, changes in (*_words(), *_sizes(op), *_programs()):
             stack.enter_context(mock.patch.multiple(target, **changes))
-        stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
+        if op is not None:
+            stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
         stack.enter_context(plgpu.force_gpu_interpret_mode())
         stack.callback(reset_gpu_interpret_mode_state)  # else what fails here fails whatever is interpreted later
         yield
