@@ -261,7 +261,7 @@ class AttentionMixer(nnx.Module):
             return None
         to = Next.tokens(row.x_BTD, length_B, None, False)
         with jax.named_scope("project"):
-            parts = [a[None, None] for a in one_row.products(row, *weights)]
+            parts = [a[:, None] for a in one_row.products(row, *weights)]
             q, k, v, gate = self._apart(parts, to.position_BT, None)
         k, v, new, places = to.store(self.config, cache, layer, k, v)
         y_BTHP = self._attend(q, k, v, gate, **places)

@@ -282,7 +282,7 @@ class Mamba2Mixer(nnx.Module):
             return None
         with jax.named_scope("project"):
             zx, BC, dt = one_row.products(row, *weights)
-        y_BHP, new = self._in_kernel(zx[None], BC[None], dt[None], old)
+        y_BHP, new = self._in_kernel(zx, BC, dt, old)
         with jax.named_scope("output"):
             parts = y_BHP, zx, self.norm[...].astype(jnp.float32)
             x_BTD = one_row.add(row, "norm_gate" if norm.before_gate else "gated_norm", parts, self.out, norm.eps)

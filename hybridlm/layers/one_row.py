@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 def served(x: Any, norm: Any, real_BT: Any) -> bool:
     """Whether kernels can serve a sublayer with this stream and norm."""
-    if isinstance(x, tuple) or x.shape[:2] != (1, 1) or real_BT is not None or sharding.is_split():
+    if isinstance(x, tuple) or x.shape[:2] not in ((1, 1), (64, 1)) or (x.shape[0] == 64 and not KNOBS["rows"]) or real_BT is not None or sharding.is_split():
         return False
     return isinstance(norm, RMSNorm) and norm.bias is None and one_token.why_not(x.dtype) is None
 
@@ -55,7 +55,7 @@ def _fits(value: Any, n_in: int) -> bool:
     return one_token.product_fits(n_inputs, value.size // n_inputs)
 
 
-KNOBS = {"tile": 16, "ahead": False}
+KNOBS = {"tile": 16, "ahead": False, "rows": True}
 
 
 def flat(weight: nnx.Param, width: int) -> jax.Array:
@@ -67,11 +67,17 @@ def products(row: Row, *weights: nnx.Param, ahead=None) -> list[jax.Array]:
     from pallas_kernels.one_token import products as kernels
 
     values = [params.operand(weight, row.x_BTD.dtype) for weight in weights]
+    if row.x_BTD.shape[0] > 1:
+        from pallas_kernels.one_token import rows
+
+        flat, parts = [w.reshape(w.shape[0], -1) for w in values], [row.x_BTD[:, 0], row.weight_D]
+        sums = rows.products(kernels.NORMED, parts, flat, eps=row.norm.eps)
+        return [y.astype(row.x_BTD.dtype).reshape(-1, *w.shape[1:]) for y, w in zip(sums, values, strict=True)]
     flat, parts = [w.reshape(w.shape[0], -1) for w in values], [row.x_BTD.reshape(-1), row.weight_D]
     ahead = ahead if KNOBS["ahead"] else None
     sums = kernels.products(kernels.NORMED, parts, flat, eps=row.norm.eps, ahead=ahead)
     ys = (y if y.ndim == 1 else y.sum(0).astype(row.x_BTD.dtype) for y in sums)
-    return [y.reshape(w.shape[1:]) for y, w in zip(ys, values, strict=True)]
+    return [y.reshape(1, *w.shape[1:]) for y, w in zip(ys, values, strict=True)]
 
 
 def add(row: Row, vector: str, parts: Sequence[jax.Array], weight: nnx.Param, eps: float = 0.0) -> jax.Array:
@@ -81,6 +87,14 @@ def add(row: Row, vector: str, parts: Sequence[jax.Array], weight: nnx.Param, ep
 
     x_BTD = row.x_BTD
     w_KN = params.operand(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+    if x_BTD.shape[0] > 1:
+        from pallas_kernels.one_token import rows
+
+        vec = kernels.VECTORS[vector]
+        parts = [p.reshape(x_BTD.shape[0], -1) if i < vec.n_rows else p.reshape(-1) for i, p in enumerate(parts)]
+        (y,) = rows.products(vec, parts, [w_KN], eps=eps)
+        y = y.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        return x_BTD + (y if row.multiplier == 1 else y * row.multiplier)
     if KNOBS["tile"] < 64:
         (y,) = kernels.products(kernels.VECTORS[vector], [part.reshape(-1) for part in parts], [w_KN], eps=eps, tile=KNOBS["tile"], shares=1, onto=x_BTD.reshape(-1), multiplier=row.multiplier)
         return y.reshape(x_BTD.shape)

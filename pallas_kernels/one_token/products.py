@@ -52,6 +52,11 @@ class Vector:
     root: Callable | None = None
     """The same -> what is squared for the mean; None: no norm."""
 
+    @property
+    def n_rows(self) -> int:
+        """Vectors that differ by row: all but a norm's weights."""
+        return len(self.widths) - (self.root is not None)
+
 
 def _sigmoid(x):
     return 1 / (1 + jnp.exp2(-LOG2E * x))
@@ -213,6 +218,7 @@ def _run(cfg: _Config, parts, weights, onto, ahead, outs, v_s, ring, bars):
 
             @pl.when(k + slots < steps)
             def _():
+                plgpu.commit_smem()  # all warps are done with the slot
                 fetch(k + slots, slot)
 
         loop_with(acc, steps, step)
