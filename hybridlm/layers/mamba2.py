@@ -301,9 +301,11 @@ class Mamba2Mixer(nnx.Module):
         from pallas_kernels.one_token.mamba2_step import mamba2_step
 
         names = ("conv_x", "conv_x_bias", "conv_BC", "conv_BC_bias", "dt_bias", "A_log", "D")
-        weights = one_token.Weights(*(None if getattr(self, name) is None else getattr(self, name)[...] for name in names))
+        weights = one_token.Weights(
+            *(None if getattr(self, name) is None else getattr(self, name)[...] for name in names)
+        )
         windows = old["conv_x"], old["conv_BC"]
-        y, *new = mamba2_step(zx, BC, dt, *windows, old["state"], weights, dt_limit=self.config.dt_limit, ahead=one_row.flat(self.out, self.out.shape[-1]) if one_row.KNOBS["ahead"] else None)
+        y, *new = mamba2_step(zx, BC, dt, *windows, old["state"], weights, dt_limit=self.config.dt_limit)
         return y, dict(zip(("conv_x", "conv_BC", "state"), new, strict=True))
 
     def _step(self, x_BTD, old: dict) -> tuple[jax.Array, dict]:

@@ -149,7 +149,7 @@ class FeedForward(nnx.Module):
         if not plain or activation != "silu" or not one_row.takes(self.w_in, self.w_out):
             return None
         with jax.named_scope("mlp_in"):
-            (h_BcF,) = one_row.products(row, self.w_in, ahead=one_row.flat(self.w_out, self.w_out.shape[-1]))
+            (h_BcF,) = one_row.products(row, self.w_in)
         with jax.named_scope("mlp_out"):
             return one_row.add(row, "silu", [h_BcF], self.w_out), cache
 

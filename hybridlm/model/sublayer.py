@@ -140,7 +140,7 @@ class Sublayer(nnx.Module):
         return self._add(x_BTD, u_BTD, y_BTD), new
 
     def _in_few_kernels(self, x_BTD, cache, length_B, real_BT, layer):
-        """`_extend_mixer` of one token of one row where `layers.one_row` serves it, or None."""
+        """`_extend_mixer` of one token a row where `layers.one_row` serves it, or None."""
         plain = self.link is self.after_norm is self.scales is self.of_normed is None
         if not plain or not hasattr(self.mixer, "extend_row") or not one_row.served(x_BTD, self.norm, real_BT):
             return None

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for one token of one text on a Hopper GPU: what stands between the products of a sublayer, in or beside them.
+"""Kernels for the next token of each text on a Hopper GPU: products, and what stands between them.
 
-`why_not` says where they can serve; what they compute says `products` and `mamba2_step`, which are imported where they
-are called, for Mosaic takes its time.
+`why_not` says where they can serve. What they compute stands in modules that are imported where they are called, for
+Mosaic takes its time: `one_row` and `rows`, of up to MOST_ROWS, `mamba2_step` of any number.
 
 Axis letters: B batch, H heads, P head width, G state groups, N state size, W convolution window.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jax.typing import DTypeLike
 from pallas_kernels import compat, platform
 from pallas_kernels.op import HOPPER
 
+MOST_ROWS = 64
+"""Of a product."""
 OLDEST_JAX = (0, 11, 0)
 TILE = 64
 """Columns of a product, and channels of a head, that a thread block has."""
@@ -63,3 +66,19 @@ def product_fits(n_inputs: int, n_outputs: int) -> bool:
 def step_fits(width: int, n_state: int) -> bool:
     """Whether a head's width and state size can be cut in whole blocks."""
     return width % TILE == 0 and n_state in STATES
+
+
+def products(name: str, parts: Sequence[jax.Array], weights: Sequence[jax.Array], *, eps: float = 0.0) -> list:
+    """v times each matrix [K, N], of up to MOST_ROWS rows: [R, N], bfloat16 or float32.
+
+    name: what v is of parts, see `products.VECTORS`. parts: [R, ...]; of a norm's weights, the last, there is one for
+    all rows. Of a part that is longer than its vector, the rest is not read. eps: of the norm.
+    """
+    from pallas_kernels.one_token import one_row, rows
+    from pallas_kernels.one_token.vectors import VECTORS
+
+    n_rows, n_shared = parts[0].shape[0], len(parts) - VECTORS[name].n_rows
+    by_row, shared = parts[: len(parts) - n_shared], [part.reshape(-1) for part in parts[len(parts) - n_shared :]]
+    if n_rows == 1:
+        return [y[None] for y in one_row.products(name, [*(p.reshape(-1) for p in by_row), *shared], weights, eps=eps)]
+    return rows.products(name, [*(p.reshape(n_rows, -1) for p in by_row), *shared], weights, eps=eps)

@@ -22,9 +22,6 @@ from pallas_kernels.mosaic_gpu import COL, F32, LOG2E, PARAMS, ROW, TILE, WGMMA,
 from pallas_kernels.one_token import Weights
 
 
-PDL = False
-
-
 @dataclass(frozen=True)
 class _Config:
     batch: int
@@ -35,13 +32,11 @@ class _Config:
     taps: int
     biased: tuple[bool, bool]
     dt_limit: tuple[float, float]
-    ahead: tuple[int, int] | None
 
 
 def mamba2_step(
     zx: jax.Array, BC: jax.Array, dt: jax.Array, window_x: jax.Array, window_BC: jax.Array, state: jax.Array,
     weights: Weights, *, dt_limit: tuple[float, float] = (0.0, math.inf),
-    ahead=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """(y [B, H, P] in the type of zx, the windows behind the token, the state behind it).
 
@@ -51,8 +46,8 @@ def mamba2_step(
     """
     w = weights._replace(conv_x=jnp.moveaxis(weights.conv_x, -1, 0), conv_BC=jnp.moveaxis(weights.conv_BC, -1, 0))
     biased = w.conv_x_bias is not None, w.conv_BC_bias is not None
-    cfg = _Config(*state.shape[:3], BC.shape[2], state.shape[3], w.conv_x.shape[0], biased, dt_limit, None if ahead is None else ahead.shape)
-    given = [a for a in (*w, ahead) if a is not None]
+    cfg = _Config(*state.shape[:3], BC.shape[2], state.shape[3], w.conv_x.shape[0], biased, dt_limit)
+    given = [a for a in w if a is not None]
     return tuple(_call(cfg, zx, BC, dt, window_x, window_BC, state, *given))
 
 
@@ -65,9 +60,7 @@ def _call(cfg: _Config, zx, BC, dt, window_x, window_BC, state, *given):
             jax.ShapeDtypeStruct(state.shape[:3], zx.dtype),
             jax.ShapeDtypeStruct(window_BC.shape, window_BC.dtype),
         ],
-        mesh=plgpu.Mesh(
-            grid=(cfg.batch, cfg.heads, cfg.width // TILE), grid_names=("row", "head", "channels")
-        ),
+        mesh=plgpu.Mesh(grid=(cfg.batch, cfg.heads, cfg.width // TILE), grid_names=("row", "head", "channels")),
         compiler_params=PARAMS,
         name="mamba2_step",
     )
@@ -84,7 +77,7 @@ def _run(cfg: _Config, zx, BC, dt, window_BC, window_x, state, *refs):
     names = [name for name in Weights._fields if cfg.biased[0] or name != "conv_x_bias"]
     names = [name for name in names if cfg.biased[1] or name != "conv_BC_bias"]
     of = dict(zip(names, refs))
-    *ahead, y, new_BC, both_s = refs[len(names) :]
+    y, new_BC, both_s = refs[len(names) :]
     b, h, channels = (lax.axis_index(name) for name in ("row", "head", "channels"))
     rows = pl.ds(channels * TILE, TILE)
     group = h // (cfg.heads // cfg.groups)
@@ -96,18 +89,10 @@ def _run(cfg: _Config, zx, BC, dt, window_BC, window_x, state, *refs):
         layout = plgpu.Layout.WG_STRIDED((cfg.n_state,), vec_size=1)
         return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
-    if ahead:
-        (n_rows, n_columns), blocks = cfg.ahead, cfg.batch * cfg.heads * (cfg.width // TILE)
-        number = (b * cfg.heads + h) * (cfg.width // TILE) + channels
-        for column in range(0, n_columns, 256):
-            plgpu.async_prefetch(ahead[0].at[pl.ds(number * (n_rows // blocks), n_rows // blocks), pl.ds(column, 256)])
     old_state = plgpu.load(state.at[b, h, rows], layout=WGMMA, optimized=False)
     old_x = [row(window_x, b, j, h) for j in range(cfg.taps - 1)]
     x_taps = [row(of["conv_x"], j, h) for j in range(cfg.taps)]
     x_bias = row(of["conv_x_bias"], h) if cfg.biased[0] else None
-    if PDL:
-        plgpu.griddepcontrol_launch_dependents()
-        plgpu.griddepcontrol_wait()
     for i in range(2):
         old = [states(window_BC, b, j, i, group) for j in range(cfg.taps - 1)]
         taps = [states(of["conv_BC"], j, i, group) for j in range(cfg.taps)]

@@ -32,14 +32,14 @@ BLOCKS = {
 @contextlib.contextmanager
 def interpreted():
     """Where kernels serve, interpreted; gives the names of those that ran."""
-    from pallas_kernels.one_token import mamba2_step, products
+    from pallas_kernels.one_token import mamba2_step, one_row, rows
 
     names = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(mosaic_interpreted())
         serves = lambda dtype: None if dtype == "bfloat16" else "of another type"
         stack.enter_context(mock.patch.object(one_token, "why_not", serves))
-        for module in (mamba2_step, products):
+        for module in (mamba2_step, one_row, rows):
             named = module.named_body
             noted = lambda name, *rest, named=named: (names.append(name), named(name, *rest))[1]
             stack.enter_context(mock.patch.object(module, "named_body", noted))
@@ -66,6 +66,7 @@ def steps(pattern: str, batch: int, n: int = 2, **options) -> list[np.ndarray]:
     return [*found, *(np.asarray(a, np.float32) for a in jax.tree.leaves(cache))]
 
 
+ROWS = {"rows_normed", "rows_norm_gate", "mamba2_step"}
 PRODUCTS = {"one_row_normed", "one_row_silu", "one_row_gated_norm", "one_row_norm_gate", "one_row_plain"}
 
 
@@ -74,7 +75,7 @@ PRODUCTS = {"one_row_normed", "one_row_silu", "one_row_gated_norm", "one_row_nor
     [
         ("M-", 1, {"one_row_normed", "one_row_silu", "one_row_gated_norm", "mamba2_step"}),
         pytest.param("m*w-", 1, PRODUCTS - {"one_row_gated_norm"} | {"mamba2_step"}, marks=pytest.mark.slow),
-        pytest.param("Mm", 3, {"mamba2_step"}, marks=pytest.mark.slow),
+        pytest.param("Mm-", 3, ROWS | {"rows_silu", "rows_gated_norm"}, marks=pytest.mark.slow),
     ],
 )
 def test_steps(pattern, batch, kernels):

@@ -40,37 +40,41 @@ MADE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "n_inputs", "columns", "onto"),
+    ("name", "n_rows", "n_inputs", "columns"),
     [
-        ("normed", K, (128, 64), False),
-        ("normed", 2 * K, (256,), False),
-        ("silu", 2 * K, (32,), True),
-        ("gated_norm", 2 * K, (32,), True),
-        ("norm_gate", K, (16,), True),
-        ("plain", K, (16,), True),
+        ("normed", 1, K, (128, 64)),
+        ("normed", 1, 2 * K, (64,)),
+        ("silu", 1, 2 * K, (64,)),
+        ("gated_norm", 1, 2 * K, (64,)),
+        pytest.param("norm_gate", 1, K, (64,), marks=pytest.mark.slow),
+        pytest.param("plain", 1, K, (64,), marks=pytest.mark.slow),
+        pytest.param("normed", 1, K, (6400,), marks=pytest.mark.slow),
+        ("normed", 3, K, (128, 64)),
+        ("silu", 5, K, (64,)),
+        ("gated_norm", 64, K, (64,)),
+        pytest.param("normed", 64, K, (6400,), marks=pytest.mark.slow),
+        pytest.param("norm_gate", 2, 2 * K, (128,), marks=pytest.mark.slow),
+        pytest.param("plain", 64, K, (64,), marks=pytest.mark.slow),
     ],
 )
-def test_products(name, n_inputs, columns, onto):
-    from pallas_kernels.one_token import products
+def test_products(name, n_rows, n_inputs, columns):
+    from pallas_kernels.one_token.vectors import VECTORS
 
-    rng, vector = np.random.default_rng(0), products.VECTORS[name]
-    parts = [bf16(rng, width * n_inputs, scale=2.0) for width in vector.widths]
-    if "norm" in name:
+    rng, vector = np.random.default_rng(0), VECTORS[name]
+    parts = [bf16(rng, n_rows, width * n_inputs, scale=2.0) for width in vector.widths]
+    if vector.root is not None:
         parts[-1] = jnp.asarray(rng.uniform(0.5, 2, n_inputs), jnp.float32)
     if len(parts) == 3:  # what stands behind the gate is not read
-        parts[1] = jnp.concatenate([parts[1], jnp.full(n_inputs, jnp.nan, jnp.bfloat16)])
+        parts[1] = jnp.concatenate([parts[1], jnp.full_like(parts[1], jnp.nan)], axis=1)
     weights = [bf16(rng, n_inputs, n, scale=n_inputs**-0.5) for n in columns]
-    x = bf16(rng, columns[0]) if onto else None
     with mosaic_interpreted():
-        sums = products.products(vector, parts, weights, eps=EPS, onto=x, multiplier=0.5, tile=16 if onto else 64, shares=1 if onto else None)
-    whole = sum(columns) >= products.BLOCKS * one_token.TILE or onto
-    v = MADE[name](*f64(*parts))
-    for y, w in zip(sums, weights, strict=True):
-        assert y.dtype == (jnp.bfloat16 if y.ndim == 1 else jnp.float32) and (y.ndim == 1 or not whole)
-        y = np.asarray(y, np.float64)
-        expected = v @ np.asarray(w, np.float64)
-        expected = expected if x is None else np.asarray(x, np.float64) + 0.5 * expected
-        check_close(y if y.ndim == 1 else y.sum(0), expected, dtype="bfloat16", what="y")
+        found = one_token.products(name, parts, weights, eps=EPS)
+    by_row, shared = f64(*parts[: vector.n_rows]), f64(*parts[vector.n_rows :])
+    v = np.stack([MADE[name](*(part[row] for part in by_row), *shared) for row in range(n_rows)])
+    whole = sum(columns) == 6400
+    for y, w in zip(found, weights, strict=True):
+        assert y.shape == (n_rows, w.shape[1]) and (y.dtype == jnp.bfloat16) == whole
+        check_close(np.asarray(y, np.float64), v @ np.asarray(w, np.float64), dtype="bfloat16", what="y")
 
 
 @pytest.mark.parametrize(
