@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import COL, F32, LOG2E, PARAMS, ROW, TILE, WGMMA, cols_of, named_body, rows_of
-from pallas_kernels.one_token import Weights
+from pallas_kernels.one_token.limits import Weights
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_gpu import F32, LOG2E, TILE
-from pallas_kernels.one_token import SHARE
+from pallas_kernels.one_token.limits import SHARE
 
 BLOCKS = 100
 """Thread blocks at least, else the inputs are shared out."""
