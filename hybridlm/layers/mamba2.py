@@ -292,7 +292,8 @@ class Mamba2Mixer(nnx.Module):
         """Whether `mamba2_step` computes what stands between the projections of one token."""
         c = self.config
         plain = c.activation == "silu" and not c.proj_bias and not c.per_channel_D and c.multipliers == (1.0,) * 5
-        fits = one_token.step_fits(*old["state"].shape[-2:]) and old["state"].dtype == jnp.float32
+        state = old["state"]
+        fits = one_token.step_fits(*state.shape[-2:]) and state.dtype == jnp.float32 and isinstance(state.shape[0], int)
         return plain and fits and not sharding.is_split() and one_token.why_not(self.dtype) is None
 
     @jax.named_scope("scan")
