@@ -71,9 +71,8 @@ def test_products(name, n_rows, n_inputs, columns):
         found = one_token.products(name, parts, weights, eps=EPS)
     by_row, shared = f64(*parts[: vector.n_rows]), f64(*parts[vector.n_rows :])
     v = np.stack([MADE[name](*(part[row] for part in by_row), *shared) for row in range(n_rows)])
-    whole = sum(columns) == 6400
     for y, w in zip(found, weights, strict=True):
-        assert y.shape == (n_rows, w.shape[1]) and (y.dtype == jnp.bfloat16) == whole
+        assert y.shape == (n_rows, w.shape[1])
         check_close(np.asarray(y, np.float64), v @ np.asarray(w, np.float64), dtype="bfloat16", what="y")
 
 
