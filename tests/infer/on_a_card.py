@@ -3,8 +3,9 @@
 
 Stages in the order of what is asked first: hybrid_1b, mamba2_1b and transformer_1b at batch 1 and 64; each at the batch
 that fills the card behind 131,072 tokens; writing while the process is stopped; a trace of what the card does between
-tokens; peers; reading; long contexts; hybrid_8b reading 262,144 tokens. A stage begins only while the minutes last, and each adds to FOLDER/bench.json, so a
-second call goes on where the first one ended. Programs that were compiled are kept in FOLDER/programs.
+tokens; peers; reading; long contexts; hybrid_8b reading 262,144 tokens. A stage begins only while the minutes last, and
+each adds to FOLDER/bench.json, so a second call goes on where the first one ended. Programs that were compiled are kept
+in FOLDER/programs, or where JAX_COMPILATION_CACHE_DIR says.
 """
 
 import argparse
@@ -54,7 +55,8 @@ def main(words: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(args.out / "programs"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(args.out / "programs"))
     from hybridlm.cli import main as hybridlm
 
     worst = 0
