@@ -276,9 +276,10 @@ class Mamba2Mixer(nnx.Module):
     def extend_row(self, row: one_row.Row, cache: dict, length_B, layer) -> tuple[jax.Array, dict] | None:
         """See `layers.one_row`."""
         weights, norm = (self.in_zx, self.in_BC, self.in_dt), self.config.gated_norm
-        whole = norm is not None and (norm.n_groups or self.config.n_groups) == 1 and self.out_bias is None
         old = caches.read_all(cache, layer)
-        if not whole or not self._has_kernel(old) or not one_row.takes(*weights) or not one_row.takes(self.out, n_in=2):
+        if norm is None or (norm.n_groups or self.config.n_groups) != 1 or self.out_bias is not None:
+            return None
+        if not self._has_kernel(old) or not one_row.takes(*weights) or not one_row.takes(self.out, n_in=2):
             return None
         with jax.named_scope("project"):
             zx, BC, dt = one_row.products(row, *weights)
@@ -302,9 +303,8 @@ class Mamba2Mixer(nnx.Module):
         from pallas_kernels.one_token.mamba2_step import mamba2_step
 
         names = ("conv_x", "conv_x_bias", "conv_BC", "conv_BC_bias", "dt_bias", "A_log", "D")
-        weights = one_token.Weights(
-            *(None if getattr(self, name) is None else getattr(self, name)[...] for name in names)
-        )
+        values: list[Any] = [None if getattr(self, name) is None else getattr(self, name)[...] for name in names]
+        weights = one_token.Weights(*values)
         windows = old["conv_x"], old["conv_BC"]
         y, *new = mamba2_step(zx, BC, dt, *windows, old["state"], weights, dt_limit=self.config.dt_limit)
         return y, dict(zip(("conv_x", "conv_BC", "state"), new, strict=True))

@@ -59,7 +59,7 @@ def _fits(value: Any, n_in: int) -> bool:
 def products(row: Row, *weights: nnx.Param) -> list[jax.Array]:
     """The normed stream times each matrix [D, ...]: [B, ...]."""
     x_BD = row.x_BTD[:, 0]
-    values = [params.operand(weight, x_BD.dtype) for weight in weights]
+    values: list[Any] = [params.operand(weight, x_BD.dtype) for weight in weights]
     flat = [w.reshape(w.shape[0], -1) for w in values]
     ys = one_token.products("normed", [x_BD, row.weight_D], flat, eps=row.norm.eps)
     return [y.astype(x_BD.dtype).reshape(-1, *w.shape[1:]) for y, w in zip(ys, values, strict=True)]
@@ -69,7 +69,7 @@ def add(row: Row, name: str, parts: Sequence[jax.Array], weight: nnx.Param, eps:
     """The stream with the product of the last matrix [..., D] added. name, parts [B, ...] (a norm's weights [...], the
     last), eps: as `pallas_kernels.one_token.products` takes them."""
     x_BTD = row.x_BTD
-    w_KN = params.operand(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
-    (y_BD,) = one_token.products(name, parts, [w_KN], eps=eps)
+    value: Any = params.operand(weight, x_BTD.dtype)
+    (y_BD,) = one_token.products(name, parts, [value.reshape(-1, x_BTD.shape[-1])], eps=eps)
     y_BTD = y_BD.astype(x_BTD.dtype)[:, None]
     return x_BTD + (y_BTD if row.multiplier == 1 else y_BTD * row.multiplier)

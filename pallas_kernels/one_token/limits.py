@@ -10,7 +10,7 @@ import jax
 
 MOST_ROWS = 64
 """Of a product."""
-OLDEST_JAX = (0, 11, 0)
+OLDEST_JAX = (0, 11)
 TILE = 64
 """Columns of a product, and channels of a head, that a thread block has."""
 SHARE = 1024

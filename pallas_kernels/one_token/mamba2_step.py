@@ -46,7 +46,8 @@ def mamba2_step(
     """
     w = weights._replace(conv_x=jnp.moveaxis(weights.conv_x, -1, 0), conv_BC=jnp.moveaxis(weights.conv_BC, -1, 0))
     biased = w.conv_x_bias is not None, w.conv_BC_bias is not None
-    cfg = _Config(*state.shape[:3], BC.shape[2], state.shape[3], w.conv_x.shape[0], biased, dt_limit)
+    n_batch, n_heads, width, n_state = state.shape
+    cfg = _Config(n_batch, n_heads, width, BC.shape[2], n_state, w.conv_x.shape[0], biased, dt_limit)
     given = [a for a in w if a is not None]
     return tuple(_call(cfg, zx, BC, dt, window_x, window_BC, state, *given))
 
@@ -73,7 +74,7 @@ def _body(cfg: _Config, *refs):
     pl.run_scoped(functools.partial(_run, cfg, *refs), plgpu.MemorySpace.SMEM((2, cfg.n_state), F32))
 
 
-def _run(cfg: _Config, zx, BC, dt, window_BC, window_x, state, *refs):
+def _run(cfg, zx, BC, dt, window_BC, window_x, state, *refs):
     names = [name for name in Weights._fields if cfg.biased[0] or name != "conv_x_bias"]
     names = [name for name in names if cfg.biased[1] or name != "conv_BC_bias"]
     of = dict(zip(names, refs))
@@ -134,7 +135,7 @@ def _softplus(x: jax.Array) -> jax.Array:
     step sizes as for large ones."""
     e = jnp.exp2(-LOG2E * jnp.abs(x))
     t = e / (2 + e)
-    total, square = 0.0, t * t
+    total, square = jnp.zeros_like(t), t * t
     for n in (13, 11, 9, 7, 5, 3, 1):
         total = total * square + 1 / n
     return jnp.maximum(x, 0.0) + 2 * t * total
