@@ -135,7 +135,7 @@ def _softplus(x: jax.Array) -> jax.Array:
     step sizes as for large ones."""
     e = jnp.exp2(-LOG2E * jnp.abs(x))
     t = e / (2 + e)
-    total, square = jnp.zeros_like(t), t * t
-    for n in (13, 11, 9, 7, 5, 3, 1):
-        total = total * square + 1 / n
-    return jnp.maximum(x, 0.0) + 2 * t * total
+    square, total = t * t, t * t * (1 / 13)
+    for n in (11, 9, 7, 5, 3):
+        total = (total + 1 / n) * square
+    return jnp.maximum(x, 0.0) + 2 * t * (1 + total)
