@@ -294,7 +294,8 @@ class Mamba2Mixer(nnx.Module):
         c = self.config
         plain = c.activation == "silu" and not c.proj_bias and not c.per_channel_D and c.multipliers == (1.0,) * 5
         state = old["state"]
-        fits = one_token.step_fits(*state.shape[-2:]) and state.dtype == jnp.float32 and isinstance(state.shape[0], int)
+        few = isinstance(state.shape[0], int) and state.shape[0] <= one_token.MOST_ROWS
+        fits = few and one_token.step_fits(*state.shape[-2:]) and state.dtype == jnp.float32
         return plain and fits and not sharding.is_split() and one_token.why_not(self.dtype) is None
 
     @jax.named_scope("scan")

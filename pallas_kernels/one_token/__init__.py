@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for the next token of each text on a Hopper GPU: products, and what stands between them.
 
-`why_not` says where they can serve. What they compute stands in modules that are imported where they are called, for
-Mosaic takes its time: `one_row` and `rows`, of up to MOST_ROWS, `mamba2_step` of any number.
+`why_not` says where they can serve, MOST_ROWS for how many rows they are taken. What they compute stands in modules that
+are imported where they are called, for Mosaic takes its time: `one_row`, `rows` (2 to 64), `mamba2_step`.
 
 Axis letters: B batch, H heads, P head width, G state groups, N state size, W convolution window.
 """
@@ -40,9 +40,9 @@ def step_fits(width: int, n_state: int) -> bool:
 
 
 def products(name: str, parts: Sequence[jax.Array], weights: Sequence[jax.Array], *, eps: float = 0.0) -> list:
-    """v times each matrix [K, N], of up to MOST_ROWS rows: [R, N], bfloat16 or float32.
+    """v times each matrix [K, N], of up to 64 rows: [R, N], bfloat16 or float32.
 
-    name: what v is of parts, see `products.VECTORS`. parts: [R, ...]; of a norm's weights, the last, there is one for
+    name: what v is of parts, see `vectors.VECTORS`. parts: [R, ...]; of a norm's weights, the last, there is one for
     all rows. Of a part that is longer than its vector, the rest is not read. eps: of the norm.
     """
     from pallas_kernels.one_token import one_row, rows

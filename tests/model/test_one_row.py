@@ -39,6 +39,7 @@ def interpreted():
         stack.enter_context(mosaic_interpreted())
         serves = lambda dtype: None if dtype == "bfloat16" else "of another type"
         stack.enter_context(mock.patch.object(one_token, "why_not", serves))
+        stack.enter_context(mock.patch.object(one_token, "MOST_ROWS", 64))
         for module in (mamba2_step, one_row, rows):
             named = module.named_body
             noted = lambda name, *rest, named=named: (names.append(name), named(name, *rest))[1]
