@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for the next token of each text on a Hopper GPU: products, and what stands between them.
 
-`why_not` says where they can serve, MOST_ROWS for how many rows they are taken. What they compute stands in modules that
-are imported where they are called, for Mosaic takes its time: `one_row`, `rows` (2 to 64), `mamba2_step`.
+`why_not` says where they can serve, MOST_ROWS for how many rows layers take them. What they compute stands in modules
+that are imported where they are called, for Mosaic takes its time: `one_row`, `rows` (2 to 64), `mamba2_step`.
 
 Axis letters: B batch, H heads, P head width, G state groups, N state size, W convolution window.
 """
