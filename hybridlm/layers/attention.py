@@ -18,7 +18,7 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
-from hybridlm.layers import inspection, ops, params, qk_norm
+from hybridlm.layers import inspection, one_row, ops, params, qk_norm
 from hybridlm.layers.block import (
     LEFT_TO_RIGHT,
     Direction,
@@ -251,13 +251,37 @@ class AttentionMixer(nnx.Module):
         k, v, new, places = to.store(self.config, cache, layer, k, v)
         return self._output(self._attend(q, k, v, gate, **places)), new
 
+    def extend_row(self, row: one_row.Row, cache: dict, length_B, layer) -> tuple[jax.Array, dict] | None:
+        """See `layers.one_row`."""
+        pairs = self._projections
+        if any(bias is not None for bias in (self.b_o, *(bias for _, bias in pairs))):
+            return None
+        weights = [weight for weight, _ in pairs]
+        if self.w_o.shape[-1] != self.d_model or not one_row.takes(*weights) or not one_row.takes(self.w_o, n_in=2):
+            return None
+        to = Next.tokens(row.x_BTD, length_B, None, False)
+        with jax.named_scope("project"):
+            parts = [a[:, None] for a in one_row.products(row, *weights)]
+            q, k, v, gate = self._apart(parts, to.position_BT, None)
+        k, v, new, places = to.store(self.config, cache, layer, k, v)
+        y_BTHP = self._attend(q, k, v, gate, **places)
+        with jax.named_scope("output"):
+            return one_row.add(row, "plain", [y_BTHP], self.w_o), new
+
+    @property
+    def _projections(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
+        """Matrix and bias of queries, keys, values and, where there is one, the gate."""
+        pairs = [(self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v)]
+        return pairs if self.w_gate is None else [*pairs, (self.w_gate, self.b_gate)]
+
     @jax.named_scope("project")
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
         """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
-        x_BTD = x_BTD.astype(self.dtype)
-        pairs = [(self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v)]
-        pairs += [] if self.w_gate is None else [(self.w_gate, self.b_gate)]
-        q, k, v, *gate = params.projections(x_BTD, *pairs)
+        return self._apart(params.projections(x_BTD.astype(self.dtype), *self._projections), positions_BT, added)
+
+    def _apart(self, parts: list[jax.Array], positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
+        """The same of results of the projections."""
+        q, k, v, *gate = parts
         if added is not None:
             q, k, v = (a + more for a, more in zip((q, k, v), added, strict=True))
         k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier

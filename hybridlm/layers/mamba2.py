@@ -19,10 +19,11 @@ from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
-from hybridlm.layers import inspection, ops, params, recurrent, short_conv
+from hybridlm.layers import inspection, one_row, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
 from hybridlm.layers.quantized import dot, dot_parts
+from pallas_kernels import one_token
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,53 @@ class Mamba2Mixer(nnx.Module):
             y_BTHP = checkpoint_name(y_BTHP, "mamba_ssd")
         return self._output(y_BTHP, z_BTHP), new
 
+    def extend_row(self, row: one_row.Row, cache: dict, length_B, layer) -> tuple[jax.Array, dict] | None:
+        """See `layers.one_row`."""
+        weights, norm = (self.in_zx, self.in_BC, self.in_dt), self.config.gated_norm
+        old = caches.read_all(cache, layer)
+        if norm is None or (norm.n_groups or self.config.n_groups) != 1 or self.out_bias is not None:
+            return None
+        if not self._has_kernel(old) or not one_row.takes(*weights) or not one_row.takes(self.out, n_in=2):
+            return None
+        with jax.named_scope("project"):
+            zx, BC, dt = one_row.products(row, *weights)
+        y_BHP, new = self._in_kernel(zx, BC, dt, old)
+        with jax.named_scope("output"):
+            parts = y_BHP, zx, self.norm[...].astype(jnp.float32)
+            x_BTD = one_row.add(row, "norm_gate" if norm.before_gate else "gated_norm", parts, self.out, norm.eps)
+        return x_BTD, caches.write_all(cache, layer, new)
+
+    def _has_kernel(self, old: dict) -> bool:
+        """Whether `mamba2_step` computes what stands between the projections of one token."""
+        c = self.config
+        plain = c.activation == "silu" and not c.proj_bias and not c.per_channel_D and c.multipliers == (1.0,) * 5
+        state = old["state"]
+        few = isinstance(state.shape[0], int) and state.shape[0] <= one_token.MOST_ROWS
+        fits = few and one_token.step_fits(*state.shape[-2:]) and state.dtype == jnp.float32
+        return plain and fits and not sharding.is_split() and one_token.why_not(self.dtype) is None
+
+    @jax.named_scope("scan")
+    def _in_kernel(self, zx, BC, dt, old: dict) -> tuple[jax.Array, dict]:
+        """zx [B, 2, H, P], BC [B, 2, G, N], dt [B, H], as the projections give them."""
+        from pallas_kernels.one_token.mamba2_step import mamba2_step
+
+        names = ("conv_x", "conv_x_bias", "conv_BC", "conv_BC_bias", "dt_bias", "A_log", "D")
+        values: list[Any] = [None if getattr(self, name) is None else getattr(self, name)[...] for name in names]
+        weights = one_token.Weights(*values)
+        windows = old["conv_x"], old["conv_BC"]
+        y, *new = mamba2_step(zx, BC, dt, *windows, old["state"], weights, dt_limit=self.config.dt_limit)
+        return y, dict(zip(("conv_x", "conv_BC", "state"), new, strict=True))
+
     def _step(self, x_BTD, old: dict) -> tuple[jax.Array, dict]:
         """One token: the recurrence as written (the paper's equation 2, discretised with dt as in section 7)."""
+        if self._has_kernel(old):
+            with jax.named_scope("project"):
+                x_BTD = x_BTD.astype(self.dtype)
+                zx, BC, dt = (
+                    dot(x_BTD, params.operand(w, self.dtype))[:, 0] for w in (self.in_zx, self.in_BC, self.in_dt)
+                )
+            y_BHP, new = self._in_kernel(zx, BC, dt, old)
+            return self._output(y_BHP[:, None], zx[:, None, 0]), new
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
         new, convolved = {}, []
         with jax.named_scope("convolve"):

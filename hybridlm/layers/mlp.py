@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.layers import params
+from hybridlm.layers import one_row, params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 
 
@@ -141,6 +141,17 @@ class FeedForward(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """`mix`: the past does not matter."""
         return self.mix(x_BTD, Tokens()).y_BTD, cache
+
+    def extend_row(self, row: one_row.Row, cache: dict, length_B, layer) -> tuple[jax.Array, dict] | None:
+        """See `layers.one_row`."""
+        c, activation = self.config, GATED.get(self.config.activation, "")
+        plain = self.b_in is None and self.b_out is None and c.gate_multiplier == c.out_multiplier == 1
+        if not plain or activation != "silu" or not one_row.takes(self.w_in, self.w_out):
+            return None
+        with jax.named_scope("mlp_in"):
+            (h_BcF,) = one_row.products(row, self.w_in)
+        with jax.named_scope("mlp_out"):
+            return one_row.add(row, "silu", [h_BcF], self.w_out), cache
 
 
 def _activated(h: jax.Array, activation: str, multiplier: float) -> jax.Array:

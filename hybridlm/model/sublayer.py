@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.layers import cache as caches
-from hybridlm.layers import params
+from hybridlm.layers import one_row, params
 from hybridlm.layers.block import Make, Output, Tokens, inspect, passes, shares
 from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
@@ -133,9 +133,18 @@ class Sublayer(nnx.Module):
         return x_BTD, {"mixer": new, "shared": of_shared}
 
     def _extend_mixer(self, x_BTD, u_BTD, cache, length_B, real_BT, layer, tokens: Tokens):
+        if (found := self._in_few_kernels(x_BTD, cache, length_B, real_BT, layer)) is not None:
+            return found
         u_BTD = self._normed(u_BTD)
         y_BTD, new = self.mixer.extend(u_BTD, cache, length_B, real_BT, layer, gaps=tokens.gaps)
         return self._add(x_BTD, u_BTD, y_BTD), new
+
+    def _in_few_kernels(self, x_BTD, cache, length_B, real_BT, layer):
+        """`_extend_mixer` of one token a row where `layers.one_row` serves it, or None."""
+        plain = self.link is self.after_norm is self.scales is self.of_normed is None
+        if not plain or not hasattr(self.mixer, "extend_row") or not one_row.served(x_BTD, self.norm, real_BT):
+            return None
+        return self.mixer.extend_row(one_row.Row(x_BTD, self.norm, self.residual_multiplier), cache, length_B, layer)
 
     @jax.named_scope("norm")
     def _normed(self, x_BTD):

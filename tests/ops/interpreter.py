@@ -62,8 +62,14 @@ def _on_tpu(op: str):
         yield
 
 
+def mosaic_interpreted():
+    """Context in which Mosaic's GPU kernels that are no op's, `pallas_kernels.one_token`, run interpreted; what else is
+    traced is for this machine."""
+    return _on_gpu(None, MULTIPROCESSORS)
+
+
 @contextlib.contextmanager
-def _on_gpu(op: str, multiprocessors: int):
+def _on_gpu(op: str | None, multiprocessors: int):
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (  # no public name
         reset_gpu_interpret_mode_state,
     )
@@ -72,14 +78,18 @@ def _on_gpu(op: str, multiprocessors: int):
     with contextlib.ExitStack() as stack:
         for target, changes in (*_words(), *_sizes(op), *_programs()):
             stack.enter_context(mock.patch.multiple(target, **changes))
-        stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
+        if op is not None:
+            stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
         stack.enter_context(plgpu.force_gpu_interpret_mode())
         stack.callback(reset_gpu_interpret_mode_state)  # else what fails here fails whatever is interpreted later
         yield
 
 
-def _sizes(op: str) -> list:
+def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
+    if op is None:
+        one, rows = (importlib.import_module(f"pallas_kernels.one_token.{name}") for name in ("one_row", "rows"))
+        return [(one, {"loop_with": _loop_with}), (rows, {"carry_with": _carry_with, "MULTIPLE": rows.TILE})]
     if op == "gated_delta_product":
         op = "gated_delta_rule"  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
@@ -311,3 +321,15 @@ def _loop_with(accumulator, count, step) -> None:
         return own.value
 
     accumulator.value = lax.fori_loop(0, count, carried, accumulator.value)
+
+
+def _carry_with(accumulator, count, step, carried):
+    """`pallas_kernels.mosaic_gpu.carry_with`, likewise."""
+
+    def both(i, state):
+        own = _Accumulator(accumulator.shape, accumulator.dtype, state[0])
+        carried = step(i, own, state[1])
+        return own.value, carried
+
+    accumulator.value, carried = lax.fori_loop(0, count, both, (accumulator.value, carried))
+    return carried
