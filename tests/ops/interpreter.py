@@ -115,7 +115,7 @@ def _sizes(op: str | None) -> list:
         return [(api, {"TOKEN_MULTIPLE": api.TILE}), (threads, _threads(threads))]
     if op == "selective_scan":
         forward, threads = (importlib.import_module(f"pallas_kernels.ops.{op}.gpu.{m}") for m in ("forward", "threads"))
-        return [(forward, {"UNROLL": 8}), (threads.Threads, _scan_threads(threads))]
+        return [(forward, {"UNROLL": 2}), (threads.Threads, _scan_threads(threads))]
     return []
 
 
@@ -176,22 +176,16 @@ def _threads(threads) -> dict:
 
         return sums
 
-    def distances(sums, bits, whole):
+    def distance(sums, bits):
         upto, row = sums[...][:, : threads.TILE], lax.broadcasted_iota(jnp.int32, (threads.TILE, 1), 0)
         width = 1 << bits
         middle = (row | (2 * width - 1)) - width
         moved = upto - jnp.where(col() == middle, 1.0, 0.0) @ upto
-        right, whole = (row & width) != 0, whole != 0
-        return jnp.where(right | whole, moved, -moved), jnp.where(right & ~whole, moved, -moved)
+        return jnp.where((row & width) != 0, moved, -moved)
 
-    def first_level(totals):
-        fits = lambda sums: jnp.all(sums >= -threads.SPAN)
-        return jnp.where(fits(totals[...].sum(1)), 5, jnp.where(fits(totals[...]), 3, 0))
-
-    def keep_level(tile, bits, whole, transposed=False):
-        later, earlier = (col(), row()) if transposed else (row(), col())
-        of_level = ((later ^ earlier) >> (bits + whole)) == 1 - whole
-        return jnp.where(of_level & (later > earlier), tile, jnp.zeros_like(tile))
+    def keep_level(tile, bits, transposed=False):
+        behind, before = (col() >> bits, row() >> bits) if transposed else (row() >> bits, col() >> bits)
+        return jnp.where((behind % 2 == 1) & (behind == before + 1), tile, jnp.zeros_like(tile))
 
     def store_padded(target, sums):
         target[...] = jnp.pad(sums, ((0, 0), (0, threads.PADDED - threads.TILE)))
@@ -206,8 +200,7 @@ def _threads(threads) -> dict:
             "behind": others(jnp.less),
             "all": others(lambda own, other: own == own),
         },
-        "distances": distances,
-        "first_level": first_level,
+        "distance": distance,
         "store_padded": store_padded,
         "keep_level": keep_level,
         "hidden_zero": lambda: 0,

@@ -16,13 +16,8 @@ from tests.ops.support import check_against_oracle, served_by
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "scattered",
-        "mimo_norm",
-        *(pytest.param(case.name, marks=pytest.mark.slow) for case in cases.TEST_CASES
-          if case.name not in ("scattered", "mimo_norm")),
-    ],
-)  # fmt: skip
+    [pytest.param(case.name, marks=[pytest.mark.slow] * (case.name != "mimo_norm")) for case in cases.TEST_CASES],
+)
 def test_it_is_a_call_of_ssd(name, monkeypatch):
     """Outputs, states and gradients, in float32: what the diagonal has too much is taken off to rounding."""
     case = cases.CASES[name]

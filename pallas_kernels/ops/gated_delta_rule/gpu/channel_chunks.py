@@ -14,9 +14,6 @@ each channel it stores
 in the right half sees those in the left half through the middle, ``exp2(a_i - a_mid) exp2(a_mid - a_j)``, both at most
 1. So a chunk is six levels, w = 1 to 32, each one product of 64 tokens of which the level's pairs are kept; a token is
 in the left or the right half of its block, so it has one weight a level. No number overflows, whatever the decays.
-
-**A block that decays by no more than 2^-90** is taken whole, in one product with weights about its middle in which one
-of the two is above 1: a chunk at best, then it is one product in all, or blocks of 16 tokens below the levels above.
 """
 
 import functools
@@ -106,31 +103,31 @@ def _sum_decays(cfg, idx, ins, smem):
     lax.fori_loop(0, slices(cfg), each, None)
 
 
-def _level(cfg, bits, whole, smem):
+def _level(cfg, bits, smem):
     """(A, B) of the pairs of a level, without lengths and beta."""
 
     def work(of_q, of_k):
         for n in range(slices(cfg)):
-            of_row, of_column = threads.distances(smem["sums"].at[n], bits, whole)
-            smem["keys"][n] = weigh(smem["k"].at[n], jnp.exp2(of_column), cfg.dtype)
-            weight = jnp.exp2(of_row)
+            weight = jnp.exp2(threads.distance(smem["sums"].at[n], bits))
+            keys = weigh(smem["k"].at[n], weight, cfg.dtype)
+            smem["keys"][n] = keys
             plgpu.commit_smem()
             plgpu.wgmma(of_q, weigh(smem["q"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
-            plgpu.wgmma(of_k, weigh(smem["k"].at[n], weight, cfg.dtype), smem["keys"].at[n].T)
+            plgpu.wgmma(of_k, keys, smem["keys"].at[n].T)
         return sums_of(of_q), sums_of(of_k)
 
     pairs = accumulate(work, TILE, TILE)
     plgpu.commit_smem()  # all have read the keys
-    return [threads.keep_level(product, bits, whole) for product in pairs]
+    return [threads.keep_level(product, bits) for product in pairs]
 
 
 def _pairs(cfg, smem):
     """(A, B diag(beta)) of the chunk."""
 
-    def level(bits, whole, found):
-        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, whole, smem), strict=True))
+    def level(bits, found):
+        return tuple(sums + more for sums, more in zip(found, _level(cfg, bits, smem), strict=True))
 
-    asked, mixed = threads.each_level(smem["totals"], level, (zeros(TILE), zeros(TILE)))
+    asked, mixed = lax.fori_loop(0, threads.LEVELS, level, (zeros(TILE), zeros(TILE)))
     own = no_rows()
     for n in range(slices(cfg)):
         own += jnp.sum(load_tile(smem["q"].at[n]) * load_tile(smem["k"].at[n]), axis=1)

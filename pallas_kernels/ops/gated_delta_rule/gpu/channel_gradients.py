@@ -53,7 +53,6 @@ STAGES = 2
 F_PAIRS, H_PAIRS = 0, 1  # tiles of "pairs"
 OF_NET, OF_END, DECAYS = 0, 1, 2  # "totals" of a warpgroup, by 16 tokens; the former two of gradients
 OF_Q, OF_K, OF_BETA = 0, 1, 2  # rows of "sums" of a warpgroup
-AS_ROW, AS_COLUMN = 0, 1  # of `threads.distances`
 
 
 def _beta(smem, layout):
@@ -115,48 +114,39 @@ def _product(left, right):
     return accumulate(work, TILE)
 
 
-def _level(cfg, smem, wg, bits, whole, found):
-    """Adds the pairs of a level to (dq, dk, gradient of a, k . (second)).
-
-    Weights are taken again where they are needed: registers do not hold those of rows beside those of columns.
-    """
+def _level(cfg, smem, wg, bits, found):
+    """Adds the pairs of a level to (dq, dk, gradient of a, k . (second))."""
     d_q, d_k, net, dots = found
     zero = threads.hidden_zero()
+    weight = jnp.exp2(threads.distance(smem["decays"].at[wg], bits))
     weighed, pairs = smem["weighed"].at[wg + zero], smem["pairs"].at[zero]
-    weights = lambda side: jnp.exp2(threads.distances(smem["decays"].at[wg], bits, whole)[side])
-    tokens = lambda name, weight: weigh(smem[name].at[wg + zero], weight, cfg.dtype)
     of = lambda which, back: threads.keep_level(
-        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), bits, whole, back
+        plgpu.load(pairs.at[which].T if back else pairs.at[which], layout=WGMMA), bits, back
     )
-
-    def store(array):
-        plgpu.commit_smem()  # all have read what stands there
-        weighed[...] = array
-        plgpu.commit_smem()
-
-    store(tokens("k", weights(AS_COLUMN)))
-    weight = weights(AS_ROW)
+    plgpu.commit_smem()  # all have read what the level before has left
+    keys = weigh(smem["k"].at[wg + zero], weight, cfg.dtype)
+    weighed[...] = keys
+    plgpu.commit_smem()
     more = _product(of(F_PAIRS, False), weighed)
     d_q += more * weight
-    net += more * tokens("q", weight).astype(F32)
+    queries = weigh(smem["q"].at[wg + zero], weight, cfg.dtype)
+    net += more * queries.astype(F32)
     more = _product(of(H_PAIRS, False), weighed)
     d_k += more * weight
-    readers = tokens("k", weight)
-    net += more * readers.astype(F32)
+    net += more * keys.astype(F32)
 
     def onward(acc):
-        store(readers)
         plgpu.wgmma(acc, of(H_PAIRS, True), weighed)
-        queries = tokens("q", weight)
         plgpu.wgmma_wait(0)
-        store(queries)
+        plgpu.commit_smem()  # all have read the keys
+        weighed[...] = queries
+        plgpu.commit_smem()
         plgpu.wgmma(acc, of(F_PAIRS, True), weighed)
         return sums_of(acc)
 
     more = accumulate(onward, TILE)
-    weight = weights(AS_COLUMN)
     d_k += more * weight
-    more *= tokens("k", weight).astype(F32)
+    more *= keys.astype(F32)
     return d_q, d_k, net - more, dots + jnp.sum(more, axis=1)
 
 
@@ -201,8 +191,7 @@ def _compute(cfg, i, where, ins, outs, smem, bars, wg):
     found = _states_part(cfg, i, where, ins, smem, bars, wg)
     plgpu.commit_smem()
     _meet(cfg, bars["pairs"])
-    level = functools.partial(_level, cfg, smem, wg)
-    found = threads.each_level(smem["totals"].at[pl.ds(wg, 1), DECAYS], level, found)
+    found = lax.fori_loop(0, threads.LEVELS, lambda bits, found: _level(cfg, smem, wg, bits, found), found)
     d_q, d_k, net, dots = _own_pairs(smem, wg, found)
     net = threads.sums_from(net)
     threads.store_totals_from(smem["totals"].at[wg, OF_NET], net)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOPs of the kernels by the shapes of their arrays: q and k [B, T, G, N], decays by channel [B, T, H, N], values and
-what has their shape [B, T, H, P], ... Where decays are of channels, a chunk is taken whole, as most are: six levels
-where they are strong are not told from shapes."""
+what has their shape [B, T, H, P], ... Where decays are of channels, a chunk is six levels."""
 
 import math
 
 from pallas_kernels.cost import Array
 from pallas_kernels.mosaic_gpu import TILE
 
+LEVELS = 6  # of a chunk whose channels decay by themselves
 _INVERSE = 24 * TILE**2  # a token's share: two times two products of two terms each
 
 
@@ -33,16 +33,17 @@ def reverse_walk(operands: list[Array], results: list[Array]) -> float:
 
 
 def gradients(operands: list[Array], results: list[Array]) -> float:
-    """Products with states, then four of pairs with queries or keys; dq and u, of the kernel by channel behind g."""
+    """Products with states, then four of pairs with queries or keys, a level; the third operand is g or dy."""
     dq = results[0]
     key, width = dq.shape[3], operands[3].shape[3]
-    return _tokens(dq) * (_of_values(key, width) + 8 * TILE * key)
+    levels = LEVELS if operands[2].itemsize == 4 else 1
+    return _tokens(dq) * (_of_values(key, width) + 8 * TILE * key * levels)
 
 
 def channel_chunks(operands: list[Array], results: list[Array]) -> float:
     """Two products of a level and the inverse."""
     g = operands[2]
-    return _tokens(g) * (4 * TILE * g.shape[3] + _INVERSE)
+    return _tokens(g) * (4 * TILE * g.shape[3] * LEVELS + _INVERSE)
 
 
 def channel_walk(operands: list[Array], results: list[Array]) -> float:

@@ -12,11 +12,10 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from pallas_kernels.mosaic_gpu import TILE, WGMMA
 
@@ -281,98 +280,57 @@ PADDED = TILE + 8  # columns of a tile in shared memory of which a warp reads 8 
 store_padded = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))(_store_padded)
 
 
-def _distances(_, sums, bits, whole):
-    """Log2 weights of rows, as of queries and as of keys, about the middle of their block of ``2 << bits`` rows.
+def _distance(_, sums, bits):
+    """Decay between a row and the middle of its block of ``2 << bits`` rows, by the chunk's sums up to each row.
 
-    By the chunk's sums of log2 decays up to each row. Of a whole block (`whole` 1) they are the decay since the middle
-    and its negative, so that those of any two rows of it are the decay between them: where `first_level` allows it.
-    Else (0) both are what is at most 0: behind the middle the sum of the rows since then, the own included, before it
-    that of the rows up to it, the own excluded. Then those of two rows on either side are the decay between them.
-
-    The level is known at run time only: six times as much code would not stay in the instruction cache.
+    Behind the middle it is the sum of the rows since then, the own included; before it, that of the rows up to it, the
+    own excluded. With log decays it is at most 0, and of two rows on either side it is that between them in all. The
+    level is known at run time only: six times as much code would not stay in the instruction cache.
     """
     warp, r, c = _place(hidden=True)
     pair = ir.VectorType.get((2,), ir.F32Type.get())
     width = arith.shli(_i32(1), bits.registers.item())
     block = arith.subi(arith.addi(width, width), _i32(1))
-    is_whole = arith.cmpi(arith.CmpIPredicate.ne, whole.registers.item(), _i32(0))
-    queries, keys = np.empty((8, 2), dtype=object), np.empty((8, 2), dtype=object)
+    registers = np.empty((8, 2), dtype=object)
     for half in range(2):
         row = arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half)))
         right = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(row, width), _i32(0))
-        onward, back = arith.ori(right, is_whole), arith.andi(right, arith.xori(is_whole, mgpu.c(1, is_whole.type)))
         middle = arith.subi(arith.ori(row, block), width)
         for n in range(8):
             own, mid = (vector.load(pair, sums, [_index(at), _index(_column(n, c))]) for at in (row, middle))
             moved = arith.subf(own, mid)
-            queries[n, half] = arith.select(onward, moved, arith.negf(moved))
-            keys[n, half] = arith.select(back, moved, arith.negf(moved))
-    return _fresh(queries), _fresh(keys)
+            registers[n, half] = arith.select(right, moved, arith.negf(moved))
+    return _fresh(registers)
 
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-distances = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=(_TILE_F32, _TILE_F32))(
-    _distances
-)
+distance = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_TILE_F32)(_distance)
 
 
 LEVELS = 6  # blocks of 2, 4, ... 64 tokens
-SPAN = 90.0  # log2 decay of a whole block's tokens up to which its weights are numbers, with 2^36 to spare
 
 
-def _first_level(_, totals):
-    """Level of the blocks that are taken whole, 5 or 3, or 0 if none are; `totals` ``[slices, 4, 64]`` by 16 tokens."""
-    lane = arith.remui(mgpu.thread_idx(), _i32(32))
-    slices, blocks, width = totals.type.shape
-    seen = _i32(0)
-    for part, start in np.ndindex(slices, width // 32):
-        channel = _index(arith.addi(lane, _i32(32 * start)))
-        each = [memref.load(totals, [_index(_i32(part)), _index(_i32(w)), channel]) for w in range(blocks)]
-        above = lambda value: arith.cmpf(arith.CmpFPredicate.OLT, value, mgpu.c(-SPAN, ir.F32Type.get()))
-        chunk = arith.select(above(functools.reduce(arith.addf, each)), _i32(1), _i32(0))
-        block = arith.select(functools.reduce(arith.ori, map(above, each)), _i32(2), _i32(0))
-        seen = arith.ori(seen, arith.ori(chunk, block))
-    seen = llvm.inline_asm(seen.type, [seen], "redux.sync.or.b32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True)
-    is_zero = arith.cmpi(arith.CmpIPredicate.eq, seen, _i32(0))
-    is_one = arith.cmpi(arith.CmpIPredicate.eq, seen, _i32(1))
-    level = arith.select(is_zero, _i32(LEVELS - 1), arith.select(is_one, _i32(3), _i32(0)))
-    return mgpu.FragmentedArray.splat(level, (), mgpu.WGSplatFragLayout(()), is_signed=True)
-
-
-first_level = plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
-)(_first_level)
-
-
-def _keep_level(transposed: bool, _, tile, bits, whole):
-    """Pairs (row, column) of which the row is the later, transposed the earlier token: of the halves of each block of
-    ``2 << bits`` rows (`whole` 0), or anywhere in it (1)."""
+def _keep_level(transposed: bool, _, tile, bits):
+    """Pairs (row, column) behind and before the middle of a block of ``2 << bits``; transposed: (column, row)."""
     warp, r, c = _place(hidden=True)
     held = tile.registers.reshape(8, 2)
     zero = mgpu.c(0.0, ir.VectorType(held[0, 0].type).element_type)
-    shift = arith.addi(bits.registers.item(), whole.registers.item())
-    target = arith.xori(whole.registers.item(), _i32(1))
-    ahead = arith.subi(arith.addi(arith.muli(warp, _i32(BLOCK)), r), arith.muli(c, _i32(2)))  # row - column at (0, 0)
-    later = arith.CmpIPredicate.slt if transposed else arith.CmpIPredicate.sgt
-    columns = {(n, k): arith.addi(_column(n, c), _i32(k)) for n, k in np.ndindex(8, 2)}
+    shifted = lambda index: arith.shrui(index, bits.registers.item())
+    columns = {(n, k): shifted(arith.addi(_column(n, c), _i32(k))) for n, k in np.ndindex(8, 2)}
     registers = np.empty_like(held)
     for half in range(2):
-        row = arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half)))
+        row = shifted(arith.addi(arith.muli(warp, _i32(BLOCK)), arith.addi(r, _i32(8 * half))))
+        ahead = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(row, _i32(1)), _i32(0 if transposed else 1))
+        mate = arith.select(ahead, arith.xori(row, _i32(1)), _i32(-1))
         for n in range(8):
-            values = []
-            for k in range(2):
-                apart = arith.shrui(arith.xori(row, columns[n, k]), shift)
-                keep = arith.andi(
-                    arith.cmpi(arith.CmpIPredicate.eq, apart, target),
-                    arith.cmpi(later, ahead, _i32(8 * n + k - 8 * half)),
-                )
-                values.append(arith.select(keep, _element(held[n, half], k), zero))
+            keep = [arith.cmpi(arith.CmpIPredicate.eq, mate, columns[n, k]) for k in range(2)]
+            values = [arith.select(keep[k], _element(held[n, half], k), zero) for k in range(2)]
             registers[n, half] = vector.from_elements(held[n, half].type, values)
     return _like(tile, registers)
 
 
 _KEEP_LEVEL = {
-    (transposed, jnp.dtype(tile.dtype)): plgpu.inline_mgpu(arg_types=(WGMMA, _SCALAR, _SCALAR), return_type=tile)(
+    (transposed, jnp.dtype(tile.dtype)): plgpu.inline_mgpu(arg_types=(WGMMA, _SCALAR), return_type=tile)(
         functools.partial(_keep_level, transposed)
     )
     for transposed in (False, True)
@@ -380,17 +338,6 @@ _KEEP_LEVEL = {
 }
 
 
-def keep_level(tile, bits, whole, transposed: bool = False):
+def keep_level(tile, bits, transposed: bool = False):
     """What of a tile is of a level's pairs, see `_keep_level`; else 0."""
-    return _KEEP_LEVEL[transposed, tile.dtype](tile, bits, whole)
-
-
-def each_level(totals, work, found):
-    """`work(bits, whole, found)` of the chunk's levels, from blocks that are taken whole up to the chunk."""
-    first = first_level(totals)
-
-    def level(n, found):
-        bits = first + n
-        return work(bits, jnp.where((n == 0) & (first > 0), 1, 0), found)
-
-    return lax.fori_loop(0, LEVELS - first, level, found)
+    return _KEEP_LEVEL[transposed, tile.dtype](tile, bits)

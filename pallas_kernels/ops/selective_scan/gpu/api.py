@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
+from pallas_kernels.mosaic_gpu import LOG2E
 from pallas_kernels.ops.selective_scan.gpu import backward, forward
 from pallas_kernels.ops.selective_scan.gpu.forward import Walk
 from pallas_kernels.ops.selective_scan.gpu.threads import STATES, Threads
@@ -82,9 +83,11 @@ def selective_scan_gpu(
         return kept.reshape(*array.shape[:axis], n_channels, *array.shape[axis + 1 :])
 
     marks, real = _marks(segment_ids)
-    maps = jnp.stack([B_BTGN, C_BTGN]).astype(jnp.float32)
-    maps = maps if real is None else jnp.where(real[None, :, :, None, None], maps, 0.0)
-    maps = jnp.pad(maps, ((0, 0), *pad_t, *pad_n))
+    maps = []
+    for array in (B_BTGN, C_BTGN):
+        array = array.astype(jnp.float32)
+        array = array if real is None else jnp.where(real[:, :, None, None], array, 0.0)
+        maps.append(jnp.pad(array, (*pad_t, *pad_n)))
     x, dt = (pad(jnp.pad(array, (*pad_t, (0, 0))), 2) for array in (x_BTD, dt_BTD))
     A = pad(jnp.pad(A_DN, pad_n), 0)
     skip = None if D is None else pad(D.astype(jnp.float32), 0)
@@ -92,7 +95,7 @@ def selective_scan_gpu(
     if initial_state is not None:
         init = pad(jnp.pad(initial_state.astype(jnp.float32), ((0, 0), *pad_n)), 1)
     marks = None if marks is None else jnp.pad(marks, pad_t)
-    y, final = _core(x, dt, A, maps, skip, init, marks, (width, return_final_state))
+    y, final = _core(x, dt, A, *maps, skip, init, marks, (width, return_final_state))
     y = unpad(y[:, :n_tokens], 2)
     return (y, unpad(final, 1)[..., :d_state]) if return_final_state else y
 
@@ -103,14 +106,6 @@ def _width(n_batch: int, n_channels: int, n_groups: int) -> int:
     return 2 if n_batch * blocks > platform.multiprocessors() else 1
 
 
-FORWARD = Threads(2)
-
-
-def _forward_threads(width: int) -> Threads:
-    """Of the forward, whose thread blocks have as many channels as those of the gradients, of `width` a thread."""
-    return FORWARD if FORWARD.channels == Threads(width).channels else Threads(width)
-
-
 def _marks(segment_ids):
     """(what each token tells the kernels, which tokens are real), None without segment ids."""
     if segment_ids is None:
@@ -119,20 +114,19 @@ def _marks(segment_ids):
     return jnp.where(real, jnp.where(document_starts(segment_ids), BETWEEN_DOCUMENTS, 0.0), PADDING), real
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _core(x, dt, A, maps, skip, init, marks, options):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _core(x, dt, A, B, C, skip, init, marks, options):
     """y and the final state ``[B, D, 16]`` (None unless asked for), of channels in whole blocks and 16 states."""
-    cfg = dataclasses.replace(_config(x, maps, skip, init, marks, options), threads=_forward_threads(options[0]))
-    out = forward.walk(cfg, x, dt, maps, marks, A, skip, init)
+    out = forward.walk(_config(x, B, skip, init, marks, options), x, dt, B, C, marks, A * LOG2E, skip, init)
     return out["y"], out.get("final")
 
 
-def _config(x, maps, skip, init, marks, options):
+def _config(x, B, skip, init, marks, options):
     width, with_final = options
     return Walk(
         *x.shape,
-        maps.shape[3],
-        Threads(width),
+        B.shape[2],
+        width,
         x.dtype,
         has_skip=skip is not None,
         segments=marks is not None,
@@ -141,19 +135,18 @@ def _config(x, maps, skip, init, marks, options):
     )
 
 
-def _core_fwd(x, dt, A, maps, skip, init, marks, options):
-    cfg = _config(x, maps, skip, init, marks, options)
-    cfg = dataclasses.replace(cfg, threads=_forward_threads(options[0]), keep_states=True)
-    out = forward.walk(cfg, x, dt, maps, marks, A, skip, init)
-    return (out["y"], out.get("final")), (x, dt, A, maps, skip, init, marks, out["states"])
+def _core_fwd(x, dt, A, B, C, skip, init, marks, options):
+    cfg = dataclasses.replace(_config(x, B, skip, init, marks, options), keep_states=True)
+    out = forward.walk(cfg, x, dt, B, C, marks, A * LOG2E, skip, init)
+    return (out["y"], out.get("final")), (x, dt, A, B, C, skip, init, marks, out["states"])
 
 
 def _core_bwd(options, residuals, cotangents):
-    x, dt, A, maps, skip, init, marks, states = residuals
+    x, dt, A, B, C, skip, init, marks, states = residuals
     dy, dfinal = cotangents
-    cfg = _config(x, maps, skip, init, marks, options)
-    dx, ddt, dA, dmaps, dskip, dinit = backward.gradients(cfg, x, dt, A, maps, skip, marks, states, dy, dfinal)
-    return dx, ddt, dA, dmaps, dskip, dinit, None
+    cfg = _config(x, B, skip, init, marks, options)
+    dx, ddt, dA, dB, dC, dskip, dinit = backward.gradients(cfg, x, dt, A, B, C, skip, marks, states, dy, dfinal)
+    return dx, ddt, dA, dB, dC, dskip, dinit, None
 
 
 _core.defvjp(_core_fwd, _core_bwd)

@@ -31,7 +31,6 @@ from pallas_kernels.ops.selective_scan.gpu.forward import (
     load_column,
     load_row,
     load_tokens,
-    named_inputs,
     scratch,
     step_inputs,
 )
@@ -134,8 +133,7 @@ def _store_maps(idx, smem, outs, n):
 def _body(cfg, with_final, *refs):
     names = ["x", "dt", "B", "C", "dy"] + ["marks"] * cfg.segments
     others = ["states", "A"] + ["D"] * cfg.has_skip + ["dfinal"] * with_final
-    ins, rest = named_inputs(names + others, refs)
-    outs = dict(zip(_outputs(cfg), rest))
+    ins, outs = dict(zip(names + others, refs)), dict(zip(_outputs(cfg), refs[len(names + others) :]))
     idx = lax.axis_index("batch"), lax.axis_index("block")
     b, block = idx
     channels = pl.ds(block * cfg.threads.channels, cfg.threads.channels)
@@ -144,7 +142,7 @@ def _body(cfg, with_final, *refs):
     def scoped(smem, bars):
         for n in range(min(STAGES, cfg.tiles)):
             fetch(cfg, ins, smem, names, idx, last - n, n, bars.at[n])
-        rates = load_both(ins["A"].at[channels], cfg) * LOG2E
+        rates = load_both(ins["A"].at[channels], cfg)
         skip = each_token(ins["D"].at[channels], cfg) if cfg.has_skip else None
         zeros = plgpu.layout_cast(jnp.zeros((cfg.threads.channels, STATES), F32), cfg.threads.both)
         g = load_both(ins["dfinal"].at[b, channels], cfg) if with_final else zeros
@@ -205,8 +203,8 @@ def _outputs(cfg):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
-def gradients(cfg, x, dt, A, maps, skip, marks, states, dy, dfinal):
-    """Gradients of x, dt, A, maps, D and the initial state (of the latter two None where there is none).
+def gradients(cfg, x, dt, A, B, C, skip, marks, states, dy, dfinal):
+    """Gradients of x, dt, A, B, C, D and the initial state (of the latter two None where there is none).
 
     states ``[B, tiles, D, 16]`` are those that the forward walk kept; dfinal ``[B, D, 16]`` or None.
     """
@@ -218,9 +216,9 @@ def gradients(cfg, x, dt, A, maps, skip, marks, states, dy, dfinal):
         grid_names=("batch", "block"),
         compiler_params=PARAMS,
     )
-    args = [x, dt, maps, dy, marks, states, A, skip, dfinal]
+    args = [x, dt, B, C, dy, marks, states, A * LOG2E, skip, dfinal]
     found = dict(zip(out, call_varying(kernel, *(a for a in args if a is not None))))
-    dmaps = found["maps"].reshape(cfg.batch, cfg.groups, -1, cfg.tokens, LANES).sum(2).swapaxes(1, 2)
-    dmaps = jnp.stack([dmaps[..., place] for place in places()])
+    maps = found["maps"].reshape(cfg.batch, cfg.groups, -1, cfg.tokens, LANES).sum(2).swapaxes(1, 2)
+    dB, dC = (maps[..., place] for place in places())
     dskip = found["dD"].sum((0, 1)) if cfg.has_skip else None
-    return found["dx"], found["ddt"], found["dA"].sum(0), dmaps, dskip, found.get("dinit")
+    return found["dx"], found["ddt"], found["dA"].sum(0), dB, dC, dskip, found.get("dinit")

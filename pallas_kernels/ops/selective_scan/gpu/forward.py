@@ -16,13 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS, named_body
-from pallas_kernels.ops.selective_scan.gpu.threads import STATES, Threads
+from pallas_kernels.mosaic_gpu import F32, PARAMS, named_body
+from pallas_kernels.ops.selective_scan.gpu.threads import QUAD, STATES, Threads
 from pallas_kernels.varying import call_varying
 
 TILE = 32  # tokens
 STAGES = 3
-UNROLL = 32  # tokens an iteration
+UNROLL = 8  # quads of tokens an iteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Walk:
     tokens: int
     channels: int
     groups: int
-    threads: Threads
+    width: int  # channels of a thread
     dtype: jnp.dtype  # of x and y
     has_skip: bool = False
     segments: bool = False
@@ -42,20 +42,16 @@ class Walk:
     keep_states: bool = False
 
     @property
+    def threads(self) -> Threads:
+        return Threads(self.width)
+
+    @property
     def tiles(self) -> int:
         return self.tokens // TILE
 
     @property
     def blocks(self) -> int:
         return self.channels // self.threads.channels
-
-
-def named_inputs(names, refs):
-    """(inputs by name, the other refs): B and C come as one array ``[2, B, T, G, 16]``, the latter's place left out."""
-    given = [name for name in names if name != "C"]
-    ins = dict(zip(given, refs))
-    maps = ins["B"]
-    return ins | {name: maps.at[n] for n, name in enumerate("BC")}, refs[len(given) :]
 
 
 def each_channel(row, cfg):
@@ -85,15 +81,15 @@ def load_tokens(ref, cfg):
 
 
 def each_token(ref, cfg):
-    """[channels] of memory -> [sharers, channels]."""
+    """[channels] of memory -> [4, channels]."""
     row = plgpu.load(ref, layout=cfg.threads.tokens.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(row, (cfg.threads.sharers, cfg.threads.channels), (1,))
+    return lax.broadcast_in_dim(row, (QUAD, cfg.threads.channels), (1,))
 
 
 def is_real(tiles, rows, cfg):
-    """Which of some tokens are no padding, [sharers, channels]."""
+    """Which of four tokens are no padding, [4, channels]."""
     marks = plgpu.load(tiles["marks"].at[rows], layout=cfg.threads.tokens.reduce(1), optimized=False)
-    return lax.broadcast_in_dim(marks, (cfg.threads.sharers, cfg.threads.channels), (0,)) <= 0.0
+    return lax.broadcast_in_dim(marks, (QUAD, cfg.threads.channels), (0,)) <= 0.0
 
 
 def fetch(cfg, ins, smem, names, idx, tile, slot, bar):
@@ -138,18 +134,17 @@ def _ready(cfg, tiles, rates, t):
     return decays(cfg, rates, dt, between), each_channel(dt * x, cfg) * b
 
 
-def _few(cfg, tiles, rates, skip, q, carry):
-    """((states behind as many tokens as threads share channels, what the next is ready with), their y)."""
+def _quad(cfg, tiles, rates, skip, q, carry):
+    """((states behind four tokens, what the next is ready with), y of the four [4, channels])."""
     (h, (decay, added)), products = carry, []
-    n_tokens = cfg.threads.sharers
-    for r in range(n_tokens):
-        t = q * n_tokens + r
+    for r in range(QUAD):
+        t = q * QUAD + r
         h = decay * h + added
-        decay, added = _ready(cfg, tiles, rates, t + 1 if r + 1 < n_tokens else jnp.minimum(t + 1, TILE - 1))
+        decay, added = _ready(cfg, tiles, rates, t + 1 if r + 1 < QUAD else jnp.minimum(t + 1, TILE - 1))
         products.append(h * each_state(load_column(tiles["C"].at[t], cfg), cfg))
     y = cfg.threads.sum_states(*products)
     if cfg.has_skip:
-        rows = pl.ds(q * n_tokens, n_tokens)
+        rows = pl.ds(q * QUAD, QUAD)
         x = load_tokens(tiles["x"].at[rows], cfg).astype(F32)
         y += skip * (jnp.where(is_real(tiles, rows, cfg), x, 0.0) if cfg.segments else x)
     return (h, (decay, added)), y
@@ -158,8 +153,7 @@ def _few(cfg, tiles, rates, skip, q, carry):
 def _body(cfg, *refs):
     names = ["x", "dt", "B", "C"] + ["marks"] * cfg.segments
     others = ["A"] + ["D"] * cfg.has_skip + ["init"] * cfg.has_init
-    ins, rest = named_inputs(names + others, refs)
-    outs = dict(zip(outputs(cfg), rest))
+    ins, outs = dict(zip(names + others, refs)), dict(zip(outputs(cfg), refs[len(names + others) :]))
     idx = lax.axis_index("batch"), lax.axis_index("block")
     b, block = idx
     channels = pl.ds(block * cfg.threads.channels, cfg.threads.channels)
@@ -167,7 +161,7 @@ def _body(cfg, *refs):
     def scoped(smem, bars):
         for n in range(min(STAGES, cfg.tiles)):
             fetch(cfg, ins, smem, names, idx, n, n, bars.at[n])
-        rates = load_both(ins["A"].at[channels], cfg) * LOG2E
+        rates = load_both(ins["A"].at[channels], cfg)
         skip = None
         if cfg.has_skip:
             skip = each_token(ins["D"].at[channels], cfg)
@@ -183,18 +177,16 @@ def _body(cfg, *refs):
             plgpu.barrier_wait(bars.at[slot])
             tiles = {name: smem[name].at[slot] for name in names}
 
-            def some(i, carry):
-                few = cfg.threads.sharers
-                unroll = UNROLL // few
-                ys = [None] * unroll
-                for r in range(unroll):
-                    carry, ys[r] = _few(cfg, tiles, rates, skip, i * unroll + r, carry)
-                for r in range(unroll):  # last, so that the sums of some tokens run beside the next
-                    rows = pl.ds(n * TILE + (i * unroll + r) * few, few)
+            def quads(i, carry):
+                ys = [None] * UNROLL
+                for r in range(UNROLL):
+                    carry, ys[r] = _quad(cfg, tiles, rates, skip, i * UNROLL + r, carry)
+                for r in range(UNROLL):  # last, so that the sums of four tokens run beside the next four
+                    rows = pl.ds(n * TILE + (i * UNROLL + r) * QUAD, QUAD)
                     outs["y"][b, rows, channels] = ys[r].astype(cfg.dtype)
                 return carry
 
-            h, _ = lax.fori_loop(0, TILE // UNROLL, some, (h, _ready(cfg, tiles, rates, 0)))
+            h, _ = lax.fori_loop(0, TILE // QUAD // UNROLL, quads, (h, _ready(cfg, tiles, rates, 0)))
             plgpu.commit_smem()  # all have read the slot
 
             @pl.when(n + STAGES < cfg.tiles)
@@ -239,11 +231,8 @@ def outputs(cfg):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
-def walk(cfg, x, dt, maps, marks, A, skip, init):
-    """Results by name, see `outputs`: y, the final state ``[B, D, 16]``, the states that enter each tile.
-
-    maps ``[2, B, T, G, 16]`` are B and C in float32.
-    """
+def walk(cfg, x, dt, B, C, marks, rates, skip, init):
+    """Results by name, see `outputs`: y, the final state ``[B, D, 16]``, the states that enter each tile."""
     out = outputs(cfg)
     kernel = plgpu.kernel(
         named_body("selective_scan_walk", _body, cfg),
@@ -252,5 +241,5 @@ def walk(cfg, x, dt, maps, marks, A, skip, init):
         grid_names=("batch", "block"),
         compiler_params=PARAMS,
     )
-    args = [x, dt, maps, marks, A, skip, init]
+    args = [x, dt, B, C, marks, rates, skip, init]
     return dict(zip(out, call_varying(kernel, *(a for a in args if a is not None))))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which thread of a Hopper warpgroup holds what of a selective scan, and the sums over threads, in Mosaic's own words.
 
-A thread holds ``width`` neighbouring channels, of each ``held`` of the 16 states: thread 4 c + s of warp w has the
-channels from (8 w + c) width on, of each states 4 s to 4 s + 3, if four threads share channels. Sums over states are
-taken of as many tokens at a time as threads share channels, so that each of them ends with the sums of one token, and
-sums over channels so that each thread of the warp ends with that of one state: fewest shuffles, no thread repeats
-another's work.
+A thread holds ``width`` neighbouring channels, of each a quarter of the 16 states: thread 4 c + s of warp w has the
+channels from (8 w + c) width on, of each states 4 s to 4 s + 3. Four threads that share channels are a quad. Sums over
+states are taken four tokens at a time, so that each thread of the quad ends with the sums of one token, and sums over
+channels so that each thread of the warp ends with that of one state: fewest shuffles, no thread repeats another's work.
 
 Tests replace these functions by plain ones (tests/ops/interpreter.py).
 """
@@ -22,9 +21,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 
 STATES = 16  # of a channel
-VECTOR = 4  # states of a register
-QUAD = STATES // VECTOR  # threads that share channels if each holds one register of a channel's states
+QUAD = 4  # threads that share channels, and tokens whose sums over states are taken together
+HELD = STATES // QUAD  # states of a channel that a thread holds
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
+GROUPS = LANES // QUAD  # quads of a warp
 F32 = jnp.float32
 
 
@@ -36,40 +36,26 @@ def _layout(tiles, warp_dims, lane_dims, vector_dim):
 
 @dataclasses.dataclass(frozen=True)
 class Threads:
-    """Layouts of arrays over a warpgroup, and what its threads do."""
+    """Layouts of arrays over a warpgroup whose threads hold `width` channels each, and what the threads do."""
 
-    width: int  # channels of a thread
-    held: int = VECTOR  # states of each of them that it holds
-    apart: bool = False  # threads that share channels: neighbours, or as far from each other in a warp as can be
-
-    @property
-    def sharers(self) -> int:
-        """Threads that share channels, and tokens whose sums over states are taken together."""
-        return STATES // self.held
-
-    @property
-    def groups(self) -> int:
-        """Threads of a warp that share none."""
-        return LANES // self.sharers
+    width: int
 
     @property
     def channels(self) -> int:
-        return WARPS * self.groups * self.width
+        return WARPS * GROUPS * self.width
 
     @functools.cached_property
     def both(self):
         """Of ``[channels, 16]``."""
-        warp, channels = self.groups * self.width, self.channels
-        tiles = (channels, STATES), (warp, STATES), (warp, self.sharers * VECTOR), (self.width, VECTOR)
-        return _layout(tiles, (-8,), (-3, -4) if self.apart else (-4, -3), -1)
+        warp, channels = GROUPS * self.width, self.channels
+        return _layout(((channels, STATES), (warp, STATES), (self.width, HELD)), (-6,), (-4, -3), -1)
 
     @functools.cached_property
     def row(self):
-        """Of ``[channels]``, the same in the threads that share them."""
-        warp = self.groups * self.width
-        replicated = fragmented_array.Replicated(self.sharers)
-        lanes = (replicated, -2) if self.apart else (-2, replicated)
-        return _layout(((self.channels,), (warp,), (self.width,)), (-3,), lanes, -1)
+        """Of ``[channels]``, the same in the threads of a quad."""
+        warp = GROUPS * self.width
+        replicated = fragmented_array.Replicated(QUAD)
+        return _layout(((self.channels,), (warp,), (self.width,)), (-3,), (-2, replicated), -1)
 
     @functools.cached_property
     def column(self):
@@ -78,10 +64,9 @@ class Threads:
 
     @functools.cached_property
     def tokens(self):
-        """Of ``[sharers, channels]``, a token a thread of those that share channels."""
-        warp = self.groups * self.width
-        lanes = (-6, -3) if self.apart else (-3, -6)
-        return _layout(((self.sharers, self.channels), (1, warp), (1, self.width)), (-5,), lanes, -1)
+        """Of ``[4, channels]``, a token a thread of the quad."""
+        warp = GROUPS * self.width
+        return _layout(((QUAD, self.channels), (1, warp), (1, self.width)), (-5,), (-3, -6), -1)
 
     @functools.cached_property
     def line(self):
@@ -95,45 +80,35 @@ class Threads:
         @plgpu.inline_mgpu(arg_types=(self.row,), return_type=self._of((self.channels, STATES), self.both))
         def spread(_, row):
             pair = row.registers.flat[0]
-            held = ir.VectorType.get((VECTOR,), ir.F32Type.get())
-            each = [vector.broadcast(held, _element(pair, v)) for v in range(self.width)]
-            return self._array(self.both, each * (self.held // VECTOR), (self.channels, STATES))
+            held = ir.VectorType.get((HELD,), ir.F32Type.get())
+            return self._array(self.both, [vector.broadcast(held, _element(pair, v)) for v in range(self.width)],
+                               (self.channels, STATES))  # fmt: skip
 
         return spread
 
     @functools.cached_property
     def sum_states(self):
-        """As many ``[channels, 16]`` as threads share channels, one a token -> ``[sharers, channels]``."""
-        shape = self.sharers, self.channels
+        """Four ``[channels, 16]``, one a token -> ``[4, channels]``."""
 
-        @plgpu.inline_mgpu(arg_types=(self.both,) * self.sharers, return_type=self._of(shape, self.tokens))
+        @plgpu.inline_mgpu(arg_types=(self.both,) * QUAD, return_type=self._of((QUAD, self.channels), self.tokens))
         def sum_states(_, *tokens):
-            sums = []
-            for token in tokens:
-                each = list(token.registers.flat)
-                by_channel = [each[v :: self.width] for v in range(self.width)]
-                sums.append([_sum_all(registers) for registers in by_channel])
-            steps = self.sharers.bit_length() - 1
-            distances = [(self.groups if self.apart else 1) << n for n in reversed(range(steps))]
-            (mine,) = _scatter(sums, distances)
+            sums = [[_sum(register, HELD) for register in token.registers.flat] for token in tokens]
+            (mine,) = _scatter(sums, (2, 1))
             held = vector.from_elements(ir.VectorType.get((self.width,), ir.F32Type.get()), mine)
-            return self._array(self.tokens, [held], shape)
+            return self._array(self.tokens, [held], (QUAD, self.channels))
 
         return sum_states
 
     @functools.cached_property
     def sum_channels(self):
-        """Two ``[channels, 16]`` -> sums over each warp's channels, ``[4, 32]``, where `places` says.
-
-        Of threads that hold one register of a channel's states and share channels with neighbours.
-        """
+        """Two ``[channels, 16]`` -> sums over each warp's channels, ``[4, 32]``, where `places` says."""
 
         @plgpu.inline_mgpu(arg_types=(self.both,) * 2, return_type=self._of((WARPS, LANES), self.line))
         def sum_channels(_, *arrays):
             sums = []
             for array in arrays:
                 total = functools.reduce(_add, array.registers.flat)
-                sums += [[_element(total, k)] for k in range(VECTOR)]
+                sums += [[_element(total, k)] for k in range(HELD)]
             ((mine,),) = _scatter(sums, (4, 8, 16))
             held = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [mine])
             return mgpu.FragmentedArray(
@@ -158,10 +133,10 @@ def places() -> np.ndarray:
     """Of `sum_channels`: int ``[2, 16]``, where in a warp's 32 numbers the sum of each of two arrays' states stands."""
     found = np.empty((2, STATES), np.int32)
     for which, state in np.ndindex(2, STATES):
-        value, place = which * VECTOR + state % VECTOR, 0  # of the 8 values of a thread, halved thrice
+        value, place = which * HELD + state % HELD, 0  # of the 8 values of a thread, halved thrice
         for step, half in ((4, 4), (8, 2), (16, 1)):
             place += step * (value // half % 2)
-        found[which, state] = place + state // VECTOR
+        found[which, state] = place + state // HELD
     return found
 
 
@@ -178,9 +153,8 @@ def _add(a, b):
     return arith.addf(a, b, fastmath=arith.FastMathFlags.contract)
 
 
-def _sum_all(registers):
-    """Of all elements."""
-    return functools.reduce(_add, [_element(register, k) for register in registers for k in range(VECTOR)])
+def _sum(register, n: int):
+    return functools.reduce(_add, [_element(register, k) for k in range(n)])
 
 
 def _shuffle(value, distance: int):
