@@ -135,11 +135,11 @@ def search(
     """Compiles the config as it is and the changes that seem fastest, until `best` of those fit or twice as many were
     tried: (how many of how many seem to fit, result) as each is known. ConfigError where nothing can be ranked."""
     require(devices.peaks is not None, f"--search ranks by time: no peaks are known of {devices.words}")
+    book.begin()
     ranked, cannot = guesses(config, devices)
     reason = f": {cannot[0]}" if cannot else ", by what it needs at least"
     require(bool(ranked), f"--search: nothing fits {devices.words}{reason}")
     here = current(config)
-    book.begin()
     yield 0, len(ranked), book.of(here, config, devices, compile)
     fitting = 0
     tried = [one for one in ranked if one.change.set_in(config) != config][: 2 * best]

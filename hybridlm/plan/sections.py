@@ -53,6 +53,11 @@ def seconds(t: float) -> str:
     return "0"
 
 
+def few(n: float) -> str:
+    """Whole where it is large, three digits where it is small."""
+    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
+
+
 def between(pair: tuple[float, float], words=seconds) -> str:
     """`a to b`, the smaller first."""
     low, high = sorted(pair)
@@ -188,10 +193,10 @@ def _cost(plan: Plan) -> list[Section]:
         ("MFU", between(found.mfu, lambda share: f"{share:.1%}")),
     ]
     if found.days is not None:
-        rows.append((f"{amount(plan.tokens)} tokens", between(found.days, lambda d: f"{d:,.1f} days")))
-        rows.append(("chip hours", between(found.chip_hours, lambda h: f"{h:,.0f}")))
+        rows.append((f"{amount(plan.tokens)} tokens", between(found.days, lambda d: f"{few(d)} days")))
+        rows.append(("chip hours", between(found.chip_hours, few)))
     if found.price is not None:
-        rows.append(("price", between(found.price, lambda p: f"{p:,.0f}"), f"at {plan.price:g} a chip and hour"))
+        rows.append(("price", between(found.price, few), f"at {plan.price:g} a chip and hour"))
     return [Section("What it costs", rows)]
 
 
