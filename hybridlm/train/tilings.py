@@ -97,9 +97,9 @@ def find(cache: Path) -> None:
         with jax.set_mesh(mesh):
             program = make_program(config, mesh)
             rows = replace(config.data, batch_size=config.data.batch_size // config.optim.accumulate)
-            program.init.lower().compile()  # type: ignore[attr-defined]  a jitted function: there are no adapters
-            program.train_step.lower(program.state_like, program.batch_like(config.data)).compile()  # type: ignore[attr-defined]
-            program.eval_step.lower(program.state_like["params"], program.batch_like(rows)).compile()  # type: ignore[attr-defined]
+            program.init.lower().compile()
+            program.train_step.lower(program.state_like, program.batch_like(config.data)).compile()
+            program.eval_step.lower(program.state_like["params"], program.batch_like(rows)).compile()
         print(f"{name} {' '.join(words)}".rstrip(), file=sys.stderr, flush=True)
 
 
