@@ -137,6 +137,8 @@ def test_the_published_implementation_has_the_same_tensors(name):
 
     model = load_config(name).model
     family = find_family(model)
+    if family.model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family.model_type}")
     values, published = write_values(family, model)
     options = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
     with torch.device("meta"):

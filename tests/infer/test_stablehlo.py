@@ -257,7 +257,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 D = 16
 BLOCKS = {chr(0x4E00 + i): block for i, block in enumerate(VARIANTS.values()) if not sees_ahead(block)}
 NAMES = dict(zip(VARIANTS, (chr(0x4E00 + i) for i in range(len(VARIANTS))), strict=True))
-NUMBERED = ("moe", "depth_moe", "moe_sinks")
+NUMBERED = ("moe", "moe_sinks", "depth_moe")
 """Mixtures of experts cut rows into blocks by how many there are: their programs are for a number of rows."""
 ALONE = [name for name, symbol in NAMES.items() if symbol in BLOCKS and passes(BLOCKS[symbol], D)]
 """What hands something on from depth to depth: of a width of its own, in a model apart."""

@@ -136,7 +136,8 @@ VARIANTS = {
     "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, neg_eigval=True),
     "kimi": KimiDelta(n_heads=2, d_key=6, d_head=4, decay_rank=5, gate_rank=3, chunk=8),
     "kimi_bounded": KimiDelta(
-        n_heads=4, d_key=4, d_head=6, decay_rank=None, gate_rank=None, lower_bound=-5.0, d_conv=3, neg_eigval=True
+        n_heads=4, d_key=4, d_head=6, decay_rank=None, gate_rank=None, lower_bound=-5.0, d_conv=3, neg_eigval=True,
+        norm_eps=1e-2,
     ),
     "latent": LatentAttention(n_heads=4, d_nope=6, d_rope=4, d_value=5, kv_rank=8, head_gate=True),
     "latent_queries": LatentAttention(
@@ -175,10 +176,10 @@ VARIANTS |= {
     "moe_sinks": MoE(4, 6, router=Router(2, "sigmoid", renormalise=True, scaling=2.0, selection_bias=True), sinks=2),
     "hyena": Hyena(ImplicitFilter(max_len=24, width=6, n_inner=1, frequency=2.0)),
     "hyena_modal": Hyena(ModalFilter(3, 0.01, 0.5), d_conv=4, conv_bias=False, proj_bias=False),
-    "titans": Titans(2, d_head=4, d_memory=6, max_rate=0.5),
+    "titans": Titans(2, d_head=4, d_memory=6, max_rate=0.02),  # at higher rates rounding grows with every token
     "titans_chunks": Titans(2, d_conv=2, momentum=False, store_every=2, refresh_every=4),
     "both_ways": Attention(n_heads=2, d_head=8, direction="bidirectional"),
-    "bidirectional": Bidirectional(replace(VARIANTS["mamba1"], proj_bias=True)),
+    "bidirectional": Bidirectional(replace(VARIANTS["mamba1"], proj_bias=True, inner_norm=InnerNorm(eps=1e-2))),
     "bidirectional_apart": Bidirectional(MAMBA, tied="none"),
     "bidirectional_tied": Bidirectional(MAMBA, tied="all"),
     "memory_context": MemoryAsContext(

@@ -191,5 +191,6 @@ FAMILY = Family(
             "mlp.shared_experts.down_proj": "mixer.mixer.sink_out: J D F -> J F D",
         },
     },
+    other_names=((r"^model\.embed_norm\.", "model.embed_tokens.embed_norm."),),  # of transformers 5.17
     skipped=(r"rotary_emb\.inv_freq$", r"^model\.mtp\."),
 )
