@@ -17,7 +17,10 @@ from pallas_kernels import ops
 from pallas_kernels.ops import OPS
 from tests.model.model_support import small
 
-FREE_WIDTHS = {("attention", "v_BSKP"), ("grouped_dot", "w_GKN")}
+FREE_WIDTHS = {
+    ("attention", "v_BSKP"), ("grouped_dot", "w_GKN"), ("relative_attention", "v_BSKP"),
+    ("relative_attention", "profiles_RE"),
+}  # fmt: skip
 """Arrays of ops whose last axis has any width, beside what a state or a gate of that width says."""
 
 

@@ -52,7 +52,7 @@ def turned(x, theta):
 def gla(p, x):
     q, k, v, gate = projected(p, x, "q", "k", "v", "gate")
     raw = np.einsum("tr,rhn->thn", x @ p["w_decay"], p["w_decay_up"]) + p["decay_bias"]
-    return rms(read(q / 6**0.5, k, v, sigmoid(raw) ** (1 / 2))) * p["norm"] * silu(gate)
+    return rms(read(q / 6**0.5, k, v, sigmoid(raw) ** (1 / 2)), 1e-2) * p["norm"] * silu(gate)
 
 
 def simple_gla(p, x):
@@ -64,7 +64,7 @@ def simple_gla(p, x):
 def retnet(p, x):
     q, k, v, gate = projected(p, x, "q", "k", "v", "gate")
     gamma = np.array([1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128, 1 - 1 / 256])[None, :, None]
-    return rms(read(turned(q, 100.0), turned(k, 100.0) / 8**0.5, v, gamma)) * silu(gate)
+    return rms(read(turned(q, 100.0), turned(k, 100.0) / 8**0.5, v, gamma), 1e-2) * silu(gate)
 
 
 def lightning(p, x):
