@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hybridlm.errors import require, within
 from hybridlm.layers.block import (
     Block,
     Kept,
@@ -21,12 +20,10 @@ from hybridlm.layers.block import (
     Output,
     Statistic,
     Tokens,
+    check_parts,
     inspect,
     of_parts,
-    passes,
     refuse_cache,
-    sees_ahead,
-    shares,
     split_of_parts,
 )
 from hybridlm.layers.mamba1 import Mamba1
@@ -54,13 +51,7 @@ class Bidirectional:
 
     def check(self, d_model: int) -> None:
         """Raises ConfigError where the mixer cannot be built at the model width, or reads both directions itself."""
-        require(not shares(self.mixer), f"mixer ({type(self.mixer).__name__}) shares weights over depths: it cannot be")
-        require(
-            not passes(self.mixer, d_model), f"mixer ({type(self.mixer).__name__}) hands on to depths: it cannot be"
-        )
-        require(not sees_ahead(self.mixer), f"mixer ({type(self.mixer).__name__}) is bidirectional itself")
-        with within("mixer."):
-            self.mixer.check(d_model)
+        check_parts(self, d_model, ahead="is bidirectional itself")
 
     def build(self, d_model: int, make: Make) -> "BidirectionalMixer":
         """The mixer of one sublayer."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, require, within
 from pallas_kernels.checks import AnyArray, check_float, check_segment_ids, check_shape
 
 LEFT_TO_RIGHT: Literal["left_to_right"] = "left_to_right"
@@ -291,6 +291,18 @@ def shares(block: Block) -> bool:
 def passes(block: Block, d_model: int) -> int:
     """Width of what the block hands from depth to depth; 0: nothing."""
     return block.passes(d_model) if hasattr(block, "passes") else 0
+
+
+def check_parts(block: Block, d_model: int, ahead: str = "must read from left to right") -> None:
+    """Raises ConfigError where a block inside shares weights over depths, hands on to depths, reads both directions (by
+    the words `ahead`) or cannot be built at the model width."""
+    for name, part in parts(block).items():
+        kind = f"{name} ({type(part).__name__})"
+        require(not shares(part), f"{kind} shares weights over depths: it cannot be")
+        require(not passes(part, d_model), f"{kind} hands on to depths: it cannot be")
+        require(not sees_ahead(part), f"{kind} {ahead}")
+        with within(f"{name}."):
+            part.check(d_model)
 
 
 def walk(block: Block, name: str = "") -> Iterator[tuple[str, Block]]:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hybridlm.errors import require, within
 from hybridlm.layers import cache as caches
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import (
@@ -24,11 +23,9 @@ from hybridlm.layers.block import (
     Output,
     Statistic,
     Tokens,
+    check_parts,
     inspect,
     of_parts,
-    passes,
-    sees_ahead,
-    shares,
     split_of_parts,
 )
 from hybridlm.layers.mixers import AnyMixer
@@ -58,12 +55,7 @@ class MemoryAsContext:
 
     def check(self, d_model: int) -> None:
         """Raises ConfigError where a part cannot be built at the model width."""
-        for name, part in self.parts().items():
-            require(not shares(part), f"{name} ({type(part).__name__}) shares weights over depths: it cannot be")
-            require(not passes(part, d_model), f"{name} ({type(part).__name__}) hands on to depths: it cannot be")
-            require(not sees_ahead(part), f"{name} ({type(part).__name__}) must read from left to right")
-            with within(f"{name}."):
-                part.check(d_model)
+        check_parts(self, d_model)
 
     def build(self, d_model: int, make: Make) -> "MemoryAsContextMixer":
         """The mixer of one sublayer."""

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hybridlm.errors import require, within
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
 from hybridlm.layers import params, short_conv
@@ -25,11 +24,9 @@ from hybridlm.layers.block import (
     Output,
     Statistic,
     Tokens,
+    check_parts,
     inspect,
     of_parts,
-    passes,
-    sees_ahead,
-    shares,
     split_of_parts,
 )
 from hybridlm.layers.mixers import AnyMixer
@@ -62,12 +59,7 @@ class OutputConv:
 
     def check(self, d_model: int) -> None:
         """Raises ConfigError where the mixer cannot be built at the model width, or reads both directions."""
-        kind = type(self.mixer).__name__
-        require(not shares(self.mixer), f"mixer ({kind}) shares weights over depths: it cannot be")
-        require(not passes(self.mixer, d_model), f"mixer ({kind}) hands on to depths: it cannot be")
-        require(not sees_ahead(self.mixer), f"mixer ({kind}) must read from left to right")
-        with within("mixer."):
-            self.mixer.check(d_model)
+        check_parts(self, d_model)
 
     def build(self, d_model: int, make: Make) -> "OutputConvMixer":
         """The mixer of one sublayer."""

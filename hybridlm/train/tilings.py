@@ -148,14 +148,13 @@ def _write(path: Path, content: bytes) -> bool:
     if path.exists():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(beside, path)
+        beside.write_bytes(content)
+        beside.replace(path)
     except OSError:
         with suppress(OSError):
-            os.unlink(beside)
+            beside.unlink()
         raise
     return True
 
