@@ -17,7 +17,7 @@ FREE = {
     "its name and its folder": ("name", "run.dir"),
     "where its first parameters came from": ("init",),
     "how devices share the work": ("mesh", "cluster", "optim.gather_once", "optim.offload"),
-    "what the backward recomputes": ("model.remat",),
+    "what the backward recomputes": ("model.remat", "model.remat_span"),
     "how the program is written": ("model.unroll",),
     "how text is read": ("data.workers", "data.prefetch", "data.cache_dir"),
     "how long it is": ("run.steps",),

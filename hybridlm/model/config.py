@@ -72,6 +72,10 @@ class ModelConfig:
     out of stacks, for more to compile. None: in training on a GPU all (`train.layout`), elsewhere none."""
     remat: str = "none"
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
+    remat_span: int = 1
+    """Of so many sublayers in a row the backward keeps the first one's input alone, and computes the others' and what
+    `remat` keeps again, one such row after the other: for long rows. 1: every sublayer's input is kept. Loops over depth
+    are written out for it (`unroll`)."""
 
     def __post_init__(self):
         check_fields(self, "model.")
@@ -79,6 +83,7 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
         require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")
+        require(self.remat_span > 0, f"model.remat_span ({self.remat_span}) must be positive")
         for name in ("embedding_multiplier", "logit_multiplier"):
             require(getattr(self, name) != 0, f"model.{name} (0) must not be 0: nothing would depend on the text")
         n = len(self.pattern)
