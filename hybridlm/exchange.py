@@ -159,5 +159,7 @@ def _stages(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
 
 
 def _spec(axes: Sequence[str | tuple[str, ...] | None], shape: Sequence[int]) -> P:
-    split = (name if isinstance(name, tuple) else split_axes(name, size) for name, size in zip(axes, shape, strict=True))
+    split = (
+        name if isinstance(name, tuple) else split_axes(name, size) for name, size in zip(axes, shape, strict=True)
+    )
     return P(*(of_dim or None for of_dim in split))

@@ -74,8 +74,8 @@ class ModelConfig:
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
     remat_span: int = 1
     """Of so many sublayers in a row the backward keeps the first one's input alone, and computes the others' and what
-    `remat` keeps again, one such row after the other: for long rows. 1: every sublayer's input is kept. Loops over depth
-    are written out for it (`unroll`)."""
+    `remat` keeps again, one such row after the other: for long rows of text. 1: every sublayer's input is kept. Loops
+    over depth are written out for it (`unroll`)."""
 
     def __post_init__(self):
         check_fields(self, "model.")

@@ -123,8 +123,8 @@ def loops(pattern: str, unroll: int = 1) -> tuple[Loop, ...]:
 
 
 def spans(program: Sequence[Loop], length: int) -> list[tuple[Loop, ...]]:
-    """The program cut into runs of at least `length` sublayers, the last perhaps of fewer; loops of more than one repeat
-    are not cut."""
+    """The program cut into runs of at least `length` sublayers, the last perhaps of fewer; loops of more than one
+    repeat are not cut."""
     made: list[list[Loop | Spot]] = [[]]
     room = length
     for part in (part for loop in program for part in (loop.parts if loop.repeats == 1 else [loop])):

@@ -13,7 +13,6 @@ from hybridlm.model import depth
 from hybridlm.model.pattern import loops, spans, spots
 from tests.tolerances import check_close
 
-
 B, T, D = 2, 3, 4
 PATTERN = "aab" * 2 + "c"
 
@@ -60,7 +59,9 @@ def in_loops(weights, x_BTD, shared, positions, *, unroll, sums=None, span=1):
 def test_equals_one_by_one(unroll, span):
     *floats, positions = inputs()
     expected = jax.jit(jax.value_and_grad(one_by_one, (0, 1, 2)))(*floats, positions)
-    value = jax.jit(jax.value_and_grad(lambda *a: in_loops(*a, positions, unroll=unroll, span=span), (0, 1, 2)))(*floats)
+    value = jax.jit(jax.value_and_grad(lambda *a: in_loops(*a, positions, unroll=unroll, span=span), (0, 1, 2)))(
+        *floats
+    )
     assert jax.tree.structure(value) == jax.tree.structure(expected)
     for path, want in jax.tree_util.tree_leaves_with_path(expected):
         got = dict(jax.tree_util.tree_leaves_with_path(value))[path]
@@ -74,11 +75,11 @@ def test_a_span_keeps_its_first_input_alone():
     weights, x_BTD, shared, positions = inputs()
 
     def kept(span):
-        backward = jax.eval_shape(lambda x: jax.vjp(lambda x: in_loops(weights, x, shared, positions, unroll=9, span=span), x)[1], x_BTD)  # fmt: skip
+        run = partial(in_loops, weights, shared=shared, positions=positions, unroll=9, span=span)
+        backward = jax.eval_shape(lambda x_BTD: jax.vjp(run, x_BTD)[1], x_BTD)
         return sum(leaf.shape[-3:] == x_BTD.shape for leaf in jax.tree.leaves(backward))
 
     assert [len(loop.spots()) for (loop,) in spans(loops(PATTERN, 9), 3)] == [3, 3, 1]
-    print(kept(1), kept(3))
     assert kept(3) < kept(1)
 
 

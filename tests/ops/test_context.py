@@ -296,6 +296,17 @@ def test_devices_send_each_other_states_alone(op):
     assert max(size for _, size in found) <= 2 * state
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_attention_swaps_half_of_its_queries_and_outputs(n):
+    """With the mirrored device, there and back; keys and values are gathered."""
+    inputs = attention_cases.make_inputs(attention_cases.Case("sent", 1, 64, 64, 4, 1, 8, layout="packed"))
+    ids = inputs.pop("segment_ids")
+    forward, _ = both("attention", split_over("attention", n), implementation="xla")
+    half = 64 * 4 * 8 // n // 2
+    sizes = [size for kind, size in collectives(forward, inputs, ids) if kind == "collective-permute"]
+    assert [size for size in sizes if size >= half] == [half, half]
+
+
 def test_rows_and_heads_split_over_devices_send_nothing():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
     inputs = ssd_cases.make_inputs(ssd_cases.Case("split", 2, 64, 8, 4, 4, 4, "packed", skip="HP", initial=True))

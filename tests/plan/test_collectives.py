@@ -168,6 +168,26 @@ def test_what_runs_on_sparsecores():
     assert [large.bytes for large in hlo.largest(parsed, 1)] == [whole]
 
 
+STARTS = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[8,4], y: bf16[2,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = bf16[2,4]{1,0} parameter(1)
+  %sum = ((f32[8,4]{1,0}), f32[8,4]{1,0}) all-reduce-start(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %swap = ((f32[8,4]{1,0}, bf16[2,4]{1,0}), (f32[8,4]{1,0}, bf16[2,4]{1,0})) collective-permute-start(%x, %y)
+  %old = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%y), replica_groups={{0,1,2,3}}, dimensions={0}
+  %new = ((bf16[2,4]{1,0}), bf16[8,4]{1,0}) all-gather-start(%y), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %done = f32[8,4]{1,0} all-reduce-done(%sum)
+}
+"""
+"""As the compiler of GPUs writes exchanges that begin and end apart."""
+
+
+def test_what_begins_and_ends_apart_counts_its_results():
+    found = [(one.kind, one.bytes) for one in hlo.collectives(hlo.parse(STARTS))]
+    assert found == [("all-reduce", 128), ("collective-permute", 128 + 16), ("all-gather", 64), ("all-gather", 64)]
+
+
 IN_PLACE = """HloModule jit_step, is_scheduled=true
 
 %layout (input: f32[64,128]) -> f32[64,128] {
