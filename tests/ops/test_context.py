@@ -296,6 +296,26 @@ def test_devices_send_each_other_states_alone(op):
     assert max(size for _, size in found) <= 2 * state
 
 
+@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
+def test_what_is_sent_need_not_be_sent_again(op):
+    """Kept by its name, while all else is computed again, it is exchanged as often as where all is kept."""
+    if op == "ssd":
+        inputs = ssd_cases.make_inputs(ssd_cases.Case("sent", 1, 64, 2, 8, 1, 8, "packed"))
+    else:
+        inputs = conv_cases.make_inputs(conv_cases.Case("sent", 1, 64, 8, 4, "packed"))
+    ids = inputs.pop("segment_ids")
+    forward, _ = both(op, split_over(op, 4), implementation="xla")
+
+    def exchanges(policy) -> int:
+        again = jax.checkpoint(forward, policy=policy)
+        loss = lambda arrays: sum(jnp.sum(o**2) for o in jax.tree.leaves(again(arrays, ids)))
+        return str(jax.make_jaxpr(jax.grad(loss))(inputs)).count("ppermute[")
+
+    policies = jax.checkpoint_policies
+    kept = exchanges(policies.save_only_these_names(context.SENT))
+    assert kept == exchanges(policies.everything_saveable) < exchanges(policies.nothing_saveable)
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_attention_swaps_half_of_its_queries_and_outputs(n):
     """With the mirrored device, there and back; keys and values are gathered."""
