@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.segments import document_numbers, last_real_ids
 from pallas_kernels.varying import vary_alike
 
-
 SENT = "context_sent"
 """Name, for policies of `jax.checkpoint`, of what devices tell each other and what they are told: few numbers beside
 tokens, and where they are kept the backward neither makes nor exchanges them again."""
