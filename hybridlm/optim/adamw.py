@@ -30,8 +30,8 @@ class AdamW:
     def bounded(self) -> bool:
         """Whether finite gradients cannot give updates that are not finite (see `optim.rules.is_bounded`).
 
-        The first moment is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) times the root of the second, by Cauchy and
-        Schwarz, if b1^2 < b2: in float32, in which both are.
+        The first moment is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) times the root of the second, by Cauchy
+        and Schwarz, if b1^2 < b2: in float32, in which both are.
         """
         first, second, eps = np.float32(self.betas[0]), np.float32(self.betas[1]), np.float32(self.eps)
         return bool(first * first < second < 1 and eps > 0)

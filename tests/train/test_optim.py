@@ -158,7 +158,7 @@ def test_muon_compiles_one_iteration_of_five():
 
 
 def test_where_adamw_says_so_its_updates_are_bounded():
-    """By the bound of its docstring, whatever the gradients: at first, all alike, growing as fast as they can, ending."""
+    """By the bound of its docstring, whatever the gradients: one, tiny, growing as fast as they can, in turn."""
     for betas in ((0.9, 0.95), (0.9, 0.999), (0.0, 0.5), (0.95, 0.91)):
         assert AdamW(betas).bounded
         first, second = betas

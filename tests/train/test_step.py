@@ -174,9 +174,9 @@ def test_an_update_that_is_not_finite_is_not_applied():
     """Where loss and gradient are: a moment of one number is out of range, or all of the update is."""
     config, _, program = small_program(options("muon"))
     state, _ = program.train_step(program.init(), make_batch(config, 0))
+    is_moment = lambda path: "'norm'" in (words := jax.tree_util.keystr(path)) and ".mu" in words
     for value in (jnp.nan, jnp.inf, 1e30):
         poisoned = jax.tree.map(jnp.copy, state)
-        is_moment = lambda path: "'norm'" in (words := jax.tree_util.keystr(path)) and ".mu" in words
         poison = lambda path, a, value=value: a.at[..., 3].set(value) if is_moment(path) else a
         poisoned["opt_state"] = jax.tree_util.tree_map_with_path(poison, poisoned["opt_state"])
         before = jax.device_get(poisoned)
