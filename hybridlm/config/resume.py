@@ -30,7 +30,9 @@ FREE = {
     "what it is probed with, and when": ("probe",),
     "how fast it learns": ("optim.lr", "optim.schedule", "optim.warmup_steps"),
     "what holds it back": ("optim.weight_decay", "optim.clip_norm", "optim.z_loss"),
-    "what its matrices are rounded to": ("quantize.weights", "quantize.activations", "quantize.keep"),
+    "what its matrices are rounded to": (
+        "quantize.weights", "quantize.activations", "quantize.products", "quantize.keep",
+    ),
     "what it reads": ("data.path", "data.format", "data.weights", "data.epochs", "data.text_key"),
     "how much it reads a step": ("data.seq_len", "data.batch_size", "data.packing", "optim.accumulate"),
     "when it goes back, or gives up": (

@@ -193,6 +193,9 @@ class QuantizeConfig:
     steps compute with the rounded ones and their gradient changes those in float32."""
     activations: Literal["int8"] | None = None
     """What is multiplied with them is rounded to int8, with a scale for each token; None: it is not."""
+    products: Literal["fp8"] | None = None
+    """In training products with matrices are taken in fp8, forward (e4m3) and backward (e5m2), with a scale for each
+    array; the matrices stay what they are. None: in model.compute_dtype."""
     keep: tuple[str, ...] = ()
     """Matrices that stay as they are: patterns of names as mixer.in_dt, or of the last part alone (in_*)."""
     stored: bool = False
@@ -210,6 +213,11 @@ class QuantizeConfig:
             self.activations is None or self.weights == "int8",
             f"quantize.activations ({self.activations}) needs quantize.weights=int8, not {self.weights}: integers are "
             "multiplied with integers",
+        )
+        require(
+            self.products is None or self.weights is None,
+            f"quantize.products ({self.products}) and quantize.weights ({self.weights}) exclude each other: the first "
+            "is how products are taken in training, the second what a model is trained to be rounded to",
         )
 
     @property

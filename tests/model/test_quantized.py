@@ -122,6 +122,34 @@ def test_activations_are_rounded_with_the_gradient_of_the_float():
     check_close(pull(jnp.asarray(seen))[0], np.einsum("BTcHP,DcHP->BTD", seen, exact), dtype="float32", what="gradient")
 
 
+def test_products_of_training_in_fp8():
+    """Forward and backward what arrays of two libraries' fp8 give, each with one scale; sums are float32's."""
+    rng = np.random.default_rng(5)
+    x, w, dy = (
+        rng.normal(size=s).astype(np.float32) * scale
+        for s, scale in (((6, 5, 96), 3), ((96, 2, 8), 0.1), ((6, 5, 2, 8), 1e-5))
+    )
+
+    def near(array, dtype, end):
+        scale = np.abs(array).max() / np.float32(end)
+        return (array / scale).astype(dtype).astype(np.float64) * scale
+
+    x8, w8 = (near(a, ml_dtypes.float8_e4m3fn, 448) for a in (x, w))
+    dy8 = near(dy, ml_dtypes.float8_e5m2, 57344)
+    expected = {
+        "y": np.einsum("btd,dch->btch", x8, w8),
+        "dx": np.einsum("btch,dch->btd", dy8, w8),
+        "dw": np.einsum("btch,btd->dch", dy8, x8),
+    }
+    y, pull = jax.vjp(lambda x, w: quantized.dot(x, Rounding(w, "fp8")), *map(jnp.asarray, (x, w)))
+    for (name, exact), made in zip(expected.items(), (y, *pull(jnp.asarray(dy))), strict=True):
+        check_close(made, exact, dtype="float32", what=name)
+    exact = np.einsum("btd,dch->btch", x, w)
+    assert 0.01 < relative_rms(y, exact) < 0.06
+    kept = np.asarray(quantized.einsum("btd,dch->btch", jnp.asarray(x), Rounding(jnp.asarray(w), "fp8")))
+    check_close(kept, exact, dtype="float32", what="other products")
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +302,7 @@ def test_bytes_of_hybrid_8b():
         ),
         ({"weights": "fp8", "activations": "int8"}, "needs quantize.weights=int8, not fp8: integers are multiplied"),
         ({"weights": "int4"}, r"quantize.weights \('int4'\)|quantize.weights"),
+        ({"weights": "int8", "products": "fp8"}, r"quantize.products \(fp8\) and quantize.weights \(int8\) exclude"),
         ({"weights": "int8", "keep": ("w_x",)}, r"quantize.keep \(w_x\) fits no matrix of the model, which has mixer"),
         ({"weights": "int8", "keep": ("*",)}, r"quantize.keep \(\*\) leaves no matrix to round"),
     ],
