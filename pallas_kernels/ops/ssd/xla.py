@@ -297,24 +297,15 @@ def _cumulative_sums(steps_BCQGR):
 
 
 def _carry(states_BCGRPN, through_BCGR, start_BGRPN, reverse: bool = False):
-    """States that enter each chunk, and the one after the last: s <- through * s + state, chunk by chunk.
+    """States that enter each chunk, and the one after the last: s <- through * s + state, chunk by chunk."""
 
-    Each takes the place of the state that was added in its chunk: a scan, whose chunks are the first axis, would copy
-    all of them there and back.
-    """
-    n_chunks = states_BCGRPN.shape[1]
+    def step(state, chunk):
+        added, through = chunk
+        return through[..., None, None] * state + added, state
 
-    def step(index, carry):
-        state_BGRPN, states_BCGRPN = carry
-        chunk = n_chunks - 1 - index if reverse else index
-        added_BGRPN, through_BGR = (
-            jax.lax.dynamic_index_in_dim(array, chunk, axis=1, keepdims=False) for array in (states_BCGRPN, through_BCGR)
-        )
-        states_BCGRPN = jax.lax.dynamic_update_index_in_dim(states_BCGRPN, state_BGRPN, chunk, axis=1)
-        return through_BGR[..., None, None] * state_BGRPN + added_BGRPN, states_BCGRPN
-
-    last_BGRPN, entering_BCGRPN = jax.lax.fori_loop(0, n_chunks, step, (start_BGRPN, states_BCGRPN))
-    return entering_BCGRPN, last_BGRPN
+    chunks = (jnp.moveaxis(states_BCGRPN, 1, 0), jnp.moveaxis(through_BCGR, 1, 0))
+    last, entering = jax.lax.scan(step, start_BGRPN, chunks, reverse=reverse)
+    return jnp.moveaxis(entering, 0, 1), last
 
 
 def _grouped(state_BHPN, like: _Chunks):
