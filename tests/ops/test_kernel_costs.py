@@ -234,6 +234,20 @@ def test_delta_rule_on_hopper(gate, kernels):
         assert gpu_said(eqn) == pytest.approx(made, rel=0.02), name
 
 
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", [(), (128,)])
+def test_delta_rule(gate, dtype):
+    """All products, those of several terms and of half of a chunk's tokens among them."""
+    B, T, H, G, P = 1, 256, 4, 2, 256
+    q, v, beta = Shape((B, T, G, 128), dtype), Shape((B, T, H, P), dtype), Shape((B, T, H), F32)
+    f = lambda *a: pk.gated_delta_rule(*a, implementation="tpu")
+    found = kernels(f, q, q, v, beta, Shape((B, T, H, *gate), F32))
+    assert len(found) == 2
+    for name, eqn in found.items():
+        made = sum(products(eqn.params["jaxpr"]).values()) * math.prod(eqn.params["grid_mapping"].grid)
+        assert said("gated_delta_rule", eqn) == pytest.approx(made, rel=0.02), name
+
+
 SCAN = Shape((2, 512, 128), BF16), Shape((2, 512, 128), F32), Shape((128, 16), F32), *[Shape((2, 512, 16), BF16)] * 2
 
 
