@@ -24,7 +24,7 @@ from hybridlm.model.lora import flat, unflat
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import make_mesh, param_shardings
 from pallas_kernels.oracle import relative_rms
-from tests.model.model_support import HYBRID, QUICK, VARIANTS, VOCAB, build, random_tokens, small
+from tests.model.model_support import ALIKE, APART, HYBRID, QUICK, VARIANTS, VOCAB, build, random_tokens, small
 from tests.tolerances import check_close
 
 pytestmark = pytest.mark.quantize
@@ -165,9 +165,8 @@ def stood_for(config, how, model) -> tuple[HybridLM, HybridLM]:
     return nnx.merge(graphdef, small_types), nnx.merge(init.abstract(config).graphdef, unflat(large))
 
 
-def texts_read(model: HybridLM, tokens_BT: np.ndarray, ahead: bool) -> list[jax.Array]:
-    """Logits in parallel and, of models that decode, through the cache."""
-    graphdef, params = nnx.split(model)
+def reading(graphdef, tokens_BT: np.ndarray, ahead: bool):
+    """Parameters -> logits in parallel and, of models that decode, through the cache."""
 
     def read(params):
         model = nnx.merge(graphdef, params)
@@ -177,10 +176,16 @@ def texts_read(model: HybridLM, tokens_BT: np.ndarray, ahead: bool) -> list[jax.
             found += [first, model.extend(tokens_BT[:, -1:], cache)[0]]
         return found
 
-    return jax.jit(read, compiler_options=QUICK)(params)
+    return read
 
 
-EVERY = [pytest.param(name, {name[0]: block}, id=name) for name, block in VARIANTS.items()]
+def texts_read(model: HybridLM, tokens_BT: np.ndarray, ahead: bool) -> list[jax.Array]:
+    """What `reading` gives of a model."""
+    graphdef, params = nnx.split(model)
+    return jax.jit(reading(graphdef, tokens_BT, ahead), compiler_options=QUICK)(params)
+
+
+EVERY = [pytest.param(name, {name[0]: VARIANTS[name]}, id=name) for name in APART]
 EVERY.append(pytest.param("M-*E1", HYBRID, id="hybrid"))
 
 
@@ -199,6 +204,17 @@ def test_models_compute_with_the_matrices_they_stand_for(name, blocks):
         zip(texts_read(few, tokens_BT, ahead), texts_read(large, tokens_BT, ahead), strict=True)
     ):
         check_close(a, b, dtype="float32", what=f"logits {i}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIKE)
+def test_no_option_uses_a_matrix_by_itself(name):
+    """Of examples that differ in a line from one above, whose numbers are compared: each product takes eight bits."""
+    config = small("XX", {"X": VARIANTS[name]})
+    graphdef, few, _ = quantize.abstract(config, INT8)
+    tokens_BT, ahead = random_tokens(2, 9), bool(sees_ahead(VARIANTS[name]))
+    found = jax.eval_shape(reading(graphdef, tokens_BT, ahead), few)
+    assert [logits.shape for logits in found] == [(2, n, VOCAB) for n in ([9] if ahead else [9, 8, 1])]
 
 
 @pytest.mark.slow
