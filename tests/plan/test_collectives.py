@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import pallas_kernels
 from hybridlm.plan import collectives, hlo
 from hybridlm.plan.collectives import Totals, totals
 from hybridlm.plan.live import peak
@@ -56,6 +58,33 @@ def test_compiled_agrees(program):
         assert (compiled[kind].runs, compiled[kind].bytes) == (traced[kind].runs, traced[kind].bytes)
     assert compiled["all-reduce"].bytes == traced["all-reduce"].bytes
     assert compiled["collective-permute"].runs == 1
+
+
+@pytest.mark.parametrize("n_devices", [1, 4])
+def test_a_kept_result_of_attention_is_not_made_again(n_devices):
+    """Its kernel runs once forward and once backward, whoever applies the gate: it, or, where tokens are split over
+    devices, what follows it."""
+    B, T, H, K, width = 1, 512 * n_devices, 4, 2, 64
+    mesh = jax.make_mesh((n_devices,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n_devices])
+    tokens = P(None, "context")
+    names = "attention_kept", "attention_out", "inputs"
+
+    def attend(*arrays):
+        axis = "context" if n_devices > 1 else None
+        q, k, v, gate = arrays
+        return pallas_kernels.attention(q, k, v, gate=gate, implementation="tpu", context_axis=axis)
+
+    def layer(w, *arrays):
+        arrays = [checkpoint_name(jnp.sin(array), "inputs") for array in arrays]
+        y = jax.shard_map(attend, mesh=mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(*arrays)
+        return jnp.sum(jnp.square(checkpoint_name(y, "attention_out").reshape(B, T, -1) @ w))
+
+    layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    heads = [like(B, T, n, width) for n in (H, K, K, H)]
+    with jax.set_mesh(mesh), pallas_kernels.assume_platform("tpu", generation="v5p"):
+        traced = jax.jit(jax.grad(layer, argnums=range(5))).trace(like(H * width, 8), *heads)
+    assert collectives.kernels_of_traced(traced) == {"attention_backward": 1, "attention_forward": 1}
 
 
 def test_kernels_by_name():
