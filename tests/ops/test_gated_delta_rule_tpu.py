@@ -160,7 +160,7 @@ def test_moves_of_tokens():
 
 
 @pytest.mark.parametrize(("case", "dtype"), [
-    (cases.Case("documents", 2, 300, 2, 16, 1, 8, decay="mixed", layout="packed"), "bfloat16"),
+    (cases.Case("documents", 2, 140, 1, 16, 1, 8, decay="mixed", layout="packed"), "bfloat16"),
     (cases.Case("plain", 1, 140, 2, 130, 2, 8, gate=None, initial=False, final=False), "float32"),
     *[pytest.param(case, dtype, marks=pytest.mark.slow) for case in SERVED for dtype in ("float32", "bfloat16")],
 ], ids=lambda value: getattr(value, "name", value))  # fmt: skip
