@@ -160,7 +160,7 @@ def test_moves_of_tokens():
 
 
 @pytest.mark.parametrize(("case", "dtype"), [
-    (cases.Case("documents", 2, 300, 2, 16, 1, 8, decay="mixed", layout="packed"), "bfloat16"),
+    (cases.Case("documents", 2, 140, 1, 16, 1, 8, decay="mixed", layout="packed"), "bfloat16"),
     (cases.Case("plain", 1, 140, 2, 130, 2, 8, gate=None, initial=False, final=False), "float32"),
     *[pytest.param(case, dtype, marks=pytest.mark.slow) for case in SERVED for dtype in ("float32", "bfloat16")],
 ], ids=lambda value: getattr(value, "name", value))  # fmt: skip
@@ -178,13 +178,15 @@ def test_groups_that_several_blocks_share(heads):
     )
 
 
+REPEATED = [(gate, beta, noise) for gate in cases.GATES for beta in (1.0, 2.0) for noise in (0.0, 0.05)]
+REPEATED.remove(("head", 1.0, 0.0))  # nothing that decays is kept: that gradient is zero but for rounding
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", cases.GATES)
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize(("gate", "beta", "noise"), REPEATED)
 def test_keys_that_repeat(gate, beta, noise):
     """All keys the same, or all but: what is left of a value is the difference of large terms, and with a beta of 2 a
-    key whose length is off by a little makes the state grow. Decays of 1% of theirs, where there are any."""
+    key whose length is off by a little makes the state grow."""
     case = cases.Case("alike", 1, 200, 1, 32, 1, 64, gate=gate, decay="weak", initial=False)
     rng, inputs = np.random.default_rng(4), cases.make_inputs(case, "bfloat16")
     keys = rng.standard_normal((1, 1, 1, 64)) + noise * rng.standard_normal((1, 200, 1, 64))

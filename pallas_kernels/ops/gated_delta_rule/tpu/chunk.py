@@ -24,9 +24,9 @@ one weight, at most 1, from or to its middle. A level is one product of all toke
 **Inverse.** (1 + A)^-1 by halves (1, 2, 4, ... tokens): as exact as forward substitution, for keys that are alike make
 powers of A large. Left operands are lists, a stage for all heads: they fill each other's latencies.
 
-**Terms.** Where keys are alike, what is left of a value is the difference of large terms. So the inverse, d and the
-weights of pairs are two bfloat16 terms each, as is what the gradient of a product is given; keys, queries and values
-are exact in one.
+**Terms.** Where keys are alike, what is left of a value is the difference of large terms. So the inverse, d, weights
+of pairs and what is multiplied for them are two bfloat16 terms each, as is what the gradient of a product is given.
+Keys, queries and values are exact in one; the state has one, for what it loses is not added up.
 """
 
 import dataclasses
@@ -152,7 +152,7 @@ def _pairs_by_channel(q, k, steps, blocks: Blocks) -> tuple:
         weight = jnp.exp(jnp.where(right, upto, after))
         keys = k * weight
         rows = jnp.concatenate([changing_rows(array, width) for array in (q * weight, keys)], axis=0)
-        both = product(rows, keys, NT, blocks.terms(1, 1))
+        both = product(rows, keys, NT, blocks.terms(2, 2))
         n_rows = both.shape[0] // 2
         of_q, of_k = (in_their_rows(both[at : at + n_rows], width) for at in (0, n_rows))
         level = between(width)

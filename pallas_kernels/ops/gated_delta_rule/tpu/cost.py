@@ -24,8 +24,8 @@ class Products(NamedTuple):
 
 FORWARD = {2: Products(27, 2, 6, 4), 4: Products(11, 2, 2, 3)}  # by bytes of a value
 BACKWARD = {2: Products(6, 10, 18, 15), 4: Products(6, 6, 6, 8)}
-CHANNEL_FORWARD = {2: Products(24, 10, 6, 5), 4: Products(8, 10, 2, 3)}
-CHANNEL_BACKWARD = {2: Products(0, 50, 18, 16), 4: Products(0, 30, 6, 8)}
+CHANNEL_FORWARD = {2: Products(24, 30, 6, 5), 4: Products(8, 10, 2, 3)}
+CHANNEL_BACKWARD = {2: Products(0, 90, 18, 16), 4: Products(0, 30, 6, 8)}
 
 
 def _flops(count: Products, keys: Array, v: Array, states: list[Array]) -> float:
