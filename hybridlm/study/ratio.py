@@ -29,7 +29,7 @@ from pallas_kernels.platform import device_name
 
 RECIPE = Config(
     name="ratio",
-    data=DataConfig(seq_len=256, batch_size=4),
+    data=DataConfig(seq_len=256, batch_size=8),
     optim=OptimConfig(
         lr=5e-3, rule=Muon(lr=0.03), schedule=Wsd(decay_fraction=0.25, final_lr_ratio=0.05), warmup_steps=20
     ),
