@@ -96,11 +96,6 @@ def loop_with(accumulator, count: int, step) -> None:
     lax.fori_loop(0, count, lambda i, _: step(i, accumulator), None)
 
 
-def carry_with(accumulator, count: int, step, carried):
-    """`step(i, accumulator, carried)` for every i below `count`, which gives what the next is given; the last of it."""
-    return lax.fori_loop(0, count, lambda i, carried: step(i, accumulator, carried), carried)
-
-
 def drain(steps, stages: int, barriers) -> None:
     """A producer's last waits, so that every arrival of `steps` at barriers of `stages` slots is observed."""
 

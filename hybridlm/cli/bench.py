@@ -25,9 +25,7 @@ def run(words: list[str], prog: str) -> int:
     if args is None:
         return 0
     plan, subjects, notes = _checked(args, overrides)
-    for name in ("json", "html"):
-        check_file(getattr(args, name), f"--{name}")
-    require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
+    _check_files(args)
     start()
     from hybridlm.infer import bench_tables
     from hybridlm.infer.bench import Key, measure
@@ -48,6 +46,8 @@ def run(words: list[str], prog: str) -> int:
     _show(bench_tables.tables(shown, notes))
     if args.html is not None:
         _page(args.html, here, list(rows.values()), notes)
+    if args.figure is not None:
+        _figure(args.figure, list(rows.values()))
     return 0
 
 
@@ -85,6 +85,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="write all figures; what stands there already is not timed again"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with curves")
+    parser.add_argument("--figure", metavar="FILE", help="write the curves alone, .png or .svg")
     return parser
 
 
@@ -123,6 +124,15 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
     return plan, [*ours, *others], notes
 
 
+def _check_files(args: argparse.Namespace) -> None:
+    """ConfigError where they cannot be written, or are one."""
+    for name in ("json", "html", "figure"):
+        check_file(getattr(args, name), f"--{name}")
+    require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
+    if args.figure is not None:
+        require(args.figure.endswith((".png", ".svg")), f"--figure ({args.figure}) must end in .png or .svg")
+
+
 def _show(tables) -> None:
     from hybridlm.plan.sections import Section
     from hybridlm.plan.tables import show_section
@@ -143,3 +153,14 @@ def _page(path: str, here: dict, rows, notes) -> None:
     page = as_html("Writing and reading, side by side", json.loads(json.dumps([as_dict(r) for r in rows])),
                    tables(rows, notes), lines)  # fmt: skip
     storage.write_text(storage.as_path(path), page)
+
+
+def _figure(path: str, rows) -> None:
+    from hybridlm.infer.bench import as_dict
+    from hybridlm.page import as_svg
+    from hybridlm.study.bench_page import drawing
+    from hybridlm.study.figures import as_png
+
+    drawn = drawing([as_dict(row) for row in rows])
+    made = as_png(drawn) if path.endswith(".png") else as_svg(drawn).encode()
+    storage.write_bytes(storage.as_path(path), made)

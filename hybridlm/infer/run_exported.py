@@ -4,16 +4,14 @@
 import json
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
+import jax.export
 import numpy as np
-from jax import export
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-if version("jaxlib").startswith("0.10."):  # some of its fusions for CPUs are faulty
+if jax.__version__.startswith("0.10."):  # some of its fusions for CPUs are faulty
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
 
 
@@ -23,7 +21,7 @@ def write(folder: Path, prompts: list[list[int]], n_new: int) -> np.ndarray:
     weights = jax.device_put({name: w for f in folder.glob("*.safetensors") for name, w in load_file(f).items()})
     here = {"gpu": "cuda"}.get(jax.devices()[0].platform, jax.devices()[0].platform)
     files = next(files for name, files in manifest["programs"].items() if name.split(":")[0] == here)
-    read = lambda step: export.deserialize(bytearray((folder / files[step]).read_bytes())).call
+    read = lambda step: jax.export.deserialize(bytearray((folder / files[step]).read_bytes())).call
     start, (prefill, decode) = read("start"), [jax.jit(read(step), donate_argnums=1) for step in ("prefill", "decode")]
 
     size, lengths = manifest["prefill"], np.array([len(prompt) for prompt in prompts], np.int32)

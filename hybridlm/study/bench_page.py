@@ -14,12 +14,16 @@ SHOWN = {"decode": "tokens/s", "prefill": "tokens/s, reading"}
 def as_html(title: str, rows: Sequence[Mapping[str, Any]], tables: Iterable[Any], lines: Sequence[str] = ()) -> str:
     """rows: as JSON has them. tables: with title, head, rows of text and notes. lines: below the title."""
     parts = [html.paragraph(line, note=True) for line in lines]
-    panels = [*_speed(rows), *_shares(rows), *_memory(rows)]
-    parts.append(html.figure(html.as_svg(draw(panels)), "Medians; models took turns in one process."))
+    parts.append(html.figure(html.as_svg(drawing(rows)), "Medians; models took turns in one process."))
     for table in tables:
         parts += [html.heading(table.title), html.table(table.head, table.rows)]
         parts += [html.paragraph(note, note=True) for note in table.notes]
     return html.page(title, *parts)
+
+
+def drawing(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The curves alone, a matplotlib figure."""
+    return draw([*_speed(rows), *_first(rows), *_shares(rows), *_memory(rows)])
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -32,6 +36,16 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
             lines = _lines(rows, here, "tokens_per_second")
             found.append(Panel("tokens of context", f"{what}, {batch}", lines, log=True, log_y=True))
     return found
+
+
+def _first(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Seconds of reading, of each batch."""
+    read = [row for row in rows if row["phase"] == "prefill"]
+    return [
+        Panel("tokens of context", f"seconds to the first token, {batch}",
+              _lines(rows, [row for row in read if _batch(row) == batch], "seconds"), log=True, log_y=True)
+        for batch in dict.fromkeys(_batch(row) for row in read)
+    ]  # fmt: skip
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:

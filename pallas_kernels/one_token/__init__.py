@@ -2,7 +2,7 @@
 """Kernels for the next token of each text on a Hopper GPU: products, and what stands between them.
 
 `why_not` says where they can serve, MOST_ROWS for how many rows layers take them. What they compute stands in modules
-that are imported where they are called, for Mosaic takes its time: `one_row`, `rows` (2 to 64), `mamba2_step`.
+that are imported where they are called, for Mosaic takes its time: `one_row`, `mamba2_step`.
 
 Axis letters: B batch, H heads, P head width, G state groups, N state size, W convolution window.
 """
@@ -40,16 +40,11 @@ def step_fits(width: int, n_state: int) -> bool:
 
 
 def products(name: str, parts: Sequence[jax.Array], weights: Sequence[jax.Array], *, eps: float = 0.0) -> list:
-    """v times each matrix [K, N], of up to 64 rows: [R, N], bfloat16 or float32.
+    """v times each matrix [K, N], of one row: [1, N], bfloat16 or float32.
 
-    name: what v is of parts, see `vectors.VECTORS`. parts: [R, ...]; of a norm's weights, the last, there is one for
-    all rows. Of a part that is longer than its vector, the rest is not read. eps: of the norm.
+    name: what v is of parts, see `vectors.VECTORS`. parts: [1, ...]; a norm's weights, the last, [K]. Of a part that is
+    longer than its vector, the rest is not read. eps: of the norm.
     """
-    from pallas_kernels.one_token import one_row, rows
-    from pallas_kernels.one_token.vectors import VECTORS
+    from pallas_kernels.one_token import one_row
 
-    n_rows, n_shared = parts[0].shape[0], len(parts) - VECTORS[name].n_rows
-    by_row, shared = parts[: len(parts) - n_shared], [part.reshape(-1) for part in parts[len(parts) - n_shared :]]
-    if n_rows == 1:
-        return [y[None] for y in one_row.products(name, [*(p.reshape(-1) for p in by_row), *shared], weights, eps=eps)]
-    return rows.products(name, [*(p.reshape(n_rows, -1) for p in by_row), *shared], weights, eps=eps)
+    return [y[None] for y in one_row.products(name, [part.reshape(-1) for part in parts], weights, eps=eps)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 MOST_ROWS = 1
-"""Up to which layers take the kernels: what was measured to be faster. Products serve 64, the step of Mamba-2 any."""
+"""Up to which layers take the kernels. For more rows XLA's products were faster; the step of Mamba-2 serves any."""
 OLDEST_JAX = (0, 11)
 TILE = 64
 """Columns of a product, and channels of a head, that a thread block has."""

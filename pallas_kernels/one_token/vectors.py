@@ -29,13 +29,7 @@ class Vector:
     make: Callable
     """(parts by the K of each vector, float32) -> v, alike."""
     root: Callable | None = None
-    """The same -> what is squared for the mean; None: no norm. The last vector is its weights, the same for all rows,
-    float32."""
-
-    @property
-    def n_rows(self) -> int:
-        """Vectors that differ by row: all but a norm's weights."""
-        return len(self.widths) - (self.root is not None)
+    """The same -> what is squared for the mean; None: no norm. The last vector is its weights, float32."""
 
 
 def _silu(x):
@@ -76,10 +70,10 @@ class Cut:
         """Thread blocks, by columns and shares."""
         return sum(self.columns) // TILE, self.shares
 
-    def out(self, *lead: int) -> list[jax.ShapeDtypeStruct]:
+    def out(self) -> list[jax.ShapeDtypeStruct]:
         """Sums: bfloat16, of shares float32."""
         shared, dtype = ((), jnp.bfloat16) if self.shares == 1 else ((self.shares,), F32)
-        return [jax.ShapeDtypeStruct((*shared, *lead, n), dtype) for n in self.columns]
+        return [jax.ShapeDtypeStruct((*shared, n), dtype) for n in self.columns]
 
     def in_own_matrix(self, block, work) -> None:
         """`work(matrix, first column)` of a thread block, at run time."""
@@ -93,10 +87,10 @@ class Cut:
             start += n // TILE
 
 
-def cut(name: str, weights: Sequence[jax.Array], eps: float, least: int = SHARE) -> Cut:
-    """For matrices [K, N]; least: inputs of a share."""
+def cut(name: str, weights: Sequence[jax.Array], eps: float) -> Cut:
+    """For matrices [K, N]."""
     n_inputs, columns = weights[0].shape[0], tuple(w.shape[1] for w in weights)
     blocks, shares = sum(columns) // TILE, 1
-    while blocks * shares < BLOCKS and n_inputs % (2 * shares * least) == 0:
+    while blocks * shares < BLOCKS and n_inputs % (2 * shares * SHARE) == 0:
         shares *= 2
     return Cut(VECTORS[name], n_inputs, columns, shares, eps)

@@ -293,7 +293,7 @@ def test_pages_and_tables_say_all_of_it():
     tables = bench_tables.tables(rows, ["mamba2-jax is not timed"])
     assert all(len(line) == len(table.head) for table in tables for line in table.rows)
     text = check_self_contained(as_html("Title", [bench_tables.as_dict(one) for one in rows], tables))
-    for words in ("1,234", "62.5%", "does not fit: needs 81.0 GiB", "float32", "3,000.0 GB/s", "noise", "1.50",
+    for words in ("1,234", "62.5%", "seconds to the first token, batch 4", "does not fit: needs 81.0 GiB", "float32", "3,000.0 GB/s", "noise", "1.50",
                   "Blakeman", "mamba2-jax is not timed", evil):  # fmt: skip
         assert words in text, words
 
@@ -438,6 +438,7 @@ MISTAKES = {
     "decode --config hybrid_tiny --context 128 --json b --html b": r"--json and --html \(b\) are one file: name two",
     "decode --config hybrid_tiny --context 128 --quantize.weights=int8": "--quantize.weights is no option of bench",
     "decode --config hybrid_tiny --context 128 --mesh.tensor=2": "--mesh.tensor is no option of bench: .* model.KEY",
+    "decode --config hybrid_tiny --context 128 --figure a.gif": r"--figure \(a.gif\) must end in .png or .svg",
     "train --config hybrid_tiny --context 128": "invalid choice: 'train'",
 }
 
@@ -451,7 +452,8 @@ def test_mistakes_are_one_line(words, capsys):
 
 def test_the_command(capsys, tmp_path):
     """Twice: the second time nothing is measured."""
-    files = ["--json", str(tmp_path / "bench.json"), "--html", str(tmp_path / "bench.html")]
+    files = [w for kind in ("json", "html") for w in (f"--{kind}", str(tmp_path / f"bench.{kind}"))]
+    files += ["--figure", str(tmp_path / "bench.svg")]
     words = ["bench", "decode", "--config", "hybrid_tiny", "--context", "48", "--batch", "2", "--tokens", "8",
              "--rounds", "2", *TINY]  # fmt: skip
     assert main([*words, *files]) == 0
@@ -462,6 +464,7 @@ def test_the_command(capsys, tmp_path):
     assert found["types"]["recurrent states"] == "float32" and found["rounds"] == 2
     assert "hybrid_tiny" in shown.out and "context 48" in shown.err
     assert "hybrid_tiny" in check_self_contained((tmp_path / "bench.html").read_text())
+    assert "share of the bound, batch 2" in (tmp_path / "bench.svg").read_text()
     assert main([*words, *files]) == 0
     assert "known" in capsys.readouterr().err
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == [found]

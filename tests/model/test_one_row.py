@@ -32,15 +32,15 @@ BLOCKS = {
 @contextlib.contextmanager
 def interpreted():
     """Where kernels serve, interpreted; gives the names of those that ran."""
-    from pallas_kernels.one_token import mamba2_step, one_row, rows
+    from pallas_kernels.one_token import mamba2_step, one_row
 
     names = []
+    jax.clear_caches()  # what an earlier test traced would not be named again
     with contextlib.ExitStack() as stack:
         stack.enter_context(mosaic_interpreted())
         serves = lambda dtype: None if dtype == "bfloat16" else "of another type"
         stack.enter_context(mock.patch.object(one_token, "why_not", serves))
-        stack.enter_context(mock.patch.object(one_token, "MOST_ROWS", 64))
-        for module in (mamba2_step, one_row, rows):
+        for module in (mamba2_step, one_row):
             named = module.named_body
             noted = lambda name, *rest, named=named: (names.append(name), named(name, *rest))[1]
             stack.enter_context(mock.patch.object(module, "named_body", noted))
@@ -71,10 +71,9 @@ def steps(pattern: str, batch: int, n: int = 2, **options) -> list[np.ndarray]:
     ("pattern", "batch", "kernels"),
     [
         ("-", 1, {"normed", "silu"}),
-        ("-", 3, {"normed", "silu"}),
+        ("-", 3, set()),
         pytest.param("M*w", 1, {"normed", "gated_norm", "mamba2_step", "plain"}, marks=pytest.mark.slow),
         pytest.param("m-", 1, {"normed", "norm_gate", "mamba2_step", "silu"}, marks=pytest.mark.slow),
-        pytest.param("M*", 3, {"normed", "gated_norm", "mamba2_step", "plain"}, marks=pytest.mark.slow),
     ],
 )
 def test_steps(pattern, batch, kernels):
@@ -83,8 +82,7 @@ def test_steps(pattern, batch, kernels):
     plain = steps(pattern, batch, compute_dtype="bfloat16", residual_multiplier=0.5)
     with interpreted() as names:
         fused = steps(pattern, batch, compute_dtype="bfloat16", residual_multiplier=0.5)
-    of_rows = "one_row" if batch == 1 else "rows"
-    assert set(names) == {name if name == "mamba2_step" else f"{of_rows}_{name}" for name in kernels}
+    assert set(names) == {name if name == "mamba2_step" else f"one_row_{name}" for name in kernels}
     for i, (actual, beside, expected) in enumerate(zip(fused, plain, exact, strict=True)):
         assert actual.shape == expected.shape
         error, usual = relative_rms(actual, expected), relative_rms(beside, expected)

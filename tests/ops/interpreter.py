@@ -88,8 +88,7 @@ def _on_gpu(op: str | None, multiprocessors: int):
 def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     if op is None:
-        one, rows = (importlib.import_module(f"pallas_kernels.one_token.{name}") for name in ("one_row", "rows"))
-        return [(one, {"loop_with": _loop_with}), (rows, {"carry_with": _carry_with, "MULTIPLE": rows.TILE})]
+        return [(importlib.import_module("pallas_kernels.one_token.one_row"), {"loop_with": _loop_with})]
     if op == "gated_delta_product":
         op = "gated_delta_rule"  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
@@ -314,15 +313,3 @@ def _loop_with(accumulator, count, step) -> None:
         return own.value
 
     accumulator.value = lax.fori_loop(0, count, carried, accumulator.value)
-
-
-def _carry_with(accumulator, count, step, carried):
-    """`pallas_kernels.mosaic_gpu.carry_with`, likewise."""
-
-    def both(i, state):
-        own = _Accumulator(accumulator.shape, accumulator.dtype, state[0])
-        carried = step(i, own, state[1])
-        return own.value, carried
-
-    accumulator.value, carried = lax.fori_loop(0, count, both, (accumulator.value, carried))
-    return carried
