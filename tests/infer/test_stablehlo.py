@@ -170,8 +170,12 @@ def test_what_is_said_of_rows(batch, rows, texts, manifest, capsys):
     command._say(Path("out"), manifest | {"batch": batch})
     said = capsys.readouterr().out
     assert f", {rows} of up to 80 tokens" in said and said.endswith(f"next: python out/run.py {texts}\n")
-    command._say(storage.as_path("s3://bucket/out"), manifest | {"batch": batch})
-    assert capsys.readouterr().out.endswith(f"next, in a copy of the folder: python run.py {texts}\n")
+
+
+def test_what_is_said_of_a_bucket(manifest, capsys):
+    pytest.importorskip("s3fs")
+    command._say(storage.as_path("s3://bucket/out"), manifest | {"batch": None})
+    assert capsys.readouterr().out.endswith("next, in a copy of the folder: python run.py TEXT\n")
 
 
 def test_the_page_shows_the_program(folder):
