@@ -4,12 +4,20 @@
 Importing it imports `pallas_kernels`, with that package's effects on the process and the switch that turns them off.
 """
 
+import os
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to compute with on CPU
+from hybridlm.errors import importing
 from hybridlm.lazy import exporter
 from hybridlm.moved import MOVED
-from pallas_kernels.moved import MovedModules
+
+_IS_COMMAND = os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") in ("hybridlm", "-m")
+"""`-m` stands there while `python -m hybridlm` looks for what it runs."""
+with importing() if _IS_COMMAND else nullcontext():
+    import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to compute with on CPU
+    from pallas_kernels.moved import MovedModules
 
 if TYPE_CHECKING:  # of the names below, what they are
     from hybridlm.config import Config as Config

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can mend: one line each, naming what, its value and the limit; and the exit codes of commands."""
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -33,6 +36,27 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within, Ctrl-C ends the process with one line and the code of an interrupt: for the seconds in which a command
+    imports, where KeyboardInterrupt is a long traceback, or is lost in a module that catches everything. Changes
+    nothing where Ctrl-C does something else already, nor outside of the main thread."""
+    as_usual = signal.getsignal(signal.SIGINT)
+    if as_usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_) -> None:
+        print_line("error: interrupted")
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, as_usual)
 
 
 def cut(text: str, most: int) -> str:

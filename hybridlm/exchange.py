@@ -23,7 +23,8 @@ def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], out
     """`fn(*arrays)`, run by every device on its shards, which fn exchanges itself: by `gather`, `scatter` and `add`.
 
     axes: the logical axes of each array; outs: (logical axes, shape) of the result, or a list of those. Dims that do
-    not divide are whole on every device, as with `constrain`. Without a mesh: `fn(*arrays)`.
+    not divide are whole on every device, as with `constrain`. In the place of a logical axis may stand the mesh axes
+    that split a dim. Without a mesh: `fn(*arrays)`.
     """
     if not sharding.is_split():
         return fn(*arrays)
@@ -157,5 +158,8 @@ def _stages(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
     return [across, along]
 
 
-def _spec(axes: Sequence[str | None], shape: Sequence[int]) -> P:
-    return P(*(split_axes(name, size) or None for name, size in zip(axes, shape, strict=True)))
+def _spec(axes: Sequence[str | tuple[str, ...] | None], shape: Sequence[int]) -> P:
+    split = (
+        name if isinstance(name, tuple) else split_axes(name, size) for name, size in zip(axes, shape, strict=True)
+    )
+    return P(*(of_dim or None for of_dim in split))

@@ -13,9 +13,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.segments import document_numbers, last_real_ids
 from pallas_kernels.varying import vary_alike
+
+SENT = "context_sent"
+"""Name, for policies of `jax.checkpoint`, of what devices tell each other and what they are told: few numbers beside
+tokens, and where they are kept the backward neither makes nor exchanges them again."""
 
 
 class Documents(typing.NamedTuple):
@@ -83,6 +88,11 @@ def before(joined: Callable, start, own, context_axis: str):
     return _select(index == 0, start, total)
 
 
+def sent(tree):
+    """The tree, its arrays under the name SENT."""
+    return jax.tree.map(lambda array: checkpoint_name(array, SENT), tree)
+
+
 def in_order(run: Callable, start, own: Documents | None, context_axis: str):
     """The state that enters this device's tokens, where no map stands for them: the devices take turns.
 
@@ -111,7 +121,7 @@ def from_last(array: jax.Array, context_axis: str) -> jax.Array:
 def _shift(tree, distance: int, first: int, n: int, context_axis: str):
     """From each device, beginning with `first`, to the one `distance` behind it."""
     pairs = [(i, i + distance) for i in range(first, n - distance)]
-    return jax.tree.map(lambda array: jax.lax.ppermute(array, context_axis, pairs), tree)
+    return sent(jax.tree.map(lambda array: jax.lax.ppermute(array, context_axis, pairs), tree))
 
 
 def _select(which, these, others):
@@ -148,7 +158,7 @@ def scan_from_entering(scan: Callable, args: tuple, own: StateMap | LinearMap, *
 
     options["initial_state"] (or None) and the final state that is returned are those of the whole rows.
     """
-    initial = options["initial_state"]
+    own, initial = sent(own), options["initial_state"]
     initial = jnp.zeros_like(own.state) if initial is None else initial.astype(own.state.dtype)
     start = own._replace(decay=jnp.zeros_like(own.decay), state=initial, documents=nothing(own.documents))
     entering = before(_join_maps, start, own, context_axis)

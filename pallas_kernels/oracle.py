@@ -4,7 +4,8 @@
 Used by the tests and by `python -m pallas_kernels.bench OP --check`. Works on the inputs that the ops' cases.py make.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -51,23 +52,35 @@ def make_weights(shapes, seed: int = 11) -> list[np.ndarray]:
 
 def evaluate(op: str, inputs: dict, *, weights=None, compiler_options=None, **settings) -> dict[str, np.ndarray]:
     """Outputs and gradients of sum(output * weight) by name (out0, out1, d<input>), widened to float64 arrays."""
-    arrays, fixed = split(op, inputs)
+    return _named(_program(op, settings, compiler_options), op, inputs, weights, settings)
 
-    def outputs(arrays):
-        return call(op, {**arrays, **fixed}, **settings)
 
-    if weights is None:
-        weights = make_weights([out.shape for out in jax.eval_shape(outputs, arrays)])
+def _program(op: str, settings: Mapping, compiler_options):
+    """((loss, outputs), gradients by name) of arrays, integers and loss weights."""
 
-    def loss(arrays):
-        out = outputs(arrays)
+    def loss(arrays, fixed, weights):
+        out = call(op, {**arrays, **fixed}, **settings)
         parts = [
             jnp.vdot(o.astype(jnp.promote_types(o.dtype, jnp.float32)), w) for o, w in zip(out, weights, strict=True)
         ]
         return sum(parts), out
 
-    function = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compiler_options)
-    (_, out), grads = function(arrays)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compiler_options)
+
+
+@functools.cache
+def _reference(op: str, settings: tuple, compiler_options: tuple):
+    """`_program` of the reference, which is asked of the same shapes again and again."""
+    return _program(op, {**dict(settings), "implementation": "reference"}, dict(compiler_options) or None)
+
+
+def _named(program: Callable, op: str, inputs: dict, weights, settings: Mapping) -> dict[str, np.ndarray]:
+    """What a program gives of inputs, by name, in float64."""
+    arrays, fixed = split(op, inputs)
+    if weights is None:
+        outputs = jax.eval_shape(lambda arrays: call(op, {**arrays, **fixed}, **settings), arrays)
+        weights = make_weights([out.shape for out in outputs])
+    (_, out), grads = program(arrays, fixed, list(weights))
     named = {f"out{i}": o for i, o in enumerate(out)} | {f"d{name}": grad for name, grad in grads.items()}
     return {name: np.asarray(array, np.float64) for name, array in named.items()}
 
@@ -75,14 +88,13 @@ def evaluate(op: str, inputs: dict, *, weights=None, compiler_options=None, **se
 def oracle(op: str, inputs: dict, *, weights=None, compiler_options=None, **settings) -> dict[str, np.ndarray]:
     """`evaluate` of the reference in float64 on the CPU, on the very numbers of `inputs`."""
     settings = {k: v for k, v in settings.items() if k not in ("implementation", "chunk", "function")}
+    program = _reference(op, tuple(sorted(settings.items())), tuple(sorted((compiler_options or {}).items())))
     with enable_x64(), jax.default_device(jax.devices("cpu")[0]):
         wide = {
             name: array if array is None or name in OPS[op].integers else np.asarray(array).astype(np.float64)
             for name, array in inputs.items()
         }
-        return evaluate(
-            op, wide, weights=weights, compiler_options=compiler_options, implementation="reference", **settings
-        )
+        return _named(program, op, wide, weights, {**settings, "implementation": "reference"})
 
 
 def compare(op: str, inputs: dict, *, dtype, compiler_options=None, **settings) -> dict[str, tuple[float, float]]:

@@ -16,10 +16,9 @@ from pathlib import Path
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.words import split_overrides
-from hybridlm.errors import ConfigError, require
+from hybridlm.errors import ConfigError, importing, require
 
 STAGES = ("counted", "lowered", "compiled")
-MOST_CPUS = 1024
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -35,12 +34,12 @@ def run(words: list[str], prog: str) -> int:
     require(args.price is None or 0 < args.price < math.inf, f"--price ({args.price}) must be a positive number")
     require(args.price is None or tokens is not None, "--price is of a whole training: give its --tokens, too, as 1T")
     topology = args.topology or _pod_of(args.config)
-    _be_alone(topology)
-
-    from hybridlm.config.find import load_config
-    from hybridlm.plan.plan import Plan
-    from hybridlm.plan.slices import read_devices
-    from hybridlm.plan.tables import show
+    with importing():
+        _be_alone(topology)
+        from hybridlm.config.find import load_config
+        from hybridlm.plan.plan import Plan
+        from hybridlm.plan.slices import read_devices
+        from hybridlm.plan.tables import show
 
     devices = read_devices(topology)
     plan = Plan(args.config, load_config(args.config, overrides), devices, tokens, args.price)
@@ -190,6 +189,8 @@ def _be_alone(topology: str) -> None:
     ):
         os.environ.setdefault(name, value)
     import jax
+
+    from hybridlm.plan.slices import MOST_CPUS
 
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")

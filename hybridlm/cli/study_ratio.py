@@ -2,6 +2,7 @@
 """`hybridlm study ratio`: a grid of tiny models trained on a task, side by side, and what they recall at what cost."""
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -48,7 +49,7 @@ def run(words: list[str], prog: str) -> int:
     if args.dry_run:
         print(_listed(study, found))
         return 0
-    bundles = [kind[i : i + args.together] for kind in alike(todo) for i in range(0, len(kind), args.together)]
+    bundles = _in_order(alike(todo), args.together)
     n = min(at_once() if args.parallel is None else args.parallel, max(len(bundles), 1))
     code = _train(study, bundles, slots(n), len(found)) if todo else Exit.COMPLETE
     results = [one for member in found if (one := result(study, member)) is not None]
@@ -170,6 +171,13 @@ def _points(args: argparse.Namespace) -> list:
             "arrangement": args.arrangement, "state": args.state, "mixer": args.mixers, "rate": args.rates,
         }
     )  # fmt: skip
+
+
+def _in_order(kinds: Sequence[Sequence], together: int) -> list[Sequence]:
+    """What is trained one after the other, up to `together` models of a kind by one program: the first of each kind,
+    then the second of each, ..., so that what stands side by side compiles nothing twice."""
+    of_kinds = [[kind[i : i + together] for i in range(0, len(kind), together)] for kind in kinds]
+    return [bundle for turn in itertools.zip_longest(*of_kinds) for bundle in turn if bundle is not None]
 
 
 def _listed(study, found: Sequence) -> str:

@@ -17,7 +17,7 @@ FREE = {
     "its name and its folder": ("name", "run.dir"),
     "where its first parameters came from": ("init",),
     "how devices share the work": ("mesh", "cluster", "optim.gather_once", "optim.offload"),
-    "what the backward recomputes": ("model.remat",),
+    "what the backward recomputes": ("model.remat", "model.remat_span"),
     "how the program is written": ("model.unroll",),
     "how text is read": ("data.workers", "data.prefetch", "data.cache_dir"),
     "how long it is": ("run.steps",),
@@ -30,7 +30,9 @@ FREE = {
     "what it is probed with, and when": ("probe",),
     "how fast it learns": ("optim.lr", "optim.schedule", "optim.warmup_steps"),
     "what holds it back": ("optim.weight_decay", "optim.clip_norm", "optim.z_loss"),
-    "what its matrices are rounded to": ("quantize.weights", "quantize.activations", "quantize.keep"),
+    "what its matrices are rounded to": (
+        "quantize.weights", "quantize.activations", "quantize.products", "quantize.keep",
+    ),
     "what it reads": ("data.path", "data.format", "data.weights", "data.epochs", "data.text_key"),
     "how much it reads a step": ("data.seq_len", "data.batch_size", "data.packing", "optim.accumulate"),
     "when it goes back, or gives up": (

@@ -4,7 +4,8 @@
 What is rounded to what is qwix's (`qwix.quantize`), and so are products of int8 with int8 (`qwix.dot_general`,
 `qwix.einsum`). A product with activations that stay in float has the scale behind it, y = (x q) * scale: q is exact in
 bfloat16, and a compiler converts it on its way into the product, so that no copy of the matrix is made. (qwix scales
-such a matrix first, which rounds it once more and needs the whole.)
+such a matrix first, which rounds it once more and needs the whole.) `fp8_product` is a product of training, in fp8
+forward and backward, of a matrix that stays what it is.
 
 A scale has the axes of its matrix, of size 1 where the product contracts them: matrices of several axes, fused ones and
 those stacked over depths have one for each of their outputs.
@@ -77,10 +78,12 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rounding:
-    """A matrix in float whose product rounds its other side, as training does that has a quantised model as its end."""
+    """A matrix in float whose product rounds its other side, as training does that has a quantised model as its end; or
+    whose product is taken in fp8, if activations is that."""
 
     value: jax.Array
     activations: str = field(default="int8", metadata={"static": True})
+    """int8 or fp8."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +140,10 @@ def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
 
 def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
     """x [..., *inputs] times a matrix [*inputs, *outputs] of n inputs: [..., *outputs] in the type of x."""
+    if isinstance(matrix, Rounding) and matrix.activations == "fp8":
+        inputs = math.prod(matrix.shape[:n])
+        y_MN = fp8_product(x.reshape(-1, inputs), matrix.value.reshape(inputs, -1))
+        return y_MN.reshape(*x.shape[: x.ndim - n], *matrix.shape[n:])
     if isinstance(matrix, Rounding):
         return jnp.tensordot(_activations(x, range(x.ndim - n, x.ndim)), matrix.value, n)
     if not isinstance(matrix, Quantized):
@@ -165,7 +172,8 @@ def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.A
     of_x, of_matrix, out = spec.replace("->", ",").split(",")
     summed = [axis for axis, letter in enumerate(of_x) if letter not in out]
     if isinstance(matrix, Rounding):
-        return jnp.einsum(spec, _activations(x, summed), matrix.value, preferred_element_type=preferred)
+        x = x if matrix.activations == "fp8" else _activations(x, summed)
+        return jnp.einsum(spec, x, matrix.value, preferred_element_type=preferred)
     dtype = x.dtype if preferred is None else preferred
     if matrix.activations is not None:
         return library().einsum(spec, _integers(x, summed), _array(matrix)).astype(dtype)
@@ -178,7 +186,41 @@ def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.A
 
 def rounded_rows(rows_RD: jax.Array, matrix: Any) -> jax.Array:
     """Rows as a product rounds them that takes floats alone."""
-    return rows_RD if getattr(matrix, "activations", None) is None else _activations(rows_RD, (1,))
+    return _activations(rows_RD, (1,)) if getattr(matrix, "activations", None) == "int8" else rows_RD
+
+
+@jax.custom_vjp
+def fp8_product(x_MK: jax.Array, w_KN: jax.Array) -> jax.Array:
+    """x w [M, N] in the type of x, of what both are in fp8 (e4m3), and so its gradients, of what reaches it in e5m2
+    (Micikevicius et al. 2022, "FP8 formats for deep learning"): each array has one scale, by its largest number.
+
+    ConfigError where qwix is not installed.
+    """
+    return _fp8_dot(_fp8(x_MK), _fp8(w_KN), (1, 0), x_MK.dtype)
+
+
+def _fp8_forward(x_MK, w_KN):
+    return fp8_product(x_MK, w_KN), (x_MK, w_KN)
+
+
+def _fp8_backward(saved, dy_MN):
+    x_MK, w_KN = saved
+    dy = _fp8(dy_MN, jnp.float8_e5m2)
+    return _fp8_dot(dy, _fp8(w_KN), (1, 1), x_MK.dtype), _fp8_dot(_fp8(x_MK), dy, (0, 0), w_KN.dtype)
+
+
+fp8_product.defvjp(_fp8_forward, _fp8_backward)
+
+
+def _fp8(array: jax.Array, dtype: Any = TYPES["fp8"]) -> Any:
+    """Of qwix, with one scale."""
+    return library().quantize(array, dtype, channelwise_axes=())
+
+
+def _fp8_dot(left: Any, right: Any, summed: tuple[int, int], dtype: Any) -> jax.Array:
+    """The product of two of them over an axis of each, in a float type."""
+    axes = ((summed[:1], summed[1:]), ((), ()))
+    return library().dot_general(left, right, axes).astype(dtype)
 
 
 def _plain(x: jax.Array, matrix: jax.Array, n: int, preferred: Any = None) -> jax.Array:

@@ -72,6 +72,10 @@ class ModelConfig:
     out of stacks, for more to compile. None: in training on a GPU all (`train.layout`), elsewhere none."""
     remat: str = "none"
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
+    remat_span: int = 1
+    """Of so many sublayers in a row the backward keeps the first one's input alone, and computes the others' and what
+    `remat` keeps again, one such row after the other: for long rows of text. 1: every sublayer's input is kept. Loops
+    over depth are written out for it (`unroll`)."""
 
     def __post_init__(self):
         check_fields(self, "model.")
@@ -79,6 +83,7 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
         require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")
+        require(self.remat_span > 0, f"model.remat_span ({self.remat_span}) must be positive")
         for name in ("embedding_multiplier", "logit_multiplier"):
             require(getattr(self, name) != 0, f"model.{name} (0) must not be 0: nothing would depend on the text")
         n = len(self.pattern)
@@ -188,6 +193,9 @@ class QuantizeConfig:
     steps compute with the rounded ones and their gradient changes those in float32."""
     activations: Literal["int8"] | None = None
     """What is multiplied with them is rounded to int8, with a scale for each token; None: it is not."""
+    products: Literal["fp8"] | None = None
+    """In training products with matrices are taken in fp8, forward (e4m3) and backward (e5m2), with a scale for each
+    array; the matrices stay what they are. None: in model.compute_dtype."""
     keep: tuple[str, ...] = ()
     """Matrices that stay as they are: patterns of names as mixer.in_dt, or of the last part alone (in_*)."""
     stored: bool = False
@@ -205,6 +213,11 @@ class QuantizeConfig:
             self.activations is None or self.weights == "int8",
             f"quantize.activations ({self.activations}) needs quantize.weights=int8, not {self.weights}: integers are "
             "multiplied with integers",
+        )
+        require(
+            self.products is None or self.weights is None,
+            f"quantize.products ({self.products}) and quantize.weights ({self.weights}) exclude each other: the first "
+            "is how products are taken in training, the second what a model is trained to be rounded to",
         )
 
     @property

@@ -8,7 +8,7 @@ and the backward is written out: it adds each depth's gradient straight to the s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from hybridlm.layers.block import Tokens
-from hybridlm.model.pattern import Loop, Spot
+from hybridlm.model.pattern import Loop, Spot, spans
 
 
 class Low(NamedTuple):
@@ -123,6 +123,36 @@ def run(
     through.defvjp(forward, backward)
     values = None if low is None else list(low.values)
     return through(list(weights), values, None if sums is None else list(sums), x_BTD, consts.floats, consts.ints)
+
+
+def run_in_spans(
+    program: Sequence[Loop], length: int, calls: Sequence[Call], weights: Sequence, x_BTD, shared: dict[str, Any],
+    tokens: Tokens, sums: Sequence | None = None, low: Low | None = None,
+) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
+    """`run`, of which the backward keeps the stream before each run of `length` sublayers alone (see `pattern.spans`)
+    and computes one run after the other again, with what its sublayers keep."""
+    stats: list = []
+    for part in spans(program, length):
+        numbers = [spot.number for loop in part for spot in loop.spots()]
+        own = [_numbered(loop, {number: i for i, number in enumerate(numbers)}) for loop in part]
+        pull = None if low is None else (lambda i, *grads, numbers=numbers: low.pull(numbers[i], *grads))
+
+        def span(weights, x_BTD, shared, tokens, sums, values, own=own, numbers=numbers, pull=pull):
+            of_span = None if pull is None else Low(values, pull)
+            return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span)
+
+        mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, low and low.values)]
+        again = jax.checkpoint(span, policy=jax.checkpoint_policies.nothing_saveable)
+        x_BTD, of_span = again(mine[0], x_BTD, shared, tokens, mine[1], mine[2])
+        stats += of_span
+    return x_BTD, stats
+
+
+def _numbered(part: Loop | Spot, numbers: dict[int, int]):
+    """The part, its spots with other numbers."""
+    if isinstance(part, Spot):
+        return replace(part, number=numbers[part.number])
+    return replace(part, parts=tuple(_numbered(inside, numbers) for inside in part.parts))
 
 
 def _kind(spot: Spot, calls: Sequence[Call]) -> tuple:

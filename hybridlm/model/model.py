@@ -267,7 +267,10 @@ class HybridLM(nnx.Module):
         shared = {symbol: nnx.state(module) for symbol, module in self.shared.items()}
         if sums is not None:
             sums = [jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(sums[n])) for n, w in enumerate(weights)]
-        x, stats = depth.run(self._loops, calls, weights, self._stream(x_BTD), shared, tokens, sums, low)
+        span = self.config.remat_span
+        run = depth.run if span == 1 else partial(depth.run_in_spans, length=span)
+        args = {"calls": calls, "weights": weights, "x_BTD": self._stream(x_BTD), "shared": shared, "tokens": tokens}
+        x, stats = run(self._loops, **args, sums=sums, low=low)
         return _residual(x), stats
 
     def _extend(self, x_BTD, caches: list, length_B, real_BT, tokens: Tokens):

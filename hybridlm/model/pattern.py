@@ -5,7 +5,7 @@ Groups say where parameters are stored: a stored run's parameters depend on `gro
 model is run, and may be cut otherwise: a unit may itself hold runs, so fewer sublayers are compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, groupby
@@ -120,6 +120,20 @@ def loops(pattern: str, unroll: int = 1) -> tuple[Loop, ...]:
         program.append(_placed(inside, repeats, [start], numbers))
         start += repeats * _length(inside)
     return tuple(program)
+
+
+def spans(program: Sequence[Loop], length: int) -> list[tuple[Loop, ...]]:
+    """The program cut into runs of at least `length` sublayers, the last perhaps of fewer; loops of more than one
+    repeat are not cut."""
+    made: list[list[Loop | Spot]] = [[]]
+    room = length
+    for part in (part for loop in program for part in (loop.parts if loop.repeats == 1 else [loop])):
+        if room <= 0:
+            made.append([])
+            room = length
+        made[-1].append(part)
+        room -= 1 if isinstance(part, Spot) else sum(len(spot.depths) for spot in part.spots())
+    return [(Loop(tuple(parts), 1),) for parts in made]
 
 
 def spots(pattern: str, unroll: int = 1) -> list[Spot]:

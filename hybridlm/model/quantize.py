@@ -134,7 +134,7 @@ def check_trained(config: ModelConfig, quantize: QuantizeConfig) -> None:
         not quantize.stored,
         "quantize.stored (True) is of a model whose parameters are quantised: train the run that they were made of",
     )
-    if quantize.on:
+    if quantize.on or quantize.products:
         chosen(quantize, init.abstract(config).info)
 
 
@@ -153,9 +153,9 @@ def round_matrices(params: dict, config: ModelConfig, quantize: QuantizeConfig) 
 
 
 def stacked_graphdef(config: ModelConfig, quantize: QuantizeConfig) -> nnx.GraphDef:
-    """That of the stacked model, whose products round activations where they are to."""
-    of = stacked(config)
-    return marked(of, chosen(quantize, of.info), quantize.activations) if quantize.activations else of.graphdef
+    """That of the stacked model, whose products round activations, or are taken in fp8, where they are to."""
+    of, how = stacked(config), quantize.activations or quantize.products
+    return marked(of, chosen(quantize, of.info), how) if how else of.graphdef
 
 
 def marked(of: Abstract, matrices: dict[tuple, ParamInfo], activations: str) -> nnx.GraphDef:

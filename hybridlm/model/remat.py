@@ -8,6 +8,8 @@ mixer    everything inside sequence mixers, of which only the input is kept; fee
 kernels  everything but what matrix products, scans and attention give: nothing that is slow to make again.
 a,b,...  everything but a sublayer's input and the intermediates with these names, see `kept`; `kernels` among them
          stands for what that policy keeps.
+
+Beside these, all keep what devices that share a row have told each other (`pallas_kernels.context.SENT`): it is small.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +19,7 @@ import jax
 from hybridlm.errors import ConfigError, cut
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.block import Block, Kept, walk
+from pallas_kernels.context import SENT
 
 POLICIES = ("none", "full", "dots", "mixer", "kernels")
 OF_SUBLAYER = {"sublayer_norm": Kept("normed input of a sublayer")}
@@ -47,13 +50,14 @@ def wrap(function: Callable, remat: str, block: Block, *, in_loop: bool) -> Call
         return function
     policies = jax.checkpoint_policies
     if remat in ("full", "mixer"):
-        policy = policies.nothing_saveable
+        policy = policies.save_only_these_names(SENT)
     elif remat == "dots":
-        policy = policies.dots_with_no_batch_dims_saveable
+        dots = policies.dots_with_no_batch_dims_saveable
+        policy = policies.save_from_both_policies(dots, policies.save_only_these_names(SENT))
     else:
         names = [name.strip() for name in remat.split(",")]
         names += _of_kernels(kept([block])) if "kernels" in names else []
-        policy = policies.save_only_these_names(*names)
+        policy = policies.save_only_these_names(*names, SENT)
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
 
 

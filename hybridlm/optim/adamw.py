@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import optax
 
 from hybridlm.errors import require
@@ -24,6 +25,16 @@ class AdamW:
         check_fields(self)
         require(all(0 <= beta < 1 for beta in self.betas), f"betas ({self.betas}) must be in [0, 1)")
         require(self.eps > 0, f"eps ({self.eps}) must be positive")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether finite gradients cannot give updates that are not finite (see `optim.rules.is_bounded`).
+
+        The first moment is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) times the root of the second, by Cauchy
+        and Schwarz, if b1^2 < b2: in float32, in which both are.
+        """
+        first, second, eps = np.float32(self.betas[0]), np.float32(self.betas[1]), np.float32(self.eps)
+        return bool(first * first < second < 1 and eps > 0)
 
     def transform(
         self, rate: Callable[[float], optax.Schedule], lr: float, weight_decay: float, info

@@ -29,5 +29,11 @@ class UpdateRule(Protocol):
         ...
 
 
+def is_bounded(rule: UpdateRule) -> bool:
+    """Whether finite gradients cannot give updates that are not finite, at a learning rate whose square is: a rule says
+    so by a property `bounded`. Then a step need not look at its updates before it applies them."""
+    return bool(getattr(rule, "bounded", False))
+
+
 Rule = AdamW | Muon
 RULES: tuple[type[Rule], ...] = get_args(Rule)

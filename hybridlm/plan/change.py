@@ -55,6 +55,8 @@ def activations(config: Config, counted: Counted, devices: Devices, remat: str) 
     sublayers, and what the policy keeps beside them, as if all of it were split like the residual stream."""
     seq_len = config.data.seq_len
     of_row = kept(replace(config.model, remat=remat), seq_len, devices.chip)
+    depth, span = counted.depth, config.model.remat_span
+    of_row = of_row if span == 1 else of_row * min(span, depth) // depth  # of one span at a time
     return counted.inputs + of_row * counted.tokens_of_device // seq_len
 
 

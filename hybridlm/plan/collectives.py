@@ -112,8 +112,11 @@ def _of_jaxpr(jaxpr, runs: int, sizes: dict[str, int]) -> Iterator[Collective]:
 
 def equations(jaxpr, runs: int, sizes: dict[str, int], scope: str = "") -> Iterator[tuple]:
     """(equation, times it runs, sizes of the mesh axes whose shards it works on, the named scopes that it stands in) of
-    a program and those inside, kernels aside."""
+    a program and those inside, kernels aside. Kernels whose results nothing reads are left out, as XLA leaves them out:
+    JAX keeps them where what is recomputed was kept."""
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name in KERNEL_PRIMITIVES and not eqn.effects and not _is_read(eqn, jaxpr):
+            continue
         stands_in = f"{scope}/{eqn.source_info.name_stack}"
         yield eqn, runs, sizes, stands_in
         name = eqn.primitive.name
@@ -129,6 +132,12 @@ def equations(jaxpr, runs: int, sizes: dict[str, int], scope: str = "") -> Itera
             inner = [max(inner, key=functools.partial(cost, here=here))]
         for jaxpr_inside in inner:
             yield from equations(jaxpr_inside, times, here, stands_in)
+
+
+def _is_read(eqn, jaxpr) -> bool:
+    made = set(map(id, eqn.outvars))
+    readers = (jaxpr.outvars, *(other.invars for other in jaxpr.eqns))
+    return not eqn.outvars or any(id(var) in made for read in readers for var in read)
 
 
 def parts(whole: Sequence[int], part: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from hybridlm.errors import ConfigError
 from hybridlm.plan import collectives, hlo
 from hybridlm.plan.collectives import Collective, Totals
 from hybridlm.plan.hlo import Large
@@ -82,13 +83,18 @@ def _words(number: str, unit: str) -> str:
 
 
 def compile(lowered: jax.stages.Lowered, backend: str) -> Compiled:
-    """Minutes for large models. DoesNotFit where the compiler says so, as those of TPUs do."""
+    """Minutes for large models. DoesNotFit where a TPU's compiler says so, ConfigError where XLA has no way."""
     began, cpu = time.perf_counter(), time.process_time()
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
             raise DoesNotFit(str(error)) from error
+        if found := re.search(r"No supported config found for HLO: (\S+) = (\S+)", str(error)):
+            raise ConfigError(
+                f"topology: XLA's compiler finds no way to compute {found[1]} ({found[2]}) without a card; "
+                "ask for --stage lowered, or plan where such a card is"
+            ) from error
         raise
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return read(program, backend, seconds, cpu_seconds)

@@ -9,6 +9,7 @@ import jax
 
 from hybridlm.config import Config
 from hybridlm.config.mesh import check_config, repeated
+from hybridlm.model.config import ModelConfig
 from hybridlm.model.flops import train_flops
 from hybridlm.model.pattern import spots
 from hybridlm.plan.costs import WIDTH
@@ -64,7 +65,8 @@ class Counted:
     """Bytes of the gradients of all parameters, or of the adapters, before the update: float32 sums with microbatches,
     else in the type of activations."""
     inputs: int
-    """Bytes of the inputs of all sublayers of a microbatch: what every remat policy keeps at least."""
+    """Bytes of the inputs of sublayers of a microbatch that every remat policy keeps at once: of all, or with
+    `model.remat_span` of the first of each span and of one span's others."""
     memory: int | None
     """Bytes that the device has; None: not known."""
 
@@ -111,9 +113,15 @@ def count(config: Config, devices: Devices) -> Counted:
         compiled=len(spots(model.pattern, model.unroll)),
         model_flops=train_flops(model, data.seq_len) * data.batch_size * data.seq_len / mesh.size,
         gradients=local * (4 if config.optim.accumulate > 1 else width),
-        inputs=len(model.pattern) * stream * model.d_model * width,
+        inputs=inputs_at_once(model) * stream * model.d_model * width,
         memory=None if peak is None or peak.gib is None else int(peak.gib * 2**30),
     )
+
+
+def inputs_at_once(model: ModelConfig) -> int:
+    """Sublayers whose inputs live at the same time in the backward."""
+    depth, span = len(model.pattern), model.remat_span
+    return depth if span == 1 else min(depth, -(-depth // span) + span - 1)
 
 
 def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -189,8 +189,10 @@ def _collectives(program: Program, name: str) -> Iterator[Collective]:
         kind = instruction.op.removesuffix("-start")
         if kind not in KINDS:
             continue
-        sizes = [n_bytes(f"{of}[{dims}]") for of, dims in SHAPE.findall(instruction.shape)]
-        apart = instruction.op.endswith("-start") and kind != "all-reduce"  # those give their operands, too
+        starts = instruction.op.endswith("-start")
+        results = _results(instruction.shape) if starts else instruction.shape
+        sizes = [n_bytes(f"{of}[{dims}]") for of, dims in SHAPE.findall(results)]
+        apart = starts and results == instruction.shape and kind != "all-reduce"  # those give their operands, too
         size = max(sizes, default=0) if apart else sum(sizes)
         if kind == "all-reduce" and "all-reduce-scatter" in name:
             kind = "reduce-scatter"
@@ -199,6 +201,16 @@ def _collectives(program: Program, name: str) -> Iterator[Collective]:
         what = f"{instruction.shape.split('{')[0]} {instruction.source}"
         source, group = instruction.source, _group(instruction)
         yield Collective(kind, _axes(instruction), program.runs[name], size, what, source, group)
+
+
+def _results(shape: str) -> str:
+    """Of `((operands), results)`, as compilers of GPUs say what a `-start` gives, the results; else the whole."""
+    depth = 0
+    for at, letter in enumerate(shape if shape.startswith("((") else ""):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 1 and letter == ")":
+            return shape[at + 1 :]
+    return shape
 
 
 def _axes(instruction: Instruction) -> str:

@@ -11,6 +11,7 @@ from hybridlm.plan import collectives
 from hybridlm.plan.collectives import Collective, Totals
 from hybridlm.plan.described import Described
 from hybridlm.plan.traced import Flops, flops
+from hybridlm.train.ahead import no_collections
 from pallas_kernels.op import choices
 
 
@@ -35,10 +36,11 @@ class Lowered:
 def lower(run: Described) -> tuple[Lowered, jax.stages.Lowered]:
     """The stage, and what can be compiled."""
     began = time.perf_counter()
-    with choices() as chosen:
-        traced = run.trace()
-    between = time.perf_counter()
-    lowered = traced.lower()
+    with no_collections():
+        with choices() as chosen:
+            traced = run.trace()
+        between = time.perf_counter()
+        lowered = traced.lower()
     asked = collectives.of_traced(traced)
     found = Lowered(
         trace_seconds=between - began,

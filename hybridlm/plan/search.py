@@ -3,6 +3,7 @@
 few, every compiled result kept as a line of JSON, so that a search goes on where it stopped."""
 
 import contextlib
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -61,8 +62,8 @@ def path_of(option: str, path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"{option} ({path}): {reason}: give a file in a folder that is there") from error
+        hint = "" if error.errno == errno.ENOSPC else ": give a file in a folder that is there"
+        raise ConfigError(f"{option} ({path}): {error.strerror or error}{hint}") from error
 
 
 class Book:
@@ -104,9 +105,10 @@ class Book:
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps(line) + "\n")
+        with path_of("--search", self.path):
+            torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if torn else "") + json.dumps(line) + "\n")
 
 
 def key_of(config: Config, devices: Devices) -> str:

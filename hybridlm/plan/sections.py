@@ -67,7 +67,8 @@ def between(pair: tuple[float, float], words=seconds) -> str:
 def _head(plan: Plan) -> list[Section]:
     devices, peak = plan.devices, plan.devices.peaks
     chips = "" if devices.count == devices.chips else f" of {devices.chips:,} chips"
-    rows = [("devices", f"{devices.count:,}{chips}, {devices.kind}, on {devices.hosts:,} hosts")]
+    hosts = f"{devices.hosts:,} host{'s' * (devices.hosts > 1)}"
+    rows = [("devices", f"{devices.count:,}{chips}, {devices.kind}, on {hosts}")]
     if peak is not None and peak.gib is not None:
         links = f"{peak.links_gbs:g} GB/s to its neighbours, {peak.network_gbs:g} GB/s to the network"
         speed = f"{peak.tflops:g} TFLOP/s (bfloat16), {peak.gbs:,g} GB/s memory"

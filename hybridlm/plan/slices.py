@@ -49,6 +49,7 @@ GENERATIONS = {
 }
 """As cloud.google.com/tpu/docs names them and their slices."""
 GPUS_PER_HOST = 8
+MOST_CPUS = 1024
 HOST = (2, 2, 1)
 """Chips of a host along the axes of a slice."""
 SLICES = r"^\d+x"
@@ -115,6 +116,7 @@ def read_devices(words: str) -> Devices:
         )
         count = int(rest)
         if family == "cpu":
+            require(count <= MOST_CPUS, f"topology ({words!r}): at most {MOST_CPUS:,} CPU devices")
             return Devices(words, "cpu", count, 1, count, "cpu")
         require(
             count <= GPUS_PER_HOST or count % GPUS_PER_HOST == 0,

@@ -57,7 +57,7 @@ class Study:
     sizes: Sizes
     rows: int = 64
     """Rows of a batch that is scored."""
-    batches: int = 8
+    batches: int = 4
     """Such batches of each test."""
 
 
@@ -76,7 +76,7 @@ class Member(NamedTuple):
 
 
 def members(study: Study, points: Sequence[Point], seeds: Sequence[int], folder: Path) -> list[Member]:
-    """The models, the seeds of one kind next to each other, so that the second finds the programs of the first.
+    """The models, the seeds of one kind next to each other.
 
     ConfigError, with the kind of model, for the first that cannot be.
     """

@@ -31,7 +31,8 @@ UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
 
 def unrolled(model: ModelConfig, mesh: Mesh) -> ModelConfig:
     """The model with the loops written out that its config or else the platform wants so."""
-    unroll = UNROLL[platform_of(mesh.devices.flat[0])] if model.unroll is None else model.unroll
+    wanted = UNROLL["gpu"] if model.remat_span > 1 else UNROLL[platform_of(mesh.devices.flat[0])]
+    unroll = wanted if model.unroll is None else model.unroll
     return replace(model, unroll=unroll)
 
 

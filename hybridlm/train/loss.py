@@ -104,19 +104,30 @@ def _formed_forward(x_BTD, w_VD, targets_BT, spec: _Formed):
         w_VD = where.whole_rows(w_VD.astype(x_BTD.dtype))
         nats, z, dx_BTD, dw_VD = _local_formed(where.enter(x_BTD), w_VD, targets_BT, spec, where)
         nats, z = (exchange.add(a, where.tokens) for a in (nats, z))
-        return nats, z, where.leave(dx_BTD), where.sum_rows(dw_VD)
+        return nats, z, where.leave(dx_BTD), dw_VD[None]
 
-    outs = [((), ()), ((), ()), (sharding.STREAM, x_BTD.shape), (TABLE, w_VD.shape)]
+    outs = [((), ()), ((), ()), (sharding.STREAM, x_BTD.shape), (_partial(where), (1, *w_VD.shape))]
     axes = (sharding.STREAM, TABLE, where.at)
-    nats, z, dx_BTD, dw_VD = exchange.manual(run, (x_BTD, w_VD, targets_BT), axes, outs)
+    nats, z, dx_BTD, dw_NVD = exchange.manual(run, (x_BTD, w_VD, targets_BT), axes, outs)
     like = jnp.zeros((0,), x_BTD.dtype), jnp.zeros((0,), w_VD.dtype)
-    return (nats + spec.z_loss * z, nats, z), (dx_BTD, dw_VD, like)
+    return (nats + spec.z_loss * z, nats, z), (dx_BTD, dw_NVD, like)
 
 
 def _formed_backward(spec: _Formed, saved, cotangents):
+    """The gradient of the table is summed over devices here, behind its factor: so it is one sum with that of a look-up
+    in the same table, and of all microbatches, which the compiler makes of sums that are added."""
     del spec
-    dx_BTD, dw_VD, (x, w) = saved
-    return (cotangents[0] * dx_BTD).astype(x.dtype), (cotangents[0] * dw_VD).astype(w.dtype), None
+    dx_BTD, dw_NVD, (x, w) = saved
+    where = places(dx_BTD.shape[:2], dw_NVD.shape[1:])
+    run = lambda dw_1VD, factor: where.sum_rows(factor * dw_1VD[0])
+    axes, out = (_partial(where), ()), (TABLE, dw_NVD.shape[1:])
+    dw_VD = exchange.manual(run, (dw_NVD, cotangents[0]), axes, out)
+    return (cotangents[0] * dx_BTD).astype(x.dtype), dw_VD.astype(w.dtype), None
+
+
+def _partial(where: Places) -> tuple:
+    """Axes of the sums [N, V, D] of each of the N devices that have tokens of their own."""
+    return where.tokens, where.rows, ()
 
 
 _formed.defvjp(_formed_forward, _formed_backward)

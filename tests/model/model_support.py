@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models, packed rows with the documents in them, and losses that compare the two."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import jax
@@ -190,6 +191,16 @@ VARIANTS |= {
     "output_conv": OutputConv(VARIANTS["mlp"], d_conv=3, scaled=True),
     "parallel_normed": Parallel({name: replace(branch, norm=True) for name, branch in BRANCHES.items()}, merge="gate"),
 }
+ALIKE = (
+    "mamba2_norm_first", "mamba2_no_norm", "mamba1_heads", "gated", "both_ways", "retnet", "based", "simple_gla",
+    "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first", "rwkv7_mixed", "minlstm",
+    "hgrn", "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting", "kimi_bounded", "latent_queries",
+    "norm_of_all", "titans_chunks", "hyena_modal", "bidirectional_apart", "bidirectional_tied", "parallel_normed",
+    "relative_window", "moe_sinks", "output_conv",
+)  # fmt: skip
+"""Examples that differ from others in a line, or are made of others: of these their mixers by themselves are held to
+documents and pieces, gradients included, and models of them where that line may matter."""
+APART = [name for name in VARIANTS if name not in ALIKE]
 HYBRID = {
     "M": VARIANTS["mamba2"],
     "m": VARIANTS["mamba2_norm_first"],
@@ -208,16 +219,30 @@ def small(pattern: str = "Mm*-aw", blocks: dict = HYBRID, **changes) -> ModelCon
     return ModelConfig(VOCAB, 16, pattern, blocks, **{"compute_dtype": "float32", **changes})
 
 
-def build(config: ModelConfig, seed: int = 0) -> HybridLM:
-    """A model without a parameter at 0 or 1, so that each one matters."""
+@functools.lru_cache(maxsize=256)
+def _abstract(config: ModelConfig) -> tuple:
+    """(graphdef, shapes) of a model."""
+    return nnx.split(nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0))))
 
-    abstract = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
-    graphdef, shapes = nnx.split(abstract)
+
+@functools.lru_cache(maxsize=256)
+def _drawn(config: ModelConfig, seed: int):
+    """Parameters of a model, none at 0 or 1, as NumPy's arrays, which no program that is given them takes away."""
     draw = jax.jit(lambda key: nnx.state(HybridLM(config, rngs=nnx.Rngs(key))), compiler_options=QUICK)
     rng = np.random.default_rng(seed)
     params = draw(jax.random.key(seed))
-    noise = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    return nnx.merge(graphdef, jax.tree.map(jnp.add, params, noise))
+    noise = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), _abstract(config)[1])
+    return jax.tree.map(lambda a, b: np.asarray(jnp.add(a, b)), params, noise)
+
+
+def build(config: ModelConfig, seed: int = 0, drawn_for: ModelConfig | None = None) -> HybridLM:
+    """A model without a parameter at 0 or 1, so that each one matters. Models of one config have the same parameters,
+    which are drawn once: to compile their drawing takes as long as what most tests do with them.
+
+    drawn_for: a config whose parameters are to be had; None: of this one.
+    """
+    params = _drawn(replace(drawn_for or config, remat="none", compute_dtype="float32"), seed)  # they hang on neither
+    return nnx.merge(_abstract(config)[0], jax.tree.map(jnp.array, params))
 
 
 def named(params) -> dict[str, np.ndarray]:

@@ -11,8 +11,8 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17)
 """Of the rows: one less, as many and one more than windows of 2 to 7 and blocks of 4, 8 and 16 have."""
 NEW = 6
 """Tokens behind each, one by one."""
-WIDTHS = (1, 5, 8)
-"""Of pieces, with padding."""
+WIDTHS = (1, 8)
+"""Of pieces, with padding: each row takes up to so many tokens."""
 
 
 def check_pieces(model, seed: int = 0) -> None:

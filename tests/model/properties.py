@@ -5,6 +5,7 @@
 by 2, where a mesh has to divide them.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 
@@ -34,8 +35,9 @@ def model_of(block: Block, pattern: str = "XX", **changes) -> ModelConfig:
     return small(pattern, {"X": block}, **changes)
 
 
+@functools.lru_cache(maxsize=256)
 def mixer_of(block: Block, seed: int = 0):
-    """(graphdef, parameters) of the block's mixer by itself, none of them 0 or 1."""
+    """(graphdef, parameters) of the block's mixer by itself, none of them 0 or 1; drawn once."""
 
     def draw(key):
         return nnx.state(block.build(D, Make(nnx.Rngs(key), init_std=0.3, dtype="float32")))
@@ -56,26 +58,27 @@ def run_sublayers(model: HybridLM, x_BTD: jax.Array, segment_ids=None) -> jax.Ar
     return x_BTD
 
 
-def check_causal(
-    config: ModelConfig, seen_TS: np.ndarray, segment_ids: list[int] | None = None, rounding: float = 0.0
-) -> None:
+def check_causal(config: ModelConfig, seen_TS: np.ndarray, *segment_ids: list[int], rounding: float = 0.0) -> None:
     """The gradient of each token's output reaches the tokens of seen_TS and no others, in its row alone.
 
-    segment_ids: of the row, without padding; None: one document. For a bidirectional block seen_TS is the whole of each
-    document. rounding: share of the largest gradient that still counts as none, for what goes through Fourier space.
+    segment_ids: of rows without padding, in which a token reaches those of its document alone; none: one document. For
+    a bidirectional block seen_TS is everything. rounding: share of the largest gradient that still counts as none, for
+    what goes through Fourier space.
     """
     model, n_tokens = build(config), len(seen_TS)
-    ids_BT = None if segment_ids is None else jnp.array([segment_ids] * 2, jnp.int32)
     graphdef, params = nnx.split(model)
     x_BTD = model.embedding[...][random_tokens(2, n_tokens)]
 
-    def jacobian(x_BTD):  # row by row: jax.lax.ragged_dot has no vmap over the rows of its results
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def jacobian(x_BTD, ids_BT):  # row by row: jax.lax.ragged_dot has no vmap over the rows of its results
         pull = jax.vjp(lambda x: run_sublayers(nnx.merge(graphdef, params), x, ids_BT)[0].sum(-1), x_BTD)[1]
         return jax.lax.map(lambda weight_T: pull(weight_T)[0], jnp.eye(n_tokens))
 
-    reach_TBS = np.abs(np.asarray(jax.jit(jacobian, compiler_options=QUICK)(x_BTD))).max(-1)
-    assert not reach_TBS[:, 1].any()
-    np.testing.assert_array_equal(reach_TBS[:, 0] > rounding * reach_TBS.max(), seen_TS)
+    for ids in segment_ids or (None,):
+        of_one = True if ids is None else np.equal.outer(ids, ids)
+        reach_TBS = np.abs(np.asarray(jacobian(x_BTD, None if ids is None else np.array([ids] * 2, np.int32)))).max(-1)
+        assert not reach_TBS[:, 1].any()
+        np.testing.assert_array_equal(reach_TBS[:, 0] > rounding * reach_TBS.max(), seen_TS & of_one)
 
 
 def check_packed(config: ModelConfig) -> None:
@@ -106,40 +109,34 @@ def check_packed(config: ModelConfig) -> None:
 
 def check_padding(block: Block) -> None:
     """The mixer by itself, called on arrays: documents in rows with padding anywhere, and with ids that come back, give
-    what they give alone; values, and gradients of the input and of all parameters."""
+    what they give one a row; values, and gradients of the input and of all parameters. One program, of as many rows."""
     graphdef, params = mixer_of(block)
     packed, rng = packed_rows(), np.random.default_rng(0)
-    shape = (len(packed.places), packed.tokens.shape[1], D)
-    alone, weight = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
-    mask = np.zeros(shape[:2], bool)
-    for row, place in enumerate(packed.places):
-        mask[row, : len(place)] = True
+    n_rows, n_tokens = len(packed.places), packed.tokens.shape[1]
+    mask = np.arange(n_tokens) < np.array([len(place) for place in packed.places])[:, None]
+    alone, weight = (rng.normal(size=(n_rows, n_tokens, D)).astype(np.float32) for _ in range(2))
+    weight *= mask[:, :, None]
     index = np.concatenate(packed.places)
 
-    def in_rows(array):
-        """Documents' tokens at their places in the rows, noise at padding."""
-        noise = 3.0 * rng.normal(size=(packed.tokens.size, D)).astype(np.float32)
-        return jnp.asarray(noise).at[index].set(array[mask]).reshape(*packed.tokens.shape, D)
+    def in_rows(array, rest):
+        """Documents' vectors at their places in the rows, the rest at padding."""
+        rest.reshape(-1, D)[index] = array[mask]
+        return rest
 
-    def outputs(params, x, ids):
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(params, x, ids, weight):
         y = nnx.merge(graphdef, params)(x, ids)
-        return y[0] if isinstance(y, tuple) else y
+        y = y[0] if isinstance(y, tuple) else y
+        return jnp.sum(y * weight), y
 
-    def together(params, alone):
-        y = outputs(params, in_rows(alone), packed.segment_ids).reshape(-1, D)[index]
-        return jnp.sum(y * weight[mask]), y
-
-    def apart(params, alone):
-        y = outputs(params, alone, mask.astype(np.int32) if sees_ahead(block) else None)[mask]
-        return jnp.sum(y * weight[mask]), y
-
-    results = [
-        jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True), compiler_options=QUICK)(params, alone)
-        for run in (together, apart)
-    ]
-    ((_, y), (grads, dx)), ((_, expected), (expected_grads, expected_dx)) = results
-    check_close(y, expected, dtype="float32", what="output")
-    check_close(dx, expected_dx, dtype="float32", what="gradient of x")
+    ids = np.zeros((n_rows, n_tokens), np.int32)
+    ids[: len(packed.segment_ids)] = packed.segment_ids
+    noise = 3.0 * rng.normal(size=alone.shape).astype(np.float32)
+    (_, y), (grads, dx) = run(params, in_rows(alone, noise), ids, in_rows(weight, np.zeros_like(weight)))
+    (_, expected), (expected_grads, expected_dx) = run(params, alone, mask.astype(np.int32), weight)
+    check_close(y.reshape(-1, D)[index], expected[mask], dtype="float32", what="output")
+    check_close(dx.reshape(-1, D)[index], expected_dx[mask], dtype="float32", what="gradient of x")
     check_trees(grads, expected_grads)
 
 
@@ -196,8 +193,9 @@ def check_free(block: Block) -> None:
     """Results do not depend on the fields of FREE."""
     tokens_BT = random_tokens(2, 21)
 
-    def logits(block):
-        return jax.jit(lambda model: model(tokens_BT), compiler_options=QUICK)(build(model_of(block, "X")))
+    def logits(changed):
+        model = build(model_of(changed, "X"), drawn_for=model_of(block, "X"))
+        return jax.jit(lambda model: model(tokens_BT), compiler_options=QUICK)(model)
 
     expected = logits(block) if free_fields(block) else None
     for path in sorted(free_fields(block)):
@@ -205,8 +203,8 @@ def check_free(block: Block) -> None:
             check_close(logits(with_field(block, path, value)), expected, dtype="float32", what=f"{path} {value}")
 
 
-def check_remat(block: Block, policy: str) -> None:
-    """Gradients under a remat policy are those without."""
+def check_remat(block: Block, *policies: str) -> None:
+    """Gradients under remat policies are those without."""
     tokens_BT = random_tokens(2, 9)
 
     def gradients(policy):
@@ -214,7 +212,9 @@ def check_remat(block: Block, policy: str) -> None:
         loss = lambda params: nnx.merge(graphdef, params)(tokens_BT).std()
         return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
-    check_trees(gradients(policy), gradients("none"))
+    expected = gradients("none")
+    for policy in policies:
+        check_trees(gradients(policy), expected)
 
 
 def check_devices(block: Block, mesh: MeshConfig, **words) -> None:

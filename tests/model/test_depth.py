@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program of loops against its sublayers one after the other, values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from hybridlm.layers.block import Output, Tokens
 from hybridlm.model import depth
-from hybridlm.model.pattern import loops, spots
+from hybridlm.model.pattern import loops, spans, spots
 from tests.tolerances import check_close
 
 B, T, D = 2, 3, 4
@@ -41,40 +43,58 @@ def one_by_one(weights, x_BTD, shared, positions):
     return jnp.sum(jnp.sin(x_BTD)) + jnp.sum(jnp.stack(means) * jnp.arange(1.0, len(PATTERN) + 1))
 
 
-def in_loops(weights, x_BTD, shared, positions, *, unroll, sums=None):
+def in_loops(weights, x_BTD, shared, positions, *, unroll, sums=None, span=1):
     of_spot = spots(PATTERN, unroll)
     stacked = [jax.tree.map(lambda a, s=spot: a[np.array(s.depths)], weights) for spot in of_spot]
     tokens = Tokens(positions=positions, embedded_BTD=x_BTD)
-    x_BTD, stats = depth.run(loops(PATTERN, unroll), [toy] * len(of_spot), stacked, x_BTD, shared, tokens, sums)
+    run = depth.run if span == 1 else partial(depth.run_in_spans, length=span)
+    args = {"weights": stacked, "x_BTD": x_BTD, "shared": shared, "tokens": tokens, "sums": sums}
+    x_BTD, stats = run(loops(PATTERN, unroll), calls=[toy] * len(of_spot), **args)
     factors = [jnp.array([depth + 1.0 for depth in spot.depths]) for spot in of_spot]
     assert all(s["n"].shape == (len(spot.depths),) for s, spot in zip(stats, of_spot, strict=True))
     return jnp.sum(jnp.sin(x_BTD)) + sum(jnp.sum(s["mean"] * f) for s, f in zip(stats, factors, strict=True))
 
 
-@pytest.mark.parametrize("unroll", [1, 2, 9])
-def test_equals_one_by_one(unroll):
+@pytest.mark.parametrize(("unroll", "span"), [(1, 1), (2, 1), (9, 1), (1, 2), (9, 2), (9, 3), (9, 99)])
+def test_equals_one_by_one(unroll, span):
     *floats, positions = inputs()
     expected = jax.jit(jax.value_and_grad(one_by_one, (0, 1, 2)))(*floats, positions)
-    value = jax.jit(jax.value_and_grad(lambda *a: in_loops(*a, positions, unroll=unroll), (0, 1, 2)))(*floats)
+    value = jax.jit(jax.value_and_grad(lambda *a: in_loops(*a, positions, unroll=unroll, span=span), (0, 1, 2)))(
+        *floats
+    )
     assert jax.tree.structure(value) == jax.tree.structure(expected)
     for path, want in jax.tree_util.tree_leaves_with_path(expected):
         got = dict(jax.tree_util.tree_leaves_with_path(value))[path]
         check_close(got, want, dtype="float32", what=jax.tree_util.keystr(path))
-    plain = jax.jit(lambda *a: in_loops(*a, positions, unroll=unroll))(*floats)
+    plain = jax.jit(lambda *a: in_loops(*a, positions, unroll=unroll, span=span))(*floats)
     check_close(plain, expected[0], dtype="float32", what="value without a gradient")
 
 
-def test_gradients_are_added_to_sums_in_their_type():
+def test_a_span_keeps_its_first_input_alone():
+    """Beside what comes in: of 7 sublayers in spans of 3 the inputs of 2, where otherwise each keeps what it needs."""
     weights, x_BTD, shared, positions = inputs()
-    of_spot = spots(PATTERN)
+
+    def kept(span):
+        run = partial(in_loops, weights, shared=shared, positions=positions, unroll=9, span=span)
+        backward = jax.eval_shape(lambda x_BTD: jax.vjp(run, x_BTD)[1], x_BTD)
+        return sum(leaf.shape[-3:] == x_BTD.shape for leaf in jax.tree.leaves(backward))
+
+    assert [len(loop.spots()) for (loop,) in spans(loops(PATTERN, 9), 3)] == [3, 3, 1]
+    assert kept(3) < kept(1)
+
+
+@pytest.mark.parametrize(("unroll", "span"), [(1, 1), (9, 3)])
+def test_gradients_are_added_to_sums_in_their_type(unroll, span):
+    weights, x_BTD, shared, positions = inputs()
+    of_spot = spots(PATTERN, unroll)
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
     start = [jax.tree.map(lambda a, s=s: np.ones((len(s.depths), *a.shape[1:]), np.float32), weights) for s in of_spot]
 
     def loss(weights, sums):
-        return in_loops(weights, x_BTD, shared, positions, unroll=1, sums=sums)
+        return in_loops(weights, x_BTD, shared, positions, unroll=unroll, sums=sums, span=span)
 
     of_weights, of_sums = jax.jit(jax.grad(loss, (0, 1)))(low, start)
-    alone = jax.jit(jax.grad(lambda w: in_loops(w, x_BTD, shared, positions, unroll=1)))(low)
+    alone = jax.jit(jax.grad(lambda w: in_loops(w, x_BTD, shared, positions, unroll=unroll)))(low)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_weights))
     for spot, total in zip(of_spot, of_sums, strict=True):
         for name, array in total.items():

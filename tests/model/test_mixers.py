@@ -39,8 +39,8 @@ from hybridlm.layers.mamba2 import ssd_flops
 from hybridlm.layers.titans import memory_flops
 from hybridlm.model.init import abstract
 from tests.model import properties
+from tests.model.model_support import APART, QUICK, VARIANTS, build, random_tokens, small
 from tests.model.model_support import HYBRID as HYBRID_BLOCKS
-from tests.model.model_support import QUICK, VARIANTS, build, random_tokens, small
 from tests.tolerances import check_close
 
 BY_FAMILY = (
@@ -67,17 +67,9 @@ def some(names, of=tuple(VARIANTS)) -> list:
 
 ALONE = (*(name for name in FIRST if name != "recurrences"), *VARIANTS["recurrences"].branches)
 """One example of each class, none side by side."""
-REST = some(("mamba1", "moe"))
-"""One example of each class that other tests of this folder have in no model: of what they do for those they have."""
-ALIKE = (
-    "mamba2_norm_first", "mamba2_no_norm", "mamba1_heads", "gated", "both_ways", "retnet", "based", "simple_gla",
-    "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first", "rwkv7_mixed", "minlstm",
-    "hgrn", "hgrn_no_bound", "recurrences", "convolved_window", "delta_reflecting", "kimi_bounded", "latent_queries",
-    "norm_of_all", "titans_chunks", "hyena_modal", "bidirectional_apart", "bidirectional_tied", "parallel_normed",
-    "relative_window", "moe_sinks", "output_conv",
-)  # fmt: skip
-"""Examples that differ from others in a line, or are made of others."""
-EVERY = some([name for name in VARIANTS if name not in ALIKE])
+EVERY = some(APART)
+SPLIT_ANEW = ("mamba2_norm_first", "mamba3_mimo", "rwkv7_mixed", "norm_of_all", "latent_queries", "moe_sinks")
+"""Examples of ALIKE whose line is computed over axes that devices split."""
 HYBRID = small("Mm*-aw")
 T = 11
 
@@ -100,25 +92,25 @@ def seen(name: str) -> np.ndarray:
     return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "mamba1", "window", "mlp", "moe")))
+@pytest.mark.parametrize("name", ("mamba2", "mamba1", "window", "mlp", "moe"))
 def test_causal_through_gradients(name):
-    """A bidirectional one: a token's output hangs on all of its document."""
-    rounding = 1e-7 if isinstance(VARIANTS[name], Hyena) else 0.0
-    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name), rounding=rounding)
+    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name))
 
 
 @pytest.mark.parametrize("name", some(("bidirectional", "both_ways"), (*ALONE, "both_ways")))
 def test_documents_do_not_touch_through_gradients(name):
-    """What a token's output hangs on, in its document, and on no token of another one."""
-    ids = np.array([1] * 4 + [2] * 1 + [7] * 6)
-    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name) & (ids[:, None] == ids), ids.tolist())
+    """What a token's output hangs on in a row of one document and in one of three: in its document, and on no token of
+    another one; of a bidirectional block, on all of its document."""
+    rounding = 1e-7 if isinstance(VARIANTS[name], Hyena) else 0.0
+    rows = [1] * 11, [1] * 4 + [2] * 1 + [7] * 6
+    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name), *rows, rounding=rounding)
 
 
 def test_hybrid_is_causal_through_gradients():
     properties.check_causal(HYBRID, np.tril(np.ones((T, T), bool)))
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "window", "moe", "shared", "delta", "mlp")))
+@pytest.mark.parametrize("name", some(("mamba2", "window", "moe", "shared", "delta", "mlp"), APART))
 def test_packed_equals_separate(name):
     properties.check_packed(properties.model_of(VARIANTS[name]))
 
@@ -132,7 +124,7 @@ def test_padding_anywhere_in_a_mixer_alone(name):
     properties.check_padding(VARIANTS[name])
 
 
-@pytest.mark.parametrize("name", some([name for name in FIRST if name not in ("recurrences", *BY_FAMILY, *LARGE)]))
+@pytest.mark.parametrize("name", some([name for name in FIRST if name not in (*BY_FAMILY, *LARGE)], APART))
 def test_pieces_equal_the_full_forward(name):
     properties.check_cache(properties.model_of(VARIANTS[name]))
 
@@ -149,25 +141,25 @@ def test_free_fields_are_named_by_their_way():
     assert free_fields(VARIANTS["moe"]) == set()
 
 
-@pytest.mark.parametrize("name", some(("delta",), [name for name, block in VARIANTS.items() if free_fields(block)]))
+@pytest.mark.parametrize("name", some(("delta",), [name for name in APART if free_fields(VARIANTS[name])]))
 def test_free_fields_change_nothing(name):
     properties.check_free(VARIANTS[name])
 
 
-@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("name", ("mamba1", "moe"))
 def test_remat_changes_nothing(name):
+    """Of examples that other tests of this folder have in no model."""
     properties.check_remat(VARIANTS[name], "kernels")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["full", "mixer"])
 @pytest.mark.parametrize("name", ALONE)
-def test_remat_of_everything_changes_nothing(name, policy):
-    """One example of each class: what these policies keep hangs on no option."""
-    properties.check_remat(VARIANTS[name], policy)
+def test_no_remat_policy_changes_anything(name):
+    """One example of each class: what policies keep hangs on no option."""
+    properties.check_remat(VARIANTS[name], "kernels", "full", "mixer")
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "window", "moe")))
+@pytest.mark.parametrize("name", some(("mamba2", "window", "moe"), (*APART, *SPLIT_ANEW)))
 def test_one_device_equals_eight(name):
     """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
     experts = any(isinstance(block, MoE | DepthMoE) for _, block in walk(VARIANTS[name]))
@@ -180,7 +172,7 @@ def test_a_mesh_divides_what_split_names(name):
     properties.check_split(VARIANTS[name])
 
 
-@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("name", some(("mamba1", "moe")))
 def test_bfloat16_is_near(name):
     properties.check_bfloat16(VARIANTS[name])
 

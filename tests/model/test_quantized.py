@@ -24,7 +24,7 @@ from hybridlm.model.lora import flat, unflat
 from hybridlm.model.model import HybridLM
 from hybridlm.sharding import make_mesh, param_shardings
 from pallas_kernels.oracle import relative_rms
-from tests.model.model_support import HYBRID, QUICK, VARIANTS, VOCAB, build, random_tokens, small
+from tests.model.model_support import ALIKE, APART, HYBRID, QUICK, VARIANTS, VOCAB, build, random_tokens, small
 from tests.tolerances import check_close
 
 pytestmark = pytest.mark.quantize
@@ -122,6 +122,34 @@ def test_activations_are_rounded_with_the_gradient_of_the_float():
     check_close(pull(jnp.asarray(seen))[0], np.einsum("BTcHP,DcHP->BTD", seen, exact), dtype="float32", what="gradient")
 
 
+def test_products_of_training_in_fp8():
+    """Forward and backward what arrays of two libraries' fp8 give, each with one scale; sums are float32's."""
+    rng = np.random.default_rng(5)
+    x, w, dy = (
+        rng.normal(size=s).astype(np.float32) * scale
+        for s, scale in (((6, 5, 96), 3), ((96, 2, 8), 0.1), ((6, 5, 2, 8), 1e-5))
+    )
+
+    def near(array, dtype, end):
+        scale = np.abs(array).max() / np.float32(end)
+        return (array / scale).astype(dtype).astype(np.float64) * scale
+
+    x8, w8 = (near(a, ml_dtypes.float8_e4m3fn, 448) for a in (x, w))
+    dy8 = near(dy, ml_dtypes.float8_e5m2, 57344)
+    expected = {
+        "y": np.einsum("btd,dch->btch", x8, w8),
+        "dx": np.einsum("btch,dch->btd", dy8, w8),
+        "dw": np.einsum("btch,btd->dch", dy8, x8),
+    }
+    y, pull = jax.vjp(lambda x, w: quantized.dot(x, Rounding(w, "fp8")), *map(jnp.asarray, (x, w)))
+    for (name, exact), made in zip(expected.items(), (y, *pull(jnp.asarray(dy))), strict=True):
+        check_close(made, exact, dtype="float32", what=name)
+    exact = np.einsum("btd,dch->btch", x, w)
+    assert 0.01 < relative_rms(y, exact) < 0.06
+    kept = np.asarray(quantized.einsum("btd,dch->btch", jnp.asarray(x), Rounding(jnp.asarray(w), "fp8")))
+    check_close(kept, exact, dtype="float32", what="other products")
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -137,9 +165,8 @@ def stood_for(config, how, model) -> tuple[HybridLM, HybridLM]:
     return nnx.merge(graphdef, small_types), nnx.merge(init.abstract(config).graphdef, unflat(large))
 
 
-def texts_read(model: HybridLM, tokens_BT: np.ndarray, ahead: bool) -> list[jax.Array]:
-    """Logits in parallel and, of models that decode, through the cache."""
-    graphdef, params = nnx.split(model)
+def reading(graphdef, tokens_BT: np.ndarray, ahead: bool):
+    """Parameters -> logits in parallel and, of models that decode, through the cache."""
 
     def read(params):
         model = nnx.merge(graphdef, params)
@@ -149,10 +176,16 @@ def texts_read(model: HybridLM, tokens_BT: np.ndarray, ahead: bool) -> list[jax.
             found += [first, model.extend(tokens_BT[:, -1:], cache)[0]]
         return found
 
-    return jax.jit(read, compiler_options=QUICK)(params)
+    return read
 
 
-EVERY = [pytest.param(name, {name[0]: block}, id=name) for name, block in VARIANTS.items()]
+def texts_read(model: HybridLM, tokens_BT: np.ndarray, ahead: bool) -> list[jax.Array]:
+    """What `reading` gives of a model."""
+    graphdef, params = nnx.split(model)
+    return jax.jit(reading(graphdef, tokens_BT, ahead), compiler_options=QUICK)(params)
+
+
+EVERY = [pytest.param(name, {name[0]: VARIANTS[name]}, id=name) for name in APART]
 EVERY.append(pytest.param("M-*E1", HYBRID, id="hybrid"))
 
 
@@ -171,6 +204,17 @@ def test_models_compute_with_the_matrices_they_stand_for(name, blocks):
         zip(texts_read(few, tokens_BT, ahead), texts_read(large, tokens_BT, ahead), strict=True)
     ):
         check_close(a, b, dtype="float32", what=f"logits {i}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIKE)
+def test_no_option_uses_a_matrix_by_itself(name):
+    """Of examples that differ in a line from one above, whose numbers are compared: each product takes eight bits."""
+    config = small("XX", {"X": VARIANTS[name]})
+    graphdef, few, _ = quantize.abstract(config, INT8)
+    tokens_BT, ahead = random_tokens(2, 9), bool(sees_ahead(VARIANTS[name]))
+    found = jax.eval_shape(reading(graphdef, tokens_BT, ahead), few)
+    assert [logits.shape for logits in found] == [(2, n, VOCAB) for n in ([9] if ahead else [9, 8, 1])]
 
 
 @pytest.mark.slow
@@ -274,6 +318,7 @@ def test_bytes_of_hybrid_8b():
         ),
         ({"weights": "fp8", "activations": "int8"}, "needs quantize.weights=int8, not fp8: integers are multiplied"),
         ({"weights": "int4"}, r"quantize.weights \('int4'\)|quantize.weights"),
+        ({"weights": "int8", "products": "fp8"}, r"quantize.products \(fp8\) and quantize.weights \(int8\) exclude"),
         ({"weights": "int8", "keep": ("w_x",)}, r"quantize.keep \(w_x\) fits no matrix of the model, which has mixer"),
         ({"weights": "int8", "keep": ("*",)}, r"quantize.keep \(\*\) leaves no matrix to round"),
     ],

@@ -292,13 +292,20 @@ def check_padding(subject: Subject) -> None:
 
 
 def check_padding_cut_out(subject: Subject) -> None:
-    """Padding is as if it were not there: rows with it cut out give the same."""
+    """Padding is as if it were not there: a row with it cut out gives the same, and so do all with it at their ends."""
     if not subject.op.has_segments:
         return
     inputs = {**subject.inputs(), **_layout(subject, "scattered")}
     whole, weights = subject.run(inputs), subject.weights(inputs)
     by_token = {"out0", *(f"d{name}" for name in subject.op.tokens)}
-    for row, keep in enumerate(inputs["segment_ids"] != 0):
+    order = np.argsort(inputs["segment_ids"] == 0, axis=1, kind="stable")
+    moved = lambda a: np.take_along_axis(a, order.reshape(*order.shape, *(1,) * (a.ndim - 2)), axis=1)
+    names = (*subject.op.tokens, "segment_ids")
+    ends = {name: moved(array) if name in names else array for name, array in inputs.items()}
+    at_ends = subject.run(ends, [moved(weights[0]), *weights[1:]])
+    expected = {name: moved(value) if name in by_token else value for name, value in whole.items()}
+    subject.check(at_ends, expected, what=" padding at the end")
+    for row, keep in enumerate(inputs["segment_ids"][:1] != 0):
         own = {n: a[row : row + 1] if n in (*subject.op.rows, "segment_ids") else a for n, a in inputs.items()}
         kept = [weights[0][row : row + 1, keep], *(weight[row : row + 1] for weight in weights[1:])]
         alone = subject.run(_tokens(subject, own, keep), kept)

@@ -153,11 +153,11 @@ def small_case(op: str, **changes) -> tuple[dict, dict]:
     [
         pytest.param(op, layout, n, marks=[pytest.mark.slow] * ((layout, n) != ("documents", 4) or op in ALIKE))
         for op in RECURRENCES
-        for layout in ("dense", "documents")
-        for n in (2, 4, 8)
+        for layout, n in (("dense", 4), ("documents", 2), ("documents", 4), ("documents", 8))
     ],
 )
 def test_recurrences(op, layout, n):
+    """One document a row is among those drawn below, too."""
     inputs, settings = small_case(op, batch=4, tokens=64)
     inputs |= {} if layout == "dense" else {"segment_ids": EDGES}
     check(op, inputs, n, implementation="xla", **settings)
@@ -294,6 +294,37 @@ def test_devices_send_each_other_states_alone(op):
     found = collectives(gradient, inputs, ids)
     assert {name for name, _ in found} == {"collective-permute", "all-reduce"}  # the latter of parameters' gradients
     assert max(size for _, size in found) <= 2 * state
+
+
+@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
+def test_what_is_sent_need_not_be_sent_again(op):
+    """Kept by its name, while all else is computed again, it is exchanged as often as where all is kept."""
+    if op == "ssd":
+        inputs = ssd_cases.make_inputs(ssd_cases.Case("sent", 1, 64, 2, 8, 1, 8, "packed"))
+    else:
+        inputs = conv_cases.make_inputs(conv_cases.Case("sent", 1, 64, 8, 4, "packed"))
+    ids = inputs.pop("segment_ids")
+    forward, _ = both(op, split_over(op, 4), implementation="xla")
+
+    def exchanges(policy) -> int:
+        again = jax.checkpoint(forward, policy=policy)
+        loss = lambda arrays: sum(jnp.sum(o**2) for o in jax.tree.leaves(again(arrays, ids)))
+        return str(jax.make_jaxpr(jax.grad(loss))(inputs)).count("ppermute[")
+
+    policies = jax.checkpoint_policies
+    kept = exchanges(policies.save_only_these_names(context.SENT))
+    assert kept == exchanges(policies.everything_saveable) < exchanges(policies.nothing_saveable)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_attention_swaps_half_of_its_queries_and_outputs(n):
+    """With the mirrored device, there and back; keys and values are gathered."""
+    inputs = attention_cases.make_inputs(attention_cases.Case("sent", 1, 64, 64, 4, 1, 8, layout="packed"))
+    ids = inputs.pop("segment_ids")
+    forward, _ = both("attention", split_over("attention", n), implementation="xla")
+    half = 64 * 4 * 8 // n // 2
+    sizes = [size for kind, size in collectives(forward, inputs, ids) if kind == "collective-permute"]
+    assert [size for size in sizes if size >= half] == [half, half]
 
 
 def test_rows_and_heads_split_over_devices_send_nothing():

@@ -56,10 +56,15 @@ def products(jaxpr) -> Counter:
 
 def kernels(function, *shapes) -> dict:
     """The kernels of a gradient by name."""
+    return {eqn.params["name"]: eqn for eqn in calls(function, *shapes)}
+
+
+def calls(function, *shapes) -> list:
+    """Of kernels, of a gradient."""
     with assume_platform("tpu", generation="v5p"):
         gradient = jax.grad(lambda *x: function(*x).astype(F32).sum(), argnums=tuple(range(len(shapes))))
         traced = jax.jit(gradient).trace(*shapes)
-    return {e.params["name"]: e for e, _ in inside(traced.jaxpr.jaxpr) if e.primitive.name == "pallas_call"}
+    return [eqn for eqn, _ in inside(traced.jaxpr.jaxpr) if eqn.primitive.name == "pallas_call"]
 
 
 def said(op: str, eqn) -> float:
@@ -80,6 +85,19 @@ def test_ssd(heads, width, groups, state):
         steps = math.prod(found[name].params["grid_mapping"].grid)
         made = (counted["always"] + counted["branch"] / branches) * steps
         assert said("ssd", found[name]) == pytest.approx(made, rel=0.1), name
+
+
+def test_layers_share_a_traced_kernel():
+    """Kernels are most of what a step's tracing takes: a second layer of the same shapes traces none again."""
+    B, T, heads = 1, 512, 16
+    x, BC = Shape((B, T, heads, 64), BF16), Shape((B, T, 2, 128), BF16)
+    one = lambda x, *a: pk.ssd(pk.causal_conv1d(x.reshape(B, T, -1), a[-1]).reshape(x.shape), *a[:-1])
+    two = lambda x, *a: one(one(x, *a), *a)
+    shapes = x, Shape((B, T, heads), F32), Shape((heads,), F32), BC, BC, Shape((heads * 64, 4), F32)
+    found = calls(two, *shapes)
+    for name in ("ssd_forward", "ssd_backward", "causal_conv1d_backward"):
+        of_layers = [eqn.params["jaxpr"] for eqn in found if eqn.params["name"] == name]
+        assert len(of_layers) == 2 and of_layers[0] is of_layers[1], name
 
 
 def test_attention():
@@ -214,6 +232,20 @@ def test_delta_rule_on_hopper(gate, kernels):
         if name.endswith("chunks"):  # two products of a level, six times
             made = chunks * (6 * 2 + 12) * 2 * 64**3
         assert gpu_said(eqn) == pytest.approx(made, rel=0.02), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", [(), (128,)])
+def test_delta_rule(gate, dtype):
+    """All products, those of several terms and of half of a chunk's tokens among them."""
+    B, T, H, G, P = 1, 256, 4, 2, 256
+    q, v, beta = Shape((B, T, G, 128), dtype), Shape((B, T, H, P), dtype), Shape((B, T, H), F32)
+    f = lambda *a: pk.gated_delta_rule(*a, implementation="tpu")
+    found = kernels(f, q, q, v, beta, Shape((B, T, H, *gate), F32))
+    assert len(found) == 2
+    for name, eqn in found.items():
+        made = sum(products(eqn.params["jaxpr"]).values()) * math.prod(eqn.params["grid_mapping"].grid)
+        assert said("gated_delta_rule", eqn) == pytest.approx(made, rel=0.02), name
 
 
 SCAN = Shape((2, 512, 128), BF16), Shape((2, 512, 128), F32), Shape((128, 16), F32), *[Shape((2, 512, 16), BF16)] * 2

@@ -63,7 +63,7 @@ def test_cases_named_here_are_there():
 
 
 @pytest.mark.slow
-@settings(max_examples=8, derandomize=False)  # each is a program to compile
+@settings(max_examples=5, derandomize=False)  # each is a program to compile
 @given(
     tokens=st.integers(1, 40),
     layout=st.sampled_from(LAYOUTS),

@@ -6,6 +6,7 @@ Each point is one call of `hybridlm plan`, whose words are in its line; a call t
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -19,6 +20,8 @@ FOLDER = Path(__file__).parents[2] / "docs" / "results"
 FILE, DRAWING = FOLDER / "scaling.jsonl", FOLDER / "scaling.svg"
 MINUTES = 40
 """After which a point is given up."""
+MEMORY_GB = 102
+"""Of a v5p: 95 GiB."""
 
 
 def point(topology: str, rows: int, mesh: str, *more: str) -> tuple[str, ...]:
@@ -123,13 +126,15 @@ def rows(known: dict[str, dict]) -> list[str]:
 
 
 def drawn(known: dict[str, dict]) -> str:
-    """MFU between its ends by chips, weak and strong, and by tokens a row, of curves with two points; memory below."""
-    panels = []
+    """MFU between its ends by chips, weak and strong, and by tokens a row, of curves with two points; memory below. All
+    axes of one quantity are the same, from nothing to all of it."""
+    panels, places = [], []
     for what, x in (("weak", "devices"), ("strong", "devices"), ("context", "tokens_a_row")):
         points = [known[name] for name in CURVES[what] if "seconds" in known.get(name, {})]
         if len(points) < 2 and panels:  # no curve yet
             continue
-        at = [one[x] for one in points]
+        places.append(at := sorted(one[x] for one in points))
+        points.sort(key=lambda one: one[x])
         lines = [
             Line(at, [100 * one["mfu"][end] for one in points], label, n=end, dots=True)
             for end, label in enumerate(("exchanges hidden", "nothing hidden"))
@@ -139,9 +144,14 @@ def drawn(known: dict[str, dict]) -> str:
         panels.append(
             (Panel(title[what], "MFU at peaks, %", lines, log=True), Panel(title[what], "GB", memory, log=True))
         )
-    return as_svg(
-        draw([above for above, _ in panels] + [below for _, below in panels], "hybrid_1b on v5p: compiled plans")
-    )
+    figure = draw([above for above, _ in panels] + [below for _, below in panels], "hybrid_1b on v5p: compiled plans")
+    tops = [100] * len(panels) + [MEMORY_GB] * len(panels)
+    for axes, at, top in zip(figure.axes, places * 2, tops, strict=False):
+        far = [2 * n <= after for n, after in itertools.pairwise(at)] + [True]  # others' labels would touch
+        axes.set_xticks(at, [f"{n:,}" if alone else "" for n, alone in zip(at, far, strict=True)])
+        axes.minorticks_off()
+        axes.set_ylim(0, top)
+    return as_svg(figure)
 
 
 if __name__ == "__main__":

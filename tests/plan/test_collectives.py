@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import pallas_kernels
 from hybridlm.plan import collectives, hlo
 from hybridlm.plan.collectives import Totals, totals
 from hybridlm.plan.live import peak
@@ -56,6 +58,33 @@ def test_compiled_agrees(program):
         assert (compiled[kind].runs, compiled[kind].bytes) == (traced[kind].runs, traced[kind].bytes)
     assert compiled["all-reduce"].bytes == traced["all-reduce"].bytes
     assert compiled["collective-permute"].runs == 1
+
+
+@pytest.mark.parametrize("n_devices", [1, 4])
+def test_a_kept_result_of_attention_is_not_made_again(n_devices):
+    """Its kernel runs once forward and once backward, whoever applies the gate: it, or, where tokens are split over
+    devices, what follows it."""
+    B, T, H, K, width = 1, 512 * n_devices, 4, 2, 64
+    mesh = jax.make_mesh((n_devices,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n_devices])
+    tokens = P(None, "context")
+    names = "attention_kept", "attention_out", "inputs"
+
+    def attend(*arrays):
+        axis = "context" if n_devices > 1 else None
+        q, k, v, gate = arrays
+        return pallas_kernels.attention(q, k, v, gate=gate, implementation="tpu", context_axis=axis)
+
+    def layer(w, *arrays):
+        arrays = [checkpoint_name(jnp.sin(array), "inputs") for array in arrays]
+        y = jax.shard_map(attend, mesh=mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(*arrays)
+        return jnp.sum(jnp.square(checkpoint_name(y, "attention_out").reshape(B, T, -1) @ w))
+
+    layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    heads = [like(B, T, n, width) for n in (H, K, K, H)]
+    with jax.set_mesh(mesh), pallas_kernels.assume_platform("tpu", generation="v5p"):
+        traced = jax.jit(jax.grad(layer, argnums=range(5))).trace(like(H * width, 8), *heads)
+    assert collectives.kernels_of_traced(traced) == {"attention_backward": 1, "attention_forward": 1}
 
 
 def test_kernels_by_name():
@@ -166,6 +195,26 @@ def test_what_runs_on_sparsecores():
     assert work(parsed).all.bytes == 5 * (2 * whole + 2 * part)  # the copy and the slice; exchanges count apart
     assert peak(parsed).bytes == 4 + part + 2 * whole  # what is given, what is gathered and its copy
     assert [large.bytes for large in hlo.largest(parsed, 1)] == [whole]
+
+
+STARTS = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[8,4], y: bf16[2,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = bf16[2,4]{1,0} parameter(1)
+  %sum = ((f32[8,4]{1,0}), f32[8,4]{1,0}) all-reduce-start(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %swap = ((f32[8,4]{1,0}, bf16[2,4]{1,0}), (f32[8,4]{1,0}, bf16[2,4]{1,0})) collective-permute-start(%x, %y)
+  %old = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%y), replica_groups={{0,1,2,3}}, dimensions={0}
+  %new = ((bf16[2,4]{1,0}), bf16[8,4]{1,0}) all-gather-start(%y), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %done = f32[8,4]{1,0} all-reduce-done(%sum)
+}
+"""
+"""As the compiler of GPUs writes exchanges that begin and end apart."""
+
+
+def test_what_begins_and_ends_apart_counts_its_results():
+    found = [(one.kind, one.bytes) for one in hlo.collectives(hlo.parse(STARTS))]
+    assert found == [("all-reduce", 128), ("collective-permute", 128 + 16), ("all-gather", 64), ("all-gather", 64)]
 
 
 IN_PLACE = """HloModule jit_step, is_scheduled=true

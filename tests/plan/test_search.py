@@ -2,12 +2,14 @@
 """Searches and changes that make a plan fit: which are tried, in which order, and what is kept of them. Compilers are
 stood in for by a function of the config, so that what is best is known."""
 
+import errno
 import json
 import math
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -26,6 +28,7 @@ from hybridlm.plan.kept import kept, recomputed
 from hybridlm.plan.search import Book, fitting, key_of, order, search
 from hybridlm.plan.slices import read_devices
 
+ROOT = Path(__file__).parents[2]
 DEVICES = read_devices("v5e:2x4")
 CONFIG = Config(
     name="narrow",
@@ -93,6 +96,22 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     assert [sum(one.seconds) for one in best] == sorted(sum(one.seconds) for one in found)
     assert key_of(CONFIG, DEVICES) != key_of(CONFIG, read_devices("v6e:2x4"))
     assert key_of(CONFIG, DEVICES) != key_of(replace(CONFIG, lora=LoraConfig(rank=2)), DEVICES)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """What was kept before it is kept still, and is not compiled again."""
+    book, compiler = Book(tmp_path / "results.jsonl"), Compiler(10)
+    first = book.of(current(CONFIG), CONFIG, DEVICES, compiler)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as there:
+        there.setattr(Path, "open", full)
+        with pytest.raises(ConfigError, match=r"^--search \(.*results.jsonl\): No space left on device$"):
+            book.of(replace(current(CONFIG), remat="full"), CONFIG, DEVICES, compiler)
+    again = Compiler(10)
+    assert Book(book.path).of(current(CONFIG), CONFIG, DEVICES, again) == first and not again.asked
 
 
 class ByShapes:
@@ -243,6 +262,22 @@ def test_ctrl_c_waits_for_no_compiler():
     finally:
         process.kill()
     assert (process.returncode, said) == (130, "error: interrupted\n")
+
+
+def test_ctrl_c_while_a_command_imports():
+    """One line and 130, not KeyboardInterrupt, which what is imported may swallow; Ctrl-C is as usual behind it."""
+    code = (
+        "import runpy, signal, os; importing = runpy.run_path('hybridlm/errors.py')['importing']\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with importing(): pass\n"
+        "try: os.kill(os.getpid(), signal.SIGINT); print('ignored')\n"
+        "except KeyboardInterrupt: print('as usual', flush=True)\n"
+        "with importing():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT); print('ignored')\n"
+        "    except BaseException: print('swallowed')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "as usual\n", "error: interrupted\n")
 
 
 def test_what_work_gives_and_raises():

@@ -5,10 +5,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tests.starting import python
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "XLA_FLAGS", "KUBERNETES_", "JOB_COMPLETION_INDEX")
@@ -37,7 +38,7 @@ def run_together(
     """(exit code, stdout, stderr) of a Python program run in as many processes as there are environments."""
     running = [
         subprocess.Popen(
-            [sys.executable, *words], env=clean_env(**env), cwd=cwd, text=True, stdout=subprocess.PIPE,
+            python(*words), env=clean_env(**env), cwd=cwd, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True,
         )
         for env in envs

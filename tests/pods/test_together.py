@@ -53,8 +53,15 @@ def test_hosts_whose_devices_alternate_in_the_mesh(tmp_path, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1)])
-@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "slice": 2}])
+@pytest.mark.parametrize(
+    ("mesh", "order"),
+    [
+        ({"data": 4}, (3, 1, 0, 2)),
+        ({"data": 2, "fsdp": 2}, (0, 1, 2, 3)),
+        ({"data": 2, "fsdp": 2}, (2, 0, 3, 1)),
+        ({"data": 1, "fsdp": 2, "slice": 2}, (3, 1, 0, 2)),
+    ],
+)
 def test_any_order_on_a_shared_cache(tmp_path, alone, mesh, order):
     write_texts(tmp_path)
     said = train(tmp_path, mesh, order)

@@ -23,6 +23,7 @@ from hybridlm.train.records import ASIDE, finished_steps
 from hybridlm.train.run_folder import stored_config
 from tests.faults.poison import marks, poisoned
 from tests.hf.hf_support import FOLDER
+from tests.starting import python
 from tests.storage.conftest import forget_clients, upload
 from tests.train.conftest import CONFIG, write_texts
 from tests.train.test_run import TIMES
@@ -275,7 +276,7 @@ def test_what_cannot_work_is_one_line_before_anything_is_compiled(mini, bucket, 
 def test_killed_runs_go_on(mini, bucket, states, s3):
     """`train.py` killed at three moments, each time started again at once: the losses of the undisturbed run."""
     assert train(mini, "--run.steps=40", "--run.save_every=5") == 0
-    command = [sys.executable, "train.py", "--config", str(mini), *far(bucket), "--run.steps=40", "--run.save_every=5"]
+    command = python("train.py", "--config", str(mini), *far(bucket), "--run.steps=40", "--run.save_every=5")
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
     steps = storage.as_path(f"{bucket}/run/checkpoints")
     for reached in (5, 15, 25):

@@ -4,12 +4,14 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from hybridlm.cli import train_main
 from hybridlm.config.find import config_names, load_config
 from hybridlm.config.stored import from_dict
 from hybridlm.config.tree import to_dict
+from hybridlm.data import make_loader
 from hybridlm.model.init import abstract
 from hybridlm.train.run_folder import read_metrics
 
@@ -88,8 +90,7 @@ OURS = {
 }
 """Of sizes that are ours: papers name them roughly. With four ranks Mamba-3 has as many as with one, as in its
 paper."""
-FREQUENCIES = 3.1
-"""Nats a byte of the embedded corpus that their frequencies leave, 3.15, and a little less."""
+STEPS, LAST = 80, 10
 TINY = (
     "based", "gated_deltanet_3_1", "gla", "griffin", "hgrn2", "kimi_linear_3_1", "mamba3", "mamba3_hybrid", "mingru",
     "retnet", "rwkv6", "rwkv7", "samba", "xlstm_7_1",
@@ -122,15 +123,26 @@ def test_round_trips(name):
 @pytest.mark.parametrize(
     "name", [name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 )
-def test_fifty_steps_learn(name, tmp_path, capsys, one_device):
-    """From the loss of a guess to one that the frequencies of bytes alone cannot give: it reads what stands before."""
+def test_eighty_steps_learn(name, tmp_path, capsys, one_device):
+    """From the loss of a guess to one that the frequencies of bytes alone cannot give: it reads what stands before.
+
+    Measured on the batches of the last steps, each new text, beside the entropy of their own bytes: no model that gives
+    every place the same distribution does better on them, whatever Python's library, the corpus, holds. The held-out
+    files are too few for that: of Python 3.12 they are of another kind than most.
+    """
     words = [
-        f"--config={name}:tiny", "--run.steps=50", "--data.seq_len=64", "--optim.lr=1e-2", "--run.eval_every=0",
-        "--run.eval_batches=16", "--run.sample_tokens=0", "--run.save_every=-1", "--run.tensorboard=False",
+        f"--config={name}:tiny", f"--run.steps={STEPS}", "--data.seq_len=64", "--optim.lr=1e-2", "--run.eval_every=-1",
+        "--run.log_every=1", "--run.sample_tokens=0", "--run.save_every=-1", "--run.tensorboard=False",
         f"--run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert train_main(words) == 0
     capsys.readouterr()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    losses = {kind: [r["loss"] for r in records if r["kind"] == kind] for kind in ("train", "val")}
-    assert losses["train"][0] > 4 > FREQUENCIES > losses["val"][-1]
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    assert len(losses) == STEPS
+    config = load_config(f"{name}:tiny")
+    with make_loader(config.data, seed=config.run.seed, seq_len=64, start_step=STEPS - LAST) as loader:
+        targets = np.concatenate([batch["targets"][batch["segment_ids"] != 0] for batch, _ in zip(loader, range(LAST))])
+    counts = np.unique(targets, return_counts=True)[1]
+    of_frequencies = np.log(targets.size) - (counts * np.log(counts)).sum() / targets.size
+    assert losses[0] > 4 > of_frequencies > np.mean(losses[-LAST:]) + 0.1

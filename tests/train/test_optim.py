@@ -18,6 +18,7 @@ from hybridlm.layers.params import ParamInfo
 from hybridlm.model.model import HybridLM, param_info
 from hybridlm.optim.muon import muon_dims
 from hybridlm.optim.optimizer import make_optimizer
+from hybridlm.optim.rules import is_bounded
 from hybridlm.optim.schedule import make_schedule
 from tests.train.conftest import small_config
 
@@ -154,6 +155,24 @@ def test_muon_compiles_one_iteration_of_five():
     program = str(jax.make_jaxpr(rule.update)(params, rule.init(params), params))
     n_matrices = sum(muon_dims(info) is not None for info in INFO.values())
     assert program.count("dot_general") == 3 * n_matrices
+
+
+def test_where_adamw_says_so_its_updates_are_bounded():
+    """By the bound of its docstring, whatever the gradients: one, tiny, growing as fast as they can, in turn."""
+    for betas in ((0.9, 0.95), (0.9, 0.999), (0.0, 0.5), (0.95, 0.91)):
+        assert AdamW(betas).bounded
+        first, second = betas
+        most = (1 - first) / np.sqrt((1 - second) * (1 - first**2 / second)) / (1 - first)
+        update = jax.jit(optax.scale_by_adam(*betas, eps=1e-8).update)
+        state = optax.scale_by_adam(*betas).init(jnp.zeros(4))
+        for step in range(150):
+            growing = min((second / max(first, 0.1)) ** step, 1e15) * 1e-5
+            grads = jnp.array([1e18 if step == 0 else 0.0, 1e-30, growing, 1e18 if step % 40 < 20 else 1e-18])
+            updates, state = update(grads, state)
+            assert np.abs(updates).max() <= most * 1.001
+    for betas, eps in (((0.99, 0.5), 1e-8), ((0.9, 1 - 1e-12), 1e-8), ((0.9, 0.95), 1e-60)):
+        assert not AdamW(betas, eps).bounded
+    assert is_bounded(AdamW()) and not is_bounded(Muon())
 
 
 def optimizer_of_before(name, betas=(0.9, 0.95), eps=1e-8, momentum=0.95, weight_decay=0.1, clip_norm=1.0):

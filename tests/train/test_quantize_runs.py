@@ -64,6 +64,28 @@ def test_the_folder_loads_as_a_run(out, capsys):
     assert told.startswith(" ") and "matrices" in told and "int8, a scale for each output" in told and "norms" in told
 
 
+@pytest.mark.slow
+def test_training_with_products_in_fp8():
+    """Parameters stay float32; the loss falls as without, with some matrices left out, too."""
+
+    def losses(*overrides):
+        config, mesh, program = small_program(overrides)
+        with jax.set_mesh(mesh):
+            state, found = program.init(), []
+            for _ in range(30):
+                state, metrics = program.train_step(state, make_batch(config, 0))
+                found.append(float(metrics["loss"].value()))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
+        return np.array(found)
+
+    exact, near = losses(), losses("quantize.products=fp8")
+    kept = losses("quantize.products=fp8", "quantize.keep=mixer.in_*")
+    for found in (near, kept):
+        assert 0 < np.abs(found - exact)[:3].max() < 0.02 * exact[0]
+        assert found[-1] < 0.7 * found[0] and abs(found[-1] - exact[-1]) < 0.1 * (exact[0] - exact[-1])
+    assert (near != kept).any()
+
+
 def test_the_line_to_go_on_with_names_the_config_file(tmp_path, capsys):
     text = said(capsys, "quantize", RUN, tmp_path / "out", "--config", "hybrid_tiny").out
     assert text.endswith(f"generate --run {tmp_path / 'out'} --config hybrid_tiny --prompt TEXT\n")

@@ -14,6 +14,7 @@ import pytest
 from hybridlm.train.checkpoint import finished_steps
 from hybridlm.train.run_folder import read_metrics
 from hybridlm.train.stop import ECHO_SECONDS
+from tests.starting import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +27,7 @@ def start_python():
     def popen(*words, cwd=ROOT):
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
-            [sys.executable, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd
+            python(*words), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd
         )
         processes.append(process)
         return process
@@ -75,9 +76,9 @@ def test_a_signal_saves_and_says_how_to_resume(mini, start, signum, code):
     steps = [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
     assert steps == list(range(1, saved[0] + 1))
     assert f"stopped and saved at step {saved[0]} of 100000; to resume: " in output
-    python, *words = shlex.split(output.rpartition("; to resume: ")[2])
+    command, *words = shlex.split(output.rpartition("; to resume: ")[2])
     assert words == [str(ROOT / "train.py"), "--config", str(mini), "--run.log_every=1", *typed]
-    assert (mini.parent / python).resolve() == Path(sys.executable).resolve() or python == "python"
+    assert (mini.parent / command).resolve() == Path(sys.executable).resolve() or command == "python"
 
 
 def test_an_ignored_hangup_stays_ignored(start_python):

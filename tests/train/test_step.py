@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step: accumulation, devices, clipping, steps that are not finite."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,14 @@ import optax
 import pytest
 from flax import nnx
 
+from hybridlm.config import OptimConfig
 from hybridlm.layers.params import ParamInfo
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.plan import collectives
 from hybridlm.plan.collectives import Totals
 from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.metrics import Mean, on_host
-from hybridlm.train.step import HOST, like_params
+from hybridlm.train.step import HOST, like_params, make_train_step
 from tests.train.conftest import make_batch, small_config, small_program
 
 
@@ -169,13 +172,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
 
 def test_an_update_that_is_not_finite_is_not_applied():
     """Where loss and gradient are: a moment of one number is out of range, or all of the update is."""
-    config, _, program = small_program(options("adamw"))
+    config, _, program = small_program(options("muon"))
     state, _ = program.train_step(program.init(), make_batch(config, 0))
+    is_moment = lambda path: "'norm'" in (words := jax.tree_util.keystr(path)) and ".mu" in words
     for value in (jnp.nan, jnp.inf, 1e30):
         poisoned = jax.tree.map(jnp.copy, state)
-        moments = optax.tree_utils.tree_get(poisoned["opt_state"], "mu")
-        moments["norm"] = jax.tree.map(lambda a, value=value: a.at[3].set(value), moments["norm"])
-        poisoned["opt_state"] = optax.tree_utils.tree_set(poisoned["opt_state"], mu=moments)
+        poison = lambda path, a, value=value: a.at[..., 3].set(value) if is_moment(path) else a
+        poisoned["opt_state"] = jax.tree_util.tree_map_with_path(poison, poisoned["opt_state"])
         before = jax.device_get(poisoned)
         after, metrics = program.train_step(poisoned, make_batch(config, 1))
         metrics = on_host(metrics)
@@ -186,6 +189,41 @@ def test_an_update_that_is_not_finite_is_not_applied():
     after, metrics = program.train_step(state, make_batch(config, 1))
     before, after = jax.device_get((program.init()["params"], after["params"]))
     assert metrics["update_norm"].value() > 0 and relative(after, before) > 0
+
+
+def test_bounded_updates_are_applied_as_others():
+    """A loss, a gradient or a rate that is not finite changes nothing."""
+    params = {"w": jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.ones(4)}
+    info = {
+        "w": ParamInfo(("d_model", None), "matrix", 1, (), False, (3, 4)),
+        "b": ParamInfo((None,), "bias", 0, (), False, (4,)),
+    }
+
+    def step_of(lr, bounded):
+        config = OptimConfig(lr=lr, warmup_steps=0, schedule="constant")
+        rule = partial(make_optimizer, config, 10, info)
+        gradients = lambda params, batch: (batch["loss"], {}, batch["grads"])
+        step = jax.jit(make_train_step(gradients, rule, lambda batch, _: batch, bounded))
+        zero = jnp.int32(0)
+        counts = {"step": zero, "skipped": zero, "skipped_in_row": zero, "key": jax.random.key_data(jax.random.key(0))}
+        return step, {"params": params, "opt_state": rule()[0].init(params)} | counts
+
+    def after(lr, bounded, loss, at):
+        step, state = step_of(lr, bounded)
+        for n in (1.0, 2.0):
+            grads = jax.tree.map(lambda a, n=n: jnp.cos(n * a), params)
+            state, _ = step(state, {"loss": jnp.float32(0), "grads": grads}, None)
+        grads["w"] = grads["w"].at[1, 2].set(at)
+        return state, *step(state, {"loss": jnp.float32(loss), "grads": grads}, None)
+
+    for loss, at in ((1.0, 0.5), (jnp.nan, 0.5), (1.0, jnp.inf), (1.0, 1e30)):
+        first, second = after(0.1, True, loss, at), after(0.1, False, loss, at)
+        chex.assert_trees_all_close(first[1], second[1], rtol=1e-6)
+        chex.assert_trees_all_close(first[2]["update_norm"].value(), second[2]["update_norm"].value(), rtol=1e-6)
+        assert int(first[1]["skipped"]) == int(second[1]["skipped"]) == ((loss, at) != (1.0, 0.5))
+    before, last, metrics = after(1e20, True, 1.0, 0.5)
+    chex.assert_trees_all_equal(last["params"], before["params"], params)
+    assert int(last["skipped"]) == 3 and not np.isfinite(metrics["update_norm"].value())
 
 
 def test_a_profile_names_the_parts_of_a_step():

@@ -2,8 +2,9 @@
 """`attention` with its tokens split over devices, on top of any implementation.
 
 Keys and values, fewer heads than queries, are gathered from all devices; each serves queries of its own. Under a causal
-mask later queries see more keys, so the queries are spread: with 2 n halves of shards on n devices, device i serves
-halves i and 2 n - 1 - i, which together see the same number of keys everywhere. Outside, tokens stay in their order.
+mask later queries see more keys, so the queries are spread: each of n devices keeps the first half of its shard and
+swaps the second half with its mirror, device n - 1 - i. Of the 2 n halves it then serves numbers 2 i and
+2 n - 1 - 2 i, which together see the same number of keys everywhere. Outside, tokens stay in their order.
 
 Axis letters beyond hybridlm's: S keys of all devices.
 """
@@ -50,30 +51,16 @@ def attention_context(attend: Callable, args: tuple, *, context_axis: str, one_s
     if not spread:
         return attend(q_BTHP, k_BSKP, v_BSKP, **{**options, "segment_ids": ids, "positions": positions})
     gate = options["gate"]
-    move = lambda array: _move(array, context_axis, n)
-    positions = (move(positions[0]), positions[1])
-    ids = None if ids is None else (move(ids[0]), ids[1])
+    swap = lambda array: _swap(array, context_axis, n)
+    positions = (swap(positions[0]), positions[1])
+    ids = None if ids is None else (swap(ids[0]), ids[1])
     options |= {"segment_ids": ids, "positions": positions, "gate": None}
-    out_BTHP = _move_back(attend(move(q_BTHP), k_BSKP, v_BSKP, **options), context_axis, n)
+    out_BTHP = swap(attend(swap(q_BTHP), k_BSKP, v_BSKP, **options))
     return out_BTHP if gate is None else apply_gate(out_BTHP, gate)
 
 
-def _routes(n: int) -> tuple[list, list]:
-    """(from, to) of the first halves and of the second halves of the devices' shards."""
-    place = [min(half, 2 * n - 1 - half) for half in range(2 * n)]
-    return [(i, place[2 * i]) for i in range(n)], [(i, place[2 * i + 1]) for i in range(n)]
-
-
-def _move(array, context_axis: str, n: int):
-    """The halves [B, T / 2, ...] that this device serves, one behind the other."""
-    halves = jnp.split(array, 2, axis=1)
-    moved = [jax.lax.ppermute(half, context_axis, pairs) for half, pairs in zip(halves, _routes(n))]
-    return jnp.concatenate(moved, axis=1)
-
-
-def _move_back(array, context_axis: str, n: int):
-    """The inverse of `_move`."""
-    halves = jnp.split(array, 2, axis=1)
-    back = [[(there, here) for here, there in pairs] for pairs in _routes(n)]
-    moved = [jax.lax.ppermute(half, context_axis, pairs) for half, pairs in zip(halves, back)]
-    return jnp.concatenate(moved, axis=1)
+def _swap(array, context_axis: str, n: int):
+    """[B, T, ...] whose second half is that of the mirrored device; its own inverse."""
+    first, second = jnp.split(array, 2, axis=1)
+    mirrored = jax.lax.ppermute(second, context_axis, [(i, n - 1 - i) for i in range(n)])
+    return jnp.concatenate([first, mirrored], axis=1)

@@ -291,7 +291,7 @@ def _attend_forward(q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask: Mask, settings: _Se
     out_BKRTV = (sum_BKRTV / total_BKRT[..., None]).astype(q_BKRTP.dtype)
     log_sum_BKRT = jnp.where(seen_BKRT, top_BKRT + jnp.log(total_BKRT), 0)
     kept = checkpoint_name((out_BKRTV, log_sum_BKRT), "attention_kept")
-    return out_BKRTV, (q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask, *kept)
+    return kept[0], (q_BKRTP, k_BKSP, v_BKSV, sinks_KR, mask, *kept)
 
 
 def _attend_backward(settings: _Settings, residuals, dout_BKRTV):

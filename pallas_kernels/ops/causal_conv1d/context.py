@@ -34,7 +34,7 @@ def causal_conv1d_context(convolve: Callable, args: tuple, *, context_axis: str,
     if n_before == 0:
         return convolve(*args, **options)
     segment_ids, initial_state = options["segment_ids"], options["initial_state"]
-    own = _Window(*_last_inputs(x_BTD, segment_ids, n_before), context.describe(segment_ids))
+    own = context.sent(_Window(*_last_inputs(x_BTD, segment_ids, n_before), context.describe(segment_ids)))
     if initial_state is None:
         initial_state = jnp.zeros_like(own.inputs_BKD)
     start = _Window(

@@ -16,6 +16,7 @@ OP = Op(
     states=("initial_state",),
     hints={"chunk": (1, 7, 1000)},
     proven=("gpu",),
+    estimated=("v5e", "v5p", "v6e"),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.gated_delta_rule.reference:gated_delta_rule_reference", forward_mode=True
@@ -32,6 +33,12 @@ OP = Op(
             oldest_jax=(0, 11),
             capability=HOPPER,
         ),
+    },
+    costs={
+        "gated_delta_rule_forward": "pallas_kernels.ops.gated_delta_rule.tpu.cost:forward",
+        "gated_delta_rule_backward": "pallas_kernels.ops.gated_delta_rule.tpu.cost:backward",
+        "gated_delta_rule_channel_forward": "pallas_kernels.ops.gated_delta_rule.tpu.cost:channel_forward",
+        "gated_delta_rule_channel_backward": "pallas_kernels.ops.gated_delta_rule.tpu.cost:channel_backward",
     },
     gpu_costs={
         "gated_delta_rule_walk": "pallas_kernels.ops.gated_delta_rule.gpu.cost:walk",

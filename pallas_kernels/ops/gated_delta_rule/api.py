@@ -55,8 +55,8 @@ def gated_delta_rule(
       context_axis: mesh axis over which the tokens are split in order; to be called inside a shard_map over it.
         initial_state and the returned final state are those of the whole rows, the same on all devices of the axis;
         y_BTHP is this device's share.
-      implementation: "auto", "reference", "xla", "gpu" (Hopper: bfloat16, N up to 128) or "tpu" (bfloat16 or float32, g
-        of the head or None, N and P up to 256).
+      implementation: "auto", "reference", "xla", "gpu" (Hopper: bfloat16, N up to 128) or "tpu" (bfloat16 or float32, N
+        and P up to 256).
 
     Returns:
       y_BTHP in the dtype of v, or (y_BTHP, final_state_BHNP) with the state in float32 (float64 if an input is).

@@ -297,15 +297,25 @@ def _cumulative_sums(steps_BCQGR):
 
 
 def _carry(states_BCGRPN, through_BCGR, start_BGRPN, reverse: bool = False):
-    """States that enter each chunk, and the one after the last: s <- through * s + state, chunk by chunk."""
+    """States that enter each chunk, and the one after the last: s <- through * s + state, chunk by chunk.
 
-    def step(state, chunk):
-        added, through = chunk
-        return through[..., None, None] * state + added, state
+    Chunks are read and written where they are: a scan over them has its axis first, and copies all states there and
+    back. What is written is no array that is read, which would be copied whole for each chunk.
+    """
+    n_chunks = states_BCGRPN.shape[1]
 
-    chunks = (jnp.moveaxis(states_BCGRPN, 1, 0), jnp.moveaxis(through_BCGR, 1, 0))
-    last, entering = jax.lax.scan(step, start_BGRPN, chunks, reverse=reverse)
-    return jnp.moveaxis(entering, 0, 1), last
+    def step(index, carry):
+        state_BGRPN, entering_BCGRPN = carry
+        chunk = n_chunks - 1 - index if reverse else index
+        added_BGRPN, through_BGR = (
+            jax.lax.dynamic_index_in_dim(array, chunk, axis=1, keepdims=False) for array in (states_BCGRPN, through_BCGR)
+        )
+        entering_BCGRPN = jax.lax.dynamic_update_index_in_dim(entering_BCGRPN, state_BGRPN, chunk, axis=1)
+        return through_BGR[..., None, None] * state_BGRPN + added_BGRPN, entering_BCGRPN
+
+    start = start_BGRPN, jnp.zeros_like(states_BCGRPN)
+    last_BGRPN, entering_BCGRPN = jax.lax.fori_loop(0, n_chunks, step, start)
+    return entering_BCGRPN, last_BGRPN
 
 
 def _grouped(state_BHPN, like: _Chunks):

@@ -251,6 +251,7 @@ def _attend_forward(forward, backward, q, k, v, gate, sinks, vectors, decode, so
     del decode, source
     out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, vectors)
     kept = checkpoint_name((*(ungated or [out]), lse), "attention_kept")
+    out = out if ungated else kept[0]  # by its name, from which others begin again
     return out, (q, k, v, gate, sinks, vectors, *kept)
 
 

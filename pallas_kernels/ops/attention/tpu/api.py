@@ -277,7 +277,8 @@ def _attend(s: Settings, q, k, v, gate, sink_rows, mask):
 def _attend_forward(s: Settings, q, k, v, gate, sink_rows, mask):
     found = _run_forward(s, q, k, v, gate, sink_rows, mask, residuals=True)
     kept = checkpoint_name((found.get("ungated", found["out"]), found["log_sum"]), "attention_kept")
-    return found["out"], (q, k, v, gate, sink_rows, mask, *kept)
+    out = found["out"] if "ungated" in found else kept[0]  # by its name, from which others begin again
+    return out, (q, k, v, gate, sink_rows, mask, *kept)
 
 
 def _attend_backward(s: Settings, residuals, dout):

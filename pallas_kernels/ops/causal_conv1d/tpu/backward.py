@@ -208,6 +208,7 @@ def _write_state_gradient(blocks, refs):
         refs["dstate"][0, :, lanes] = total
 
 
+@functools.partial(jax.jit, static_argnames=("blocks",), inline=True)  # traced once for all layers
 def backward(blocks: Blocks, x, dy, w, seen, state):
     """(dx; sums over tokens float32 [B, W (+ 1 with bias), D'], of taps and of the bias; dstate [B, 8, D] or None).
 

@@ -141,14 +141,6 @@ def documented(steps, mark):
     return jnp.where(mark < 0.0, -BETWEEN_DOCUMENTS, jnp.where(mark > 0.0, steps, 0.0))
 
 
-def _product(left, right):
-    def work(acc):
-        plgpu.wgmma(acc, left, right)
-        return sums_of(acc)
-
-    return accumulate(work, TILE)
-
-
 def _per_length(cfg, products):
     """1 / length of each row, from the products of the rows among each other; or 1."""
     squares = jnp.sum(threads.keep_diagonal(products), axis=1)
@@ -184,6 +176,31 @@ def _numbers(cfg, numbers, per_q, per_k):
     plgpu.commit_smem()
 
 
+def _products(cfg, i, head, q, k, smem, bars, numbers):
+    """(k . k, q . k, what decays and lengths of keys make of a pair), with the tokens' numbers found meanwhile.
+
+    Two products are in flight while gates are read, the third while numbers and pairs are made. Three at once take more
+    registers than there are (C7512).
+    """
+
+    def lengths(of_q, of_k):
+        plgpu.wgmma(of_q, q, q.T)
+        plgpu.wgmma(of_k, k, k.T)
+        _gates(cfg, i, head, smem, bars, numbers)
+        return _per_length(cfg, sums_of(of_q, 1)), sums_of(of_k)
+
+    per_q, mixed = accumulate(lengths, TILE, TILE)
+
+    def pairs(scores):
+        plgpu.wgmma(scores, q, k.T)
+        _numbers(cfg, numbers, per_q, _per_length(cfg, mixed))
+        decay = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
+        pair = jnp.exp2(jnp.minimum(decay, 0.0)) * cols_of(vector(numbers.at[PER_K]))
+        return sums_of(scores), pair
+
+    return mixed, *accumulate(pairs, TILE)
+
+
 def _scores(cfg, idx, outs, smem, bars):
     """Work of the warpgroup of the scores: numbers, A and T of each chunk."""
     b, head = idx
@@ -201,14 +218,8 @@ def _scores(cfg, idx, outs, smem, bars):
 
         if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
             plgpu.wait_smem_to_gmem(3, wait_read_only=True)
-        _gates(cfg, i, head, smem, bars, numbers)
-        per_q = _per_length(cfg, _product(q, q.T))
-        mixed = _product(k, k.T)
-        per_k = _per_length(cfg, mixed)
-        _numbers(cfg, numbers, per_q, per_k)
-        decay = rows_of(vector(numbers.at[DECAY], ROW)) - cols_of(vector(numbers.at[DECAY]))
-        pair = jnp.exp2(jnp.minimum(decay, 0.0)) * cols_of(vector(numbers.at[PER_K]))
-        scores = _product(q, k.T) * rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
+        mixed, scores, pair = _products(cfg, i, head, q, k, smem, bars, numbers)
+        scores *= rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
         a_ref[...] = threads.keep_lower(scores * pair).astype(cfg.dtype)
         mixed *= rows_of(vector(numbers.at[PER_K], ROW))
         mixed *= cols_of(vector(numbers.at[BETA]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gated_delta_rule` on TPUs: what the kernels serve, blocks, layouts and the custom gradient.
 
-Lengths of q and k, what padding holds and the gates are plain JAX around the kernels, gradients included.
+What padding holds, lengths of q and k and the gates are plain JAX around the kernels, gradients included.
 """
 
 import functools
@@ -13,7 +13,8 @@ from pallas_kernels import platform
 from pallas_kernels.by_token import tokens_where
 from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.ops.gated_delta_rule.tpu import kernels
-from pallas_kernels.ops.gated_delta_rule.tpu.chunk import CHUNK, Blocks
+from pallas_kernels.ops.gated_delta_rule.tpu.chunk import Blocks
+from pallas_kernels.ops.gated_delta_rule.tpu.products import CHUNK
 from pallas_kernels.segments import document_starts
 
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -21,6 +22,8 @@ WIDEST = 256  # key and value channels
 BLOCK_HEADS = 4  # the most heads of one block: they fill each other's latencies; more were not tried
 FORGOTTEN = -120.0  # log decay of a token below which nothing is left: exp of it is zero in float32
 BETWEEN_DOCUMENTS = -1e9  # that of a document's first token
+OPERANDS = ("q", "k", "v", "gates", "steps")  # of the kernels, steps where decays are of channels
+LENGTH_EPS = 1e-6  # below a root
 
 
 def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
@@ -34,8 +37,6 @@ def supports(q, k, v, beta, g=None, *, scale=1.0, **options) -> str | None:
     for name, array in (("beta_BTH", beta), ("g", g)):
         if array is not None and array.dtype != F32:
             return f"dtype of {name} ({array.dtype}) is not float32"
-    if g is not None and g.ndim == 4:
-        return f"g has shape {list(g.shape)}, the kernels decay by head, not by key channel"
     for name, size in (("key width of k_BTGN", k.shape[-1]), ("head width of v_BTHP", v.shape[-1])):
         if size > WIDEST:
             return f"{name} ({size}) above {WIDEST}"
@@ -79,6 +80,7 @@ def gated_delta_rule_tpu(
     if reason := supports(q_BTGN, k_BTGN, v_BTHP, beta_BTH, g, scale=scale):
         raise NotImplementedError(reason)
     (n_batch, n_tokens, n_heads, width), (n_groups, key) = v_BTHP.shape, k_BTGN.shape[2:]
+    by_channel = g is not None and g.ndim == 4
     heads = heads_a_block(n_batch, n_heads, n_groups, heads_per_block)
     blocks = Blocks(
         heads=heads,
@@ -86,27 +88,35 @@ def gated_delta_rule_tpu(
         key=key + -key % LANES,
         width=width + -width % LANES,
         dtype=str(v_BTHP.dtype),
-        scale=float(scale),
         decays=g is not None or segment_ids is not None,
+        by_channel=by_channel,
         initial=initial_state is not None,
         final=return_final_state,
     )
     real_BT = None if segment_ids is None else segment_ids != 0
 
-    def merged(array, unit: bool = False):
-        """Zero at padded tokens, of unit length, tokens to whole chunks, channels to whole lanes, heads merged."""
-        array = array if real_BT is None else tokens_where(real_BT, array)
-        array = _unit_length(array) if unit else array
+    def real(array):
+        """Zero at padded tokens."""
+        return array if real_BT is None else tokens_where(real_BT, array)
+
+    def merged(array):
+        """Tokens to whole chunks, channels to whole lanes, heads merged."""
         array = jnp.pad(array, ((0, 0), (0, -n_tokens % CHUNK), (0, 0), (0, -array.shape[3] % LANES)))
         return array.reshape(*array.shape[:2], -1)
 
-    q, k = (merged(array, normalize) for array in (q_BTGN, k_BTGN))
+    q, k, v = (real(array) for array in (q_BTGN, k_BTGN, v_BTHP))
+    shares = _shares(q, k, real(beta_BTH), normalize, scale)
+    steps = None if g is None else _steps(g, segment_ids)
+    if steps is None and segment_ids is not None:
+        steps = _steps(jnp.zeros_like(beta_BTH), segment_ids)
+    gates = _gates([*shares, steps] if blocks.of_heads else shares, blocks)
     initial = None
     if initial_state is not None:
         initial = jnp.pad(initial_state.astype(F32), ((0, 0), (0, 0), (0, -key % LANES), (0, -width % LANES)))
-    y, last = _scan((blocks, interpret), q, k, merged(v_BTHP), _gates(beta_BTH, g, segment_ids, blocks), initial)
+    arrays = (merged(q), merged(k), merged(v), gates, merged(steps) if by_channel else None)
+    y, last = _scan((blocks, interpret), *arrays, initial)
     y = y.reshape(n_batch, -1, n_heads, blocks.width)[:, :n_tokens, :, :width]
-    y = y if real_BT is None else tokens_where(real_BT, y)
+    y = real(y)
     return (y, last[:, :, :key, :width]) if return_final_state else y
 
 
@@ -127,55 +137,67 @@ def heads_a_block(n_batch: int, n_heads: int, n_groups: int, wanted: int | None)
     return max(n for n in legal if n <= most)
 
 
-def _unit_length(array):
-    wide = array.astype(F32)
-    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(array.dtype)
+def _shares(q, k, beta_BTH, normalize: bool, scale: float) -> list:
+    """u, r and w of `chunk`, float32 [B, T, H]."""
+    if not normalize:
+        return [jnp.full_like(beta_BTH, scale), beta_BTH, beta_BTH]
+
+    def of_heads(array):
+        """1 / length of each head's."""
+        inverse = jax.lax.rsqrt(jnp.sum(array.astype(F32) ** 2, axis=-1) + LENGTH_EPS)
+        return jnp.repeat(inverse, beta_BTH.shape[2] // inverse.shape[2], axis=2)
+
+    per_k = of_heads(k)
+    return [scale * of_heads(q), beta_BTH * per_k**2, beta_BTH * per_k]
 
 
-def _gates(beta_BTH, g, segment_ids, blocks: Blocks):
-    """float32 [B, head blocks, gate_rows, T]: log decays and step sizes of the heads; padding has neither."""
-    steps = jnp.zeros_like(beta_BTH) if g is None else g
-    if segment_ids is not None:
-        real = segment_ids != 0
-        steps = tokens_where(real, steps)
-        beta_BTH = tokens_where(real, beta_BTH)
-    steps = jnp.maximum(steps, FORGOTTEN)
-    if segment_ids is not None:
-        steps = tokens_where(~document_starts(segment_ids), steps, BETWEEN_DOCUMENTS)
+def _steps(g, segment_ids):
+    """Log decays: padding has none, a document's first token forgets all."""
+    if segment_ids is None:
+        return jnp.maximum(g, FORGOTTEN)
+    steps = jnp.maximum(tokens_where(segment_ids != 0, g), FORGOTTEN)
+    return tokens_where(~document_starts(segment_ids), steps, BETWEEN_DOCUMENTS)
+
+
+def _gates(arrays: list, blocks: Blocks):
+    """float32 [B, head blocks, gate_rows, T] of [B, T, H] each."""
 
     def by_block(array):
         array = jnp.pad(array, ((0, 0), (0, -array.shape[1] % CHUNK), (0, 0))).swapaxes(1, 2)
         return array.reshape(array.shape[0], -1, blocks.heads, array.shape[2])
 
-    gates = jnp.concatenate([by_block(steps), by_block(beta_BTH)], axis=2)
+    gates = jnp.concatenate([by_block(array) for array in arrays], axis=2)
     return jnp.pad(gates, ((0, 0), (0, 0), (0, blocks.gate_rows - gates.shape[2]), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(static, q, k, v, gates, initial):
+def _scan(static, q, k, v, gates, steps, initial):
     """(y [B, T, H P], last [B, H, N, P] or None) of whole chunks, lanes and blocks."""
-    out = _forward(static, q, k, v, gates, initial, keep=False)
+    out = _forward(static, q, k, v, gates, steps, initial, keep=False)
     return out["y"], out.get("last")
 
 
-def _forward(static, q, k, v, gates, initial, *, keep: bool) -> dict:
+def _present(arrays: dict) -> dict:
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _forward(static, *arrays, keep: bool) -> dict:
     blocks, interpret = static
-    inputs = {"q": q, "k": k, "v": v, "gates": gates}
-    inputs |= {} if initial is None else {"initial": initial}
+    inputs = _present(dict(zip((*OPERANDS, "initial"), arrays, strict=True)))
     return kernels.forward(inputs, blocks, keep=keep, interpret=interpret)
 
 
 def _forward_rule(static, *arrays):
     out = _forward(static, *arrays, keep=True)
-    return (out["y"], out.get("last")), (arrays[:4], out["states"], out["inverses"])
+    return (out["y"], out.get("last")), (arrays[:-1], out["states"], out["inverses"])
 
 
 def _backward_rule(static, residuals, cotangents):
     blocks, interpret = static
-    (q, k, v, gates), states, inverses = residuals
-    dy, dlast = cotangents
-    inputs = {"q": q, "k": k, "v": v, "gates": gates, "states": states, "inverses": inverses, "dy": dy}
-    inputs |= {"dlast": dlast} if blocks.final else {}
+    operands, states, inverses = residuals
+    q, (dy, dlast) = operands[0], cotangents
+    inputs = {**dict(zip(OPERANDS, operands, strict=True)), "states": states, "inverses": inverses, "dy": dy}
+    inputs = _present({**inputs, "dlast": dlast if blocks.final else None})
     grads = kernels.backward(inputs, blocks, interpret=interpret)
 
     def whole(array):
@@ -183,7 +205,8 @@ def _backward_rule(static, residuals, cotangents):
         parts = array.reshape(*q.shape[:2], q.shape[2] // blocks.key, -1, blocks.key)
         return parts.sum(axis=3).reshape(q.shape).astype(q.dtype)
 
-    return whole(grads["dq"]), whole(grads["dk"]), grads["dv"], grads["dgates"], grads.get("dinitial")
+    others = (grads.get(f"d{name}") for name in (*OPERANDS[2:], "initial"))
+    return whole(grads["dq"]), whole(grads["dk"]), *others
 
 
 _scan.defvjp(_forward_rule, _backward_rule)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TPU kernels of the gated delta rule: grid (batch, head block, chunks), the state, or its gradient, carried in VMEM.
 
-q, k, v and y keep the model's layout with channels merged, [B, T, H P]; gates are [B, head blocks, rows, T], tokens in
-lanes, and are turned in VMEM.
+q, k, v, y and log decays by channel keep the model's layout with channels merged, [B, T, H P]; gates are
+[B, head blocks, rows, T], tokens in lanes, and are turned in VMEM.
 """
 
 import functools
@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import F32
-from pallas_kernels.ops.gated_delta_rule.tpu.chunk import CHUNK, Blocks, advance, unit_inverses
+from pallas_kernels.ops.gated_delta_rule.tpu.chunk import Blocks, advance
+from pallas_kernels.ops.gated_delta_rule.tpu.products import CHUNK, unit_inverses
 from pallas_kernels.varying import call_varying
 
 VMEM_BYTES = 64 * 2**20  # that a kernel may take
@@ -32,9 +33,10 @@ def _store(ref, tiles: list):
 
 
 def _arrays(refs, blocks: Blocks) -> tuple:
-    """(q, k, v, gates) of a chunk as `advance` takes them."""
+    """(q, k, v, gates, steps) of a chunk as `advance` takes them."""
     q, k = (_tiles(refs[name], blocks.groups) for name in ("q", "k"))
-    return q, k, _tiles(refs["v"], blocks.heads), refs["gates"][0, 0].T
+    steps = _tiles(refs["steps"], blocks.heads) if blocks.by_channel else []
+    return q, k, _tiles(refs["v"], blocks.heads), refs["gates"][0, 0].T, steps
 
 
 def _begin(state, start, given: bool):
@@ -59,7 +61,7 @@ def _forward_kernel(*args, names: tuple, blocks: Blocks):
     _begin(state, refs.get("initial"), blocks.initial)
 
     def invert(belows):
-        inverses = unit_inverses(belows, jnp.dtype(blocks.dtype))
+        inverses = unit_inverses(belows, blocks.exact)
         if "inverses" in refs:
             for head in heads:
                 refs["inverses"][0, 0, head] = inverses[head]
@@ -83,9 +85,10 @@ def _backward_kernel(*args, names: tuple, blocks: Blocks):
     entering = [refs["states"][0, 0, head].astype(F32) for head in heads]
     run = functools.partial(advance, invert=lambda _: inverses, blocks=blocks)
     _, pull = jax.vjp(run, *_arrays(refs, blocks), entering)
-    dq, dk, dv, dgates, dentering = pull((_tiles(refs["dy"], blocks.heads), [dstate[head] for head in heads]))
-    for name, tiles in (("dq", dq), ("dk", dk), ("dv", dv)):
-        _store(refs[name], tiles)
+    dq, dk, dv, dgates, dsteps, dentering = pull((_tiles(refs["dy"], blocks.heads), [dstate[head] for head in heads]))
+    for name, tiles in (("dq", dq), ("dk", dk), ("dv", dv), ("dsteps", dsteps)):
+        if name in refs:
+            _store(refs[name], tiles)
     refs["dgates"][0, 0] = dgates.T
     for head in heads:
         dstate[head] = dentering[head]
@@ -102,6 +105,7 @@ def _specs(blocks: Blocks, heads_a_group: int, chunk_of) -> dict:
         "group": by_tokens(blocks.groups * blocks.key, group),
         "own group": by_tokens(blocks.groups * blocks.key, lambda h: h),
         "head": by_tokens(blocks.heads * blocks.width, lambda h: h),
+        "head keys": by_tokens(blocks.heads * blocks.key, lambda h: h),
         "gates": pl.BlockSpec((1, 1, blocks.gate_rows, CHUNK), lambda b, h, c: (b, h, 0, chunk_of(c))),
         "state": pl.BlockSpec((1, blocks.heads, blocks.key, blocks.width), lambda b, h, c: (b, h, 0, 0)),
         "states": matrices(blocks.key, blocks.width),
@@ -110,7 +114,8 @@ def _specs(blocks: Blocks, heads_a_group: int, chunk_of) -> dict:
 
 
 KINDS = {"q": "group", "k": "group", "v": "head", "y": "head", "dy": "head", "dv": "head", "gates": "gates",
-         "dgates": "gates", "dq": "own group", "dk": "own group", "initial": "state", "last": "state", "dlast": "state",
+         "dgates": "gates", "steps": "head keys", "dsteps": "head keys",
+         "dq": "own group", "dk": "own group", "initial": "state", "last": "state", "dlast": "state",
          "dinitial": "state", "states": "states", "inverses": "inverses"}  # fmt: skip
 
 
@@ -137,11 +142,16 @@ def _call(kernel, name, inputs, outputs, scratch, blocks: Blocks, backward: bool
     return dict(zip(outputs, call_varying(call, *inputs.values()), strict=True))
 
 
+def _name(part: str, blocks: Blocks) -> str:
+    return f"gated_delta_rule_channel_{part}" if blocks.by_channel else f"gated_delta_rule_{part}"
+
+
 def forward(inputs: dict, blocks: Blocks, *, keep: bool, interpret) -> dict:
     """y [B, T, H P]; by request last (float32 [B, H, N, P]) and, `keep`, what the backward needs of each chunk:
     states [B, chunks, H, N, P] before it and inverses [B, chunks, H, 128, 128].
 
-    inputs: q, k [B, T, G N], v [B, T, H P], gates float32 [B, blocks, gate_rows, T], initial if there is one.
+    inputs: q, k [B, T, G N], v [B, T, H P], gates float32 [B, blocks, gate_rows, T], steps float32 [B, T, H N] where
+    decays are of channels, initial if there is one.
     """
     n_batch, n_tokens = inputs["v"].shape[:2]
     n_heads, by_chunk = inputs["gates"].shape[1] * blocks.heads, (n_batch, n_tokens // CHUNK)
@@ -151,8 +161,8 @@ def forward(inputs: dict, blocks: Blocks, *, keep: bool, interpret) -> dict:
         outputs["last"] = jax.ShapeDtypeStruct((n_batch, *state), F32)
     if keep:
         outputs["states"] = jax.ShapeDtypeStruct((*by_chunk, *state), blocks.dtype)
-        outputs["inverses"] = jax.ShapeDtypeStruct((*by_chunk, n_heads, CHUNK, CHUNK), blocks.dtype)
-    return _call(_forward_kernel, "gated_delta_rule_forward", inputs, outputs, "state", blocks, False, interpret)
+        outputs["inverses"] = jax.ShapeDtypeStruct((*by_chunk, n_heads, CHUNK, CHUNK), F32)
+    return _call(_forward_kernel, _name("forward", blocks), inputs, outputs, "state", blocks, False, interpret)
 
 
 def backward(inputs: dict, blocks: Blocks, *, interpret) -> dict:
@@ -167,7 +177,8 @@ def backward(inputs: dict, blocks: Blocks, *, interpret) -> dict:
         (*inputs["q"].shape[:2], parts * inputs["q"].shape[2]), blocks.dtype if parts == 1 else F32
     )
     outputs = {"dq": shared, "dk": shared, "dv": shape_of(inputs["v"]), "dgates": shape_of(inputs["gates"])}
+    outputs |= {"dsteps": shape_of(inputs["steps"])} if blocks.by_channel else {}
     if blocks.initial:
         n_batch, n_heads = inputs["q"].shape[0], n_blocks * blocks.heads
         outputs["dinitial"] = jax.ShapeDtypeStruct((n_batch, n_heads, blocks.key, blocks.width), F32)
-    return _call(_backward_kernel, "gated_delta_rule_backward", inputs, outputs, "dstate", blocks, True, interpret)
+    return _call(_backward_kernel, _name("backward", blocks), inputs, outputs, "dstate", blocks, True, interpret)

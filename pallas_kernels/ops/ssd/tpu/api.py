@@ -189,6 +189,7 @@ def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bo
     )
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "final", "states"), inline=True)  # traced once for all layers
 def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, states=None):
     n_batch, n_tokens, n_heads, width = x.shape
     blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=x.dtype == F32)
@@ -207,6 +208,7 @@ def _forward_rule(static, x, dt, A, B, C, D, segment_ids, initial_state):
     return (results["y"], results.get("last")), (arrays, checkpoint_name(results["states"], "ssd_states"))
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward_rule(static, residuals, cotangents):
     plan, final = static
     (x, dt, A, B, C, D, segment_ids, initial_state), states = residuals
