@@ -8,7 +8,7 @@ PINS := $(firstword $(wildcard constraints/python-$(VERSION).txt) constraints/py
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 CONFIG ?= hybrid_tiny
-# Processes of a test run; each takes up to 4 GB. Tests move to whoever has none left.
+# Processes of a test run; each takes up to 7 GB. Tests move to whoever has none left.
 WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

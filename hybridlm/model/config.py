@@ -193,13 +193,13 @@ class QuantizeConfig:
     steps compute with the rounded ones and their gradient changes those in float32."""
     activations: Literal["int8"] | None = None
     """What is multiplied with them is rounded to int8, with a scale for each token; None: it is not."""
-    products: Literal["fp8"] | None = None
-    """In training products with matrices are taken in fp8, forward (e4m3) and backward (e5m2), with a scale for each
-    array; the matrices stay what they are. None: in model.compute_dtype."""
     keep: tuple[str, ...] = ()
     """Matrices that stay as they are: patterns of names as mixer.in_dt, or of the last part alone (in_*)."""
     stored: bool = False
     """The parameters are the rounded ones, as `hybridlm quantize` writes them: they cannot be trained."""
+    products: Literal["fp8"] | None = None
+    """In training products with matrices are taken in fp8, forward (e4m3) and backward (e5m2), with a scale for each
+    array; the matrices stay what they are. None: in model.compute_dtype."""
 
     def __post_init__(self):
         check_fields(self, "quantize.")

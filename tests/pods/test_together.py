@@ -38,6 +38,7 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for line in lines if (record := json.loads(line))["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_hosts_whose_devices_alternate_in_the_mesh(tmp_path, alone):
     """As on a torus; each with a cache of its own, which the second gets from the first: it has no text at all."""
     write_texts(tmp_path)
