@@ -308,7 +308,8 @@ def _carry(states_BCGRPN, through_BCGR, start_BGRPN, reverse: bool = False):
         state_BGRPN, entering_BCGRPN = carry
         chunk = n_chunks - 1 - index if reverse else index
         added_BGRPN, through_BGR = (
-            jax.lax.dynamic_index_in_dim(array, chunk, axis=1, keepdims=False) for array in (states_BCGRPN, through_BCGR)
+            jax.lax.dynamic_index_in_dim(array, chunk, axis=1, keepdims=False)
+            for array in (states_BCGRPN, through_BCGR)
         )
         entering_BCGRPN = jax.lax.dynamic_update_index_in_dim(entering_BCGRPN, state_BGRPN, chunk, axis=1)
         return through_BGR[..., None, None] * state_BGRPN + added_BGRPN, entering_BCGRPN
