@@ -9,7 +9,7 @@ from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
 from hybridlm.cli.study_words import check_settable
-from hybridlm.cli.words import check_file, split_overrides
+from hybridlm.cli.words import check_figure, check_file, split_overrides
 from hybridlm.cli.writing import CACHE, add_cache_options, cache_types
 from hybridlm.errors import require
 
@@ -130,7 +130,7 @@ def _check_files(args: argparse.Namespace) -> None:
         check_file(getattr(args, name), f"--{name}")
     require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
     if args.figure is not None:
-        require(args.figure.endswith((".png", ".svg")), f"--figure ({args.figure}) must end in .png or .svg")
+        check_figure(args.figure)
 
 
 def _show(tables) -> None:
@@ -157,10 +157,7 @@ def _page(path: str, here: dict, rows, notes) -> None:
 
 def _figure(path: str, rows) -> None:
     from hybridlm.infer.bench import as_dict
-    from hybridlm.page import as_svg
     from hybridlm.study.bench_page import drawing
-    from hybridlm.study.figures import as_png
+    from hybridlm.study.figures import as_file
 
-    drawn = drawing([as_dict(row) for row in rows])
-    made = as_png(drawn) if path.endswith(".png") else as_svg(drawn).encode()
-    storage.write_bytes(storage.as_path(path), made)
+    storage.write_bytes(storage.as_path(path), as_file(drawing([as_dict(row) for row in rows]), path))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
+from hybridlm.cli.words import check_figure
 from hybridlm.errors import print_line, require
 
 
@@ -24,7 +25,10 @@ def run(words: list[str], prog: str) -> int:
     if args is None:
         return 0
     page = storage.as_path(args.out)
-    figure = page.with_name(f"{page.name.removesuffix('.html')}.png") if args.figure is None else _path(args.figure)
+    figure = page.with_name(f"{page.name.removesuffix('.html')}.png")
+    if args.figure is not None:
+        check_figure(args.figure)
+        figure = storage.as_path(args.figure)
     from hybridlm.config.find import read_config
     from hybridlm.study.reading import Broken, Run, find_runs
 
@@ -45,16 +49,8 @@ COMPARE = Command("compare", (("RUN RUN ... [--out FILE]", "runs in one figure a
 
 def write(runs: list, page: Path, figure: Path, title: str) -> None:
     """Both files, each whole or not at all."""
-    from hybridlm.page import as_svg
     from hybridlm.study.compare import as_page, comparison
-    from hybridlm.study.figures import as_png
+    from hybridlm.study.figures import as_file
 
-    drawn = comparison(runs, title)
-    svg = figure.name.endswith(".svg")
-    storage.write_bytes(figure, as_svg(drawn).encode("utf-8", "backslashreplace") if svg else as_png(drawn))
+    storage.write_bytes(figure, as_file(comparison(runs, title), figure.name))
     storage.write_bytes(page, as_page(runs, title).encode("utf-8", "backslashreplace"))
-
-
-def _path(text: str) -> Path:
-    require(text.endswith((".png", ".svg")), f"--figure ({text}) must end in .png or .svg")
-    return storage.as_path(text)

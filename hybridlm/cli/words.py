@@ -33,6 +33,11 @@ def split_section(words: list[str], section: str) -> tuple[list[str], list[str]]
     return of_section, others
 
 
+def check_figure(text: str) -> None:
+    """ConfigError where --figure names no kind of drawing that `study.figures.as_file` makes."""
+    require(text.endswith((".png", ".svg")), f"--figure ({text}) must end in .png or .svg")
+
+
 def check_file(text: str | None, name: str) -> None:
     """ConfigError, before anything is computed, where no file can be written; None is none."""
     if text is None:

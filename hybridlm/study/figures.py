@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing
 
-from hybridlm.page import quiet, visible
+from hybridlm.page import as_svg, quiet, visible
 
 WIDTH, HEIGHT = 4.6, 3.4
 """Of a panel, inches."""
@@ -217,6 +217,11 @@ def _plain(label: str) -> str:
     """A label as it is: no mathematics between dollars, no line ends; a first `_` would keep it out of the legend."""
     label = visible(label).replace("\n", " ").replace("\t", " ").replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
+
+
+def as_file(figure, name: str) -> bytes:
+    """The bytes of a file of that name, .svg or .png."""
+    return as_svg(figure).encode("utf-8", "backslashreplace") if name.endswith(".svg") else as_png(figure)
 
 
 def as_png(figure) -> bytes:

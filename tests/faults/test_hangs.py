@@ -17,6 +17,7 @@ from hybridlm.errors import AgainError, RunError
 from hybridlm.train import report
 from hybridlm.train.feed import Feed
 from tests.faults.runs import ROOT, Processes, clean, losses, newest
+from tests.starting import python
 
 HANGS = """
 
@@ -198,7 +199,7 @@ def test_a_signal_while_a_data_worker_stands_still(nano):
 
 def test_a_closed_pipe_saves_and_ends(nano):
     """As in `train.py ... | head -3`."""
-    words = [sys.executable, str(ROOT / "train.py"), "--config", str(nano), "--run.steps=100000"]
+    words = python(str(ROOT / "train.py"), "--config", str(nano), "--run.steps=100000")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=nano.parent)
     try:
         while "step 3/" not in process.stdout.readline():

@@ -293,7 +293,8 @@ def test_pages_and_tables_say_all_of_it():
     tables = bench_tables.tables(rows, ["mamba2-jax is not timed"])
     assert all(len(line) == len(table.head) for table in tables for line in table.rows)
     text = check_self_contained(as_html("Title", [bench_tables.as_dict(one) for one in rows], tables))
-    for words in ("1,234", "62.5%", "seconds to the first token, batch 4", "does not fit: needs 81.0 GiB", "float32", "3,000.0 GB/s", "noise", "1.50",
+    for words in ("1,234", "62.5%", "seconds to the first token, batch 4", "does not fit: needs 81.0 GiB", "float32",
+                  "3,000.0 GB/s", "noise", "1.50",
                   "Blakeman", "mamba2-jax is not timed", evil):  # fmt: skip
         assert words in text, words
 

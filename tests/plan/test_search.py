@@ -245,6 +245,17 @@ def test_a_compiler_that_gives_up():
         compile(jax.jit(too_large).lower(x), "tpu")
 
 
+def test_what_cannot_be_compiled_without_a_card_is_one_line():
+    """As XLA says it of a product for a described GPU."""
+
+    class Refused:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("NOT_FOUND: No supported config found for HLO: %dot.56 = f32[8,64]{1,0} x")
+
+    with pytest.raises(ConfigError, match=r"^topology: [^\n]* %dot.56 \(f32\[8,64\]\{1,0\}\) without a card; [^\n]*$"):
+        compile(Refused(), "gpu")
+
+
 def test_ctrl_c_waits_for_no_compiler():
     """Work that hears no signal, as that of a compiler, is left: one line, 130, within seconds."""
     work = "lambda: print('compiling', flush=True) or ctypes.CDLL(None).sleep(120)"

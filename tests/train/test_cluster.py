@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybridlm.train.run_folder import read_metrics
+from tests.starting import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +23,7 @@ def run_cluster(mini, *overrides):
     env = os.environ | {
         "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }  # fmt: skip
-    words = [sys.executable, str(ROOT / "train.py"), "--config", str(mini), "--mesh.fsdp=2", *overrides]
+    words = python(str(ROOT / "train.py"), "--config", str(mini), "--mesh.fsdp=2", *overrides)
     processes = [
         subprocess.Popen(
             words, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True, cwd=mini.parent
