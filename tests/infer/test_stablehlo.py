@@ -172,6 +172,7 @@ def test_what_is_said_of_rows(batch, rows, texts, manifest, capsys):
     assert f", {rows} of up to 80 tokens" in said and said.endswith(f"next: python out/run.py {texts}\n")
 
 
+@pytest.mark.buckets
 def test_what_is_said_of_a_bucket(manifest, capsys):
     pytest.importorskip("s3fs")
     command._say(storage.as_path("s3://bucket/out"), manifest | {"batch": None})
