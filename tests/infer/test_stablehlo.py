@@ -174,7 +174,6 @@ def test_what_is_said_of_rows(batch, rows, texts, manifest, capsys):
 
 @pytest.mark.buckets
 def test_what_is_said_of_a_bucket(manifest, capsys):
-    pytest.importorskip("s3fs")
     command._say(storage.as_path("s3://bucket/out"), manifest | {"batch": None})
     assert capsys.readouterr().out.endswith("next, in a copy of the folder: python run.py TEXT\n")
 
