@@ -49,7 +49,8 @@ def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Confi
 
     folder = storage.as_path(config.init.hf)
     published = open_checkpoint(folder).config
-    kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat", "remat_span", "unroll")}
+    as_is = "compute_dtype", "remat", "remat_span", "unroll", "row_parts"
+    kept = {name: getattr(config.model, name) for name in as_is}
     data = config.data
     if data.tokenizer == "byte" and not any(key == "data.tokenizer" for key, _ in pairs):
         data = dataclasses.replace(data, tokenizer=tokenizer_of(folder, published))
