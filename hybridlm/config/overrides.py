@@ -49,8 +49,7 @@ def _with_published(config: Config, pairs: list[tuple[str, list[str]]]) -> Confi
 
     folder = storage.as_path(config.init.hf)
     published = open_checkpoint(folder).config
-    as_is = "compute_dtype", "remat", "remat_span", "unroll", "row_parts"
-    kept = {name: getattr(config.model, name) for name in as_is}
+    kept = {name: getattr(config.model, name) for name in ("compute_dtype", "remat", "remat_span", "unroll")}
     data = config.data
     if data.tokenizer == "byte" and not any(key == "data.tokenizer" for key, _ in pairs):
         data = dataclasses.replace(data, tokenizer=tokenizer_of(folder, published))

@@ -18,7 +18,7 @@ FREE = {
     "where its first parameters came from": ("init",),
     "how devices share the work": ("mesh", "cluster", "optim.gather_once", "optim.offload"),
     "what the backward recomputes": ("model.remat", "model.remat_span"),
-    "how the program is written": ("model.unroll", "model.row_parts"),
+    "how the program is written": ("model.unroll",),
     "how text is read": ("data.workers", "data.prefetch", "data.cache_dir"),
     "how long it is": ("run.steps",),
     "what it writes, and when": (

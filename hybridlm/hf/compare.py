@@ -11,9 +11,9 @@ from hybridlm.layers.block import shares
 from hybridlm.model.config import ModelConfig
 
 FREE = frozenset({
-    "compute_dtype", "remat", "remat_span", "unroll", "row_parts", "chunk", "init_std", "dt_min", "dt_max",
-    "dt_init_floor", "dt_init", "dt_scale", "A_init", "blocks", "pattern", "norm_before", "norm_after",
-    "normed_residual", "balance_weight", "z_weight", "capacity",
+    "compute_dtype", "remat", "remat_span", "unroll", "chunk", "init_std", "dt_min", "dt_max", "dt_init_floor",
+    "dt_init", "dt_scale", "A_init", "blocks", "pattern", "norm_before", "norm_after", "normed_residual",
+    "balance_weight", "z_weight", "capacity",
 })  # fmt: skip
 """Fields that a config.json need not say: how a model starts and runs, not what it computes."""
 LONGEST = 40

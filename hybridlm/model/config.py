@@ -70,9 +70,6 @@ class ModelConfig:
     unroll: int | None = None
     """Loops over depth of up to so many repeats are written out: faster steps on GPUs, which then copy nothing in and
     out of stacks, for more to compile. None: in training on a GPU all (`train.layout`), elsewhere none."""
-    row_parts: int | None = None
-    """Sublayers run on so many shares of a microbatch's rows side by side, so that what one exchanges between devices
-    passes behind another's products: see `model.row_parts`. None: one."""
     remat: str = "none"
     """What the backward recomputes: none, full, dots, mixer, kernels, or the comma-separated names of what is kept."""
     remat_span: int = 1
@@ -86,7 +83,6 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} ({value}) must be positive")
         require(self.unroll is None or self.unroll > 0, f"model.unroll ({self.unroll}) must be positive")
-        require(self.row_parts is None or self.row_parts > 0, f"model.row_parts ({self.row_parts}) must be positive")
         require(self.remat_span > 0, f"model.remat_span ({self.remat_span}) must be positive")
         for name in ("embedding_multiplier", "logit_multiplier"):
             require(getattr(self, name) != 0, f"model.{name} (0) must not be 0: nothing would depend on the text")

@@ -20,7 +20,7 @@ from hybridlm.layers.block import Tokens, shares
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes, Layout
 from hybridlm.layers.params import ParamInfo, param_info
 from hybridlm.layers.segments import padding_last, positions_within, room_in_front
-from hybridlm.model import depth, pattern, remat, row_parts, stacks, strands
+from hybridlm.model import depth, pattern, remat, stacks, strands
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.statistics import kind_of
 from hybridlm.model.sublayer import ChannelScales, Sublayer, make_options, stream_norm
@@ -262,8 +262,7 @@ class HybridLM(nnx.Module):
             in_loop = len(spot.depths) > 1
             kind = spot.symbol, in_loop
             if kind not in wrapped:
-                of_rows = remat.wrap(calls[n], self.config.remat, blocks[spot.symbol], in_loop=in_loop)
-                wrapped[kind] = row_parts.side_by_side(of_rows, blocks[spot.symbol], self.config.row_parts or 1)
+                wrapped[kind] = remat.wrap(calls[n], self.config.remat, blocks[spot.symbol], in_loop=in_loop)
             calls[n] = wrapped[kind]
         shared = {symbol: nnx.state(module) for symbol, module in self.shared.items()}
         if sums is not None:
