@@ -102,6 +102,19 @@ def test_the_default_models_have_one_size():
         model_of(Point(), replace(sizes, params=1000))
 
 
+@pytest.mark.parametrize(
+    "rows, seq_len, platform, given, parts",
+    [(8, 256, "cpu", 1, 8), (8, 256, "gpu", 1, 1), (8, 256, "cpu", 2, 2), (16, 128, "cpu", 1, 8), (6, 128, "cpu", 1, 3),
+     (5, 128, "cpu", 1, 1), (4, 24, "cpu", 1, 1), (3, 4096, "cpu", 1, 3)],
+)  # fmt: skip
+def test_rows_of_a_step_are_taken_in_parts(rows, seq_len, platform, given, parts):
+    """On a CPU, as many as divide the rows and keep 256 tokens each; never where words say how many."""
+    data, optim = replace(RECIPE.data, batch_size=rows, seq_len=seq_len), replace(RECIPE.optim, accumulate=given)
+    asked = replace(RECIPE, data=data, optim=optim)
+    done = ratio.in_parts(asked, platform)
+    assert done == replace(asked, optim=replace(optim, accumulate=parts))
+
+
 def test_what_all_models_share():
     usual = model_of(Point("1:1"), SMALL)
     assert usual.pattern[0] == "C" and usual.blocks["C"].d_conv == 3 and usual.blocks["*"].rope is None
