@@ -60,6 +60,7 @@ NEEDS = {
     "harness": (lambda: find_spec("lm_eval") is not None, "needs lm-evaluation-harness: make lm-eval"),
     "wandb": (lambda: getattr(find_spec("wandb"), "origin", None) is not None, "needs the package wandb: make wandb"),
     "quantize": (lambda: find_spec("qwix") is not None, "needs qwix: pip install 'hybridlm[quantize]'"),
+    "mamba2_jax": (lambda: find_spec("mamba2_jax") is not None, "needs mamba2-jax: pip install mamba2-jax"),
     "parity": (lambda: all(map(find_spec, ("torch", "transformers"))), "needs torch and transformers: make parity"),
 }
 """Marker -> (whether this machine has it, why a test is skipped)."""

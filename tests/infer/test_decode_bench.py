@@ -530,8 +530,8 @@ def test_transformers_beside_ours():
 
 
 @pytest.mark.slow
+@pytest.mark.mamba2_jax
 def test_mamba2_jax_beside_ours():
-    pytest.importorskip("mamba2_jax")
     ours = Ours("mamba2", small_mamba2())
     found, _ = bench_peers.peers([ours])
     peer = next(one for one in found if one.name == "mamba2-jax")

@@ -28,7 +28,7 @@ from hybridlm.layers.parallel import Branch
 from hybridlm.model.config import QuantizeConfig
 from hybridlm.model.model import HybridLM
 from hybridlm.probes import MQAR
-from hybridlm.study import on_task
+from hybridlm.study import answers, on_task
 from hybridlm.study.distill import divergence, make_distillation
 from hybridlm.study.layers import Findings, Worth, attention_at, carried, dial, proposed, study_layers
 from hybridlm.study.on_task import Trial
@@ -227,7 +227,7 @@ def test_a_model_with_less_attention_from_a_trained_one(tmp_path, capsys):
     before, is a run, and its cache is smaller."""
     trained = on_task.train_on(LEARNER, STAGES)
     on_task.keep(tmp_path / "whole", LEARNER, trained)
-    assert on_task.scored(trained.model, [Trial(TASK, 16)], 64, 4)[0]["accuracy"] > 0.9
+    assert answers.scored(trained.model, [Trial(TASK, 16)], 64, 4)[0]["accuracy"] > 0.9
     words = ["study", "layers", "--run", str(tmp_path / "whole"), *WORDS, "--window", "2", "--keep", "0.6"]
     words += ["--distill", str(tmp_path / "less"), "--run.steps=200", "--data.batch_size=64", "--optim.lr=1e-3"]
     assert main([*words, "--json"]) == 0
