@@ -249,11 +249,7 @@ def test_drawn_documents(op, n, rows):
         assert oracle.relative_rms(actual, expected, floor=1e-2) <= oracle.bound("float32"), f"out{i}"
     for name, expected in wide_grads.items():
         error = oracle.relative_rms(grads[name], expected, floor=oracle.SMALL_GRADIENT * largest)
-        if error <= oracle.bound("float32"):
-            continue
-        (_, _), whole = compiled(op, 0)(arrays, ids)  # some drawn inputs lose that much to rounding without any split
-        rounding = oracle.relative_rms(whole[name], expected, floor=oracle.SMALL_GRADIENT * largest)
-        assert error <= min(8 * rounding, 5 * oracle.bound("float32")), f"d{name}: {error:.1e}, whole {rounding:.1e}"
+        assert error <= oracle.bound("float32"), f"d{name}: {error:.1e}"
 
 
 def collectives(function, *args) -> list[tuple[str, int]]:

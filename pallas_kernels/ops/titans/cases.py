@@ -65,7 +65,7 @@ def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:
     normal = lambda *shape: np.asarray(rng.standard_normal(shape, np.float32))
     return {
         **{name: normal(*shape, case.width).astype(jnp.dtype(dtype)) for name in ("q", "k", "v")},
-        "rate": rng.uniform(5e-4, 5e-3, shape).astype(np.float32),
+        "rate": rng.uniform(2.5e-4, 2.5e-3, shape).astype(np.float32),
         "eta": normal(*shape) if case.momentum else None,
         "alpha": normal(*shape),
         "g": 0.1 * normal(*heads),
