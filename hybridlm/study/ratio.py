@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from hybridlm import storage
@@ -26,7 +25,7 @@ from hybridlm.study.on_task import Trained, Trial
 from hybridlm.study.together import train_together
 from hybridlm.train.provenance import versions
 from hybridlm.train.records import read_json
-from pallas_kernels.platform import device_name, platform_of
+from pallas_kernels.platform import device_name, platform
 
 RECIPE = Config(
     name="ratio",
@@ -106,11 +105,11 @@ def at_rate(optim: OptimConfig, rate: float) -> OptimConfig:
     return replace(optim, lr=optim.lr * rate, rule=rule)
 
 
-def in_parts(config: Config, platform: str) -> Config:
+def in_parts(config: Config) -> Config:
     """With each step's rows in microbatches on a CPU, of at least 256 tokens, where optim.accumulate is as usual: equal
     beyond rounding, as the loss is the mean of all. Elsewhere as it is: a GPU takes all rows as fast as some."""
     rows, usual = config.data.batch_size, OptimConfig().accumulate
-    if platform != "cpu" or config.optim.accumulate != usual:
+    if platform() != "cpu" or config.optim.accumulate != usual:
         return config
     most = max(1, rows * config.data.seq_len // PART_TOKENS)
     parts = max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
@@ -177,7 +176,7 @@ def order(folder: Path) -> Order:
 def train_member(folder: Path) -> dict[str, Any]:
     """Trains, scores and keeps the model whose folder says what is asked of it; writes its result last."""
     one = order(folder)
-    trained = on_task.train_on(in_parts(one.config, _platform()), one.stages, _say)
+    trained = on_task.train_on(in_parts(one.config), one.stages, _say)
     scores = answers.scored(trained.model, one.tests, one.spec["test"]["rows"], one.spec["test"]["batches"])
     return _keep(one, trained, scores, 1)
 
@@ -189,7 +188,7 @@ def train_members(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """
     orders = [order(folder) for folder in folders]
     first = orders[0]
-    base = in_parts(replace(first.config, optim=at_rate(first.config.optim, 1 / first.rate)), _platform())
+    base = in_parts(replace(first.config, optim=at_rate(first.config.optim, 1 / first.rate)))
     seeds, rates = [one.config.run.seed for one in orders], [one.rate for one in orders]
     trained = train_together(base, seeds, rates, first.stages, _say)
     test, params = first.spec["test"], trained.state["params"]
@@ -200,10 +199,6 @@ def train_members(folders: Sequence[Path]) -> list[dict[str, Any]]:
     if failed:
         raise RunError(f"loss or gradient not finite at the end: lower optim.lr: {named}")
     return kept
-
-
-def _platform() -> str:
-    return platform_of(jax.devices()[0])
 
 
 def _say(line: str) -> None:
