@@ -297,7 +297,8 @@ def _core_bwd(with_final, residuals, cotangents):
 
     if init is not None:
         rows, state = _rounded_start(init, dy, c_mat, ab, ids, r_states)
-        out["target"], out["state"] = out["target"].at[:, :2].add(rows), out["state"].at[:, 0, :, 0].add(state)
+        out["target"] = gpu_grads.add_to_first(out["target"], rows, axis=1)
+        out["state"] = out["state"].at[:, 0, :, 0].add(state)
     if a.ndim == 1 and heads % gpu_decay.HEADS == 0:
         sums = (out["source"], out["target"], out["cross"], out["state"])
         d_dt, d_a, d_d = gpu_decay.gradients(*sums, dt, a, ids, cfg.has_d)

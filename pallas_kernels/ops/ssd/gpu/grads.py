@@ -574,6 +574,16 @@ def _score_tiles(cfg, b_mat, c_mat):
     return jnp.where(jnp.stack([within, jnp.ones_like(within)]), scores, 0.0).astype(cfg.dtype)
 
 
+def add_to_first(total, part, axis: int):
+    """total, to whose first entries along the axis part is added.
+
+    No `.at[].add`: of entries that are all of them it makes a scatter without indices, an argument of no size, at
+    which the compiler of a `shard_map` for GPUs ends (sdy.manual_computation, JAX 0.11.2).
+    """
+    first = lax.slice_in_dim(total, 0, part.shape[axis], axis=axis)
+    return lax.dynamic_update_slice_in_dim(total, first + part, 0, axis=axis)
+
+
 def _columns_in_parts(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d):
     """``grads`` for more columns than shared memory holds: pairs with the first ones, the rest through the states."""
     width = cfg.state // 2
@@ -583,7 +593,7 @@ def _columns_in_parts(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d):
     one = _call(first, x, dy, ab, b_mat, c_mat, h, r, real, d, _score_tiles(cfg, b_tiles, c_tiles))
     two = _call(second, x, dy, ab, b_mat, c_mat, h, r, real, None)
     out = {name: one[name] + two[name] for name in ("target", "state", "dx")}
-    out["source"] = one["source"].at[:, :, :, :2].add(two["source"])
+    out["source"] = add_to_first(one["source"], two["source"], axis=3)
     out["cross"] = one["cross"]
     d_s = one["d_s"].astype(F32).sum(1).astype(cfg.dtype)
     d_s, d_across = d_s[:, :, :, 0], d_s[:, ::2, :, 1]
