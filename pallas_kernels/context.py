@@ -8,6 +8,7 @@ sum. What the sums hold is the ops' business (`context.py` of each); documents, 
 Axis letters: B batch, T tokens of one device.
 """
 
+import functools
 import typing
 from collections.abc import Callable
 
@@ -73,17 +74,20 @@ def join(earlier: Documents | None, later: Documents | None) -> Documents | None
     )
 
 
-def before(joined: Callable, start, own, context_axis: str):
+def before(joined: Callable, start, own, context_axis: str, *, reverse: bool = False):
     """The sum of `start` and of all tokens on the devices before this one; pytrees of arrays.
 
     joined(earlier, later) sums two up; own: of this device's tokens; start: of what stands before the first device's.
+    reverse: from the last device to the first, whose "before" is behind it.
     """
     n, index = axis_size(context_axis), jax.lax.axis_index(context_axis)
+    index = n - 1 - index if reverse else index
+    shift = functools.partial(_shift, n=n, context_axis=context_axis, reverse=reverse)
     own = _select(index == 0, joined(start, own), own)
-    total = _shift(own, 1, 0, n, context_axis)
+    total = shift(own, 1, 0)
     distance = 1
     while distance < n - 1:  # device i knows the `distance` devices before it, the first one with `start`
-        total = _select(index > distance, joined(_shift(total, distance, 1, n, context_axis), total), total)
+        total = _select(index > distance, joined(shift(total, distance, 1), total), total)
         distance *= 2
     return _select(index == 0, start, total)
 
@@ -118,9 +122,10 @@ def from_last(array: jax.Array, context_axis: str) -> jax.Array:
     return jax.lax.psum(jnp.where(is_last, array, jnp.zeros_like(array)), context_axis)
 
 
-def _shift(tree, distance: int, first: int, n: int, context_axis: str):
-    """From each device, beginning with `first`, to the one `distance` behind it."""
+def _shift(tree, distance: int, first: int, n: int, context_axis: str, reverse: bool = False):
+    """From each device, beginning with `first`, to the one `distance` behind it; reverse: all counted from the last."""
     pairs = [(i, i + distance) for i in range(first, n - distance)]
+    pairs = [(n - 1 - i, n - 1 - j) for i, j in pairs] if reverse else pairs
     return sent(jax.tree.map(lambda array: jax.lax.ppermute(array, context_axis, pairs), tree))
 
 
@@ -158,15 +163,38 @@ def scan_from_entering(scan: Callable, args: tuple, own: StateMap | LinearMap, *
 
     options["initial_state"] (or None) and the final state that is returned are those of the whole rows.
     """
-    own, initial = sent(own), options["initial_state"]
+    initial = options["initial_state"]
     initial = jnp.zeros_like(own.state) if initial is None else initial.astype(own.state.dtype)
-    start = own._replace(decay=jnp.zeros_like(own.decay), state=initial, documents=nothing(own.documents))
-    entering = before(_join_maps, start, own, context_axis)
-    options["initial_state"] = keep_rows(~is_cut(entering.documents, own.documents), entering.state)
+    options["initial_state"], _ = entering_state(own, initial, context_axis)
     out = scan(*args, **options)
     if not options["return_final_state"]:
         return out
     return out[0], from_last(out[1], context_axis)
+
+
+def entering_state(own: StateMap | LinearMap, initial, context_axis: str):
+    """(the state that enters this device's tokens, whether it is that of the tokens before: [B] or a scalar, False
+    where a document starts at this device's edge).
+
+    own: what this device's tokens do to a state; initial: the state before the first device's.
+    """
+    own = sent(own)
+    start = own._replace(decay=jnp.zeros_like(own.decay), state=initial, documents=nothing(own.documents))
+    entering = before(_join_maps, start, own, context_axis)
+    goes_on_B = ~is_cut(entering.documents, own.documents)
+    return keep_rows(goes_on_B, entering.state), goes_on_B
+
+
+def leaving_gradient(decay, gradient, context_axis: str):
+    """The gradient of the state behind this device's tokens, of what the devices behind it make of that state.
+
+    gradient: of the state before each device's tokens, of what the device itself makes of it; decay: what a gradient
+    of the state behind them is multiplied by on its way to the state before them. Both are 0 where a document starts
+    at the device's edge.
+    """
+    own = StateMap(decay, gradient, None)
+    start = StateMap(jnp.zeros_like(decay), jnp.zeros_like(gradient), None)
+    return before(_join_maps, start, own, context_axis, reverse=True).state
 
 
 def _join_maps(earlier, later):

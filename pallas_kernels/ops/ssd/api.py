@@ -76,7 +76,8 @@ def ssd(
         "chunk": chunk,
         "states": states,
     }
-    return call(OP, implementation, args, kwargs, context_axis=context_axis)
+    asked = {"implementation": implementation}
+    return call(OP, implementation, args, kwargs, context_axis=context_axis, context_options=asked)
 
 
 def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, decay, initial_state) -> None:

@@ -93,6 +93,11 @@ def choose_pieces(blocks, chunks):
 
 def piece_starts(local, ab, init, reverse=False):
     """Start states of the pieces ``[B, pieces, H, 64, N]`` from their local end states and total decays."""
+    return _through_pieces(local, ab, init, reverse)[0]
+
+
+def _through_pieces(local, ab, init, reverse):
+    """(``piece_starts``, the state behind all pieces)."""
     batch, pieces, heads = local.shape[:3]
     chunks = ab.shape[1]
     size = _round_up(-(-chunks // pieces), 2)
@@ -103,7 +108,7 @@ def piece_starts(local, ab, init, reverse=False):
     for p in order:
         states[p] = state
         state = decay[:, p, :, None, None] * state + local[:, p]
-    return jnp.stack([states[p] for p in range(pieces)], axis=1)
+    return jnp.stack([states[p] for p in range(pieces)], axis=1), state
 
 
 def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
@@ -172,15 +177,19 @@ def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
     return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, False)[:2]
 
 
+def _decays(cfg, dt, a, ids):
+    """(vectors of decays, what is real or None) as the walk takes them."""
+    if a.ndim == 1 and cfg.heads % gpu_decay.HEADS == 0:
+        return gpu_decay.decays(dt, a, ids, cfg.chunks)
+    real, begun = (None, None) if ids is None else document_vectors(ids, cfg.chunks)
+    rates = a if a.ndim == 1 else _real_dt(a, ids)
+    return decay_vectors(_real_dt(dt, ids), rates * LOG2E, cfg.chunks, begun), real
+
+
 def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, emit_states):
     cfg = _config(x, b_mat, d, ids)
     cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
-    if a.ndim == 1 and cfg.heads % gpu_decay.HEADS == 0:
-        ab, real = gpu_decay.decays(dt, a, ids, cfg.chunks)
-    else:
-        real, begun = (None, None) if ids is None else document_vectors(ids, cfg.chunks)
-        rates = a if a.ndim == 1 else _real_dt(a, ids)
-        ab = decay_vectors(_real_dt(dt, ids), rates * LOG2E, cfg.chunks, begun)
+    ab, real = _decays(cfg, dt, a, ids)
     y, final, states = run_walk(cfg, x, ab, b_mat, c_mat, real, None if d is None else d.astype(F32), init)
     return y, final, states, ab, real
 
@@ -339,30 +348,66 @@ def ssd_gpu(
     del chunk
     batch, tokens, heads, width = x.shape
     state = B.shape[-1]
-    cuts = -(-width // TILE)
-    pad_p, pad_n, pad_t = cuts * TILE - width, _round_up(state, TILE) - state, -tokens % TOKEN_MULTIPLE
-    if state > 2 * TILE:
-        pad_n = 4 * TILE - state
-
-    def pad(v, *ends):
-        return jnp.pad(v, [(0, end) for end in ends]) if any(ends) else v
-
-    def split(v, axis):
-        return jnp.repeat(v, cuts, axis=axis) if cuts > 1 else v
-
-    x = pad(x, 0, pad_t, 0, pad_p).reshape(batch, tokens + pad_t, heads * cuts, TILE)
-    b_mat, c_mat = pad(B, 0, pad_t, 0, pad_n), pad(C, 0, pad_t, 0, pad_n)
+    fit = _Fit.of(x, state)
+    x, (b_mat, c_mat), dt, A, ids = fit.arrays(x, (B, C), dt, A, decay, segment_ids)
     init = None
     if initial_state is not None:
-        init = pad(initial_state.astype(F32), 0, 0, pad_p, pad_n).reshape(batch, heads * cuts, TILE, -1)
+        ends = ((0, 0), (0, 0), (0, fit.pad_p), (0, fit.pad_n))
+        init = jnp.pad(initial_state.astype(F32), ends).reshape(batch, heads * fit.cuts, TILE, -1)
     if D is not None:
-        D = split(D, 0) if D.ndim == 1 else pad(D, 0, pad_p).reshape(heads * cuts, TILE)
-    ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
-    dt = split(pad(dt, 0, pad_t, 0), 2)
-    A = split(A, 0) if decay is None else split(pad(decay.astype(F32), 0, pad_t, 0), 2)
+        D = fit.split(D, 0) if D.ndim == 1 else jnp.pad(D, ((0, 0), (0, fit.pad_p))).reshape(heads * fit.cuts, TILE)
     core = jax.checkpoint(_core, static_argnums=(8,)) if states == "recompute" else _core
     y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state)
-    y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
+    y = y.reshape(batch, x.shape[1], heads, fit.cuts * TILE)[:, :tokens, :, :width]
     if not return_final_state:
         return y
-    return y, final.reshape(batch, heads, cuts * TILE, -1)[:, :, :width, :state]
+    return y, final.reshape(batch, heads, fit.cuts * TILE, -1)[:, :, :width, :state]
+
+
+def ends(v, dt, A, maps, decay, segment_ids, *, reverse=False):
+    """``ops.ssd.context._ends``, by one walk: ``([B, H], [B, H, P, N])``, float32."""
+    batch, _, heads, width = v.shape
+    state = maps.shape[-1]
+    fit = _Fit.of(v, state)
+    v, (maps,), dt, A, ids = fit.arrays(v, (maps.astype(v.dtype),), dt, A, decay, segment_ids)
+    cfg = dataclasses.replace(_config(v, maps, None, ids), reverse=reverse, has_init=False)
+    pieces = choose_pieces(cfg.batch * cfg.heads // cfg.block_heads, cfg.chunks)
+    ab, real = _decays(cfg, dt, A, ids)
+    [local] = gpu_walk.walk(dataclasses.replace(cfg, pieces=pieces), v, ab, maps, None, real, None, None)
+    _, final = _through_pieces(local, ab, None, reverse)
+    total = jnp.exp2(ab[:, :, :: fit.cuts, 0, -1].sum(1))
+    return total, final.reshape(batch, heads, fit.cuts * TILE, -1)[:, :, :width, :state]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """How arrays are cut and padded to what the kernels take."""
+
+    cuts: int  # heads of 64 that a head is cut into
+    pad_p: int
+    pad_n: int
+    pad_t: int
+
+    @staticmethod
+    def of(x, state):
+        tokens, _, width = x.shape[1:]
+        cuts = -(-width // TILE)
+        pad_n = 4 * TILE - state if state > 2 * TILE else _round_up(state, TILE) - state
+        return _Fit(cuts, cuts * TILE - width, pad_n, -tokens % TOKEN_MULTIPLE)
+
+    def split(self, v, axis):
+        return jnp.repeat(v, self.cuts, axis=axis) if self.cuts > 1 else v
+
+    def arrays(self, x, maps, dt, A, decay, segment_ids):
+        """The arguments of an ssd, with log decays in the place of A where they are given."""
+
+        def pad(v, *ends):
+            return jnp.pad(v, [(0, end) for end in ends]) if any(ends) else v
+
+        batch, tokens, heads, _ = x.shape
+        x = pad(x, 0, self.pad_t, 0, self.pad_p).reshape(batch, tokens + self.pad_t, heads * self.cuts, TILE)
+        maps = tuple(pad(v, 0, self.pad_t, 0, self.pad_n) for v in maps)
+        ids = None if segment_ids is None else pad(segment_ids, 0, self.pad_t)
+        dt = self.split(pad(dt, 0, self.pad_t, 0), 2)
+        A = self.split(A, 0) if decay is None else self.split(pad(decay.astype(F32), 0, self.pad_t, 0), 2)
+        return x, maps, dt, A, ids
