@@ -136,22 +136,6 @@ def spans(program: Sequence[Loop], length: int) -> list[tuple[Loop, ...]]:
     return [(Loop(tuple(parts), 1),) for parts in made]
 
 
-def unroll_for(pattern: str, span: int) -> int:
-    """The least `unroll` with which `spans` finds none of more than `span` sublayers; 1 where span is 1, as nothing is
-    cut then."""
-
-    def longest(unroll: int) -> int:
-        return max(
-            sum(len(spot.depths) for loop in part for spot in loop.spots())
-            for part in spans(loops(pattern, unroll), span)
-        )
-
-    unroll = 1
-    while span > 1 and longest(unroll) > span:
-        unroll += 1
-    return unroll
-
-
 def spots(pattern: str, unroll: int = 1) -> list[Spot]:
     """The sublayers of the program, by their numbers."""
     return [spot for loop in loops(pattern, unroll) for spot in loop.spots()]

@@ -17,7 +17,7 @@ from hybridlm.layers.params import in_type
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
-from hybridlm.model.pattern import groups, unroll_for
+from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings, whole_shardings
 from pallas_kernels.platform import platform_of
 
@@ -30,17 +30,10 @@ UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
 
 
 def unrolled(model: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """The model with the loops written out that its config or else the platform wants so.
-
-    Where devices share rows, none but those that hold more than a span: written out, XLA's scheduler for GPUs puts off
-    the products of many sublayers' weight gradients, and what they read lives until then, several times what a device
-    holds of long rows.
-    """
-    if model.unroll is not None:
-        return model
-    if mesh.shape["context"] > 1:
-        return replace(model, unroll=unroll_for(model.pattern, model.remat_span))
-    return replace(model, unroll=UNROLL["gpu" if model.remat_span > 1 else platform_of(mesh.devices.flat[0])])
+    """The model with the loops written out that its config or else the platform wants so."""
+    wanted = UNROLL["gpu"] if model.remat_span > 1 else UNROLL[platform_of(mesh.devices.flat[0])]
+    unroll = wanted if model.unroll is None else model.unroll
+    return replace(model, unroll=unroll)
 
 
 class Layout(NamedTuple):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context
+from pallas_kernels.platform import platform
 from pallas_kernels.segments import document_numbers
 from pallas_kernels.varying import vary_alike
 
@@ -29,12 +30,13 @@ class _Window(typing.NamedTuple):
 def causal_conv1d_context(convolve: Callable, args: tuple, *, context_axis: str, **options):
     """`convolve(*args, **options)`, an implementation of causal_conv1d, on tokens split over the axis."""
     args, options = vary_alike((args, options))
-    x_BTD, w_DW, _ = args
+    x_BTD, w_DW, bias_D = args
     n_before = w_DW.shape[1] - 1
     if n_before == 0:
         return convolve(*args, **options)
     segment_ids, initial_state = options["segment_ids"], options["initial_state"]
-    own = context.sent(_Window(*_last_inputs(x_BTD, segment_ids, n_before), context.describe(segment_ids)))
+    x_BTD, inputs_BKD, count_B = _last_inputs(x_BTD, segment_ids, n_before)
+    own = context.sent(_Window(inputs_BKD, count_B, context.describe(segment_ids)))
     if initial_state is None:
         initial_state = jnp.zeros_like(own.inputs_BKD)
     start = _Window(
@@ -43,7 +45,7 @@ def causal_conv1d_context(convolve: Callable, args: tuple, *, context_axis: str,
     entering = context.before(_joined, start, own, context_axis)
     is_cut = context.is_cut(entering.documents, own.documents)
     options["initial_state"] = jnp.where(is_cut[..., None, None], 0, entering.inputs_BKD)
-    out = convolve(*args, **options)
+    out = convolve(x_BTD, w_DW, bias_D, **options)
     if not options["return_final_state"]:
         return out
     return out[0], context.from_last(out[1], context_axis)
@@ -62,23 +64,48 @@ def _joined(earlier: _Window, later: _Window) -> _Window:
     return _Window(inputs_BKD, count_B, context.join(earlier.documents, later.documents))
 
 
-def _last_inputs(x_BTD, segment_ids, n_before: int) -> tuple[jax.Array, jax.Array]:
-    """(inputs_BKD, count_B) of one device's tokens."""
+def _last_inputs(x_BTD, segment_ids, n_before: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x_BTD, inputs_BKD, count_B) of one device's tokens: x to go on with, see `_tap`."""
     n_batch, n_tokens, _ = x_BTD.shape
-    if segment_ids is None:
-        found = min(n_tokens, n_before)
-        inputs_BKD = jnp.pad(x_BTD[:, n_tokens - found :], ((0, 0), (n_before - found, 0), (0, 0)))
-        return inputs_BKD, jnp.full((n_batch,), found, jnp.int32)
-    document_BT = document_numbers(segment_ids)
-    last_BT = (segment_ids != 0) & (document_BT == document_BT[:, -1:])
-    rank_BT = jnp.where(
-        last_BT, jax.lax.cumsum(last_BT.astype(jnp.int32), axis=1, reverse=True), 0
-    )  # from 1, at the end
-    count_B = jnp.minimum(last_BT.sum(axis=1, dtype=jnp.int32), n_before)
     wanted_K = n_before - jnp.arange(n_before)
-    index_BK = jnp.argmax(rank_BT[:, None, :] == wanted_K[None, :, None], axis=2)
+    if segment_ids is None:
+        count_B = jnp.full((n_batch,), min(n_tokens, n_before), jnp.int32)
+        index_BK = jnp.broadcast_to(n_tokens - wanted_K, (n_batch, n_before))
+    else:
+        document_BT = document_numbers(segment_ids)
+        last_BT = (segment_ids != 0) & (document_BT == document_BT[:, -1:])
+        rank_BT = jnp.where(
+            last_BT, jax.lax.cumsum(last_BT.astype(jnp.int32), axis=1, reverse=True), 0
+        )  # from 1, at the end
+        count_B = jnp.minimum(last_BT.sum(axis=1, dtype=jnp.int32), n_before)
+        index_BK = jnp.argmax(rank_BT[:, None, :] == wanted_K[None, :, None], axis=2)
     exists_BK = count_B[:, None] >= wanted_K[None]
-    return jnp.where(exists_BK[:, :, None], _rows(x_BTD, index_BK), 0), count_B
+    return *_tap(x_BTD, index_BK, exists_BK), count_B
+
+
+@jax.custom_vjp
+def _tap(x_BTD, index_BK, exists_BK):
+    """(x, x[b, index[b, k]] where that exists, else 0). The gradient of the few is added to that of all in place on a
+    GPU, where another way would be one more pass over all; elsewhere it is a sum, which XLA fuses."""
+    return x_BTD, jnp.where(exists_BK[:, :, None], _rows(x_BTD, jnp.where(exists_BK, index_BK, 0)), 0)
+
+
+def _tap_forward(x_BTD, index_BK, exists_BK):
+    return _tap(x_BTD, index_BK, exists_BK), (index_BK, exists_BK)
+
+
+def _tap_backward(saved, cotangents):
+    (index_BK, exists_BK), (dx_BTD, d_BKD) = saved, cotangents
+    n_tokens, n_before = dx_BTD.shape[1], index_BK.shape[1]
+    if platform() != "gpu":
+        d_BKD = jnp.where(exists_BK[:, :, None], d_BKD, 0)
+        return dx_BTD + _sum_of_rows(index_BK, d_BKD, n_tokens), None, None
+    nowhere_K = n_tokens + jnp.arange(n_before, dtype=index_BK.dtype)
+    add = lambda dx_TD, at_K, d_KD: dx_TD.at[at_K].add(d_KD, mode="drop", unique_indices=True)
+    return jax.vmap(add)(dx_BTD, jnp.where(exists_BK, index_BK, nowhere_K), d_BKD), None, None
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
 
 
 @jax.custom_vjp
@@ -93,12 +120,17 @@ def _rows_forward(x_BTD, index_BK):
 
 def _rows_backward(residuals, dout_BKD):
     index_BK, like_BT0 = residuals
-    token_T = jnp.arange(like_BT0.shape[1])
+    return _sum_of_rows(index_BK, dout_BKD, like_BT0.shape[1]), None
+
+
+def _sum_of_rows(index_BK, rows_BKD, n_tokens: int):
+    """[B, T, D]: the sum of each token's rows."""
+    token_T = jnp.arange(n_tokens)
     parts = (
-        jnp.where((index_BK[:, k, None] == token_T[None])[:, :, None], dout_BKD[:, k, None], 0)
+        jnp.where((index_BK[:, k, None] == token_T[None])[:, :, None], rows_BKD[:, k, None], 0)
         for k in range(index_BK.shape[1])
     )
-    return sum(parts), None
+    return sum(parts)
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
