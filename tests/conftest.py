@@ -53,6 +53,7 @@ NEEDS = {
     "hopper": (on_hopper, "needs a Hopper GPU"),
     "newer": (lambda: jax.__version_info__ >= (0, 11), "needs JAX 0.11"),
     "libtpu": (lambda: find_spec("libtpu") is not None, "needs the TPU compiler: pip install libtpu"),
+    "cuda": (lambda: find_spec("jax_cuda13_plugin") is not None, "needs the GPU compiler: pip install 'jax[cuda13]'"),
     "buckets": (
         lambda: all(map(find_spec, ("s3fs", "moto", "flask", "flask_cors", "gcsfs", "gcp_storage_emulator"))),
         "needs clients and servers of buckets: make storage-test",

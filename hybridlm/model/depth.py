@@ -20,6 +20,7 @@ from jax import lax
 from hybridlm import sharding
 from hybridlm.layers.block import Tokens
 from hybridlm.model.pattern import Loop, Spot, spans
+from pallas_kernels import platform
 
 
 class Low(NamedTuple):
@@ -256,12 +257,13 @@ def _put_all(stacks: list, number: int, values, index) -> list:
 
 
 def _together(tree):
-    """The tree, none of whose arrays is used before all are there, where devices share rows.
+    """The tree, none of whose arrays is used before all are there, on GPUs that share rows.
 
-    There XLA's scheduler for GPUs would put off the products of weight gradients to have them beside exchanges, and
-    what those of all sublayers read would live until then: several times what a device holds of a long row.
+    There XLA's scheduler would put off the products of weight gradients to have them beside exchanges, and what those
+    of all sublayers read would live until then: several times what a device holds of a long row.
     """
-    return lax.optimization_barrier(tree) if sharding.axis_size("context") > 1 else tree
+    share = sharding.axis_size("context") > 1 and platform.platform() == "gpu"
+    return lax.optimization_barrier(tree) if share else tree
 
 
 def _no_gradient(a) -> np.ndarray:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention, causal_conv1d, context, ops, oracle, ssd
+from pallas_kernels import assume_platform, attention, causal_conv1d, context, ops, oracle, ssd
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention import cases as attention_cases
@@ -117,6 +117,13 @@ def test_causal_conv1d(layout, taps, n):
     case = conv_cases.Case("split", 4, 64, 3, taps, "dense", "silu", True, True, True)
     inputs = conv_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
     check("causal_conv1d", inputs, n, implementation="xla", activation="silu", return_final_state=True)
+
+
+def test_halo_gradients_in_place_on_gpus():
+    case = conv_cases.Case("split", 4, 64, 3, 4, "dense", "silu", True, True, True)
+    inputs = conv_cases.make_inputs(case) | {"segment_ids": EDGES}
+    with assume_platform("gpu"):
+        check("causal_conv1d", inputs, 4, implementation="xla", activation="silu", return_final_state=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hopper kernels of ssd: per-token vectors and interpreted kernels anywhere, the real ones on a Hopper GPU."""
 
+import dataclasses
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import assume_platform, oracle
+from pallas_kernels import assume_platform, oracle, ssd
 from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.ssd import cases
+from pallas_kernels.ops.ssd.context import _ends
 from pallas_kernels.oracle import compare
 from tests.ops.interpreter import interpreted, needs_gpu_interpreter
 from tests.ops.support import QUICK, check_against_oracle
+from tests.tolerances import check_close
 
 gpu = pytest.importorskip("pallas_kernels.ops.ssd.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 
@@ -121,6 +126,48 @@ def check_interpreted(case):
 )
 def test_kernels_interpreted(case):
     check_interpreted(case)
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.CASES["apart_scattered"],
+        pytest.param(dataclasses.replace(PIECES, tokens=1100), marks=pytest.mark.slow),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_tokens_do_to_a_state(case, reverse):
+    """By a walk, as by one matrix product: of x and B, and from the last token to the first."""
+    given = arguments(case)
+    given = [given[name] for name in ("x", "dt", "A", "C" if reverse else "B", "decay", "segment_ids")]
+    with interpreted("ssd", "gpu"):
+        actual = gpu.ends(*given, reverse=reverse)
+    exact = [a if a is None or a.dtype == jnp.int32 else a.astype(jnp.float32) for a in given]
+    for name, value, expected in zip(("decay", "state"), actual, _ends(*exact, reverse=reverse), strict=True):
+        check_close(value, expected, dtype="bfloat16", what=f"ends.{name}")
+
+
+def test_gradients_take_no_arrays_of_no_size():
+    """Of two chunks, of which the state's rounding reaches all: a scatter of no indices would be passed in, and GPUs'
+    compiler does not survive that in a shard_map."""
+    case = cases.Case("two_chunks", 1, 2 * gpu.TILE, 2, 64, 1, 64, initial=True)
+    given = arguments(case)
+    positional = [given.pop(name) for name in ("x", "dt", "A", "B", "C")]
+    with assume_platform("gpu", capability="9.0"):
+        loss = lambda *args: ssd(*args, **given, implementation="gpu").astype(jnp.float32).sum()
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(*positional)
+    sizes = [v.aval.size for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name.startswith("scatter")
+             for v in eqn.invars]  # fmt: skip
+    assert sizes and all(sizes)
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from _equations(inner)
 
 
 @needs_gpu_interpreter
