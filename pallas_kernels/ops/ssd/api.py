@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_float, check_positive_int, check_segment_ids, check_shape, rank
-from pallas_kernels.op import call
+from pallas_kernels.op import call, select
 from pallas_kernels.ops.ssd import OP
 
 STATES = (None, "recompute", "bfloat16", "float32")
@@ -76,8 +76,10 @@ def ssd(
         "chunk": chunk,
         "states": states,
     }
-    asked = {"implementation": implementation}
-    return call(OP, implementation, args, kwargs, context_axis=context_axis, context_options=asked)
+    if context_axis is None:
+        return call(OP, implementation, args, kwargs)
+    options = {"by_walk": select(OP, implementation, args, kwargs) is OP.implementations["gpu"]}
+    return call(OP, implementation, args, kwargs, context_axis=context_axis, context_options=options)
 
 
 def _check_arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D, decay, initial_state) -> None:

@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context
-from pallas_kernels.op import Implementation, select
-from pallas_kernels.ops.ssd import OP
 from pallas_kernels.segments import document_numbers
 from pallas_kernels.varying import vary_alike
 
@@ -50,8 +48,11 @@ class _Call(typing.NamedTuple):
     options: tuple  # further arguments of the scan, by name
 
 
-def ssd_context(scan: Callable, args: tuple, *, context_axis: str, implementation: str, **options):
-    """`scan(*args, **options)`, an implementation of ssd, on tokens of which each device of the axis has a share."""
+def ssd_context(scan: Callable, args: tuple, *, context_axis: str, by_walk: bool, **options):
+    """`scan(*args, **options)`, an implementation of ssd, on tokens of which each device of the axis has a share.
+
+    by_walk: whether the Hopper kernels serve the call, of which one finds the states.
+    """
     segment_ids, initial = options["segment_ids"], options["initial_state"]
     arrays = _Arrays(*args, options["D"], options["decay"])
     dtype = jnp.result_type(arrays.x_BTHP, arrays.dt_BTH, jnp.float32)
@@ -59,7 +60,7 @@ def ssd_context(scan: Callable, args: tuple, *, context_axis: str, implementatio
         n_batch, _, n_heads, d_head = arrays.x_BTHP.shape
         initial = jnp.zeros((n_batch, n_heads, d_head, arrays.B_BTGN.shape[3]), dtype)
     more = tuple((name, options[name]) for name in ("chunk", "states"))
-    static = _Call(scan, _ends_by(select(OP, implementation, args, options)), context_axis, more)
+    static = _Call(scan, _walked_ends() if by_walk else _ends, context_axis, more)
     y_BTHP, final_BHPN = _split(static, *vary_alike((arrays, segment_ids, initial.astype(dtype))))
     if not options["return_final_state"]:
         return y_BTHP
@@ -108,10 +109,8 @@ def _backward(static: _Call, saved, cotangents):
 _split.defvjp(_forward, _backward)
 
 
-def _ends_by(chosen: Implementation) -> Callable:
-    """`_ends`, by a kernel where one serves the call."""
-    if chosen is not OP.implementations["gpu"]:
-        return _ends
+def _walked_ends() -> Callable:
+    """`_ends` by a kernel, which reads v once and writes states alone."""
     from pallas_kernels.ops.ssd.gpu.api import ends
 
     return ends
