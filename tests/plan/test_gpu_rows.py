@@ -29,7 +29,8 @@ def test_a_sublayer_adds_its_input_alone():
     def temporaries(pairs: int) -> int:
         words = ("--model.remat=full", "--data.batch_size=1", f"--data.seq_len={TOKENS}", "--optim.rule=AdamW",
                  "--model.compute_dtype=bfloat16", f"--model.d_model={WIDTH}", f"--model.blocks.-.d_ff={4 * WIDTH}",
-                 "--model.blocks.M.d_head=64", "--model.blocks.M.d_state=128", f"--model.pattern={'M-' * pairs}")  # fmt: skip
+                 "--model.blocks.M.d_head=64", "--model.blocks.M.d_state=128",
+                 f"--model.pattern={'M-' * pairs}")  # fmt: skip
         return compiled(4, *words).memory_analysis().temp_size_in_bytes
 
     few, more = temporaries(2), temporaries(5)
