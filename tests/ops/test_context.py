@@ -17,6 +17,7 @@ from pallas_kernels import assume_platform, attention, causal_conv1d, context, o
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.ops import OPS
 from pallas_kernels.ops.attention import cases as attention_cases
+from pallas_kernels.ops.attention.context import _Stripes
 from pallas_kernels.ops.causal_conv1d import cases as conv_cases
 from pallas_kernels.ops.selective_scan import cases as scan_cases
 from pallas_kernels.ops.ssd import cases as ssd_cases
@@ -324,14 +325,39 @@ def test_what_is_sent_need_not_be_sent_again(op):
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_attention_swaps_half_of_its_queries_and_outputs(n):
-    """With the mirrored device, there and back; keys and values are gathered."""
+def test_attention_deals_out_its_queries_and_outputs(n):
+    """Once, there and back; keys and values are gathered."""
     inputs = attention_cases.make_inputs(attention_cases.Case("sent", 1, 64, 64, 4, 1, 8, layout="packed"))
     ids = inputs.pop("segment_ids")
     forward, _ = both("attention", split_over("attention", n), implementation="xla")
-    half = 64 * 4 * 8 // n // 2
-    sizes = [size for kind, size in collectives(forward, inputs, ids) if kind == "collective-permute"]
-    assert [size for size in sizes if size >= half] == [half, half]
+    sizes = [size for kind, size in collectives(forward, inputs, ids) if kind == "all-to-all"]
+    share = 64 * 4 * 8 // n
+    assert [size for size in sizes if size >= share // n] == [share // n] * 2, sizes
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_attention_in_many_stripes(n, monkeypatch):
+    """Two tokens a stripe, dealt out in turns to and fro."""
+    monkeypatch.setattr("pallas_kernels.ops.attention.context.STRIPE", 2)
+    assert _Stripes.of(64 // n, n, "context").turns > 1
+    inputs = attention_cases.make_inputs(attention_cases.Case("split", 4, 64, 64, 4, 2, 8, gate="head"))
+    check("attention", inputs | {"segment_ids": EDGES}, n, implementation="xla")
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_attention_is_equal_work_wherever_documents_begin(n):
+    """Stripes are a permutation of the row, and no device has many more visible pairs than the mean."""
+    n_tokens = 16_384 * n
+    stripes = _Stripes.of(n_tokens // n, n, "context")
+    of_device = np.stack([np.asarray(stripes.positions(i)) for i in range(n)])
+    np.testing.assert_array_equal(np.sort(of_device, axis=None), np.arange(n_tokens))
+    rng = np.random.default_rng(n)
+    for documents in (1, 3, 10):
+        starts = np.sort(np.concatenate([[0], rng.integers(1, n_tokens, documents - 1)]))
+        token = np.arange(n_tokens)
+        visible = token - starts[np.searchsorted(starts, token, side="right") - 1] + 1
+        work = visible[of_device].sum(1)
+        assert work.max() < 1.2 * work.mean()
 
 
 def test_rows_and_heads_split_over_devices_send_nothing():

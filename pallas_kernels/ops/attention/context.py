@@ -89,13 +89,14 @@ class _Stripes(typing.NamedTuple):
     def deal(self, array):
         """[B, T, ...] of this device's tokens -> of those that it gets, in their order."""
         array = array.reshape(array.shape[0], self.turns, self.n, self.length, *array.shape[2:])
-        array = jax.lax.all_to_all(self._turned(array), self.context_axis, split_axis=2, concat_axis=1)
+        array = jax.lax.all_to_all(self._turned(array), self.context_axis, split_axis=2, concat_axis=1, tiled=True)
         return array.reshape(array.shape[0], -1, *array.shape[4:])
 
     def collect(self, array):
         """The inverse of `deal`."""
-        array = array.reshape(array.shape[0], self.n, self.turns, self.length, *array.shape[2:])
-        array = self._turned(jax.lax.all_to_all(array, self.context_axis, split_axis=1, concat_axis=2))
+        array = array.reshape(array.shape[0], self.n, self.turns, 1, self.length, *array.shape[2:])
+        array = jax.lax.all_to_all(array, self.context_axis, split_axis=1, concat_axis=3, tiled=True)[:, 0]
+        array = self._turned(array)
         return array.reshape(array.shape[0], -1, *array.shape[4:])
 
     def _turned(self, array):
