@@ -414,7 +414,8 @@ def test_shard_maps_that_check_replication():
 
 @pytest.mark.parametrize(("module", "name", "fault"), [
     (context, "is_cut", lambda earlier, later: jnp.zeros((), bool)),
-    (context, "before", lambda joined, start, own, axis: start),
+    (context, "before", lambda joined, start, own, axis, **_: start),
+    (context, "leaving_gradient", lambda decay, gradient, axis: jnp.zeros_like(gradient)),
     (context, "join", lambda earlier, later: later),
     (context, "_join_maps", lambda earlier, later: later),
 ])  # fmt: skip
