@@ -107,16 +107,14 @@ def _times(tokens_BT: jax.Array, factor: int) -> list[jax.Array]:
     token = tokens_BT.astype(jnp.uint32)
     x = [token & 0xFFFF, token >> 16]
     y = [np.uint32((factor >> (16 * i)) & 0xFFFF) for i in range(4)]
-    digits: list[jax.Array] = []
-    carry = [jnp.zeros_like(token)] * 3  # of the digit at hand and the two behind it
+    digits, carry = [], jnp.zeros_like(token)
     for i in range(4):
-        here, above = carry[0], jnp.zeros_like(token)
-        for j in range(2):
-            if 0 <= i - j < 4:
-                product = x[j] * y[i - j]
-                here, above = here + (product & 0xFFFF), above + (product >> 16)
+        here, above = carry, jnp.zeros_like(token)
+        for j in range(min(i + 1, 2)):
+            product = x[j] * y[i - j]
+            here, above = here + (product & 0xFFFF), above + (product >> 16)
         digits.append(here & 0xFFFF)
-        carry = [carry[1] + above + (here >> 16), carry[2], jnp.zeros_like(token)]
+        carry = above + (here >> 16)
     return [(digits[3] << 16) | digits[2], (digits[1] << 16) | digits[0]]
 
 

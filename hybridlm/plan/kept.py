@@ -36,7 +36,7 @@ def recomputed(model: ModelConfig, seq_len: int) -> float:
     if model.remat == "none":
         return 0.0
     again = {"full": model.pattern, "mixer": [s for s in model.pattern if model.blocks[s].MIXES_TOKENS]}
-    flops = sum(model.blocks[symbol].flops(model.d_model, seq_len) for symbol in again.get(model.remat, ""))
+    flops = sum(model.blocks[symbol].flops(model.width(symbol), seq_len) for symbol in again.get(model.remat, ""))
     return ELEMENTWISE + flops * (2 if model.complement else 1) / (3 * forward_flops(model, seq_len))
 
 
