@@ -285,10 +285,10 @@ def _constants(of: Family, published: ModelConfig, like: Checkpoint | None) -> d
     """Tensors that follow from the config; those that the checkpoint `like` has as it has them."""
     there = {} if like is None or not any(like.folder.glob("*.safetensors")) else like.entries
     sources = {}
-    for name, (shape, make) in of.constants(published).items():
+    for name, (shape, make, dtype) in of.constants(published).items():
         entry = there.get(name)
         same = entry is not None and entry.shape == shape and entry.dtype in STORED
-        kind, make = (STORED[entry.dtype], entry.open) if same else (DTYPES["float32"], make)
+        kind, make = (STORED[entry.dtype], entry.open) if same else (np.dtype(dtype), make)
         sources[name] = Source(name, shape, kind, make)
     return sources
 

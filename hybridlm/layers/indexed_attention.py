@@ -186,8 +186,9 @@ class IndexedAttentionMixer(nnx.Module):
     def mix(self, x_BTD: jax.Array, tokens: Tokens) -> Output:
         """[B, T, D] -> [B, T, D] in `dtype`."""
         shape, row = x_BTD.shape[:2], ("batch", None)
-        within_BT = positions_within(tokens.segment_ids, shape)
-        positions_BT = within_BT if tokens.positions is None else tokens.positions
+        positions_BT = tokens.positions
+        if positions_BT is None:
+            positions_BT = positions_within(tokens.segment_ids, shape)
         q, k, v, gate = self.attention._project(x_BTD, positions_BT, None)
         iq_BTJI, ik_BTI = self._index(x_BTD, positions_BT)
         with jax.named_scope("cut"):  # of whole rows, on each of their devices
@@ -195,8 +196,8 @@ class IndexedAttentionMixer(nnx.Module):
             def cut(*arrays):
                 return _cut(*arrays, self.config.block, tokens.gaps)
 
-            given = tokens.segment_ids, within_BT, positions_BT, ik_BTI
-            found = sharding.per_device(cut, given, [row, row, row, (*row, None)], [(*row, None), *[row] * 7])
+            given = tokens.segment_ids, positions_BT, ik_BTI
+            found = sharding.per_device(cut, given, [row, row, (*row, None)], [(*row, None), *[row] * 7])
             whole, number_BT, queries = Whole(*found[:5]), found[5], found[6:]
         place_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
         chosen_BTC = self._choose(iq_BTJI, Queries(place_BT, *queries), whole, split_tokens=True)
@@ -268,10 +269,11 @@ class IndexedAttentionMixer(nnx.Module):
         return checkpoint_name(y_BTHP, "attention_out")
 
 
-def _cut(ids_BT, within_BT, positions_BT, key_BTI, size: int, gaps: bool) -> tuple[jax.Array, ...]:
+def _cut(ids_BT, positions_BT, key_BTI, size: int, gaps: bool) -> tuple[jax.Array, ...]:
     """Documents cut into blocks of `size` tokens: (the arrays of Whole, numbers of the tokens' blocks, documents and
     own blocks of Queries). Numbers count the row's blocks, whole or not; padding has -1."""
-    shape = within_BT.shape
+    shape = positions_BT.shape
+    within_BT = positions_within(ids_BT, shape)
     real_BT = jnp.ones(shape, bool) if ids_BT is None else ids_BT != 0
     document_BT = real_BT.astype(jnp.int32) if ids_BT is None else document_ids(ids_BT)
     starts_BT, ends_BT = (real_BT & (within_BT % size == rest) for rest in (0, size - 1))
