@@ -42,6 +42,9 @@ from pallas_kernels.segments import document_ids
 
 QUERIES = 128
 """Queries for which blocks are scored at once."""
+FEW = 3
+"""Where a query sees no more whole blocks, the earlier of equal scores comes first, of more the later: as the published
+implementation chooses on a CPU of few blocks. It matters where fewer are chosen, alone."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class IndexedAttention:
     tokens of the block that it stands in, as long as that is not whole.
 
     A block's score is sum_j relu(q_j . k) / sqrt(I) of the query's index heads and the normed, rotated mean of the
-    index keys of the block's tokens. The choice has no gradient, and so the index learns nothing from the loss.
+    index keys of the block's tokens; of equal ones, as where no head's product is positive, the later block comes
+    first (see FEW). The choice has no gradient, and so the index learns nothing from the loss.
     """
 
     attention: Attention = Attention(gate="elementwise", qk_norm=True)  # noqa: RUF009 (frozen)
@@ -326,8 +330,11 @@ def _choose(iq_BTJI: jax.Array, queries: Queries, whole: Whole, n_chosen: int) -
         scores_BQN = jax.nn.relu(products).sum(axis=2) * iq_BQJI.shape[-1] ** -0.5
         seen_BQN = (whole.end_BN[:, None] <= place_BQ[..., None]) & (document_BQ != 0)[..., None]
         seen_BQN &= whole.document_BN[:, None] == document_BQ[..., None]
-        best_BQC, index_BQC = jax.lax.top_k(jnp.where(seen_BQN, scores_BQN, -1.0), n_chosen)  # none is negative
+        scores_BQN = jnp.where(seen_BQN, scores_BQN, -1.0)  # none of a block is negative
         number_BQN = jnp.broadcast_to(whole.number_BN[:, None], seen_BQN.shape)
+        early_BQ1 = seen_BQN.sum(axis=2, keepdims=True) <= FEW if n_chosen < FEW else False
+        scores_BQN, number_BQN = (jnp.where(early_BQ1, a, a[:, :, ::-1]) for a in (scores_BQN, number_BQN))
+        best_BQC, index_BQC = jax.lax.top_k(scores_BQN, n_chosen)  # of equals the first
         return jnp.where(best_BQC < 0, -1, jnp.take_along_axis(number_BQN, index_BQC, axis=2))
 
     if iq_BTJI.shape[1] <= QUERIES:
