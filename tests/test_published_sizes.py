@@ -157,7 +157,7 @@ def test_the_published_implementation_has_the_same_tensors(name):
 
 
 def _no_experts(shapes):
-    """Without mixtures of experts and convolutions of queries, keys and values, whose tensors the implementation keeps
-    in another form than files do."""
-    others = (".experts.", "_moe.", "conv1d.")
+    """Without mixtures of experts, convolutions of queries, keys and values, and tables of n-grams, whose tensors the
+    implementation keeps in another form than files do."""
+    others = (".experts.", "_moe.", "conv1d.", ".ngram_embedding.")
     return {name: shape for name, shape in shapes.items() if not any(part in name for part in others)}

@@ -29,6 +29,7 @@ GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 
 def read(keys: Keys) -> ModelConfig:
     keys.carry("number_of_conv_states", "mamba_ssm_dtype", "language_model_only")
+    keys.carry("intermediate_size")  # of layers without experts, which there are none of
     keys.derived("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     n_layers, n_experts = keys("num_hidden_layers", 40), keys("num_experts", 512)
     for name in ("rope_parameters", "rope_scaling"):
