@@ -89,6 +89,9 @@ def to_hf(
     sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
     sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
     sources |= _constants(of, published, alike)
+    ends = carried.get("eos_token_id")
+    if isinstance(ends, list) and ends[:1] == [values.get("eos_token_id")]:
+        values = {**values, "eos_token_id": ends}  # of which a model may read the first
     config = {**carried, **about.ids, **values, "dtype": dtype or str(kinds[of.embedding])}
     if not is_kept(folder / CARD):
         n_params = sum(leaf.size for leaf in params.values())
