@@ -8,8 +8,8 @@ right-hand name that the left has not the axis that the tensor's name counts (`e
 nothing, the rows of all specs of the tensor come again for each index of that axis: `["mixer.w_q: P D -> D h P",
 "mixer.w_gate: P D -> D h P"]` is a query and its gate, head by head. A parenthesis on the right, `(g r)`, is one axis
 of ours that runs over the counted one and the next; `; g of mixer.in_q 1` behind the spec says where its size is found:
-axis 1 of that parameter; `; s is 4` says the size. Without an arrow the right is the left. Sizes are those of our parameter. Every such move can
-be undone.
+axis 1 of that parameter; `; s is 4` says the size. Without an arrow the right is the left. Sizes are those of our
+parameter. Every such move can be undone.
 """
 
 import itertools

@@ -175,7 +175,7 @@ class NgramMemoryMixer(nnx.Module):
         """All tokens at once, from the cache `old` (None: from nothing), and the new one."""
         x_BTE = x_BTE.astype(self.dtype)
         with jax.named_scope("look_up"):
-            e_BTM, recent = self._embeddings(x_BTE.shape[:2], tokens, old)
+            e_BTM, recent = self._embeddings(x_BTE, tokens, old)
         with jax.named_scope("gate"):
             y_BTE = self._gated(x_BTE, e_BTM)
         with jax.named_scope("convolve"):
@@ -187,16 +187,16 @@ class NgramMemoryMixer(nnx.Module):
         y_BTE = sharding.constrain(y_BTE + more_BTE, *sharding.STREAM)
         return y_BTE, {"conv": window, "recent": recent}
 
-    def _embeddings(self, shape: tuple[int, int], tokens: Tokens, old: dict | None) -> tuple[jax.Array, jax.Array]:
+    def _embeddings(self, x_BTE: jax.Array, tokens: Tokens, old: dict | None) -> tuple[jax.Array, jax.Array]:
         """([B, T, M], the row's last tokens as the cache has them). All tokens of a row are on each of its devices."""
-        c, whole = self.config, ("batch", None)
+        c, whole, shape = self.config, ("batch", None), x_BTE.shape[:2]
         ids_BT = jnp.full(shape, c.eos_id, jnp.int32) if tokens.ids_BT is None else tokens.ids_BT
 
         def find(ids_BT, segment_ids_BT, recent_BN):
             earlier, last_BN = ngrams.before(ids_BT, segment_ids_BT, recent_BN, c.n, tokens.gaps)
             return ngrams.rows(ids_BT, earlier, c.eos_id, c.multipliers, c.sizes), last_BN
 
-        given = ids_BT, tokens.segment_ids, old and old["recent"]
+        given = ids_BT, tokens.segment_ids, None if old is None else old["recent"]
         rows_BTH, recent_BN = sharding.per_device(find, given, [whole] * 3, [(*whole, None), whole])
         rows_BT = rows_BTH.reshape(shape[0], -1)  # of each token its hashes, one behind the other
         e_BTM = vocabulary.look_up(self.table[...], rows_BT, self.dtype).reshape(*shape, c.d_embed)

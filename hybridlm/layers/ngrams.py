@@ -42,7 +42,8 @@ def _splitmix(value: int) -> int:
 @cache
 def primes(start: int, first: int, n: int) -> tuple[int, ...]:
     """n primes not below `start`, without the `first` ones of those."""
-    found, value = [], start
+    found: list[int] = []
+    value = start
     while len(found) < first + n:
         if _is_prime(value):
             found.append(value)
@@ -90,14 +91,16 @@ def rows(
     earlier: as `before` gives them; what stands before an end of text counts as ends of text, as what is not there
     does. factors: of N tokens. sizes: rows of each hash; as many of the 2-gram as of each longer one.
     """
-    per_order, high_low, found = len(sizes) // (len(factors) - 1), _times(tokens_BT, factors[0]), []
+    per_order, found = len(sizes) // (len(factors) - 1), []
+    high_BT, low_BT = _times(tokens_BT, factors[0])
     known_BT = jnp.ones(tokens_BT.shape, bool)
     for order, (one_above_BT, factor) in enumerate(zip(earlier, factors[1:], strict=True)):
         token_BT = jnp.where(known_BT & (one_above_BT > 0), one_above_BT - 1, eos_id)
         known_BT = token_BT != eos_id
-        high_low = [a ^ b for a, b in zip(high_low, _times(token_BT, factor), strict=True)]
+        of_high_BT, of_low_BT = _times(token_BT, factor)
+        high_BT, low_BT = high_BT ^ of_high_BT, low_BT ^ of_low_BT
         at = slice(order * per_order, (order + 1) * per_order)
-        found.append(_remainder(*high_low, np.array(sizes[at], np.uint32)))
+        found.append(_remainder(high_BT, low_BT, np.array(sizes[at], np.uint32)))
     starts_H = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int32)
     return jnp.concatenate(found, axis=-1).astype(jnp.int32) + starts_H[None, None]
 

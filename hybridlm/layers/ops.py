@@ -354,9 +354,7 @@ def selected_attention(
 
     heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
     names = (heads, kv_heads, kv_heads, (*ROWS, None), ROWS, ROWS)
-    return sharding.per_device(
-        run, (q, k, v, chosen_BTC, blocks_BS, places), names, heads, split_tokens=split_tokens
-    )
+    return sharding.per_device(run, (q, k, v, chosen_BTC, blocks_BS, places), names, heads, split_tokens=split_tokens)
 
 
 def implementation(tokens_BT: jax.Array, initial_state) -> str:

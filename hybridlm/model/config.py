@@ -2,7 +2,7 @@
 """What a language model is made of: a pattern string and a table that says what each symbol is."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields
@@ -151,7 +151,7 @@ class ModelConfig:
             require(self.streams is None or not alone, kind)
         if self.streams is None:
             return
-        plain = {"norm": "rms", "norm_bias": "none", "norm_before": None, "norm_after": "", "normed_residual": {},
+        plain: dict[str, Any] = {"norm": "rms", "norm_bias": "none", "norm_before": None, "norm_after": "", "normed_residual": {},
                  "channel_scales": False, "residual_multiplier": 1.0}  # fmt: skip
         for name, value in plain.items():
             given = getattr(self, name)

@@ -31,8 +31,11 @@ def make_options(config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array | int = 0
 
 def stream_reader(config: ModelConfig, rngs: nnx.Rngs, *, adds: bool, eps: float | None = None) -> streams.StreamReader:
     """What reads the streams of a model that has several. adds: of a sublayer; eps: None: norm_eps."""
-    options = {"init_std": config.init_std, "eps": eps or config.norm_eps, "offset": config.norm_offset, "adds": adds}
-    return streams.StreamReader(config.streams, config.d_model, rngs=rngs, **options)
+    several: Any = config.streams
+    return streams.StreamReader(
+        several, config.d_model, rngs=rngs, init_std=config.init_std, eps=eps or config.norm_eps,
+        offset=config.norm_offset, adds=adds,
+    )  # fmt: skip
 
 
 def stream_norm(config: ModelConfig, *, inside: bool, eps: float | None = None) -> RMSNorm | LayerNorm:

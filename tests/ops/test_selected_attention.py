@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`selected_attention`: its cases against the float64 reference, attention as the case of all blocks, causality, memory,
-errors."""
+"""`selected_attention`: its cases against the float64 reference, attention as the case of all blocks, what it
+sees, memory, errors."""
 
 import jax
 import jax.numpy as jnp
