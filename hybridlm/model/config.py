@@ -151,8 +151,10 @@ class ModelConfig:
             require(self.streams is None or not alone, kind)
         if self.streams is None:
             return
-        plain: dict[str, Any] = {"norm": "rms", "norm_bias": "none", "norm_before": None, "norm_after": "", "normed_residual": {},
-                 "channel_scales": False, "residual_multiplier": 1.0}  # fmt: skip
+        plain: dict[str, Any] = {
+            "norm": "rms", "norm_bias": "none", "norm_before": None, "norm_after": "", "normed_residual": {},
+            "channel_scales": False, "residual_multiplier": 1.0,
+        }  # fmt: skip
         for name, value in plain.items():
             given = getattr(self, name)
             require(given == value, f"model.{name} ({given}) must be {value!r} with model.streams")
