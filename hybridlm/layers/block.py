@@ -60,8 +60,6 @@ class Tokens:
     """int32 [B, T], for rotations; None: the index within the document."""
     embedded_BTD: jax.Array | None = None
     """The model's embedded tokens; None outside a model."""
-    ids_BT: jax.Array | None = None
-    """int32 [B, T], the tokens themselves; None outside a model, and in one without a block that reads them."""
     shared: Any = None
     """What the depths of the block's symbol share, as `build_shared` made it; None for other blocks."""
     gaps: bool = field(default=True, metadata={"static": True})
@@ -69,6 +67,8 @@ class Tokens:
     nothing has to be decided at run time, and the distance of two tokens in the row is that in their document."""
     inspect: bool = field(default=False, metadata={"static": True})
     """Mixers are asked what they say of themselves."""
+    ids_BT: jax.Array | None = None
+    """int32 [B, T], the tokens themselves; None outside a model, and in one without a block that reads them."""
 
 
 class Output(NamedTuple):

@@ -152,7 +152,7 @@ class HybridLM(nnx.Module):
             args = tokens_BT, segment_ids, positions
             tokens_BT, segment_ids, positions = strands.both(*args, self.config.complement, self.config.vocab_size)
         x_BTD, reads = self._embed(tokens_BT, within), self.config.reads_tokens
-        tokens = Tokens(segment_ids, positions, x_BTD, tokens_BT if reads else None, gaps=False, inspect=inspect)
+        tokens = Tokens(segment_ids, positions, x_BTD, gaps=False, inspect=inspect, ids_BT=tokens_BT if reads else None)
         x_BTD, stats = self._through(x_BTD, tokens, sums, low)
         with jax.named_scope("norm"):
             x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
