@@ -165,7 +165,7 @@ def test_every_recurrent_mixer_is_there():
     mixing = {kind for kind in BLOCKS if kind.MIXES_TOKENS and not hasattr(kind, "parts")}
     left = {kind.__name__ for kind in mixing - there}
     attention = {"Attention", "ConvolvedAttention", "LatentAttention", "RelativeAttention"}
-    assert left == attention | {"ChannelMix", "Rwkv4Channel"}
+    assert left == attention | {"ChannelMix", "Rwkv4Channel", "NgramMemory"}
 
 
 def test_rows_of_tasks():
