@@ -3,7 +3,8 @@
 index chooses the keys of, 512 experts, and 320 million rows of hashed n-grams.
 
 Command: python train.py --config qwen4_exp:flash-next --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json
-Hardware: 16 bytes a parameter for AdamW in float32, over all devices, before activations: 2.8 TB.
+Hardware: 16 bytes a parameter for AdamW in float32, over all devices, before activations: 2.8 TB. Rows
+of n-grams are 160 wide, which mesh.fsdp has to divide; mesh.tensor splits them by rows.
 Expected: 176,943,899,520 parameters, 51,200,245,760 of them of the table of n-grams. Layers that predict further tokens
 and the vision tower are left out. The index of the attention learns nothing from the loss.
 """

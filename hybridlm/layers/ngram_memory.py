@@ -97,6 +97,11 @@ class NgramMemory:
         return -(-sum(self.sizes) // self.multiple) * self.multiple
 
     @property
+    def d_hash(self) -> int:
+        """Width of a row of the table: of one hash's embedding."""
+        return self.d_embed // len(self.sizes)
+
+    @property
     def multipliers(self) -> list[int]:
         """Of the hashes, see `ngrams.multipliers`."""
         return ngrams.multipliers(self.vocab_size, self.n, self.index, self.seed)
@@ -110,8 +115,8 @@ class NgramMemory:
         return make.mixer(NgramMemoryMixer, self, d_model)
 
     def split(self, d_model: int) -> list[tuple[str, int, str]]:
-        """Rows of the table."""
-        return [("rows", self.rows, "vocab")]
+        """Rows of the table, and their width."""
+        return [("rows", self.rows, "vocab"), ("d_hash", self.d_hash, "d_model")]
 
     def flops(self, d_model: int, seq_len: int) -> float:
         """Keys, values and the convolution. d_model: of all streams."""
@@ -143,8 +148,8 @@ class NgramMemoryMixer(nnx.Module):
         starts at zero, as published."""
         self.config, self.d_model, self.dtype = config, d_model, dtype
         E, C, M = d_model, config.n_streams, config.d_embed
-        D, width = E // C, M // len(config.sizes)
-        table_VN = init_std * jax.random.normal(rngs.params(), (config.rows, width))
+        D = E // C
+        table_VN = init_std * jax.random.normal(rngs.params(), (config.rows, config.d_hash))
         self.table = params.make(table_VN, vocabulary.TABLE, "embedding")
         self.w_k = params.matrix(rngs, (M, E), (None, "d_model"), init_std)
         self.w_v = params.matrix(rngs, (M, D), (None, "d_model"), init_std)

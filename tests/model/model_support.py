@@ -195,7 +195,7 @@ VARIANTS |= {
         Attention(n_heads=4, n_kv_heads=2, d_head=6, rope=Rope(100.0, 0.67), gate="elementwise", qk_norm=True),
         n_index_heads=3, d_index=5, budget=4, block=2,
     ),
-    "ngrams": NgramMemory(VOCAB, n=2, n_hashes=2, d_embed=16, least_rows=11, multiple=8, eos_id=3, d_conv=2),
+    "ngrams": NgramMemory(VOCAB, n=2, n_hashes=2, d_embed=8, least_rows=11, multiple=8, eos_id=3, d_conv=2),
     "parallel_normed": Parallel({name: replace(branch, norm=True) for name, branch in BRANCHES.items()}, merge="gate"),
 }  # fmt: skip
 ALIKE = (
