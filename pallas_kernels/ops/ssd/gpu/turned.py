@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of angles that turn B and C of a token and of all tokens behind it, as those of `mamba3` do.
+
+A turn of all tokens from t on changes nothing among them. What it changes is what they read of the state before t:
+<R, J S>, with R the gradient of that state and J a quarter turn of a pair of its columns. As a sum over these tokens of
+what B and C hand their angles, that is a small rest of much that cancels, and what each token is off by adds up along
+the row. So the sum over a span of tokens is set to what the states at its two ends say.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import F32, TILE
+
+SPAN = 2 * TILE  # tokens between states that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Columns of B, C and the states that are turned together: `first + i step` and `second + i step`, i < count."""
+
+    count: int
+    first: int
+    second: int
+    step: int
+    alone: int  # so many tokens side by side, 64 or a divisor of it, read nothing of themselves and each other
+
+    def turned(self, grad, array):
+        """[..., count]: the derivative of <grad, array> by the angle that turns each pair of the array's columns."""
+
+        def columns(v):
+            starts = (self.first, self.second)
+            return (v[..., start : start + self.count * self.step : self.step].astype(F32) for start in starts)
+
+        (grad_1, grad_2), (array_1, array_2) = columns(grad), columns(array)
+        return grad_2 * array_1 - grad_1 * array_2
+
+
+def turn_gradients(turns, maps, inner, start, end):
+    """d loss / d turn ``[B, T, G, count]``; the turn of a token is to be added up over it and all behind it.
+
+    maps: (B, dB), (C, dC), each ``[B, T, G, N]``. inner: states at the start of each span but the first and their
+    gradients, ``[B, spans - 1, H, 64, N]``; start, end: of the states that enter and leave the row, ``[B, H, 64, N]``,
+    None for zeros.
+    """
+    d_turn = sum(turns.turned(grad, array) for array, grad in maps)
+    batch, tokens, groups, count = d_turn.shape
+    by_span = jnp.pad(d_turn, ((0, 0), (0, -tokens % SPAN), (0, 0), (0, 0))).reshape(batch, -1, SPAN, groups, count)
+
+    def read(state, grad):
+        """What a turn of all behind a state changes, ``[B, spans, G, count]``."""
+        heads = turns.turned(state, grad).sum(-2)
+        return heads.reshape(*heads.shape[:2], groups, -1, count).sum(3)
+
+    at_ends = [None if pair is None else read(*(v[:, None] for v in pair)) for pair in (start, end)]
+    at_ends = [jnp.zeros_like(by_span[:, :1, 0]) if v is None else v for v in at_ends]
+    read_BSGZ = jnp.concatenate([at_ends[0], read(*inner), at_ends[1]], axis=1)
+    error_BSGZ = read_BSGZ[:, :-1] - read_BSGZ[:, 1:] - by_span.sum(2)
+    return by_span.at[:, :, 0].add(error_BSGZ).reshape(batch, -1, groups, count)[:, :tokens]
