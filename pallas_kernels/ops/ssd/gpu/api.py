@@ -377,7 +377,7 @@ def ssd_gpu(
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
     dt = split(pad(dt, 0, pad_t, 0), 2)
     A = split(A, 0) if decay is None else split(pad(decay.astype(F32), 0, pad_t, 0), 2)
-    turn = None if turn is None else pad(turn, 0, pad_t, 0)
+    turn = None if turn is None else pad(turn, 0, pad_t, 0, 0)
     core = jax.checkpoint(_core, static_argnums=(9, 10)) if states == "recompute" else _core
     y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, turn, return_final_state, turns)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
