@@ -51,7 +51,7 @@ def turn_gradients(turns, maps, inner, start, end):
     def read(state, grad):
         """What a turn of all behind a state changes, ``[B, spans, G, count]``."""
         heads = turns.turned(state, grad).sum(-2)
-        return heads.reshape(*heads.shape[:2], groups, -1, count).sum(3)
+        return heads.reshape(*heads.shape[:2], groups, heads.shape[2] // groups, count).sum(3)
 
     at_ends = [None if pair is None else read(*(v[:, None] for v in pair)) for pair in (start, end)]
     at_ends = [jnp.zeros_like(by_span[:, :1, 0]) if v is None else v for v in at_ends]
