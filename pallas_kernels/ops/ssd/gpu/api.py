@@ -321,7 +321,7 @@ def _core_bwd(with_final, turns, residuals, cotangents):
     if turns is not None:
         maps = ((_cleared(b_mat, ids), d_b), (_cleared(c_mat, ids), d_c))
         ends = [None if state is None else (state, grad) for state, grad in ((init, d_init), (left, d_final))]
-        d_turn = gpu_turned.turn_gradients(turns, maps, (states[:, 1:], r_states[:, :-1]), *ends)
+        d_turn = gpu_turned.turn_gradients(turns, maps, (states[:, 1:], r_states[:, :-1]), *ends, ids)
     return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init, d_turn
 
 
