@@ -13,7 +13,7 @@ from pallas_kernels.op import select
 from pallas_kernels.ops.mamba3 import OP, cases, parts
 from pallas_kernels.ops.mamba3.gpu import api
 from pallas_kernels.ops.ssd.api import ssd
-from pallas_kernels.ops.ssd.gpu.turned import SPAN, Turns, turn_gradients
+from pallas_kernels.ops.ssd.turns import SPAN, Turns, turn_gradients
 from pallas_kernels.platform import assume_platform
 from pallas_kernels.segments import document_numbers
 from tests.ops.interpreter import interpreted, needs_gpu_interpreter
@@ -28,15 +28,17 @@ from tests.tolerances import check_close
 def test_it_is_a_call_of_ssd(name, monkeypatch):
     """Outputs, states and gradients, in float32."""
     case = cases.CASES[name]
-    monkeypatch.setattr(api, "ssd_gpu", by_xla)
+    monkeypatch.setattr(api, "call", by_xla)
     with served_by(api.mamba3_gpu, only="mamba3"):
         check_against_oracle("mamba3", cases.make_inputs(case), **cases.make_settings(case))
 
 
-def by_xla(x, dt, A, B, C, *, turn, turns, segment_ids, **options):
+def by_xla(op, implementation, args, options, offered):
     """What mamba3 asks of ssd's kernels: maps turned, and nothing read of one's own token."""
+    assert op.name == "ssd" and implementation == "gpu"
+    (x, dt, A, B, C), turn, turns, segment_ids = args, *offered.values(), options["segment_ids"]
     B, C = (parts.rotate(array, turn, "adjacent" if turns.step == 2 else "half") for array in (B, C))
-    y, state = ssd(x, dt, A, B, C, segment_ids=segment_ids, implementation="xla", **options)
+    y, state = ssd(x, dt, A, B, C, implementation="xla", **options)
     if segment_ids is not None:
         dt = jnp.where(segment_ids[..., None] != 0, dt, 0)
     B, C, weighed = (a.reshape(a.shape[0], -1, turns.alone, *a.shape[2:]) for a in (B, C, dt[..., None] * x))

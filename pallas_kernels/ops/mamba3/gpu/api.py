@@ -8,7 +8,7 @@ tokens of ssd, of which the first decays, and which read nothing of each other.
 
 Under a norm little is left of the gradient of whatever scales y, of D above all, and what a token reads of itself
 scales its values as D does: so it is of numbers not rounded, as D's term is. Turned together, what tokens read of each
-other stays the same: angles have gradients of their own from the kernels, see `pallas_kernels.ops.ssd.gpu.turned`, and
+other stays the same: angles have gradients of their own from the kernels, see `pallas_kernels.ops.ssd.turns`, and
 what a token reads of itself is of keys and queries not turned.
 
 What stands around the kernels is computed again for its gradient, so that nothing of it is kept in float32.
@@ -22,13 +22,12 @@ import jax.numpy as jnp
 from pallas_kernels.by_token import tokens_where
 from pallas_kernels.chunks import Marks
 from pallas_kernels.mosaic_gpu import TILE
-from pallas_kernels.op import limit
+from pallas_kernels.op import call, limit
 from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
 from pallas_kernels.ops.mamba3.xla import Written, biased, prepare, valued
 from pallas_kernels.ops.ssd import OP as SSD
-from pallas_kernels.ops.ssd.gpu.api import ssd_gpu
-from pallas_kernels.ops.ssd.gpu.turned import Turns
+from pallas_kernels.ops.ssd.turns import Turns
 from pallas_kernels.segments import document_numbers
 
 
@@ -81,19 +80,21 @@ def _scan(written: Written, adt_BTH, segment_ids, rotary_pairs: str):
     flat = lambda array: array.swapaxes(2, 3).reshape(n_batch, n_tokens * n_rank, n_heads, -1)
     by_rank = lambda array: jnp.repeat(array, n_rank, axis=1)
     decay_BTRH = jnp.pad(adt_BTH[:, :, None], ((0, 0), (0, 0), (0, n_rank - 1), (0, 0)))
-    return ssd_gpu(
-        flat(written.v_BTHRP),
-        by_rank(written.now_BTH + written.later_BTH),
-        None,
-        flat(written.k_BTHRN),
-        flat(written.q_BTHRN),
-        decay=decay_BTRH.reshape(n_batch, -1, n_heads),
-        segment_ids=None if segment_ids is None else by_rank(segment_ids),
-        initial_state=written.state_BHNP.swapaxes(-1, -2),
-        return_final_state=True,
-        turn=by_rank(written.angle_BTHS - jax.lax.stop_gradient(written.angle_BTHS)),
-        turns=Turns(n_angles, *columns, alone=n_rank),
-    )
+    tokens = (written.v_BTHRP, written.k_BTHRN, written.q_BTHRN)
+    x_BTHP, B_BTHN, C_BTHN = (flat(array) for array in tokens)
+    dt_BTH = by_rank(written.now_BTH + written.later_BTH)
+    options = {
+        "D": None,
+        "decay": decay_BTRH.reshape(n_batch, -1, n_heads),
+        "segment_ids": None if segment_ids is None else by_rank(segment_ids),
+        "initial_state": written.state_BHNP.swapaxes(-1, -2),
+        "return_final_state": True,
+        "chunk": None,
+        "states": None,
+    }
+    turn_BTHS = by_rank(written.angle_BTHS - jax.lax.stop_gradient(written.angle_BTHS))
+    more = {"turn": turn_BTHS, "turns": Turns(n_angles, *columns, alone=n_rank)}
+    return call(SSD, "gpu", (x_BTHP, dt_BTH, None, B_BTHN, C_BTHN), options, offered=more)
 
 
 def _finished(y_BTHP, tokens, z, weights, ids_BT, *, norm_eps, dtype):

@@ -18,10 +18,10 @@ from pallas_kernels import platform
 from pallas_kernels.mosaic_gpu import F32, LOG2E, TILE
 from pallas_kernels.ops.ssd.gpu import decay as gpu_decay
 from pallas_kernels.ops.ssd.gpu import grads as gpu_grads
-from pallas_kernels.ops.ssd.gpu import turned as gpu_turned
 from pallas_kernels.ops.ssd.gpu import walk as gpu_walk
 from pallas_kernels.ops.ssd.gpu.grads import Grads
 from pallas_kernels.ops.ssd.gpu.walk import Walk
+from pallas_kernels.ops.ssd.turns import turn_gradients
 
 MAX_STATE = 256
 FULL_ENOUGH = 0.6  # share of the device's multiprocessors above which rows are not cut into pieces
@@ -321,7 +321,7 @@ def _core_bwd(with_final, turns, residuals, cotangents):
     if turns is not None:
         maps = ((_cleared(b_mat, ids), d_b), (_cleared(c_mat, ids), d_c))
         ends = [None if state is None else (state, grad) for state, grad in ((init, d_init), (left, d_final))]
-        d_turn = gpu_turned.turn_gradients(turns, maps, (states[:, 1:], r_states[:, :-1]), *ends, ids)
+        d_turn = turn_gradients(turns, maps, (states[:, 1:], r_states[:, :-1]), *ends, ids)
     return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init, d_turn
 
 
