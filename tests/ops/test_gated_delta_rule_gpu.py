@@ -57,6 +57,18 @@ def test_auto_takes_what_is_proven_on_the_card(changes, choice):
     assert chosen is op.implementations[choice]
 
 
+@pytest.mark.slow
+@needs_gpu_interpreter
+@pytest.mark.parametrize("name", ["no_gate", "scattered"])
+def test_several_updates_a_token(name):
+    """Of which the first never decay: in bfloat16 alone their keys' gradient is off by 1.1%."""
+    op = OPS["gated_delta_product"]
+    case = op.cases_module().CASES[name]
+    with interpreted(op.name, "gpu"):
+        inputs, settings = op.cases_module().make_inputs(case, "bfloat16"), op.cases_module().make_settings(case)
+        check_against_oracle(op.name, inputs, dtype="bfloat16", implementation="gpu", **settings)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])
 def test_marks_tell_padding_and_where_documents_begin(layout):
     """Against a walk over the tokens."""
