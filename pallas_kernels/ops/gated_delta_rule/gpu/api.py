@@ -46,8 +46,8 @@ def gated_delta_rule_gpu(
 ):
     """See `pallas_kernels.gated_delta_rule`; `chunk` is a hint not followed. Padding may hold anything.
 
-    Keys are padded to 64 or 128 channels, values to a multiple of 64 and, above 128, cut into heads of 128. `exact`: see
-    `Walk`; unless decays are by channel, shared memory has room for heads of 64 then.
+    Keys are padded to 64 or 128 channels, values to a multiple of 64 and, above 128, cut into heads of 128. For `exact`
+    see `Walk`; unless decays are by channel, shared memory has room for heads of 64 alone then.
     """
     del chunk
     (n_batch, n_tokens, n_heads, width), key = v_BTHP.shape, k_BTGN.shape[-1]
