@@ -80,7 +80,7 @@ def figure(study: Study, found: Sequence[Kind], title: str = ""):
     found = at_best_rate(found)
     grouped = lines(found)
     names = labels(list(grouped))
-    word = f"accuracy, {study.task}, {tests_of(study.tests)[0]}"
+    word = f"accuracy, {tests_of(study.tests)[0]}"
     axes = {
         "share of attention among the mixers": (lambda kind: kind.share, False),
         "bytes of the cache of a row": (lambda kind: kind.cache_bytes[0], True),
