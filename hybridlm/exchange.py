@@ -11,12 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from hybridlm import sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
+
+
+GATHERED = "sublayer_gathered"
+"""Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
 
 
 def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> Any:
@@ -40,39 +45,79 @@ def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, we
     all products, in the type of the arrays:
     - weights are gathered over the axes that split d_model, and their gradients scattered over them; where
       `sharding.weights_are_whole`, gradients alone, as sums of which the compiler keeps a share;
-    - tokens of the stream are gathered where the results have whole `tokens`, and their gradient scattered;
-    - sums over what `tensor` splits of x are scattered over the tokens where the result is the stream.
+    - what splits the stream alone (`sharding.stream_split`) is gathered where the results have whole `tokens`, and its
+      gradient scattered;
+    - sums over what `tensor` splits of x are scattered like the stream where that is the result.
     """
     if not sharding.is_split():
         return fn(x, *weights)
-    if sharding.weights_are_whole():
-        weight_axes = [tuple(None if name == "d_model" else name for name in axes) for axes in weight_axes]
+    weight_axes = _as_they_come(weight_axes)
     several = isinstance(out_axes, list)
     results = jax.eval_shape(fn, x, *weights)
     names = out_axes if several else [out_axes]
-    stream, tokens = (split_axes(name, x.shape[1]) for name in ("stream", "tokens"))
-    over_tokens = tuple(axis for axis in stream if axis not in tokens)
-    entering = over_tokens if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
+    dim, over_stream = sharding.stream_split(*x.shape[:2])
+    entering = over_stream if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
     summed = tuple(a for name, n in zip(x_axes[2:], x.shape[2:], strict=True) for a in split_axes(name, n))
     if x_axes[1] == "tokens" and not summed:
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
-    sharded = [
-        [(dim, split_axes(name, w.shape[dim])) for dim, name in enumerate(axes) if name == "d_model"]
-        for w, axes in zip(weights, weight_axes, strict=True)
-    ]
+    put_together = _putting_together(weights, weight_axes)
 
     def run(x, *weights):
-        x = gather(x, entering, 1)
-        whole = [reduce(lambda w, at: gather_weight(w, at[1], at[0]), dims, w) for w, dims in zip(weights, sharded)]
-        result = fn(x, *whole)
+        x = checkpoint_name(gather(x, entering, dim), GATHERED) if entering else x
+        result = fn(x, *put_together(weights))
         if not summed:
             return tuple(result) if several else result
-        return scatter(result, summed, 1) if set(summed) == set(over_tokens) else add(result, summed)
+        return scatter(result, summed, dim) if set(summed) == set(over_stream) else add(result, summed)
 
     shapes = [result.shape for result in (results if several else [results])]
     outs = list(zip(names, shapes, strict=True))
     return manual(run, [x, *weights], [x_axes, *weight_axes], outs if several else outs[0])
+
+
+def goes_round(shape: tuple[int, ...], name: str, width: int) -> bool:
+    """Whether `round_products` serves a stream of this shape: what splits it alone splits the logical axis, too, and
+    this is no TPU, whose own exchanges are hidden by its compiler."""
+    over_stream = sharding.stream_split(*shape[:2])[1]
+    return len(over_stream) == 1 and split_axes(name, width) == over_stream and platform.platform() != "tpu"
+
+
+def round_products(fn: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes: Sequence[tuple]):
+    """`fn(x, *weights)`, from the stream to the stream, where fn takes every token by itself and `goes_round` holds of
+    the axis that its results are sums over: each device has its own widths of the weights.
+
+    Each device's tokens go round, and their sums back, while products of other tokens are made: nothing waits for
+    exchanges, and nothing is put together (Wang et al. 2023, "Overlap communication with dependent computation via
+    decomposition in large deep learning models").
+    """
+    weight_axes = _as_they_come(weight_axes)
+    (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
+
+    def run(x_BTD, *weights):
+        weights, n = put_together(weights), jax.lax.axis_size(axis)
+        on = lambda x, by: jax.lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
+        others = [checkpoint_name(on(x_BTD, by), GATHERED) for by in range(1, n)]
+        back = [on(fn(x, *weights), -by) for by, x in enumerate(others, 1)]
+        return reduce(jnp.add, back, fn(x_BTD, *weights))
+
+    return manual(run, [x_BTD, *weights], [sharding.STREAM, *weight_axes], (sharding.STREAM, x_BTD.shape))
+
+
+def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:
+    """Of weights that are whole over what splits d_model, or not."""
+    if not sharding.weights_are_whole():
+        return weight_axes
+    return [tuple(None if name == "d_model" else name for name in axes) for axes in weight_axes]
+
+
+def _putting_together(weights: Sequence[jax.Array], weight_axes: Sequence[tuple]) -> Callable:
+    """Of a device's shards of the weights those that are whole over what splits d_model; inside `manual`."""
+    sharded = [
+        [(dim, split_axes(name, w.shape[dim])) for dim, name in enumerate(axes) if name == "d_model"]
+        for w, axes in zip(weights, weight_axes, strict=True)
+    ]
+    whole = lambda w, dims: reduce(lambda w, at: gather_weight(w, at[1], at[0]), dims, w)
+    return lambda shards: [whole(w, dims) for w, dims in zip(shards, sharded, strict=True)]
 
 
 def gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
@@ -159,7 +204,8 @@ def _stages(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
 
 
 def _spec(axes: Sequence[str | tuple[str, ...] | None], shape: Sequence[int]) -> P:
-    split = (
-        name if isinstance(name, tuple) else split_axes(name, size) for name, size in zip(axes, shape, strict=True)
-    )
+    if any(isinstance(name, tuple) for name in axes):
+        split = (a if isinstance(a, tuple) else split_axes(a, size) for a, size in zip(axes, shape, strict=True))
+    else:
+        split = sharding.dims_axes(axes, shape)
     return P(*(of_dim or None for of_dim in split))
