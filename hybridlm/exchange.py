@@ -6,7 +6,7 @@ products of one input exchange it once, and a traced program says what it sends.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
 
+IN_TURN = True
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
 
@@ -62,10 +63,14 @@ def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, we
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
     put_together = _putting_together(weights, weight_axes)
+    in_turn = not several and dim == 0 and len(summed) == 1 and summed == over_stream and IN_TURN
 
     def run(x, *weights):
         x = checkpoint_name(gather(x, entering, dim), GATHERED) if entering else x
-        result = fn(x, *put_together(weights))
+        whole = put_together(weights)
+        if in_turn:
+            return _sums_passed_on(fn, summed[0], x, whole)
+        result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
         return scatter(result, summed, dim) if set(summed) == set(over_stream) else add(result, summed)
@@ -82,25 +87,61 @@ def goes_round(shape: tuple[int, ...], name: str, width: int) -> bool:
     return len(over_stream) == 1 and split_axes(name, width) == over_stream and platform.platform() != "tpu"
 
 
-def round_products(fn: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes: Sequence[tuple]):
-    """`fn(x, *weights)`, from the stream to the stream, where fn takes every token by itself and `goes_round` holds of
-    the axis that its results are sums over: each device has its own widths of the weights.
+def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes):
+    """rest(first(x, *weights), *weights), from the stream to the stream, where both take every token by itself and
+    `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights.
 
     Each device's tokens go round, and their sums back, while products of other tokens are made: nothing waits for
     exchanges, and nothing is put together (Wang et al. 2023, "Overlap communication with dependent computation via
-    decomposition in large deep learning models").
+    decomposition in large deep learning models"). weight_axes: as of `products`.
     """
     weight_axes = _as_they_come(weight_axes)
     (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
 
     def run(x_BTD, *weights):
         weights, n = put_together(weights), jax.lax.axis_size(axis)
-        on = lambda x, by: jax.lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
-        others = [checkpoint_name(on(x_BTD, by), GATHERED) for by in range(1, n)]
-        back = [on(fn(x, *weights), -by) for by, x in enumerate(others, 1)]
-        return reduce(jnp.add, back, fn(x_BTD, *weights))
+        coming, begun = [x_BTD, *(_passed_on(x_BTD, axis, by) for by in range(1, n))], []
+        for by in range(n):
+            begun.append(first(coming[by], *weights))
+            if by + 1 < n:  # the next tokens are waited for behind this product, not before it
+                begun[by], coming[by + 1] = _together(begun[by], checkpoint_name(coming[by + 1], GATHERED))
+        back = [_passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
+        return reduce(jnp.add, back, rest(begun[0], *weights))
 
     return manual(run, [x_BTD, *weights], [sharding.STREAM, *weight_axes], (sharding.STREAM, x_BTD.shape))
+
+
+def _passed_on(x: jax.Array, axis: str, by: int) -> jax.Array:
+    """That of the device `by` places before this one on the axis, round its end."""
+    n = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
+
+
+@jax.custom_vjp
+def _together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, of which none is used before all are there; their gradients are not held together."""
+    return jax.lax.optimization_barrier(arrays)
+
+
+_together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: grads)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    """`scatter(fn(x, *weights), (axis,), 0)`, each device's rows by themselves: sums of others' rows are on their way
+    while those of its own are made. The gradient is put together, as products of earlier sublayers hide that."""
+    n, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    rows = x.shape[0] // n
+    of = lambda by: fn(jax.lax.dynamic_slice_in_dim(x, (here + by) % n * rows, rows, 0), *weights)
+    return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
+
+
+def _sums_passed_on_backward(fn, axis, saved, grad):
+    x, weights = saved
+    return jax.vjp(lambda x, weights: fn(x, *weights), x, weights)[1](gather(grad, (axis,), 0))
+
+
+_sums_passed_on.defvjp(lambda fn, axis, x, weights: (_sums_passed_on(fn, axis, x, weights), (x, weights)), _sums_passed_on_backward)
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:
