@@ -222,20 +222,15 @@ def stream_axes(rows: int, tokens: int) -> tuple[str, str]:
     `tensor` splits its rows where it could split its tokens and the rows divide, but on a TPU: shards of the outermost
     dim lie as the whole does, so that a GPU puts them together, or sums and cuts, without moving all tokens first.
     """
-    mesh = _current_mesh()
-    if mesh is None or platform() == "tpu" or "tensor" not in _dividing("stream", tokens, mesh):
-        return STREAM[0], STREAM[1]
-    return ("rows", "tokens") if "tensor" in _dividing("rows", rows, mesh) else (STREAM[0], STREAM[1])
+    sizes = (("stream", tokens), ("rows", rows))
+    divides = all("tensor" in split_axes(name, size) for name, size in sizes)
+    return ("rows", "tokens") if divides and platform() != "tpu" else STREAM[:2]
 
 
 def stream_split(rows: int, tokens: int) -> tuple[int, tuple[str, ...]]:
     """(dim, mesh axes): what splits a stream [B, T, ...] of this size beyond what splits its batch and tokens."""
-    names = stream_axes(rows, tokens)
-    whole = [split_axes(name, size) for name, size in zip(("batch", "tokens"), (rows, tokens))]
-    more = [
-        tuple(axis for axis in split_axes(name, size) if axis not in of_dim)
-        for name, size, of_dim in zip(names, (rows, tokens), whole)
-    ]
+    split, whole = (dims_axes(names, (rows, tokens)) for names in (STREAM[:2], ("batch", "tokens")))
+    more = [tuple(axis for axis in of_dim if axis not in known) for of_dim, known in zip(split, whole, strict=True)]
     return (0, more[0]) if more[0] else (1, more[1])
 
 
@@ -252,18 +247,14 @@ def is_split() -> bool:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` pinned to the sharding of its logical axes; axes that do not divide stay whole. Without a mesh: `x`."""
-    mesh = _current_mesh()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*(of_dim or None for of_dim in dims_axes(axes, x.shape))))
+    spec = P(*(of_dim or None for of_dim in dims_axes(axes, x.shape)))
+    return jax.lax.with_sharding_constraint(x, spec) if is_split() else x
 
 
 def zeros(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...]) -> jax.Array:
     """Zeros that are split over the mesh from the start, as `constrain` splits: no device ever holds more than its
     share."""
-    if _current_mesh() is None:
-        return jax.numpy.zeros(shape, dtype)
-    return _split_zeros(shape, np.dtype(dtype), axes)
+    return _split_zeros(shape, np.dtype(dtype), axes) if is_split() else jax.numpy.zeros(shape, dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -31,7 +31,7 @@ from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_sl
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train.layout import SUMS, Layout, unrolled
+from hybridlm.train.layout import SUMS, Layout, gathers_once, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options
@@ -118,8 +118,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
-    objective = _of_weights(make_objective(replace(config, model=model), program), config.optim.gather_once)
-    layout = Layout(model, mesh, apart, config.quantize, config.optim.gather_once)
+    once = gathers_once(config, mesh)
+    objective = _of_weights(make_objective(replace(config, model=model), program), once)
+    layout = Layout(model, mesh, apart, config.quantize, once)
     rule = partial(make_optimizer, config.optim, steps, trained)
     prepare = config.optim.objective.prepare
     if specs:
