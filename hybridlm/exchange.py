@@ -19,7 +19,6 @@ from hybridlm import sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
-
 IN_TURN = True
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
@@ -141,7 +140,9 @@ def _sums_passed_on_backward(fn, axis, saved, grad):
     return jax.vjp(lambda x, weights: fn(x, *weights), x, weights)[1](gather(grad, (axis,), 0))
 
 
-_sums_passed_on.defvjp(lambda fn, axis, x, weights: (_sums_passed_on(fn, axis, x, weights), (x, weights)), _sums_passed_on_backward)
+_sums_passed_on.defvjp(
+    lambda fn, axis, x, weights: (_sums_passed_on(fn, axis, x, weights), (x, weights)), _sums_passed_on_backward
+)
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:

@@ -223,14 +223,14 @@ def stream_axes(rows: int, tokens: int) -> tuple[str, str]:
     dim lie as the whole does, so that a GPU puts them together, or sums and cuts, without moving all tokens first.
     """
     sizes = (("stream", tokens), ("rows", rows))
-    divides = all("tensor" in split_axes(name, size) for name, size in sizes)
+    divides = axis_size("tensor") > 1 and all("tensor" in split_axes(name, size) for name, size in sizes)
     return ("rows", "tokens") if divides and platform() != "tpu" else STREAM[:2]
 
 
 def stream_split(rows: int, tokens: int) -> tuple[int, tuple[str, ...]]:
     """(dim, mesh axes): what splits a stream [B, T, ...] of this size beyond what splits its batch and tokens."""
-    split, whole = (dims_axes(names, (rows, tokens)) for names in (STREAM[:2], ("batch", "tokens")))
-    more = [tuple(axis for axis in of_dim if axis not in known) for of_dim, known in zip(split, whole, strict=True)]
+    both = zip(*(dims_axes(names, (rows, tokens)) for names in (STREAM[:2], ("batch", "tokens"))), strict=True)
+    more = [tuple(axis for axis in split if axis not in whole and axis_size(axis) > 1) for split, whole in both]
     return (0, more[0]) if more[0] else (1, more[1])
 
 

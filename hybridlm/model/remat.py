@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 
-from hybridlm.exchange import GATHERED
 from hybridlm.errors import ConfigError, cut
+from hybridlm.exchange import GATHERED
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.block import Block, Kept, walk
 from pallas_kernels.context import SENT
