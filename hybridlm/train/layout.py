@@ -21,7 +21,7 @@ from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings, whole_shardings
-from pallas_kernels.platform import peaks, platform_of
+from pallas_kernels.platform import peaks_of, platform_of
 
 SUMS = "gradient_sums"
 """Key, beside those of the parameters, of sums that the backward adds the gradients of `groups` to."""
@@ -46,7 +46,7 @@ def gathers_once(config: Config, mesh: Mesh) -> bool:
     if config.optim.gather_once is not None:
         return config.optim.gather_once
     device, info = mesh.devices.flat[0], stacked(config.model).info["groups"]
-    peak = peaks(device.device_kind) if platform_of(device) == "gpu" else None
+    peak = peaks_of(device) if platform_of(device) == "gpu" else None
     if mesh.shape.get("fsdp", 1) == 1 or peak is None or peak.gib is None:
         return False
     whole = zip(jax.tree.leaves(info), jax.tree.leaves(whole_shardings(info, mesh)), strict=True)
