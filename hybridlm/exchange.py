@@ -38,7 +38,16 @@ def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], out
     return sharding.shard_map(fn, in_specs, out_specs)(*arrays)
 
 
-def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, weight_axes: Sequence[tuple], out_axes):
+def products(
+    fn: Callable,
+    x,
+    weights: Sequence[jax.Array],
+    *,
+    x_axes: tuple,
+    weight_axes: Sequence[tuple],
+    out_axes,
+    bilinear=False,
+):
     """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
 
     out_axes: of the result (a tuple of names) or of the results (a list). What the names ask for is exchanged once for
@@ -47,7 +56,8 @@ def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, we
       `sharding.weights_are_whole`, gradients alone, as sums of which the compiler keeps a share;
     - what splits the stream alone (`sharding.stream_split`) is gathered where the results have whole `tokens`, and its
       gradient scattered;
-    - sums over what `tensor` splits of x are scattered like the stream where that is the result.
+    - sums over what `tensor` splits of x are scattered like the stream where that is the result; of rows, and where fn
+      is bilinear in x and one weight, each device's in turn, while others are made.
     """
     if not sharding.is_split():
         return fn(x, *weights)
@@ -62,13 +72,13 @@ def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, we
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
     put_together = _putting_together(weights, weight_axes)
-    in_turn = not several and dim == 0 and len(summed) == 1 and summed == over_stream and IN_TURN
+    in_turn = bilinear and dim == 0 and len(summed) == 1 and summed == over_stream and IN_TURN
 
     def run(x, *weights):
         x = checkpoint_name(gather(x, entering, dim), GATHERED) if entering else x
         whole = put_together(weights)
         if in_turn:
-            return _sums_passed_on(fn, summed[0], x, whole)
+            return _sums_passed_on(fn, summed[0], x, *whole)
         result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
@@ -126,23 +136,23 @@ _together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: gr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    """`scatter(fn(x, *weights), (axis,), 0)`, each device's rows by themselves: sums of others' rows are on their way
-    while those of its own are made. The gradient is put together, as products of earlier sublayers hide that."""
+def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`scatter(fn(x, w), (axis,), 0)`, each device's rows by themselves: sums of others' rows are on their way while
+    those of its own are made. The gradient is put together, as products of other sublayers hide that."""
     n, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     rows = x.shape[0] // n
-    of = lambda by: fn(jax.lax.dynamic_slice_in_dim(x, (here + by) % n * rows, rows, 0), *weights)
+    of = lambda by: fn(jax.lax.dynamic_slice_in_dim(x, (here + by) % n * rows, rows, 0), w)
     return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
 
 
 def _sums_passed_on_backward(fn, axis, saved, grad):
-    x, weights = saved
-    return jax.vjp(lambda x, weights: fn(x, *weights), x, weights)[1](gather(grad, (axis,), 0))
+    """fn is linear in either argument: it is not run again, as `jax.vjp` would."""
+    (x, w), grad = saved, gather(grad, (axis,), 0)
+    (dx,), (dw,) = jax.linear_transpose(lambda x: fn(x, w), x)(grad), jax.linear_transpose(lambda w: fn(x, w), w)(grad)
+    return dx, dw
 
 
-_sums_passed_on.defvjp(
-    lambda fn, axis, x, weights: (_sums_passed_on(fn, axis, x, weights), (x, weights)), _sums_passed_on_backward
-)
+_sums_passed_on.defvjp(lambda fn, axis, x, w: (_sums_passed_on(fn, axis, x, w), (x, w)), _sums_passed_on_backward)
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:
@@ -246,8 +256,7 @@ def _stages(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
 
 
 def _spec(axes: Sequence[str | tuple[str, ...] | None], shape: Sequence[int]) -> P:
-    if any(isinstance(name, tuple) for name in axes):
-        split = (a if isinstance(a, tuple) else split_axes(a, size) for a, size in zip(axes, shape, strict=True))
-    else:
-        split = sharding.dims_axes(axes, shape)
-    return P(*(of_dim or None for of_dim in split))
+    names = [None if isinstance(name, tuple) else name for name in axes]
+    split = sharding.dims_axes(names, shape)
+    given = (name if isinstance(name, tuple) else of_dim for name, of_dim in zip(axes, split, strict=True))
+    return P(*(of_dim or None for of_dim in given))

@@ -203,7 +203,7 @@ def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax
     axes = weight.get_metadata()["axes"]
     out = _products(
         lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),
-        out_axes=sharding.STREAM,
+        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array),
     )  # fmt: skip
     return out if bias is None else out + use(bias, out.dtype)[None, None]
 
@@ -214,10 +214,11 @@ def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: S
     return exchange.round_products(first, rest, x_BTD, leaves, names)
 
 
-def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes):
+def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, bilinear=False):
     """`exchange.products` with parameters, of which each may be several arrays."""
     leaves, names, (whole,) = _arrays((fn,), weights, x.dtype)
-    return exchange.products(whole, x, leaves, x_axes=x_axes, weight_axes=names, out_axes=out_axes)
+    axes: dict[str, Any] = {"x_axes": x_axes, "weight_axes": names, "out_axes": out_axes}
+    return exchange.products(whole, x, leaves, **axes, bilinear=bilinear)
 
 
 def _arrays(fns: Sequence[Callable], weights: Sequence[nnx.Param], dtype) -> tuple[list, list, list[Callable]]:
