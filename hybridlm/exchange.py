@@ -19,7 +19,7 @@ from hybridlm import sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
-IN_TURN = True
+BY_ROWS = True
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
 
@@ -72,17 +72,21 @@ def products(
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
     put_together = _putting_together(weights, weight_axes)
-    in_turn = bilinear and dim == 0 and len(summed) == 1 and summed == over_stream and IN_TURN
+    by_rows = dim == 0 and len(over_stream) == 1 and BY_ROWS
 
     def run(x, *weights):
-        x = checkpoint_name(gather(x, entering, dim), GATHERED) if entering else x
+        if entering:
+            x = _join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
+            x = checkpoint_name(x, GATHERED)
         whole = put_together(weights)
-        if in_turn:
+        if bilinear and by_rows and summed == over_stream:
             return _sums_passed_on(fn, summed[0], x, *whole)
         result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
-        return scatter(result, summed, dim) if set(summed) == set(over_stream) else add(result, summed)
+        if set(summed) != set(over_stream):
+            return add(result, summed)
+        return _sum_rows(result, summed[0]) if by_rows else scatter(result, summed, dim)
 
     shapes = [result.shape for result in (results if several else [results])]
     outs = list(zip(names, shapes, strict=True))
@@ -137,22 +141,53 @@ _together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: gr
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`scatter(fn(x, w), (axis,), 0)`, each device's rows by themselves: sums of others' rows are on their way while
-    those of its own are made. The gradient is put together, as products of other sublayers hide that."""
-    n, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    rows = x.shape[0] // n
-    of = lambda by: fn(jax.lax.dynamic_slice_in_dim(x, (here + by) % n * rows, rows, 0), w)
-    return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
+    """`_sum_rows(fn(x, w), axis)`, each device's rows by themselves: sums of others' rows are on their way while those
+    of its own are made. The gradient is put together, as products of other sublayers hide that."""
+    return _sum_in_turn(lambda by: fn(_rows_of(x, axis, by), w), axis)
 
 
 def _sums_passed_on_backward(fn, axis, saved, grad):
     """fn is linear in either argument: it is not run again, as `jax.vjp` would."""
-    (x, w), grad = saved, gather(grad, (axis,), 0)
+    (x, w), grad = saved, _join_rows(grad, axis)
     (dx,), (dw,) = jax.linear_transpose(lambda x: fn(x, w), x)(grad), jax.linear_transpose(lambda w: fn(x, w), w)(grad)
     return dx, dw
 
 
 _sums_passed_on.defvjp(lambda fn, axis, x, w: (_sums_passed_on(fn, axis, x, w), (x, w)), _sums_passed_on_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _join_rows(x: jax.Array, axis: str) -> jax.Array:
+    """`gather(x, (axis,), 0)` of rows that devices pass on, which needs no multiprocessor where links copy."""
+    n, here, rows = jax.lax.axis_size(axis), jax.lax.axis_index(axis), x.shape[0]
+    whole = jnp.concatenate([x] * n)  # while the others' rows come, which are then put in their places
+    for by in range(1, n):
+        whole, came = _together(whole, _passed_on(x, axis, by))
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, came, (here - by) % n * rows, 0)
+    return whole
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_rows(x: jax.Array, axis: str) -> jax.Array:
+    """`scatter(x, (axis,), 0)`, likewise."""
+    return _sum_in_turn(lambda by: _rows_of(x, axis, by), axis)
+
+
+_join_rows.defvjp(lambda x, axis: (_join_rows(x, axis), None), lambda axis, _, grad: (_sum_rows(grad, axis),))
+_sum_rows.defvjp(lambda x, axis: (_sum_rows(x, axis), None), lambda axis, _, grad: (_join_rows(grad, axis),))
+
+
+def _rows_of(x: jax.Array, axis: str, by: int) -> jax.Array:
+    """Those of the device `by` places behind this one."""
+    n = jax.lax.axis_size(axis)
+    rows = x.shape[0] // n
+    return jax.lax.dynamic_slice_in_dim(x, (jax.lax.axis_index(axis) + by) % n * rows, rows, 0)
+
+
+def _sum_in_turn(of: Callable, axis: str) -> jax.Array:
+    """Sums over devices of what each of them makes, by `of(by)`, for the device `by` places behind it."""
+    n = jax.lax.axis_size(axis)
+    return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:

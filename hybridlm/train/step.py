@@ -121,8 +121,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     once = gathers_once(config, mesh)
     objective = _of_weights(make_objective(replace(config, model=model), program), once)
     layout = Layout(model, mesh, apart, config.quantize, once)
-    rule = partial(make_optimizer, config.optim, steps, trained)
-    prepare = config.optim.objective.prepare
+    rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
     else:
@@ -138,7 +137,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
     inspect = _on_device(inspect, like, config.optim.offload)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
-    quick, often = (options(platform_of(mesh.devices.flat[0]), once=of_start) for of_start in (True, False))
+    platform, processes = platform_of(mesh.devices.flat[0]), {device.process_index for device in mesh.devices.flat}
+    passed_on = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1
+    quick, often = options(platform, once=True), options(platform, passed_on=passed_on)
     start = jax.jit(init, out_shardings=shardings, compiler_options=quick)
     start_from = jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0)
     eval_step = jax.jit(evaluate, compiler_options=often)

@@ -8,6 +8,13 @@ OPTIONS = {
 }
 """By platform."""
 
+COPIED = {
+    # Two H100s, hybrid_1b, tensor 2, JAX 0.11.2: what devices pass on is copied by their links' own engines, which takes
+    # no multiprocessor: 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/scaling-gpus.md.
+    "gpu": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
+}
+"""By platform, beside OPTIONS, for meshes with tensor whose devices are of one process."""
+
 ONCE = {
     # LLVM's optimisation of the random numbers would take longer than all of them: hybrid_tiny, 2 cores, JAX 0.10.2.
     "cpu": {"xla_backend_optimization_level": 0},
@@ -22,6 +29,8 @@ TILINGS = {
 """File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
 
 
-def options(platform: str, once: bool = False) -> dict | None:
-    """For `jax.jit(compiler_options=...)`; None where there are none. once: of a program that is run once."""
-    return (ONCE if once else OPTIONS).get(platform)
+def options(platform: str, once: bool = False, passed_on: bool = False) -> dict | None:
+    """For `jax.jit(compiler_options=...)`; None where there are none. once: of a program that is run once; passed_on:
+    of one whose devices, all of one process, pass rows on over `tensor`."""
+    more = COPIED.get(platform, {}) if passed_on else {}
+    return {**(ONCE if once else OPTIONS).get(platform, {}), **more} or None
