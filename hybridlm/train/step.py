@@ -34,7 +34,7 @@ from hybridlm.train.inspection import make_inspect
 from hybridlm.train.layout import SUMS, Layout, gathers_once, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
-from hybridlm.train.xla import options
+from hybridlm.train.xla import options, options_on
 from pallas_kernels.platform import platform_of
 
 HOST = "pinned_host"
@@ -137,9 +137,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
     inspect = _on_device(inspect, like, config.optim.offload)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
-    platform, processes = platform_of(mesh.devices.flat[0]), {device.process_index for device in mesh.devices.flat}
-    passed_on = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1
-    quick, often = options(platform, once=True), options(platform, passed_on=passed_on)
+    quick, often = options(platform_of(mesh.devices.flat[0]), once=True), options_on(mesh)
     start = jax.jit(init, out_shardings=shardings, compiler_options=quick)
     start_from = jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0)
     eval_step = jax.jit(evaluate, compiler_options=often)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the compiler, and what it need not search for. Each is here for a measurement, beside it."""
 
+from jax.sharding import Mesh
+
+from pallas_kernels.platform import platform_of
+
 OPTIONS = {
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
     # instead of 47 s without a GPU; see docs/results/training-before.md.
@@ -9,8 +13,8 @@ OPTIONS = {
 """By platform."""
 
 COPIED = {
-    # Two H100s, hybrid_1b, tensor 2, JAX 0.11.2: what devices pass on is copied by their links' own engines, which takes
-    # no multiprocessor: 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/scaling-gpus.md.
+    # Two H100s, hybrid_1b, tensor 2, JAX 0.11.2: engines copy what devices pass on, and no multiprocessor is taken:
+    # 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/scaling-gpus.md.
     "gpu": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
 }
 """By platform, beside OPTIONS, for meshes with tensor whose devices are of one process."""
@@ -29,8 +33,13 @@ TILINGS = {
 """File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
 
 
-def options(platform: str, once: bool = False, passed_on: bool = False) -> dict | None:
-    """For `jax.jit(compiler_options=...)`; None where there are none. once: of a program that is run once; passed_on:
-    of one whose devices, all of one process, pass rows on over `tensor`."""
-    more = COPIED.get(platform, {}) if passed_on else {}
-    return {**(ONCE if once else OPTIONS).get(platform, {}), **more} or None
+def options(platform: str, once: bool = False) -> dict | None:
+    """For `jax.jit(compiler_options=...)`; None where there are none. once: of a program that is run once."""
+    return (ONCE if once else OPTIONS).get(platform)
+
+
+def options_on(mesh: Mesh) -> dict | None:
+    """`options` of a program that is run often, over a mesh."""
+    platform, processes = platform_of(mesh.devices.flat[0]), {device.process_index for device in mesh.devices.flat}
+    copied = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1
+    return {**OPTIONS.get(platform, {}), **(COPIED.get(platform, {}) if copied else {})} or None
