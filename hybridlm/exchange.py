@@ -19,7 +19,6 @@ from hybridlm import sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
-BY_ROWS = True
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
 
@@ -56,8 +55,10 @@ def products(
       `sharding.weights_are_whole`, gradients alone, as sums of which the compiler keeps a share;
     - what splits the stream alone (`sharding.stream_split`) is gathered where the results have whole `tokens`, and its
       gradient scattered;
-    - sums over what `tensor` splits of x are scattered like the stream where that is the result; of rows, and where fn
-      is bilinear in x and one weight, each device's in turn, while others are made.
+    - sums over what `tensor` splits of x are scattered like the stream where that is the result.
+
+    Rows of the stream devices pass on to each other. Where fn is bilinear in x and one weight, sums of others' rows are
+    on their way while those of a device's own are made.
     """
     if not sharding.is_split():
         return fn(x, *weights)
@@ -72,7 +73,7 @@ def products(
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
     put_together = _putting_together(weights, weight_axes)
-    by_rows = dim == 0 and len(over_stream) == 1 and BY_ROWS
+    by_rows = dim == 0 and len(over_stream) == 1
 
     def run(x, *weights):
         if entering:
