@@ -3,7 +3,7 @@
 
 from jax.sharding import Mesh
 
-from pallas_kernels.platform import platform_of
+from pallas_kernels.platform import peaks_of, platform_of
 
 OPTIONS = {
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
@@ -17,7 +17,7 @@ COPIED = {
     # 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/scaling-gpus.md.
     "gpu": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
 }
-"""By platform, beside OPTIONS, for meshes with tensor whose devices are of one process."""
+"""By platform, beside OPTIONS, for meshes with tensor whose devices are of one process and have links of their own."""
 
 ONCE = {
     # LLVM's optimisation of the random numbers would take longer than all of them: hybrid_tiny, 2 cores, JAX 0.10.2.
@@ -40,6 +40,7 @@ def options(platform: str, once: bool = False) -> dict | None:
 
 def options_on(mesh: Mesh) -> dict | None:
     """`options` of a program that is run often, over a mesh."""
-    platform, processes = platform_of(mesh.devices.flat[0]), {device.process_index for device in mesh.devices.flat}
-    copied = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1
+    device, processes = mesh.devices.flat[0], {device.process_index for device in mesh.devices.flat}
+    platform, peak = platform_of(device), peaks_of(device)
+    copied = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1 and peak is not None and peak.links is not None
     return {**OPTIONS.get(platform, {}), **(COPIED.get(platform, {}) if copied else {})} or None

@@ -12,7 +12,7 @@ from hybridlm.config import MLP, Config, Mamba2, MeshConfig, ModelConfig, MoE, O
 from hybridlm.model.init import abstract, stacked
 from hybridlm.plan.slices import read_devices
 from hybridlm.sharding import make_mesh
-from hybridlm.train import layout
+from hybridlm.train import layout, xla
 from hybridlm.train.layout import UNROLL, Layout, unrolled
 
 MODEL = ModelConfig(
@@ -73,3 +73,19 @@ def test_gathered_once_on_gpus_with_room(words, sizes, wanted, room, once, monke
     config = Config(model=MODEL, optim=OptimConfig(gather_once=wanted))
     mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices(words).described())
     assert layout.gathers_once(config, mesh) is once
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes", "copied"),
+    [("h100:2", {"tensor": 2}, True), ("h100:2", {"fsdp": 2}, False), ("v5p:2x2x1", {"tensor": 4}, False)],
+)
+def test_rows_passed_on_are_copied_by_links(words, sizes, copied):
+    """On GPUs with links, of one process; not between processes, whose memory is not each other's."""
+    devices = read_devices(words).described()
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), devices)
+    usual = xla.OPTIONS.get("gpu" if "h100" in words else "tpu", {})
+    assert (xla.options_on(mesh) or {}) == usual | (xla.COPIED["gpu"] if copied else {})
+    apart = [replace(device, process_index=i) for i, device in enumerate(devices)]
+    linkless = [replace(device, device_kind="NVIDIA H100 PCIe") for device in devices if "h100" in words]
+    for others in filter(None, (apart, linkless)):
+        assert (xla.options_on(make_mesh(MeshConfig(**{"data": 1} | sizes), others)) or {}) == usual
