@@ -14,7 +14,7 @@ OPTIONS = {
 
 COPIED = {
     # Two H100s, hybrid_1b, tensor 2, JAX 0.11.2: engines copy what devices pass on, and no multiprocessor is taken:
-    # 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/scaling-gpus.md.
+    # 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/tensor.md.
     "gpu": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
 }
 """By platform, beside OPTIONS, for meshes with tensor whose devices are of one process and have links of their own."""
