@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
+from hybridlm.train.kernels_ahead import compile_kernels
 from hybridlm.train.kept_step import KeptStep, cache_hits
 
 
@@ -55,7 +56,7 @@ class TrainStep:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
                     with no_collections(), cache_hits() as hits:
-                        step = found or self.lower(state, batch).compile()
+                        step = found or self._compile(mesh, state, batch)
                     ahead.set_result(step)
                     if kept and not found and not hits:
                         kept.store(step)
@@ -64,6 +65,11 @@ class TrainStep:
                     ahead.set_exception(error)
 
         threading.Thread(target=compile_, name="compile").start()
+
+    def _compile(self, mesh: Mesh, state, batch) -> jax.stages.Compiled:
+        lowered = self.lower(state, batch)
+        compile_kernels(lowered, mesh)
+        return lowered.compile()
 
     def lower(self, state, batch):
         """As of every jitted function."""
