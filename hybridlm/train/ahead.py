@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
-from hybridlm.train.kernels_ahead import compile_kernels
 from hybridlm.train.kept_step import KeptStep, cache_hits
+from hybridlm.train.kernels_ahead import compile_kernels
 
 
 @contextmanager

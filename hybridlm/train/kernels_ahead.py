@@ -6,7 +6,6 @@ change LLVM's options, which are those of the process. A process keeps each kern
 its text. So programs of one kernel each, compiled in threads as soon as the text is there, leave XLA nothing to do.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def compile_kernels(lowered: jax.stages.Lowered, mesh: Mesh) -> list[Future]:
-    """Starts to compile the kernels that a program for the devices of a mesh calls; each one's future is done when it is.
+    """Starts to compile the kernels that a program for the devices of a mesh calls; a future for each.
 
     Never raises, nor do the futures: what is not compiled here is compiled with the program.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step that is compiled ahead is the step, traced once; what its compilation raises, the first step raises. Its
-kernels are compiled by programs of their own, which call each of them, whole, under the name that the step calls it by."""
+kernels are compiled by programs of their own, which say of each what the step says."""
 
 import hashlib
 import re

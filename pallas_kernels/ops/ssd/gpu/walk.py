@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
     F32,
-    PARAMS,
+    LANE_PARAMS,
     ROW,
     TILE,
     WGMMA,
@@ -441,6 +441,6 @@ def walk(cfg, x, ab, b_mat, c_mat, real, d, init):
         grid_names=("batch", "piece", "heads"),
         num_threads=cfg.warpgroups + 1,
         thread_name="wg",
-        compiler_params=PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     return call_varying(kernel, *[a for a in args if a is not None])
