@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
-from hybridlm.train.kernels_ahead import compile_kernels
+from hybridlm.train.kernels_ahead import compile_ahead
 
 
 @contextmanager
@@ -56,7 +56,7 @@ class TrainStep:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
                     with no_collections(), cache_hits() as hits:
-                        step = found or self._compile(mesh, state, batch)
+                        step = found or compile_ahead(lambda: self.lower(state, batch), mesh)
                     ahead.set_result(step)
                     if kept and not found and not hits:
                         kept.store(step)
@@ -65,11 +65,6 @@ class TrainStep:
                     ahead.set_exception(error)
 
         threading.Thread(target=compile_, name="compile").start()
-
-    def _compile(self, mesh: Mesh, state, batch) -> jax.stages.Compiled:
-        lowered = self.lower(state, batch)
-        compile_kernels(lowered, mesh)
-        return lowered.compile()
 
     def lower(self, state, batch):
         """As of every jitted function."""
