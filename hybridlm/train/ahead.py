@@ -37,6 +37,8 @@ class TrainStep:
         """base: what the step takes behind these; None: nothing."""
         self.jitted, self.lengths, self.base = jitted, lengths, base or Base()
         self._ahead: Future | None = None
+        self._lowered = threading.Event()
+        self._lowered.set()
 
     def __call__(self, state, batch):
         """A step; waits for what `prepare` started, and raises what that raised."""
@@ -50,21 +52,35 @@ class TrainStep:
         before waits for the compiler, which cannot be stopped in the middle.
         """
         ahead = self._ahead = Future()
+        if not (kept and kept.is_there()):
+            self._lowered.clear()
+
+        def lower() -> jax.stages.Lowered:
+            try:
+                return self.lower(state, batch)
+            finally:
+                self._lowered.set()
 
         def compile_() -> None:
             try:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
                     with no_collections(), cache_hits() as hits:
-                        step = found or compile_ahead(lambda: self.lower(state, batch), mesh)
+                        step = found or compile_ahead(lower, mesh)
                     ahead.set_result(step)
                     if kept and not found and not hits:
                         kept.store(step)
             except BaseException as error:  # whatever it is, it is the first step's
+                self._lowered.set()
                 if not ahead.done():
                     ahead.set_exception(error)
 
         threading.Thread(target=compile_, name="compile").start()
+
+    def wait_until_lowered(self) -> None:
+        """Waits until what `prepare` started needs Python no more, of which threads have but one: what is traced
+        meanwhile makes the longest part of a start longer by as much."""
+        self._lowered.wait()
 
     def lower(self, state, batch):
         """As of every jitted function."""

@@ -39,12 +39,31 @@ def test_is_compiled_in_a_thread_and_taken():
     assert float(TrainStep(jax.jit(lambda *a: a[0] + a[2][0]), LENGTHS)(state, batch)) == 40.0  # not prepared
 
 
+def test_waits_until_it_is_lowered_and_no_longer():
+    go, events, mesh = threading.Event(), [], make_mesh(MeshConfig())
+
+    def step(state, batch, lengths):
+        assert go.wait(60)
+        events.append("traced")
+        return state + batch.sum(), lengths[0]
+
+    train_step = TrainStep(jax.jit(step), LENGTHS)
+    train_step.wait_until_lowered()  # nothing is
+    train_step.prepare(mesh, jnp.float32(1), jnp.arange(4.0))
+    waiting = threading.Thread(target=lambda: (train_step.wait_until_lowered(), events.append("waited")))
+    waiting.start()
+    go.set()
+    waiting.join(60)
+    assert events == ["traced", "waited"]
+
+
 def test_raises_what_the_compilation_raised():
     def step(state, batch, lengths):
         raise ValueError("no room for it")
 
     train_step, mesh = TrainStep(jax.jit(step), LENGTHS), make_mesh(MeshConfig())
     train_step.prepare(mesh, jnp.float32(1), jnp.arange(4.0))
+    train_step.wait_until_lowered()
     with pytest.raises(ValueError, match="no room for it"):
         train_step(jnp.float32(1), jnp.arange(4.0))
 
