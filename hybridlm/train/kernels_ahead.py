@@ -9,6 +9,7 @@ So here programs of one kernel each are compiled in threads, and then the progra
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,7 +45,7 @@ def compile_ahead(lower: Callable[[], jax.stages.Lowered], mesh: Mesh) -> jax.st
     if platform_of(device) != "gpu":
         return lower().compile()
     kernels = Kernels(device)
-    with kernels.from_known(_known()):
+    with kernels.from_known(_known):
         lowered = lower()
     if kernels.ready(lowered):
         try:
@@ -68,13 +69,13 @@ class Kernels:
             self.started[words["kernel_hash"]] = self._pool.submit(self._compile, dict(words))
 
     @contextmanager
-    def from_known(self, known: Mapping[bytes, bytes]) -> Iterator[None]:
-        """Within, starts each kernel as soon as it is known. known: texts by hash, of all that were ever lowered."""
-        before, over = set(known), threading.Event()
+    def from_known(self, known: Callable[[], Mapping[bytes, bytes]]) -> Iterator[None]:
+        """Within, starts each kernel as soon as it is known. known: () -> texts by hash, of all that were lowered."""
+        before, over = set(known()), threading.Event()
 
         def watch() -> None:
             while not over.wait(EVERY):
-                for name, text in list(known.items()):
+                for name, text in list(known().items()):
                     if name not in before:
                         self.start(PLAIN | {"kernel_hash": name, "module": text})
 
@@ -140,9 +141,7 @@ def without_texts(lowered: jax.stages.Lowered) -> Iterator[None]:
 
 def _known() -> Mapping[bytes, bytes]:
     """Texts of all kernels that this process has lowered, by hash, as JAX keeps them."""
-    from jax.experimental.mosaic.gpu import core
-
-    return getattr(core, "KNOWN_KERNELS", {})
+    return getattr(sys.modules.get("jax.experimental.mosaic.gpu.core"), "KNOWN_KERNELS", {})
 
 
 def _calls(lowered: jax.stages.Lowered) -> list:
