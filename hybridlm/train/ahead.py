@@ -55,31 +55,26 @@ class TrainStep:
         if not (kept and kept.is_there()):
             self._lowered.clear()
 
-        def lower() -> jax.stages.Lowered:
-            try:
-                return self.lower(state, batch)
-            finally:
-                self._lowered.set()
-
         def compile_() -> None:
             try:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
                     with no_collections(), cache_hits() as hits:
-                        step = found or compile_ahead(lower, mesh)
+                        step = found or compile_ahead(lambda: self.lower(state, batch), mesh, self._lowered.set)
                     ahead.set_result(step)
                     if kept and not found and not hits:
                         kept.store(step)
             except BaseException as error:  # whatever it is, it is the first step's
-                self._lowered.set()
                 if not ahead.done():
                     ahead.set_exception(error)
+            finally:
+                self._lowered.set()
 
         threading.Thread(target=compile_, name="compile").start()
 
     def wait_until_lowered(self) -> None:
-        """Waits until what `prepare` started needs Python no more, of which threads have but one: what is traced
-        meanwhile makes the longest part of a start longer by as much."""
+        """Waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is traced or
+        compiled before makes the longest part of a start longer."""
         self._lowered.wait()
 
     def lower(self, state, batch):

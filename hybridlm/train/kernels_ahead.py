@@ -36,18 +36,21 @@ EVERY = 0.1
 log = logging.getLogger(__name__)
 
 
-def compile_ahead(lower: Callable[[], jax.stages.Lowered], mesh: Mesh) -> jax.stages.Compiled:
+def compile_ahead(
+    lower: Callable[[], jax.stages.Lowered], mesh: Mesh, then: Callable[[], None] = lambda: None
+) -> jax.stages.Compiled:
     """`lower().compile()`, for the devices of a mesh; raises what that raises.
 
-    Whatever is wrong with a kernel's own program, or with a program without texts, this one is compiled as it is.
+    then: is called when XLA alone is left, which neither Python nor kernels wait for: what else is compiled before
+    delays them. Whatever is wrong with a kernel's own program, or with a program without texts, this one is compiled as
+    it is.
     """
-    device = mesh.devices.flat[0]
-    if platform_of(device) != "gpu":
-        return lower().compile()
-    kernels = Kernels(device)
+    kernels = Kernels(mesh.devices.flat[0])
     with kernels.from_known(_known):
         lowered = lower()
-    if kernels.ready(lowered):
+    ready = kernels.ready(lowered)
+    then()
+    if ready:
         try:
             with without_texts(lowered):
                 return lowered.compile()
@@ -71,6 +74,9 @@ class Kernels:
     @contextmanager
     def from_known(self, known: Callable[[], Mapping[bytes, bytes]]) -> Iterator[None]:
         """Within, starts each kernel as soon as it is known. known: () -> texts by hash, of all that were lowered."""
+        if platform_of(self.device) != "gpu":
+            yield
+            return
         before, over = set(known()), threading.Event()
 
         def watch() -> None:
@@ -89,6 +95,8 @@ class Kernels:
 
     def ready(self, lowered: jax.stages.Lowered) -> bool:
         """Whether a program calls kernels, all of which the process has compiled; waits for those on their way."""
+        if platform_of(self.device) != "gpu":
+            return False
         try:
             called = {words["kernel_hash"]: words for words in calls(lowered)}
             for words in sorted(called.values(), key=lambda words: len(words["module"]), reverse=True):

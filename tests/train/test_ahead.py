@@ -101,7 +101,9 @@ def test_texts_are_left_out_and_put_back(lowered):
 
 
 @pytest.mark.newer
-def test_what_a_cpu_cannot_compile_is_started_once_and_not_ready(lowered):
+def test_what_a_cpu_cannot_compile_is_started_once_and_not_ready(lowered, monkeypatch):
+    assert not Kernels(jax.devices()[0]).ready(lowered)  # it is no GPU
+    monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
     found, kernels, known = calls(lowered), Kernels(jax.devices()[0]), {bytes(32): b"of another program"}
     with kernels.from_known(lambda: known):
         known[found[0]["kernel_hash"]] = found[0]["module"]
