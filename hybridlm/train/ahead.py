@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
+from pallas_kernels.platform import platform_of
 from hybridlm.train.kernels_ahead import compile_ahead
 
 
@@ -52,7 +53,7 @@ class TrainStep:
         before waits for the compiler, which cannot be stopped in the middle.
         """
         ahead = self._ahead = Future()
-        if not (kept and kept.is_there()):
+        if platform_of(mesh.devices.flat[0]) == "gpu" and not (kept and kept.is_there()):
             self._lowered.clear()
 
         def compile_() -> None:
@@ -73,8 +74,9 @@ class TrainStep:
         threading.Thread(target=compile_, name="compile").start()
 
     def wait_until_lowered(self) -> None:
-        """Waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is traced or
-        compiled before makes the longest part of a start longer."""
+        """On GPUs, waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is
+        traced or compiled before makes the longest part of a start longer. On CPUs there are cores to be used, and little
+        to lower."""
         self._lowered.wait()
 
     def lower(self, state, batch):
