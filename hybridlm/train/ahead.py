@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
-from pallas_kernels.platform import platform_of
 from hybridlm.train.kernels_ahead import compile_ahead
+from pallas_kernels.platform import platform_of
 
 
 @contextmanager
@@ -75,8 +75,7 @@ class TrainStep:
 
     def wait_until_lowered(self) -> None:
         """On GPUs, waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is
-        traced or compiled before makes the longest part of a start longer. On CPUs there are cores to be used, and little
-        to lower."""
+        traced or compiled before makes the longest part of a start longer. On CPUs cores would have nothing to do."""
         self._lowered.wait()
 
     def lower(self, state, batch):
