@@ -49,9 +49,13 @@ def tile_index(axis: int, shape: tuple[int, int] = (TILE, TILE)):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
 
 
-def keep_upper(tile):
-    """A square tile [row, column], zero where the row lies behind the column: pairs [j, i] of tokens with j <= i."""
-    return jnp.where(tile_index(0) <= tile_index(1), tile, 0.0)
+def keep_upper(tile, alone: int = 0):
+    """A square tile [row, column], zero where the row lies behind the column: pairs [j, i] of tokens with j <= i.
+
+    With `alone`, a power of 2, also where both lie in the same so many tokens.
+    """
+    row, column = tile_index(0), tile_index(1)
+    return jnp.where(row < (column & -alone) if alone else row <= column, tile, 0.0)
 
 
 def zeros(n: int):

@@ -44,17 +44,29 @@ def test_supports_names_argument_and_limit():
 
 
 @pytest.mark.newer
+@pytest.mark.parametrize(("name", "updates"), [("gated_delta_rule", {}), ("gated_delta_product", {"updates": 2})])
 @pytest.mark.parametrize(
     ("changes", "choice"), [({}, "gpu"), ({"gate": None}, "gpu"), ({"gate": "channel"}, "gpu"), ({"key": 192}, "xla")]
 )
-def test_auto_takes_what_is_proven_on_the_card(changes, choice):
-    inputs = cases.make_inputs(
-        cases.Case("auto", 1, 16, 2, 64, 1, **{"key": 64, "gate": "head", **changes}), "bfloat16"
-    )
-    op = OPS["gated_delta_rule"]
+def test_auto_takes_what_is_proven_on_the_card(name, updates, changes, choice):
+    op = OPS[name]
+    case = op.cases_module().Case("auto", 1, 16, 2, 64, 1, **{"key": 64, "gate": "head", **updates, **changes})
+    inputs = op.cases_module().make_inputs(case, "bfloat16")
     with assume_platform("gpu", capability="9.0"):
         chosen = select(op, "auto", tuple(inputs[name] for name in op.positional), {"scale": 1.0})
     assert chosen is op.implementations[choice]
+
+
+@pytest.mark.slow
+@needs_gpu_interpreter
+@pytest.mark.parametrize("name", ["no_gate", "scattered"])
+def test_several_updates_a_token(name):
+    """Of which the first never decay: in bfloat16 alone their keys' gradient is off by 1.1%."""
+    op = OPS["gated_delta_product"]
+    case = op.cases_module().CASES[name]
+    with interpreted(op.name, "gpu"):
+        inputs, settings = op.cases_module().make_inputs(case, "bfloat16"), op.cases_module().make_settings(case)
+        check_against_oracle(op.name, inputs, dtype="bfloat16", implementation="gpu", **settings)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dense"])

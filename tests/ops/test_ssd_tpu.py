@@ -66,6 +66,7 @@ CASES = (
     case_of(name="zero", layout="right", decay="zero"),
     case_of(name="weak", layout="edges", decay="weak"),
     case_of(name="strong", layout="left", decay="strong"),
+    case_of(name="apart", heads=4, groups=2, batch=2, layout="scattered", apart=True),
 )
 
 
@@ -74,12 +75,12 @@ def some(*names: str) -> list:
     return [pytest.param(c, id=c.name, marks=() if c.name in names else pytest.mark.slow) for c in CASES]
 
 
-@pytest.mark.parametrize("case", some("one_token", "groups", "empty", "strong"))
+@pytest.mark.parametrize("case", some("one_token", "groups", "empty", "apart"))
 def test_equals_the_recurrence(case):
     check(cases.make_inputs(case), final=case.final)
 
 
-@pytest.mark.parametrize("case", some("scattered"))
+@pytest.mark.parametrize("case", some("apart"))
 def test_bfloat16(case):
     check(cases.make_inputs(case, "bfloat16"), final=case.final)
 

@@ -15,6 +15,7 @@ OP = Op(
     padding_may_be_nan=True,
     states=("initial_state",),
     hints={"chunk": (1, 7, 1000)},
+    proven=("gpu",),
     implementations={
         "reference": Implementation(
             "pallas_kernels.ops.gated_delta_product.reference:gated_delta_product_reference", forward_mode=True

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gated_delta_product` as `gated_delta_rule` on R times the tokens: decay at a token's first, read at its last.
 
-A token has no decay and no query at its other updates.
+A token has no decay and no query at its other updates. So many updates that hardly decay ask the Hopper kernels for
+more than bfloat16: there they are `exact`.
 """
 
 import functools
 
 import jax.numpy as jnp
 
-from pallas_kernels.op import limit
+from pallas_kernels.op import call, limit
 from pallas_kernels.ops.gated_delta_rule import OP as DELTA_RULE
-from pallas_kernels.ops.gated_delta_rule.api import gated_delta_rule
 
 
 def by_delta_rule(
@@ -36,17 +36,13 @@ def by_delta_rule(
         around = ((0, 0), (0, 0), (place, n_updates - 1 - place), *((0, 0) for _ in array_BT.shape[2:]))
         return flat(jnp.pad(array_BT[:, :, None], around))
 
-    y, final_state_BHNP = gated_delta_rule(
-        spread(q_BTGN, n_updates - 1),
-        flat(k_BTRGN),
-        flat(v_BTRHP),
-        flat(beta_BTRH),
-        None if g is None else spread(g, 0),
-        segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, n_updates, axis=1),
-        return_final_state=True,
-        implementation=implementation,
-        **options,
-    )
+    args = (spread(q_BTGN, n_updates - 1), flat(k_BTRGN), flat(v_BTRHP), flat(beta_BTRH))
+    options |= {
+        "segment_ids": None if segment_ids is None else jnp.repeat(segment_ids, n_updates, axis=1),
+        "return_final_state": True,
+    }
+    args = (*args, None if g is None else spread(g, 0))
+    y, final_state_BHNP = call(DELTA_RULE, implementation, args, options, offered={"exact": True})
     y_BTHP = y.reshape(n_batch, n_tokens, n_updates, *y.shape[2:])[:, :, -1]
     return (y_BTHP, final_state_BHNP) if return_final_state else y_BTHP
 

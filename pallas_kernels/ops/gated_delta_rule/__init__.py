@@ -32,6 +32,7 @@ OP = Op(
             "pallas_kernels.ops.gated_delta_rule.gpu.api:supports",
             oldest_jax=(0, 11),
             capability=HOPPER,
+            takes=("exact",),
         ),
     },
     costs={

@@ -18,6 +18,7 @@ OP = Op(
     padding_may_be_nan=True,
     states=("initial_angle", "initial_ssm", "initial_k", "initial_v"),
     hints={"chunk": (1, 7, 1000)},
+    proven=("gpu",),
     implementations={
         "reference": Implementation("pallas_kernels.ops.mamba3.reference:mamba3_reference", forward_mode=True),
         "xla": Implementation("pallas_kernels.ops.mamba3.xla:mamba3_xla", forward_mode=True),

@@ -62,46 +62,53 @@ class Written(typing.NamedTuple):
     later_BTH: jax.Array  # what the next one adds to it
     state_BHNP: jax.Array  # that enters, with the first token's share of the last product before
     last: tuple  # angle, k and v of the last real token
+    angle_BTHS: jax.Array
 
 
 def prepare(tokens, states, marks: chunks.Marks, *, q_bias, k_bias, mimo_v, rotary_pairs: str, narrow=None) -> Written:
     """Of tokens without anything in padding, all in the dtype that is computed in.
 
-    With `narrow`, a dtype, queries and keys are rounded to it, with gradients that are not.
+    With `narrow`, a dtype, queries and keys are rounded to it, with gradients that are not, and with none to the angles
+    that they are turned by.
     """
     q, k, v, _, dt_BTH, trap_BTH, angles, _ = tokens
     angle_BHS, ssm_BHPN, k_state_BHRN, v_state_BHRP = states
-    dtype, n_heads = v.dtype, v.shape[2]
+    n_heads = v.shape[2]
     angle_BTHS = _angles(dt_BTH[..., None] * jnp.pi * jnp.tanh(angles), angle_BHS, marks)
 
-    def biased(array_BTRGN, bias_HRN):
-        array_BTRHN = jnp.repeat(array_BTRGN, n_heads // array_BTRGN.shape[3], axis=3)
-        array_BTHRN = array_BTRHN.swapaxes(2, 3)
-        return array_BTHRN if bias_HRN is None else array_BTHRN + bias_HRN.astype(dtype)[None, None]
-
-    turned = lambda array, angle: parts.rotate(array, angle[:, :, :, None], rotary_pairs)
-    q_BTHRN, k_BTHRN = (turned(biased(*array), angle_BTHS) for array in ((q, q_bias), (k, k_bias)))
+    pair = [biased(*array, n_heads) for array in ((q, q_bias), (k, k_bias))]
+    turned = lambda angle: (parts.rotate(array, angle[:, :, :, None], rotary_pairs) for array in pair)
+    q_BTHRN, k_BTHRN = turned(angle_BTHS)
     last_k = _last(k_BTHRN, k_state_BHRN, marks)
     if narrow is not None:
-        q_BTHRN, k_BTHRN = (
-            _rounded(biased(*array), angle_BTHS, turned, narrow) for array in ((q, q_bias), (k, k_bias))
-        )
-    v_BTHRP = v[:, :, :, None] if mimo_v is None else v[:, :, :, None] * mimo_v.astype(dtype)[None, None]
+        bits = jnp.finfo(narrow)
+        q_BTHRN, k_BTHRN = (_rounded(array, bits) for array in turned(jax.lax.stop_gradient(angle_BTHS)))
+    v_BTHRP = valued(v, mimo_v)
     now_BTH, lag_BTH = (share * dt_BTH for share in (jax.nn.sigmoid(trap_BTH), jax.nn.sigmoid(-trap_BTH)))
     later_BTH, first_lag_BH = _lags(lag_BTH, marks)
     state_BHNP = jnp.einsum("bhrp,bhrn->bhnp", v_state_BHRP, k_state_BHRN) * first_lag_BH[..., None, None]
     state_BHNP += ssm_BHPN.swapaxes(-1, -2)
     last = _last(angle_BTHS, angle_BHS, marks), last_k, _last(v_BTHRP, v_state_BHRP, marks)
-    return Written(q_BTHRN, k_BTHRN, v_BTHRP, now_BTH, later_BTH, state_BHNP, last)
+    return Written(q_BTHRN, k_BTHRN, v_BTHRP, now_BTH, later_BTH, state_BHNP, last, angle_BTHS)
 
 
-def _rounded(array_BTHRN, angle_BTHS, turned, narrow):
-    """Turned and rounded. The gradient of an angle is a sum over all later tokens in which what a query and a key hand
-    it cancels, if it is taken at their rounded values: as of one more turn, by 0."""
-    fixed_BTHS = jax.lax.stop_gradient(angle_BTHS)
-    array_BTHRN = turned(array_BTHRN, fixed_BTHS)
-    rounding = array_BTHRN.astype(narrow).astype(array_BTHRN.dtype) - array_BTHRN
-    return turned(array_BTHRN + jax.lax.stop_gradient(rounding), angle_BTHS - fixed_BTHS)
+def biased(array_BTRGN, bias_HRN, n_heads: int):
+    """[B, T, H, R, N]: queries or keys of each head."""
+    array_BTRHN = jnp.repeat(array_BTRGN, n_heads // array_BTRGN.shape[3], axis=3)
+    array_BTHRN = array_BTRHN.swapaxes(2, 3)
+    return array_BTHRN if bias_HRN is None else array_BTHRN + bias_HRN.astype(array_BTHRN.dtype)[None, None]
+
+
+def valued(v_BTHP, mimo_v_HRP):
+    """[B, T, H, R, P]: values of each rank."""
+    v_BTH1P = v_BTHP[:, :, :, None]
+    return v_BTH1P if mimo_v_HRP is None else v_BTH1P * mimo_v_HRP.astype(v_BTHP.dtype)[None, None]
+
+
+def _rounded(array, bits):
+    """Rounded to a floating-point format, with a gradient that is not."""
+    rounded = jax.lax.reduce_precision(array, bits.nexp, bits.nmant)  # a conversion there and back XLA may leave out
+    return array + jax.lax.stop_gradient(rounded - array)
 
 
 def _read(written: Written, adt_BTH, marks: chunks.Marks, chunk: int):
@@ -158,8 +165,8 @@ def _lags(lag_BTH, marks: chunks.Marks):
 
 
 def _last(array_BT, state_B, marks: chunks.Marks):
-    """Of the last real token, of the state where there is none."""
-    n_tokens = array_BT.shape[1]
-    place_B = jnp.max(jnp.where(marks.real_BT, jnp.arange(n_tokens)[None], -1), axis=1)
-    index = jnp.maximum(place_B, 0).reshape(-1, *(1,) * (array_BT.ndim - 1))
-    return rows_where(place_B >= 0, jnp.take_along_axis(array_BT, index, axis=1)[:, 0], state_B)
+    """Of the last real token, of the state where there is none. A sum over tokens, of which it is one: the gradient of a
+    gather is a scatter, which would write an array as large again where nobody asks for the state."""
+    after_BT = jnp.cumsum(marks.real_BT[:, ::-1], axis=1)[:, ::-1]
+    is_last_BT = marks.real_BT & (after_BT == 1)
+    return rows_where(jnp.any(marks.real_BT, axis=1), jnp.sum(tokens_where(is_last_BT, array_BT), axis=1), state_B)

@@ -24,6 +24,7 @@ OP = Op(
             "pallas_kernels.ops.ssd.gpu.api:supports",
             oldest_jax=(0, 11),
             capability=HOPPER,
+            takes=("turn", "turns"),
         ),
     },
     proven=("gpu",),

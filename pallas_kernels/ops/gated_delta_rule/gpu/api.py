@@ -42,17 +42,20 @@ def gated_delta_rule_gpu(
     initial_state=None,
     return_final_state=False,
     chunk=None,
+    exact=False,
 ):
     """See `pallas_kernels.gated_delta_rule`; `chunk` is a hint not followed. Padding may hold anything.
 
-    Keys are padded to 64 or 128 channels, values to a multiple of 64 and, above 128, cut into heads of 128.
+    Keys are padded to 64 or 128 channels, values to a multiple of 64 and, above 128, cut into heads of 128. For `exact`
+    see `Walk`; unless decays are by channel, shared memory has room for heads of 64 alone then.
     """
     del chunk
     (n_batch, n_tokens, n_heads, width), key = v_BTHP.shape, k_BTGN.shape[-1]
     by_channel = g is not None and g.ndim == 4
     pad_t = -n_tokens % (TILE if by_channel else TOKEN_MULTIPLE)
-    pad_n, pad_p = -key % TILE, -width % (TILE if width <= TILE else WIDEST)
-    cuts = max(1, (width + pad_p) // WIDEST)
+    widest = TILE if exact and not by_channel else WIDEST
+    pad_n, pad_p = -key % TILE, -width % (TILE if width <= TILE else widest)
+    cuts = max(1, (width + pad_p) // widest)
 
     def pad(array, *ends):
         return jnp.pad(array, [(0, end) for end in ends]) if any(ends) else array
@@ -63,7 +66,7 @@ def gated_delta_rule_gpu(
     if initial_state is not None:
         init = pad(initial_state.astype(jnp.float32), 0, 0, pad_n, pad_p).swapaxes(2, 3)
         init = init.reshape(n_batch, n_heads * cuts, -1, key + pad_n)
-    options = (bool(normalize), float(scale), return_final_state)
+    options = (bool(normalize), float(scale), return_final_state, exact)
     real = None if segment_ids is None else _marks(segment_ids)
     g, beta = (None if gate is None else gate.astype(jnp.float32) for gate in (g, beta_BTH))
     g, beta = (gate if gate is None or cuts == 1 else jnp.repeat(gate, cuts, axis=2) for gate in (g, beta))
@@ -118,7 +121,7 @@ def _core(q, k, v, g, beta, real, init, options):
 
 def _config(q, v, g, real, init, options):
     """Of arrays as in `_core`."""
-    normalize, scale, with_final = options
+    normalize, scale, with_final, exact = options
     return Walk(
         *v.shape[:3],
         *q.shape[2:],
@@ -130,13 +133,15 @@ def _config(q, v, g, real, init, options):
         segments=real is not None,
         has_init=init is not None,
         emit_final=with_final,
+        exact=exact,
     )
 
 
 def _core_fwd(q, k, v, g, beta, real, init, options):
     cfg = dataclasses.replace(_config(q, v, g, real, init, options), emit_residuals=True)
     out = forward.walk(cfg, q, k, v, g, beta, real, init)
-    kept = {name: out[name] for name in ("written", "states", "a", "t", "numbers")}
+    names = ["written", "states", "a", "t", "numbers"] + ["t_rest"] * cfg.exact
+    kept = {name: out[name] for name in names}
     return (out["y"], out.get("final")), (q, k, v, g, real, init, kept)
 
 

@@ -59,6 +59,7 @@ from pallas_kernels.ops.gated_delta_rule.gpu.forward import (
     TO_STATE,
     Walk,
     clear_padding,
+    terms_of,
     vector,
 )
 from pallas_kernels.varying import call_varying
@@ -101,22 +102,26 @@ def _reverse_step(cfg, grad, idx, outs, smem, bars, step, part):
         acc[...] = sums_of(acc) * cols_of(vector(numbers.at[TO_STATE]))
         plgpu.wgmma(acc, given, smem["a"].at[slot])
         asked = (given.astype(F32) * cols_of(vector(numbers.at[FROM_STATE_Q]))).astype(dtype)
-        return (sums_of(acc) * cols_of(vector(numbers.at[BETA]))).astype(dtype), asked
+        return terms_of(cfg.walk, sums_of(acc) * cols_of(vector(numbers.at[BETA]))), asked
 
     weighted, asked = accumulate(written, TILE)
 
     def solved(acc):
-        plgpu.wgmma(acc, weighted, smem["t"].at[slot])
+        if cfg.walk.exact:
+            plgpu.wgmma(acc, weighted[0], smem["t_rest"].at[slot])
+        for term in weighted[::-1]:
+            plgpu.wgmma(acc, term, smem["t"].at[slot])
         return sums_of(acc)
 
     d_v = accumulate(solved, TILE)
-    read = (-d_v * cols_of(vector(numbers.at[FROM_STATE_K]))).astype(dtype)
+    read = terms_of(cfg.walk, -d_v * cols_of(vector(numbers.at[FROM_STATE_K])))
     decay = jnp.exp2(numbers[DECAY, TILE - 1])
 
     def onward(acc):
         acc[...] = grad * decay
         plgpu.wgmma(acc, asked, q)
-        plgpu.wgmma(acc, read, k)
+        for term in read[::-1]:
+            plgpu.wgmma(acc, term, k)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out.at[0].T[...] = d_v.astype(dtype)
         plgpu.commit_smem()
@@ -161,7 +166,7 @@ def _reverse_produce(cfg, idx, ins, smem, bars):
         for part in range(cfg.walk.parts):
             source = ins["dy"].at[b, rows, head, pl.ds(part * TILE, TILE)]
             plgpu.copy_gmem_to_smem(source, smem["dy"].at[slot, part], bar)
-        for name in ("a", "t", "numbers"):
+        for name in ["a", "t", "numbers"] + ["t_rest"] * cfg.walk.exact:
             plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head], smem[name].at[slot], bar)
         if cfg.walk.segments:
             plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[slot], bar)
@@ -185,7 +190,8 @@ def _reverse_outputs(cfg):
 
 def _reverse_body(cfg, *refs):
     walk = cfg.walk
-    names = ["q", "k", "dy", "a", "t", "numbers"] + ["real"] * walk.segments + ["final"] * cfg.has_final
+    names = ["q", "k", "dy", "a", "t", "numbers"]
+    names += ["t_rest"] * walk.exact + ["real"] * walk.segments + ["final"] * cfg.has_final
     ins, outs = dict(zip(names, refs)), dict(zip(_reverse_outputs(cfg), refs[len(names) :]))
     wg, idx = lax.axis_index("wg"), (lax.axis_index("batch"), lax.axis_index("head"))
     tile = functools.partial(plgpu.SMEM, dtype=walk.dtype, transforms=BF16_TRANSFORMS)
@@ -195,12 +201,13 @@ def _reverse_body(cfg, *refs):
         "dy": tile((STAGES, walk.parts, TILE, TILE)),
         "a": tile((STAGES, TILE, TILE)),
         "t": tile((STAGES, TILE, TILE)),
+        "t_rest": tile((STAGES, TILE, TILE)) if walk.exact else None,
         "out": tile((walk.parts, walk.key // TILE, TILE, TILE)),
         "numbers": plgpu.SMEM((STAGES, NUMBERS, TILE), F32),
         "real": plgpu.SMEM((STAGES, TILE), F32) if walk.segments else None,
     }
     barriers = {
-        "full": plgpu.Barrier(num_arrivals=5 + walk.parts + walk.segments, num_barriers=STAGES),
+        "full": plgpu.Barrier(num_arrivals=5 + walk.parts + walk.segments + walk.exact, num_barriers=STAGES),
         "empty": plgpu.Barrier(num_arrivals=walk.parts, num_barriers=STAGES),
     }
 
@@ -219,7 +226,7 @@ def _reverse_body(cfg, *refs):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls alike are traced and lowered once
-def reverse(cfg, q, k, dy, a, t, numbers, real, final):
+def reverse(cfg, q, k, dy, a, t, numbers, t_rest, real, final):
     """Runs the walk in reverse; returns its outputs by name: dv ``[B, T, H, P]``, grads ``[B, chunks, H, P, N]``, init.
 
     ``grads`` are the gradients of the state that leaves each chunk, ``init`` that of the initial state.
@@ -234,7 +241,8 @@ def reverse(cfg, q, k, dy, a, t, numbers, real, final):
         thread_name="wg",
         compiler_params=LANE_PARAMS,
     )
-    args = [q, k, dy, a, t, numbers, real if cfg.walk.segments else None, final if cfg.has_final else None]
+    args = [q, k, dy, a, t, numbers, t_rest if cfg.walk.exact else None]
+    args += [real if cfg.walk.segments else None, final if cfg.has_final else None]
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))
 
 
@@ -498,7 +506,8 @@ def tiles(cfg, blocks, *args):
 def gradients(cfg, q, k, real, kept, dy, d_final):
     """(dq, dk, dv, those of log2 decays and betas ``[B, chunks, H, 2, 64]``, that of the initial state or None)."""
     turned = Reverse(cfg, d_final is not None, cfg.has_init)
-    back = reverse(turned, q, k, dy, kept["a"], kept["t"], kept["numbers"], real, d_final)
+    solved = (kept[name] for name in ("a", "t", "numbers"))
+    back = reverse(turned, q, k, dy, *solved, kept.get("t_rest"), real, d_final)
     blocks = min(platform.multiprocessors(), cfg.batch * cfg.heads * cfg.chunks)
     states = (kept["states"], back["grads"])
     out = tiles(cfg, blocks, q, k, dy, kept["written"], back["dv"], *states, kept["numbers"], real)

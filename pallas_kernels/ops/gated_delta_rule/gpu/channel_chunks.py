@@ -181,9 +181,12 @@ def _work(cfg, idx, ins, outs, smem, bar):
         plgpu.copy_smem_to_gmem(smem[name], outs[name].at[b, chunk, head])
     for n in range(slices(cfg)):
         plgpu.copy_smem_to_gmem(smem["ends"].at[n], outs["ends"].at[b, chunk, head, pl.ds(n * TILE, TILE)])
-    unit_inverse(mixed, smem["t"], [smem["scratch"].at[n] for n in range(SCRATCH)])
+    inverse = ["t", "t_rest"] if cfg.exact else ["t"]
+    scratch = [smem["scratch"].at[n] for n in range(SCRATCH)]
+    unit_inverse(mixed, smem["t"], scratch, smem["t_rest"] if cfg.exact else None)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem["t"], outs["t"].at[b, chunk, head])
+    for name in inverse:
+        plgpu.copy_smem_to_gmem(smem[name], outs[name].at[b, chunk, head])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -197,6 +200,7 @@ def _outputs(cfg):
         "to_state": rows,
         "a": pairs,
         "t": pairs,
+        **({"t_rest": pairs} if cfg.exact else {}),
         "ends": numbers((cfg.batch, cfg.chunks, cfg.heads, cfg.key)),
         "lengths": numbers((cfg.batch, cfg.chunks, cfg.heads, 2, TILE)),
     }
@@ -208,6 +212,7 @@ def _scratch(cfg):
         **{name: tile((slices(cfg), TILE, TILE)) for name in ("q", "k", "keys")},
         "a": tile((TILE, TILE)),
         "t": tile((TILE, TILE)),
+        "t_rest": tile((TILE, TILE)) if cfg.exact else None,
         "sums or scratch": plgpu.RefUnion(
             plgpu.SMEM((slices(cfg), TILE, threads.PADDED), F32), tile((SCRATCH, TILE, TILE))
         ),

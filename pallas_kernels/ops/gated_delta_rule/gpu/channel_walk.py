@@ -36,12 +36,11 @@ from pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from pallas_kernels.ops.gated_delta_rule.gpu import threads
-from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, Walk, clear_padding, vector
+from pallas_kernels.ops.gated_delta_rule.gpu.forward import LANE_PARAMS, Walk, clear_padding, terms_of, vector
 from pallas_kernels.varying import call_varying
 
 STAGES = 2
 WEIGHED = ("from_q", "from_k", "to_state")
-PAIRS = ("a", "t")
 NUMBERS = ("ends", "beta")
 
 
@@ -69,7 +68,12 @@ class Steps:
     def inputs(self) -> list[str]:
         """Names of the arrays that it takes."""
         starts = [self.starts] if self.starts else []
-        return [*WEIGHED, *PAIRS, *NUMBERS, self.values] + ["real"] * self.walk.segments + starts
+        return [*WEIGHED, *self.pairs, *NUMBERS, self.values] + ["real"] * self.walk.segments + starts
+
+    @property
+    def pairs(self) -> list[str]:
+        """Names of those that are of pairs of a chunk's tokens."""
+        return ["a", "t"] + ["t_rest"] * self.walk.exact
 
 
 def _columns(cfg):
@@ -86,7 +90,7 @@ def _store_state(cfg, state, out):
 
 def _chunk_of(cfg, smem, step, part):
     slot = lax.rem(step, STAGES)
-    tiles = {name: smem[name].at[slot] for name in (*WEIGHED, *PAIRS, *NUMBERS)}
+    tiles = {name: smem[name].at[slot] for name in (*WEIGHED, *cfg.pairs, *NUMBERS)}
     return slot, tiles, smem[cfg.values].at[slot, part], smem["out"].at[part + threads.hidden_zero()]
 
 
@@ -106,24 +110,28 @@ def _forward_step(steps, state, idx, outs, smem, bars, i, part):
         for n, cut in enumerate(_columns(cfg)):
             plgpu.wgmma(acc, out.at[n], tiles["from_k"].at[:, cut].T)
         values = plgpu.load(v.T, layout=WGMMA)
-        return (values.astype(F32) - sums_of(acc)).astype(cfg.dtype)
+        return terms_of(cfg, values.astype(F32) - sums_of(acc))
 
     errors = accumulate(read, TILE)
 
     def write(solved, y):
-        plgpu.wgmma(solved, errors, tiles["t"].T)
+        if cfg.exact:
+            plgpu.wgmma(solved, errors[0], tiles["t_rest"].T)
+        for term in errors[::-1]:
+            plgpu.wgmma(solved, term, tiles["t"].T)
         for n, cut in enumerate(_columns(cfg)):
             plgpu.wgmma(y, out.at[n], tiles["from_q"].at[:, cut].T)
         written = sums_of(solved, cfg.key // TILE)
-        corrections = (written * cols_of(vector(tiles["beta"]))).astype(cfg.dtype)
-        plgpu.wgmma(y, corrections, tiles["a"].T)
+        corrections = terms_of(cfg, written * cols_of(vector(tiles["beta"])))
+        plgpu.wgmma(y, corrections[0], tiles["a"].T)
         return written.astype(cfg.dtype), corrections, sums_of(y).astype(cfg.dtype)
 
     written, corrections, y = accumulate(write, TILE, TILE)
 
     def onward(acc):
         acc[...] = state * cols_of(jnp.exp2(vector(tiles["ends"])))
-        plgpu.wgmma(acc, corrections, tiles["to_state"])
+        for term in corrections[::-1]:
+            plgpu.wgmma(acc, term, tiles["to_state"])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup: all have read the state
         out.at[0].T[...] = y
         if cfg.emit_residuals:
@@ -155,20 +163,25 @@ def _reverse_step(steps, grad, idx, outs, smem, bars, step, part):
             plgpu.wgmma(acc, out.at[n], tiles["to_state"].at[:, cut].T)
         given = plgpu.load(dy.T, layout=WGMMA)
         plgpu.wgmma(acc, given, tiles["a"])
-        return given, (sums_of(acc) * cols_of(vector(tiles["beta"]))).astype(cfg.dtype)
+        return given, terms_of(cfg, sums_of(acc) * cols_of(vector(tiles["beta"])))
 
     given, weighted = accumulate(written, TILE)
 
     def solved(acc):
-        plgpu.wgmma(acc, weighted, tiles["t"])
+        if cfg.exact:
+            plgpu.wgmma(acc, weighted[0], tiles["t_rest"])
+        for term in weighted[::-1]:
+            plgpu.wgmma(acc, term, tiles["t"])
         return sums_of(acc)
 
     d_v = accumulate(solved, TILE)
+    read = terms_of(cfg, -d_v)
 
     def onward(acc):
         acc[...] = grad * cols_of(jnp.exp2(vector(tiles["ends"])))
         plgpu.wgmma(acc, given, tiles["from_q"])
-        plgpu.wgmma(acc, (-d_v).astype(cfg.dtype), tiles["from_k"])
+        for term in read[::-1]:
+            plgpu.wgmma(acc, term, tiles["from_k"])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup: all have read the gradient
         out.at[0].T[...] = d_v.astype(cfg.dtype)
         plgpu.commit_smem()
@@ -209,7 +222,7 @@ def _produce(steps, idx, ins, smem, bars):
         for part in range(cfg.parts):
             source = ins[steps.values].at[b, rows, head, pl.ds(part * TILE, TILE)]
             plgpu.copy_gmem_to_smem(source, smem[steps.values].at[slot, part], bar)
-        for name in (*PAIRS, *NUMBERS):
+        for name in (*steps.pairs, *NUMBERS):
             plgpu.copy_gmem_to_smem(ins[name].at[b, chunk, head], smem[name].at[slot], bar)
         if cfg.segments:
             plgpu.copy_gmem_to_smem(ins["real"].at[b, chunk], smem["real"].at[slot], bar)
@@ -226,7 +239,7 @@ def _scratch(steps):
     outs = max(cfg.key // TILE, 1 + cfg.emit_residuals)
     return {
         **{name: tile((STAGES, TILE, cfg.key)) for name in WEIGHED},
-        **{name: tile((STAGES, TILE, TILE)) for name in PAIRS},
+        **{name: tile((STAGES, TILE, TILE)) for name in steps.pairs},
         steps.values: tile((STAGES, cfg.parts, TILE, TILE)),
         "out": tile((cfg.parts, outs, TILE, TILE)),
         "ends": plgpu.SMEM((STAGES, cfg.key), F32),
@@ -254,7 +267,7 @@ def _body(steps, *refs):
     ins, outs = dict(zip(names, refs)), dict(zip(_outputs(steps), refs[len(names) :]))
     wg, idx = lax.axis_index("wg"), (lax.axis_index("batch"), lax.axis_index("head"))
     barriers = {
-        "full": plgpu.Barrier(num_arrivals=7 + cfg.parts + cfg.segments, num_barriers=STAGES),
+        "full": plgpu.Barrier(num_arrivals=len(steps.inputs) - bool(steps.starts) - 1 + cfg.parts, num_barriers=STAGES),
         "empty": plgpu.Barrier(num_arrivals=cfg.parts, num_barriers=STAGES),
     }
 

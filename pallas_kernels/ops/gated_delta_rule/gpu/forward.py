@@ -101,6 +101,7 @@ class Walk:
     has_init: bool = False
     emit_final: bool = False
     emit_residuals: bool = False
+    exact: bool = False  # T and what it solves, and what is added to the state, in two terms each
     dtype: jnp.dtype = jnp.bfloat16
 
     @property
@@ -117,6 +118,11 @@ class Walk:
 def vector(ref, layout=COL):
     """A vector of shared memory, a value a row or a column of a tile."""
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def terms_of(cfg, values):
+    """Left operands, the second for what the rounding of the first took."""
+    return threads.two_terms(values) if cfg.exact else (values.astype(cfg.dtype),)
 
 
 def clear_padding(cfg, smem, slot, *tiles):
@@ -217,7 +223,7 @@ def _scores(cfg, idx, outs, smem, bars):
             plgpu.barrier_wait(bars["t_empty"].at[ring])
 
         if cfg.emit_residuals:  # those of this slot; the last chunk's may be under way
-            plgpu.wait_smem_to_gmem(3, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(3 + cfg.exact, wait_read_only=True)
         mixed, scores, pair = _products(cfg, i, head, q, k, smem, bars, numbers)
         scores *= rows_of(vector(numbers.at[PER_Q], ROW) * cfg.scale)
         a_ref[...] = threads.keep_lower(scores * pair).astype(cfg.dtype)
@@ -225,11 +231,13 @@ def _scores(cfg, idx, outs, smem, bars):
         mixed *= cols_of(vector(numbers.at[BETA]))
         mixed = threads.keep_strictly_lower(mixed * pair)
         plgpu.barrier_arrive(bars["empty"].at[slot])
-        unit_inverse(mixed, t_ref, [smem["scratch"].at[threads.hidden_zero() + n] for n in range(SCRATCH)])
+        rest = smem["t_rest"].at[ring] if cfg.exact else None
+        unit_inverse(mixed, t_ref, [smem["scratch"].at[threads.hidden_zero() + n] for n in range(SCRATCH)], rest)
         plgpu.commit_smem()
         plgpu.barrier_arrive(bars["t_full"].at[ring])
         if cfg.emit_residuals:
-            for name, source in (("a", a_ref), ("t", t_ref), ("numbers", numbers)):
+            residuals = {"a": a_ref, "t": t_ref} | ({"t_rest": rest} if cfg.exact else {}) | {"numbers": numbers}
+            for name, source in residuals.items():
                 plgpu.copy_smem_to_gmem(source, outs[name].at[b, i, head])
         return None
 
@@ -264,18 +272,21 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         values = plgpu.load(v.T, layout=WGMMA)
         plgpu.barrier_wait(bars["t_full"].at[ring])
         errors = values.astype(F32) - sums_of(from_k) * cols_of(vector(numbers.at[FROM_STATE_K]))
-        return errors.astype(cfg.dtype)
+        return terms_of(cfg, errors)
 
     errors = accumulate(read, TILE)
     plgpu.barrier_arrive(bars["v_empty"].at[v_slot])
 
     def solve(solved, from_q):
-        plgpu.wgmma(solved, errors, smem["t"].at[ring].T)
+        if cfg.exact:
+            plgpu.wgmma(solved, errors[0], smem["t_rest"].at[ring].T)
+        for term in errors[::-1]:
+            plgpu.wgmma(solved, term, smem["t"].at[ring].T)
         for n, cut in enumerate(columns):
             plgpu.wgmma(from_q, out.at[n], q.at[:, cut].T)
         written = sums_of(solved, len(columns))
         corrections = written * cols_of(vector(numbers.at[BETA]))
-        kept = (corrections * cols_of(vector(numbers.at[TO_STATE]))).astype(cfg.dtype)
+        kept = terms_of(cfg, corrections * cols_of(vector(numbers.at[TO_STATE])))
         y = sums_of(from_q) * cols_of(vector(numbers.at[FROM_STATE_Q]))
         return written.astype(cfg.dtype), corrections.astype(cfg.dtype), kept, y
 
@@ -286,7 +297,8 @@ def _state_step(cfg, state, idx, outs, smem, bars, i, part):
         y_acc[...] = y
         state_acc[...] = state * decay
         plgpu.wgmma(y_acc, corrections, smem["a"].at[ring].T)
-        plgpu.wgmma(state_acc, kept, k)
+        for term in kept[::-1]:
+            plgpu.wgmma(state_acc, term, k)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier of the warpgroup: all have read the state
         if cfg.emit_residuals:
             out.at[1].T[...] = written
@@ -369,6 +381,7 @@ def _scratch(cfg):
         "v": tile((VALUE_STAGES, cfg.parts, TILE, TILE)),
         "a": tile((SCORE_STAGES, TILE, TILE)),
         "t": tile((SCORE_STAGES, TILE, TILE)),
+        "t_rest": tile((SCORE_STAGES, TILE, TILE)) if cfg.exact else None,
         "scratch": tile((SCRATCH, TILE, TILE)),
         "out": tile((cfg.parts, outs, TILE, TILE)),
         "g": plgpu.SMEM((GATE_STAGES, TILE, HEADS), F32) if cfg.decays else None,
@@ -405,6 +418,7 @@ def _outputs(cfg):
             "states": shape((*chunks, cfg.width, cfg.key)),
             "a": shape((*chunks, TILE, TILE)),
             "t": shape((*chunks, TILE, TILE)),
+            **({"t_rest": shape((*chunks, TILE, TILE))} if cfg.exact else {}),
             "numbers": jax.ShapeDtypeStruct((*chunks, NUMBERS, TILE), F32),
         }
     return named

@@ -16,8 +16,10 @@ from pallas_kernels.ops.gated_delta_rule.gpu import threads
 SCRATCH = 5
 
 
-def unit_inverse(below, target, scratch) -> None:
+def unit_inverse(below, target, scratch, rest=None) -> None:
     """Writes (1 + below)^-1 to `target`, a bfloat16 tile; `below` a strictly lower float32 triangle in registers.
+
+    `rest` is such a tile for what its rounding took, or None.
 
     `scratch` are SCRATCH more such tiles. What is written is to be committed by the caller.
 
@@ -25,18 +27,21 @@ def unit_inverse(below, target, scratch) -> None:
     between a product and the next write of its right operand stands the commit of another one's operands. Operands are
     in shared memory: as registers they leave ptxas too few (C7511).
     """
-    factor, whole, rest = scratch[:2], scratch[2:4], (target, scratch[4])
+    factor, whole, between = scratch[:2], scratch[2:4], (target, scratch[4])
     _store(factor, below)
     inverse = threads.invert_blocks(below)
     for keep in threads.keep_between.values():
         _store(whole, inverse)
         plgpu.commit_smem()
         product = _product(factor, whole)  # by blocks on the diagonal, so that what is to be kept is kept afterwards
-        _store(rest, keep(product))
+        _store(between, keep(product))
         plgpu.commit_smem()
-        inverse -= _product(whole, rest)
+        inverse -= _product(whole, between)
     plgpu.commit_smem()  # all have read `target`
-    target[...] = inverse.astype(jnp.bfloat16)
+    if rest is None:
+        target[...] = inverse.astype(jnp.bfloat16)
+    else:
+        _store((target, rest), inverse)
 
 
 def _store(tiles, array) -> None:

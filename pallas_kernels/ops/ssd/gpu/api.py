@@ -21,6 +21,7 @@ from pallas_kernels.ops.ssd.gpu import grads as gpu_grads
 from pallas_kernels.ops.ssd.gpu import walk as gpu_walk
 from pallas_kernels.ops.ssd.gpu.grads import Grads
 from pallas_kernels.ops.ssd.gpu.walk import Walk
+from pallas_kernels.ops.ssd.turns import turn_gradients
 
 MAX_STATE = 256
 FULL_ENOUGH = 0.6  # share of the device's multiprocessors above which rows are not cut into pieces
@@ -161,20 +162,24 @@ def _cleared(v, ids):
     return v if ids is None else jnp.where((ids[:, : v.shape[1]] != 0)[..., None, None], v, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _core(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+def _core(x, dt, a, b_mat, c_mat, d, ids, init, turn, with_final, turns):
     """y and final state (None unless ``with_final``) for widths the kernels take.
 
     P = 64, N a multiple of 64, T of 8; a [H], or log decays [B, T, H] in place of dt a; d [H], [H, 64] or None; init
-    may be None. B and C may be float32: rounded for their products, with gradients that are not.
+    may be None. B and C may be float32: rounded for their products, with gradients that are not. With ``turns``
+    tokens read nothing of themselves, and the zeros ``turn [B, T, G, count]`` have a gradient.
     """
+    del turn
     b_mat, c_mat = b_mat.astype(x.dtype), c_mat.astype(x.dtype)
-    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, False)[:2]
+    return _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, turns, False)[:2]
 
 
-def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, emit_states):
+def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, turns, emit_states):
     cfg = _config(x, b_mat, d, ids)
     cfg = dataclasses.replace(cfg, emit_y=True, emit_states=emit_states, emit_final=with_final)
+    if turns is not None:
+        cfg = dataclasses.replace(cfg, alone=turns.alone)
     if a.ndim == 1 and cfg.heads % gpu_decay.HEADS == 0:
         ab, real = gpu_decay.decays(dt, a, ids, cfg.chunks)
     else:
@@ -185,12 +190,14 @@ def _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, emit_states):
     return y, final, states, ab, real
 
 
-def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, with_final):
+def _core_fwd(x, dt, a, b_mat, c_mat, d, ids, init, turn, with_final, turns):
+    del turn
     given = jnp.zeros(0, b_mat.dtype)
     b_mat, c_mat = b_mat.astype(x.dtype), c_mat.astype(x.dtype)
-    y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, True)
+    y, final, states, ab, real = _forward(x, dt, a, b_mat, c_mat, d, ids, init, with_final, turns, True)
     states = checkpoint_name(states, "ssd_states")
-    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real, given)
+    left = None if turns is None else final
+    return (y, final), (x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real, given, left)
 
 
 def choose_splits(blocks, heads):
@@ -273,8 +280,8 @@ def _dt_grads(out, dt, a, ids):
     return d_dt, d_a, (source[:, :, :, 2].sum((0, 1, 3)) if source.shape[3] == 3 else None)
 
 
-def _core_bwd(with_final, residuals, cotangents):
-    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real, given = residuals
+def _core_bwd(with_final, turns, residuals, cotangents):
+    x, dt, a, b_mat, c_mat, d, ids, init, states, ab, real, given, left = residuals
     dy, d_final = cotangents
     cfg = _config(x, b_mat, d, ids)
     batch, heads = cfg.batch, cfg.heads
@@ -292,6 +299,7 @@ def _core_bwd(with_final, residuals, cotangents):
         cfg.segments,
         cfg.has_d,
         wide=given.dtype != b_mat.dtype,
+        alone=0 if turns is None else turns.alone,
     )
     out = gpu_grads.grads(grads, x, dy, ab, b_mat, c_mat, states, r_states, real, _skip_rows(d))
 
@@ -309,7 +317,12 @@ def _core_bwd(with_final, residuals, cotangents):
         d_d = d_d.astype(d.dtype)
     d_b = _joined(out["d_b"], cfg.tokens).astype(given.dtype)
     d_c = _joined(out["d_c"], cfg.tokens, out["d_c_cross"]).astype(given.dtype)
-    return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init
+    d_turn = None
+    if turns is not None:
+        maps = ((_cleared(b_mat, ids), d_b), (_cleared(c_mat, ids), d_c))
+        ends = [None if state is None else (state, grad) for state, grad in ((init, d_init), (left, d_final))]
+        d_turn = turn_gradients(turns, maps, (states[:, 1:], r_states[:, :-1]), *ends, ids)
+    return out["dx"], d_dt.astype(dt.dtype), d_a.astype(a.dtype), d_b, d_c, d_d, None, d_init, d_turn
 
 
 _core.defvjp(_core_fwd, _core_bwd)
@@ -329,11 +342,16 @@ def ssd_gpu(
     return_final_state=False,
     chunk=None,
     states=None,
+    turn=None,
+    turns=None,
 ):
     """The scan of ``pallas_kernels.ssd`` (its shapes and contract) by the Hopper kernels; ``chunk`` is ignored.
 
     Padding may hold anything. Any head width is cut or padded into heads of 64, any state size padded to a multiple
     of 64. B and C may be float32, so that their gradients are not rounded; their products are of bfloat16.
+
+    For `mamba3`: with ``turns`` tokens read nothing of themselves (see ``Turns.alone``), and the zeros ``turn [B, T, G,
+    turns.count]``, by which B and C of a token and of all behind it are turned, have a gradient.
     """
     del chunk
     batch, tokens, heads, width = x.shape
@@ -359,8 +377,9 @@ def ssd_gpu(
     ids = None if segment_ids is None else pad(segment_ids, 0, pad_t)
     dt = split(pad(dt, 0, pad_t, 0), 2)
     A = split(A, 0) if decay is None else split(pad(decay.astype(F32), 0, pad_t, 0), 2)
-    core = jax.checkpoint(_core, static_argnums=(8,)) if states == "recompute" else _core
-    y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, return_final_state)
+    turn = None if turn is None else pad(turn, 0, pad_t, 0, 0)
+    core = jax.checkpoint(_core, static_argnums=(9, 10)) if states == "recompute" else _core
+    y, final = core(x, dt, A, b_mat, c_mat, D, ids, init, turn, return_final_state, turns)
     y = y.reshape(batch, tokens + pad_t, heads, cuts * TILE)[:, :tokens, :, :width]
     if not return_final_state:
         return y

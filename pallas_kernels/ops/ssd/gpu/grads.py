@@ -76,6 +76,7 @@ class Grads:
     pairs: bool = True  # with the terms of pairs of tokens; without: only what goes through the states
     whole: bool = True  # these are all columns; else the scores are given and dS is an output
     wide: bool = False  # gradients of B are not rounded
+    alone: int = 0  # as of the walk
 
     @property
     def block_heads(self) -> int:
@@ -132,9 +133,9 @@ class _Tokens:
         return e * self.through(0)
 
 
-def _causal(pair, values):
+def _causal(cfg, pair, values):
     """``values`` [j, i] of the pairs within a tile (``pair`` 0) with j <= i, or from the first tile to the second."""
-    return values if pair else keep_upper(values)
+    return values if pair else keep_upper(values, cfg.alone)
 
 
 def _when_padded(cfg, smem, work):
@@ -237,7 +238,7 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
             plgpu.wgmma(acc, smem["b"], smem["c1" if pair else "c"].T)
             return sums_of(acc)
 
-        smem["scores"][pair] = _causal(pair, accumulate(scores, TILE)).astype(cfg.dtype)
+        smem["scores"][pair] = _causal(cfg, pair, accumulate(scores, TILE)).astype(cfg.dtype)
     plgpu.commit_smem()
 
     def step(i, carry):
@@ -259,7 +260,7 @@ def _source_warpgroup(cfg, k, idx, outs, smem, bars):
     if cfg.pairs:
         plgpu.barrier_wait(bars["m_empty"].at[0])
         for pair, ds in enumerate(carry):
-            smem["m"][pair] = _causal(pair, ds).astype(cfg.dtype)
+            smem["m"][pair] = _causal(cfg, pair, ds).astype(cfg.dtype)
         plgpu.commit_smem()
         if cfg.whole:
             plgpu.barrier_arrive(bars["ds_full"].at[0])
@@ -570,7 +571,7 @@ def _score_tiles(cfg, b_mat, c_mat):
     c_mat = jnp.stack([c_mat, jnp.roll(c_mat, -1, axis=1)], axis=2)
     scores = jnp.einsum("bcjgn,bcpign->bcgpji", b_mat, c_mat, preferred_element_type=F32)
     token = jnp.arange(TILE)
-    within = token[:, None] <= token[None]
+    within = token[:, None] < (token[None] & -cfg.alone) if cfg.alone else token[:, None] <= token[None]
     return jnp.where(jnp.stack([within, jnp.ones_like(within)]), scores, 0.0).astype(cfg.dtype)
 
 

@@ -77,6 +77,7 @@ class Walk:
     reverse: bool = False
     segments: bool = False
     has_d: bool = False
+    alone: int = 0  # so many tokens side by side read nothing of themselves and each other; 0: all do
     dtype: jnp.dtype = jnp.bfloat16
 
     @property
@@ -182,14 +183,14 @@ def _walk_scores(cfg, idx, smem, bars):
             plgpu.barrier_arrive(bars["empty"].at[slot])
             return acc[...]
 
-        return keep_upper(accumulate(ahead, TILE))
+        return keep_upper(accumulate(ahead, TILE), cfg.alone)
 
     @pl.when(steps > 0)
     def _():
         plgpu.barrier_wait(bars["full"].at[0])
         _clear_padding(cfg, smem, 0, smem["b"].at[0], smem["c"].at[0])
         out = matmul(smem["b"].at[0], smem["c"].at[0].T)
-        lax.fori_loop(0, steps, step, keep_upper(out))
+        lax.fori_loop(0, steps, step, keep_upper(out, cfg.alone))
 
     for i in range(cfg.score_stages):  # leave no arrival unobserved
 

@@ -55,8 +55,8 @@ def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int
 def supports(x, dt, A, B, C, *, decay=None, **more) -> str | None:
     """Why the TPU kernel cannot serve this call of `ssd`, or None if it can."""
     del A, more
-    if decay is not None:
-        return "decay: the kernel decays by dt A"
+    if decay is not None and decay.dtype != F32:
+        return f"decay has dtype {decay.dtype}, the kernel takes float32"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x has dtype {x.dtype}, the kernel takes bfloat16 and float32"
     if B.dtype != x.dtype or C.dtype != x.dtype:
@@ -106,7 +106,7 @@ def ssd_tpu(
     stored = str(x.dtype) if states in (None, "recompute") else states
     plan = make_plan(x.shape, B.shape, heads_per_block, chunks_per_step, stored, interpret)
     scan = jax.checkpoint(_ssd, static_argnums=(0,)) if states == "recompute" else _ssd
-    y, last = scan((plan, return_final_state), x, dt, A, B, C, D, segment_ids, initial_state)
+    y, last = scan((plan, return_final_state), x, dt, A, decay, B, C, D, segment_ids, initial_state)
     return (y, last) if return_final_state else y
 
 
@@ -140,25 +140,27 @@ def _device() -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(static, x, dt, A, B, C, D, segment_ids, initial_state):
+def _ssd(static, x, dt, A, decay, B, C, D, segment_ids, initial_state):
     plan, return_final_state = static
-    results = _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, final=return_final_state)
+    results = _run_forward(plan, x, dt, A, decay, B, C, D, segment_ids, initial_state, final=return_final_state)
     return results["y"], results.get("last")
 
 
-def _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan: Plan) -> dict:
+def _prepare(x, dt, A, decay, B, C, D, segment_ids, initial_state, plan: Plan) -> dict:
     """The kernels' inputs by name: tokens padded to whole steps, channels merged, [B, T, H] floats tokens-last."""
     n_batch, n_tokens, n_heads, width = x.shape
     padding = -n_tokens % (plan.chunks * CHUNK)
     pad = lambda array: jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2)) if padding else array
     n_blocks = n_heads // plan.heads
     if segment_ids is not None:
-        dt = jnp.where((segment_ids != 0)[..., None], dt, 0.0)
+        real = (segment_ids != 0)[..., None]
+        dt, decay = (None if array is None else jnp.where(real, array, 0.0) for array in (dt, decay))
+    by_head = lambda array: pad(array).transpose(0, 2, 1).reshape(n_batch, n_blocks, plan.heads, -1)
     merge = lambda array: pad(array).reshape(n_batch, n_tokens + padding, -1)
     inputs = {
         "x": merge(x),
-        "dt": pad(dt).transpose(0, 2, 1).reshape(n_batch, n_blocks, plan.heads, -1),
-        "A": A.astype(F32).reshape(n_blocks, plan.heads, 1),
+        "dt": by_head(dt),
+        **({"A": A.astype(F32).reshape(n_blocks, plan.heads, 1)} if decay is None else {"decay": by_head(decay)}),
         "B": merge(B),
         "C": merge(C),
     }
@@ -190,10 +192,10 @@ def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bo
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "final", "states"), inline=True)  # traced once for all layers
-def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, states=None):
+def _run_forward(plan, x, dt, A, decay, B, C, D, segment_ids, initial_state, *, final, states=None):
     n_batch, n_tokens, n_heads, width = x.shape
     blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=x.dtype == F32)
-    inputs = _prepare(x, dt, A, B, C, D, segment_ids, initial_state, plan)
+    inputs = _prepare(x, dt, A, decay, B, C, D, segment_ids, initial_state, plan)
     results = tpu_forward.forward(inputs, blocks, n_groups=B.shape[2], states_dtype=states, interpret=plan.interpret)
     results["y"] = results["y"][:, :n_tokens].reshape(x.shape)
     if final:
@@ -201,9 +203,9 @@ def _run_forward(plan, x, dt, A, B, C, D, segment_ids, initial_state, *, final, 
     return results
 
 
-def _forward_rule(static, x, dt, A, B, C, D, segment_ids, initial_state):
+def _forward_rule(static, x, dt, A, decay, B, C, D, segment_ids, initial_state):
     plan, final = static
-    arrays = (x, dt, A, B, C, D, segment_ids, initial_state)
+    arrays = (x, dt, A, decay, B, C, D, segment_ids, initial_state)
     results = _run_forward(plan, *arrays, final=final, states=plan.states)
     return (results["y"], results.get("last")), (arrays, checkpoint_name(results["states"], "ssd_states"))
 
@@ -211,25 +213,26 @@ def _forward_rule(static, x, dt, A, B, C, D, segment_ids, initial_state):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward_rule(static, residuals, cotangents):
     plan, final = static
-    (x, dt, A, B, C, D, segment_ids, initial_state), states = residuals
+    (x, dt, A, decay, B, C, D, segment_ids, initial_state), states = residuals
     dy, dlast = cotangents
     n_batch, n_tokens, n_heads, width = x.shape
     blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=True)
-    inputs = _prepare(x, dt, A, B, C, D, segment_ids, None, plan)
+    inputs = _prepare(x, dt, A, decay, B, C, D, segment_ids, None, plan)
     padding = inputs["x"].shape[1] - n_tokens
     inputs["dy"] = jnp.pad(dy, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(inputs["x"].shape)
     inputs["states"] = states
     if final:
         inputs["dlast"] = dlast.reshape(n_batch, n_heads * width, -1)
     grads = tpu_backward.backward(inputs, blocks, n_groups=B.shape[2], interpret=plan.interpret)
-    ddt = grads["ddt"].reshape(n_batch, n_heads, -1).transpose(0, 2, 1)[:, :n_tokens]
-    dA = grads["dA"].sum((0, 3)).reshape(n_heads).astype(A.dtype)
+    by_token = lambda grad: grad.reshape(n_batch, n_heads, -1).transpose(0, 2, 1)[:, :n_tokens]
+    dA = None if A is None else grads["dA"].sum((0, 3)).reshape(n_heads).astype(A.dtype)
+    ddecay = None if decay is None else by_token(grads["ddecay"])
     dB, dC = (grads[name].sum(1)[:, :n_tokens].reshape(B.shape).astype(B.dtype) for name in ("dB", "dC"))
     dD = None if D is None else grads["dD"].sum((0, -1)).reshape(D.shape).astype(D.dtype)
     dinitial = None
     if initial_state is not None:
         dinitial = grads["dinitial"].reshape(initial_state.shape).astype(initial_state.dtype)
-    return grads["dx"][:, :n_tokens].reshape(x.shape), ddt, dA, dB, dC, dD, None, dinitial
+    return grads["dx"][:, :n_tokens].reshape(x.shape), by_token(grads["ddt"]), dA, ddecay, dB, dC, dD, None, dinitial
 
 
 _ssd.defvjp(_forward_rule, _backward_rule)

@@ -7,7 +7,7 @@ it and c the inclusive sums of log decays (per head; T the chunk's last token):
     dxd_j = sum_i L_ij S_ij dy_i + e^(c_T - c_j) dh B_j          dx = dt dxd + D dy
     dS_ij = sum over heads L_ij dy_i . xd_j                       dC += dS B, dB += dS^T C
     dC_i += e^(c_i) h^T dy_i,  dB_j += e^(c_T - c_j) dh^T xd_j    dh <- e^(c_T) dh + sum_i e^(c_i) dy_i C_i^T
-    d(dt)_j = x_j . dxd_j + A da_j,  dA = sum_t dt_t da_t
+    d(dt)_j = x_j . dxd_j + A da_j,  dA = sum_t dt_t da_t         or da_t itself, where log decays are of their own
 
 and da_t, the gradient of the log decay of token t, as the sum of everything that crosses t, and of nothing else:
 
@@ -144,22 +144,24 @@ def _chunk_gradients(chunk, x, refs, blocks: Blocks):
 
 
 def _decay_gradients(chunk, refs, blocks: Blocks):
-    """d(dt), and the chunk's share of dA and dD, from the reduction rows of all heads."""
+    """d(dt), that of log decays or the chunk's share of dA, and of dD, from the reduction rows of all heads."""
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     rows, sums = refs["rows"], refs["sums"]
-    dt, A = refs["dt"][0, 0, :, tokens], refs["A"][0]
     entering = dot(sums[Y_CARRY] * rows[chunk, START], common.triangle(F32, lambda i, t: i >= t))
     leaving = dot(sums[X_CARRY] * rows[chunk, TAIL], common.triangle(F32, lambda j, t: j < t))
     through = jnp.sum(refs["overlap"][...] * refs["totals"][chunk], axis=1, keepdims=True)
     da = (sums[CROSS] + through) + (entering + leaving)
-    ddt = sums[X_PAIR] + sums[X_CARRY] * refs["factors"][chunk] + A * da
-    if blocks.documents:
-        ddt = ddt * refs["documents"][0, common.REAL : common.REAL + 1, tokens]
-    refs["ddt"][0, 0, :, tokens] = ddt
-    refs["dA"][0, 0] += dt * da
+    ddt = sums[X_PAIR] + sums[X_CARRY] * refs["factors"][chunk]
+    documents = refs["documents"][0, common.REAL : common.REAL + 1, tokens] if blocks.documents else None
+    real = lambda rows: rows if documents is None else rows * documents
+    if "ddecay" in refs:
+        refs["ddecay"][0, 0, :, tokens] = real(da)
+    else:
+        ddt = ddt + refs["A"][0] * da
+        refs["dA"][0, 0] += refs["dt"][0, 0, :, tokens] * da
+    refs["ddt"][0, 0, :, tokens] = real(ddt)
     if blocks.skip == "head":
-        real = refs["documents"][0, common.REAL : common.REAL + 1, tokens] if blocks.documents else 1.0
-        refs["dD"][0, 0] += sums[Y_X] * real
+        refs["dD"][0, 0] += real(sums[Y_X])
 
 
 def _kernel(*args, names: tuple, blocks: Blocks):
@@ -198,8 +200,8 @@ def _kernel(*args, names: tuple, blocks: Blocks):
 def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) -> dict:
     """Runs the kernel. Inputs are the forward's without initial, and dy, states and (blocks.final) dlast.
 
-    blocks.exact must be set. Returns dx [B, T, H P]; ddt [B, blocks, heads, T]; dA [B, blocks, heads, CHUNK], to be
-    summed over batch and lanes; dB, dC [B, parts, T, G N], to be summed over parts; dD like dA
+    blocks.exact must be set. Returns dx [B, T, H P]; ddt [B, blocks, heads, T]; ddecay like it, or dA [B, blocks,
+    heads, CHUNK], to be summed over batch and lanes; dB, dC [B, parts, T, G N], to be summed over parts; dD like dA
     (or [B, H P, CHUNK]); dinitial [B, H P, N] by request.
     """
     n_batch, n_tokens, width = inputs["x"].shape
@@ -220,7 +222,7 @@ def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) ->
     outputs = {
         "dx": (specs["x"], like("x")),
         "ddt": (specs["dt"], like("dt")),
-        "dA": (head_spec, head_shape),
+        **({"ddecay": (specs["dt"], like("dt"))} if "decay" in inputs else {"dA": (head_spec, head_shape)}),
         "dB": (dB_spec, dB_shape),
         "dC": (dB_spec, dB_shape),
     }

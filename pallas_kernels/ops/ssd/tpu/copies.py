@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ops.ssd.tpu.common import CHUNK, Blocks
 
-STREAMED = ("x", "dt", "B", "C", "documents")  # a block each grid step
+STREAMED = ("x", "dt", "decay", "B", "C", "documents")  # a block each grid step
 RESIDENT = ("A", "D", "strong")  # a block each row and head block
 SLOT_BYTES = 2 * 2**20  # of a block of x, up to which four blocks of it and of y are held, else two
 
@@ -32,6 +32,7 @@ def scratch_shapes(inputs: dict, blocks: Blocks) -> dict:
     sizes = {
         "x": (blocks.tokens, blocks.channels),
         "dt": (1, blocks.heads, blocks.tokens),
+        "decay": (1, blocks.heads, blocks.tokens),
         "B": (blocks.tokens, lanes),
         "C": (blocks.tokens, lanes),
         "documents": (8, blocks.tokens),
@@ -77,7 +78,7 @@ class Copies:
     def _load(self, name, step):
         tokens = pl.ds(pl.multiple_of(step * self.blocks.tokens, self.blocks.tokens), self.blocks.tokens)
         array, slot = self.refs[name], self._slot(step)
-        if name == "dt":
+        if name in ("dt", "decay"):
             source = array.at[self.row, pl.ds(self.block, 1), :, tokens]
         elif name == "documents":
             source = array.at[self.row, :, tokens]

@@ -28,7 +28,8 @@ def prepare_chunk(chunk, refs, blocks: Blocks):
     """Decays of one chunk into scratch: rows, totals, pair weights, and for the backward the tail decays (factors)."""
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
     dt = refs["dt"][0, 0, :, tokens]
-    a = jnp.maximum(dt * refs["A"][0], common.LOG_DECAY_FLOOR)
+    log_decays = refs["decay"][0, 0, :, tokens] if "decay" in refs else dt * refs["A"][0]
+    a = jnp.maximum(log_decays, common.LOG_DECAY_FLOOR)
     sums = common.decay_sums(a, blocks)
     documents = refs["documents"][0, :, tokens] if blocks.documents else None
     start, tail, total = jnp.exp(sums.from_start), jnp.exp(sums.to_end), jnp.exp(sums.total)
@@ -192,7 +193,7 @@ def _scan(refs, blocks: Blocks, copies: Copies):
 
 def _strong(inputs: dict, blocks: Blocks):
     """int32 [B x blocks, 1, grid steps]: 1 where a log decay is too strong for the factored form."""
-    log_decays = inputs["dt"] * inputs["A"][None]
+    log_decays = inputs["decay"] if "decay" in inputs else inputs["dt"] * inputs["A"][None]
     by_step = log_decays.reshape(*log_decays.shape[:3], -1, blocks.tokens)
     strong = by_step.min(axis=(2, 4)) < common.PAIR_FLOOR
     return strong.astype(jnp.int32).reshape(-1, 1, strong.shape[-1])
@@ -220,9 +221,11 @@ def input_specs(blocks: Blocks, n_groups: int, n_heads: int, step_of=lambda c: c
     by_group = pl.BlockSpec((1, tokens, lanes), lambda b, h, c: (b, step_of(c), group(h)))
     states = pl.BlockSpec((1, blocks.channels, blocks.state), lambda b, h, c: (b, h, 0))
     skips = blocks.channels if blocks.skip == "channel" else blocks.heads
+    steps = pl.BlockSpec((1, 1, blocks.heads, tokens), lambda b, h, c: (b, h, 0, step_of(c)))
     return {
         "x": by_tokens(blocks.channels),
-        "dt": pl.BlockSpec((1, 1, blocks.heads, tokens), lambda b, h, c: (b, h, 0, step_of(c))),
+        "dt": steps,
+        "decay": steps,
         "A": pl.BlockSpec((1, blocks.heads, 1), lambda b, h, c: (h, 0, 0)),
         "B": by_group,
         "C": by_group,
