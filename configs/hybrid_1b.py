@@ -33,7 +33,7 @@ def config() -> Config:
                 "*": Attention(n_heads=32, n_kv_heads=8, d_head=64, qk_norm=True, gate="elementwise"),
                 "-": MLP(d_ff=4096),
             },
-            remat="kernels,sublayer_norm,mlp_hidden,mamba_conv,mamba_norm",
+            remat="kernels,sublayer_norm,sublayer_gathered,mlp_hidden,mamba_conv,mamba_norm",
         ),
         data=DataConfig(seq_len=4096, batch_size=16),
         optim=OptimConfig(lr=3e-4, warmup_steps=1000, accumulate=4),

@@ -6,17 +6,21 @@ products of one input exchange it once, and a traced program says what it sends.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from hybridlm import sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
+
+GATHERED = "sublayer_gathered"
+"""Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
 
 
 def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> Any:
@@ -33,46 +37,175 @@ def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], out
     return sharding.shard_map(fn, in_specs, out_specs)(*arrays)
 
 
-def products(fn: Callable, x, weights: Sequence[jax.Array], *, x_axes: tuple, weight_axes: Sequence[tuple], out_axes):
+def products(
+    fn: Callable,
+    x,
+    weights: Sequence[jax.Array],
+    *,
+    x_axes: tuple,
+    weight_axes: Sequence[tuple],
+    out_axes,
+    bilinear=False,
+):
     """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
 
     out_axes: of the result (a tuple of names) or of the results (a list). What the names ask for is exchanged once for
     all products, in the type of the arrays:
     - weights are gathered over the axes that split d_model, and their gradients scattered over them; where
       `sharding.weights_are_whole`, gradients alone, as sums of which the compiler keeps a share;
-    - tokens of the stream are gathered where the results have whole `tokens`, and their gradient scattered;
-    - sums over what `tensor` splits of x are scattered over the tokens where the result is the stream.
+    - what splits the stream alone (`sharding.stream_split`) is gathered where the results have whole `tokens`, and its
+      gradient scattered;
+    - sums over what `tensor` splits of x are scattered like the stream where that is the result.
+
+    Rows of the stream devices pass on to each other. Where fn is bilinear in x and one weight, sums of others' rows are
+    on their way while those of a device's own are made.
     """
     if not sharding.is_split():
         return fn(x, *weights)
-    if sharding.weights_are_whole():
-        weight_axes = [tuple(None if name == "d_model" else name for name in axes) for axes in weight_axes]
+    weight_axes = _as_they_come(weight_axes)
     several = isinstance(out_axes, list)
     results = jax.eval_shape(fn, x, *weights)
     names = out_axes if several else [out_axes]
-    stream, tokens = (split_axes(name, x.shape[1]) for name in ("stream", "tokens"))
-    over_tokens = tuple(axis for axis in stream if axis not in tokens)
-    entering = over_tokens if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
+    dim, over_stream = sharding.stream_split(*x.shape[:2])
+    entering = over_stream if x_axes[1] == "stream" and any(out[1] == "tokens" for out in names) else ()
     summed = tuple(a for name, n in zip(x_axes[2:], x.shape[2:], strict=True) for a in split_axes(name, n))
     if x_axes[1] == "tokens" and not summed:
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
-    sharded = [
-        [(dim, split_axes(name, w.shape[dim])) for dim, name in enumerate(axes) if name == "d_model"]
-        for w, axes in zip(weights, weight_axes, strict=True)
-    ]
+    put_together = _putting_together(weights, weight_axes)
+    by_rows = dim == 0 and len(over_stream) == 1
 
     def run(x, *weights):
-        x = gather(x, entering, 1)
-        whole = [reduce(lambda w, at: gather_weight(w, at[1], at[0]), dims, w) for w, dims in zip(weights, sharded)]
+        if entering:
+            x = _join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
+            x = checkpoint_name(x, GATHERED)
+        whole = put_together(weights)
+        if bilinear and by_rows and summed == over_stream:
+            return _sums_passed_on(fn, summed[0], x, *whole)
         result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
-        return scatter(result, summed, 1) if set(summed) == set(over_tokens) else add(result, summed)
+        if set(summed) != set(over_stream):
+            return add(result, summed)
+        return _sum_rows(result, summed[0]) if by_rows else scatter(result, summed, dim)
 
     shapes = [result.shape for result in (results if several else [results])]
     outs = list(zip(names, shapes, strict=True))
     return manual(run, [x, *weights], [x_axes, *weight_axes], outs if several else outs[0])
+
+
+def goes_round(shape: tuple[int, ...], name: str, width: int) -> bool:
+    """Whether `round_products` serves a stream of this shape: what splits it alone splits the logical axis, too, and
+    this is no TPU, whose own exchanges are hidden by its compiler."""
+    over_stream = sharding.stream_split(*shape[:2])[1]
+    return len(over_stream) == 1 and split_axes(name, width) == over_stream and platform.platform() != "tpu"
+
+
+def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes):
+    """rest(first(x, *weights), *weights), from the stream to the stream, where both take every token by itself and
+    `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights.
+
+    Each device's tokens go round, and their sums back, while products of other tokens are made: nothing waits for
+    exchanges, and nothing is put together (Wang et al. 2023, "Overlap communication with dependent computation via
+    decomposition in large deep learning models"). weight_axes: as of `products`.
+    """
+    weight_axes = _as_they_come(weight_axes)
+    (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
+
+    def run(x_BTD, *weights):
+        weights, n = put_together(weights), jax.lax.axis_size(axis)
+        coming, begun = [x_BTD, *(_passed_on(x_BTD, axis, by) for by in range(1, n))], []
+        for by in range(n):
+            begun.append(first(coming[by], *weights))
+            if by + 1 < n:  # the next tokens are waited for behind this product, not before it
+                begun[by], coming[by + 1] = _together(begun[by], checkpoint_name(coming[by + 1], GATHERED))
+        back = [_passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
+        return reduce(jnp.add, back, rest(begun[0], *weights))
+
+    return manual(run, [x_BTD, *weights], [sharding.STREAM, *weight_axes], (sharding.STREAM, x_BTD.shape))
+
+
+def _passed_on(x: jax.Array, axis: str, by: int) -> jax.Array:
+    """That of the device `by` places before this one on the axis, round its end."""
+    n = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
+
+
+@jax.custom_vjp
+def _together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, of which none is used before all are there; their gradients are not held together."""
+    return jax.lax.optimization_barrier(arrays)
+
+
+_together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: grads)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`_sum_rows(fn(x, w), axis)`, each device's rows by themselves: sums of others' rows are on their way while those
+    of its own are made. The gradient is put together, as products of other sublayers hide that."""
+    return _sum_in_turn(lambda by: fn(_rows_of(x, axis, by), w), axis)
+
+
+def _sums_passed_on_backward(fn, axis, saved, grad):
+    """fn is linear in either argument: it is not run again, as `jax.vjp` would."""
+    (x, w), grad = saved, _join_rows(grad, axis)
+    (dx,), (dw,) = jax.linear_transpose(lambda x: fn(x, w), x)(grad), jax.linear_transpose(lambda w: fn(x, w), w)(grad)
+    return dx, dw
+
+
+_sums_passed_on.defvjp(lambda fn, axis, x, w: (_sums_passed_on(fn, axis, x, w), (x, w)), _sums_passed_on_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _join_rows(x: jax.Array, axis: str) -> jax.Array:
+    """`gather(x, (axis,), 0)` of rows that devices pass on, which needs no multiprocessor where links copy."""
+    n, here, rows = jax.lax.axis_size(axis), jax.lax.axis_index(axis), x.shape[0]
+    whole = jnp.concatenate([x] * n)  # while the others' rows come, which are then put in their places
+    for by in range(1, n):
+        whole, came = _together(whole, _passed_on(x, axis, by))
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, came, (here - by) % n * rows, 0)
+    return whole
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_rows(x: jax.Array, axis: str) -> jax.Array:
+    """`scatter(x, (axis,), 0)`, likewise."""
+    return _sum_in_turn(lambda by: _rows_of(x, axis, by), axis)
+
+
+_join_rows.defvjp(lambda x, axis: (_join_rows(x, axis), None), lambda axis, _, grad: (_sum_rows(grad, axis),))
+_sum_rows.defvjp(lambda x, axis: (_sum_rows(x, axis), None), lambda axis, _, grad: (_join_rows(grad, axis),))
+
+
+def _rows_of(x: jax.Array, axis: str, by: int) -> jax.Array:
+    """Those of the device `by` places behind this one."""
+    n = jax.lax.axis_size(axis)
+    rows = x.shape[0] // n
+    return jax.lax.dynamic_slice_in_dim(x, (jax.lax.axis_index(axis) + by) % n * rows, rows, 0)
+
+
+def _sum_in_turn(of: Callable, axis: str) -> jax.Array:
+    """Sums over devices of what each of them makes, by `of(by)`, for the device `by` places behind it."""
+    n = jax.lax.axis_size(axis)
+    return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
+
+
+def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:
+    """Of weights that are whole over what splits d_model, or not."""
+    if not sharding.weights_are_whole():
+        return weight_axes
+    return [tuple(None if name == "d_model" else name for name in axes) for axes in weight_axes]
+
+
+def _putting_together(weights: Sequence[jax.Array], weight_axes: Sequence[tuple]) -> Callable:
+    """Of a device's shards of the weights those that are whole over what splits d_model; inside `manual`."""
+    sharded = [
+        [(dim, split_axes(name, w.shape[dim])) for dim, name in enumerate(axes) if name == "d_model"]
+        for w, axes in zip(weights, weight_axes, strict=True)
+    ]
+    whole = lambda w, dims: reduce(lambda w, at: gather_weight(w, at[1], at[0]), dims, w)
+    return lambda shards: [whole(w, dims) for w, dims in zip(shards, sharded, strict=True)]
 
 
 def gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
@@ -159,7 +292,7 @@ def _stages(axes: tuple[str, ...]) -> list[list[list[int]] | None]:
 
 
 def _spec(axes: Sequence[str | tuple[str, ...] | None], shape: Sequence[int]) -> P:
-    split = (
-        name if isinstance(name, tuple) else split_axes(name, size) for name, size in zip(axes, shape, strict=True)
-    )
-    return P(*(of_dim or None for of_dim in split))
+    names = [None if isinstance(name, tuple) else name for name in axes]
+    split = sharding.dims_axes(names, shape)
+    given = (name if isinstance(name, tuple) else of_dim for name, of_dim in zip(axes, split, strict=True))
+    return P(*(of_dim or None for of_dim in given))

@@ -23,12 +23,13 @@ from jax.sharding import PartitionSpec as P
 
 from hybridlm.errors import ConfigError, require
 from hybridlm.fields import check_fields
-from pallas_kernels.platform import platform_of
+from pallas_kernels.platform import platform, platform_of
 
 RULES = {
     "batch": ("slice", "data", "fsdp", "expert"),
     "tokens": ("context",),
     "stream": ("context", "tensor"),  # tokens between sublayers, where every token is by itself
+    "rows": ("slice", "data", "fsdp", "expert", "tensor"),  # rows there, where `stream_axes` has tensor split them
     "vocab": ("tensor",),
     "d_model": ("fsdp",),  # of parameters; activations keep their width whole
     "heads": ("tensor",),
@@ -39,10 +40,10 @@ RULES = {
     "experts": ("expert",),
 }
 """Logical axis -> mesh axes. An axis without an entry is never split."""
-REPLICABLE = frozenset({"kv_heads", "groups", "batch"})
+REPLICABLE = frozenset({"kv_heads", "groups", "batch", "rows"})
 """Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
 STREAM = ("batch", "stream", None)
-"""Logical axes of the residual stream [B, T, D]."""
+"""Logical axes of the residual stream [B, T, D]; `stream_axes` says what its first two stand for."""
 MESH_AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
 """The mesh's axes, outermost first, as RULES names them first: neighbours along the last are nearest to each other.
 
@@ -208,6 +209,31 @@ def split_axes(name: str | None, size: int) -> tuple[str, ...]:
     return () if mesh is None else _dividing(name, size, mesh)
 
 
+def dims_axes(axes: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """`split_axes` of each dim of an array with these logical axes, those of the stream among them."""
+    if tuple(axes[:2]) == STREAM[:2]:
+        axes = (*stream_axes(*shape[:2]), *axes[2:])
+    return [split_axes(name, size) for name, size in zip(axes, shape, strict=True)]
+
+
+def stream_axes(rows: int, tokens: int) -> tuple[str, str]:
+    """Logical axes of the first two dims of a stream [B, T, ...] of this size.
+
+    `tensor` splits its rows where it could split its tokens and the rows divide, but on a TPU: shards of the outermost
+    dim lie as the whole does, so that a GPU puts them together, or sums and cuts, without moving all tokens first.
+    """
+    sizes = (("stream", tokens), ("rows", rows))
+    divides = axis_size("tensor") > 1 and all("tensor" in split_axes(name, size) for name, size in sizes)
+    return ("rows", "tokens") if divides and platform() != "tpu" else STREAM[:2]
+
+
+def stream_split(rows: int, tokens: int) -> tuple[int, tuple[str, ...]]:
+    """(dim, mesh axes): what splits a stream [B, T, ...] of this size beyond what splits its batch and tokens."""
+    both = zip(*(dims_axes(names, (rows, tokens)) for names in (STREAM[:2], ("batch", "tokens"))), strict=True)
+    more = [tuple(axis for axis in split if axis not in whole and axis_size(axis) > 1) for split, whole in both]
+    return (0, more[0]) if more[0] else (1, more[1])
+
+
 def mesh_in_force() -> Mesh | None:
     """That of `jax.set_mesh`, with its devices; None where none is set. Not inside a jitted function."""
     mesh = jax.sharding.get_mesh()
@@ -221,18 +247,14 @@ def is_split() -> bool:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` pinned to the sharding of its logical axes; axes that do not divide stay whole. Without a mesh: `x`."""
-    mesh = _current_mesh()
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, _divisible_spec(axes, x.shape, mesh))
+    spec = P(*(of_dim or None for of_dim in dims_axes(axes, x.shape)))
+    return jax.lax.with_sharding_constraint(x, spec) if is_split() else x
 
 
 def zeros(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...]) -> jax.Array:
     """Zeros that are split over the mesh from the start, as `constrain` splits: no device ever holds more than its
     share."""
-    if _current_mesh() is None:
-        return jax.numpy.zeros(shape, dtype)
-    return _split_zeros(shape, np.dtype(dtype), axes)
+    return _split_zeros(shape, np.dtype(dtype), axes) if is_split() else jax.numpy.zeros(shape, dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -368,10 +390,6 @@ def _is_auto(axis: str, mesh) -> bool:
 
 def _mesh_axes(name: str | None, mesh) -> tuple[str, ...]:
     return tuple(axis for axis in RULES.get(name or "", ()) if axis in mesh.shape and _is_auto(axis, mesh))
-
-
-def _divisible_spec(axes, shape, mesh) -> P:
-    return P(*(_dividing(name, size, mesh) or None for name, size in zip(axes, shape, strict=True)))
 
 
 def _dividing(name: str | None, size: int, mesh) -> tuple[str, ...]:

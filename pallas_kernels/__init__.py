@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators on plain arrays. Recurrences: `ssd`, `selective_scan`, `mamba3`, `gated_delta_rule`, `gated_delta_product`,
 `rwkv7`, `rwkv4`, `linear_attention`, `linear_scan`, `mlstm`, `slstm`, `titans`; `attention`,
-`relative_attention`; convolutions: `causal_conv1d`, `long_conv`; `grouped_dot` for experts; `cache_write` for decoding.
-`assume_platform` traces them for another platform than the one at hand.
+`relative_attention`, `selected_attention`; convolutions: `causal_conv1d`, `long_conv`; `grouped_dot` for experts;
+`cache_write` for decoding. `assume_platform` traces them for another platform than the one at hand.
 
 Knows nothing of Flax, configs or meshes and imports nothing of hybridlm. Importing it has two effects on the process:
 with jaxlib 0.10 it adds a flag to XLA_FLAGS (`compat.avoid_faulty_cpu_fusions`), and a finder of earlier module names
@@ -35,6 +35,7 @@ from pallas_kernels.ops.mlstm.api import mlstm  # noqa: E402
 from pallas_kernels.ops.relative_attention.api import relative_attention  # noqa: E402
 from pallas_kernels.ops.rwkv4.api import rwkv4  # noqa: E402
 from pallas_kernels.ops.rwkv7.api import rwkv7  # noqa: E402
+from pallas_kernels.ops.selected_attention.api import selected_attention  # noqa: E402
 from pallas_kernels.ops.selective_scan.api import selective_scan  # noqa: E402
 from pallas_kernels.ops.slstm.api import slstm  # noqa: E402
 from pallas_kernels.ops.ssd.api import ssd  # noqa: E402
@@ -59,6 +60,7 @@ __all__ = [
     "relative_attention",
     "rwkv4",
     "rwkv7",
+    "selected_attention",
     "selective_scan",
     "slstm",
     "ssd",

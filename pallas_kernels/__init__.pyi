@@ -528,6 +528,18 @@ def rwkv7(
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+def selected_attention(
+    q_BTHP: AnyArray,
+    k_BSKP: AnyArray,
+    v_BSKP: AnyArray,
+    chosen_BTC: AnyArray,
+    blocks_BS: AnyArray,
+    *,
+    places: AnyArray | None = None,
+    scale: float | None = None,
+    context_axis: str | None = None,
+    implementation: str = "auto",
+) -> jax.Array: ...
 @overload
 def selective_scan(
     x_BTD: AnyArray,
@@ -752,6 +764,7 @@ __all__ = [
     "relative_attention",
     "rwkv4",
     "rwkv7",
+    "selected_attention",
     "selective_scan",
     "slstm",
     "ssd",

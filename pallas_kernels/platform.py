@@ -235,6 +235,11 @@ def peaks(kind: str | None = None) -> Peaks | None:
     return PEAKS[max(fitting, key=len)] if fitting else None
 
 
+def peaks_of(device: jax.Device) -> Peaks | None:
+    """`peaks` of a device, at hand or described."""
+    return peaks(device.device_kind)
+
+
 def tpu_generation() -> str | None:
     """ "v5e", "v5p", "v6e", ...: what is assumed, else that of the mesh's devices or the default one; None: unknown."""
     if _assumed and _assumed[-1].generation:

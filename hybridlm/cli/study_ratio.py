@@ -82,8 +82,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--arrangement", nargs="+", default=["sequential"], metavar="HOW", help="sequential, parallel (sequential)"
     )
-    parser.add_argument(
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument(
         "--state", nargs="+", type=int, default=[64], metavar="N", help="state of a head, 16 to 256 (64)"
+    )
+    state.add_argument(
+        "--state-bytes", nargs="+", type=int, metavar="N", help="the same of all mixers by its bytes, of each sublayer"
     )
     parser.add_argument(
         "--mixers", nargs="+", default=["Mamba2"], metavar="NAME", help="what attention is mixed with (Mamba2)"
@@ -124,10 +128,10 @@ def _check(args: argparse.Namespace) -> None:
     for length in args.lengths or ():
         require(1 <= length <= WHOLE, f"--lengths ({length}) must be at least 1")
     require(1 <= args.together <= 256, f"--together ({args.together}) must be between 1 and 256")
-    for name in ("ratios", "placement", "arrangement", "state", "mixers", "rates", "lengths"):
+    for name in ("ratios", "placement", "arrangement", "state", "state_bytes", "mixers", "rates", "lengths"):
         values = getattr(args, name) or ()
         twice = [value for value in values if list(values).count(value) > 1]
-        require(not twice, f"--{name} ({twice[0] if twice else ''}) is there twice")
+        require(not twice, f"--{name.replace('_', '-')} ({twice[0] if twice else ''}) is there twice")
 
 
 def _study(args: argparse.Namespace, of_config: list[str], of_task: list[str]):
@@ -169,6 +173,7 @@ def _points(args: argparse.Namespace) -> list:
         {
             "ratio": args.ratios, "gate": GATES[args.gate], "placement": args.placement,
             "arrangement": args.arrangement, "state": args.state, "mixer": args.mixers, "rate": args.rates,
+            "state_bytes": args.state_bytes or [None],
         }
     )  # fmt: skip
 
@@ -183,16 +188,19 @@ def _in_order(kinds: Sequence[Sequence], together: int) -> list[Sequence]:
 def _listed(study, found: Sequence) -> str:
     """A line for each kind of model."""
     from hybridlm.eval.report import table
+    from hybridlm.study.grid import mixer_of, share
+    from hybridlm.study.mixers import bytes_of
     from hybridlm.study.ratio import measures
     from hybridlm.train.progress import short
 
-    rows = [["model", "pattern", "parameters", "cache of a row", "FLOPs a token", "models"]]
+    rows = [["model", "pattern", "parameters", "state of a mixer", "cache of a row", "FLOPs a token", "models"]]
     for point in dict.fromkeys(member.point for member in found):
         of = [member for member in found if member.point == point]
-        costs = measures(of[0].config, study.tests)
+        costs, alone = measures(of[0].config, study.tests), share(point.ratio) == 1
+        state = 0 if alone else bytes_of(mixer_of(point, study.sizes), study.sizes.d_model)
         rows.append([
-            point.name, of[0].config.model.pattern, f"{costs['params']:,}", f"{costs['cache_bytes'][0]:,} B",
-            short(costs["flops_per_token"][0]), str(len(of)),
+            point.name, of[0].config.model.pattern, f"{costs['params']:,}", "-" if alone else f"{state:,} B",
+            f"{costs['cache_bytes'][0]:,} B", short(costs["flops_per_token"][0]), str(len(of)),
         ])  # fmt: skip
     return table(rows)
 
@@ -220,7 +228,7 @@ def _train(study, bundles: Sequence[Sequence], places: list[dict[str, str]], n_m
     def ended(job: Job, code: int) -> bool:
         codes.append(code)
         told = _last_line(job.log)
-        print(f"{job.name}: {told if code == 0 else f'ended with exit code {code}, see {job.log}'}", flush=True)
+        print(f"{job.name}: {told if code == 0 else f'ended with exit code {code}: {told}; see {job.log}'}", flush=True)
         return code != Exit.CHANGE  # a mistake is that of all; one that diverges leaves the others
 
     share = {"NPROC": str(max(1, cores() // len(places)))}  # threads of XLA

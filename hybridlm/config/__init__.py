@@ -40,6 +40,7 @@ from hybridlm.layers import (
     HeadNorm,
     Hyena,
     ImplicitFilter,
+    IndexedAttention,
     InnerNorm,
     KimiDelta,
     LatentAttention,
@@ -52,6 +53,7 @@ from hybridlm.layers import (
     MemoryAsContext,
     ModalFilter,
     MoE,
+    NgramMemory,
     OutputConv,
     Parallel,
     Proportional,
@@ -63,6 +65,7 @@ from hybridlm.layers import (
     Rwkv6,
     Rwkv7,
     Shared,
+    Streams,
     Titans,
     YaRN,
 )  # fmt: skip
@@ -74,11 +77,12 @@ __all__ = [
     "AdamW", "Attention", "Bidirectional", "Block", "Branch", "ChannelDecay", "ChannelMix", "ClusterConfig", "Config",
     "ConfigError", "Constant", "ConvolvedAttention", "Cosine", "DataConfig", "DepthMoE", "FixedDecay", "ForgetDecay",
     "GatedConv", "GatedDeltaNet", "GatedNorm", "GatedScan", "HeadDecay", "HeadNorm", "Hyena", "ImplicitFilter",
-    "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention", "LinearDecay", "Llama3",
-    "LoraConfig", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext", "MeshConfig", "MoE",
-    "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "OptimConfig", "OutputConv", "Parallel", "ProbeConfig",
-    "Proportional", "QuantizeConfig", "RGLRU", "RelativeAttention", "Rope", "Router", "RunConfig", "Rwkv4",
-    "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Titans", "Wsd", "YaRN",
+    "IndexedAttention", "InitConfig", "InnerNorm", "KimiDelta", "LatentAttention", "Linear", "LinearAttention",
+    "LinearDecay", "Llama3", "LoraConfig", "MLP", "MLSTM", "Mamba1", "Mamba2", "Mamba3", "Masked", "MemoryAsContext",
+    "MeshConfig", "MoE", "ModalFilter", "ModelConfig", "Muon", "NTK", "NextToken", "NgramMemory", "OptimConfig",
+    "OutputConv", "Parallel", "ProbeConfig", "Proportional", "QuantizeConfig", "RGLRU", "RelativeAttention", "Rope",
+    "Router", "RunConfig", "Rwkv4", "Rwkv4Channel", "Rwkv6", "Rwkv7", "SLSTM", "Shared", "Streams", "Titans", "Wsd",
+    "YaRN",
 ]  # fmt: skip
 
 

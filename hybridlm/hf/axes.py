@@ -8,8 +8,8 @@ right-hand name that the left has not the axis that the tensor's name counts (`e
 nothing, the rows of all specs of the tensor come again for each index of that axis: `["mixer.w_q: P D -> D h P",
 "mixer.w_gate: P D -> D h P"]` is a query and its gate, head by head. A parenthesis on the right, `(g r)`, is one axis
 of ours that runs over the counted one and the next; `; g of mixer.in_q 1` behind the spec says where its size is found:
-axis 1 of that parameter. Without an arrow the right is the left. Sizes are those of our parameter. Every such move can
-be undone.
+axis 1 of that parameter; `; s is 4` says the size. Without an arrow the right is the left. Sizes are those of our
+parameter. Every such move can be undone.
 """
 
 import itertools
@@ -33,7 +33,8 @@ class Move:
     reversed_names: frozenset[str]
     """Names whose order is reversed."""
     count_of: tuple[str, int] | None = None
-    """Path of the parameter, and its axis, that has the size of the counted axis; None: it is an axis of this one."""
+    """Path of the parameter, and its axis, that has the size of the counted axis, or "" and the size; None: it is an
+    axis of this one."""
 
     def counted(self) -> str | None:
         """The name that the tensors' names count, or that repeats the tensor's rows, if any."""
@@ -83,8 +84,10 @@ def _axes(text: str) -> tuple[tuple[tuple[str, ...], ...], frozenset[str]]:
 
 
 def _count_of(text: str) -> tuple[str, int] | None:
-    """`g of PATH AXIS`."""
+    """`g of PATH AXIS`, or `g is SIZE`."""
     words = text.split()
+    if words and words[1] == "is":
+        return "", int(words[2])
     return (words[2], int(words[3])) if words else None
 
 

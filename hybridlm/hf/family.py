@@ -31,7 +31,9 @@ class Constant(NamedTuple):
 
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
-    """Its values, float32."""
+    """Its values."""
+    dtype: str = "float32"
+    """Their type."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Family:
     """Prefix of a layer's weights."""
     per_layer: int = 1
     """Sublayers of one published layer."""
+    more: str = ""
+    """Symbols of sublayers beyond these, which stand before those of their layer."""
     ties: bool = True
     """The published implementation ties the output to the embedding where its config says so. Where it does not, a
     tied output is written as a tensor of its own too."""

@@ -122,14 +122,15 @@ def make_plan(family: Family, config: ModelConfig, published_pattern: str) -> Pl
     if config.tie_embeddings:
         copies[family.output] = family.embedding
         doubled |= set() if family.ties else {family.output}
-    return Plan(tensors, copies, frozenset(doubled), infos, family, len(depths) // family.per_layer)
+    return Plan(tensors, copies, frozenset(doubled), infos, family, depths[-1].layer + 1)
 
 
 def _depths(family: Family, pattern: str, published_pattern: str) -> list[_Depth]:
     first: dict[str, int] = {}
-    depths, uses = [], 0
-    for depth, (symbol, own, place) in enumerate(zip(published_pattern, pattern, places(pattern), strict=True)):
-        layer = depth // family.per_layer
+    depths, uses, counted = [], 0, 0
+    for symbol, own, place in zip(published_pattern, pattern, places(pattern), strict=True):
+        layer = counted // family.per_layer
+        counted += symbol not in family.more
         base = f"groups.{place.group}.{place.position}."
         depths.append(_Depth(symbol, own, base, place.repeat, layer, first.setdefault(symbol, layer), uses))
         uses += symbol in family.shared
@@ -170,6 +171,8 @@ def _n_counted(moves: list[Move], shapes: list[tuple], infos: Mapping[str, Param
     for move, shape in zip(moves, shapes, strict=True):
         if move.count_of is not None:
             path, axis = move.count_of
+            if not path:
+                return axis
             info = infos[_our_path(path, at)]
             return info.shape[axis + info.stacked]
         if (move.counted(),) in move.right:

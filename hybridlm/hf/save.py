@@ -89,6 +89,9 @@ def to_hf(
     sources = {name: _source(name, tensor, params, kinds[name]) for name, tensor in tensors.items()}
     sources |= {} if alike is None else _as_cut_in(alike, plan, sources)
     sources |= _constants(of, published, alike)
+    ends = carried.get("eos_token_id")
+    if isinstance(ends, list) and ends[:1] == [values.get("eos_token_id")]:
+        values = {**values, "eos_token_id": ends}  # of which a model may read the first
     config = {**carried, **about.ids, **values, "dtype": dtype or str(kinds[of.embedding])}
     if not is_kept(folder / CARD):
         n_params = sum(leaf.size for leaf in params.values())
@@ -285,10 +288,10 @@ def _constants(of: Family, published: ModelConfig, like: Checkpoint | None) -> d
     """Tensors that follow from the config; those that the checkpoint `like` has as it has them."""
     there = {} if like is None or not any(like.folder.glob("*.safetensors")) else like.entries
     sources = {}
-    for name, (shape, make) in of.constants(published).items():
+    for name, (shape, make, dtype) in of.constants(published).items():
         entry = there.get(name)
         same = entry is not None and entry.shape == shape and entry.dtype in STORED
-        kind, make = (STORED[entry.dtype], entry.open) if same else (DTYPES["float32"], make)
+        kind, make = (STORED[entry.dtype], entry.open) if same else (np.dtype(dtype), make)
         sources[name] = Source(name, shape, kind, make)
     return sources
 

@@ -26,7 +26,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 """Types of weights; files with others (integers, eight-bit floats) are quantised and are not read."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.int64): "I64",
+}  # fmt: skip
 """What a type that is written is called."""
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000

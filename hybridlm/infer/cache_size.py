@@ -19,7 +19,7 @@ from hybridlm.errors import require
 from hybridlm.fields import WHOLE
 from hybridlm.layers import Attention, LatentAttention
 from hybridlm.layers import cache as caches
-from hybridlm.layers.block import Block, Make, grown, shares, walk
+from hybridlm.layers.block import Block, Make, grown, of_streams, shares, walk
 from hybridlm.layers.cache import AS_COMPUTED, CacheTypes, Layout
 from hybridlm.layers.params import param_info
 from hybridlm.model.config import ModelConfig
@@ -199,7 +199,7 @@ def transformer_beside(model: ModelConfig, size: CacheSize) -> Transformer:
 def mixes(block: Block, d_model: int) -> bool:
     """Whether the block is a mixer: tokens meet in it, and it is no feed-forward that reads the token before too."""
     axes = {axis for _, _, axis in block.split(d_model)}
-    return bool(block.MIXES_TOKENS) and axes != {"d_ff"}
+    return bool(block.MIXES_TOKENS) and axes != {"d_ff"} and not of_streams(block)
 
 
 def default_attention(d_model: int) -> tuple[str, Attention]:

@@ -15,6 +15,7 @@ from hybridlm.layers.gated_conv import GatedConv, GatedConvMixer
 from hybridlm.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetMixer
 from hybridlm.layers.gated_scan import GatedScan, GatedScanMixer
 from hybridlm.layers.hyena import Hyena, HyenaMixer
+from hybridlm.layers.indexed_attention import IndexedAttention, IndexedAttentionMixer
 from hybridlm.layers.kimi_delta import KimiDelta, KimiDeltaMixer
 from hybridlm.layers.latent_attention import LatentAttention, LatentAttentionMixer
 from hybridlm.layers.linear_attention import (
@@ -35,6 +36,7 @@ from hybridlm.layers.mixers import AnyMixer
 from hybridlm.layers.mlp import MLP, FeedForward
 from hybridlm.layers.mlstm import MLSTM, MLSTMMixer
 from hybridlm.layers.moe import MoE, MoEFeedForward, Router
+from hybridlm.layers.ngram_memory import NgramMemory, NgramMemoryMixer
 from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.output_conv import OutputConv, OutputConvMixer
 from hybridlm.layers.parallel import Branch, Parallel, ParallelMixer
@@ -47,6 +49,7 @@ from hybridlm.layers.rwkv6 import Rwkv6, Rwkv6Mixer
 from hybridlm.layers.rwkv7 import Rwkv7, Rwkv7Mixer
 from hybridlm.layers.shared import Shared, SharedLink, SharedTransformer
 from hybridlm.layers.slstm import SLSTM, SLSTMMixer
+from hybridlm.layers.streams import Streams
 from hybridlm.layers.titans import Titans, TitansMixer
 
 __all__ = [
@@ -54,16 +57,19 @@ __all__ = [
     "ChannelDecay", "ChannelMix", "ChannelMixMixer", "ConvolvedAttention", "ConvolvedAttentionMixer", "DepthMoE",
     "DepthMoEFeedForward", "FeedForward", "FixedDecay", "ForgetDecay", "GatedConv", "GatedConvMixer", "GatedDeltaNet",
     "GatedDeltaNetMixer", "GatedNorm", "GatedScan", "GatedScanMixer", "HeadDecay", "HeadNorm", "Hyena", "HyenaMixer",
-    "ImplicitFilter", "InnerNorm", "KimiDelta", "KimiDeltaMixer", "LatentAttention", "LatentAttentionMixer",
-    "LayerNorm", "Linear", "LinearAttention", "LinearAttentionMixer", "Llama3", "MLP", "MLSTM", "MLSTMMixer", "Mamba1",
-    "Mamba1Mixer", "Mamba2", "Mamba2Mixer", "Mamba3", "Mamba3Mixer", "MemoryAsContext", "MemoryAsContextMixer", "MoE",
-    "MoEFeedForward", "ModalFilter", "NTK", "OutputConv", "OutputConvMixer", "Parallel", "ParallelMixer",
-    "Proportional", "RGLRU", "RGLRUMixer", "RMSNorm", "RelativeAttention", "RelativeAttentionMixer", "Rope", "Router",
-    "Rwkv4", "Rwkv4Channel", "Rwkv4ChannelMixer", "Rwkv4Mixer", "Rwkv6", "Rwkv6Mixer", "Rwkv7", "Rwkv7Mixer", "SLSTM",
-    "SLSTMMixer", "Shared", "SharedLink", "SharedTransformer", "Titans", "TitansMixer", "YaRN", "blocks_by_name",
+    "ImplicitFilter", "IndexedAttention", "IndexedAttentionMixer", "InnerNorm", "KimiDelta", "KimiDeltaMixer",
+    "LatentAttention", "LatentAttentionMixer", "LayerNorm", "Linear", "LinearAttention", "LinearAttentionMixer",
+    "Llama3", "MLP", "MLSTM", "MLSTMMixer", "Mamba1", "Mamba1Mixer", "Mamba2", "Mamba2Mixer", "Mamba3", "Mamba3Mixer",
+    "MemoryAsContext", "MemoryAsContextMixer", "MoE", "MoEFeedForward", "ModalFilter", "NTK", "NgramMemory",
+    "NgramMemoryMixer", "OutputConv", "OutputConvMixer", "Parallel", "ParallelMixer", "Proportional", "RGLRU",
+    "RGLRUMixer", "RMSNorm", "RelativeAttention", "RelativeAttentionMixer", "Rope", "Router", "Rwkv4", "Rwkv4Channel",
+    "Rwkv4ChannelMixer", "Rwkv4Mixer", "Rwkv6", "Rwkv6Mixer", "Rwkv7", "Rwkv7Mixer", "SLSTM", "SLSTMMixer", "Shared",
+    "SharedLink", "SharedTransformer", "Streams", "Titans", "TitansMixer", "YaRN", "blocks_by_name",
 ]  # fmt: skip
 
-Block = AnyMixer | Parallel | Shared | Bidirectional | MemoryAsContext | OutputConv
+Block = (
+    AnyMixer | Parallel | Shared | Bidirectional | MemoryAsContext | OutputConv | IndexedAttention | NgramMemory
+)  # fmt: skip
 """What a pattern symbol can stand for on the command line and in stored configs."""
 BLOCKS: tuple[type[Block], ...] = get_args(Block)
 """Their classes."""

@@ -67,6 +67,8 @@ class Tokens:
     nothing has to be decided at run time, and the distance of two tokens in the row is that in their document."""
     inspect: bool = field(default=False, metadata={"static": True})
     """Mixers are asked what they say of themselves."""
+    ids_BT: jax.Array | None = None
+    """int32 [B, T], the tokens themselves; None outside a model, and in one without a block that reads them."""
 
 
 class Output(NamedTuple):
@@ -156,6 +158,11 @@ class Block(Protocol):
 
     A block in which tokens see later ones of their document says `direction = "bidirectional"`; its mixer needs no
     cache. One whose cache grows by anything but keys and values says so in `GROWS`, {name of the array: what it holds}.
+
+    A block that reads the tokens themselves says `READS_TOKENS = True`: `mix` finds them in its Tokens, and its mixer's
+    `extend` takes them as `ids_BT`. One that reads the residual stream as it is, not normed, and all streams of it
+    where the model has several, says `OF_STREAMS = True`: it is built at the width of them together, and what it gives
+    is added to them. Neither can be part of another.
 
     A block that holds others has `parts()`, which gives them by their dotted field names. One whose depths share
     weights has `build_shared(d_model, make)`, the module that they share, and `build_link(d_model, make)`, a `Link` of
@@ -288,18 +295,29 @@ def shares(block: Block) -> bool:
     return hasattr(block, "build_shared")
 
 
+def reads_tokens(block: Block) -> bool:
+    """Whether the block reads the tokens themselves."""
+    return getattr(block, "READS_TOKENS", False)
+
+
+def of_streams(block: Block) -> bool:
+    """Whether the block reads the residual stream as it is."""
+    return getattr(block, "OF_STREAMS", False)
+
+
 def passes(block: Block, d_model: int) -> int:
     """Width of what the block hands from depth to depth; 0: nothing."""
     return block.passes(d_model) if hasattr(block, "passes") else 0
 
 
 def check_parts(block: Block, d_model: int, ahead: str = "must read from left to right") -> None:
-    """Raises ConfigError where a block inside shares weights over depths, hands on to depths, reads both directions (by
-    the words `ahead`) or cannot be built at the model width."""
+    """Raises ConfigError where a block inside shares weights over depths, hands on to depths, is a sublayer by itself,
+    reads both directions (by the words `ahead`) or cannot be built at the model width."""
     for name, part in parts(block).items():
         kind = f"{name} ({type(part).__name__})"
         require(not shares(part), f"{kind} shares weights over depths: it cannot be")
         require(not passes(part, d_model), f"{kind} hands on to depths: it cannot be")
+        require(not reads_tokens(part) and not of_streams(part), f"{kind} is a sublayer by itself: it cannot be")
         require(not sees_ahead(part), f"{kind} {ahead}")
         with within(f"{name}."):
             part.check(d_model)

@@ -40,8 +40,8 @@ def routed_per_device(
 
     def run(x_BTD, experts_BTk, weights_BTk, *matrices, context_axis=None):
         w_in, w_out = jax.tree.unflatten(tree, matrices)
-        width, is_stream = x_BTD.shape[-1], x_BTD.shape[1] != experts_BTk.shape[1]
-        x_BTD = exchange.gather(x_BTD, ("tensor",), 1) if is_stream else x_BTD
+        width, is_stream = x_BTD.shape[-1], x_BTD.shape[:2] != experts_BTk.shape[:2]
+        x_BTD = exchange.gather(x_BTD, ("tensor",), dim) if is_stream else x_BTD
         w_in, w_out = (_whole(w, dim, width) for w, dim in ((w_in, 1), (w_out, 2)))
         flat = [a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, weights_BTk)]
         apply = feed_forward(w_in, w_out, activation)
@@ -51,13 +51,14 @@ def routed_per_device(
             y_MD, kept_Mk = routed_experts_over("expert", *flat, apply, n_experts=n_experts, capacity=capacity)
         y_BTD = y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
         if is_stream:
-            y_BTD = exchange.scatter(y_BTD, ("tensor",), 1)
+            y_BTD = exchange.scatter(y_BTD, ("tensor",), dim)
         elif w_out.shape[1] != d_ff:
             y_BTD = jax.lax.psum(y_BTD, "tensor")
         return y_BTD, kept_Mk.reshape(experts_BTk.shape)
 
-    divides = sharding.split_axes("stream", x_BTD.shape[1])[-1:] == ("tensor",)
-    tokens, stream = ("batch", "tokens", None), sharding.STREAM if divides else ("batch", "tokens", None)
+    dim, over_stream = sharding.stream_split(*x_BTD.shape[:2])
+    tokens = ("batch", "tokens", None)
+    stream = (*sharding.stream_axes(*x_BTD.shape[:2]), None) if over_stream == ("tensor",) else tokens
     sides = (None,) * (w_in.ndim - 3)
     of_in, of_out = ("experts", "d_model", *sides, "d_ff"), ("experts", "d_ff", "d_model")
     names = (stream, tokens, tokens, *leaf_axes(w_in, of_in), *leaf_axes(w_out, of_out))

@@ -39,7 +39,9 @@ class GatedDeltaNet:
     d_conv: int = 4
     """Window W of the causal convolutions over queries, keys and values."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
-    """Behind the convolutions; the output gate is always a silu."""
+    """Behind the convolutions."""
+    gate: Literal["silu", "sigmoid"] = "silu"
+    """Of the output."""
     neg_eigval: bool = False
     """Step sizes of the rule reach 2 instead of 1, so that states can be reflected (Grazzi et al. 2024)."""
     norm_eps: float = 1e-6
@@ -203,7 +205,8 @@ def _unit(x: jax.Array) -> jax.Array:
 
 class GatedDeltaNetMixer(nnx.Module):
     """Gated DeltaNet: q, k, v, z, b, a = projections; convolution and activation of q, k, v; delta rule with step sizes
-    sigmoid(b) and log decays -exp(A_log) softplus(a + dt_bias); RMS norm of each head, times silu(z); projection.
+    sigmoid(b) and log decays -exp(A_log) softplus(a + dt_bias); RMS norm of each head, times silu(z) or
+    sigmoid(z); projection.
 
     Published fused projections are stored apart, by head, so that tensor parallelism can split them.
     """
@@ -280,6 +283,6 @@ class GatedDeltaNetMixer(nnx.Module):
     def _output(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
         """Norm of each head and gate in float32, output projection."""
         with jax.named_scope("gate_norm"):
-            y_BTHP = gated_head_norm(self, y_BTHP, z_BTHP, "silu")
+            y_BTHP = gated_head_norm(self, y_BTHP, z_BTHP, self.config.gate)
         with jax.named_scope("output"):
             return params.leave(y_BTHP, self.out)

@@ -12,11 +12,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import one_row, params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
+from hybridlm.layers.quantized import dot
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,39 @@ class FeedForward(nnx.Module):
         added: [B, T, F], or [B, T, 2, F] where gated, added to the first product.
         """
         x_BTD = x_BTD.astype(self.dtype)
+        if added is None and exchange.goes_round(x_BTD.shape, "d_ff", self.config.d_ff):
+            weights = [w for w in (self.w_in, self.w_out, self.b_in) if w is not None]
+            y_BTD = params.round_products(self._begin, self._end, x_BTD, weights)
+            y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, self.dtype)[None, None]
+        else:
+            with jax.named_scope("mlp_in"):
+                h = params.project(x_BTD, self.w_in, self.b_in)
+                h = h if added is None else h + added
+                h = sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff")
+                h = checkpoint_name(h, "mlp_in")
+            h_BTF = self._hidden(h)
+            with jax.named_scope("mlp_out"):
+                y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
+        return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
+
+    def _begin(self, x_BTD: jax.Array, w_in, w_out, b_in: jax.Array | None = None) -> jax.Array:
+        """The first product, of a device's widths."""
         with jax.named_scope("mlp_in"):
-            h = params.project(x_BTD, self.w_in, self.b_in)
-            h = h if added is None else h + added
-            h = checkpoint_name(sharding.constrain(h, "batch", "tokens", *(None,) * (h.ndim - 3), "d_ff"), "mlp_in")
+            h = dot(x_BTD, w_in)
+            return checkpoint_name(h if b_in is None else h + b_in[None, None], "mlp_in")
+
+    def _end(self, h: jax.Array, w_in, w_out, b_in: jax.Array | None = None) -> jax.Array:
+        """What it becomes, without the last bias."""
+        h_BTF = self._hidden(h)
+        with jax.named_scope("mlp_out"):
+            return dot(h_BTF, w_out)
+
+    def _hidden(self, h: jax.Array) -> jax.Array:
+        """What the last product takes, of the first one's result."""
         with jax.named_scope("mlp_hidden"):
             run = gated if self.config.gated else _activated
             h_BTF = run(h, GATED.get(self.config.activation, self.config.activation), self.config.gate_multiplier)
-            h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
-        with jax.named_scope("mlp_out"):
-            y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
-            return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
+            return checkpoint_name(h_BTF, "mlp_hidden")
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""

@@ -341,6 +341,22 @@ def relative_attention(
     )
 
 
+def selected_attention(
+    q, k, v, chosen_BTC, blocks_BS, *, places, split_tokens: bool = False, scale: float | None = None
+) -> jax.Array:
+    """`pallas_kernels.selected_attention`: [B, T, H, P]."""
+    k, v = (sharding.repeat_for_heads(a, 2, q.shape[2]) for a in (k, v))
+
+    def run(q, k, v, chosen, blocks, places, context_axis=None):
+        return pallas_kernels.selected_attention(
+            q, k, v, chosen, blocks, places=places, scale=scale, context_axis=context_axis
+        )
+
+    heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
+    names = (heads, kv_heads, kv_heads, (*ROWS, None), ROWS, ROWS)
+    return sharding.per_device(run, (q, k, v, chosen_BTC, blocks_BS, places), names, heads, split_tokens=split_tokens)
+
+
 def implementation(tokens_BT: jax.Array, initial_state) -> str:
     """What an op is asked for by mixers without a form of their own for one token: to go through it by its recurrence,
     where a chunk would be computed for it; through more as the op chooses."""

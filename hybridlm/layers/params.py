@@ -203,19 +203,33 @@ def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax
     axes = weight.get_metadata()["axes"]
     out = _products(
         lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),
-        out_axes=sharding.STREAM,
+        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array),
     )  # fmt: skip
     return out if bias is None else out + use(bias, out.dtype)[None, None]
 
 
-def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes):
+def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param]) -> jax.Array:
+    """`rest(first(x, *weights), *weights)`; see `exchange.round_products`. Weights as of `enter`."""
+    leaves, names, (first, rest) = _arrays((first, rest), weights, x_BTD.dtype)
+    return exchange.round_products(first, rest, x_BTD, leaves, names)
+
+
+def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, bilinear=False):
     """`exchange.products` with parameters, of which each may be several arrays."""
-    values = [operand(weight, x.dtype) for weight in weights]
+    leaves, names, (whole,) = _arrays((fn,), weights, x.dtype)
+    axes: dict[str, Any] = {"x_axes": x_axes, "weight_axes": names, "out_axes": out_axes}
+    return exchange.products(whole, x, leaves, **axes, bilinear=bilinear)
+
+
+def _arrays(fns: Sequence[Callable], weights: Sequence[nnx.Param], dtype) -> tuple[list, list, list[Callable]]:
+    """The arrays of parameters as products take them, the logical axes of each, and each fn(x, *weights) as one of
+    (x, *arrays)."""
+    values = [operand(weight, dtype) for weight in weights]
     axes = [weight.get_metadata()["axes"] for weight in weights]
     names = [of for value, of_value in zip(values, axes, strict=True) for of in leaf_axes(value, of_value)]
     leaves, tree = jax.tree.flatten(values)
-    whole = lambda x, *leaves: fn(x, *jax.tree.unflatten(tree, leaves))
-    return exchange.products(whole, x, leaves, x_axes=x_axes, weight_axes=names, out_axes=out_axes)
+    of_arrays = lambda fn: lambda x, *leaves: fn(x, *jax.tree.unflatten(tree, leaves))
+    return leaves, names, [of_arrays(fn) for fn in fns]
 
 
 def _results(weight: nnx.Param) -> tuple[str | None, ...]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm import exchange
-from hybridlm.sharding import STREAM, per_device, split_axes
+from hybridlm.sharding import STREAM, dims_axes, per_device
 from pallas_kernels.segments import document_numbers
 
 
@@ -69,6 +69,6 @@ def _take(x: jax.Array, place: jax.Array) -> jax.Array:
 
 def _take_vectors(x_BTD: jax.Array, place_BT1: jax.Array) -> jax.Array:
     """The same of the residual stream: each device takes its own tokens from the whole rows."""
-    axes = split_axes("stream", x_BTD.shape[1])
+    axes = dims_axes(STREAM, x_BTD.shape)[1]
     run = lambda x_BTD, place_BT1: jnp.take_along_axis(exchange.gather(x_BTD, axes, 1), place_BT1, axis=1)
     return exchange.manual(run, [x_BTD, place_BT1], [STREAM, STREAM], (STREAM, x_BTD.shape))

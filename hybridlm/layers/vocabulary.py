@@ -40,7 +40,9 @@ class Places(NamedTuple):
     tokens: tuple[str, ...] = ()
     """Of batch and tokens, as they meet the table."""
     stream: tuple[str, ...] = ()
-    """Of the tokens of the residual stream, beyond those."""
+    """Of the residual stream, beyond those."""
+    dim: int = 1
+    """What they split of the stream: 0, its rows; 1, its tokens."""
 
     @property
     def at(self) -> tuple[str, str]:
@@ -53,11 +55,11 @@ class Places(NamedTuple):
 
     def enter(self, x_BTD: jax.Array) -> jax.Array:
         """Tokens of the stream as they meet the table."""
-        return exchange.gather(x_BTD, self.stream, 1)
+        return exchange.gather(x_BTD, self.stream, self.dim)
 
     def leave(self, x_BTD: jax.Array) -> jax.Array:
         """Sums over devices with different rows, as tokens of the stream."""
-        return exchange.scatter(x_BTD, self.stream, 1) if self.stream else exchange.add(x_BTD, self.rows)
+        return exchange.scatter(x_BTD, self.stream, self.dim) if self.stream else exchange.add(x_BTD, self.rows)
 
     def whole_rows(self, w: jax.Array) -> jax.Array:
         """Rows with all their columns, the last dim."""
@@ -73,12 +75,12 @@ class Places(NamedTuple):
 
 def places(tokens_shape: tuple[int, int], table_shape: tuple[int, int]) -> Places:
     """Places of tokens [B, T] and a table [V, D] on the mesh that is set; all empty without one."""
-    (batch, tokens), (n_rows, width) = tokens_shape, table_shape
+    n_rows, width = table_shape
     rows, columns = sharding.split_axes("vocab", n_rows), sharding.split_axes("d_model", width)
-    stream, whole = sharding.split_axes("stream", tokens), sharding.split_axes("tokens", tokens)
-    met = whole if rows else stream
-    of_batch = sharding.split_axes("batch", batch)
-    return Places(rows, columns, (*of_batch, *met), tuple(axis for axis in stream if axis not in met))
+    names = ("batch", "tokens") if rows else sharding.STREAM[:2]
+    met = [axis for of_dim in sharding.dims_axes(names, tokens_shape) for axis in of_dim]
+    dim, stream = sharding.stream_split(*tokens_shape)
+    return Places(rows, columns, tuple(met), tuple(axis for axis in stream if axis not in met), dim)
 
 
 def layout(n_vocab: int, chunk: int, shards: int = 1) -> tuple[int, int, int]:

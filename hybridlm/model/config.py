@@ -2,12 +2,13 @@
 """What a language model is made of: a pattern string and a table that says what each symbol is."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields
 from hybridlm.layers import MLP, Attention, Block, Mamba2
-from hybridlm.layers.block import passes, sees_ahead
+from hybridlm.layers.block import of_streams, passes, reads_tokens, sees_ahead, shares
+from hybridlm.layers.streams import Streams
 
 MOST_SUBLAYERS = 10_000
 
@@ -41,6 +42,9 @@ class ModelConfig:
     normed_residual: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Symbols whose sublayers give a norm(x) + b mixer(norm(x)): the normed input goes on, not x; and their a and b
     (MiniMax-01)."""
+    streams: Streams | None = None
+    """Several residual streams, which sublayers read and add to by gates, in the place of one and of its norms
+    (hyper-connections: Qwen4-Exp); None: one."""
     tie_embeddings: bool = True
     """The output projection is the embedding itself."""
     embedding_norm: bool = False
@@ -110,9 +114,50 @@ class ModelConfig:
             require(normed, f"model.normed_residual has the symbol {symbol!r}, which model.norm_before leaves out")
         for symbol in dict.fromkeys(self.pattern):
             with within(f"model.blocks.{symbol}."):
-                self.blocks[symbol].check(self.d_model)
+                self.blocks[symbol].check(self.width(symbol))
+        self._check_streams()
         widths = {passes(self.blocks[symbol], self.d_model) for symbol in self.pattern} - {0}
         require(len(widths) <= 1, f"model.blocks: what they hand on has several widths {tuple(sorted(widths))}")
+
+    @property
+    def stream_width(self) -> int:
+        """Width of a token in the residual stream: of all streams together."""
+        return self.d_model * (1 if self.streams is None else self.streams.n_streams)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether blocks of the pattern read the tokens themselves."""
+        return any(reads_tokens(self.blocks[symbol]) for symbol in self.pattern)
+
+    def width(self, symbol: str) -> int:
+        """Width that a symbol's block is built at."""
+        return self.stream_width if of_streams(self.blocks[symbol]) else self.d_model
+
+    def _check_streams(self) -> None:
+        """ConfigError for what several streams, or blocks that read the stream or the tokens, cannot be with."""
+        for symbol in dict.fromkeys(self.pattern):
+            block, name = self.blocks[symbol], f"model.blocks.{symbol}"
+            n_streams = 1 if self.streams is None else self.streams.n_streams
+            given = getattr(block, "n_streams", n_streams)
+            said = f"{name}.n_streams ({given}) is not the number of the model's streams ({n_streams})"
+            require(not of_streams(block) or given == n_streams, said)
+            said = f"{name} ({type(block).__name__}): the residual stream as it is has no norm: name the symbol neither"
+            wrong = symbol in (self.norm_before or "") or symbol in self.norm_after or symbol in self.normed_residual
+            require(not (of_streams(block) and wrong), f"{said} in norm_before, norm_after nor normed_residual")
+            said = f"{name} ({type(block).__name__}) reads tokens, of which model.prefix_tokens are none"
+            require(not (reads_tokens(block) and self.prefix_tokens), f"{said} ({self.prefix_tokens}): it must be 0")
+            kind = f"{name} ({type(block).__name__}) has one residual stream: model.streams must be None"
+            alone = shares(block) or passes(block, self.d_model) > 0
+            require(self.streams is None or not alone, kind)
+        if self.streams is None:
+            return
+        plain: dict[str, Any] = {
+            "norm": "rms", "norm_bias": "none", "norm_before": None, "norm_after": "", "normed_residual": {},
+            "channel_scales": False, "residual_multiplier": 1.0,
+        }  # fmt: skip
+        for name, value in plain.items():
+            given = getattr(self, name)
+            require(given == value, f"model.{name} ({given}) must be {value!r} with model.streams")
 
     @property
     def passed(self) -> int:

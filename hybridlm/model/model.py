@@ -23,7 +23,7 @@ from hybridlm.layers.segments import padding_last, positions_within, room_in_fro
 from hybridlm.model import depth, pattern, remat, stacks, strands
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.statistics import kind_of
-from hybridlm.model.sublayer import ChannelScales, Sublayer, make_options, stream_norm
+from hybridlm.model.sublayer import ChannelScales, Sublayer, last_norm, make_options, stream_norm
 from pallas_kernels.checks import AnyArray, check_array, check_shape, rank
 from pallas_kernels.segments import document_ids
 
@@ -69,7 +69,7 @@ class HybridLM(nnx.Module):
         )
         self.embedding_scales = ChannelScales(D, 1) if config.channel_scales else None
         self.embedding_norm = stream_norm(config, inside=False) if config.embedding_norm else None
-        self.norm = stream_norm(config, inside=False, eps=config.final_norm_eps)
+        self.norm = last_norm(config, key)
         if config.tie_embeddings:
             self.output = None
         else:
@@ -151,8 +151,8 @@ class HybridLM(nnx.Module):
         if self.config.complement:
             args = tokens_BT, segment_ids, positions
             tokens_BT, segment_ids, positions = strands.both(*args, self.config.complement, self.config.vocab_size)
-        x_BTD = self._embed(tokens_BT, within)
-        tokens = Tokens(segment_ids, positions, embedded_BTD=x_BTD, gaps=False, inspect=inspect)
+        x_BTD, reads = self._embed(tokens_BT, within), self.config.reads_tokens
+        tokens = Tokens(segment_ids, positions, x_BTD, gaps=False, inspect=inspect, ids_BT=tokens_BT if reads else None)
         x_BTD, stats = self._through(x_BTD, tokens, sums, low)
         with jax.named_scope("norm"):
             x_BTD = sharding.constrain(self.norm(x_BTD), *sharding.STREAM)
@@ -219,8 +219,8 @@ class HybridLM(nnx.Module):
         added_B = tokens_BT.shape[1] if real_BT is None else real_BT.sum(axis=1, dtype=jnp.int32)
         length_B = cache.length_B + added_B
         fits_B = _check_length(cache.limit, length_B)
-        x_BTD = self._embed(tokens_BT)
-        tokens = Tokens(embedded_BTD=x_BTD, gaps=False)
+        x_BTD, reads = self._embed(tokens_BT), self.config.reads_tokens
+        tokens = Tokens(embedded_BTD=x_BTD, ids_BT=tokens_BT if reads else None, gaps=False)
         caches = [of_spot for of_loop in cache.groups for of_spot in of_loop]
         x_BTD, caches = self._extend(x_BTD, caches, cache.length_B, real_BT, tokens)
         with jax.named_scope("norm"):
@@ -244,8 +244,10 @@ class HybridLM(nnx.Module):
         return sharding.constrain(jnp.where((within_BT < n_prefix)[..., None], prefix_BTD, x_BTD), *sharding.STREAM)
 
     def _stream(self, x_BTD: jax.Array) -> Any:
-        """The residual stream before the first sublayer, with what blocks hand from depth to depth where some do."""
-        width = self.config.passed
+        """The residual stream, or streams, before the first sublayer, with what blocks hand to depths where some do."""
+        width, streams = self.config.passed, self.config.streams
+        if streams is not None:
+            return sharding.constrain(jnp.tile(x_BTD, (1, 1, streams.n_streams)), *sharding.STREAM)
         if not width:
             return x_BTD
         return x_BTD, sharding.constrain(jnp.zeros((*x_BTD.shape[:2], width), jnp.float32), *sharding.STREAM)

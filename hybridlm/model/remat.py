@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 
 from hybridlm.errors import ConfigError, cut
+from hybridlm.exchange import GATHERED
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.block import Block, Kept, walk
 from pallas_kernels.context import SENT
 
 POLICIES = ("none", "full", "dots", "mixer", "kernels")
-OF_SUBLAYER = {"sublayer_norm": Kept("normed input of a sublayer")}
+OF_SUBLAYER = {
+    "sublayer_norm": Kept("normed input of a sublayer"),
+    GATHERED: Kept("what devices that share tensor tell each other of it"),
+}
 
 
 def kept(blocks: Iterable[Block]) -> dict[str, Kept]:

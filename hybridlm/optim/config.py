@@ -37,10 +37,10 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; None: never."""
     accumulate: int = 1
     """Microbatches whose gradients are summed for one step; divides data.batch_size."""
-    gather_once: bool = False
+    gather_once: bool | None = None
     """On a mesh with fsdp, weights of sublayers are put together once a step, not at each use: two bytes a number on
     every device, and fewer exchanges. Experts and tables over the vocabulary are not. For GPUs, whose loops are written
-    out (model.unroll)."""
+    out (model.unroll). None: on GPUs, where it takes at most a sixteenth of a device's memory."""
     offload: bool = False
     """Moments of the optimizer lie in the host's pinned memory between updates: devices have that much more room, and
     each step moves them there and back."""

@@ -33,7 +33,7 @@ def floors(config: Config, kind: str, n_devices: int = 1) -> dict[str, float]:
     shapes, info = abstract(config.model).shapes, abstract(config.model).info
     state = jax.eval_shape(make_optimizer(config.optim, config.run.steps, info)[0].init, shapes)
     params = _bytes(shapes)
-    stream = STREAM_PASSES * len(config.model.pattern) * config.model.d_model * WIDTH[config.model.compute_dtype]
+    stream = STREAM_PASSES * len(config.model.pattern) * config.model.stream_width * WIDTH[config.model.compute_dtype]
     return {
         "arithmetic": train_flops(config.model, config.data.seq_len) * tokens / (peak.tflops * 1e12),
         "element-wise": stream * tokens / (peak.gbs * 1e9),

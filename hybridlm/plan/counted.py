@@ -113,7 +113,7 @@ def count(config: Config, devices: Devices) -> Counted:
         compiled=len(spots(model.pattern, model.unroll)),
         model_flops=train_flops(model, data.seq_len) * data.batch_size * data.seq_len / mesh.size,
         gradients=local * (4 if config.optim.accumulate > 1 else width),
-        inputs=inputs_at_once(model) * stream * model.d_model * width,
+        inputs=inputs_at_once(model) * stream * model.stream_width * width,
         memory=None if peak is None or peak.gib is None else int(peak.gib * 2**30),
     )
 

@@ -4,6 +4,7 @@
 import functools
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def recomputed(model: ModelConfig, seq_len: int) -> float:
     if model.remat == "none":
         return 0.0
     again = {"full": model.pattern, "mixer": [s for s in model.pattern if model.blocks[s].MIXES_TOKENS]}
-    flops = sum(model.blocks[symbol].flops(model.d_model, seq_len) for symbol in again.get(model.remat, ""))
+    flops = sum(model.blocks[symbol].flops(model.width(symbol), seq_len) for symbol in again.get(model.remat, ""))
     return ELEMENTWISE + flops * (2 if model.complement else 1) / (3 * forward_flops(model, seq_len))
 
 
@@ -78,7 +79,7 @@ def _kept(symbol: str, model: ModelConfig, seq_len: int, chip: str) -> int:
 
 
 def _with(tokens: Tokens, shared: Any) -> Tokens:
-    return Tokens(tokens.segment_ids, tokens.positions, tokens.embedded_BTD, shared, tokens.gaps)
+    return replace(tokens, shared=shared)
 
 
 def _of_depth(state: Any, model: ModelConfig) -> Any:
@@ -90,7 +91,7 @@ def _of_depth(state: Any, model: ModelConfig) -> Any:
 def _tokens(model: ModelConfig, seq_len: int) -> tuple[Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """(the residual stream of a row, with what is handed on beside it; its segment ids, its positions)."""
     shape = (2 if model.complement else 1, seq_len)
-    stream = jax.ShapeDtypeStruct((*shape, model.d_model), jnp.dtype(model.compute_dtype))
+    stream = jax.ShapeDtypeStruct((*shape, model.stream_width), jnp.dtype(model.compute_dtype))
     ids_BT = jax.ShapeDtypeStruct(shape, jnp.int32)
     if not model.passed:
         return stream, ids_BT, ids_BT

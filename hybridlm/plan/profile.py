@@ -15,7 +15,7 @@ from hybridlm.plan.costs import floors
 
 EXCHANGES = "exchanges"
 CLASSES = (
-    (EXCHANGES, r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|permute"),
+    (EXCHANGES, r"nccl|memcpyp2p|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|permute"),
     ("kernels", r"mosaic|tpu_custom_call|_kernel$"),
     ("matrix products", r"gemm|nvjet|cublas|cutlass|xmma|convolution|\bdot\b|dot_general"),
     ("copies", r"memcpy|^copy|^wrapped_copy"),
@@ -29,7 +29,7 @@ ELEMENTWISE = "element-wise"
 FLOORS = {"matrix products": "arithmetic", "kernels": "arithmetic", ELEMENTWISE: "element-wise"}
 PLACES = ("loss", "unembedding", "embedding", "optimizer", "norm")
 """Named scopes outside of sublayers."""
-SUBLAYER = re.compile(r"/([^/]+\.[A-Z]\w*)/(\w+)")
+SUBLAYER = re.compile(r"/([^/]+\.[A-Z]\w*)/(?:shard_map/)?(\w+)")
 UNKNOWN = "not known"
 COMMAND_BUFFERS = "XLA_FLAGS=--xla_gpu_enable_command_buffer="
 

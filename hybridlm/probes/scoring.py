@@ -6,7 +6,7 @@ Axis letters: B rows, T tokens of a row, N answers of a row, D model, V vocabula
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ Logits = Callable[[np.ndarray], Any]
 """tokens_BT -> logits [B, T, V], an array of NumPy or JAX."""
 Count = tuple[int, int]
 """(right, asked)."""
+SIZES = ("vocab_size", "tokens")
+"""Fields of a task that are its vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,11 @@ def _likeliest_of(logits_of: Logits, task: Task, tokens_BT: np.ndarray, at_BN: n
 
 def check_vocabulary(size: int, task: Task) -> None:
     """ConfigError where a model of so many tokens cannot read a task."""
-    name, needed = type(inner(task)).__name__, task.vocab_size
-    said = f"{name} needs a vocabulary of {needed} tokens, the model has {size}: make the task's smaller"
-    require(needed <= size, said)
+    made: Any = inner(task)
+    needed = task.vocab_size
+    own = [f.name for f in fields(made) if f.name in SIZES and getattr(made, f.name) == needed]
+    said = f"{type(made).__name__} needs a vocabulary of {needed} tokens, the model has {size}: make the task's smaller"
+    require(needed <= size, said + "".join(f", as by {field}={size}" for field in own))
 
 
 def places(scored_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,11 +17,12 @@ import jax
 from hybridlm.errors import require, within
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import MLP, Attention, GatedConv, Parallel
+from hybridlm.layers.block import Block
 from hybridlm.layers.parallel import Branch
 from hybridlm.layers.rope import Rope
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.init import abstract
-from hybridlm.study.mixers import MIXERS
+from hybridlm.study.mixers import MIXERS, fitted
 
 Placement = Literal["even", "first", "middle", "last"]
 Arrangement = Literal["sequential", "parallel"]
@@ -85,10 +86,12 @@ class Point:
     """What stands where attention does not: a name of MIXERS."""
     rate: float = 1.0
     """Factor of the learning rates."""
+    state_bytes: int | None = None
+    """Bytes of the state of one such mixer, which then has the sizes that give it, and not `state`; None: by that."""
 
     def __post_init__(self):
         check_fields(self)
-        check_positive(self, ("state", "rate"))
+        check_positive(self, ("state", "rate", "state_bytes"))
         share(self.ratio)
         require(self.mixer in MIXERS, f"mixer ({self.mixer}) must be one of {', '.join(MIXERS)}")
 
@@ -105,12 +108,14 @@ class Point:
         base = Point()
         here = share(self.ratio)
         point = replace(self, ratio={0.0: "0", 1.0: "all"}.get(here, self.ratio))
+        if self.state_bytes is not None:
+            point = replace(point, state=base.state)
         if here == 0:
             point = replace(point, gate=base.gate, placement=base.placement, arrangement=base.arrangement)
         if here == 1:
             point = replace(point, placement=base.placement)
             if self.arrangement == "sequential":
-                point = replace(point, state=base.state, mixer=base.mixer)
+                point = replace(point, state=base.state, mixer=base.mixer, state_bytes=base.state_bytes)
         return point
 
     @property
@@ -197,7 +202,7 @@ def _model(point: Point, sizes: Sizes, d_ff: int) -> ModelConfig:
     heads, gate = sizes.d_model // sizes.d_head, "elementwise" if point.gate else None
     rope = Rope() if sizes.positions == "rope" else None
     attention = Attention(n_heads=heads, d_head=sizes.d_head, rope=rope, qk_norm=sizes.qk_norm, gate=gate)
-    mixer = MIXERS[point.mixer](sizes.d_model, sizes.d_head, point.state)
+    mixer = mixer_of(point, sizes)
     both = Parallel(branches={"mixer": Branch(mixer), "attention": Branch(attention)})
     here = attention if point.arrangement == "sequential" else both
     blocks = {"C": GatedConv(d_conv=max(sizes.conv, 1)), "M": mixer, "*": here, "-": MLP(d_ff=d_ff)}
@@ -207,6 +212,13 @@ def _model(point: Point, sizes: Sizes, d_ff: int) -> ModelConfig:
         vocab_size=sizes.vocab_size, d_model=sizes.d_model, pattern=pattern, blocks=used, compute_dtype="float32",
         init_std=std,
     )  # fmt: skip
+
+
+def mixer_of(point: Point, sizes: Sizes) -> Block:
+    """What stands where attention does not."""
+    if point.state_bytes is not None:
+        return fitted(point.mixer, sizes.d_model, sizes.d_head, point.state_bytes)
+    return MIXERS[point.mixer](sizes.d_model, sizes.d_head, point.state)
 
 
 @functools.cache

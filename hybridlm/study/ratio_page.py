@@ -21,7 +21,7 @@ HEAD = (
     "attention", "parameters", "cache of a row", "FLOPs a token", "accuracy", "lowest", "highest", "seeds",
     "of attention's",
 )  # fmt: skip
-FREE = ("gate", "placement", "arrangement", "state", "mixer")
+FREE = ("gate", "placement", "arrangement", "state", "state_bytes", "mixer")
 """What tells a line of the figure from another; along it the ratio goes."""
 
 
@@ -69,7 +69,7 @@ def labels(keys: Sequence[Point]) -> list[str]:
     """In what the lines differ from each other."""
     differ = [name for name in FREE if len({getattr(key, name) for key in keys}) > 1]
     words = lambda key, name: ("gate" if key.gate else "no gate") if name == "gate" else f"{getattr(key, name)}"
-    units = {"state": "state "}
+    units = {"state": "state ", "state_bytes": "bytes of state "}
     return [", ".join(units.get(name, "") + words(key, name) for name in differ) or key.mixer for key in keys]
 
 
@@ -80,7 +80,7 @@ def figure(study: Study, found: Sequence[Kind], title: str = ""):
     found = at_best_rate(found)
     grouped = lines(found)
     names = labels(list(grouped))
-    word = f"accuracy, {study.task}, {tests_of(study.tests)[0]}"
+    word = f"accuracy, {tests_of(study.tests)[0]}"
     axes = {
         "share of attention among the mixers": (lambda kind: kind.share, False),
         "bytes of the cache of a row": (lambda kind: kind.cache_bytes[0], True),

@@ -5,6 +5,7 @@ Once a step, not in every microbatch, they are stacked over the depths of the pr
 gradients come back in the order and type of the state.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,18 +14,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from hybridlm.config import Config
 from hybridlm.layers.params import in_type
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings, whole_shardings
-from pallas_kernels.platform import platform_of
+from pallas_kernels.platform import peaks_of, platform_of
 
 SUMS = "gradient_sums"
 """Key, beside those of the parameters, of sums that the backward adds the gradients of `groups` to."""
 
 
+ROOM = 16
+"""Weights put together may take one part in so many of a device's memory, where `optim.gather_once` is None: less than
+fsdp has freed, so that they fit where a config fits one device."""
 UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
 """`model.unroll` in training where it is None."""
 
@@ -34,6 +39,19 @@ def unrolled(model: ModelConfig, mesh: Mesh) -> ModelConfig:
     wanted = UNROLL["gpu"] if model.remat_span > 1 else UNROLL[platform_of(mesh.devices.flat[0])]
     unroll = wanted if model.unroll is None else model.unroll
     return replace(model, unroll=unroll)
+
+
+def gathers_once(config: Config, mesh: Mesh) -> bool:
+    """`optim.gather_once` as it is, or as the devices of the mesh have it where it is None."""
+    if config.optim.gather_once is not None:
+        return config.optim.gather_once
+    device, info = mesh.devices.flat[0], stacked(config.model).info["groups"]
+    peak = peaks_of(device) if platform_of(device) == "gpu" else None
+    if mesh.shape.get("fsdp", 1) == 1 or peak is None or peak.gib is None:
+        return False
+    whole = zip(jax.tree.leaves(info), jax.tree.leaves(whole_shardings(info, mesh)), strict=True)
+    numbers = sum(math.prod(at.shard_shape(leaf.shape)) for leaf, at in whole if "experts" not in leaf.axes)
+    return numbers * jnp.dtype(config.model.compute_dtype).itemsize * ROOM <= peak.gib * 2**30
 
 
 class Layout(NamedTuple):

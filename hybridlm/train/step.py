@@ -31,10 +31,10 @@ from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_sl
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train.layout import SUMS, Layout, unrolled
+from hybridlm.train.layout import SUMS, Layout, gathers_once, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
-from hybridlm.train.xla import options
+from hybridlm.train.xla import options, options_on
 from pallas_kernels.platform import platform_of
 
 HOST = "pinned_host"
@@ -118,10 +118,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
-    objective = _of_weights(make_objective(replace(config, model=model), program), config.optim.gather_once)
-    layout = Layout(model, mesh, apart, config.quantize, config.optim.gather_once)
-    rule = partial(make_optimizer, config.optim, steps, trained)
-    prepare = config.optim.objective.prepare
+    once = gathers_once(config, mesh)
+    objective = _of_weights(make_objective(replace(config, model=model), program), once)
+    layout = Layout(model, mesh, apart, config.quantize, once)
+    rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
     else:
@@ -137,8 +137,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
     inspect = _on_device(inspect, like, config.optim.offload)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
-    platform = platform_of(mesh.devices.flat[0])
-    quick, often = options(platform, once=True), options(platform)
+    quick, often = options(platform_of(mesh.devices.flat[0]), once=True), options_on(mesh)
     start = jax.jit(init, out_shardings=shardings, compiler_options=quick)
     start_from = jax.jit(init_from, out_shardings=shardings, compiler_options=quick, donate_argnums=0)
     eval_step = jax.jit(evaluate, compiler_options=often)

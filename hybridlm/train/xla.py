@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the compiler, and what it need not search for. Each is here for a measurement, beside it."""
 
+from jax.sharding import Mesh
+
+from pallas_kernels.platform import peaks_of, platform_of
+
 OPTIONS = {
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
     # instead of 47 s without a GPU; see docs/results/training-before.md.
     "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},
 }
 """By platform."""
+
+COPIED = {
+    # Two H100s, hybrid_1b, tensor 2, JAX 0.11.2: engines copy what devices pass on, and no multiprocessor is taken:
+    # 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/tensor.md.
+    "gpu": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
+}
+"""By platform, beside OPTIONS, for meshes with tensor whose devices are of one process and have links of their own."""
 
 ONCE = {
     # LLVM's optimisation of the random numbers would take longer than all of them: hybrid_tiny, 2 cores, JAX 0.10.2.
@@ -25,3 +36,11 @@ TILINGS = {
 def options(platform: str, once: bool = False) -> dict | None:
     """For `jax.jit(compiler_options=...)`; None where there are none. once: of a program that is run once."""
     return (ONCE if once else OPTIONS).get(platform)
+
+
+def options_on(mesh: Mesh) -> dict | None:
+    """`options` of a program that is run often, over a mesh."""
+    device, processes = mesh.devices.flat[0], {device.process_index for device in mesh.devices.flat}
+    platform, peak = platform_of(device), peaks_of(device)
+    copied = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1 and peak is not None and peak.links is not None
+    return {**OPTIONS.get(platform, {}), **(COPIED.get(platform, {}) if copied else {})} or None

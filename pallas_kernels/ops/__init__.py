@@ -24,6 +24,7 @@ NAMES = (
     "relative_attention",
     "rwkv4",
     "rwkv7",
+    "selected_attention",
     "selective_scan",
     "slstm",
     "ssd",

@@ -92,6 +92,7 @@ EXPERTS = {
     "experts.up_proj": r"experts\.\d+\.up_proj\.weight",
     "experts.down_proj": r"(experts\.down_proj|(experts\.\d+\.(down_proj|w2)|output_linear)\.weight)",
     "conv1d.weight": r"([qkv]_)?conv1d\.weight",
+    "ngram_embedding.weight": r"ngram_embedding\.shard_\d+\.weight",
     "router.weight": r"router(\.layer)?\.weight",
 }
 """Ends of names as the published implementation holds parameters in memory -> as its files have them."""

@@ -29,7 +29,7 @@ from hybridlm.layers import (
 from hybridlm.model.config import ModelConfig
 from tests.model.model_support import VARIANTS, small
 
-UNKNOWN = ("bidirectional", "bidirectional_apart", "bidirectional_tied")
+UNKNOWN = ("bidirectional", "bidirectional_apart", "bidirectional_tied", "indexed", "ngrams")
 """Of VARIANTS those that the format has not."""
 KNOWN = VARIANTS | {
     "channel_mix_open": ChannelMix(d_ff=20),

@@ -32,7 +32,8 @@ def by_default(*names: str) -> list:
 
 
 every = pytest.mark.parametrize("name", GOLDEN)
-ALIKE = ("lfm2_moe", "lfm3", "hunyuan_v1_dense", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "bailing_hybrid", "inkling")
+ALIKE = ("lfm2_moe", "lfm3", "hunyuan_v1_dense", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "bailing_hybrid", "inkling",
+         "qwen4_exp")  # fmt: skip
 """Families whose mixers others have, or whose caches and gradients the tests of mixers and ops hold each time: of these
 the slow tests alone take derivatives and generate."""
 most = pytest.mark.parametrize("name", by_default(*(name for name in GOLDEN if name not in ALIKE)))
@@ -63,13 +64,13 @@ def test_loss_and_gradient_norms(name):
     assert float(value) == pytest.approx(float(arrays["loss"]), rel=1e-5)
     plan = plan_of(name)
     norms = norms_by_name(plan, grads)
-    for published, norm in meta["grad_norms"].items():
-        assert published_norm(plan, norms, published) == pytest.approx(norm, rel=1e-3), published
+    for published, norm in meta["grad_norms"].items():  # null: of what nothing is learned
+        assert published_norm(plan, norms, published) == pytest.approx(norm or 0.0, rel=1e-3), published
 
 
 @most
 def test_twenty_steps_learn(name):
-    """All parameters but biases of choices and slopes of fixed decays get a gradient, and the loss of a batch falls."""
+    """All parameters but those of choices and slopes of fixed decays get a gradient, and the loss of a batch falls."""
     params = nnx.state(golden(name)[0])
     start, tree = jax.tree.flatten(jax.device_get(params))
     values, losses = start, []
@@ -87,7 +88,8 @@ def test_twenty_steps_learn(name):
     changed = [np.any(a != b) for a, b in zip(values, start, strict=True)]
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     still = [path for path, moved in zip(paths, changed, strict=True) if not moved]
-    assert all("selection_bias" in path or "slopes" in path for path in still), still
+    index = "w_index']", "mixer']['q_norm", "mixer']['k_norm"
+    assert all(any(name in path for name in ("selection_bias", "slopes", *index)) for path in still), still
 
 
 @pytest.mark.parametrize("name", by_default("llama", "falcon_h1", "zamba2"))

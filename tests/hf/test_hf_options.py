@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What config.json can say in more than one way, or what the published implementation says otherwise than its authors:
-LFM2, Hunyuan, RecurrentGemma, xLSTM, ZAYA1. No model is made."""
+LFM2, Hunyuan, RecurrentGemma, xLSTM, ZAYA1, Qwen4-Exp. No model is made."""
 
 import json
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -12,7 +13,7 @@ from hybridlm.config import NTK, Attention, ConfigError, Proportional, Rope
 from hybridlm.hf.config_json import read_values, write_values
 from hybridlm.hf.families import family_of
 from tests.hf.hf_support import FOLDER, golden
-from tests.hf.variants import GRIFFIN, LFM2, LFM3, LLAMA, RWKV, XLSTM, ZAYA, rope
+from tests.hf.variants import GRIFFIN, LFM2, LFM3, LLAMA, QWEN4, RWKV, XLSTM, ZAYA, rope
 
 
 def config_of(model_type: str, values: dict):
@@ -114,6 +115,57 @@ def test_zaya_refuses_by_name():
     assert "num_experts_per_tok (2) is not supported" in refused("zaya", ZAYA | {"num_experts_per_tok": 2})
     slides = {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"]}
     assert refused("zaya", ZAYA | slides) == "config.json: layer_types ('hybrid_sliding') needs sliding_window"
+
+
+def test_qwen4_layers_as_files_say_them():
+    """Layers of attention by either name or by how many there are; n-grams in front of theirs."""
+    config = config_of("qwen4_exp_text", QWEN4)
+    assert config.pattern == "DENDEDE*E" and config.stream_width == 2 * config.d_model
+    layers = ["linear_attention"] * 3
+    for kind in ("full_attention", "indexed_attention"):
+        assert config_of("qwen4_exp_text", QWEN4 | {"layer_types": [*layers, kind]}) == config
+    two = config_of("qwen4_exp_text", QWEN4 | {"ple_layer_ids": [3, 1]})
+    assert two.pattern == "NDEDEaDE*E" and [two.blocks[s].index for s in "Na"] == [0, 1]
+    assert set(two.blocks["N"].sizes).isdisjoint(two.blocks["a"].sizes)
+    outer = {"text_config": {"model_type": "qwen4_exp_text", **QWEN4}, "vision_config": {}, "image_token_id": 9}
+    assert config_of("qwen4_exp", outer) == config
+    ends = config_of("qwen4_exp_text", QWEN4 | {"eos_token_id": [2, 7]})
+    assert ends == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indexer_kv_heads": 2}, "indexer_kv_heads (2) is not supported: only 1"),
+        ({"indexer_budget": None}, "of the index, indexer_budget is missing"),
+        ({"indexer_budget": 5}, "budget (5) not divisible by block (2)"),
+        ({"indexer_head_dim": 2}, "d_index (2) is less than the rotated width (4)"),
+        ({"ple_layer_ids": [4]}, "ple_layer_ids (4) names a layer of attention: it must be linear_attention"),
+        ({"ple_layer_ids": [5]}, "ple_layer_ids (5) must be from 1 to num_hidden_layers (4)"),
+        ({"eos_token_id": None}, "ple_layer_ids needs eos_token_id"),
+        ({"hc_count": 1}, "hc_count (1) must be above 1"),
+        ({"hidden_act": "relu"}, "output_gate_type ('relu') is not supported: only silu, swish, sigmoid"),
+        ({"split_ngram_parts": 7}, "n_files (7) must divide the 152 rows"),
+        ({"ple_embed_dim": 10}, "d_embed (10) not divisible by the 4 hashes"),
+    ],
+)
+def test_qwen4_refuses_by_name(change, message):
+    assert message in refused("qwen4_exp_text", QWEN4 | change)
+
+
+def test_qwen4_keeps_all_ends_of_text(tmp_path):
+    """Of several the first is the n-grams'; the others are written again."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).write_bytes((FOLDER / "qwen4_exp" / file).read_bytes())
+    values = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 5]}
+    (folder / "config.json").write_text(json.dumps(values))
+    hybridlm.to_hf(hybridlm.from_hf(folder), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 5]
+    numbers = load_file(tmp_path / "out" / "model.safetensors")
+    multipliers = numbers["model.layers.1.ple.ple_embedding.layer_multipliers"]
+    assert multipliers.dtype == np.int64 and (multipliers > 2**32).any()
 
 
 @pytest.mark.parametrize("name", ["lfm2", "lfm2_moe", "lfm3", "recurrent_gemma", "rwkv", "xlstm", "zaya"])

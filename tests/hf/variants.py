@@ -90,6 +90,14 @@ INKLING = {
     "num_experts_per_tok": 2, "layer_types": ["hybrid_sliding", "hybrid", "hybrid"],
     "mlp_layer_types": ["dense", "sparse", "sparse"], "logits_mup_width_multiplier": 3.0,
 }  # fmt: skip
+QWEN4 = {
+    **QWEN_DELTA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20, "hc_count": 2, "hc_lowrank": 5, "ple_layer_ids": [2],
+    "ngram_vocab_size_base": 30, "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 2,
+    "indexer_n_heads": 6, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 6,
+    "indexer_compress_ratio": 2, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25},
+    "pad_token_id": None,
+}  # fmt: skip
 ZAYA = {
     **WIDTHS, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "moe_intermediate_size": 12, "num_experts": 3, "router_hidden_size": 10,
@@ -428,6 +436,25 @@ VARIANTS: dict[str, list[tuple[dict, dict]]] = {
             {"layer_types": ["hybrid_sliding"] * 2, "mlp_layer_types": ["sparse"] * 2, "num_hidden_layers": 2,
              "sliding_window_size": 1, "n_shared_experts": 3, "num_experts_per_tok": 5, "rms_norm_eps": 1e-2},
             {"log_scaling_n_floor": 1, "rel_extent": 1, "conv_kernel_size": 1, "num_key_value_heads": 4},
+        )
+    ],
+    "qwen4_exp_text": [
+        (QWEN4, change)
+        for change in (
+            {"ple_layer_ids": [1, 3], "ngram_size": 4, "ple_embed_dim": 12, "output_gate_type": "sigmoid",
+             "ple_conv_kernel_size": 2, "hc_count": 3, "indexer_compress_ratio": 3, "eos_token_id": 20},
+            {"ngram_size": 2, "heads_per_ngram": 1, "indexer_head_dim": 5, "indexer_budget": 4, "rms_norm_eps": 1e-2,
+             "norm_topk_prob": False, "tie_word_embeddings": True, "seed": 7, "split_ngram_parts": 4},
+            {"attention_bias": True, "hidden_act": "gelu", "output_gate_type": "silu", "layer_types": None,
+             "full_attention_interval": 2, "num_hidden_layers": 5, "ple_layer_ids": [5], "num_key_value_heads": 1},
+            {"layer_types": ["indexed_attention", "linear_attention"] * 2, "indexer_compress_ratio": 1,
+             "indexer_budget": 3, "linear_conv_kernel_dim": 3, "make_ngram_vocab_size_divisible_by": 16,
+             **rope("yarn", **YARN, partial_rotary_factor=0.5)},
+            {"ple_layer_ids": None, "hc_lowrank": 40, "num_experts_per_tok": 5, "indexer_budget": 40,
+             **rope("linear", factor=4.0, partial_rotary_factor=0.25)},
+            {"layer_types": ["linear_attention"] * 4, "ple_layer_ids": [1, 2, 3, 4], "linear_num_value_heads": 6,
+             **{name: None for name in ("indexer_n_heads", "indexer_kv_heads", "indexer_head_dim", "indexer_budget",
+                                        "indexer_compress_ratio")}},
         )
     ],
     "hunyuan_v1_dense": [

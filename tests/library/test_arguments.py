@@ -19,7 +19,7 @@ from tests.model.model_support import small
 
 FREE_WIDTHS = {
     ("attention", "v_BSKP"), ("grouped_dot", "w_GKN"), ("relative_attention", "v_BSKP"),
-    ("relative_attention", "profiles_RE"),
+    ("relative_attention", "profiles_RE"), ("selected_attention", "v_BSKP"), ("selected_attention", "chosen_BTC"),
 }  # fmt: skip
 """Arrays of ops whose last axis has any width, beside what a state or a gate of that width says."""
 

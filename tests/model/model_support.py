@@ -31,6 +31,7 @@ from hybridlm.config import (
     HeadNorm,
     Hyena,
     ImplicitFilter,
+    IndexedAttention,
     InnerNorm,
     KimiDelta,
     LatentAttention,
@@ -43,6 +44,7 @@ from hybridlm.config import (
     ModalFilter,
     ModelConfig,
     MoE,
+    NgramMemory,
     OutputConv,
     Parallel,
     RelativeAttention,
@@ -134,7 +136,7 @@ VARIANTS = {
     "channel_mix": ChannelMix(d_ff=20, gate=True),
     "mlp": MLP(d_ff=20, activation="geglu", bias=True),
     "delta": GatedDeltaNet(n_heads=4, n_key_heads=2, d_key=6, d_head=5, chunk=8),
-    "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, neg_eigval=True),
+    "delta_reflecting": GatedDeltaNet(n_heads=2, d_key=4, d_head=6, d_conv=3, gate="sigmoid", neg_eigval=True),
     "kimi": KimiDelta(n_heads=2, d_key=6, d_head=4, decay_rank=5, gate_rank=3, chunk=8),
     "kimi_bounded": KimiDelta(
         n_heads=4, d_key=4, d_head=6, decay_rank=None, gate_rank=None, lower_bound=-5.0, d_conv=3, neg_eigval=True,
@@ -189,8 +191,13 @@ VARIANTS |= {
     "relative": RelativeAttention(n_heads=4, n_kv_heads=2, d_head=8, n_profiles=3, extent=5, d_conv=3, log_floor=4),
     "relative_window": RelativeAttention(2, 1, 4, n_profiles=2, extent=4, window=4, d_conv=2),
     "output_conv": OutputConv(VARIANTS["mlp"], d_conv=3, scaled=True),
+    "indexed": IndexedAttention(
+        Attention(n_heads=4, n_kv_heads=2, d_head=6, rope=Rope(100.0, 0.67), gate="elementwise", qk_norm=True),
+        n_index_heads=3, d_index=5, budget=4, block=2,
+    ),
+    "ngrams": NgramMemory(VOCAB, n=2, n_hashes=2, d_embed=8, least_rows=11, multiple=8, eos_id=3, d_conv=2),
     "parallel_normed": Parallel({name: replace(branch, norm=True) for name, branch in BRANCHES.items()}, merge="gate"),
-}
+}  # fmt: skip
 ALIKE = (
     "mamba2_norm_first", "mamba2_no_norm", "mamba1_heads", "gated", "both_ways", "retnet", "based", "simple_gla",
     "lightning", "hgrn2", "hgrn2_no_bound", "linear", "mamba3_mimo", "rwkv6", "rwkv7_first", "rwkv7_mixed", "minlstm",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every block of BLOCKS, held to the same properties; a block without an example in VARIANTS fails."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hybridlm.config import (
     DepthMoE,
     GatedDeltaNet,
     Hyena,
+    IndexedAttention,
     KimiDelta,
     LatentAttention,
     LinearAttention,
@@ -29,7 +32,7 @@ from hybridlm.config import (
     Shared,
     Titans,
 )
-from hybridlm.layers import BLOCKS, mamba3, rwkv7
+from hybridlm.layers import BLOCKS, indexed_attention, mamba3, rwkv7
 from hybridlm.layers.attention import mean_visible
 from hybridlm.layers.block import free_fields, sees_ahead, walk
 from hybridlm.layers.gated_delta_net import delta_flops
@@ -45,7 +48,7 @@ from tests.tolerances import check_close
 
 BY_FAMILY = (
     "gated_conv", "rglru", "mlstm", "rwkv4", "rwkv4_channel", "convolved", "depth_moe", "kimi", "latent", "relative",
-    "output_conv",
+    "output_conv", "indexed", "ngrams",
 )  # fmt: skip
 """What golden checkpoints hold, by default, to documents in rows, pieces and devices: those tests of them are slow."""
 LARGE = ("hyena", "titans", "bidirectional", "memory_context")
@@ -67,7 +70,9 @@ def some(names, of=tuple(VARIANTS)) -> list:
 
 ALONE = (*(name for name in FIRST if name != "recurrences"), *VARIANTS["recurrences"].branches)
 """One example of each class, none side by side."""
-EVERY = some(APART)
+OF_STREAMS = ("indexed", "ngrams")
+"""What a model of several streams holds to pieces and padding by default, see test_streams.py."""
+EVERY = some([name for name in APART if name not in OF_STREAMS], APART)
 SPLIT_ANEW = ("mamba2_norm_first", "mamba3_mimo", "rwkv7_mixed", "norm_of_all", "latent_queries", "moe_sinks")
 """Examples of ALIKE whose line is computed over axes that devices split."""
 HYBRID = small("Mm*-aw")
@@ -82,6 +87,8 @@ def test_every_block_has_examples():
 def seen(name: str) -> np.ndarray:
     """Which tokens a token's output depends on behind two sublayers."""
     everything_before = np.tril(np.ones((T, T), bool))
+    if name == "ngrams":  # the convolution's taps are 2 tokens apart, its state is all that tokens tell each other
+        return np.isin(np.subtract.outer(np.arange(T), np.arange(T)), (0, 2, 4))
     if not VARIANTS[name].MIXES_TOKENS:
         return np.eye(T, dtype=bool)
     if sees_ahead(VARIANTS[name]):
@@ -101,9 +108,11 @@ def test_causal_through_gradients(name):
 def test_documents_do_not_touch_through_gradients(name):
     """What a token's output hangs on in a row of one document and in one of three: in its document, and on no token of
     another one; of a bidirectional block, on all of its document."""
-    rounding = 1e-7 if isinstance(VARIANTS[name], Hyena) else 0.0
+    block = VARIANTS[name]
+    rounding = 1e-7 if isinstance(block, Hyena) else 0.0
+    block = replace(block, budget=2 * T) if isinstance(block, IndexedAttention) else block  # else not all is chosen
     rows = [1] * 11, [1] * 4 + [2] * 1 + [7] * 6
-    properties.check_causal(properties.model_of(VARIANTS[name]), seen(name), *rows, rounding=rounding)
+    properties.check_causal(properties.model_of(block), seen(name), *rows, rounding=rounding)
 
 
 def test_hybrid_is_causal_through_gradients():
@@ -212,6 +221,10 @@ def of_ops(block, seq_len: int) -> float:
     if isinstance(block, RelativeAttention):
         of_profiles = 2.0 * (block.n_heads - 1) * block.n_profiles * block.extent  # one head's are their parameters'
         return of_profiles + 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
+    if isinstance(block, IndexedAttention):
+        of, whole = block.attention, indexed_attention.mean_whole(seq_len, block.block)
+        attended = 4.0 * of.n_heads * of.d_head * indexed_attention.mean_seen(seq_len, block.budget, block.block)
+        return attended + 2.0 * block.n_index_heads * block.d_index * whole
     if isinstance(block, ConvolvedAttention):
         return 4.0 * block.n_heads * block.d_head * mean_visible(seq_len, block.window)
     return 0.0
@@ -231,6 +244,8 @@ def test_flops_are_those_of_the_parameters_and_ops(name):
 
     if isinstance(block, Bidirectional):
         expected = 2 * by_hand(block.mixer)
+    elif isinstance(block, IndexedAttention):
+        expected = properties.flops_by_hand(block, of_ops(block, 8))
     elif isinstance(block, MemoryAsContext):
         expected = by_hand(block.memory) + 2 * by_hand(block.attention, 16)
     else:
@@ -247,6 +262,8 @@ def test_ops_by_hand():
     assert mean_visible(4, None) == (1 + 2 + 3 + 4) / 4
     assert mean_visible(4, 2) == (1 + 2 + 2 + 2) / 4
     assert mean_visible(4, 100) == mean_visible(4, None)
+    assert indexed_attention.mean_whole(5, 2) == (0 + 1 + 1 + 2 + 2) / 5
+    assert indexed_attention.mean_seen(5, 2, 2) == (1 + 2 + (2 + 1) + 2 + (2 + 1)) / 5
     mean_seen = (32 + 1) / 2  # one chunk of 32 tokens, its causal half
     inverse = sum(i * i for i in range(1, 33)) / 32  # by rows, of a system of 32 equations
     seen_twice = 2 * 2 * mean_seen * 16  # keys and queries with keys

@@ -156,10 +156,18 @@ def test_floors():
         ("Memset 0", "fills"), ("loop_dynamic_update_slice_fusion_97", "slices and updates"),
         ("input_convert_reduce_fusion_9", "reductions"), ("loop_convert_fusion", "conversions"),
         ("loop_add_fusion_9", "element-wise"), ("ncclDevKernel_AllGather_RING_LL", "exchanges"),
+        ("MemcpyP2P", "exchanges"),
     ],
 )  # fmt: skip
 def test_classes(kernel, expected):
     assert profile.class_of(kernel) == expected
+
+
+def test_places():
+    assert profile.place_of(GEMM) == "M.Mamba2/project"
+    assert profile.place_of("jit(train_step)/jit(call)/-.MLP/shard_map/mlp_in/dot_general") == "-.MLP/mlp_in"
+    assert profile.place_of("jit(train_step)/jit(call)/-.MLP/shard_map/ppermute") == "-.MLP/ppermute"
+    assert profile.place_of("jit(train_step)/optimizer/add") == "optimizer"
 
 
 def test_mistakes_are_one_line(tmp_path, run, capsys):

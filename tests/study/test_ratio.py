@@ -11,10 +11,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from hybridlm.cli import main, side_by_side, study_member, study_ratio
 from hybridlm.errors import ConfigError
 from hybridlm.layers import BLOCKS
+from hybridlm.layers.block import Make
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.flops import forward_flops
 from hybridlm.model.init import abstract
@@ -23,7 +25,7 @@ from hybridlm.study import grid, ratio
 from hybridlm.study.answers import TEST_SEED
 from hybridlm.study.figures import Line, Panel, draw
 from hybridlm.study.grid import Point, Sizes, count, model_of, placed, points, share
-from hybridlm.study.mixers import MIXERS
+from hybridlm.study.mixers import LEAST, MIXERS, fitted
 from hybridlm.study.on_task import Trial, rows_of
 from hybridlm.study.ratio_page import as_text, figure, labels, lines
 from pallas_kernels.platform import assume_platform
@@ -134,13 +136,36 @@ def test_mixers_have_the_sizes_asked(name):
     assert not hasattr(block, "d_head") or block.d_head == 32
 
 
+@pytest.mark.parametrize("name", ["Mamba3", "GatedDeltaNet", "RGLRU"])
+def test_states_of_equal_bytes(name):
+    """As near to what is asked as its sizes allow and never above, counted from the cache that it makes; windows of
+    convolutions aside. What is twice as much is another mixer."""
+
+    def bytes_there(block):
+        mixer = nnx.eval_shape(lambda: block.build(32, Make(nnx.Rngs(0), dtype="float32")))
+        cache = nnx.eval_shape(lambda: mixer.init_cache(1, 1))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for key, leaf in cache.items() if "conv" not in key)
+
+    block = fitted(name, 32, 16, 2000)
+    assert LEAST * 2000 <= bytes_there(block) <= 2000 < bytes_there(fitted(name, 32, 16, 3000))
+    sizes = replace(SMALL, params=300_000)
+    assert model_of(Point("1:1", mixer=name, state_bytes=2000), sizes).blocks["M"] == block
+
+
+def test_states_by_bytes_are_no_others_beside():
+    """What else says how large a state is says nothing then, nor do bytes where nothing but attention is left."""
+    found = points({"ratio": ("0", "all"), "state": (16, 64), "state_bytes": (1024, 4096)})
+    assert [point.name for point in found] == ["none state_bytes=1024", "none state_bytes=4096", "all"]
+    assert labels([point for point in found if point.ratio == "0"]) == ["bytes of state 1024", "bytes of state 4096"]
+
+
 def test_every_recurrent_mixer_is_there():
     """By the contract alone: what mixes tokens, is no attention and no part of another, has a name here."""
     there = {type(build(64, 32, 16)) for build in MIXERS.values()}
     mixing = {kind for kind in BLOCKS if kind.MIXES_TOKENS and not hasattr(kind, "parts")}
     left = {kind.__name__ for kind in mixing - there}
     attention = {"Attention", "ConvolvedAttention", "LatentAttention", "RelativeAttention"}
-    assert left == attention | {"ChannelMix", "Rwkv4Channel"}
+    assert left == attention | {"ChannelMix", "Rwkv4Channel", "NgramMemory"}
 
 
 def test_rows_of_tasks():
@@ -339,6 +364,11 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--ratios", "1:1", "1:1"], "--ratios (1:1) is there twice"),
         (["ratio", "--mixers", "mamba9"], "mixer (mamba9) must be one of Mamba2,"),
         (["ratio", "--placement", "top"], "placement ('top') must be one of even, first, middle, last"),
+        (["ratio", "--state", "4", "--state-bytes", "4096"], "--state-bytes: not allowed with argument --state"),
+        (["ratio", "--state-bytes", "4096", "--mixers", "Rwkv7"],
+         "state_bytes (4096): Rwkv7 of width 64, heads of 32, has states of 8,192 bytes"),
+        (["ratio", "--state-bytes", "4096", "--mixers", "Hyena"], "has no recurrent state"),
+        (["ratio", "--state-bytes", "0"], "state_bytes (0) must be positive"),
         (["ratio", "--seeds", "0"], "--seeds (0) must be between 1 and 100"),
         (["ratio", "--task", "mqr"], "no task of that name"),
         (["ratio", "--task", "repeated_bigrams"], "no task of that name"),

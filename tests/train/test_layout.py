@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm.config import MLP, Mamba2, MeshConfig, ModelConfig, MoE, Router
+from hybridlm.config import MLP, Config, Mamba2, MeshConfig, ModelConfig, MoE, OptimConfig, Router
 from hybridlm.model.init import abstract, stacked
+from hybridlm.plan.slices import read_devices
 from hybridlm.sharding import make_mesh
+from hybridlm.train import layout, xla
 from hybridlm.train.layout import UNROLL, Layout, unrolled
 
 MODEL = ModelConfig(
@@ -53,3 +55,37 @@ def test_written_out_on_gpus_unless_the_config_says():
     mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
     assert unrolled(MODEL, mesh).unroll == UNROLL["cpu"] == 1 < UNROLL["gpu"]
     assert unrolled(replace(MODEL, unroll=3), mesh).unroll == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes", "wanted", "room", "once"),
+    [
+        ("h100:2", {"fsdp": 2}, None, layout.ROOM, True),
+        ("h100:2", {"fsdp": 2}, None, 2**40, False),  # too large a part of the memory
+        ("h100:2", {"fsdp": 2}, False, layout.ROOM, False),
+        ("h100:2", {"data": 2}, None, layout.ROOM, False),
+        ("v5p:2x2x1", {"fsdp": 4}, None, layout.ROOM, False),
+        ("v5p:2x2x1", {"fsdp": 4}, True, layout.ROOM, True),
+    ],
+)
+def test_gathered_once_on_gpus_with_room(words, sizes, wanted, room, once, monkeypatch):
+    monkeypatch.setattr(layout, "ROOM", room)
+    config = Config(model=MODEL, optim=OptimConfig(gather_once=wanted))
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices(words).described())
+    assert layout.gathers_once(config, mesh) is once
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes", "copied"),
+    [("h100:2", {"tensor": 2}, True), ("h100:2", {"fsdp": 2}, False), ("v5p:2x2x1", {"tensor": 4}, False)],
+)
+def test_rows_passed_on_are_copied_by_links(words, sizes, copied):
+    """On GPUs with links, of one process; not between processes, whose memory is not each other's."""
+    devices = read_devices(words).described()
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), devices)
+    usual = xla.OPTIONS.get("gpu" if "h100" in words else "tpu", {})
+    assert (xla.options_on(mesh) or {}) == usual | (xla.COPIED["gpu"] if copied else {})
+    apart = [replace(device, process_index=i) for i, device in enumerate(devices)]
+    linkless = [replace(device, device_kind="NVIDIA H100 PCIe") for device in devices if "h100" in words]
+    for others in filter(None, (apart, linkless)):
+        assert (xla.options_on(make_mesh(MeshConfig(**{"data": 1} | sizes), others)) or {}) == usual

@@ -27,6 +27,7 @@ from hybridlm.hf.families import (
     qwen3_5,
     qwen3_5_moe,
     qwen3_next,
+    qwen4_exp,
     recurrent_gemma,
     rwkv,
     xlstm,
@@ -41,7 +42,8 @@ KNOWN: dict[str, Family] = {
     for module in (
         llama, qwen2, qwen3, mamba, falcon_mamba, mamba2, jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1,
         zamba, zamba2, qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, kimi_linear, bailing_hybrid,
-        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya, inkling, own,
+        lfm2, lfm2_moe, hunyuan_v1_dense, lfm3, recurrent_gemma, rwkv, xlstm, minimax, zaya, inkling,
+        qwen4_exp, own,
     )
     for family in (module.FAMILY, getattr(module, "SEEING", module.FAMILY))
 }  # fmt: skip

@@ -77,7 +77,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 def require_own(config: ModelConfig) -> None:
     """ConfigError, one line, for the first thing of a model that the format has not."""
-    for name in ("prefix_tokens", "complement"):
+    for name in ("prefix_tokens", "complement", "streams"):
         require(not getattr(config, name), f"model.{name}: the format has none")
     for symbol in dict.fromkeys(config.pattern):
         block = config.blocks[symbol]

@@ -68,10 +68,10 @@ def delta_rule(q_BTHN, k_BTHN, v_BTHP, beta_BTH, g_BTHN, state_BHNP=None):
 
 
 class GatedDeltaNet(DeltaRule):
-    """Step sizes sigmoid(b), log decays -exp(A_log) softplus(a + dt_bias) of each head, gate silu(z)."""
+    """Step sizes sigmoid(b), log decays -exp(A_log) softplus(a + dt_bias) of each head, gate silu(z) or sigmoid(z)."""
 
     def __init__(self, block: dict, d_model: int, **_):
-        super().__init__(block, d_model, block["n_key_heads"], "silu")
+        super().__init__(block, d_model, block["n_key_heads"], block["gate"])
         H = block["n_heads"]
         self.z_proj = linear(d_model, H * block["d_head"])
         self.b_proj = linear(d_model, H)

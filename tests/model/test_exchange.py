@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of the stream on a mesh beside those of one device, gradients included: rows or tokens that tensor splits,
+tokens that go round, sums that leave one after the other."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybridlm import sharding
+from hybridlm.config import MLP, Attention, MeshConfig
+from hybridlm.layers.block import Make, Tokens
+from hybridlm.model import remat
+from pallas_kernels import platform
+from tests.model.model_support import QUICK
+from tests.tolerances import check_close
+
+ONE, D, T = MeshConfig(1), 16, 8
+BLOCKS = {
+    "mlp": MLP(d_ff=24, bias=True, out_multiplier=0.5),
+    "ungated": MLP(d_ff=24, activation="gelu"),
+    "attention": Attention(n_heads=4, n_kv_heads=2, d_head=4, gate="head", out_bias=True),
+}
+MESHES = {
+    "tensor 2": replace(ONE, tensor=2),
+    "tensor 4": replace(ONE, tensor=4),
+    "fsdp 2, tensor 2, context 2": replace(ONE, fsdp=2, tensor=2, context=2),
+}
+ROWS = {"rows": 4, "tokens": 3, "neither": 1}
+"""Rows of the batch by what tensor splits of the stream; one row of seven tokens it does not split."""
+CASES = [("mlp", mesh, "rows") for mesh in MESHES]
+CASES += [("ungated", "tensor 2", "tokens"), ("attention", "tensor 2", "rows"), ("attention", "tensor 2", "tokens")]
+CASES += [("attention", "tensor 4", "rows"), ("mlp", "tensor 2", "neither")]
+
+
+def run(block, mesh: MeshConfig, rows: int, tokens: int, policy: str = "kernels"):
+    """(outputs, gradients of input and parameters, text of the traced program) of a sublayer under a remat policy."""
+    rng = np.random.default_rng(0)
+    x_BTD, dy_BTD = (jnp.asarray(rng.normal(size=(rows, tokens, D)), jnp.float32) for _ in range(2))
+    n = int(np.prod([mesh.fsdp, mesh.tensor, mesh.context]))
+    with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:n])):
+        graphdef, state = nnx.split(block.build(D, Make(nnx.Rngs(0), 0.3, 0.3, "float32", 1e-6)))
+
+        def loss(state, x_BTD):
+            x_BTD = sharding.constrain(x_BTD, *sharding.STREAM)
+            mix = lambda state, x_BTD: nnx.merge(graphdef, state).mix(x_BTD, Tokens()).y_BTD
+            y_BTD = sharding.constrain(remat.wrap(mix, policy, block, in_loop=False)(state, x_BTD), *sharding.STREAM)
+            return (y_BTD * dy_BTD).sum(), y_BTD
+
+        traced = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).trace(state, x_BTD)
+        (d_state, dx_BTD), y_BTD = traced.lower().compile(QUICK)(state, x_BTD)
+    return y_BTD, dx_BTD, nnx.to_pure_dict(d_state), str(traced.jaxpr)
+
+
+@pytest.mark.parametrize(("name", "mesh", "split"), CASES)
+def test_a_mesh_equals_one_device(name, mesh, split):
+    block, rows, tokens = BLOCKS[name], ROWS[split], 7 if split == "neither" else T
+    y_BTD, dx_BTD, d_state, _ = run(block, MESHES[mesh], rows, tokens)
+    y_one, dx_one, d_one, _ = run(block, ONE, rows, tokens)
+    check_close(y_BTD, y_one, dtype="float32", what="y")
+    check_close(dx_BTD, dx_one, dtype="float32", what="dx")
+    for path, of_one in jax.tree_util.tree_flatten_with_path(d_one)[0]:
+        found = d_state
+        for key in path:
+            found = found[key.key]
+        check_close(found, of_one, dtype="float32", what=f"gradient of {jax.tree_util.keystr(path)}")
+
+
+def exchanges(text: str) -> dict[str, int]:
+    """Those of the stream in a traced program; gradients of weights are summed over other axes, here of one device."""
+    kinds = re.findall(r"= (all_gather|reduce_scatter|ppermute)\w*\[", text)
+    return {kind: kinds.count(kind) for kind in set(kinds)}
+
+
+def test_tokens_go_round():
+    """An MLP on n devices passes each device's tokens and sums n - 1 times forward, and their gradients, the tokens
+    once more unless they are kept; nothing is put together."""
+    block = BLOCKS["ungated"]
+    for n in (2, 4):
+        again, kept = (
+            exchanges(run(block, replace(ONE, tensor=n), 4, T, policy)[3]) for policy in ("full", "sublayer_gathered")
+        )
+        assert again == {"ppermute": 5 * (n - 1)}
+        assert kept == {"ppermute": 4 * (n - 1)}
+
+
+def test_where_the_stream_is_split():
+    """Rows over tensor where they divide, else tokens; a TPU's stream by its tokens alone; what does not divide not."""
+    with jax.set_mesh(sharding.make_mesh(replace(ONE, fsdp=2, tensor=2, context=2))):
+        of = lambda rows, tokens: [
+            tuple(axis for axis in of_dim if axis in ("fsdp", "context", "tensor"))
+            for of_dim in sharding.dims_axes(sharding.STREAM, (rows, tokens, D))
+        ]
+        assert of(4, 8) == [("fsdp", "tensor"), ("context",), ()]
+        assert of(2, 8) == [("fsdp",), ("context", "tensor"), ()]
+        assert of(4, 6) == [("fsdp",), ("context",), ()]
+        assert sharding.stream_split(4, 8) == (0, ("tensor",))
+        assert sharding.stream_split(2, 8) == (1, ("tensor",))
+        assert sharding.stream_split(4, 6) == (1, ())
+        with platform.assume_platform("tpu", generation="v5e"):
+            assert sharding.stream_split(4, 8) == (1, ("tensor",))
