@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import config  # no public name keeps the programs of one thread out of the cache
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels.platform import platform_of
@@ -32,6 +33,9 @@ MOST = 8
 """Threads: `hybrid_1b` has 11 kernels, of which the longest takes a third of the time of all."""
 EVERY = 0.1
 """Seconds between two looks at what has been lowered."""
+
+NEVER = 1e9
+"""Seconds that no program takes to compile."""
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +113,8 @@ class Kernels:
 
     def _compile(self, words: dict[str, Any]) -> bool:
         try:
-            call_alone(words, self.device).compile()
+            with not_kept():
+                call_alone(words, self.device).compile()
             return True
         except Exception as error:
             log.info("a kernel is not compiled ahead: %s", _first_line(error))
@@ -127,6 +132,13 @@ def call_alone(words: Mapping[str, Any], device: jax.Device) -> jax.stages.Lower
     """A program that calls a kernel without its arguments: to be compiled, never to be run."""
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((1,), np.float32))
     return jax.jit(lambda: call(**words), out_shardings=SingleDeviceSharding(device)).lower()
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """Within, JAX's cache on disk gets no program of this thread: one read back there has compiled no kernel here."""
+    with config.persistent_cache_min_compile_time_secs(NEVER):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 kernels are compiled by programs of their own, which say of each what the step says."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -139,3 +141,28 @@ def test_what_is_refused_without_texts_is_compiled_with_them(refused, lowered, m
     else:
         assert run() == ("without" if refused is None else "with")
     assert tried == (["without"] if refused is None else ["without", "with"])
+
+
+def test_kernels_are_not_kept_on_disk(tmp_path):
+    """In a process of its own, as JAX looks up its cache's folder once: of two programs the one within is not there."""
+    program = """
+import pathlib
+import sys
+
+import jax
+
+from hybridlm.train.kernels_ahead import not_kept
+
+kept = lambda: len(list(pathlib.Path(sys.argv[1]).glob("*-cache")))
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+one, two = (jax.jit(lambda x, n=n: x * n).lower(1.0) for n in (2, 3))
+with not_kept():
+    one.compile()
+before = kept()
+two.compile()
+print(before, kept())
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
