@@ -55,9 +55,9 @@ def turn_gradients(turns, maps, inner, start, end, segment_ids=None, span: int =
         heads = turns.turned(state, grad).sum(-2)
         return heads.reshape(*heads.shape[:2], groups, heads.shape[2] // groups, count).sum(3)
 
-    at_ends = [None if pair is None else read(*(v[:, None] for v in pair)) for pair in (start, end)]
-    at_ends = [jnp.zeros_like(by_span[:, :1, 0]) if v is None else v for v in at_ends]
-    read_BSGZ = jnp.concatenate([at_ends[0], read(*inner), at_ends[1]], axis=1)
+    none = jnp.zeros_like(by_span[:, :1, 0])
+    enters, leaves = (none if pair is None else read(*(v[:, None] for v in pair)) for pair in (start, end))
+    read_BSGZ = jnp.concatenate([enters, read(*inner), leaves], axis=1)
     enters, leaves = read_BSGZ[:, :-1], read_BSGZ[:, 1:]
     if segment_ids is None:
         by_span = by_span.at[:, :, 0].add(enters - leaves - by_span.sum(2))
