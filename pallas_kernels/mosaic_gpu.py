@@ -8,6 +8,7 @@ No barrier is inserted automatically (`PARAMS`): each kernel says why those of i
 run the kernels in Mosaic's interpreter, which lacks some of these words: tests/ops/interpreter.py replaces them.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -29,6 +30,8 @@ BF16_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+# Of kernels whose arrays say their layouts: where Mosaic is to find them, lowering takes twice as long and more.
+LANE_PARAMS = dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def rows_of(vector, n: int = TILE):

@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
+from hybridlm.train.kernels_ahead import compile_ahead
+from pallas_kernels.platform import platform_of
 
 
 @contextmanager
@@ -36,6 +38,8 @@ class TrainStep:
         """base: what the step takes behind these; None: nothing."""
         self.jitted, self.lengths, self.base = jitted, lengths, base or Base()
         self._ahead: Future | None = None
+        self._lowered = threading.Event()
+        self._lowered.set()
 
     def __call__(self, state, batch):
         """A step; waits for what `prepare` started, and raises what that raised."""
@@ -49,21 +53,30 @@ class TrainStep:
         before waits for the compiler, which cannot be stopped in the middle.
         """
         ahead = self._ahead = Future()
+        if platform_of(mesh.devices.flat[0]) == "gpu" and not (kept and kept.is_there()):
+            self._lowered.clear()
 
         def compile_() -> None:
             try:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
                     with no_collections(), cache_hits() as hits:
-                        step = found or self.lower(state, batch).compile()
+                        step = found or compile_ahead(lambda: self.lower(state, batch), mesh, self._lowered.set)
                     ahead.set_result(step)
                     if kept and not found and not hits:
                         kept.store(step)
             except BaseException as error:  # whatever it is, it is the first step's
                 if not ahead.done():
                     ahead.set_exception(error)
+            finally:
+                self._lowered.set()
 
         threading.Thread(target=compile_, name="compile").start()
+
+    def wait_until_lowered(self) -> None:
+        """On GPUs, waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is
+        traced or compiled before makes the longest part of a start longer. On CPUs cores would have nothing to do."""
+        self._lowered.wait()
 
     def lower(self, state, batch):
         """As of every jitted function."""

@@ -64,6 +64,10 @@ class KeptStep:
         """folder: is made for this user alone. key: see `key`."""
         self.folder, self.path = folder, folder / f"{key}.step"
 
+    def is_there(self) -> bool:
+        """Whether there is a file, whatever is in it."""
+        return os.path.isfile(self.path)
+
     def load(self, mesh: Mesh, args: tuple):
         """The compiled step, which takes args of these shapes, types and shardings; None: it has to be compiled."""
         try:

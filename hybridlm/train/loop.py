@@ -260,6 +260,7 @@ def _first_state(
         display.say(told_of_start(config, step))
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
+        program.train_step.wait_until_lowered()
         return 0, program.init(), None
     from hybridlm.hf.load import load_params  # reads files with an extra
     from hybridlm.hf.save import copy_small_files

@@ -39,6 +39,8 @@ from pallas_kernels.platform import platform_of
 
 HOST = "pinned_host"
 """Kind of the memory of a host that devices read by themselves."""
+UNROLLED = 8
+"""Microbatches whose metrics are merged without a loop."""
 ADAPTERS = 1
 """What the key of the parameters is folded with for that of adapters."""
 
@@ -301,17 +303,17 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
 
         def add(total, micro):
             """The groups' gradients are added where they arise, in the backward; the sums' own gradient is the sums."""
-            loss, metrics, sums = total
+            loss, sums = total
             of_micro = jax.value_and_grad(lambda w: mean_loss(w | groups, micro), has_aux=True)
             (more, of_batch), grads = of_micro(rest | {SUMS: sums["groups"]})
             grouped = {"groups": grads.pop(SUMS)}
             sums = jax.tree.map(jnp.add, {k: sums[k] for k in grads}, grads) | grouped
-            return (loss + more, merge(metrics, of_batch), layout.placed(sums)), None
+            return (loss + more, layout.placed(sums)), of_batch
 
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        _, metrics = jax.eval_shape(objective, weights, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
-        return lax.scan(add, (jnp.float32(0.0), empty(metrics), layout.placed(zeros)), micros)[0]
+        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.placed(zeros)), micros)
+        return loss, _merged(of_micros, n_micro), sums
 
     return gradients
 
@@ -350,17 +352,23 @@ def make_low_gradients(
 
         def add(total, micro):
             (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(low, micro)
-            return (total[0] + loss, merge(total[1], metrics), jax.tree.map(jnp.add, total[2], grads)), None
+            return (total[0] + loss, jax.tree.map(jnp.add, total[1], grads)), metrics
 
         if n_micro == 1:
             (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(low, batch)
             return loss, metrics, grads
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        _, metrics = jax.eval_shape(mean_loss, low, jax.tree.map(lambda x: x[0], micros))
-        start = jnp.float32(0.0), empty(metrics), jax.tree.map(jnp.zeros_like, low)
-        return lax.scan(add, start, micros)[0]
+        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, low)), micros)
+        return loss, _merged(of_micros, n_micro), sums
 
     return gradients
+
+
+def _merged(of_micros: Metrics, n_micro: int) -> Metrics:
+    """The metrics of all microbatches, from those of each, stacked. So that their names and types are known, no model
+    has to be traced beside the one of the microbatch."""
+    add = lambda total, one: (merge(total, one), None)
+    return lax.scan(add, empty(jax.tree.map(lambda x: x[0], of_micros)), of_micros, unroll=min(n_micro, UNROLLED))[0]
 
 
 def _microbatches(x_BT, n_micro: int):

@@ -89,8 +89,7 @@ def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     if op is None:
         return [(importlib.import_module("pallas_kernels.one_token.one_row"), {"loop_with": _loop_with})]
-    if op == "gated_delta_product":
-        op = "gated_delta_rule"  # by whose kernels it runs
+    op = {"gated_delta_product": "gated_delta_rule", "mamba3": "ssd"}.get(op, op)  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":
         backward_kernel = api._backward_kernel
@@ -107,7 +106,7 @@ def _sizes(op: str | None) -> list:
         kernels = importlib.import_module("pallas_kernels.ops.causal_conv1d.gpu.kernels")
         block = max(sizes[0] for sizes in (*api.FORWARD, *api.BACKWARD))
         return [(api, {"MARGIN": kernels.SEEN + block, "WIDTH_MULTIPLE": kernels.CHANNELS})]
-    if op in ("ssd", "linear_attention", "mamba3"):  # the latter two by the kernels of the former
+    if op in ("ssd", "linear_attention"):  # the latter by the kernels of the former
         return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
     if op == "gated_delta_rule":
         threads = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.threads")

@@ -10,8 +10,7 @@ import pytest
 
 from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.op import select
-from pallas_kernels.ops.mamba3 import OP, cases, parts
-from pallas_kernels.ops.mamba3.gpu import api
+from pallas_kernels.ops.mamba3 import OP, by_ssd, cases, parts
 from pallas_kernels.ops.ssd.api import ssd
 from pallas_kernels.ops.ssd.turns import SPAN, Turns, turn_gradients
 from pallas_kernels.platform import assume_platform
@@ -28,15 +27,16 @@ from tests.tolerances import check_close
 def test_it_is_a_call_of_ssd(name, monkeypatch):
     """Outputs, states and gradients, in float32."""
     case = cases.CASES[name]
-    monkeypatch.setattr(api, "call", by_xla)
-    with served_by(api.mamba3_gpu, only="mamba3"):
+    monkeypatch.setattr(by_ssd, "call", by_xla)
+    with served_by(by_ssd.mamba3_gpu, only="mamba3"):
         check_against_oracle("mamba3", cases.make_inputs(case), **cases.make_settings(case))
 
 
 def by_xla(op, implementation, args, options, offered):
     """What mamba3 asks of ssd's kernels: maps turned, and nothing read of one's own token."""
     assert op.name == "ssd" and implementation == "gpu"
-    (x, dt, A, B, C), turn, turns, segment_ids = args, *offered.values(), options["segment_ids"]
+    (x, dt, A, B, C), turn, turns = args, offered["turn"], offered["turns"]
+    segment_ids = options["segment_ids"]
     B, C = (parts.rotate(array, turn, "adjacent" if turns.step == 2 else "half") for array in (B, C))
     y, state = ssd(x, dt, A, B, C, implementation="xla", **options)
     if segment_ids is not None:
@@ -52,7 +52,7 @@ def test_supports_names_argument_and_limit():
     inputs = cases.make_inputs(cases.CASES["mimo"], "bfloat16")
     given = {name: array for name, array in inputs.items() if array is not None}
     args = [given.pop(name) for name in OP.positional]
-    check = functools.partial(api.supports, **given)
+    check = functools.partial(by_ssd.supports_gpu, **given)
     with assume_platform("gpu", capability="9.0"):
         assert check(*args) is None
         wide = jax.ShapeDtypeStruct((*args[1].shape[:-1], 512), jnp.bfloat16)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ssd: the chunked version against the token-by-token recurrence in float64, and the properties of the contract."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,19 @@ def test_bfloat16_with_sums_by_one_product(case):
     expected = oracle.oracle("ssd", inputs, return_final_state=True)
     for name, (error, limit) in oracle.errors("ssd", found, expected, "bfloat16").items():
         assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"
+
+
+def test_the_forward_alone_takes_longer_chunks_on_gpus():
+    """In 16 bits, where nobody says how long; it is as right as with gradients."""
+    inputs = cases.make_inputs(dataclasses.replace(BASE, tokens=70, layout="packed"), "bfloat16")
+    arrays, fixed = oracle.split("ssd", inputs)
+    y = lambda arrays, chunk: oracle.call("ssd", arrays | fixed, implementation="xla", chunk=chunk)[0]
+    with platform.assume_platform("gpu", capability="8.0"):
+        alone, long, short = (jax.jit(y, static_argnums=1)(arrays, chunk) for chunk in (None, 64, 32))
+        with_gradients = jax.jit(lambda arrays: jax.vjp(lambda a: y(a, None), arrays)[0])(arrays)
+    np.testing.assert_array_equal(alone, long)
+    np.testing.assert_array_equal(with_gradients, short)
+    assert oracle.relative_rms(alone, oracle.oracle("ssd", inputs)["out0"]) <= oracle.bound("bfloat16")
 
 
 def test_small_steps_survive_large_sums_in_one_chunk():

@@ -138,7 +138,7 @@ def test_numbers_of_tasks():
         ((*WORDS, "--rows=3"), "--rows (3) must be a multiple of 2: that many devices share them"),
         (
             (*WORDS[:5], "mqar"),
-            "mqar: MQAR needs a vocabulary of 8192 tokens, the model has 64: make the task's smaller, as by vocab_size=64",
+            "mqar: MQAR needs a vocabulary of 8192 tokens, the model has 64: make the task's smaller, as by",
         ),
         ((*WORDS[:5], "needle"), "needle: Needle is text, whose answers data.tokenizer dna does not tell apart: take"),
         (

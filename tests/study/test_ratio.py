@@ -365,8 +365,10 @@ def test_the_command_trains_what_is_left_and_draws(tmp_path, capsys, monkeypatch
         (["ratio", "--mixers", "mamba9"], "mixer (mamba9) must be one of Mamba2,"),
         (["ratio", "--placement", "top"], "placement ('top') must be one of even, first, middle, last"),
         (["ratio", "--state", "4", "--state-bytes", "4096"], "--state-bytes: not allowed with argument --state"),
-        (["ratio", "--state-bytes", "4096", "--mixers", "Rwkv7"],
-         "state_bytes (4096): Rwkv7 of width 64, heads of 32, has states of 8,192 bytes"),
+        (
+            ["ratio", "--state-bytes", "4096", "--mixers", "Rwkv7"],
+            "state_bytes (4096): Rwkv7 of width 64, heads of 32, has states of 8,192 bytes",
+        ),
         (["ratio", "--state-bytes", "4096", "--mixers", "Hyena"], "has no recurrent state"),
         (["ratio", "--state-bytes", "0"], "state_bytes (0) must be positive"),
         (["ratio", "--seeds", "0"], "--seeds (0) must be between 1 and 100"),

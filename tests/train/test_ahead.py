@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step that is compiled ahead is the step, traced once; what its compilation raises, the first step raises."""
+"""A step that is compiled ahead is the step, traced once; what its compilation raises, the first step raises. Its
+kernels are compiled by programs of their own, which say of each what the step says."""
 
+import hashlib
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,11 @@ import numpy as np
 import pytest
 
 from hybridlm.sharding import MeshConfig, make_mesh
+from hybridlm.train import ahead, kernels_ahead
 from hybridlm.train.ahead import TrainStep
+from hybridlm.train.kernels_ahead import Kernels, call_alone, calls, without_texts
+from pallas_kernels import causal_conv1d
+from pallas_kernels.platform import assume_platform
 
 LENGTHS = np.array([3], np.int32)
 
@@ -32,11 +41,128 @@ def test_is_compiled_in_a_thread_and_taken():
     assert float(TrainStep(jax.jit(lambda *a: a[0] + a[2][0]), LENGTHS)(state, batch)) == 40.0  # not prepared
 
 
+def test_on_gpus_waits_until_it_is_lowered_and_no_longer(monkeypatch):
+    monkeypatch.setattr(ahead, "platform_of", lambda device: "gpu")
+    go, events, mesh = threading.Event(), [], make_mesh(MeshConfig())
+
+    def step(state, batch, lengths):
+        assert go.wait(60)
+        events.append("traced")
+        return state + batch.sum(), lengths[0]
+
+    train_step = TrainStep(jax.jit(step), LENGTHS)
+    train_step.wait_until_lowered()  # nothing is
+    train_step.prepare(mesh, jnp.float32(1), jnp.arange(4.0))
+    waiting = threading.Thread(target=lambda: (train_step.wait_until_lowered(), events.append("waited")))
+    waiting.start()
+    go.set()
+    waiting.join(60)
+    assert events == ["traced", "waited"]
+
+
 def test_raises_what_the_compilation_raised():
     def step(state, batch, lengths):
         raise ValueError("no room for it")
 
     train_step, mesh = TrainStep(jax.jit(step), LENGTHS), make_mesh(MeshConfig())
     train_step.prepare(mesh, jnp.float32(1), jnp.arange(4.0))
+    train_step.wait_until_lowered()
     with pytest.raises(ValueError, match="no room for it"):
         train_step(jnp.float32(1), jnp.arange(4.0))
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """Of a program that calls four kernels of `causal_conv1d`: forward and backward, with and without activation."""
+    x, w = jnp.ones((1, 128, 128), jnp.bfloat16), jnp.ones((128, 4), jnp.bfloat16)
+
+    def twice(x, w):
+        y = causal_conv1d(x, w, activation="silu", implementation="gpu")
+        return causal_conv1d(y, w, implementation="gpu").sum()
+
+    with assume_platform("gpu", capability="9.0"):
+        return jax.jit(jax.value_and_grad(twice)).trace(x, w).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.newer
+def test_each_kernel_of_a_program_has_a_program_of_its_own(lowered):
+    found = calls(lowered)
+    assert len({words["kernel_hash"] for words in found}) == 4
+    assert {words["kernel_hash"]: words["module"] for words in found}.items() <= kernels_ahead._known().items()
+    for words in found:
+        assert hashlib.sha256(words["module"]).digest() == words["kernel_hash"]
+        assert calls(call_alone(words, jax.devices()[0])) == [words]
+
+
+@pytest.mark.newer
+def test_texts_are_left_out_and_put_back(lowered):
+    before, text = calls(lowered), lowered.as_text()
+    with without_texts(lowered):
+        assert calls(lowered) == [words | {"module": b""} for words in before]
+        assert len(lowered.as_text()) < len(text) / 4
+    assert lowered.as_text() == text
+
+
+@pytest.mark.newer
+def test_what_a_cpu_cannot_compile_is_started_once_and_not_ready(lowered, monkeypatch):
+    assert not Kernels(jax.devices()[0]).ready(lowered)  # it is no GPU
+    monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
+    found, kernels, known = calls(lowered), Kernels(jax.devices()[0]), {bytes(32): b"of another program"}
+    with kernels.from_known(lambda: known):
+        known[found[0]["kernel_hash"]] = found[0]["module"]
+        deadline = time.monotonic() + 30
+        while not kernels.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert list(kernels.started) == [found[0]["kernel_hash"]]
+    assert not kernels.ready(lowered)
+    assert set(kernels.started) == {words["kernel_hash"] for words in found}
+    assert [future.result() for future in kernels.started.values()] == [False] * 4
+    assert not Kernels(jax.devices()[0]).ready(jax.jit(jnp.sin).lower(1.0))  # it calls none
+
+
+@pytest.mark.newer
+@pytest.mark.parametrize("refused", [None, "without", "both"])
+def test_what_is_refused_without_texts_is_compiled_with_them(refused, lowered, monkeypatch):
+    tried = []
+
+    def compile_(self):
+        tried.append("without" if not calls(self)[0]["module"] else "with")
+        if refused in (tried[-1], "both"):
+            raise jax.errors.JaxRuntimeError("no kernel")
+        return tried[-1]
+
+    monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
+    monkeypatch.setattr(Kernels, "ready", lambda self, lowered: True)
+    monkeypatch.setattr(type(lowered), "compile", compile_)
+    run = lambda: kernels_ahead.compile_ahead(lambda: lowered, make_mesh(MeshConfig()))
+    if refused == "both":
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no kernel"):
+            run()
+    else:
+        assert run() == ("without" if refused is None else "with")
+    assert tried == (["without"] if refused is None else ["without", "with"])
+
+
+def test_kernels_are_not_kept_on_disk(tmp_path):
+    """In a process of its own, as JAX looks up its cache's folder once: of two programs the one within is not there."""
+    program = """
+import pathlib
+import sys
+
+import jax
+
+from hybridlm.train.kernels_ahead import not_kept
+
+kept = lambda: len(list(pathlib.Path(sys.argv[1]).glob("*-cache")))
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+one, two = (jax.jit(lambda x, n=n: x * n).lower(1.0) for n in (2, 3))
+with not_kept():
+    one.compile()
+before = kept()
+two.compile()
+print(before, kept())
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]

@@ -23,10 +23,13 @@ OP = Op(
         "reference": Implementation("pallas_kernels.ops.mamba3.reference:mamba3_reference", forward_mode=True),
         "xla": Implementation("pallas_kernels.ops.mamba3.xla:mamba3_xla", forward_mode=True),
         "gpu": Implementation(
-            "pallas_kernels.ops.mamba3.gpu.api:mamba3_gpu",
-            "pallas_kernels.ops.mamba3.gpu.api:supports",
+            "pallas_kernels.ops.mamba3.by_ssd:mamba3_gpu",
+            "pallas_kernels.ops.mamba3.by_ssd:supports_gpu",
             oldest_jax=(0, 11),
             capability=HOPPER,
+        ),
+        "tpu": Implementation(
+            "pallas_kernels.ops.mamba3.by_ssd:mamba3_tpu", "pallas_kernels.ops.mamba3.by_ssd:supports_tpu"
         ),
     },
 )

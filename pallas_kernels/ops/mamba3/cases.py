@@ -53,8 +53,9 @@ BENCH_CASES = (
 
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 _SMALL = Case("small", 2, 24, 4, 4, 2, 8, 2, rank=2, norm=True, chunk=8)
-_KERNELS = Case("gpu", 2, 140, 2, 64, 1, 64, 8, chunk=None)
-CONTRACT = dict.fromkeys(("reference", "xla"), _SMALL) | {"gpu": _KERNELS}
+_KERNELS = Case("gpu", 1, 140, 2, 64, 1, 64, 8, chunk=None)
+_TPU = Case("tpu", 1, 70, 2, 64, 1, 64, 8, rank=2, pairs="half", chunk=None)
+CONTRACT = dict.fromkeys(("reference", "xla"), _SMALL) | {"gpu": _KERNELS, "tpu": _TPU}
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray | None]:

@@ -165,8 +165,8 @@ def _lags(lag_BTH, marks: chunks.Marks):
 
 
 def _last(array_BT, state_B, marks: chunks.Marks):
-    """Of the last real token, of the state where there is none. A sum over tokens, of which it is one: the gradient of a
-    gather is a scatter, which would write an array as large again where nobody asks for the state."""
+    """Of the last real token, of the state where there is none. A sum over tokens, of which it is one: the gradient of
+    a gather is a scatter, which would write an array as large again where nobody asks for the state."""
     after_BT = jnp.cumsum(marks.real_BT[:, ::-1], axis=1)[:, ::-1]
     is_last_BT = marks.real_BT & (after_BT == 1)
     return rows_where(jnp.any(marks.real_BT, axis=1), jnp.sum(tokens_where(is_last_BT, array_BT), axis=1), state_B)

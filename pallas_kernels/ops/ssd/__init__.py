@@ -18,7 +18,11 @@ OP = Op(
     implementations={
         "reference": Implementation("pallas_kernels.ops.ssd.reference:ssd_reference", forward_mode=True),
         "xla": Implementation("pallas_kernels.ops.ssd.xla:ssd_xla"),
-        "tpu": Implementation("pallas_kernels.ops.ssd.tpu.api:ssd_tpu", "pallas_kernels.ops.ssd.tpu.api:supports"),
+        "tpu": Implementation(
+            "pallas_kernels.ops.ssd.tpu.api:ssd_tpu",
+            "pallas_kernels.ops.ssd.tpu.api:supports",
+            takes=("turn", "turns", "interpret"),
+        ),
         "gpu": Implementation(
             "pallas_kernels.ops.ssd.gpu.api:ssd_gpu",
             "pallas_kernels.ops.ssd.gpu.api:supports",

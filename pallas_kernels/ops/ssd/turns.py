@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.segments import document_numbers
 
 F32 = jnp.float32
-SPAN = 128  # tokens between states that the kernels keep
+SPAN = 128  # tokens between states that the Hopper kernels keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,31 +39,31 @@ class Turns:
         return grad_2 * array_1 - grad_1 * array_2
 
 
-def turn_gradients(turns, maps, inner, start, end, segment_ids=None):
+def turn_gradients(turns, maps, inner, start, end, segment_ids=None, span: int = SPAN):
     """d loss / d turn ``[B, T, G, count]``; the turn of a token is to be added up over it and all behind it.
 
     maps: (B, dB), (C, dC), each ``[B, T, G, N]``. inner: states at the start of each span but the first and their
-    gradients, ``[B, spans - 1, H, 64, N]``; start, end: of the states that enter and leave the row, ``[B, H, 64, N]``,
+    gradients, ``[B, spans - 1, H, P, N]``; start, end: of the states that enter and leave the row, ``[B, H, P, N]``,
     None for zeros.
     """
     d_turn = sum(turns.turned(grad, array) for array, grad in maps)
     batch, tokens, groups, count = d_turn.shape
-    by_span = jnp.pad(d_turn, ((0, 0), (0, -tokens % SPAN), (0, 0), (0, 0))).reshape(batch, -1, SPAN, groups, count)
+    by_span = jnp.pad(d_turn, ((0, 0), (0, -tokens % span), (0, 0), (0, 0))).reshape(batch, -1, span, groups, count)
 
     def read(state, grad):
         """What a turn of all behind a state changes, ``[B, spans, G, count]``."""
         heads = turns.turned(state, grad).sum(-2)
         return heads.reshape(*heads.shape[:2], groups, heads.shape[2] // groups, count).sum(3)
 
-    at_ends = [None if pair is None else read(*(v[:, None] for v in pair)) for pair in (start, end)]
-    at_ends = [jnp.zeros_like(by_span[:, :1, 0]) if v is None else v for v in at_ends]
-    read_BSGZ = jnp.concatenate([at_ends[0], read(*inner), at_ends[1]], axis=1)
+    none = jnp.zeros_like(by_span[:, :1, 0])
+    enters, leaves = (none if pair is None else read(*(v[:, None] for v in pair)) for pair in (start, end))
+    read_BSGZ = jnp.concatenate([enters, read(*inner), leaves], axis=1)
     enters, leaves = read_BSGZ[:, :-1], read_BSGZ[:, 1:]
     if segment_ids is None:
         by_span = by_span.at[:, :, 0].add(enters - leaves - by_span.sum(2))
     else:
-        documents = jnp.pad(document_numbers(segment_ids), ((0, 0), (0, -tokens % SPAN)), mode="edge")
-        documents = documents.reshape(batch, -1, SPAN, 1, 1)
+        documents = jnp.pad(document_numbers(segment_ids), ((0, 0), (0, -tokens % span)), mode="edge")
+        documents = documents.reshape(batch, -1, span, 1, 1)
         first, last = documents == documents[:, :, :1], documents == documents[:, :, -1:]
         is_one = first[:, :, -1]
         error = enters - jnp.where(is_one, leaves, 0) - jnp.where(first, by_span, 0).sum(2)

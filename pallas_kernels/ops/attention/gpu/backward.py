@@ -30,8 +30,8 @@ from pallas_kernels.mosaic_gpu import (
     COL,
     F32,
     F32_TRANSFORMS,
+    LANE_PARAMS,
     LOG2E,
-    PARAMS,
     ROW,
     TILE,
     accumulate,
@@ -420,7 +420,7 @@ def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
             mesh=mesh,
             # Every store to shared memory follows a wait of the whole warpgroup for its last readers: no barriers are
             # needed beside those of commits and waits.
-            compiler_params=PARAMS,
+            compiler_params=LANE_PARAMS,
             name="attention_backward",
         )(*args, dq)
         return jax.freeze(dq), dk, dv

@@ -24,8 +24,8 @@ from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     COL,
     F32,
+    LANE_PARAMS,
     LOG2E,
-    PARAMS,
     ROW,
     TILE,
     accumulate,
@@ -489,7 +489,7 @@ def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate, first=None):
         thread_name="wg",
         # No thread reads and writes the same shared memory but a warp its own rows of q_s, in order: no barriers needed
         # beside those of commits and waits.
-        compiler_params=PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     given = ((first, cfg.stacked), (keys, cfg.key_rows), (sinks, cfg.sinks), (gate, cfg.gate))
     return kernel(q, k, v, bounds, ranges, *[array for array, wanted in given if wanted])

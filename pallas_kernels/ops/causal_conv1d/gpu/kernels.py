@@ -22,15 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS, named_body
+from pallas_kernels.mosaic_gpu import F32, LANE_PARAMS, LOG2E, named_body
 from pallas_kernels.varying import call_varying
 
 CHANNELS = 256  # of a thread block; also the longest row that one bulk copy takes
 VECTOR = 2  # channels of a thread
 LAYOUT = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=VECTOR)
 SEEN = 32  # entries of `seen` that are copied at once: 128 bytes, the least
-# All arrays have one layout. Where Mosaic is to find layouts, the backward takes five times as long to lower: 1.1 s.
-CONV_PARAMS = dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +362,7 @@ def _call(plan, name, body, out, *arrays):
         out_type=[jax.ShapeDtypeStruct(*shape_and_type) for shape_and_type in out],
         grid=(plan.batch, plan.parts, plan.padded_width // CHANNELS),
         grid_names=("batch", "part", "channels"),
-        compiler_params=CONV_PARAMS,
+        compiler_params=LANE_PARAMS,
     )
     return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)
 

@@ -32,7 +32,7 @@ from pallas_kernels.mosaic_gpu import (
     COL,
     F32,
     F32_TRANSFORMS,
-    PARAMS,
+    LANE_PARAMS,
     ROW,
     TILE,
     WGMMA,
@@ -553,7 +553,7 @@ def _call(cfg, x, dy, ab, b_mat, c_mat, h, r, real, d, scores=None):
         grid_names=("block",),
         num_threads=4,
         thread_name="wg",
-        compiler_params=dataclasses.replace(PARAMS, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=LANE_PARAMS,
     )
     args = [x, dy, ab, b_mat, c_mat, h, r, real if cfg.segments else None, d if cfg.has_d else None, scores]
     return dict(zip(out, call_varying(kernel, *(v for v in args if v is not None))))

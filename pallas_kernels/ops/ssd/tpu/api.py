@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_tpu import F32, LANES
 from pallas_kernels.ops.ssd.tpu import backward as tpu_backward
 from pallas_kernels.ops.ssd.tpu import forward as tpu_forward
 from pallas_kernels.ops.ssd.tpu.common import CHUNK, Blocks, document_rows
+from pallas_kernels.ops.ssd.turns import Turns, turn_gradients
 
 STATE_SIZES = (16, 32, 64, 128, 256)
 HEAD_WIDTHS = (32, 64, 128)
@@ -35,6 +36,7 @@ class Plan:
     stage: int
     states: str
     interpret: bool | object
+    turns: Turns | None = None
 
 
 def legal_heads(n_heads: int, n_groups: int, width: int, state: int) -> list[int]:
@@ -59,8 +61,8 @@ def supports(x, dt, A, B, C, *, decay=None, **more) -> str | None:
         return f"decay has dtype {decay.dtype}, the kernel takes float32"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x has dtype {x.dtype}, the kernel takes bfloat16 and float32"
-    if B.dtype != x.dtype or C.dtype != x.dtype:
-        return f"B and C have dtypes {B.dtype} and {C.dtype}, the kernel takes that of x ({x.dtype})"
+    if B.dtype not in (x.dtype, F32) or C.dtype != B.dtype:
+        return f"B and C have dtypes {B.dtype} and {C.dtype}, the kernel takes that of x ({x.dtype}) or float32"
     if dt.dtype != F32:
         return f"dt has dtype {dt.dtype}, the kernel takes float32"
     n_heads, width = x.shape[2:]
@@ -90,12 +92,16 @@ def ssd_tpu(
     return_final_state=False,
     chunk=None,
     states=None,
+    turn=None,
+    turns=None,
     heads_per_block=None,
     chunks_per_step=None,
     interpret=False,
 ):
     """See `pallas_kernels.ssd` for arguments and results; chunks are always 128 tokens, `chunk` is a hint not followed.
 
+    B and C may be float32 beside bfloat16 x: rounded for their products, with gradients that are not.
+    turn, turns: for `mamba3`, see `pallas_kernels.ops.ssd.turns`; tokens read nothing of themselves then.
     heads_per_block, chunks_per_step: sizes of the kernels, chosen by shape unless given. interpret: run the kernels in
     Pallas' interpreter, on any platform.
     Raises NotImplementedError, naming argument and limit, where `supports` gives a reason.
@@ -105,8 +111,9 @@ def ssd_tpu(
         raise NotImplementedError(reason)
     stored = str(x.dtype) if states in (None, "recompute") else states
     plan = make_plan(x.shape, B.shape, heads_per_block, chunks_per_step, stored, interpret)
+    plan = dataclasses.replace(plan, turns=turns)
     scan = jax.checkpoint(_ssd, static_argnums=(0,)) if states == "recompute" else _ssd
-    y, last = scan((plan, return_final_state), x, dt, A, decay, B, C, D, segment_ids, initial_state)
+    y, last = scan((plan, return_final_state), x, dt, A, decay, B, C, D, segment_ids, initial_state, turn)
     return (y, last) if return_final_state else y
 
 
@@ -140,8 +147,9 @@ def _device() -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(static, x, dt, A, decay, B, C, D, segment_ids, initial_state):
+def _ssd(static, x, dt, A, decay, B, C, D, segment_ids, initial_state, turn):
     plan, return_final_state = static
+    B, C = B.astype(x.dtype), C.astype(x.dtype)
     results = _run_forward(plan, x, dt, A, decay, B, C, D, segment_ids, initial_state, final=return_final_state)
     return results["y"], results.get("last")
 
@@ -173,7 +181,7 @@ def _prepare(x, dt, A, decay, B, C, D, segment_ids, initial_state, plan: Plan) -
     return inputs
 
 
-def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bool) -> Blocks:
+def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bool, wide: bool = False) -> Blocks:
     n_heads, width = x.shape[2:]
     n_groups, state = B.shape[2:]
     return Blocks(
@@ -188,6 +196,8 @@ def _blocks(plan, x, B, D, segment_ids, initial_state, *, final: bool, exact: bo
         documents=segment_ids is not None,
         initial=initial_state is not None,
         final=final,
+        alone=0 if plan.turns is None else plan.turns.alone,
+        wide=wide,
     )
 
 
@@ -203,36 +213,48 @@ def _run_forward(plan, x, dt, A, decay, B, C, D, segment_ids, initial_state, *, 
     return results
 
 
-def _forward_rule(static, x, dt, A, decay, B, C, D, segment_ids, initial_state):
+def _forward_rule(static, x, dt, A, decay, B, C, D, segment_ids, initial_state, turn):
     plan, final = static
+    given, B, C = jnp.zeros(0, B.dtype), B.astype(x.dtype), C.astype(x.dtype)
     arrays = (x, dt, A, decay, B, C, D, segment_ids, initial_state)
     results = _run_forward(plan, *arrays, final=final, states=plan.states)
-    return (results["y"], results.get("last")), (arrays, checkpoint_name(results["states"], "ssd_states"))
+    left = None if plan.turns is None else results.get("last")
+    states = checkpoint_name(results["states"], "ssd_states")
+    return (results["y"], results.get("last")), (arrays, states, left, given)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward_rule(static, residuals, cotangents):
     plan, final = static
-    (x, dt, A, decay, B, C, D, segment_ids, initial_state), states = residuals
+    (x, dt, A, decay, B, C, D, segment_ids, initial_state), states, left, given = residuals
     dy, dlast = cotangents
     n_batch, n_tokens, n_heads, width = x.shape
-    blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=True)
+    wide, keep = given.dtype != B.dtype, plan.turns is not None
+    blocks = _blocks(plan, x, B, D, segment_ids, initial_state, final=final, exact=True, wide=wide)
     inputs = _prepare(x, dt, A, decay, B, C, D, segment_ids, None, plan)
     padding = inputs["x"].shape[1] - n_tokens
     inputs["dy"] = jnp.pad(dy, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(inputs["x"].shape)
     inputs["states"] = states
     if final:
         inputs["dlast"] = dlast.reshape(n_batch, n_heads * width, -1)
-    grads = tpu_backward.backward(inputs, blocks, n_groups=B.shape[2], interpret=plan.interpret)
+    grads = tpu_backward.backward(inputs, blocks, n_groups=B.shape[2], keep_states=keep, interpret=plan.interpret)
     by_token = lambda grad: grad.reshape(n_batch, n_heads, -1).transpose(0, 2, 1)[:, :n_tokens]
     dA = None if A is None else grads["dA"].sum((0, 3)).reshape(n_heads).astype(A.dtype)
     ddecay = None if decay is None else by_token(grads["ddecay"])
-    dB, dC = (grads[name].sum(1)[:, :n_tokens].reshape(B.shape).astype(B.dtype) for name in ("dB", "dC"))
+    dB, dC = (grads[name].sum(1)[:, :n_tokens].reshape(B.shape).astype(given.dtype) for name in ("dB", "dC"))
     dD = None if D is None else grads["dD"].sum((0, -1)).reshape(D.shape).astype(D.dtype)
     dinitial = None
     if initial_state is not None:
         dinitial = grads["dinitial"].reshape(initial_state.shape).astype(initial_state.dtype)
-    return grads["dx"][:, :n_tokens].reshape(x.shape), by_token(grads["ddt"]), dA, ddecay, dB, dC, dD, None, dinitial
+    dturn = None
+    if keep:
+        by_head = lambda array: array.reshape(*array.shape[:-2], n_heads, width, -1)
+        inner = by_head(states)[:, 1:], by_head(grads["dstates"])[:, :-1]
+        ends = [None if state is None else (state, grad) for state, grad in ((initial_state, dinitial), (left, dlast))]
+        maps, span = ((B, dB), (C, dC)), plan.chunks * CHUNK
+        dturn = turn_gradients(plan.turns, maps, inner, *ends, segment_ids, span)
+    dx = grads["dx"][:, :n_tokens].reshape(x.shape)
+    return dx, by_token(grads["ddt"]), dA, ddecay, dB, dC, dD, None, dinitial, dturn
 
 
 _ssd.defvjp(_forward_rule, _backward_rule)

@@ -108,7 +108,7 @@ def _chunk_gradients(chunk, x, refs, blocks: Blocks):
     dy = tpu_forward.transposed_heads("dy", chunk, refs, blocks)
     from_t = common.triangle(dtype, lambda i, t: i >= t)
     before_t = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0) < lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
-    mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None)
+    mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None, blocks.alone)
     waiting, first = [], 0
     for group in range(blocks.groups):
         heads = range(group * blocks.group_heads, (group + 1) * blocks.group_heads)
@@ -176,6 +176,8 @@ def _kernel(*args, names: tuple, blocks: Blocks):
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
+    if "dstates" in refs:
+        refs["dstates"][0, 0] = refs["dstate"][...].astype(refs["dstates"].dtype)
     refs = common.mask_maps(refs, blocks)
     entering = refs["entering"]
     entering[0] = refs["states"][0, 0].astype(F32)
@@ -197,12 +199,12 @@ def _kernel(*args, names: tuple, blocks: Blocks):
             refs["dinitial"][0] = refs["dstate"][...]
 
 
-def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) -> dict:
+def backward(inputs: dict, blocks: Blocks, *, n_groups: int, keep_states=False, interpret=False) -> dict:
     """Runs the kernel. Inputs are the forward's without initial, and dy, states and (blocks.final) dlast.
 
     blocks.exact must be set. Returns dx [B, T, H P]; ddt [B, blocks, heads, T]; ddecay like it, or dA [B, blocks,
     heads, CHUNK], to be summed over batch and lanes; dB, dC [B, parts, T, G N], to be summed over parts; dD like dA
-    (or [B, H P, CHUNK]); dinitial [B, H P, N] by request.
+    (or [B, H P, CHUNK]); dinitial [B, H P, N] by request, as are dstates, of the states that leave the grid steps.
     """
     n_batch, n_tokens, width = inputs["x"].shape
     n_blocks = width // blocks.channels
@@ -215,7 +217,7 @@ def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) ->
     like = lambda name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype)
     lanes = blocks.groups * blocks.state
     dB_spec = pl.BlockSpec((1, 1, blocks.tokens, lanes), lambda b, h, c: (b, h % parts, back(c), h // parts))
-    dB_dtype = inputs["x"].dtype if parts == 1 else F32
+    dB_dtype = inputs["x"].dtype if parts == 1 and not blocks.wide else F32
     dB_shape = jax.ShapeDtypeStruct((n_batch, parts, n_tokens, n_groups * blocks.state), dB_dtype)
     head_spec = pl.BlockSpec((1, 1, blocks.heads, CHUNK), lambda b, h, c: (b, h, 0, 0))
     head_shape = jax.ShapeDtypeStruct((n_batch, n_blocks, blocks.heads, CHUNK), F32)
@@ -231,6 +233,8 @@ def backward(inputs: dict, blocks: Blocks, *, n_groups: int, interpret=False) ->
     elif blocks.skip == "channel":
         channel_spec = pl.BlockSpec((1, blocks.channels, CHUNK), lambda b, h, c: (b, h, 0))
         outputs["dD"] = (channel_spec, jax.ShapeDtypeStruct((n_batch, width, CHUNK), F32))
+    if keep_states:
+        outputs["dstates"] = (specs["states"], like("states"))
     if blocks.initial:
         outputs["dinitial"] = (specs["last"], jax.ShapeDtypeStruct((n_batch, width, blocks.state), F32))
     scratch = tpu_forward.scratch_shapes(blocks, inputs["B"].dtype) | {

@@ -41,7 +41,8 @@ class Blocks:
 
     heads: heads a block; groups: state groups a block; width: P; state: N; chunks: chunks a grid step; exact: full
     exponentials (float32) instead of the factored form; stage: heads whose carried products the forward holds together;
-    skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]).
+    skip: "" (no D), "head" (D [H]) or "channel" (D [H, P]); alone: so many tokens side by side, a power of 2, read
+    nothing of themselves and each other, 0: all do; wide: gradients of B and C are not rounded.
     """
 
     heads: int
@@ -55,6 +56,8 @@ class Blocks:
     documents: bool
     initial: bool
     final: bool
+    alone: int = 0
+    wide: bool = False
 
     @property
     def tokens(self) -> int:
@@ -245,11 +248,12 @@ def mask_maps(refs, blocks: Blocks) -> dict:
     return {**refs, "B": refs["masked B"], "C": refs["masked C"]}
 
 
-def pair_mask(rows, inclusive: bool = True):
-    """[CHUNK, CHUNK] j by i: token j is visible to token i. rows: [8, CHUNK] of the documents, or None."""
+def pair_mask(rows, alone: int = 0):
+    """[CHUNK, CHUNK] j by i: token j is visible to token i. rows: [8, CHUNK] of the documents, or None; alone: as of
+    `Blocks`."""
     j = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
     i = lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
-    causal = (j <= i) if inclusive else (j < i)
+    causal = (j < (i & -alone)) if alone else (j <= i)
     if rows is None:
         return causal
     key = jnp.broadcast_to(rows[KEY : KEY + 1], (CHUNK, CHUNK)).T

@@ -54,7 +54,7 @@ def prepare_chunk(chunk, refs, blocks: Blocks):
 def shared_products(chunk, refs, blocks: Blocks):
     """Masked S^T = B C^T of every group into scratch, tokens j by i."""
     tokens = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-    mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None)
+    mask = common.pair_mask(refs["documents"][0, :, tokens] if blocks.documents else None, blocks.alone)
     for group in range(blocks.groups):
         lanes = group_lanes(group, blocks)
         B, C = refs["B"][0, tokens, lanes], refs["C"][0, tokens, lanes]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mamba3` on Hopper GPUs: the recurrence of `ssd`, by its kernels.
+"""`mamba3` on Hopper GPUs and TPUs: the recurrence of `ssd`, by its kernels.
 
 Behind a token its product of value and key weighs `now + later`, which is what ssd's dt weighs inputs with; at the
 token itself it weighs `now`. So the kernels give what a token reads of those before it, and what it reads of itself is
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.by_token import tokens_where
 from pallas_kernels.chunks import Marks
-from pallas_kernels.mosaic_gpu import TILE
 from pallas_kernels.op import call, limit
 from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
@@ -30,19 +29,22 @@ from pallas_kernels.ops.ssd import OP as SSD
 from pallas_kernels.ops.ssd.turns import Turns
 from pallas_kernels.segments import document_numbers
 
+MOST_RANKS = 64  # and its divisors: they lie in one tile of tokens
 
-def supports(q, k, v, *tokens, **options) -> str | None:
+
+def why_not(implementation, q, k, v, *tokens, **options) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
-    del tokens, options
-    if TILE % q.shape[2]:
-        return f"ranks of q_BTGN ({q.shape[2]}) not a divisor of {TILE}"
+    del options
+    if MOST_RANKS % q.shape[2]:
+        return f"ranks of q_BTGN ({q.shape[2]}) not a divisor of {MOST_RANKS}"
     maps = jax.ShapeDtypeStruct((*v.shape[:3], k.shape[-1]), v.dtype)
-    return limit(SSD, "gpu", (v, None, None, maps, maps), {})
+    return limit(SSD, implementation, (v, tokens[1], None, maps, maps), {})
 
 
-def mamba3_gpu(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, *, z, segment_ids=None,
-               return_final_state=False, chunk=None, q_bias, k_bias, D, mimo_v, rotary_pairs, **more):  # fmt: skip
-    """See `pallas_kernels.mamba3`; `chunk` is a hint not followed."""
+def by_ssd(implementation, q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, *, z, segment_ids=None,
+           return_final_state=False, chunk=None, q_bias, k_bias, D, mimo_v, rotary_pairs, interpret=False,
+           **more):  # fmt: skip
+    """See `pallas_kernels.mamba3`; `chunk` is a hint not followed. By an implementation of `ssd`."""
     del chunk
     tokens = (q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS)
     states = [more.pop(name) for name in STATES]
@@ -53,12 +55,19 @@ def mamba3_gpu(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS,
     written = jax.checkpoint(functools.partial(_prepared, rotary_pairs=rotary_pairs, dtype=dtype))(
         tokens, tuple(states), weights, ids_BT
     )
-    y_BTHP, state_BHPN = _scan(written, tokens_where(ids_BT != 0, adt_BTH), segment_ids, rotary_pairs)
+    decays = tokens_where(ids_BT != 0, adt_BTH)
+    y_BTHP, state_BHPN = _scan(implementation, written, decays, segment_ids, rotary_pairs, interpret)
     y_BTHP = jax.checkpoint(functools.partial(_finished, norm_eps=more.pop("norm_eps"), dtype=dtype))(
         y_BTHP, tokens, z, {"D": D, **weights, **more}, ids_BT
     )
     angle_BHS, k_BHRN, v_BHRP = written.last
     return (y_BTHP, angle_BHS, state_BHPN, k_BHRN, v_BHRP) if return_final_state else y_BTHP
+
+
+mamba3_gpu = functools.partial(by_ssd, "gpu")
+mamba3_tpu = functools.partial(by_ssd, "tpu")
+supports_gpu = functools.partial(why_not, "gpu")
+supports_tpu = functools.partial(why_not, "tpu")
 
 
 def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype) -> Written:
@@ -72,7 +81,7 @@ def _prepared(tokens, states, weights, ids_BT, *, rotary_pairs, dtype) -> Writte
     return written._replace(v_BTHRP=written.v_BTHRP.astype(narrow))
 
 
-def _scan(written: Written, adt_BTH, segment_ids, rotary_pairs: str):
+def _scan(implementation, written: Written, adt_BTH, segment_ids, rotary_pairs: str, interpret):
     """(y of ssd's tokens, leaving state)."""
     n_batch, n_tokens, n_heads, n_rank, d_key = written.q_BTHRN.shape
     n_angles = written.angle_BTHS.shape[-1]
@@ -93,8 +102,8 @@ def _scan(written: Written, adt_BTH, segment_ids, rotary_pairs: str):
         "states": None,
     }
     turn_BTHS = by_rank(written.angle_BTHS - jax.lax.stop_gradient(written.angle_BTHS))
-    more = {"turn": turn_BTHS, "turns": Turns(n_angles, *columns, alone=n_rank)}
-    return call(SSD, "gpu", (x_BTHP, dt_BTH, None, B_BTHN, C_BTHN), options, offered=more)
+    more = {"turn": turn_BTHS, "turns": Turns(n_angles, *columns, alone=n_rank), "interpret": interpret}
+    return call(SSD, implementation, (x_BTHP, dt_BTH, None, B_BTHN, C_BTHN), options, offered=more)
 
 
 def _finished(y_BTHP, tokens, z, weights, ids_BT, *, norm_eps, dtype):

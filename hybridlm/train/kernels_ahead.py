@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mosaic GPU kernels of a program, compiled from when each is lowered, beside all that a start does meanwhile.
+
+XLA compiles them when it is through with a program's passes, one after the other, and nothing else meanwhile: they
+change LLVM's options, which are those of the process. Every call of a kernel holds its text, hundreds of kilobytes,
+which XLA reads and prints again and again. A process keeps each kernel that it has compiled by the hash of its text.
+So here programs of one kernel each are compiled in threads, and then the program itself, whose calls hold hashes alone.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import config  # no public name keeps the programs of one thread out of the cache
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pallas_kernels.platform import platform_of
+
+TARGET = "mosaic_gpu_v2"
+"""How JAX names the call of a kernel; where it names it otherwise, none is found."""
+CALL = "stablehlo.custom_call"
+WORDS = "mhlo.backend_config"
+PLAIN = {"use_custom_barrier": False, "uses_xla_collective_metadata": False}
+"""What a call says beside the text and its hash, as far as it is compiled otherwise for it."""
+MOST = 8
+"""Threads: `hybrid_1b` has 11 kernels, of which the longest takes a third of the time of all."""
+EVERY = 0.1
+"""Seconds between two looks at what has been lowered."""
+
+NEVER = 1e9
+"""Seconds that no program takes to compile."""
+
+log = logging.getLogger(__name__)
+
+
+def compile_ahead(
+    lower: Callable[[], jax.stages.Lowered], mesh: Mesh, then: Callable[[], None] = lambda: None
+) -> jax.stages.Compiled:
+    """`lower().compile()`, for the devices of a mesh; raises what that raises.
+
+    then: is called when XLA alone is left, which neither Python nor kernels wait for: what else is compiled before
+    delays them. Whatever is wrong with a kernel's own program, or with a program without texts, this one is compiled as
+    it is.
+    """
+    kernels = Kernels(mesh.devices.flat[0])
+    with kernels.from_known(_known):
+        lowered = lower()
+    ready = kernels.ready(lowered)
+    then()
+    if ready:
+        try:
+            with without_texts(lowered):
+                return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            log.info("compiled once more, with the texts of kernels: %s", _first_line(error))
+    return lowered.compile()
+
+
+class Kernels:
+    """Those of a process that are compiled ahead. Nothing here raises."""
+
+    def __init__(self, device: jax.Device):
+        self.device, self.started = device, dict[bytes, Future]()
+        self._pool = ThreadPoolExecutor(min(MOST, max(1, (os.cpu_count() or 2) // 2)), "kernel")
+
+    def start(self, words: Mapping[str, Any]) -> None:
+        """Compiles the kernel of a call in a thread, once; its future says whether that was done."""
+        if words["kernel_hash"] not in self.started:
+            self.started[words["kernel_hash"]] = self._pool.submit(self._compile, dict(words))
+
+    @contextmanager
+    def from_known(self, known: Callable[[], Mapping[bytes, bytes]]) -> Iterator[None]:
+        """Within, starts each kernel as soon as it is known. known: () -> texts by hash, of all that were lowered."""
+        if platform_of(self.device) != "gpu":
+            yield
+            return
+        before, over = set(known()), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(EVERY):
+                for name, text in list(known().items()):
+                    if name not in before:
+                        self.start(PLAIN | {"kernel_hash": name, "module": text})
+
+        thread = threading.Thread(target=watch, name="kernels")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def ready(self, lowered: jax.stages.Lowered) -> bool:
+        """Whether a program calls kernels, all of which the process has compiled; waits for those on their way."""
+        if platform_of(self.device) != "gpu":
+            return False
+        try:
+            called = {words["kernel_hash"]: words for words in calls(lowered)}
+            for words in sorted(called.values(), key=lambda words: len(words["module"]), reverse=True):
+                self.start(words)
+            self._pool.shutdown(wait=False)
+            return bool(called) and all([self.started[name].result() for name in called])
+        except Exception as error:  # whatever JAX calls things by then
+            log.info("kernels are not compiled ahead: %s", _first_line(error))
+            return False
+
+    def _compile(self, words: dict[str, Any]) -> bool:
+        try:
+            with not_kept():
+                call_alone(words, self.device).compile()
+            return True
+        except Exception as error:
+            log.info("a kernel is not compiled ahead: %s", _first_line(error))
+            return False
+
+
+def calls(lowered: jax.stages.Lowered) -> list[dict[str, Any]]:
+    """What each call of a kernel in a program says, by name: `module`, the text, and `kernel_hash` are bytes."""
+    said = ({item.name: item.attr for item in operation.attributes[WORDS]} for operation in _calls(lowered))
+    plain = lambda value: value.value_bytes if hasattr(value, "value_bytes") else value.value
+    return [{name: plain(value) for name, value in words.items()} for words in said]
+
+
+def call_alone(words: Mapping[str, Any], device: jax.Device) -> jax.stages.Lowered:
+    """A program that calls a kernel without its arguments: to be compiled, never to be run."""
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((1,), np.float32))
+    return jax.jit(lambda: call(**words), out_shardings=SingleDeviceSharding(device)).lower()
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """Within, JAX's cache on disk gets no program of this thread: one read back there has compiled no kernel here."""
+    with config.persistent_cache_min_compile_time_secs(NEVER):
+        yield
+
+
+@contextmanager
+def without_texts(lowered: jax.stages.Lowered) -> Iterator[None]:
+    """Within, calls of kernels in a program have hashes alone."""
+    from jax.extend.mlir import ir
+
+    before = [(operation, operation.attributes[WORDS]) for operation in _calls(lowered)]
+    with lowered.compiler_ir().context:
+        none = ir.StringAttr.get(b"")
+        for operation, words in before:
+            said = {item.name: none if item.name == "module" else item.attr for item in words}
+            operation.attributes[WORDS] = ir.DictAttr.get(said)
+    try:
+        yield
+    finally:
+        for operation, words in before:
+            operation.attributes[WORDS] = words
+
+
+def _known() -> Mapping[bytes, bytes]:
+    """Texts of all kernels that this process has lowered, by hash, as JAX keeps them."""
+    return getattr(sys.modules.get("jax.experimental.mosaic.gpu.core"), "KNOWN_KERNELS", {})
+
+
+def _calls(lowered: jax.stages.Lowered) -> list:
+    """Operations that call kernels."""
+    found = _operations(lowered.compiler_ir().operation)
+    return [one for one in found if one.name == CALL and one.attributes["call_target_name"].value == TARGET]
+
+
+def _operations(operation) -> Iterator:
+    """All within an operation of MLIR."""
+    for region in operation.regions:
+        for block in region:
+            for inner in block:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
