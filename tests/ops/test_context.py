@@ -32,7 +32,7 @@ TOKENS = {
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
 SPLIT = tuple(TOKENS)
-RECURRENCES = tuple(name for name, op in OPS.items() if op.context and name not in TOKENS)
+RECURRENCES = tuple(name for name, op in OPS.items() if op.context and op.tokens and name not in TOKENS)
 ALIKE = ("gated_delta_product", "linear_scan", "rwkv4", "rwkv7", "titans")  # exchange as others that run each time do
 TOKENS |= {name: (*OPS[name].tokens, "segment_ids") for name in RECURRENCES}
 
