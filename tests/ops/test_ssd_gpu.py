@@ -149,6 +149,7 @@ def test_what_tokens_do_to_a_state(case, reverse):
         check_close(value, expected, dtype="bfloat16", what=f"ends.{name}")
 
 
+@pytest.mark.newer
 def test_gradients_take_no_arrays_of_no_size():
     """Of two chunks, of which the state's rounding reaches all: a scatter of no indices would be passed in, and GPUs'
     compiler does not survive that in a shard_map."""

@@ -54,7 +54,8 @@ def ssd_context(scan: Callable, args: tuple, *, context_axis: str, by_walk: bool
     by_walk: whether the Hopper kernels serve the call, of which one finds the states.
     """
     segment_ids, initial = options["segment_ids"], options["initial_state"]
-    arrays = _Arrays(*args, options["D"], options["decay"])
+    x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN = args
+    arrays = _Arrays(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, options["D"], options["decay"])
     dtype = jnp.result_type(arrays.x_BTHP, arrays.dt_BTH, jnp.float32)
     if initial is None:
         n_batch, _, n_heads, d_head = arrays.x_BTHP.shape
@@ -99,8 +100,8 @@ def _backward(static: _Call, saved, cotangents):
     dy_BTHP, dfinal_BHPN = cotangents
     _, own_BHPN = static.ends(dy_BTHP, dt_BTH, A_H, C_BTGN, decay_BTH, segment_ids, reverse=True)
     entering_BHPN = own_BHPN.astype(dfinal_BHPN.dtype) + total_BH11 * dfinal_BHPN
-    through = (context.keep_rows(goes_on_B, array) for array in (total_BH11, entering_BHPN))
-    dfinal_BHPN += context.leaving_gradient(*through, static.context_axis)
+    decay_BH11, entering_BHPN = (context.keep_rows(goes_on_B, array) for array in (total_BH11, entering_BHPN))
+    dfinal_BHPN += context.leaving_gradient(decay_BH11, entering_BHPN, static.context_axis)
     d_arrays, dinitial_BHPN = pull((dy_BTHP, dfinal_BHPN))
     is_first = jax.lax.axis_index(static.context_axis) == 0
     return d_arrays, None, jnp.where(is_first, dinitial_BHPN, 0)
