@@ -32,9 +32,9 @@ def test_decays_follow_from_the_config():
     model = hybridlm.from_hf(FOLDER / "minimax")
     published, made = load_file(FOLDER / "minimax" / "model.safetensors"), minimax.constants(model.config)
     assert made.keys() == {name for name in published if name.endswith("_decay")}
-    for name, (shape, make) in made.items():
-        assert shape == published[name].shape == make().shape
-        np.testing.assert_allclose(make(), published[name], rtol=3e-7, atol=1e-9)
+    for name, constant in made.items():
+        assert constant.shape == published[name].shape == constant.make().shape
+        np.testing.assert_allclose(constant.make(), published[name], rtol=3e-7, atol=1e-9)
 
 
 def test_they_may_be_left_out(folder, tmp_path):

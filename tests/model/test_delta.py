@@ -54,7 +54,7 @@ def expected_delta(c, w, x_BTD):
         b, a = np.moveaxis(np.einsum("btd,dch->btch", x_BTD, w["in_ba"]), 2, 0)
         g = -np.exp(w["A_log"])[:, None] * softplus(a + w["dt_bias"])[..., None]
         z = np.einsum("btd,dhp->bthp", x_BTD, w["in_z"])
-        gate = z * sigmoid(z)
+        gate = sigmoid(z) * (z if c.gate == "silu" else 1)
     else:
         b = np.einsum("btd,dh->bth", x_BTD, w["in_b"])
         f, z = (
