@@ -92,6 +92,21 @@ def check_heads(q_BTGN, k_BTGN, v_BTHP, names: tuple[str, str, str] = ("q_BTGN",
         check_float(name, array)
 
 
+def check_attended(q_BTHP, k_BSKP, v_BSKP) -> None:
+    """Raises ValueError or TypeError unless queries, keys and values of attention fit together."""
+    check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
+    n_batch, n_queries, n_heads, width = q_BTHP.shape
+    check_shape("k_BSKP", k_BSKP, (n_batch, None, None, width), "batch of q_BTHP, keys, key heads, width of q_BTHP")
+    n_keys, n_kv_heads = k_BSKP.shape[1:3]
+    check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
+    if min(n_queries, n_keys) < 1:
+        raise ValueError(f"q_BTHP has {n_queries} tokens and k_BSKP {n_keys}, at least 1 is needed")
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
+    for name, array in {"q_BTHP": q_BTHP, "k_BSKP": k_BSKP, "v_BSKP": v_BSKP}.items():
+        check_float(name, array)
+
+
 def check_log_decays(name: str, g, shapes: tuple, legend: str) -> None:
     """Raises ValueError or TypeError unless g is None or float32 or float64 of one of the shapes."""
     if g is None:

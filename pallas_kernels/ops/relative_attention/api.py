@@ -6,7 +6,7 @@ Inkling; the position bias of Shaw et al. 2018, arXiv:1803.02155, as profiles th
 import jax
 
 from pallas_kernels import context
-from pallas_kernels.checks import check_float, check_positive_int, check_shape, check_sides
+from pallas_kernels.checks import check_attended, check_float, check_positive_int, check_shape, check_sides
 from pallas_kernels.op import call
 from pallas_kernels.ops.relative_attention import OP
 from pallas_kernels.segments import document_ids, real_positions
@@ -81,19 +81,11 @@ def relative_attention(
 
 def _check(q_BTHP, k_BSKP, v_BSKP, r_BTHR, profiles_RE) -> None:
     """Raises ValueError or TypeError unless they fit together."""
-    check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
-    n_batch, n_queries, n_heads, width = q_BTHP.shape
-    check_shape("k_BSKP", k_BSKP, (n_batch, None, None, width), "batch of q_BTHP, keys, key heads, width of q_BTHP")
-    n_keys, n_kv_heads = k_BSKP.shape[1:3]
-    check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
-    if min(n_queries, n_keys) < 1:
-        raise ValueError(f"q_BTHP has {n_queries} tokens and k_BSKP {n_keys}, at least 1 is needed")
-    if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
+    check_attended(q_BTHP, k_BSKP, v_BSKP)
+    n_batch, n_queries, n_heads = q_BTHP.shape[:3]
     check_shape("r_BTHR", r_BTHR, (n_batch, n_queries, n_heads, None), "batch, tokens, heads of q_BTHP, profiles")
     check_shape("profiles_RE", profiles_RE, (r_BTHR.shape[3], None), "profiles of r_BTHR, distances")
     if profiles_RE.shape[1] < 1:
         raise ValueError(f"profiles_RE has {profiles_RE.shape[1]} distances, at least 1 is needed")
-    arrays = {"q_BTHP": q_BTHP, "k_BSKP": k_BSKP, "v_BSKP": v_BSKP, "r_BTHR": r_BTHR, "profiles_RE": profiles_RE}
-    for name, array in arrays.items():
+    for name, array in {"r_BTHR": r_BTHR, "profiles_RE": profiles_RE}.items():
         check_float(name, array)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context
-from pallas_kernels.checks import check_array, check_float, check_shape
+from pallas_kernels.checks import check_array, check_attended, check_shape
 from pallas_kernels.op import call
 from pallas_kernels.ops.selected_attention import OP
 
@@ -48,7 +48,7 @@ def selected_attention(
     Raises ValueError or TypeError for arguments that do not fit together, NotImplementedError where the named
     implementation cannot serve the call.
     """
-    _check(q_BTHP, k_BSKP, v_BSKP)
+    check_attended(q_BTHP, k_BSKP, v_BSKP)
     n_batch, n_queries, n_keys = *q_BTHP.shape[:2], k_BSKP.shape[1]
     _check_integers("chosen_BTC", chosen_BTC, (n_batch, n_queries, None), "batch, tokens of q_BTHP, chosen blocks")
     _check_integers("blocks_BS", blocks_BS, (n_batch, n_keys), "batch, keys of k_BSKP")
@@ -63,21 +63,6 @@ def selected_attention(
     args = q_BTHP, k_BSKP, v_BSKP, jnp.asarray(chosen_BTC, jnp.int32), jnp.asarray(blocks_BS, jnp.int32)
     kwargs = {"places": places, "scale": q_BTHP.shape[-1] ** -0.5 if scale is None else float(scale)}
     return call(OP, implementation, args, kwargs, context_axis=context_axis)
-
-
-def _check(q_BTHP, k_BSKP, v_BSKP) -> None:
-    """Raises ValueError or TypeError unless they fit together."""
-    check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
-    n_batch, n_queries, n_heads, width = q_BTHP.shape
-    check_shape("k_BSKP", k_BSKP, (n_batch, None, None, width), "batch of q_BTHP, keys, key heads, width of q_BTHP")
-    n_keys, n_kv_heads = k_BSKP.shape[1:3]
-    check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
-    if min(n_queries, n_keys) < 1:
-        raise ValueError(f"q_BTHP has {n_queries} tokens and k_BSKP {n_keys}, at least 1 is needed")
-    if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
-    for name, array in {"q_BTHP": q_BTHP, "k_BSKP": k_BSKP, "v_BSKP": v_BSKP}.items():
-        check_float(name, array)
 
 
 def _check_integers(name: str, array, shape: tuple[int | None, ...], what: str) -> None:
