@@ -69,8 +69,9 @@ def _fits(n_bytes: float, mesh: Mesh) -> bool:
     """Whether the devices are GPUs, split over fsdp, and have the room: see `ROOM`."""
     device = mesh.devices.flat[0]
     peak = peaks_of(device) if platform_of(device) == "gpu" else None
-    known = mesh.shape.get("fsdp", 1) > 1 and peak is not None and peak.gib is not None
-    return known and n_bytes * ROOM <= peak.gib * 2**30
+    if mesh.shape.get("fsdp", 1) == 1 or peak is None or peak.gib is None:
+        return False
+    return n_bytes * ROOM <= peak.gib * 2**30
 
 
 class Layout(NamedTuple):
