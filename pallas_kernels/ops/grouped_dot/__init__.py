@@ -26,4 +26,8 @@ OP = Op(
         ),
     },
     proven=("gpu",),
+    gpu_costs={
+        "grouped_dot_rows": "pallas_kernels.ops.grouped_dot.gpu.cost:rows",
+        "grouped_dot_matrices": "pallas_kernels.ops.grouped_dot.gpu.cost:matrices",
+    },
 )
