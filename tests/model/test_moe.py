@@ -115,7 +115,7 @@ def test_sinks_are_weighed_with_the_chosen():
     ("name", "platform"), [*((name, "cpu") for name in BLOCKS), ("granite", "gpu"), ("nemotron", "gpu")]
 )
 def test_equals_a_dense_loop_over_experts(name, platform):
-    """Outputs, and gradients of the input and of every parameter. For a GPU weights multiply before the last product."""
+    """Outputs, and gradients of the input and of every parameter. On a GPU weights multiply before the last product."""
     block = BLOCKS[name]
     graphdef, state = nnx.split(make(block))
     rng = np.random.default_rng(1)

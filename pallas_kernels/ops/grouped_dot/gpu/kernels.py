@@ -45,8 +45,7 @@ SLOTS = 2  # of a warpgroup's results in shared memory
 @dataclasses.dataclass(frozen=True)
 class Product:
     """Static description of one kernel. Of rows times matrices: x ``[rows, inputs]``, w ``[groups, inputs, outputs]``
-    or, transposed, ``[groups, outputs, inputs]``. Of the matrices' gradient: x ``[rows, inputs]``, dy ``[rows, outputs]``.
-    """
+    or, transposed, ``[groups, outputs, inputs]``. Of their gradient: x ``[rows, inputs]``, dy ``[rows, outputs]``."""
 
     rows: int
     inputs: int
@@ -342,7 +341,7 @@ def rows_times_matrices(cfg: Product, x, w, tiles, groups):
 
 
 def matrix_gradients(cfg: Product, x, dy, groups):
-    """dw ``[groups, inputs, outputs]``. groups ``[G, 3]`` int32, in the order of work: a group, its first row, its rows."""
+    """dw ``[groups, inputs, outputs]``. groups ``[G, 3]`` int32, in the order of work: a group, its first row, rows."""
     out = jax.ShapeDtypeStruct((cfg.groups, cfg.inputs, cfg.outputs), cfg.dtype)
     names = ("x", "dy", "groups", "dw")
     work = _compute_weights, _produce_weights, cfg.weight_tiles
