@@ -16,8 +16,8 @@ gpu = pytest.importorskip("pallas_kernels.ops.grouped_dot.gpu.api", reason="this
 N_TILES = 16  # those of 6 x 300 rows, and one
 VISITS = jax.jit(lambda sizes: gpu._visits(sizes, N_TILES))
 SIZES = {
-    "edges": [128, 64, 0, 65, 63],  # groups end where tiles do, in the middle of one, and beside it
-    "small": [1, 0, 0, 2, 129],
+    "edges": [128, 64, 0, 65, 63, 9],  # groups end where tiles do, in the middle of one, and beside it
+    "small": [1, 0, 0, 2, 205],
     "none": [0, 0, 0],
 }
 
@@ -46,8 +46,10 @@ def test_a_tile_visits_the_groups_that_have_rows_in_it(seed):
 
 
 def test_largest_groups_come_first():
-    found = np.asarray(gpu._largest_first(jnp.array([3, 0, 9, 3], jnp.int32)))
-    np.testing.assert_array_equal(found, [[2, 3, 9], [0, 0, 3], [3, 12, 3], [1, 3, 0]])
+    """Copies begin at multiples of 8 rows, which the interpreter does not ask for."""
+    found = np.asarray(gpu._largest_first(jnp.array([3, 0, 9, 30, 0, 3], jnp.int32)))
+    wanted = [[3, 8, 12, 42], [2, 0, 3, 12], [0, 0, 0, 3], [5, 40, 42, 45], [1, 3, 3, 3], [4, 42, 42, 42]]
+    np.testing.assert_array_equal(found, wanted)
 
 
 @needs_gpu_interpreter

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import platform
 from pallas_kernels.ops.grouped_dot.gpu import kernels
-from pallas_kernels.ops.grouped_dot.gpu.kernels import ROWS, Product
+from pallas_kernels.ops.grouped_dot.gpu.kernels import COPIED, ROWS, Product
 
 WIDTH_MULTIPLE = 128  # of inputs and outputs: rows of a tile of the matrices' gradients
-ROW_MULTIPLE = 1  # tiles may reach beyond the rows: the copy engine reads zeros there and writes nothing
+ROW_MULTIPLE = COPIED
+MARGIN = 0  # rows behind: blocks may reach beyond the rows, where the copy engine reads zeros and writes nothing
 FEWEST_ROWS = 16  # a group, of calls that are faster than xla's loop
 
 
@@ -34,7 +35,7 @@ def slower(x_MK, w_GKN, sizes_G) -> str | None:
 def grouped_dot_gpu(x_MK, w_GKN, sizes_G):
     """See `pallas_kernels.grouped_dot`."""
     n_rows = x_MK.shape[0]
-    x_MK = jnp.pad(x_MK, ((0, -n_rows % ROW_MULTIPLE), (0, 0)))
+    x_MK = jnp.pad(x_MK, ((0, -n_rows % ROW_MULTIPLE + MARGIN), (0, 0)))
     return _product(x_MK, w_GKN, sizes_G)[:n_rows]
 
 
@@ -106,6 +107,8 @@ def _visits(sizes_G, n_tiles: int):
 
 def _largest_first(sizes_G):
     """groups of `kernels.matrix_gradients`."""
-    first_G = jnp.cumsum(sizes_G) - sizes_G
-    groups_G3 = jnp.stack([jnp.arange(sizes_G.shape[0]), first_G, sizes_G], axis=1)
-    return groups_G3[jnp.argsort(-sizes_G, stable=True)].astype(jnp.int32)
+    ends_G = jnp.cumsum(sizes_G)
+    starts_G = ends_G - sizes_G
+    begins_G = jnp.where(sizes_G > 0, starts_G // COPIED * COPIED, ends_G)
+    groups_G4 = jnp.stack([jnp.arange(sizes_G.shape[0]), begins_G, starts_G, ends_G], axis=1)
+    return groups_G4[jnp.argsort(-sizes_G, stable=True)].astype(jnp.int32)

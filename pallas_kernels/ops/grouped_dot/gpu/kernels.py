@@ -11,8 +11,8 @@ every tile is stored whole, and rows in no group, which are visited by none, are
 first.
 
 Gradients of matrices: a tile is 128 inputs by up to 256 outputs of one group, summed over the group's rows in blocks of
-64 that begin where the group does; what lies behind it in the last block is zeroed in both operands. The largest groups
-come first, those without rows give zeros.
+64 that begin at the last multiple of 8 up to it, as the copy engine counts in tiles of 8 rows; what is another group's
+in the first and the last block is zeroed in both operands. The largest groups come first; those without rows are zeros.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from pallas_kernels.mosaic_gpu import (
 from pallas_kernels.varying import call_varying
 
 ROWS = 2 * TILE  # of a tile: those of two compute warpgroups
+COPIED = 8  # rows of a tile of shared memory: of arrays in global memory rows are a multiple, as is where copies begin
 REGISTERS = (240, 24)  # of a thread of the compute warpgroups and of the producer
 SLOTS = 2  # of a warpgroup's results in shared memory
 
@@ -214,15 +215,18 @@ def _produce_rows(cfg, refs, smem, bars):
 
 
 class _WeightsTile:
-    """A tile of the matrices' gradients: its group, inputs and outputs, the group's first row and their number."""
+    """A tile of the matrices' gradients: its group, inputs and outputs, and the blocks of rows to sum over: the first
+    begins at `row`, those from `whole` to `rest` have rows of the group alone."""
 
     def __init__(self, cfg, refs, index):
         per_group = cfg.inputs // ROWS * cfg.n_columns
         place, rest = lax.div(index, per_group), lax.rem(index, per_group)
-        self.group, self.row, self.rows = (refs["groups"][place, i] for i in range(3))
+        self.group, self.row, self.start, self.end = (refs["groups"][place, i] for i in range(4))
         self.input = lax.div(rest, cfg.n_columns) * ROWS
         self.column = lax.rem(rest, cfg.n_columns) * cfg.columns
-        self.steps = lax.div(self.rows + TILE - 1, TILE)
+        self.steps = lax.div(self.end - self.row + TILE - 1, TILE)
+        self.whole = jnp.where(self.start > self.row, jnp.minimum(self.steps, 1), 0)
+        self.rest = jnp.maximum(self.whole, lax.div(self.end - self.row, TILE))
 
 
 def _compute_weights(cfg, refs, smem, bars, wg):
@@ -230,14 +234,14 @@ def _compute_weights(cfg, refs, smem, bars, wg):
 
     def work(index, done):
         tile = _WeightsTile(cfg, refs, index)
-        n_whole = lax.div(tile.rows, TILE)
 
         def step(k, acc, masked):
             at = done + k
             slot = lax.rem(at, cfg.stages)
             plgpu.barrier_wait(full.at[slot])
             if masked:
-                real = k * TILE + tile_index(0) < tile.rows
+                row = tile.row + k * TILE + tile_index(0)
+                real = (tile.start <= row) & (row < tile.end)
                 clear_rows(a_s.at[slot, wg], real, cfg.dtype)
                 half = cfg.columns // 2
                 for column in range(0, half, TILE):
@@ -250,9 +254,12 @@ def _compute_weights(cfg, refs, smem, bars, wg):
         end = done + tile.steps
 
         def sums(acc):
-            loop_with(acc, n_whole, functools.partial(step, masked=False))
-            last = lambda k, acc: step(n_whole + k, acc, masked=True)
-            loop_with(acc, tile.steps - n_whole, last)
+            for begin, stop, masked in (
+                (0, tile.whole, True),
+                (tile.whole, tile.rest, False),
+                (tile.rest, tile.steps, True),
+            ):
+                loop_with(acc, stop - begin, lambda k, acc, begin=begin, masked=masked: step(begin + k, acc, masked))
             return _finish(cfg, acc, end, done, empty)
 
         def target(column):
@@ -341,7 +348,11 @@ def rows_times_matrices(cfg: Product, x, w, tiles, groups):
 
 
 def matrix_gradients(cfg: Product, x, dy, groups):
-    """dw ``[groups, inputs, outputs]``. groups ``[G, 3]`` int32, in the order of work: a group, its first row, rows."""
+    """dw ``[groups, inputs, outputs]``.
+
+    groups ``[G, 4]`` int32, in the order of work: a group, the last multiple of 8 up to its first row, that row and the
+    one behind its last; the first three the same where there is none.
+    """
     out = jax.ShapeDtypeStruct((cfg.groups, cfg.inputs, cfg.outputs), cfg.dtype)
     names = ("x", "dy", "groups", "dw")
     work = _compute_weights, _produce_weights, cfg.weight_tiles
