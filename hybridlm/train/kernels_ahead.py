@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mosaic GPU kernels of a program, compiled from when each is lowered, beside all that a start does meanwhile.
 
-XLA compiles them when it is through with a program's passes, one after the other, and nothing else meanwhile: they
-change LLVM's options, which are those of the process. Every call of a kernel holds its text, hundreds of kilobytes,
-which XLA reads and prints again and again. A process keeps each kernel that it has compiled by the hash of its text.
-So here programs of one kernel each are compiled in threads, and then the program itself, whose calls hold hashes alone.
+XLA compiles them when it is through with a program's passes, one after the other behind one lock. Every call of a
+kernel holds its text, hundreds of kilobytes, which XLA reads and prints again and again. A process keeps each kernel
+that it has compiled by the hash of its text. So here programs of one kernel each are compiled in a thread, and beside
+them the program itself, whose calls hold hashes alone: XLA asks for the kernels behind its passes, when they are there.
 """
 
 import logging
-import os
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +30,13 @@ CALL = "stablehlo.custom_call"
 WORDS = "mhlo.backend_config"
 PLAIN = {"use_custom_barrier": False, "uses_xla_collective_metadata": False}
 """What a call says beside the text and its hash, as far as it is compiled otherwise for it."""
-MOST = 8
-"""Threads: `hybrid_1b` has 11 kernels, of which the longest takes a third of the time of all."""
 EVERY = 0.1
-"""Seconds between two looks at what has been lowered."""
-
+"""Seconds between two looks at what has been lowered, or compiled."""
 NEVER = 1e9
 """Seconds that no program takes to compile."""
+PASSES = 0.35e-3
+"""Seconds for each operation of a program that XLA is at least at its passes before it asks for kernels: half of what it
+took for `hybrid_1b` on the host of an H100."""
 
 log = logging.getLogger(__name__)
 
@@ -45,35 +46,61 @@ def compile_ahead(
 ) -> jax.stages.Compiled:
     """`lower().compile()`, for the devices of a mesh; raises what that raises.
 
-    then: is called when XLA alone is left, which neither Python nor kernels wait for: what else is compiled before
-    delays them. Whatever is wrong with a kernel's own program, or with a program without texts, this one is compiled as
-    it is.
+    then: is called when XLA alone is left, for which Python has nothing to do: what else is traced before delays it.
+    Where XLA asks for a kernel that is not compiled yet, the program is compiled once more when all are. Whatever is
+    wrong with a kernel's own program, or with a program without texts, this one is compiled as it is.
     """
     kernels = Kernels(mesh.devices.flat[0])
     with kernels.from_known(_known):
         lowered = lower()
-    ready = kernels.ready(lowered)
     then()
-    if ready:
+    tries = 2 if kernels.of(lowered) else 0
+    while tries and kernels.left() > PASSES * kernels.operations:
+        time.sleep(EVERY)
+    while tries > 0 and not kernels.failed():
+        tries -= 1 if kernels.left() else 2
         try:
             with without_texts(lowered):
                 return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            log.info("compiled once more, with the texts of kernels: %s", _first_line(error))
+            log.info("compiled once more: %s", _first_line(error))
+        kernels.wait()
     return lowered.compile()
 
 
 class Kernels:
     """Those of a process that are compiled ahead. Nothing here raises."""
 
+    operations = 0
+    """Of the program that calls them, as it is lowered."""
+
     def __init__(self, device: jax.Device):
         self.device, self.started = device, dict[bytes, Future]()
-        self._pool = ThreadPoolExecutor(min(MOST, max(1, (os.cpu_count() or 2) // 2)), "kernel")
+        self._sizes, self._seconds = dict[bytes, int](), dict[bytes, float]()
+        self._pool = ThreadPoolExecutor(1, "kernel")  # JAX has one lock for all kernels
 
     def start(self, words: Mapping[str, Any]) -> None:
         """Compiles the kernel of a call in a thread, once; its future says whether that was done."""
-        if words["kernel_hash"] not in self.started:
-            self.started[words["kernel_hash"]] = self._pool.submit(self._compile, dict(words))
+        name = words["kernel_hash"]
+        if name not in self.started:
+            self._sizes[name] = len(words["module"])
+            self.started[name] = self._pool.submit(self._compile, dict(words))
+
+    def left(self) -> float:
+        """Seconds until all that were started are compiled, by how long the others took for their texts."""
+        sizes, seconds = dict(self._sizes), dict(self._seconds)
+        waiting = sum(size for name, size in sizes.items() if name not in seconds)
+        if not waiting:
+            return 0.0
+        return waiting * sum(seconds.values()) / sum(sizes[name] for name in seconds) if seconds else math.inf
+
+    def failed(self) -> bool:
+        """Whether one that is through is not compiled."""
+        return any(one.done() and not one.result() for one in list(self.started.values()))
+
+    def wait(self) -> None:
+        """Until none is on its way."""
+        wait(list(self.started.values()))
 
     @contextmanager
     def from_known(self, known: Callable[[], Mapping[bytes, bytes]]) -> Iterator[None]:
@@ -97,21 +124,23 @@ class Kernels:
             over.set()
             thread.join()
 
-    def ready(self, lowered: jax.stages.Lowered) -> bool:
-        """Whether a program calls kernels, all of which the process has compiled; waits for those on their way."""
+    def of(self, lowered: jax.stages.Lowered) -> bool:
+        """Starts those that a program calls; whether it calls any, and is for a GPU."""
         if platform_of(self.device) != "gpu":
             return False
         try:
-            called = {words["kernel_hash"]: words for words in calls(lowered)}
-            for words in sorted(called.values(), key=lambda words: len(words["module"]), reverse=True):
+            called = calls(lowered)
+            for words in called:
                 self.start(words)
             self._pool.shutdown(wait=False)
-            return bool(called) and all([self.started[name].result() for name in called])
+            self.operations = sum(1 for _ in _operations(lowered.compiler_ir().operation))
+            return bool(called)
         except Exception as error:  # whatever JAX calls things by then
             log.info("kernels are not compiled ahead: %s", _first_line(error))
             return False
 
     def _compile(self, words: dict[str, Any]) -> bool:
+        began = time.monotonic()
         try:
             with not_kept():
                 call_alone(words, self.device).compile()
@@ -119,6 +148,8 @@ class Kernels:
         except Exception as error:
             log.info("a kernel is not compiled ahead: %s", _first_line(error))
             return False
+        finally:
+            self._seconds[words["kernel_hash"]] = time.monotonic() - began
 
 
 def calls(lowered: jax.stages.Lowered) -> list[dict[str, Any]]:
