@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 
 from jax._src import compilation_cache  # no public name puts a program there
 
@@ -45,10 +45,9 @@ def _have_asked() -> None:
     """Has JAX ask, once for all, whether the thread that writes a program wants that now."""
     with _lock:
         put = getattr(compilation_cache, PUT, None)
-        if put is None or hasattr(put, "asks"):
+        if put is None or getattr(put, "__module__", None) == __name__:
             return
 
-        @wraps(put)
         def asked(*args, **more) -> None:
             later = getattr(_thread, "later", None)
             if later is None:
@@ -56,5 +55,4 @@ def _have_asked() -> None:
             else:
                 later.append(partial(put, *args, **more))
 
-        asked.asks = True
         setattr(compilation_cache, PUT, asked)

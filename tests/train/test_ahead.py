@@ -189,9 +189,7 @@ def test_a_program_is_compiled_without_texts_beside_its_kernels(kernel, refused,
     monkeypatch.setattr(Kernels, "left", lambda self: 0.0 if one.done() else 1.0)
     monkeypatch.setattr(kernels_ahead, "PASSES", 1 if isinstance(kernel, bool) else math.inf)
     monkeypatch.setattr(type(lowered), "compile", compile_)
-    run = lambda: kernels_ahead.compile_ahead(
-        lambda: lowered, make_mesh(MeshConfig()), lambda: told.append("lowered")
-    )
+    run = lambda: kernels_ahead.compile_ahead(lambda: lowered, make_mesh(MeshConfig()), lambda: told.append("lowered"))
     if WITH in refused:
         with pytest.raises(jax.errors.JaxRuntimeError, match="no kernel"):
             run()
