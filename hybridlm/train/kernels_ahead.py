@@ -35,8 +35,8 @@ EVERY = 0.1
 NEVER = 1e9
 """Seconds that no program takes to compile."""
 PASSES = 0.35e-3
-"""Seconds that XLA takes at least, for each operation of a program, before it asks for kernels: half of what it took for
-`hybrid_1b` on the host of an H100."""
+"""Seconds that XLA takes at least, for each operation of a program, before it asks for kernels: half of what it took
+for `hybrid_1b` on the host of an H100."""
 
 log = logging.getLogger(__name__)
 
