@@ -3,8 +3,9 @@
 
 XLA compiles them when it is through with a program's passes, one after the other behind one lock. Every call of a
 kernel holds its text, hundreds of kilobytes, which XLA reads and prints again and again. A process keeps each kernel
-that it has compiled by the hash of its text. So here programs of one kernel each are compiled in a thread, and beside
-them the program itself, whose calls hold hashes alone: XLA asks for the kernels behind its passes, when they are there.
+that it has compiled by the hash of its text. So here programs of one kernel each are compiled in threads, and beside
+them the program itself, whose calls hold hashes alone: when XLA asks for a kernel, behind its passes, all are there, or
+wait for the lock in front of it.
 """
 
 import logging
@@ -31,12 +32,13 @@ WORDS = "mhlo.backend_config"
 PLAIN = {"use_custom_barrier": False, "uses_xla_collective_metadata": False}
 """What a call says beside the text and its hash, as far as it is compiled otherwise for it."""
 EVERY = 0.1
-"""Seconds between two looks at what has been lowered, or compiled."""
+"""Seconds between two looks at what has been lowered."""
 NEVER = 1e9
 """Seconds that no program takes to compile."""
-PASSES = 0.35e-3
-"""Seconds that XLA takes at least, for each operation of a program, before it asks for kernels: half of what it took
-for `hybrid_1b` on the host of an H100."""
+MOST = 32
+"""Threads: each kernel has one of its own, so that none comes to the lock when others are through; they wait there."""
+SOON = 0.5
+"""Seconds in which a kernel's program comes to the lock."""
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +57,9 @@ def compile_ahead(
         lowered = lower()
     then()
     tries = 2 if kernels.of(lowered) else 0
-    while tries and kernels.left() > PASSES * kernels.operations:
-        time.sleep(EVERY)
+    kernels.settle()
     while tries > 0 and not kernels.failed():
-        tries -= 1 if kernels.left() else 2
+        tries -= 1 if kernels.waiting() else 2
         try:
             with without_texts(lowered):
                 return lowered.compile()
@@ -71,35 +72,31 @@ def compile_ahead(
 class Kernels:
     """Those of a process that are compiled ahead. Nothing here raises."""
 
-    operations = 0
-    """Of the program that calls them, as it is lowered."""
-
     def __init__(self, device: jax.Device):
         self.device, self.started = device, dict[bytes, Future]()
-        self._sizes, self._seconds = dict[bytes, int](), dict[bytes, float]()
-        self._pool = ThreadPoolExecutor(1, "kernel")  # JAX has one lock for all kernels
+        self._pool, self._latest = ThreadPoolExecutor(MOST, "kernel"), -math.inf
 
     def start(self, words: Mapping[str, Any]) -> None:
         """Compiles the kernel of a call in a thread, once; its future says whether that was done."""
-        name = words["kernel_hash"]
-        if name not in self.started:
-            self._sizes[name] = len(words["module"])
-            self.started[name] = self._pool.submit(self._compile, dict(words))
+        if words["kernel_hash"] not in self.started:
+            self._latest = time.monotonic()
+            self.started[words["kernel_hash"]] = self._pool.submit(self._compile, dict(words))
 
-    def left(self) -> float:
-        """Seconds until all that were started are compiled, by how long the others took for their texts."""
-        sizes, seconds = dict(self._sizes), dict(self._seconds)
-        waiting = sum(size for name, size in sizes.items() if name not in seconds)
-        if not waiting:
-            return 0.0
-        return waiting * sum(seconds.values()) / sum(sizes[name] for name in seconds) if seconds else math.inf
+    def settle(self) -> None:
+        """Until all that are waiting wait for the lock."""
+        while self.waiting() and (left := self._latest + SOON - time.monotonic()) > 0:
+            time.sleep(min(left, EVERY))
+
+    def waiting(self) -> bool:
+        """Whether any is not through."""
+        return not all(one.done() for one in list(self.started.values()))
 
     def failed(self) -> bool:
         """Whether one that is through is not compiled."""
         return any(one.done() and not one.result() for one in list(self.started.values()))
 
     def wait(self) -> None:
-        """Until none is on its way."""
+        """Until all are through."""
         wait(list(self.started.values()))
 
     @contextmanager
@@ -133,14 +130,12 @@ class Kernels:
             for words in called:
                 self.start(words)
             self._pool.shutdown(wait=False)
-            self.operations = sum(1 for _ in _operations(lowered.compiler_ir().operation))
             return bool(called)
         except Exception as error:  # whatever JAX calls things by then
             log.info("kernels are not compiled ahead: %s", _first_line(error))
             return False
 
     def _compile(self, words: dict[str, Any]) -> bool:
-        began = time.monotonic()
         try:
             with not_kept():
                 call_alone(words, self.device).compile()
@@ -148,8 +143,6 @@ class Kernels:
         except Exception as error:
             log.info("a kernel is not compiled ahead: %s", _first_line(error))
             return False
-        finally:
-            self._seconds[words["kernel_hash"]] = time.monotonic() - began
 
 
 def calls(lowered: jax.stages.Lowered) -> list[dict[str, Any]]:

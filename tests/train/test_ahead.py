@@ -3,7 +3,6 @@
 kernels are compiled by programs of their own, which say of each what the step says."""
 
 import hashlib
-import math
 import subprocess
 import sys
 import threading
@@ -119,35 +118,32 @@ def test_what_a_cpu_cannot_compile_is_started_once_and_not_compiled(lowered, mon
     assert kernels.of(lowered)
     assert set(kernels.started) == {words["kernel_hash"] for words in found}
     kernels.wait()
-    assert kernels.left() == 0 and kernels.failed()
+    assert not kernels.waiting() and kernels.failed()
     assert [future.result() for future in kernels.started.values()] == [False] * 4
     assert not Kernels(jax.devices()[0]).of(jax.jit(jnp.sin).lower(1.0))  # it calls none
 
 
-def test_what_is_left_is_by_the_pace_of_what_is_done(monkeypatch):
+def test_settled_is_what_waits_for_the_lock_or_is_through(monkeypatch):
     kernels, go = Kernels(jax.devices()[0]), threading.Event()
-    compiled = {b"1": 0.0, b"2": 0.1}
 
     def alone(words, device):
-        assert words["kernel_hash"] in compiled or go.wait(60)
-        time.sleep(compiled.get(words["kernel_hash"], 0))
+        assert go.wait(60)
         return jax.jit(jnp.sin).lower(1.0)
 
     monkeypatch.setattr(kernels_ahead, "call_alone", alone)
-    assert kernels.left() == 0
-    kernels.start({"kernel_hash": b"3", "module": bytes(10)})
-    assert kernels.left() == math.inf
+    monkeypatch.setattr(kernels_ahead, "SOON", 0.3)
+    assert not kernels.waiting()
+    kernels.settle()
+    began = time.monotonic()
+    for name in (b"1", b"2"):
+        kernels.start({"kernel_hash": name, "module": b""})
+    kernels.settle()
+    assert time.monotonic() - began > 0.3 and kernels.waiting() and not kernels.failed()
     go.set()
     kernels.wait()
-    go.clear()
-    for name, size in ((b"1", 10), (b"2", 20), (b"4", 80)):
-        kernels.start({"kernel_hash": name, "module": bytes(size)})
-    while not kernels.started[b"2"].done():
-        time.sleep(0.01)
-    assert 80 / 40 * 0.1 < kernels.left() < 60
-    go.set()
-    kernels.wait()
-    assert kernels.left() == 0 and not kernels.failed()
+    assert not kernels.waiting() and not kernels.failed()
+    monkeypatch.setattr(kernels_ahead, "SOON", 60)
+    kernels.settle()  # nothing waits
 
 
 WITHOUT, WITH = "without texts", "with texts"
@@ -185,9 +181,6 @@ def test_a_program_is_compiled_without_texts_beside_its_kernels(kernel, refused,
 
     monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
     monkeypatch.setattr(Kernels, "of", lambda self, lowered: self.started.update({b"one": one}) or True)
-    monkeypatch.setattr(Kernels, "operations", 1, raising=False)
-    monkeypatch.setattr(Kernels, "left", lambda self: 0.0 if one.done() else 1.0)
-    monkeypatch.setattr(kernels_ahead, "PASSES", 1 if isinstance(kernel, bool) else math.inf)
     monkeypatch.setattr(type(lowered), "compile", compile_)
     run = lambda: kernels_ahead.compile_ahead(lambda: lowered, make_mesh(MeshConfig()), lambda: told.append("lowered"))
     if WITH in refused:
