@@ -37,7 +37,7 @@ NEVER = 1e9
 """Seconds that no program takes to compile."""
 MOST = 32
 """Threads: each kernel has one of its own, so that none comes to the lock when others are through; they wait there."""
-SOON = 0.5
+SOON = 0.2
 """Seconds in which a kernel's program comes to the lock."""
 
 log = logging.getLogger(__name__)
