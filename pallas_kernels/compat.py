@@ -67,7 +67,7 @@ def avoid_faulty_cpu_fusions() -> None:
 def ask_ptxas_once() -> None:
     """Has the version of ptxas kept by what lowers Mosaic's kernels; runs when the first of them is imported.
 
-    JAX 0.11 starts a process to ask for it at each conversion of booleans or bytes: while `hybrid_125m` is lowered 70
+    JAX 0.11 starts a process to ask for it at each conversion of booleans or bytes: while `hybrid_125m` is lowered 96
     times, of 20 ms each.
     """
     if imports_purely():
