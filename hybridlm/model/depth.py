@@ -262,8 +262,8 @@ def _together(tree):
     There XLA's scheduler would put off the products of weight gradients to have them beside exchanges, and what those
     of all sublayers read would live until then: several times what a device holds of a long row.
     """
-    share = sharding.axis_size("context") > 1 and platform.platform() == "gpu"
-    return lax.optimization_barrier(tree) if share else tree
+    alone_or_rows = not sharding.is_split() or sharding.axis_size("context") > 1
+    return lax.optimization_barrier(tree) if alone_or_rows and platform.platform() == "gpu" else tree
 
 
 def _no_gradient(a) -> np.ndarray:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import compat, platform
+from pallas_kernels.cost import Array
 from pallas_kernels.op import HOPPER
 
-__all__ = ["exponentials", "why_not"]
+__all__ = ["COSTS", "count_flops", "exponentials", "why_not"]
 
 OLDEST_JAX = (0, 11)
 ROWS = 4
@@ -22,6 +23,8 @@ COLUMNS = 256
 """Columns of one copy; the least that there may be."""
 ALIGNED = 8
 """Columns are a multiple of it: rows start at multiples of 16 bytes."""
+COSTS = {"exponentials": "pallas_kernels.exponentials:count_flops"}
+"""As `gpu_costs` of an op."""
 
 
 def why_not(n_rows: int, n_columns: int, dtype: DTypeLike) -> str | None:
@@ -51,3 +54,8 @@ def exponentials(z_RV: jax.Array, base_R: jax.Array, factor: float = 1.0) -> tup
     from pallas_kernels.exponentials import kernel
 
     return kernel.exponentials(kernel.Plan(*z_RV.shape, ROWS, COLUMNS, factor), z_RV, base_R)
+
+
+def count_flops(operands: list[Array], results: list[Array]) -> float:
+    """Of the matrix unit: none."""
+    return 0.0

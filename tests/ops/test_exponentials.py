@@ -44,3 +44,12 @@ def test_what_it_cannot_serve_is_named():
         assert why_not(8, 256, jnp.bfloat16)
     with pytest.raises(NotImplementedError):
         exponentials(jnp.zeros((8, 256)), jnp.zeros(8))
+
+
+def test_a_plan_knows_its_cost():
+    from hybridlm.plan.kernels import kernel_cost
+    from pallas_kernels.cost import Array
+
+    z, of_rows, p = Array((8, 256), 4), Array((8,), 4), Array((8, 256), 2)
+    cost = kernel_cost("exponentials", [z, of_rows], [p, of_rows, of_rows], gpu=True)
+    assert cost.flops == 0 and cost.bytes == 8 * (256 * 6 + 3 * 4)
