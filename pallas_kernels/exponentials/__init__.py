@@ -49,11 +49,12 @@ def exponentials(z_RV: jax.Array, base_R: jax.Array, factor: float = 1.0) -> tup
     large that its sum might overflow: then it is the largest of factor * z. It has no gradient. NotImplementedError
     where `why_not` gives a reason.
     """
-    if reason := why_not(*z_RV.shape, jnp.bfloat16):
+    n_rows, n_columns = z_RV.shape
+    if reason := why_not(n_rows, n_columns, jnp.bfloat16):
         raise NotImplementedError(reason)
     from pallas_kernels.exponentials import kernel
 
-    return kernel.exponentials(kernel.Plan(*z_RV.shape, ROWS, COLUMNS, factor), z_RV, base_R)
+    return kernel.exponentials(kernel.Plan(n_rows, n_columns, ROWS, COLUMNS, factor), z_RV, base_R)
 
 
 def count_flops(operands: list[Array], results: list[Array]) -> float:
