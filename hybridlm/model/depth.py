@@ -257,13 +257,14 @@ def _put_all(stacks: list, number: int, values, index) -> list:
 
 
 def _together(tree):
-    """The tree, none of whose arrays is used before all are there, on GPUs that share rows.
+    """The tree, none of whose arrays is used before all are there, on one GPU and on those that share rows.
 
-    There XLA's scheduler would put off the products of weight gradients to have them beside exchanges, and what those
-    of all sublayers read would live until then: several times what a device holds of a long row.
+    XLA's scheduler would put off the products of weight gradients, to the end of the backward or to have them beside
+    exchanges, and what those of all sublayers read would live until then: several times what a device holds of a long
+    row. Other meshes leave it free, for what hides beside products there.
     """
-    alone_or_rows = not sharding.is_split() or sharding.axis_size("context") > 1
-    return lax.optimization_barrier(tree) if alone_or_rows and platform.platform() == "gpu" else tree
+    orderly = not sharding.is_split() or sharding.axis_size("context") > 1
+    return lax.optimization_barrier(tree) if orderly and platform.platform() == "gpu" else tree
 
 
 def _no_gradient(a) -> np.ndarray:
