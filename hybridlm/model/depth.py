@@ -53,7 +53,7 @@ def _repeat(loop: Loop, visit: Callable, carry, index, reverse: bool):
 
 def run(
     program: Sequence[Loop], calls: Sequence[Call], weights: Sequence, x_BTD: jax.Array, shared: dict[str, Any],
-    tokens: Tokens, sums: Sequence | None = None, low: Low | None = None,
+    tokens: Tokens, sums: Sequence | None = None, low: Low | None = None, in_spans: bool = False,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
     """The residual stream behind the program, and of each spot its statistics, [depths, ...]. The stream may be any
     pytree of arrays, as it is with blocks that hand something from depth to depth.
@@ -61,7 +61,8 @@ def run(
     calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
     sums is the sums themselves plus the gradient of the weights, in the type of the sums. low: the gradient is that of
-    its values, of which each depth's is made as soon as that of its weights is known; the weights have none.
+    its values, of which each depth's is made as soon as that of its weights is known; the weights have none. in_spans:
+    it is one of the runs of `run_in_spans`.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})
@@ -108,7 +109,7 @@ def run(
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 _at(kept[n], index), inputs, (dx_BTD, _at(d_stats[n], index))
             )
-            dw, dx_BTD = _together((dw, dx_BTD))
+            dw, dx_BTD = _together((dw, dx_BTD), in_spans)
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
@@ -142,7 +143,7 @@ def run_in_spans(
 
         def span(weights, x_BTD, shared, tokens, sums, values, own=own, numbers=numbers, pull=pull):
             of_span = None if pull is None else Low(values, pull)
-            return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span)
+            return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span, in_spans=True)
 
         mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, low and low.values)]
         again = jax.checkpoint(span, policy=jax.checkpoint_policies.nothing_saveable)
@@ -256,14 +257,14 @@ def _put_all(stacks: list, number: int, values, index) -> list:
     return [*stacks[:number], put, *stacks[number + 1 :]]
 
 
-def _together(tree):
-    """The tree, none of whose arrays is used before all are there, on one GPU and on those that share rows.
+def _together(tree, in_spans: bool):
+    """The tree, none of whose arrays is used before all are there, on GPUs that share rows, and on one with long ones.
 
-    XLA's scheduler would put off the products of weight gradients, to the end of the backward or to have them beside
-    exchanges, and what those of all sublayers read would live until then: several times what a device holds of a long
-    row. Other meshes leave it free, for what hides beside products there.
+    There XLA's scheduler would put off the products of weight gradients, to the end of the backward or to have them
+    beside exchanges, and what those of all sublayers read would live until then: several times what a device holds of a
+    long row.
     """
-    orderly = not sharding.is_split() or sharding.axis_size("context") > 1
+    orderly = sharding.axis_size("context") > 1 or (in_spans and not sharding.is_split())
     return lax.optimization_barrier(tree) if orderly and platform.platform() == "gpu" else tree
 
 

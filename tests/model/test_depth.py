@@ -105,22 +105,24 @@ def test_gradients_are_added_to_sums_in_their_type(unroll, span):
             np.testing.assert_array_equal(array, expected, err_msg=f"{spot} {name}")
 
 
-def test_on_one_gpu_a_sublayer_gives_all_its_gradients_before_the_next_begins():
+def test_on_one_gpu_sublayers_of_spans_give_all_their_gradients_before_the_next_begins():
     """Where devices exchange gradients they are free to come later, beside which the exchange can hide."""
     *floats, positions = inputs()
 
-    def gradient():  # anew: each platform is traced
-        return jax.grad(lambda *a: in_loops(*a, positions, unroll=9), (0, 1, 2))
+    def gradient(span=3):  # anew: each platform is traced
+        return jax.grad(lambda *a: in_loops(*a, positions, unroll=9, span=span), (0, 1, 2))
 
-    def barriers():
-        return str(jax.make_jaxpr(gradient())(*floats)).count("optimization_barrier")
+    def barriers(**how):
+        return str(jax.make_jaxpr(gradient(**how))(*floats)).count("optimization_barrier")
 
     elsewhere = jax.jit(gradient())(*floats)
     with assume_platform("gpu", capability="9.0"):
-        assert barriers() == len(PATTERN)
+        assert barriers() == len(PATTERN) and barriers(span=1) == 0
         on_gpu = jax.jit(gradient())(*floats)
         with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
             assert barriers() == 0
+        with jax.set_mesh(make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])):
+            assert barriers(span=1) == len(PATTERN)
     assert barriers() == 0
     for got, want in zip(jax.tree.leaves(on_gpu), jax.tree.leaves(elsewhere), strict=True):
         check_close(got, want, dtype="float32", what="gradient")
