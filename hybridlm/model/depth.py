@@ -258,14 +258,13 @@ def _put_all(stacks: list, number: int, values, index) -> list:
 
 
 def _together(tree, in_spans: bool):
-    """The tree, none of whose arrays is used before all are there, on GPUs that share rows, and on one with long ones.
+    """The tree, none of whose arrays is used before all are there, on one GPU in spans, which are for long rows.
 
-    There XLA's scheduler would put off the products of weight gradients, to the end of the backward or to have them
-    beside exchanges, and what those of all sublayers read would live until then: several times what a device holds of a
-    long row.
+    XLA's scheduler would put off the products of weight gradients to the end of the backward, and what those of all
+    sublayers read would live until then.
     """
-    orderly = sharding.axis_size("context") > 1 or (in_spans and not sharding.is_split())
-    return lax.optimization_barrier(tree) if orderly and platform.platform() == "gpu" else tree
+    orderly = in_spans and not sharding.is_split() and platform.platform() == "gpu"
+    return lax.optimization_barrier(tree) if orderly else tree
 
 
 def _no_gradient(a) -> np.ndarray:
