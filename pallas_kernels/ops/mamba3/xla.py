@@ -21,6 +21,10 @@ from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
 
 
+BLOCK = 32  # tokens whose turns one product adds up
+
+
+@parts.in_halves
 def mamba3_xla(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, *, z, segment_ids=None,
                return_final_state=False, chunk=None, **more):  # fmt: skip
     """See `pallas_kernels.mamba3`. Without MIMO the rank R is 1, and its weights None."""
@@ -137,13 +141,28 @@ def _read(written: Written, adt_BTH, marks: chunks.Marks, chunk: int):
 
 
 def _angles(turns_BTHS, entering_BHS, marks: chunks.Marks):
-    """Turns added up from each document's start, wrapped at each sum so that long rows lose nothing."""
-    starts_BT11 = (marks.document_BT != marks.entering_BT)[..., None, None]
+    """Turns added up from each document's start, by a product within blocks of tokens and in an associative scan from
+    block to block; wrapped at each sum, and before, so that long rows lose nothing."""
+    n_batch, n_tokens = turns_BTHS.shape[:2]
+    block = min(BLOCK, n_tokens)
+    blocks = lambda array_BT: array_BT.reshape(n_batch, -1, block, *array_BT.shape[2:])
+    padded = lambda array_BT, **kind: blocks(jnp.pad(array_BT, [(0, 0), (0, -n_tokens % block)], **kind))
+    document_BCQ, before_BCQ = (padded(a, mode="edge") for a in (marks.document_BT, marks.entering_BT))
+    turns_BTHS = turns_BTHS - parts.TURN * jnp.round(turns_BTHS / parts.TURN)
+    turns_BCQHS = blocks(jnp.pad(turns_BTHS, [(0, 0), (0, -n_tokens % block), (0, 0), (0, 0)]))
+    adds_BCQQ = (document_BCQ[..., :, None] == document_BCQ[..., None, :]) & jnp.tri(block, dtype=bool)[None, None]
+    adds_BCQQ = adds_BCQQ.astype(turns_BTHS.dtype)
+    sums_BCQHS = jnp.einsum("bcij,bcjhs->bcihs", adds_BCQQ, turns_BCQHS, precision=jax.lax.Precision.HIGHEST)
 
     def join(earlier, later):
         return earlier[0] | later[0], parts.wrapped(jnp.where(later[0], later[1], earlier[1] + later[1]))
 
-    _, sums_BTHS = jax.lax.associative_scan(join, (starts_BT11, turns_BTHS), axis=1)
+    starts_BC11 = (document_BCQ[:, :, -1] != before_BCQ[:, :, 0])[..., None, None]
+    _, ends_BCHS = jax.lax.associative_scan(join, (starts_BC11, sums_BCQHS[:, :, -1]), axis=1)
+    ends_BCHS = jnp.pad(ends_BCHS[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
+    goes_on_BCQ = document_BCQ == before_BCQ[:, :, :1]
+    sums_BCQHS += jnp.where(goes_on_BCQ[..., None, None], ends_BCHS[:, :, None], 0)
+    sums_BTHS = sums_BCQHS.reshape(n_batch, -1, *turns_BTHS.shape[2:])[:, :n_tokens]
     is_entering_BT = marks.document_BT == marks.entering_BT[:, :1]
     return parts.wrapped(sums_BTHS + tokens_where(is_entering_BT, entering_BHS[:, None]))
 
