@@ -20,7 +20,6 @@ from pallas_kernels.by_token import rows_where, tokens_where
 from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
 
-
 BLOCK = 128  # tokens whose turns one product adds up
 PARTS = 256  # of a circle: any number of them up to all is one that bfloat16 has
 PART = parts.TURN / PARTS
@@ -143,7 +142,7 @@ def _read(written: Written, adt_BTH, marks: chunks.Marks, chunk: int):
 
 def _angles(turns_BTHS, entering_BHS, marks: chunks.Marks):
     """Turns added up from each document's start, wrapped at each sum so that long rows lose nothing."""
-    add = added_in_blocks if platform.platform() == "tpu" else added
+    add = added if platform.platform() == "gpu" else added_in_blocks
     sums_BTHS = add(turns_BTHS, marks.document_BT != marks.entering_BT)
     is_entering_BT = marks.document_BT == marks.entering_BT[:, :1]
     return parts.wrapped(sums_BTHS + tokens_where(is_entering_BT, entering_BHS[:, None]))
@@ -160,7 +159,8 @@ def added(turns_BTHS, starts_BT):
 
 def added_in_blocks(turns_BTHS, starts_BT):
     """The same, not wrapped: by products with ones within blocks of tokens, and in a scan from block to block. What an
-    associative scan reads are strides over tokens, for which a TPU moves the whole array at every step.
+    associative scan reads are strides over tokens, for which a TPU moves the whole array at every step; it takes longer
+    to compile, too. On a GPU this form was not timed.
 
     A turn is a whole number of parts of a circle, whose sums are exact in bfloat16 products, and a rest below one part.
     """
