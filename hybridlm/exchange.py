@@ -73,9 +73,10 @@ def products(
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
     put_together = _putting_together(weights, weight_axes)
-    by_rows = dim == 0 and len(over_stream) == 1
+    by_rows, held = dim == 0 and len(over_stream) == 1, _holding()
 
     def run(x, *weights):
+        x, *weights = held(x, *weights)
         if entering:
             x = _join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
             x = checkpoint_name(x, GATHERED)
@@ -111,8 +112,10 @@ def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: S
     """
     weight_axes = _as_they_come(weight_axes)
     (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
+    held = _holding()
 
     def run(x_BTD, *weights):
+        x_BTD, *weights = held(x_BTD, *weights)
         weights, n = put_together(weights), jax.lax.axis_size(axis)
         coming, begun = [x_BTD, *(_passed_on(x_BTD, axis, by) for by in range(1, n))], []
         for by in range(n):
@@ -138,6 +141,26 @@ def _together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 _together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: grads)
+
+
+def _holding() -> Callable:
+    """Gives arrays back, of whose gradients, as a device has them before any exchange, none is used before all are
+    there, on GPUs that share rows.
+
+    There XLA's scheduler would put off the products of weight gradients to have them beside exchanges, and what those
+    of all sublayers read would live until then: several times what a device holds of a long row. Sums over devices
+    stand behind this, so that the compiler can move them out of the loop over microbatches.
+    """
+    share = sharding.axis_size("context") > 1 and platform.platform() == "gpu"
+    return _held if share else lambda *arrays: arrays
+
+
+@jax.custom_vjp
+def _held(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return arrays
+
+
+_held.defvjp(lambda *arrays: (arrays, None), lambda _, grads: jax.lax.optimization_barrier(grads))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,6 +2,7 @@
 """The one place of `pallas_kernels` that knows of differences between JAX versions (0.10.2 and 0.11.2)."""
 
 import contextlib
+import functools
 import os
 import warnings
 
@@ -61,6 +62,24 @@ def avoid_faulty_cpu_fusions() -> None:
             f"results; import pallas_kernels or hybridlm first, set XLA_FLAGS={flag}, or use jaxlib 0.11",
             stacklevel=3,
         )
+
+
+def ask_ptxas_once() -> None:
+    """Has the version of ptxas kept by what lowers Mosaic's kernels; runs when the first of them is imported.
+
+    JAX 0.11 starts a process to ask for it at each conversion of booleans or bytes: while `hybrid_125m` is lowered 96
+    times, of 20 ms each.
+    """
+    if imports_purely():
+        return
+    try:
+        from jax._src.lib import mosaic_gpu  # no public name knows of it
+
+        ask = mosaic_gpu._mosaic_gpu_ext._get_ptxas_isa_version
+        if not hasattr(ask, "cache_info"):
+            mosaic_gpu._mosaic_gpu_ext._get_ptxas_isa_version = functools.cache(ask)
+    except (ImportError, AttributeError):  # without a GPU's library, or another JAX
+        return
 
 
 def quick_cpu_flags() -> str:

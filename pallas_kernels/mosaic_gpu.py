@@ -17,6 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.compat import ask_ptxas_once
+
+ask_ptxas_once()
+
 F32 = jnp.float32
 LOG2E = math.log2(math.e)  # exponentials are those of base 2, single instructions
 TILE = 64  # rows of a warpgroup's product

@@ -9,7 +9,7 @@ from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
 from hybridlm.cli.start import start
 from hybridlm.cli.study_words import check_settable
-from hybridlm.cli.words import check_figure, check_file, split_overrides
+from hybridlm.cli.words import check_apart, check_figure, check_file, split_overrides
 from hybridlm.cli.writing import CACHE, add_cache_options, cache_types
 from hybridlm.errors import require
 
@@ -126,9 +126,10 @@ def _checked(args: argparse.Namespace, overrides: list[str]):
 
 def _check_files(args: argparse.Namespace) -> None:
     """ConfigError where they cannot be written, or are one."""
-    for name in ("json", "html", "figure"):
-        check_file(getattr(args, name), f"--{name}")
-    require(args.json is None or args.json != args.html, f"--json and --html ({args.html}) are one file: name two")
+    files = {f"--{name}": getattr(args, name) for name in ("json", "html", "figure")}
+    for name, text in files.items():
+        check_file(text, name)
+    check_apart(files)
     if args.figure is not None:
         check_figure(args.figure)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.words import check_figure
+from hybridlm.cli.words import check_apart, check_figure
 from hybridlm.errors import print_line, require
 
 
@@ -28,6 +28,7 @@ def run(words: list[str], prog: str) -> int:
     figure = page.with_name(f"{page.name.removesuffix('.html')}.png")
     if args.figure is not None:
         check_figure(args.figure)
+        check_apart({"--out": args.out, "--figure": args.figure})
         figure = storage.as_path(args.figure)
     from hybridlm.config.find import read_config
     from hybridlm.study.reading import Broken, Run, find_runs

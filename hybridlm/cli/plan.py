@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hybridlm import storage
 from hybridlm.cli.command import Command, make_parser, parse
-from hybridlm.cli.words import split_overrides
+from hybridlm.cli.words import check_apart, split_overrides
 from hybridlm.errors import ConfigError, importing, require
 
 STAGES = ("counted", "lowered", "compiled")
@@ -33,6 +33,7 @@ def run(words: list[str], prog: str) -> int:
         require(getattr(args, name) >= least, f"--{name} ({getattr(args, name)}) must be at least {least}")
     require(args.price is None or 0 < args.price < math.inf, f"--price ({args.price}) must be a positive number")
     require(args.price is None or tokens is not None, "--price is of a whole training: give its --tokens, too, as 1T")
+    check_apart({f"--{name}": getattr(args, name) for name in ("search", "budget", "json", "html")})
     topology = args.topology or _pod_of(args.config)
     with importing():
         _be_alone(topology)

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hybridlm.cluster import ClusterConfig
 
+FRAMES = "jax_traceback_in_locations_limit"
+"""How many lines of source JAX names for an operation: the one that it is from, not the 30 that called it. XLA sorts
+and prints those of each instruction when it makes a program and when it loads it: docs/results/start.md."""
+
 
 def start(
     cluster: ClusterConfig | None = None,
@@ -35,6 +39,8 @@ def start(
     warnings.filterwarnings("ignore", message="Sharding info not provided", category=UserWarning)
     warnings.filterwarnings("ignore", message="coroutine .*write_fragment.* was never awaited", category=RuntimeWarning)
     sys.unraisablehook = without_late_writes(sys.unraisablehook)
+    if FRAMES.upper() not in os.environ:
+        jax.config.update(FRAMES, 1)
     flags: Any = jax.config  # whose values its type does not name
     if not flags.jax_compilation_cache_dir:
         _keep_programs(Path("~/.cache/hybridlm/xla").expanduser())

@@ -47,3 +47,12 @@ def check_file(text: str | None, name: str) -> None:
     require(storage.in_bucket(folder) or folder.is_dir(), f"{name} ({text}): there is no folder {folder}")
     require(storage.in_bucket(folder) or not file.is_dir(), f"{name} ({text}) is a folder: name a file in it")
     storage.check(folder, name, write=True)
+
+
+def check_apart(files: dict[str, str | None]) -> None:
+    """ConfigError where two options (name: file) name one file; None is none."""
+    by_file: dict[str, str] = {}
+    for name, text in files.items():
+        if text is not None:
+            first = by_file.setdefault(str(storage.absolute(storage.as_path(text))), name)
+            require(first == name, f"{first} and {name} ({text}) are one file: name two")

@@ -57,6 +57,8 @@ class DepthMoE:
     KEPT: ClassVar[Mapping[str, Kept]] = {
         "moe_logits": Kept("MoE by depth: router logits", kernels=True),
         "moe_routed": Kept("MoE by depth: output of the experts, weighed and added up", kernels=True),
+        "moe_order": Kept("MoE by depth: assignments sorted by expert"),
+        "moe_hidden": Kept("MoE by depth: what the routed experts' first product gives, before activation and gate"),
     }
     STATISTICS: ClassVar[Mapping[str, Statistic]] = STATISTICS
     MIXES_TOKENS = False

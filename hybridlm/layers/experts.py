@@ -5,6 +5,9 @@ A token and one of its experts are an assignment; there are A = M k of them. Row
 are each other's inverse, so that both directions, and their gradients, are gathers: `source` says for each row which
 assignment it holds (A: none), `place` for each assignment in which row it is (the number of rows: in none).
 
+Weights multiply what comes out of the experts; on a GPU what goes into their last product, which is the same sum: so no
+gradient asks for what comes out, and where layers are recomputed neither that product nor the way back is.
+
 Axis letters: M tokens, k experts of a token, A assignments, E experts, D model, F feed-forward, X devices of the axis.
 """
 
@@ -13,10 +16,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import exchange, sharding
 from hybridlm.layers.quantized import Quantized, Rounding, leaf_axes, rounded_rows
 from pallas_kernels import grouped_dot
+from pallas_kernels.platform import platform
 
 
 def routed_per_device(
@@ -79,13 +84,19 @@ def _whole(w, dim: int, width: int):
 def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
     """sum over k of weights[m, k] * expert(x[m]), float32 [M, D].
 
-    experts_Mk: int32; numbers that are no expert's (E and above) give zeros. apply(rows, sizes): the experts' outputs
-    for rows sorted by expert, sizes[e] of them expert e's (see `feed_forward`).
+    experts_Mk: int32; numbers that are no expert's (E and above) give zeros. apply(rows, sizes, weights): the experts'
+    outputs for rows sorted by expert, sizes[e] of them expert e's (see `feed_forward`).
     """
     source_A, place_A, sizes_E = sort_by_expert(experts_Mk.reshape(-1), vars(apply)["n_experts"])
     rows_AD = spread(x_MD, source_A, place_A, experts_Mk.shape[1])
-    y_AD = collect(apply(rows_AD, sizes_E), source_A, place_A)
+    early_A1 = spread(weights_Mk.reshape(-1, 1), source_A, place_A, 1) if weighs_early() else None
+    y_AD = collect(apply(rows_AD, sizes_E, early_A1), source_A, place_A)
     return combine(y_AD, weights_Mk)
+
+
+def weighs_early() -> bool:
+    """Whether weights multiply what goes into the experts' last product. See the module."""
+    return platform() == "gpu"
 
 
 def routed_experts_over(
@@ -112,17 +123,24 @@ def routed_experts_over(
         jnp.arange(room)[None, :, None] >= jnp.cumsum(sizes_XE, axis=1)[:, None], axis=-1
     )  # n_local: an empty row
     order, back, sizes_E = sort_by_expert(expert.reshape(-1), n_local)
-    y = collect(apply(spread(received, order, back, 1), sizes_E), order, back)
+    early_R1 = None
+    if weighs_early():
+        sent = spread(weights_Mk.reshape(-1, 1), source, place_A, 1).reshape(n_devices, room, 1)
+        early_R1 = spread(exchange(sent).reshape(-1, 1), order, back, 1)
+    y = collect(apply(spread(received, order, back, 1), sizes_E, early_R1), order, back)
     y_AD = collect(exchange(y.reshape(send.shape)).reshape(-1, d_model), source, place_A)
     return combine(y_AD, weights_Mk), (place_A < n_devices * room).reshape(experts_Mk.shape)
 
 
 def feed_forward(w_in, w_out_EFD, activation: Callable) -> Callable:
-    """The experts' (rows, sizes) -> outputs. w_in: [E, D, F], or [E, D, 2, F] where the activation's side is gated."""
+    """The experts' (rows, sizes, weights or None) -> outputs, weighed. w_in: [E, D, F], or [E, D, 2, F] where the
+    activation's side is gated. weights: [R, 1], float32."""
 
-    def apply(rows_RD, sizes_E):
-        h = _grouped(rows_RD, w_in, sizes_E)
+    def apply(rows_RD, sizes_E, weights_R1):
+        h = checkpoint_name(_grouped(rows_RD, w_in, sizes_E), "moe_hidden")
         h_RF = activation(h[:, 0]) * h[:, 1] if h.ndim == 3 else activation(h)
+        if weights_R1 is not None:
+            h_RF = (h_RF.astype(jnp.float32) * weights_R1.astype(jnp.float32)).astype(h_RF.dtype)
         return _grouped(h_RF, w_out_EFD, sizes_E)
 
     vars(apply)["n_experts"] = w_out_EFD.shape[0]
@@ -144,15 +162,21 @@ def _grouped(rows_RD: jax.Array, w, sizes_E: jax.Array) -> jax.Array:
 
 
 def combine(y_AD: jax.Array, weights_Mk: jax.Array) -> jax.Array:
-    """Assignments weighed and added up by token, in float32."""
+    """Assignments weighed, unless they are, and added up by token, in float32."""
     y_MkD = y_AD.reshape(*weights_Mk.shape, -1).astype(jnp.float32)
+    if weighs_early():
+        return jnp.sum(y_MkD, axis=1)
     return jnp.sum(y_MkD * weights_Mk[:, :, None].astype(jnp.float32), axis=1)
 
 
 def sort_by_expert(experts_A, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(source, place, sizes [E]) of rows sorted by expert, tokens of one expert in order."""
-    source_A = jnp.argsort(experts_A, stable=True)
-    return source_A, jnp.argsort(source_A), _count(experts_A, n_experts)
+    source_A = checkpoint_name(jnp.argsort(experts_A, stable=True), "moe_order")
+    if platform() != "gpu":
+        return source_A, jnp.argsort(source_A), _count(experts_A, n_experts)
+    numbers_A = jnp.arange(source_A.shape[0], dtype=source_A.dtype)
+    place_A = jnp.zeros_like(source_A).at[source_A].set(numbers_A, unique_indices=True, mode="promise_in_bounds")
+    return source_A, place_A, _count(experts_A, n_experts)
 
 
 def _count(experts_A, n_experts: int) -> jax.Array:

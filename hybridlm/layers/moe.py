@@ -106,6 +106,8 @@ class MoE:
     KEPT: ClassVar[Mapping[str, Kept]] = {
         "moe_logits": Kept("MoE: router logits", kernels=True),
         "moe_routed": Kept("MoE: output of the routed experts, weighed and added up", kernels=True),
+        "moe_order": Kept("MoE: assignments sorted by expert"),
+        "moe_hidden": Kept("MoE: what the routed experts' first product gives, before activation and gate"),
     }
     STATISTICS: ClassVar[Mapping[str, Statistic]] = STATISTICS
     MIXES_TOKENS = False

@@ -17,10 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hybridlm import sharding
 from hybridlm.layers.block import Tokens
 from hybridlm.model.pattern import Loop, Spot, spans
-from pallas_kernels import platform
 
 
 class Low(NamedTuple):
@@ -108,7 +106,6 @@ def run(
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 _at(kept[n], index), inputs, (dx_BTD, _at(d_stats[n], index))
             )
-            dw, dx_BTD = _together((dw, dx_BTD))
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
@@ -254,16 +251,6 @@ def _put_all(stacks: list, number: int, values, index) -> list:
     """The stacks, the spot's with the values of one depth."""
     put = jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), stacks[number], values)
     return [*stacks[:number], put, *stacks[number + 1 :]]
-
-
-def _together(tree):
-    """The tree, none of whose arrays is used before all are there, on GPUs that share rows.
-
-    There XLA's scheduler would put off the products of weight gradients to have them beside exchanges, and what those
-    of all sublayers read would live until then: several times what a device holds of a long row.
-    """
-    share = sharding.axis_size("context") > 1 and platform.platform() == "gpu"
-    return lax.optimization_barrier(tree) if share else tree
 
 
 def _no_gradient(a) -> np.ndarray:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
 from hybridlm.train.kernels_ahead import compile_ahead
+from hybridlm.train.written_later import written_later
 from pallas_kernels.platform import platform_of
 
 
@@ -60,9 +61,10 @@ class TrainStep:
             try:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
-                    with no_collections(), cache_hits() as hits:
+                    with no_collections(), cache_hits() as hits, written_later() as write:
                         step = found or compile_ahead(lambda: self.lower(state, batch), mesh, self._lowered.set)
                     ahead.set_result(step)
+                    write()
                     if kept and not found and not hits:
                         kept.store(step)
             except BaseException as error:  # whatever it is, it is the first step's

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mosaic GPU kernels of a program, compiled from when each is lowered, beside all that a start does meanwhile.
 
-XLA compiles them when it is through with a program's passes, one after the other, and nothing else meanwhile: they
-change LLVM's options, which are those of the process. Every call of a kernel holds its text, hundreds of kilobytes,
-which XLA reads and prints again and again. A process keeps each kernel that it has compiled by the hash of its text.
-So here programs of one kernel each are compiled in threads, and then the program itself, whose calls hold hashes alone.
+XLA compiles them when it is through with a program's passes, one after the other behind one lock. Every call of a
+kernel holds its text, hundreds of kilobytes, which XLA reads and prints again and again. A process keeps each kernel
+that it has compiled by the hash of its text. So here programs of one kernel each are compiled in threads, and beside
+them the program itself, whose calls hold hashes alone: when XLA asks for a kernel, behind its passes, all are there, or
+wait for the lock in front of it.
 """
 
 import logging
-import os
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +31,14 @@ CALL = "stablehlo.custom_call"
 WORDS = "mhlo.backend_config"
 PLAIN = {"use_custom_barrier": False, "uses_xla_collective_metadata": False}
 """What a call says beside the text and its hash, as far as it is compiled otherwise for it."""
-MOST = 8
-"""Threads: `hybrid_1b` has 11 kernels, of which the longest takes a third of the time of all."""
 EVERY = 0.1
 """Seconds between two looks at what has been lowered."""
-
 NEVER = 1e9
 """Seconds that no program takes to compile."""
+MOST = 32
+"""Threads: each kernel has one of its own, so that none comes to the lock when others are through; they wait there."""
+SOON = 0.2
+"""Seconds in which a kernel's program comes to the lock."""
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +48,24 @@ def compile_ahead(
 ) -> jax.stages.Compiled:
     """`lower().compile()`, for the devices of a mesh; raises what that raises.
 
-    then: is called when XLA alone is left, which neither Python nor kernels wait for: what else is compiled before
-    delays them. Whatever is wrong with a kernel's own program, or with a program without texts, this one is compiled as
-    it is.
+    then: is called when XLA alone is left, for which Python has nothing to do: what else is traced before delays it.
+    Where XLA asks for a kernel that is not compiled yet, the program is compiled once more when all are. Whatever is
+    wrong with a kernel's own program, or with a program without texts, this one is compiled as it is.
     """
     kernels = Kernels(mesh.devices.flat[0])
     with kernels.from_known(_known):
         lowered = lower()
-    ready = kernels.ready(lowered)
     then()
-    if ready:
+    tries = 2 if kernels.of(lowered) else 0
+    kernels.settle()
+    while tries > 0 and not kernels.failed():
+        tries -= 1 if kernels.waiting() else 2
         try:
             with without_texts(lowered):
                 return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            log.info("compiled once more, with the texts of kernels: %s", _first_line(error))
+            log.info("compiled once more: %s", _first_line(error))
+        kernels.wait()
     return lowered.compile()
 
 
@@ -68,12 +74,30 @@ class Kernels:
 
     def __init__(self, device: jax.Device):
         self.device, self.started = device, dict[bytes, Future]()
-        self._pool = ThreadPoolExecutor(min(MOST, max(1, (os.cpu_count() or 2) // 2)), "kernel")
+        self._pool, self._latest = ThreadPoolExecutor(MOST, "kernel"), -math.inf
 
     def start(self, words: Mapping[str, Any]) -> None:
         """Compiles the kernel of a call in a thread, once; its future says whether that was done."""
         if words["kernel_hash"] not in self.started:
+            self._latest = time.monotonic()
             self.started[words["kernel_hash"]] = self._pool.submit(self._compile, dict(words))
+
+    def settle(self) -> None:
+        """Until all that are waiting wait for the lock."""
+        while self.waiting() and (left := self._latest + SOON - time.monotonic()) > 0:
+            time.sleep(min(left, EVERY))
+
+    def waiting(self) -> bool:
+        """Whether any is not through."""
+        return not all(one.done() for one in list(self.started.values()))
+
+    def failed(self) -> bool:
+        """Whether one that is through is not compiled."""
+        return any(one.done() and not one.result() for one in list(self.started.values()))
+
+    def wait(self) -> None:
+        """Until all are through."""
+        wait(list(self.started.values()))
 
     @contextmanager
     def from_known(self, known: Callable[[], Mapping[bytes, bytes]]) -> Iterator[None]:
@@ -97,16 +121,16 @@ class Kernels:
             over.set()
             thread.join()
 
-    def ready(self, lowered: jax.stages.Lowered) -> bool:
-        """Whether a program calls kernels, all of which the process has compiled; waits for those on their way."""
+    def of(self, lowered: jax.stages.Lowered) -> bool:
+        """Starts those that a program calls; whether it calls any, and is for a GPU."""
         if platform_of(self.device) != "gpu":
             return False
         try:
-            called = {words["kernel_hash"]: words for words in calls(lowered)}
-            for words in sorted(called.values(), key=lambda words: len(words["module"]), reverse=True):
+            called = calls(lowered)
+            for words in called:
                 self.start(words)
             self._pool.shutdown(wait=False)
-            return bool(called) and all([self.started[name].result() for name in called])
+            return bool(called)
         except Exception as error:  # whatever JAX calls things by then
             log.info("kernels are not compiled ahead: %s", _first_line(error))
             return False

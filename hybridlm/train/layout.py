@@ -28,8 +28,8 @@ SUMS = "gradient_sums"
 
 
 ROOM = 16
-"""Weights put together may take one part in so many of a device's memory, where `optim.gather_once` is None: less than
-fsdp has freed, so that they fit where a config fits one device."""
+"""Weights put together may take one part in so many of a device's memory, where `optim.gather_once` is None, and so may
+what sums of gradients take more: less than fsdp has freed, so that they fit where a config fits one device."""
 UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
 """`model.unroll` in training where it is None."""
 
@@ -45,13 +45,33 @@ def gathers_once(config: Config, mesh: Mesh) -> bool:
     """`optim.gather_once` as it is, or as the devices of the mesh have it where it is None."""
     if config.optim.gather_once is not None:
         return config.optim.gather_once
-    device, info = mesh.devices.flat[0], stacked(config.model).info["groups"]
+    return _fits(_of_sublayers(config, mesh) * jnp.dtype(config.model.compute_dtype).itemsize, mesh)
+
+
+def scatters_once(config: Config, mesh: Mesh) -> bool:
+    """`optim.scatter_once`, likewise; never where weights are not gathered once, or there is one microbatch."""
+    if config.optim.accumulate == 1 or not gathers_once(config, mesh):
+        return False
+    if config.optim.scatter_once is not None:
+        return config.optim.scatter_once
+    share = 1 - 1 / mesh.shape.get("fsdp", 1)
+    return _fits(_of_sublayers(config, mesh) * jnp.dtype(jnp.float32).itemsize * share, mesh)
+
+
+def _of_sublayers(config: Config, mesh: Mesh) -> int:
+    """Numbers that a device has of the sublayers' weights, whole over what splits d_model, but for experts."""
+    info = stacked(config.model).info["groups"]
+    whole = zip(jax.tree.leaves(info), jax.tree.leaves(whole_shardings(info, mesh)), strict=True)
+    return sum(math.prod(at.shard_shape(leaf.shape)) for leaf, at in whole if "experts" not in leaf.axes)
+
+
+def _fits(n_bytes: float, mesh: Mesh) -> bool:
+    """Whether the devices are GPUs, split over fsdp, and have the room: see `ROOM`."""
+    device = mesh.devices.flat[0]
     peak = peaks_of(device) if platform_of(device) == "gpu" else None
     if mesh.shape.get("fsdp", 1) == 1 or peak is None or peak.gib is None:
         return False
-    whole = zip(jax.tree.leaves(info), jax.tree.leaves(whole_shardings(info, mesh)), strict=True)
-    numbers = sum(math.prod(at.shard_shape(leaf.shape)) for leaf, at in whole if "experts" not in leaf.axes)
-    return numbers * jnp.dtype(config.model.compute_dtype).itemsize * ROOM <= peak.gib * 2**30
+    return n_bytes * ROOM <= peak.gib * 2**30
 
 
 class Layout(NamedTuple):
@@ -67,6 +87,8 @@ class Layout(NamedTuple):
 
     whole: bool = False
     """Weights of sublayers are put together once a step over what splits d_model: see `sharding.whole_weights`."""
+    sums_whole: bool = False
+    """Gradients of sublayers are summed over microbatches whole, likewise, and scattered once a step."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
@@ -89,6 +111,24 @@ class Layout(NamedTuple):
     def placed(self, weights: dict) -> dict:
         """Stacked gradients laid out on the mesh like their parameters, within the slice where slices are apart."""
         at = self._at(stacked(self.config))
+        if self.sums_whole:
+            at = at | {"groups": whole_shardings(stacked(self.config).info["groups"], self.mesh)}
+        return self._pinned(weights, at)
+
+    def summed(self, sums: dict, weights: dict) -> dict:
+        """The sums of all microbatches as the step goes on with them, laid out like the parameters.
+
+        Where they were whole, compilers put off the sum over devices until here. It is in the type of the weights, as
+        gradients are exchanged everywhere; named here, since XLA makes a scatter only of a sum that is cut as it is.
+        """
+        if not self.sums_whole:
+            return sums
+        whole = self.placed(sums)  # or the loop would have them split
+        cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, weights)
+        cut = self._pinned(self.placed(cast), self._at(stacked(self.config)))
+        return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums)
+
+    def _pinned(self, weights: dict, at: dict) -> dict:
         return lax.with_sharding_constraint(weights, jax.tree.map(lambda a: a.spec, at) if self.apart else at)
 
     def spread(self, grads: dict) -> dict:

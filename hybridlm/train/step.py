@@ -31,7 +31,7 @@ from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_sl
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train.layout import SUMS, Layout, gathers_once, unrolled
+from hybridlm.train.layout import SUMS, Layout, gathers_once, scatters_once, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -122,7 +122,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     program = quantize.stacked_graphdef(model, config.quantize)
     once = gathers_once(config, mesh)
     objective = _of_weights(make_objective(replace(config, model=model), program), once)
-    layout = Layout(model, mesh, apart, config.quantize, once)
+    layout = Layout(model, mesh, apart, config.quantize, once, scatters_once(config, mesh))
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
@@ -313,7 +313,7 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
         (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.placed(zeros)), micros)
-        return loss, _merged(of_micros, n_micro), sums
+        return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
 
     return gradients
 

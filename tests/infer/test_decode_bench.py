@@ -437,6 +437,7 @@ MISTAKES = {
     "decode --config hybrid_tiny --context 128 --json none/b.json": r"--json \(none/b.json\): there is no folder none",
     "decode --config hybrid_tiny --context 128 --json docs": r"--json \(docs\) is a folder: name a file in it",
     "decode --config hybrid_tiny --context 128 --json b --html b": r"--json and --html \(b\) are one file: name two",
+    "decode --config hybrid_tiny --context 128 --html b.svg --figure ./b.svg": r"--html and --figure .* are one file",
     "decode --config hybrid_tiny --context 128 --quantize.weights=int8": "--quantize.weights is no option of bench",
     "decode --config hybrid_tiny --context 128 --mesh.tensor=2": "--mesh.tensor is no option of bench: .* model.KEY",
     "decode --config hybrid_tiny --context 128 --figure a.gif": r"--figure \(a.gif\) must end in .png or .svg",

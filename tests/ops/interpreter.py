@@ -106,6 +106,9 @@ def _sizes(op: str | None) -> list:
         kernels = importlib.import_module("pallas_kernels.ops.causal_conv1d.gpu.kernels")
         block = max(sizes[0] for sizes in (*api.FORWARD, *api.BACKWARD))
         return [(api, {"MARGIN": kernels.SEEN + block, "WIDTH_MULTIPLE": kernels.CHANNELS})]
+    if op == "grouped_dot":
+        kernels = importlib.import_module("pallas_kernels.ops.grouped_dot.gpu.kernels")
+        return [(api, {"ROW_MULTIPLE": kernels.ROWS, "MARGIN": kernels.ROWS}), (kernels, {"loop_with": _loop_with})]
     if op in ("ssd", "linear_attention"):  # the latter by the kernels of the former
         return [(importlib.import_module("pallas_kernels.ops.ssd.gpu.grads"), {"loop_with": _loop_with})]
     if op == "gated_delta_rule":

@@ -193,6 +193,17 @@ def test_ssd_on_hopper(heads, groups, state):
 
 
 @pytest.mark.newer
+def test_grouped_dot_on_hopper():
+    """A product a row in the forward and for each gradient, and the visits of a tile one after the other."""
+    M, K, N, G = 512, 128, 256, 4
+    sizes = np.full(G, M // G, np.int32)
+    f = lambda x, w: pk.grouped_dot(x, w, sizes, implementation="gpu")
+    found = gpu_kernels(f, Shape((M, K), BF16), Shape((G, K, N), BF16))
+    assert sorted(e.params["name"] for e in found) == ["grouped_dot_matrices", *["grouped_dot_rows"] * 2]
+    assert all(gpu_said(eqn) == 2 * M * K * N for eqn in found)
+
+
+@pytest.mark.newer
 def test_attention_on_hopper():
     """As on a TPU, whose arrays have heads before tokens."""
     B, T, heads, width = 1, 1024, 8, 64

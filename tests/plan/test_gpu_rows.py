@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows over GPUs that are not there: the step compiles, and plans no more memory than the stream for each sublayer."""
+"""Steps over GPUs that are not there: they compile, sum gradients over devices once, and plan no more memory for rows
+over them than the stream for each sublayer."""
 
 import pytest
 
 from hybridlm.config.find import load_config
 from hybridlm.plan.described import described
+from hybridlm.plan.hlo import collectives, parse
 from hybridlm.plan.slices import read_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.cuda]
 TOKENS, WIDTH = 65_536, 512
 
 
-def compiled(cards: int, *words: str):
-    config = load_config("hybrid_tiny", ["--mesh.data=1", f"--mesh.context={cards}", *words])
+def compiled(cards: int, *words: str, axis: str = "context"):
+    config = load_config("hybrid_tiny", ["--mesh.data=1", f"--mesh.{axis}={cards}", *words])
     with described(config, read_devices(f"h100:{cards}").compilable()) as there:
         return there.trace().lower().compile()
 
@@ -21,6 +23,18 @@ def test_a_row_of_few_chunks_compiles():
     """128 tokens a card: what a shard_map was passed of no size ended the compiler."""
     text = compiled(2, "--model.compute_dtype=bfloat16", "--model.pattern=M", "--optim.rule=AdamW").as_text()
     assert "collective-permute" in text and "ssd_walk" in text
+
+
+@pytest.mark.parametrize(("axis", "kind"), [("context", "all-reduce"), ("fsdp", "reduce-scatter")])
+def test_gradients_of_matrices_cross_once_a_step(axis, kind):
+    """Of four microbatches: what sums cross in each are smaller than any matrix, but for a table's."""
+    words = ("--model.compute_dtype=bfloat16", "--model.pattern=-", "--optim.rule=AdamW", "--optim.accumulate=4",
+             f"--model.d_model={WIDTH}", f"--model.blocks.-.d_ff={4 * WIDTH}", "--data.seq_len=1024")  # fmt: skip
+    found = collectives(parse(compiled(2, *words, axis=axis).as_text()))
+    matrices = 3 * 4 * WIDTH**2 * 2  # of the MLP, in bfloat16
+    table = WIDTH * load_config("hybrid_tiny", []).model.vocab_size * 4
+    once, often = (sum(c.bytes for c in found if c.kind == kind and (c.runs == 1) is yes) for yes in (True, False))
+    assert once >= matrices and often < table + WIDTH**2
 
 
 def test_a_sublayer_adds_its_input_alone():

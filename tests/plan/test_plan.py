@@ -185,6 +185,7 @@ def test_the_command(tmp_path, capsys):
     ("--config", "hybrid_tiny", "--topology", "v5e:3x3"): "slices of v5e are 2x2, 2x4",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--tokens", "many"): r"--tokens \('many'\) must be",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--search", "x.jsonl"): "no peaks are known of cpu:1",
+    ("--config", "hybrid_tiny", "--topology", "cpu:1", "--json", "x", "--html", "x"): "are one file: name two",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "-1"): "must be a positive number",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--tokens", "1T", "--price", "inf"): "must be a positive number",
     ("--config", "hybrid_tiny", "--topology", "cpu:1", "--price", "2"): "give its --tokens",

@@ -192,6 +192,8 @@ def test_comparison(tmp_path, capsys):
     assert main(words) == 0 and ET.fromstring(figure.read_text()) is not None
     assert main(["compare", str(tmp_path / "runs"), "--figure", "x.gif"]) == 2
     assert "--figure (x.gif) must end in .png or .svg" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "runs"), "--out", "x.svg", "--figure", "./x.svg"]) == 2
+    assert "--out and --figure (./x.svg) are one file: name two" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "runs" / "empty"), "--out", str(out)]) == 2
     assert "no run in" in capsys.readouterr().err
 

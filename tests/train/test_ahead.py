@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +105,8 @@ def test_texts_are_left_out_and_put_back(lowered):
 
 
 @pytest.mark.newer
-def test_what_a_cpu_cannot_compile_is_started_once_and_not_ready(lowered, monkeypatch):
-    assert not Kernels(jax.devices()[0]).ready(lowered)  # it is no GPU
+def test_what_a_cpu_cannot_compile_is_started_once_and_not_compiled(lowered, monkeypatch):
+    assert not Kernels(jax.devices()[0]).of(lowered)  # it is no GPU
     monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
     found, kernels, known = calls(lowered), Kernels(jax.devices()[0]), {bytes(32): b"of another program"}
     with kernels.from_known(lambda: known):
@@ -114,37 +115,85 @@ def test_what_a_cpu_cannot_compile_is_started_once_and_not_ready(lowered, monkey
         while not kernels.started and time.monotonic() < deadline:
             time.sleep(0.01)
         assert list(kernels.started) == [found[0]["kernel_hash"]]
-    assert not kernels.ready(lowered)
+    assert kernels.of(lowered)
     assert set(kernels.started) == {words["kernel_hash"] for words in found}
+    kernels.wait()
+    assert not kernels.waiting() and kernels.failed()
     assert [future.result() for future in kernels.started.values()] == [False] * 4
-    assert not Kernels(jax.devices()[0]).ready(jax.jit(jnp.sin).lower(1.0))  # it calls none
+    assert not Kernels(jax.devices()[0]).of(jax.jit(jnp.sin).lower(1.0))  # it calls none
+
+
+def test_settled_is_what_waits_for_the_lock_or_is_through(monkeypatch):
+    kernels, go = Kernels(jax.devices()[0]), threading.Event()
+
+    def alone(words, device):
+        assert go.wait(60)
+        return jax.jit(jnp.sin).lower(1.0)
+
+    monkeypatch.setattr(kernels_ahead, "call_alone", alone)
+    monkeypatch.setattr(kernels_ahead, "SOON", 0.3)
+    assert not kernels.waiting()
+    kernels.settle()
+    began = time.monotonic()
+    for name in (b"1", b"2"):
+        kernels.start({"kernel_hash": name, "module": b""})
+    kernels.settle()
+    assert time.monotonic() - began > 0.3 and kernels.waiting() and not kernels.failed()
+    go.set()
+    kernels.wait()
+    assert not kernels.waiting() and not kernels.failed()
+    monkeypatch.setattr(kernels_ahead, "SOON", 60)
+    kernels.settle()  # nothing waits
+
+
+WITHOUT, WITH = "without texts", "with texts"
 
 
 @pytest.mark.newer
-@pytest.mark.parametrize("refused", [None, "without", "both"])
-def test_what_is_refused_without_texts_is_compiled_with_them(refused, lowered, monkeypatch):
-    tried = []
+@pytest.mark.parametrize(
+    "kernel, refused, tried",
+    [
+        (True, [], [WITHOUT]),
+        (True, [WITHOUT], [WITHOUT, WITH]),
+        (True, [WITHOUT, WITH], [WITHOUT, WITH]),
+        (False, [], [WITH]),
+        ("will be", [], [WITHOUT]),
+        ("will be", ["too early"], [WITHOUT, WITHOUT]),
+        ("will be", [WITHOUT], [WITHOUT, WITHOUT, WITH]),
+        ("will not be", ["too early"], [WITHOUT, WITH]),
+    ],
+)
+def test_a_program_is_compiled_without_texts_beside_its_kernels(kernel, refused, tried, lowered, monkeypatch):
+    """Where a kernel was not there yet once more when it is; what is refused then, or has none, with its texts."""
+    one, seen, told = Future(), [], []
+    if isinstance(kernel, bool):
+        one.set_result(kernel)
 
     def compile_(self):
-        tried.append("without" if not calls(self)[0]["module"] else "with")
-        if refused in (tried[-1], "both"):
+        seen.append(WITH if calls(self)[0]["module"] else WITHOUT)
+        assert told == ["lowered"]
+        early = "too early" in refused and not one.done()
+        if not isinstance(kernel, bool) and not one.done():
+            threading.Timer(0.05, one.set_result, [kernel == "will be"]).start()
+        if early or seen[-1] in refused:
             raise jax.errors.JaxRuntimeError("no kernel")
-        return tried[-1]
+        return seen[-1]
 
     monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
-    monkeypatch.setattr(Kernels, "ready", lambda self, lowered: True)
+    monkeypatch.setattr(Kernels, "of", lambda self, lowered: self.started.update({b"one": one}) or True)
     monkeypatch.setattr(type(lowered), "compile", compile_)
-    run = lambda: kernels_ahead.compile_ahead(lambda: lowered, make_mesh(MeshConfig()))
-    if refused == "both":
+    run = lambda: kernels_ahead.compile_ahead(lambda: lowered, make_mesh(MeshConfig()), lambda: told.append("lowered"))
+    if WITH in refused:
         with pytest.raises(jax.errors.JaxRuntimeError, match="no kernel"):
             run()
     else:
-        assert run() == ("without" if refused is None else "with")
-    assert tried == (["without"] if refused is None else ["without", "with"])
+        assert run() == tried[-1]
+    assert seen == tried
 
 
-def test_kernels_are_not_kept_on_disk(tmp_path):
-    """In a process of its own, as JAX looks up its cache's folder once: of two programs the one within is not there."""
+def test_kernels_are_not_kept_on_disk_and_a_step_is_when_there_is_time(tmp_path):
+    """In a process of its own, as JAX looks up its cache's folder once: of three programs the first is not there, the
+    second when it is asked for, the third at once."""
     program = """
 import pathlib
 import sys
@@ -152,17 +201,24 @@ import sys
 import jax
 
 from hybridlm.train.kernels_ahead import not_kept
+from hybridlm.train.written_later import written_later
 
 kept = lambda: len(list(pathlib.Path(sys.argv[1]).glob("*-cache")))
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-one, two = (jax.jit(lambda x, n=n: x * n).lower(1.0) for n in (2, 3))
+one, two, three = (jax.jit(lambda x, n=n: x * n).lower(1.0) for n in (2, 3, 4))
+found = []
 with not_kept():
     one.compile()
-before = kept()
-two.compile()
-print(before, kept())
+found.append(kept())
+with written_later() as write:
+    two.compile()
+found.append(kept())
+write()
+found.append(kept())
+three.compile()
+print(*found, kept())
 """
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "1"]
+    assert done.stdout.split() == ["0", "0", "1", "2"]

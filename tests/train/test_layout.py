@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm.config import MLP, Config, Mamba2, MeshConfig, ModelConfig, MoE, OptimConfig, Router
+from hybridlm.config import MLP, Config, DataConfig, Mamba2, MeshConfig, ModelConfig, MoE, OptimConfig, Router
 from hybridlm.model.init import abstract, stacked
 from hybridlm.plan.slices import read_devices
 from hybridlm.sharding import make_mesh
@@ -73,6 +73,25 @@ def test_gathered_once_on_gpus_with_room(words, sizes, wanted, room, once, monke
     config = Config(model=MODEL, optim=OptimConfig(gather_once=wanted))
     mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices(words).described())
     assert layout.gathers_once(config, mesh) is once
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "room", "once"),
+    [
+        ({}, {"fsdp": 2}, layout.ROOM, True),
+        ({}, {"fsdp": 2}, 2**40, False),  # too large a part of the memory
+        ({"gather_once": False, "scatter_once": True}, {"fsdp": 2}, layout.ROOM, False),  # nothing is whole
+        ({"accumulate": 1}, {"fsdp": 2}, layout.ROOM, False),  # nothing is summed
+        ({"scatter_once": False}, {"fsdp": 2}, layout.ROOM, False),
+        ({"gather_once": True, "scatter_once": True}, {"fsdp": 2}, 2**40, True),
+        ({}, {"data": 2}, layout.ROOM, False),
+    ],
+)
+def test_scattered_once_where_gathered_once(changes, sizes, room, once, monkeypatch):
+    monkeypatch.setattr(layout, "ROOM", room)
+    config = Config(model=MODEL, optim=OptimConfig(**{"accumulate": 2} | changes), data=DataConfig(batch_size=4))
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices("h100:2").described())
+    assert layout.scatters_once(config, mesh) is once
 
 
 @pytest.mark.parametrize(

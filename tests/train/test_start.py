@@ -2,6 +2,7 @@
 """What a start compiles, and that the next one finds its step without a trace."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
@@ -38,6 +39,8 @@ def test_a_start_compiles_two_programs(mini, events):
     assert train_main(["--config", str(mini), "--run.steps=2", *WORDS]) == 0
     compiled = [function for event, function in events if event == "backend_compile"]
     assert sorted(compiled) == ["jit(init)", "jit(train_step)"]
+    text = jax.jit(lambda x: jnp.sin(x)).lower(1.0).as_text(debug_info=True)
+    assert "test_start.py" in text and "callsite" not in text  # of the source, the innermost line alone
 
 
 @pytest.mark.slow

@@ -96,10 +96,11 @@ def gathers(config, mesh, program) -> int:
 
 
 def test_matrices_gathered_once_a_step(reference):
-    """The same step; of the gathers at each use in each microbatch those of tables are left."""
+    """The same step, gradients scattered once a step, too; of the gathers at each use in each microbatch those of
+    tables are left."""
     params, history, _ = reference["adamw"]
     words, sizes = (*options("adamw"), "optim.accumulate=4"), (1, 2, 2)
-    many, many_history, specs = run_steps((*words, "optim.gather_once=True"), sizes)
+    many, many_history, specs = run_steps((*words, "optim.gather_once=True", "optim.scatter_once=True"), sizes)
     for a, b in zip(many_history, history, strict=True):
         chex.assert_trees_all_close(a, b, rtol=1e-4)
     assert relative(many, params) < 5e-4

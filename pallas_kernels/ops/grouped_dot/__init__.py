@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pallas_kernels.grouped_dot`."""
 
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.op import HOPPER, Implementation, Op
 
 OP = Op(
     name="grouped_dot",
@@ -17,5 +17,17 @@ OP = Op(
         "tpu": Implementation(
             "pallas_kernels.ops.grouped_dot.tpu:grouped_dot_tpu", "pallas_kernels.ops.grouped_dot.tpu:supports"
         ),
+        "gpu": Implementation(
+            "pallas_kernels.ops.grouped_dot.gpu.api:grouped_dot_gpu",
+            "pallas_kernels.ops.grouped_dot.gpu.api:supports",
+            "pallas_kernels.ops.grouped_dot.gpu.api:slower",
+            capability=HOPPER,
+            oldest_jax=(0, 11),
+        ),
+    },
+    proven=("gpu",),
+    gpu_costs={
+        "grouped_dot_rows": "pallas_kernels.ops.grouped_dot.gpu.cost:rows",
+        "grouped_dot_matrices": "pallas_kernels.ops.grouped_dot.gpu.cost:matrices",
     },
 )

@@ -17,8 +17,9 @@ def grouped_dot(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, *, implem
       w_GKN: a matrix a group, of the type of x.
       sizes_G: int32, rows of each group; their sum is at most M. Rows behind all groups give zeros and get zero
         gradients, whatever stands in them.
-      implementation: "auto", "reference", "xla" (jax.lax.ragged_dot on TPU, a loop over blocks of rows elsewhere) or
-        "tpu" (the megablox kernel that JAX ships).
+      implementation: "auto", "reference", "xla" (jax.lax.ragged_dot on TPU, a loop over blocks of rows elsewhere),
+        "tpu" (the megablox kernel that JAX ships) or "gpu" (Hopper kernels, of 16-bit types and widths that are
+        multiples of 128).
 
     Returns:
       y_MN in the dtype of x; sums are float32 at least. Gradients flow to x and w. Raises ValueError or TypeError for

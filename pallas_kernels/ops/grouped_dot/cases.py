@@ -39,7 +39,12 @@ BENCH_CASES = (
 CASES = {case.name: case for case in (*TEST_CASES, *BENCH_CASES)}
 
 _SMALL = Case("small", 24, 8, 6, 3, "part")
-CONTRACT = {"reference": _SMALL, "xla": _SMALL, "tpu": Case("tpu", 150, 128, 128, 3, "part")}
+CONTRACT = {
+    "reference": _SMALL,
+    "xla": _SMALL,
+    "tpu": Case("tpu", 150, 128, 128, 3, "part"),
+    "gpu": Case("gpu", 300, 128, 128, 3, "part"),
+}
 
 
 def make_inputs(case: Case, dtype="float32") -> dict[str, np.ndarray]:
