@@ -18,7 +18,7 @@ from hybridlm.train.kernels_ahead import compile_ahead
 from hybridlm.train.written_later import written_later
 from pallas_kernels.platform import platform_of
 
-LATEST = 300.0
+LATEST = 60.0
 """Seconds after which a compiled step is written to disk though none was taken."""
 LOOK = 0.2
 """Seconds between two looks at whether the process still runs."""
