@@ -22,6 +22,7 @@ from jax import lax
 
 from hybridlm import exchange, sharding
 from hybridlm.layers.vocabulary import CHUNK, TABLE, Places, layout, places
+from pallas_kernels import exponentials
 from pallas_kernels.platform import platform
 
 TILE = 128
@@ -136,41 +137,87 @@ _formed.defvjp(_formed_forward, _formed_backward)
 def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed, where: Places):
     """(cross entropy, squared log-partition) of a device's tokens, and the gradients of their weighted sum, float32:
     that of the tokens is what the device's rows of the table give to it. w: those rows, in the type of x."""
-    dtype, (n_vocab, d_model), n_tokens = x_BTD.dtype, w_VD.shape, targets_BT.size
-    first = where.first_row(n_vocab)
-    n_chunks = -(-n_tokens // max(spec.n_logits // n_vocab, 1))
-    rows = -(-n_tokens // n_chunks)
-    rows = rows if n_chunks == 1 else -(-rows // TILE) * TILE
-    n_chunks = -(-n_tokens // rows)
+    (n_vocab, d_model), n_tokens = w_VD.shape, targets_BT.size
+    n_chunks, rows = _token_chunks(n_tokens, spec.n_logits // n_vocab)
     missing = n_chunks * rows - n_tokens
     x_CRD = jnp.pad(x_BTD.reshape(n_tokens, d_model), ((0, missing), (0, 0))).reshape(n_chunks, rows, d_model)
     target_CR = jnp.pad(targets_BT.reshape(n_tokens), (0, missing), constant_values=-1).reshape(n_chunks, rows)
+    in_one_pass = spec.softcap is None and exponentials.why_not(rows, n_vocab, x_BTD.dtype) is None
+    of_chunk = _in_one_pass if in_one_pass else _in_two_passes
 
     def step(carry, chunk):
         nats, z, dw_VD = carry
         x_RD, target_R = chunk
-        logits, d_softcap = _capped(jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32), spec)
-        lse_R, is_real_R = _over_rows(_log_sum_exp(logits), where.rows), target_R >= 0
-        target_R -= first
-        at_target_R = jnp.take_along_axis(logits, jnp.clip(target_R, 0, n_vocab - 1)[:, None], axis=1)[:, 0]
-        if where.rows:
-            here_R = (target_R >= 0) & (target_R < n_vocab)
-            at_target_R = exchange.add(jnp.where(here_R, at_target_R, 0.0), where.rows)
-        nats += jnp.sum(jnp.where(is_real_R, lse_R - at_target_R, 0.0))
+        products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
+        is_real_R = target_R >= 0
+        nats_R, lse_R, d_RV, factor_R = of_chunk(products, target_R, x_RD.dtype, spec, where)
+        nats += jnp.sum(jnp.where(is_real_R, nats_R, 0.0))
         z += jnp.sum(jnp.where(is_real_R, jnp.square(lse_R), 0.0))
-        d_lse_R = jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
-        hit = jnp.arange(n_vocab)[None] == target_R[:, None]
-        d_logits = jnp.exp(logits - lse_R[:, None]) * d_lse_R[:, None] - hit
-        d_logits = d_logits if d_softcap is None else d_logits * d_softcap
-        d_logits = (d_logits * spec.multiplier).astype(dtype)
-        dx_RD = jnp.einsum("rv,vd->rd", d_logits, w_VD, preferred_element_type=jnp.float32)
-        dw_VD += jnp.einsum("rv,rd->vd", d_logits, x_RD, preferred_element_type=jnp.float32)
+        dx_RD = jnp.einsum("rv,vd->rd", d_RV, w_VD, preferred_element_type=jnp.float32)
+        if factor_R is not None:
+            dx_RD, x_RD = dx_RD * factor_R[:, None], (x_RD * factor_R[:, None]).astype(x_RD.dtype)
+        dw_VD += jnp.einsum("rv,rd->vd", d_RV, x_RD, preferred_element_type=jnp.float32)
         return (nats, z, dw_VD), dx_RD
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros((n_vocab, d_model), jnp.float32))
     (nats, z, dw_VD), dx_CRD = lax.scan(step, start, (x_CRD, target_CR))
     return nats, z, dx_CRD.reshape(-1, d_model)[:n_tokens].reshape(x_BTD.shape), dw_VD
+
+
+def _token_chunks(n_tokens: int, most: int) -> tuple[int, int]:
+    """(chunks, tokens of each) of about `most`; up to twice as many chunks, if they are equal then without padding."""
+    fewest = -(-n_tokens // max(most, 1))
+    for n_chunks in range(fewest, 2 * fewest):
+        if n_tokens % n_chunks == 0 and (n_chunks == 1 or n_tokens // n_chunks % TILE == 0):
+            return n_chunks, n_tokens // n_chunks
+    rows = -(-n_tokens // fewest)
+    rows = rows if fewest == 1 else -(-rows // TILE) * TILE
+    return -(-n_tokens // rows), rows
+
+
+def _at_target(logits, target_R, where: Places):
+    """The logit at each token's target, of this device's rows (which `target_R` counts) or another's; 0 of none."""
+    n_vocab = logits.shape[1]
+    at_target_R = jnp.take_along_axis(logits, jnp.clip(target_R, 0, n_vocab - 1)[:, None], axis=1)[:, 0]
+    if not where.rows:
+        return at_target_R
+    here_R = (target_R >= 0) & (target_R < n_vocab)
+    return exchange.add(jnp.where(here_R, at_target_R, 0.0), where.rows)
+
+
+def _d_lse(lse_R, is_real_R, spec: _Formed):
+    """The derivative of the objective by the log-partition."""
+    return jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
+
+
+def _in_two_passes(products, target_R, dtype, spec: _Formed, where: Places):
+    """(cross entropy, log-partition, gradient of the products, its factor: None) of a chunk's tokens."""
+    logits, d_softcap = _capped(products, spec)
+    lse_R, is_real_R = _over_rows(_log_sum_exp(logits), where.rows), target_R >= 0
+    target_R -= where.first_row(logits.shape[1])
+    at_target_R = _at_target(logits, target_R, where)
+    hit = jnp.arange(logits.shape[1])[None] == target_R[:, None]
+    d_logits = jnp.exp(logits - lse_R[:, None]) * _d_lse(lse_R, is_real_R, spec)[:, None] - hit
+    d_logits = d_logits if d_softcap is None else d_logits * d_softcap
+    return lse_R - at_target_R, lse_R, (d_logits * spec.multiplier).astype(dtype), None
+
+
+def _in_one_pass(products, target_R, dtype, spec: _Formed, where: Places):
+    """The same by a kernel: exponentials beside the target's logit are the gradient up to a factor of each token, all
+    but that at the target, which is put in its place."""
+    n_vocab, is_real_R = products.shape[1], target_R >= 0
+    target_R -= where.first_row(n_vocab)
+    at_target_R = spec.multiplier * _at_target(products, target_R, where)
+    e_RV, sum_R, base_R = exponentials.exponentials(products, at_target_R, spec.multiplier)
+    lse_R = _over_rows(base_R + jnp.log(sum_R), where.rows)
+    d_lse_R = _d_lse(lse_R, is_real_R, spec)
+    hit_R = jnp.exp(at_target_R - base_R) - jnp.where(is_real_R, jnp.exp(lse_R - base_R) / d_lse_R, 0.0)
+    of_row_R = jnp.where((target_R >= 0) & (target_R < n_vocab) & is_real_R, target_R, n_vocab)
+    e_RV = e_RV.at[jnp.arange(len(of_row_R)), of_row_R].set(
+        hit_R.astype(dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+    return lse_R - at_target_R, lse_R, e_RV, spec.multiplier * d_lse_R * jnp.exp(base_R - lse_R)
 
 
 def _log_sum_exp(logits):

@@ -10,6 +10,7 @@ import pytest
 from hybridlm.sharding import MeshConfig, make_mesh
 from hybridlm.train.loss import cross_entropy, training_loss
 from pallas_kernels import assume_platform
+from tests.ops.interpreter import mosaic_interpreted, needs_gpu_interpreter
 from tests.tolerances import check_close
 
 B, T, D = 2, 6, 8
@@ -131,6 +132,66 @@ def test_gradient_formed_in_the_forward_over_devices():
         assert str(program.trace(w).jaxpr).count("dot_general") == 3  # the logits once
     for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
         check_close(a, b, dtype="float32", what="objective, sums and gradients")
+
+
+def kernel_in_plain_words(z_RV, base_R, factor):
+    """As `pallas_kernels.exponentials.exponentials`, without rounding."""
+    z_RV = factor * z_RV
+    largest_R = z_RV.max(1)
+    base_R = jnp.where(largest_R - base_R > 60, largest_R, base_R)
+    e_RV = jnp.exp(z_RV - base_R[:, None])
+    return e_RV, e_RV.sum(1), base_R
+
+
+@pytest.fixture
+def by_kernel(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.exponentials.why_not", lambda *_: None)
+    monkeypatch.setattr("pallas_kernels.exponentials.exponentials", kernel_in_plain_words)
+
+
+@pytest.mark.parametrize(
+    ("scale", "n_logits", "how"),
+    [(1, 10**6, {"multiplier": 0.5}), (1, 300, {"z_loss": 0.0}), (12, 1200, {"multiplier": 1.5, "z_loss": 1e-4})],
+)
+def test_gradient_by_the_kernel_is_that_of_optax(scale, n_logits, how, by_kernel):
+    """Where targets are not the largest by far, too: in the last case by more than a hundred nats."""
+    x, w, targets = inputs(300)
+    how = {"z_loss": 0.3} | how
+    total, sums, grads = formed(scale * x, w, targets, n_logits=n_logits, **how)
+    nats, z, tokens = oracle(scale * x, w, targets, how.get("multiplier", 1.0))
+    check_close(jnp.stack(sums[:2]), jnp.stack([nats, z]), dtype="float32", what="sums")
+    check_close(total, nats + how["z_loss"] * z, dtype="float32", what="objective")
+    assert sums.tokens == tokens
+
+    def theirs(x, w):
+        nats, z, _ = oracle(x, w, targets, how.get("multiplier", 1.0))
+        return nats + how["z_loss"] * z
+
+    for grad, like in zip(grads, jax.grad(theirs, (0, 1))(scale * x, w), strict=True):
+        check_close(grad, like, dtype="float32", what="gradient")
+
+
+def test_gradient_by_the_kernel_over_rows_of_the_table(by_kernel):
+    x, w, targets = inputs(64)
+    one = formed(30 * x, w, targets, n_logits=128)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])):
+        split = formed(30 * x, w, targets, n_logits=128)
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
+        check_close(a, b, dtype="float32", what="objective, sums and gradients")
+
+
+@needs_gpu_interpreter
+def test_gradient_by_the_kernel_itself():
+    x, w, targets = inputs(512, jnp.bfloat16)
+    w = w.astype(jnp.float32)
+    plain = formed(4 * x, w, targets, n_logits=2048)
+    with assume_platform("gpu", capability="9.0"), mosaic_interpreted():
+        ours = formed(4 * x, w, targets, n_logits=2048)
+    for a, b in zip(jax.tree.leaves(ours[:2]), jax.tree.leaves(plain[:2]), strict=True):
+        check_close(a, b, dtype="float32", what="objective and sums")
+    for a, b in zip(ours[2], plain[2], strict=True):
+        assert a.dtype == b.dtype
+        check_close(a, b, dtype="bfloat16", what="gradient")
 
 
 def test_large_logits_do_not_overflow_in_one_pass():

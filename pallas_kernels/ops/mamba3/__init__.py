@@ -19,6 +19,7 @@ OP = Op(
     states=("initial_angle", "initial_ssm", "initial_k", "initial_v"),
     hints={"chunk": (1, 7, 1000)},
     proven=("gpu",),
+    estimated=("v5e", "v5p", "v6e"),
     implementations={
         "reference": Implementation("pallas_kernels.ops.mamba3.reference:mamba3_reference", forward_mode=True),
         "xla": Implementation("pallas_kernels.ops.mamba3.xla:mamba3_xla", forward_mode=True),

@@ -65,7 +65,7 @@ def by_ssd(implementation, q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, 
 
 
 mamba3_gpu = functools.partial(by_ssd, "gpu")
-mamba3_tpu = functools.partial(by_ssd, "tpu")
+mamba3_tpu = parts.in_halves(functools.partial(by_ssd, "tpu"))
 supports_gpu = functools.partial(why_not, "gpu")
 supports_tpu = functools.partial(why_not, "tpu")
 

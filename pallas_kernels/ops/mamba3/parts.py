@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both implementations of `mamba3` do to one token: rotation, and what stands between state and output."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PAIRS = ("adjacent", "half")
 TURN = 2 * jnp.pi
@@ -30,6 +34,47 @@ def rotate(x, angle, pairs: str):
         return jnp.concatenate([turned, x[..., 2 * n_angles :]], axis=-1)
     rest = x[..., n_angles:half], x[..., half + n_angles :]
     return jnp.concatenate([first, rest[0], second, rest[1]], axis=-1)
+
+
+def in_halves(scan: Callable) -> Callable:
+    """An implementation of `mamba3` that sees pairs N / 2 apart, whichever the call has.
+
+    Queries and keys may have their channels in any order, the same for both and for the states. Pairs that are
+    neighbours in memory are turned by taking every other channel and putting them side by side again, for which a TPU
+    moves each array several times; halves are slices. So channels are put in order before there is a copy for every
+    head, by products with ones, which are exact.
+    """
+
+    @functools.wraps(scan)
+    def run(q_BTRGN, k_BTRGN, *tokens, rotary_pairs, return_final_state=False, **options):
+        if rotary_pairs != "adjacent":
+            more = {"rotary_pairs": rotary_pairs, "return_final_state": return_final_state}
+            return scan(q_BTRGN, k_BTRGN, *tokens, **more, **options)
+        halves_NN = _halves(k_BTRGN.shape[-1], tokens[-1].shape[-1])
+        there, back = (functools.partial(_ordered, order_NN=order) for order in (halves_NN, halves_NN.T))
+        named = ("q_bias", "k_bias", "initial_ssm", "initial_k")
+        options |= {name: there(options[name]) for name in named if options[name] is not None}
+        more = {"rotary_pairs": "half", "return_final_state": return_final_state}
+        out = scan(there(q_BTRGN), there(k_BTRGN), *tokens, **more, **options)
+        if not return_final_state:
+            return out
+        y_BTHP, angle_BHS, ssm_BHPN, k_BHRN, v_BHRP = out
+        return y_BTHP, angle_BHS, back(ssm_BHPN), back(k_BHRN), v_BHRP
+
+    return run
+
+
+def _halves(d_key: int, n_angles: int) -> np.ndarray:
+    """[N, N]: column j has a one at the channel that stands at j, where pairs of neighbours are d_key // 2 apart."""
+    rest = np.arange(2 * n_angles, d_key)
+    behind_first = d_key // 2 - n_angles
+    pairs = np.arange(2 * n_angles).reshape(n_angles, 2)
+    order = np.concatenate([pairs[:, 0], rest[:behind_first], pairs[:, 1], rest[behind_first:]])
+    return np.eye(d_key, dtype=np.float32)[:, order]
+
+
+def _ordered(array, order_NN):
+    return jnp.matmul(array, order_NN.astype(array.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def output(y, z, *, norm_weight, norm_eps: float, mimo_z, mimo_o):

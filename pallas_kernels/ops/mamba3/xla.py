@@ -15,10 +15,14 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chunks
+from pallas_kernels import chunks, platform
 from pallas_kernels.by_token import rows_where, tokens_where
 from pallas_kernels.ops.mamba3 import parts
 from pallas_kernels.ops.mamba3.reference import STATES, accumulation_dtype, empty_states
+
+BLOCK = 128  # tokens whose turns one product adds up
+PARTS = 256  # of a circle: any number of them up to all is one that bfloat16 has
+PART = parts.TURN / PARTS
 
 
 def mamba3_xla(q_BTRGN, k_BTRGN, v_BTHP, adt_BTH, dt_BTH, trap_BTH, angles_BTHS, *, z, segment_ids=None,
@@ -138,14 +142,49 @@ def _read(written: Written, adt_BTH, marks: chunks.Marks, chunk: int):
 
 def _angles(turns_BTHS, entering_BHS, marks: chunks.Marks):
     """Turns added up from each document's start, wrapped at each sum so that long rows lose nothing."""
-    starts_BT11 = (marks.document_BT != marks.entering_BT)[..., None, None]
+    add = added if platform.platform() == "gpu" else added_in_blocks
+    sums_BTHS = add(turns_BTHS, marks.document_BT != marks.entering_BT)
+    is_entering_BT = marks.document_BT == marks.entering_BT[:, :1]
+    return parts.wrapped(sums_BTHS + tokens_where(is_entering_BT, entering_BHS[:, None]))
+
+
+def added(turns_BTHS, starts_BT):
+    """Sums over tokens, from where one starts, in an associative scan; wrapped."""
 
     def join(earlier, later):
         return earlier[0] | later[0], parts.wrapped(jnp.where(later[0], later[1], earlier[1] + later[1]))
 
-    _, sums_BTHS = jax.lax.associative_scan(join, (starts_BT11, turns_BTHS), axis=1)
-    is_entering_BT = marks.document_BT == marks.entering_BT[:, :1]
-    return parts.wrapped(sums_BTHS + tokens_where(is_entering_BT, entering_BHS[:, None]))
+    return jax.lax.associative_scan(join, (starts_BT[..., None, None], turns_BTHS), axis=1)[1]
+
+
+def added_in_blocks(turns_BTHS, starts_BT):
+    """The same, not wrapped: by products with ones within blocks of tokens, and in a scan from block to block. What an
+    associative scan reads are strides over tokens, for which a TPU moves the whole array at every step; it takes longer
+    to compile, too. On a GPU this form was not timed.
+
+    A turn is a whole number of parts of a circle, whose sums are exact in bfloat16 products, and a rest below one part.
+    """
+    block = min(BLOCK, turns_BTHS.shape[1])
+    starts_BCQ, turns_BCQHS = (_blocks(array, block) for array in (starts_BT, turns_BTHS))
+    whole_BCQHS = jnp.round(jax.lax.stop_gradient(turns_BCQHS) / PART)
+    rest_BCQHS = turns_BCQHS - whole_BCQHS * PART
+    run_BCQ = jnp.cumsum(starts_BCQ, axis=2, dtype=jnp.int32)
+    adds_BCQQ = (run_BCQ[..., :, None] == run_BCQ[..., None, :]) & jnp.tri(block, dtype=bool)[None, None]
+    add = functools.partial(jnp.einsum, "bcij,bcjhs->bcihs", precision=jax.lax.Precision.HIGHEST)
+    adds, whole = (array.astype(jnp.bfloat16) for array in (adds_BCQQ, whole_BCQHS % PARTS))
+    sums_BCQHS = add(adds, whole, preferred_element_type=rest_BCQHS.dtype) % PARTS * PART
+    sums_BCQHS += add(adds_BCQQ.astype(rest_BCQHS.dtype), rest_BCQHS)
+    ends_BCHS = added(sums_BCQHS[:, :, -1], run_BCQ[:, :, -1] > 0)
+    before_BCHS = jnp.pad(ends_BCHS[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
+    sums_BCQHS += jnp.where((run_BCQ == 0)[..., None, None], before_BCHS[:, :, None], 0)
+    return sums_BCQHS.reshape(len(turns_BTHS), -1, *turns_BTHS.shape[2:])[:, : turns_BTHS.shape[1]]
+
+
+def _blocks(array_BT, block: int):
+    """[B, C, Q, ...], with nothing behind the last token."""
+    rest = array_BT.shape[2:]
+    array_BT = jnp.pad(array_BT, [(0, 0), (0, -array_BT.shape[1] % block), *((0, 0) for _ in rest)])
+    return array_BT.reshape(len(array_BT), -1, block, *rest)
 
 
 def _lags(lag_BTH, marks: chunks.Marks):
