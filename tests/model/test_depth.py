@@ -124,3 +124,14 @@ def test_on_one_gpu_sublayers_of_spans_give_all_their_gradients_before_the_next_
     assert barriers() == 0
     for got, want in zip(jax.tree.leaves(on_gpu), jax.tree.leaves(elsewhere), strict=True):
         check_close(got, want, dtype="float32", what="gradient")
+
+
+def test_kept_arrays_have_their_tokens_behind_on_a_tpu():
+    """Whatever stands between tokens and the last dim moves in front of both; small or narrow arrays stay."""
+    traced = lambda shape: str(jax.make_jaxpr(lambda a: depth._laid_out(a))(jnp.zeros(shape)))
+    pinned = lambda *shape: traced(shape).partition("major_to_minor=")[2]
+    with assume_platform("tpu", generation="v5p"):
+        assert pinned(4, 64, 2, 256).startswith("(0, 2, 1, 3)")
+        assert pinned(1, 64, 256).startswith("(0, 1, 2)")
+        assert not pinned(1, 64, 96) and not pinned(64, 256)
+    assert not pinned(4, 64, 2, 256)
