@@ -3,6 +3,7 @@
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ from hybridlm.train.kept_step import KeptStep, cache_hits
 from hybridlm.train.kernels_ahead import compile_ahead
 from hybridlm.train.written_later import written_later
 from pallas_kernels.platform import platform_of
+
+LATEST = 60.0
+"""Seconds after which a compiled step is written to disk though none was taken."""
+LOOK = 0.2
+"""Seconds between two looks at whether the process still runs."""
 
 
 @contextmanager
@@ -39,13 +45,17 @@ class TrainStep:
         """base: what the step takes behind these; None: nothing."""
         self.jitted, self.lengths, self.base = jitted, lengths, base or Base()
         self._ahead: Future | None = None
+        self._taken = threading.Event()
         self._lowered = threading.Event()
         self._lowered.set()
 
     def __call__(self, state, batch):
         """A step; waits for what `prepare` started, and raises what that raised."""
         step = self.jitted if self._ahead is None else self._ahead.result()
-        return step(state, batch, self.lengths, *self.base.args)
+        try:
+            return step(state, batch, self.lengths, *self.base.args)
+        finally:
+            self._taken.set()
 
     def prepare(self, mesh: Mesh, state, batch, kept: KeptStep | None = None) -> None:
         """Starts to compile the step for arguments like these, in a thread of its own; the only ones it takes then.
@@ -64,6 +74,7 @@ class TrainStep:
                     with no_collections(), cache_hits() as hits, written_later() as write:
                         step = found or compile_ahead(lambda: self.lower(state, batch), mesh, self._lowered.set)
                     ahead.set_result(step)
+                    self._wait_until_taken()
                     write()
                     if kept and not found and not hits:
                         kept.store(step)
@@ -74,6 +85,12 @@ class TrainStep:
                 self._lowered.set()
 
         threading.Thread(target=compile_, name="compile").start()
+
+    def _wait_until_taken(self) -> None:
+        """Until a first step is on its way, or none will be: what is written before delays it by seconds."""
+        end = time.monotonic() + LATEST
+        while not self._taken.wait(LOOK) and threading.main_thread().is_alive() and time.monotonic() < end:
+            pass
 
     def wait_until_lowered(self) -> None:
         """On GPUs, waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is

@@ -115,8 +115,11 @@ def _sizes(op: str | None) -> list:
         threads = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.threads")
         return [(api, {"TOKEN_MULTIPLE": api.TILE}), (threads, _threads(threads))]
     if op == "selective_scan":
-        forward, threads = (importlib.import_module(f"pallas_kernels.ops.{op}.gpu.{m}") for m in ("forward", "threads"))
-        return [(forward, {"UNROLL": 2}), (threads.Threads, _scan_threads(threads))]
+        names = ("forward", "backward", "threads")
+        forward, backward, threads = (importlib.import_module(f"pallas_kernels.ops.{op}.gpu.{m}") for m in names)
+        few = {"TILE": 8}  # written out: fewer are traced sooner
+        patches = [(forward, few | {"exp2": lambda own, exponents, chosen: jnp.exp2(exponents)})]
+        return [*patches, (backward, few | {"QUADS": 2}), (threads.Threads, _scan_threads(threads))]
     return []
 
 
@@ -125,6 +128,12 @@ def _scan_threads(threads) -> dict:
 
     def spread(own):
         return lambda row: jnp.broadcast_to(row[:, None], (own.channels, threads.STATES))
+
+    def widen(own):
+        return lambda array, layout: array.astype(jnp.float32)
+
+    def sum_own(own):
+        return lambda array: array.reshape(own.channels, threads.QUAD, threads.HELD).sum(2)
 
     def sum_states(own):
         return lambda *tokens: jnp.stack([token.sum(1) for token in tokens])
@@ -137,7 +146,14 @@ def _scan_threads(threads) -> dict:
 
         return sums
 
-    return {function.__name__: property(function) for function in (spread, sum_states, sum_channels)}
+    def store(own):
+        def write(target, array):
+            target[...] = array
+
+        return write
+
+    words = (widen, spread, sum_own, sum_states, sum_channels, store)
+    return {word.__name__: property(word) for word in words}
 
 
 def _threads(threads) -> dict:

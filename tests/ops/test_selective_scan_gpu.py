@@ -17,6 +17,7 @@ from tests.ops.support import check_against_oracle
 
 gpu = pytest.importorskip("pallas_kernels.ops.selective_scan.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 threads = pytest.importorskip("pallas_kernels.ops.selective_scan.gpu.threads")
+exponentials = pytest.importorskip("pallas_kernels.ops.selective_scan.gpu.exponentials")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 DRAWN = (
@@ -34,7 +35,8 @@ def test_supports_names_argument_and_limit():
         return gpu.supports(*(inputs[name] for name in ("x", "dt", "A", "B", "C")))
 
     assert why() is None and why("float32") is None and why("float16", state=3) is None
-    assert why(dt=np.zeros((1, 8, 4))) == "dtype of dt_BTD (float64) is not float32"
+    assert why(dt=np.zeros((1, 8, 4))) == "dtype of dt_BTD (float64) not one of bfloat16, float16, float32"
+    assert why(A=np.zeros((4, 16))) == "dtype of A_DN (float64) is not float32"
     assert why(x=np.zeros((1, 8, 4))) == "dtype of x_BTD (float64) not one of bfloat16, float16, float32"
     assert why(B=np.zeros((1, 8, 16))) == "dtype of B_BTN (float64) not one of bfloat16, float16, float32"
     assert gpu.slower(np.zeros((1, 31, 4))) == "T (31) below 32, to which the kernels pad"
@@ -75,6 +77,16 @@ def test_places_are_a_permutation_of_a_warp():
     np.testing.assert_array_equal(places % threads.QUAD, np.tile(np.arange(16) // threads.HELD, (2, 1)))
 
 
+def test_decays_by_polynomial_are_right_where_they_are_slow():
+    """1 - 2^f, by which a state decays, to 2e-5 of itself, and 2^f to 1e-5, in float32 as the kernel has it."""
+    f = np.linspace(-0.5, 0.5, 10001, dtype=np.float32)
+    found = np.polynomial.polynomial.polyval(f, np.array((0.0, *exponentials.POLYNOMIAL), np.float32))
+    exact = np.expm1(f.astype(np.float64) * np.log(2))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, exact, rtol=2e-5)
+    np.testing.assert_allclose(1 + found, 1 + exact, rtol=1e-5)
+
+
 @needs_gpu_interpreter
 @pytest.mark.slow
 @by_name
@@ -91,11 +103,15 @@ def test_kernels_interpreted_on_all_cases(case, dtype):
 
 @needs_gpu_interpreter
 @pytest.mark.slow
-def test_kernels_interpreted_on_documents_in_groups_over_several_tiles():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_interpreted_on_documents_in_groups_over_several_tiles(dtype, monkeypatch):
+    """Two channels a thread; bfloat16, of the step sizes too, is made float32 in the kernel."""
+    monkeypatch.setattr(gpu, "_width", lambda *_: 2)
     case = cases.Case("documents", 1, 75, 8, 5, 2, layout="scattered", decay="mixed", initial=True, final=True)
     with interpreted("selective_scan", "gpu"):
-        settings = cases.make_settings(case)
-        check_against_oracle("selective_scan", cases.make_inputs(case), implementation="gpu", **settings)
+        settings, inputs = cases.make_settings(case), cases.make_inputs(case, dtype)
+        inputs["dt"] = inputs["dt"].astype(jnp.dtype(dtype))
+        check_against_oracle("selective_scan", inputs, dtype=dtype, implementation="gpu", **settings)
 
 
 @needs_gpu_interpreter
@@ -115,17 +131,20 @@ def sums(width):
     own, rng = threads.Threads(width), np.random.default_rng(0)
     arrays = rng.standard_normal((4, own.channels, 16)).astype(np.float32)
 
-    def body(arrays, row, both, states, sums):
+    def body(arrays, row, narrow, both, states, wide, sums):
         each = [plgpu.load(arrays.at[i], layout=own.both, optimized=False) for i in range(4)]
         both[...] = own.spread(plgpu.load(row, layout=own.row, optimized=False))
-        states[...] = own.sum_states(*each)
+        states[...] = own.sum_states(*map(own.sum_own, each))
+        wide[...] = own.widen(plgpu.load(narrow, layout=own.row, optimized=False), own.row)
         sums[...] = own.sum_channels(*each[:2])
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((own.channels, 16), (4, own.channels), (4, 32))]
-    found = plgpu.kernel(body, out_type=shapes)(jnp.asarray(arrays), jnp.asarray(arrays[0, :, 0]))
+    sizes = (own.channels, 16), (4, own.channels), (own.channels,), (4, 32)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sizes]
+    row, narrow = jnp.asarray(arrays[0, :, 0]), jnp.asarray(arrays[0, :, 0], jnp.bfloat16)
+    found = plgpu.kernel(body, out_type=shapes)(jnp.asarray(arrays), row, narrow)
     by_warp = arrays[:2].reshape(2, 4, -1, 16).sum(2).swapaxes(0, 1)
-    plain = np.broadcast_to(arrays[0, :, :1], arrays[0].shape), arrays.sum(-1), by_warp
-    return (*found[:2], np.asarray(found[2])[:, threads.places()]), plain
+    plain = np.broadcast_to(arrays[0, :, :1], arrays[0].shape), arrays.sum(-1), narrow.astype(jnp.float32), by_warp
+    return (*found[:3], np.asarray(found[3])[:, threads.places()]), plain
 
 
 @pytest.mark.hopper
@@ -136,10 +155,32 @@ def test_sums_over_threads_on_the_device(width):
 
 
 @pytest.mark.hopper
+@pytest.mark.parametrize("chosen", [(), (0,), (0, 7)])
+def test_exponentials_on_the_device(chosen):
+    """Slow decays as right as fast ones, whichever of a thread's are by the polynomial."""
+    own, rng = threads.Threads(2), np.random.default_rng(0)
+    exponents = -np.exp(3 * rng.standard_normal((own.channels, 16))).astype(np.float32)
+    exponents[::7] = -300.0
+
+    def body(exponents, found):
+        held = plgpu.load(exponents, layout=own.both, optimized=False)
+        found[...] = exponentials.exp2(own, held, chosen)
+
+    found = np.asarray(plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(exponents.shape, jnp.float32))(exponents))
+    exact = np.exp2(exponents.astype(np.float64))
+    np.testing.assert_allclose(found, exact, rtol=2e-5, atol=2e-38)
+    np.testing.assert_allclose(1 - found, 1 - exact, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.hopper
 @by_name
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kernels_against_the_recurrence(case, dtype):
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("steps", ["float32", "bfloat16"])
+def test_kernels_against_the_recurrence(case, dtype, width, steps, monkeypatch):
+    monkeypatch.setattr(gpu, "_width", lambda *_: width)
     inputs, settings = cases.make_inputs(case, dtype), cases.make_settings(case)
+    inputs["dt"] = inputs["dt"].astype(jnp.dtype(steps))
     errors = compare("selective_scan", inputs, dtype=dtype, implementation="gpu", **settings)
     bad = {name: pair for name, pair in errors.items() if not pair[0] <= pair[1]}
     assert not bad, bad

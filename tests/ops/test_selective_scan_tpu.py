@@ -29,6 +29,7 @@ def test_supports_names_argument_and_limit():
 
     assert why() is None and why("float32", state=64) is None
     assert why("float16") == "dtype of x_BTD (float16) is neither bfloat16 nor float32"
+    assert why(dt=np.zeros((1, 1, 4))) == "dtype of dt_BTD (float64) is neither bfloat16 nor float32"
     assert why(B=np.zeros((1, 1, 16))) == "dtype of B_BTN (float64) is neither bfloat16 nor float32"
     assert why(A=np.zeros((4, 16))) == "dtype of A_DN (float64) is not float32"
     assert why(state=65) == "state size of A_DN (65) above 64"

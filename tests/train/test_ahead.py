@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 from hybridlm.sharding import MeshConfig, make_mesh
 from hybridlm.train import ahead, kernels_ahead
 from hybridlm.train.ahead import TrainStep
+from hybridlm.train.kept_step import KeptStep
 from hybridlm.train.kernels_ahead import Kernels, call_alone, calls, without_texts
 from pallas_kernels import causal_conv1d
 from pallas_kernels.platform import assume_platform
@@ -59,6 +61,20 @@ def test_on_gpus_waits_until_it_is_lowered_and_no_longer(monkeypatch):
     go.set()
     waiting.join(60)
     assert events == ["traced", "waited"]
+    train_step(jnp.float32(1), jnp.arange(4.0))  # which its thread waits for
+
+
+def test_a_step_is_kept_when_the_first_one_is_on_its_way():
+    kept, stored, mesh = KeptStep(Path(), "step"), Future(), make_mesh(MeshConfig())
+    kept.load, kept.store = lambda *_: None, stored.set_result
+    train_step = TrainStep(jax.jit(lambda state, batch, lengths: (state + batch.sum(), lengths[0])), LENGTHS)
+    with jax.set_mesh(mesh):
+        train_step.prepare(mesh, jnp.float32(1), jnp.arange(4.0), kept)
+        train_step._ahead.result()
+        time.sleep(0.3)
+        assert not stored.done()
+        assert float(train_step(jnp.float32(1), jnp.arange(4.0))[0]) == 7.0
+    assert stored.result(60) is train_step._ahead.result()
 
 
 def test_raises_what_the_compilation_raised():

@@ -28,7 +28,7 @@ def selective_scan(
 
     Args:
       x_BTD: inputs, bfloat16, float16, float32 or float64.
-      dt_BTD: step sizes after softplus, >= 0, float32.
+      dt_BTD: step sizes after softplus, >= 0, in any of these dtypes; float32 is the most exact.
       A_DN: decay rates, negative, float32.
       B_BTN, C_BTN: input and output maps [B, T, N], or [B, T, G, N] of G groups of channels; channel d reads group
         d // (D / G), and G divides D.
@@ -88,9 +88,8 @@ def _check_arrays(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D, initial_state) -> None:
     n_groups = B_BTN.shape[2] if groups else 1
     if n_groups < 1 or n_channels % n_groups:
         raise ValueError(f"channels of x_BTD ({n_channels}) not divisible by groups of B_BTN ({n_groups})")
-    for name, array in (("x_BTD", x_BTD), ("B_BTN", B_BTN), ("C_BTN", C_BTN)):
+    for name, array in (("x_BTD", x_BTD), ("dt_BTD", dt_BTD), ("B_BTN", B_BTN), ("C_BTN", C_BTN)):
         check_float(name, array)
-    check_float("dt_BTD", dt_BTD, minimum_bits=32)
     check_float("A_DN", A_DN, minimum_bits=32)
     if D is not None:
         check_shape("D", D, (n_channels,), "channels of x_BTD")

@@ -31,6 +31,7 @@ def selective_scan_context(scan: Callable, args: tuple, *, context_axis: str, **
 
 def _decay(dt_BTD, A_DN, segment_ids):
     """What is left of a state behind one device's tokens."""
+    dt_BTD = dt_BTD.astype(jnp.promote_types(dt_BTD.dtype, A_DN.dtype))
     if segment_ids is not None:
         dt_BTD = jnp.where((segment_ids != 0)[:, :, None], dt_BTD, 0)
     decay_BDN = jnp.exp(dt_BTD.sum(axis=1)[:, :, None] * A_DN[None])

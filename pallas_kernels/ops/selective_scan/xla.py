@@ -83,7 +83,7 @@ def selective_scan_xla(
         before_BT = jnp.pad(document_BT[:, :-1], ((0, 0), (1, 0)))
         marks = _Marks(segment_ids != 0, document_BT != before_BT)
     sizes = _sizes(chunk, x_BTD.shape[1])
-    tokens = _Tokens(x_BTD, dt_BTD, B_BTGN, C_BTGN)
+    tokens = _Tokens(x_BTD, dt_BTD.astype(jnp.promote_types(dt_BTD.dtype, jnp.float32)), B_BTGN, C_BTGN)
     y_BTD, final_BDN = _selective_scan(tokens, _Weights(A_DN, D), marks, initial_state.astype(dtype), sizes)
     return (y_BTD, final_BDN) if return_final_state else y_BTD
 

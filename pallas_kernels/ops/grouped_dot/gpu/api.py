@@ -13,7 +13,7 @@ from pallas_kernels.ops.grouped_dot.gpu.kernels import COPIED, ROWS, Product
 WIDTH_MULTIPLE = 128  # of inputs and outputs: rows of a tile of the matrices' gradients
 ROW_MULTIPLE = COPIED
 MARGIN = 0  # rows behind: blocks may reach beyond the rows, where the copy engine reads zeros and writes nothing
-FEWEST_ROWS = 16  # a group, of calls that are faster than xla's loop
+FEWEST_ROWS = 16  # a group, of calls that `auto` serves: fewer, as in generation, were not measured and stay with xla
 
 
 def supports(x_MK, w_GKN, sizes_G) -> str | None:

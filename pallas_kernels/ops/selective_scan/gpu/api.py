@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.mosaic_gpu import LOG2E
 from pallas_kernels.ops.selective_scan.gpu import backward, forward
 from pallas_kernels.ops.selective_scan.gpu.forward import Walk
 from pallas_kernels.ops.selective_scan.gpu.threads import STATES, Threads
@@ -24,12 +23,11 @@ BETWEEN_DOCUMENTS = -300.0
 def supports(x, dt, A, B, C, **options) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
     del C, options
-    for name, array in (("x_BTD", x), ("B_BTN", B)):
+    for name, array in (("x_BTD", x), ("dt_BTD", dt), ("B_BTN", B)):
         if array.dtype.name not in DTYPES:
             return f"dtype of {name} ({array.dtype}) not one of {', '.join(DTYPES)}"
-    for name, array in (("dt_BTD", dt), ("A_DN", A)):
-        if array.dtype != jnp.float32:
-            return f"dtype of {name} ({array.dtype}) is not float32"
+    if A.dtype != jnp.float32:
+        return f"dtype of A_DN ({A.dtype}) is not float32"
     if A.shape[1] > STATES:
         return f"state size of A_DN ({A.shape[1]}) above {STATES}"
     return None
@@ -63,7 +61,8 @@ def selective_scan_gpu(
     del chunk
     (_, n_tokens, n_channels), (n_groups, d_state) = x_BTD.shape, B_BTGN.shape[2:]
     width = _width(*x_BTD.shape[::2], n_groups)
-    pad_r = -(n_channels // n_groups) % Threads(width).channels
+    walkers = 2 if width > 1 else 1  # warpgroups of a thread block
+    pad_r = -(n_channels // n_groups) % (Threads(width).channels * walkers)
     pad_n, pad_t = ((0, 0), (0, STATES - d_state)), ((0, 0), (0, -n_tokens % forward.TILE))
 
     def pad(array, axis):
@@ -83,9 +82,8 @@ def selective_scan_gpu(
         return kept.reshape(*array.shape[:axis], n_channels, *array.shape[axis + 1 :])
 
     marks, real = _marks(segment_ids)
-    maps = []
-    for array in (B_BTGN, C_BTGN):
-        array = array.astype(jnp.float32)
+    maps, dtype = [], B_BTGN.dtype if B_BTGN.dtype == C_BTGN.dtype else jnp.float32
+    for array in (B_BTGN.astype(dtype), C_BTGN.astype(dtype)):
         array = array if real is None else jnp.where(real[:, :, None, None], array, 0.0)
         maps.append(jnp.pad(array, (*pad_t, *pad_n)))
     x, dt = (pad(jnp.pad(array, (*pad_t, (0, 0))), 2) for array in (x_BTD, dt_BTD))
@@ -117,17 +115,20 @@ def _marks(segment_ids):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _core(x, dt, A, B, C, skip, init, marks, options):
     """y and the final state ``[B, D, 16]`` (None unless asked for), of channels in whole blocks and 16 states."""
-    out = forward.walk(_config(x, B, skip, init, marks, options), x, dt, B, C, marks, A * LOG2E, skip, init)
+    out = forward.walk(_config(x, dt, B, skip, init, marks, options), x, dt, B, C, marks, A, skip, init)
     return out["y"], out.get("final")
 
 
-def _config(x, B, skip, init, marks, options):
+def _config(x, dt, B, skip, init, marks, options):
     width, with_final = options
     return Walk(
         *x.shape,
         B.shape[2],
         width,
         x.dtype,
+        B.dtype,
+        dt.dtype,
+        walkers=2 if width > 1 else 1,
         has_skip=skip is not None,
         segments=marks is not None,
         has_init=init is not None,
@@ -136,17 +137,18 @@ def _config(x, B, skip, init, marks, options):
 
 
 def _core_fwd(x, dt, A, B, C, skip, init, marks, options):
-    cfg = dataclasses.replace(_config(x, B, skip, init, marks, options), keep_states=True)
-    out = forward.walk(cfg, x, dt, B, C, marks, A * LOG2E, skip, init)
+    cfg = dataclasses.replace(_config(x, dt, B, skip, init, marks, options), keep_states=True)
+    out = forward.walk(cfg, x, dt, B, C, marks, A, skip, init)
     return (out["y"], out.get("final")), (x, dt, A, B, C, skip, init, marks, out["states"])
 
 
 def _core_bwd(options, residuals, cotangents):
     x, dt, A, B, C, skip, init, marks, states = residuals
     dy, dfinal = cotangents
-    cfg = _config(x, B, skip, init, marks, options)
-    dx, ddt, dA, dB, dC, dskip, dinit = backward.gradients(cfg, x, dt, A, B, C, skip, marks, states, dy, dfinal)
-    return dx, ddt, dA, dB, dC, dskip, dinit, None
+    maps = [array.astype(jnp.float32) for array in (B, C)]
+    cfg = _config(x, dt, maps[0], skip, init, marks, options)
+    dx, ddt, dA, dB, dC, dskip, dinit = backward.gradients(cfg, x, dt, A, *maps, skip, marks, states, dy, dfinal)
+    return dx, ddt, dA, dB.astype(B.dtype), dC.astype(C.dtype), dskip, dinit, None
 
 
 _core.defvjp(_core_fwd, _core_bwd)

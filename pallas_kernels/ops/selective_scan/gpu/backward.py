@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import F32, LOG2E, PARAMS, named_body
 from pallas_kernels.ops.selective_scan.gpu.forward import (
     TILE,
-    decays,
     each_channel,
     each_state,
     each_token,
@@ -31,6 +30,7 @@ from pallas_kernels.ops.selective_scan.gpu.forward import (
     load_column,
     load_row,
     load_tokens,
+    log_decays,
     scratch,
     step_inputs,
 )
@@ -55,7 +55,8 @@ def _load(cfg, tiles, t, names):
 
 def _advance(cfg, rates, token, h):
     """(state behind a token, its decays, what it adds to a state but B)."""
-    decay, inputs = decays(cfg, rates, token["dt"], token["between"]), each_channel(token["dt"] * token["x"], cfg)
+    decay = jnp.exp2(log_decays(cfg, rates, token["dt"], token["between"]))
+    inputs = each_channel(token["dt"] * token["x"], cfg)
     return decay * h + inputs * token["B"], decay, inputs
 
 
@@ -98,14 +99,15 @@ def _quad(cfg, tiles, smem, rates, skip, q, carry):
     for r in reversed(range(QUAD)):
         found = _gradients(cfg, rates, tokens[r], states[r : r + 2], *steps[r], (g, dA))
         (g, dA), sums[r], of_inputs[r], of_decays[r] = found
-    of_inputs, of_decays = cfg.threads.sum_states(*of_inputs), cfg.threads.sum_states(*of_decays) * math.log(2)
+    summed = lambda arrays: cfg.threads.sum_states(*map(cfg.threads.sum_own, arrays))
+    of_inputs, of_decays = summed(of_inputs), summed(of_decays) * math.log(2)
     if cfg.segments:
         real = is_real(tiles, rows, cfg)
         x, dt, dy, of_decays = (jnp.where(real, array, 0.0) for array in (x, dt, dy, of_decays))
     dx = dt * of_inputs
     if cfg.has_skip:
         dx, dskip = dx + skip * dy, dskip + x * dy
-    return (g, dA, dskip), dx.astype(cfg.dtype), x * of_inputs + of_decays, sums
+    return (g, dA, dskip), dx.astype(cfg.dtype), (x * of_inputs + of_decays).astype(cfg.steps), sums
 
 
 def _quads(cfg, idx, tiles, smem, outs, rates, skip, n, i, carry):
@@ -191,7 +193,7 @@ def _outputs(cfg):
     tokens, states = (cfg.batch, cfg.tokens, cfg.channels), (cfg.batch, cfg.channels, STATES)
     named = {
         "dx": jax.ShapeDtypeStruct(tokens, cfg.dtype),
-        "ddt": jax.ShapeDtypeStruct(tokens, F32),
+        "ddt": jax.ShapeDtypeStruct(tokens, cfg.steps),
         "maps": jax.ShapeDtypeStruct((cfg.batch, cfg.blocks, cfg.tokens, LANES), F32),
         "dA": jax.ShapeDtypeStruct(states, F32),
     }

@@ -24,12 +24,11 @@ BETWEEN_DOCUMENTS = -1e9
 def supports(x, dt, A, B, C, **options) -> str | None:
     """Why the TPU kernels cannot serve this call of `selective_scan`, or None if they can."""
     del C, options
-    for name, array in (("x_BTD", x), ("B_BTN", B)):
+    for name, array in (("x_BTD", x), ("dt_BTD", dt), ("B_BTN", B)):
         if array.dtype not in DTYPES:
             return f"dtype of {name} ({array.dtype}) is neither bfloat16 nor float32"
-    for name, array in (("dt_BTD", dt), ("A_DN", A)):
-        if array.dtype != F32:
-            return f"dtype of {name} ({array.dtype}) is not float32"
+    if A.dtype != F32:
+        return f"dtype of A_DN ({A.dtype}) is not float32"
     if A.shape[1] > MOST_STATES:
         return f"state size of A_DN ({A.shape[1]}) above {MOST_STATES}"
     if x.shape[2] > MOST_CHANNELS:
@@ -105,7 +104,8 @@ def selective_scan_tpu(
         (0, states - d_state), (0, 0)]))  # fmt: skip
     skip = None if D is None else channels(D.astype(F32)[None])
     initial = None if initial_state is None else by_state(initial_state.astype(F32))
-    y, last = _scan((blocks, interpret), by_token(x_BTD), by_token(dt_BTD), by_state(A_DN), *maps, skip, marks, initial)
+    x, dt = by_token(x_BTD), by_token(dt_BTD.astype(F32))
+    y, last = _scan((blocks, interpret), x, dt, by_state(A_DN), *maps, skip, marks, initial)
     y = cut(y[:, :n_tokens])
     return (y, cut(last)[:, :d_state].swapaxes(1, 2)) if return_final_state else y
 
