@@ -18,7 +18,6 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from hybridlm import sharding
 from hybridlm.layers.block import Tokens
 from hybridlm.model.pattern import Loop, Spot, spans
 from pallas_kernels import platform
@@ -57,7 +56,7 @@ def _repeat(loop: Loop, visit: Callable, carry, index, reverse: bool):
 
 def run(
     program: Sequence[Loop], calls: Sequence[Call], weights: Sequence, x_BTD: jax.Array, shared: dict[str, Any],
-    tokens: Tokens, sums: Sequence | None = None, low: Low | None = None, in_spans: bool = False,
+    tokens: Tokens, sums: Sequence | None = None, low: Low | None = None,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
     """The residual stream behind the program, and of each spot its statistics, [depths, ...]. The stream may be any
     pytree of arrays, as it is with blocks that hand something from depth to depth.
@@ -65,8 +64,7 @@ def run(
     calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
     sums is the sums themselves plus the gradient of the weights, in the type of the sums. low: the gradient is that of
-    its values, of which each depth's is made as soon as that of its weights is known; the weights have none. in_spans:
-    it is one of the runs of `run_in_spans`.
+    its values, of which each depth's is made as soon as that of its weights is known; the weights have none.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})
@@ -114,7 +112,6 @@ def run(
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
-            dw, dx_BTD = _together((dw, dx_BTD), in_spans)
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
@@ -148,7 +145,7 @@ def run_in_spans(
 
         def span(weights, x_BTD, shared, tokens, sums, values, own=own, numbers=numbers, pull=pull):
             of_span = None if pull is None else Low(values, pull)
-            return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span, in_spans=True)
+            return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span)
 
         mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, low and low.values)]
         again = jax.checkpoint(span, policy=jax.checkpoint_policies.nothing_saveable)
@@ -276,16 +273,6 @@ def _put_all(stacks: list, number: int, values, index) -> list:
     """The stacks, the spot's with the values of one depth."""
     put = jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), stacks[number], values)
     return [*stacks[:number], put, *stacks[number + 1 :]]
-
-
-def _together(tree, in_spans: bool):
-    """The tree, none of whose arrays is used before all are there, on one GPU in spans, which are for long rows.
-
-    XLA's scheduler would put off the products of weight gradients to the end of the backward, and what those of all
-    sublayers read would live until then.
-    """
-    orderly = in_spans and not sharding.is_split() and platform.platform() == "gpu"
-    return lax.optimization_barrier(tree) if orderly else tree
 
 
 def _no_gradient(a) -> np.ndarray:

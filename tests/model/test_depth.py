@@ -11,7 +11,6 @@ import pytest
 from hybridlm.layers.block import Output, Tokens
 from hybridlm.model import depth
 from hybridlm.model.pattern import loops, spans, spots
-from hybridlm.sharding import MeshConfig, make_mesh
 from pallas_kernels import assume_platform
 from tests.tolerances import check_close
 
@@ -103,27 +102,6 @@ def test_gradients_are_added_to_sums_in_their_type(unroll, span):
             assert array.dtype == np.float32
             expected = 1.0 + np.asarray(alone[name], np.float32)[np.array(spot.depths)]
             np.testing.assert_array_equal(array, expected, err_msg=f"{spot} {name}")
-
-
-def test_on_one_gpu_sublayers_of_spans_give_all_their_gradients_before_the_next_begins():
-    """Where devices exchange gradients they are free to come later, beside which the exchange can hide."""
-    *floats, positions = inputs()
-
-    def gradient(span=3):  # anew: each platform is traced
-        return jax.grad(lambda *a: in_loops(*a, positions, unroll=9, span=span), (0, 1, 2))
-
-    def barriers(**how):
-        return str(jax.make_jaxpr(gradient(**how))(*floats)).count("optimization_barrier")
-
-    elsewhere = jax.jit(gradient())(*floats)
-    with assume_platform("gpu", capability="9.0"):
-        assert barriers() == len(PATTERN) and barriers(span=1) == 0
-        on_gpu = jax.jit(gradient())(*floats)
-        with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
-            assert barriers() == 0
-    assert barriers() == 0
-    for got, want in zip(jax.tree.leaves(on_gpu), jax.tree.leaves(elsewhere), strict=True):
-        check_close(got, want, dtype="float32", what="gradient")
 
 
 def test_kept_arrays_have_their_tokens_behind_on_a_tpu():
