@@ -16,9 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from hybridlm.layers.block import Tokens
 from hybridlm.model.pattern import Loop, Spot, spans
+from pallas_kernels import platform
+
+LANES = 128
+"""Numbers side by side in a TPU's memory tile."""
 
 
 class Low(NamedTuple):
@@ -86,6 +91,7 @@ def run(
             x_BTD, stats, kept = carry
             arrays = (_at(weights[spot.number], index), x_BTD, floats, ints)
             x_BTD, of_spot, arrays, _ = vjps[spot.number](*arrays)
+            arrays = [_laid_out(a) for a in arrays]
             return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
 
         shapes = [jax.eval_shape(vjps[spot.number], *_of_depth(weights, spot), x_BTD, floats, ints) for spot in spots]
@@ -104,7 +110,7 @@ def run(
             dx_BTD, grads, d_floats = carry
             inputs = (_at(weights[n], index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
-                _at(kept[n], index), inputs, (dx_BTD, _at(d_stats[n], index))
+                [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
@@ -245,6 +251,22 @@ def _at(tree, index):
         lambda a: np.zeros(a.shape[1:], a.dtype) if a.dtype == jax.dtypes.float0
         else lax.dynamic_index_in_dim(a, index, keepdims=False), tree,
     )  # fmt: skip
+
+
+def _laid_out(array):
+    """A kept array with its longest dim, tokens as a rule, and its last one innermost in memory, on TPUs and where the
+    last fills lanes: so the forward writes what the backward reads. Else the compiler finds each of them a layout, and
+    copies the whole stack over from one to the other."""
+    if platform.platform() != "tpu" or array.ndim < 3 or array.shape[-1] % LANES:
+        return array
+    return with_layout_constraint(array, Layout(tuple(_longest_behind(array.shape))))
+
+
+def _longest_behind(shape: Sequence[int]) -> list[int]:
+    """Its dims from the outermost in: the longest before the last, the others as they stand."""
+    *outer, last = range(len(shape))
+    longest = max(outer, key=lambda i: shape[i])
+    return [*(i for i in outer if i != longest), longest, last]
 
 
 def _put_all(stacks: list, number: int, values, index) -> list:

@@ -11,6 +11,7 @@ import pytest
 from hybridlm.layers.block import Output, Tokens
 from hybridlm.model import depth
 from hybridlm.model.pattern import loops, spans, spots
+from pallas_kernels import assume_platform
 from tests.tolerances import check_close
 
 B, T, D = 2, 3, 4
@@ -101,3 +102,14 @@ def test_gradients_are_added_to_sums_in_their_type(unroll, span):
             assert array.dtype == np.float32
             expected = 1.0 + np.asarray(alone[name], np.float32)[np.array(spot.depths)]
             np.testing.assert_array_equal(array, expected, err_msg=f"{spot} {name}")
+
+
+def test_kept_arrays_have_their_tokens_behind_on_a_tpu():
+    """Whatever stands between tokens and the last dim moves in front of both; small or narrow arrays stay."""
+    traced = lambda shape: str(jax.make_jaxpr(lambda a: depth._laid_out(a))(jnp.zeros(shape)))
+    pinned = lambda *shape: traced(shape).partition("major_to_minor=")[2]
+    with assume_platform("tpu", generation="v5p"):
+        assert pinned(4, 64, 2, 256).startswith("(0, 2, 1, 3)")
+        assert pinned(1, 64, 256).startswith("(0, 1, 2)")
+        assert not pinned(1, 64, 96) and not pinned(64, 256)
+    assert not pinned(4, 64, 2, 256)
