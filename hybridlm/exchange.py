@@ -21,6 +21,8 @@ from pallas_kernels import platform
 
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
+LONG = 16384
+"""Tokens of a row, from which on weight gradients are made in order on GPUs: see `_holding`."""
 
 
 def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> Any:
@@ -60,8 +62,9 @@ def products(
     Rows of the stream devices pass on to each other. Where fn is bilinear in x and one weight, sums of others' rows are
     on their way while those of a device's own are made.
     """
+    held = _holding(x.shape[1])
     if not sharding.is_split():
-        return fn(x, *weights)
+        return fn(*held(x, *weights))
     weight_axes = _as_they_come(weight_axes)
     several = isinstance(out_axes, list)
     results = jax.eval_shape(fn, x, *weights)
@@ -73,7 +76,7 @@ def products(
         names = [tuple("tokens" if name == "stream" else name for name in out) for out in names]
 
     put_together = _putting_together(weights, weight_axes)
-    by_rows, held = dim == 0 and len(over_stream) == 1, _holding()
+    by_rows = dim == 0 and len(over_stream) == 1
 
     def run(x, *weights):
         x, *weights = held(x, *weights)
@@ -112,7 +115,7 @@ def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: S
     """
     weight_axes = _as_they_come(weight_axes)
     (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
-    held = _holding()
+    held = _holding(x_BTD.shape[1])
 
     def run(x_BTD, *weights):
         x_BTD, *weights = held(x_BTD, *weights)
@@ -143,16 +146,16 @@ def _together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 _together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: grads)
 
 
-def _holding() -> Callable:
+def _holding(n_tokens: int) -> Callable:
     """Gives arrays back, of whose gradients, as a device has them before any exchange, none is used before all are
-    there, on GPUs that share rows.
+    there, on GPUs that share rows, or whose rows are long.
 
-    There XLA's scheduler would put off the products of weight gradients to have them beside exchanges, and what those
-    of all sublayers read would live until then: several times what a device holds of a long row. Sums over devices
-    stand behind this, so that the compiler can move them out of the loop over microbatches.
+    There XLA's scheduler would put off the products of weight gradients, to have them beside exchanges or of its own
+    accord, and what those of all sublayers read would live until then: several times what a device holds of a long
+    row. Sums over devices stand behind this, so that the compiler can move them out of the loop over microbatches.
     """
-    share = sharding.axis_size("context") > 1 and platform.platform() == "gpu"
-    return _held if share else lambda *arrays: arrays
+    hold = sharding.axis_size("context") > 1 or n_tokens >= LONG
+    return _held if hold and platform.platform() == "gpu" else lambda *arrays: arrays
 
 
 @jax.custom_vjp
