@@ -92,19 +92,25 @@ def check_heads(q_BTGN, k_BTGN, v_BTHP, names: tuple[str, str, str] = ("q_BTGN",
         check_float(name, array)
 
 
-def check_attended(q_BTHP, k_BSKP, v_BSKP) -> None:
-    """Raises ValueError or TypeError unless queries, keys and values of attention fit together."""
+def check_attended(q_BTHP, k_BSKP, v_BSKP, in_int8: bool = False) -> None:
+    """Raises ValueError or TypeError unless queries, keys and values of attention fit together.
+
+    in_int8: keys and values are not floating point, and what they are was checked before.
+    """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     n_batch, n_queries, n_heads, width = q_BTHP.shape
-    check_shape("k_BSKP", k_BSKP, (n_batch, None, None, width), "batch of q_BTHP, keys, key heads, width of q_BTHP")
+    check_shape(
+        "k_BSKP", k_BSKP, (n_batch, None, None, width), "batch of q_BTHP, keys, key heads, head width of q_BTHP"
+    )
     n_keys, n_kv_heads = k_BSKP.shape[1:3]
     check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
     if min(n_queries, n_keys) < 1:
         raise ValueError(f"q_BTHP has {n_queries} tokens and k_BSKP {n_keys}, at least 1 is needed")
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
-    for name, array in {"q_BTHP": q_BTHP, "k_BSKP": k_BSKP, "v_BSKP": v_BSKP}.items():
-        check_float(name, array)
+    for name, array in (("q_BTHP", q_BTHP), ("k_BSKP", k_BSKP), ("v_BSKP", v_BSKP)):
+        if not in_int8 or name == "q_BTHP":
+            check_float(name, array)
 
 
 def check_log_decays(name: str, g, shapes: tuple, legend: str) -> None:

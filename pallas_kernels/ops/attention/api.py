@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import context, segments
-from pallas_kernels.checks import check_array, check_float, check_positive_int, check_shape, check_sides, rank
+from pallas_kernels.checks import (
+    check_array,
+    check_attended,
+    check_float,
+    check_positive_int,
+    check_shape,
+    check_sides,
+    rank,
+)
 from pallas_kernels.op import call
 from pallas_kernels.ops.attention import OP
 
@@ -97,19 +105,8 @@ def attention(
 
 def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool) -> None:
     """Raises ValueError or TypeError unless they fit together."""
-    n_batch, n_queries, n_heads, d_head = q_BTHP.shape
-    check_shape(
-        "k_BSKP", k_BSKP, (n_batch, None, None, d_head), "batch of q_BTHP, keys, key heads, head width of q_BTHP"
-    )
-    n_keys, n_kv_heads = k_BSKP.shape[1:3]
-    check_shape("v_BSKP", v_BSKP, (n_batch, n_keys, n_kv_heads, None), "batch, keys, key heads of k_BSKP, any width")
-    if min(n_queries, n_keys) < 1:
-        raise ValueError(f"q_BTHP has {n_queries} tokens and k_BSKP {n_keys}, at least 1 is needed")
-    if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"heads of q_BTHP ({n_heads}) not divisible by heads of k_BSKP ({n_kv_heads})")
-    for name, array in (("q_BTHP", q_BTHP), ("k_BSKP", k_BSKP), ("v_BSKP", v_BSKP)):
-        if not in_int8 or name == "q_BTHP":
-            check_float(name, array)
+    check_attended(q_BTHP, k_BSKP, v_BSKP, in_int8)
+    n_batch, n_queries, n_heads, _ = q_BTHP.shape
     if gate is not None:
         full = (n_batch, n_queries, n_heads, v_BSKP.shape[3])
         check_shape(
