@@ -34,6 +34,8 @@ def test_a_library_that_cannot_be_asked_is_left_alone(asked, monkeypatch):
     _, extension = asked
     del extension._get_ptxas_isa_version
     ask_ptxas_once()
+    assert not vars(extension)
     monkeypatch.setitem(sys.modules, "jax._src.lib.mosaic_gpu", None)  # cannot be imported
     monkeypatch.delattr(sys.modules["jax._src.lib"], "mosaic_gpu")
     ask_ptxas_once()
+    assert not hasattr(sys.modules["jax._src.lib"], "mosaic_gpu")

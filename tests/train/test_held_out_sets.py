@@ -9,10 +9,7 @@ from hybridlm.cli import train_main
 from hybridlm.train.plot import sets_of
 from hybridlm.train.run_folder import read_metrics
 
-
-@pytest.fixture(autouse=True)
-def alone(one_device):
-    """Every run here has one device."""
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def validations(folder):

@@ -22,10 +22,7 @@ from hybridlm.train.run_folder import read_metrics
 
 TIMES = {"tokens_per_second", "seconds_left", "seconds", "mfu", "data_wait"}
 
-
-@pytest.fixture(autouse=True)
-def alone(one_device):
-    """Every run here has one device."""
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture

@@ -13,10 +13,7 @@ from hybridlm.train.run_folder import read_metrics
 
 WORDS = ("--run.eval_every=-1", "--run.save_every=-1", "--run.sample_tokens=0")
 
-
-@pytest.fixture(autouse=True)
-def alone(one_device):
-    """Every run here has one device."""
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
