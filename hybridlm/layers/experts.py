@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of routed experts on one device's tokens: sorted by expert, dropless; over a mesh axis by all-to-all.
+"""The products of routed experts on one device's tokens: sorted by expert, dropless; over a mesh axis by one exchange
+of tokens on the way to the experts and one of their sums on the way back.
 
 A token and one of its experts are an assignment; there are A = M k of them. Rows are laid out by two index arrays that
 are each other's inverse, so that both directions, and their gradients, are gathers: `source` says for each row which
@@ -39,7 +40,7 @@ def routed_per_device(
     """`routed_experts` by every device, with the experts that it has: [B, T, D] in the type of x, and bool [B, T, k]:
     which assignments it holds.
 
-    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_experts_over`. x and the result are split
+    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_within`; None: nothing is dropped. x and the result are split
     over tokens like the residual stream.
     """
 
@@ -49,11 +50,13 @@ def routed_per_device(
         x_BTD = exchange.gather(x_BTD, ("tensor",), dim) if is_stream else x_BTD
         w_in, w_out = (_whole(w, dim, width) for w, dim in ((w_in, 1), (w_out, 2)))
         flat = [a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, weights_BTk)]
-        apply = feed_forward(w_in, w_out, activation)
+        apply, kept_Mk = feed_forward(w_in, w_out, activation), flat[1] < n_experts
         if apply.n_experts == n_experts:
-            y_MD, kept_Mk = routed_experts(*flat, apply), flat[1] < n_experts
+            y_MD = routed_experts(*flat, apply)
+        elif capacity is None:
+            y_MD = routed_experts_over("expert", *flat, w_in, w_out, activation)
         else:
-            y_MD, kept_Mk = routed_experts_over("expert", *flat, apply, n_experts=n_experts, capacity=capacity)
+            y_MD, kept_Mk = routed_within("expert", *flat, apply, n_experts=n_experts, capacity=capacity)
         y_BTD = y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
         if is_stream:
             y_BTD = exchange.scatter(y_BTD, ("tensor",), dim)
@@ -87,11 +90,14 @@ def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
     experts_Mk: int32; numbers that are no expert's (E and above) give zeros. apply(rows, sizes, weights): the experts'
     outputs for rows sorted by expert, sizes[e] of them expert e's (see `feed_forward`).
     """
-    source_A, place_A, sizes_E = sort_by_expert(experts_Mk.reshape(-1), vars(apply)["n_experts"])
-    rows_AD = spread(x_MD, source_A, place_A, experts_Mk.shape[1])
-    early_A1 = spread(weights_Mk.reshape(-1, 1), source_A, place_A, 1) if weighs_early() else None
-    y_AD = collect(apply(rows_AD, sizes_E, early_A1), source_A, place_A)
-    return combine(y_AD, weights_Mk)
+    return _experts_of(x_MD, weights_Mk, *sort_by_expert(experts_Mk.reshape(-1), vars(apply)["n_experts"]), apply)
+
+
+def _experts_of(x_MD, weights_Mk, source, place_A, sizes_E, apply: Callable) -> jax.Array:
+    """`routed_experts` of assignments that have rows already."""
+    rows = spread(x_MD, source, place_A, weights_Mk.shape[1])
+    early = spread(weights_Mk.reshape(-1, 1), source, place_A, 1) if weighs_early() else None
+    return combine(collect(apply(rows, sizes_E, early), source, place_A), weights_Mk)
 
 
 def weighs_early() -> bool:
@@ -99,22 +105,94 @@ def weighs_early() -> bool:
     return platform() == "gpu"
 
 
-def routed_experts_over(
-    axis: str, x_MD, experts_Mk, weights_Mk, apply: Callable, *, n_experts: int, capacity: float | None
+ROOM = 1.25
+"""Rows of a round of `routed_experts_over`, as a multiple of those that a device has where all have as many."""
+
+
+def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, activation: Callable) -> jax.Array:
+    """`routed_experts` inside a shard_map where each device of the mesh axis has E / X of the experts, in their order;
+    in the type of x. w_in, w_out: see `feed_forward`.
+
+    Every device gets all tokens of the axis, once, and gives back a sum for each: of k experts of a token a few devices
+    have some, and room for the most tokens that can come is room for all. It makes rows of its own experts' assignments
+    alone, in rounds of ROOM times an even load: a second one where the first does not hold them.
+    """
+    n_devices, top_k = jax.lax.axis_size(axis), experts_Mk.shape[1]
+    n_local = w_out.shape[0]
+    routing = [jax.lax.stop_gradient(experts_Mk).astype(weights_Mk.dtype), weights_Mk]
+    routing = exchange.gather(jnp.concatenate(routing, axis=1), (axis,), 0)  # numbers of experts are exact in float32
+    x_MD, experts_Mk, weights_Mk = exchange.gather(x_MD, (axis,), 0), routing[:, :top_k], routing[:, top_k:]
+    local_Mk = experts_Mk.astype(jnp.int32) - jax.lax.axis_index(axis) * n_local
+    local_Mk = jnp.where((local_Mk >= 0) & (local_Mk < n_local), local_Mk, n_local)
+    even, most = x_MD.shape[0] * top_k / n_devices, x_MD.shape[0] * min(top_k, n_local)
+    room = min(-(-int(ROOM * even + 1) // 8) * 8, -(-most // 8) * 8)
+    sorted_rows = _rounds(*sort_by_expert(local_Mk.reshape(-1), n_local), room)
+    return exchange.scatter(_in_rounds(activation, x_MD, weights_Mk, w_in, w_out, sorted_rows), (axis,), 0)
+
+
+def _rounds(source_A, place_A, sizes_E, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(source [rounds, room], place, sizes) of sorted assignments, of which those behind all experts have no row."""
+    n_assignments, n_rows = source_A.shape[0], jnp.sum(sizes_E)
+    source_A = jnp.where(jnp.arange(n_assignments) < n_rows, source_A, n_assignments)
+    source = jnp.pad(source_A, (0, -n_assignments % room), constant_values=n_assignments).reshape(-1, room)
+    return source, jnp.where(place_A < n_rows, place_A, source.size), sizes_E
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_rounds(activation: Callable, x_MD, weights_Mk, w_in, w_out, sorted_rows) -> jax.Array:
+    """`routed_experts` with sorted_rows of `_rounds`, in the type of x. The backward pass makes a round's rows again."""
+    of_round = partial(_round, activation, sorted_rows)
+    return _added_up(sorted_rows, lambda number: of_round(number, x_MD, weights_Mk, w_in, w_out))
+
+
+def _in_rounds_backward(activation, saved, grad_MD):
+    *arrays, sorted_rows = saved
+    n = 2 if any(isinstance(a, Quantized) for a in arrays) else 4  # eight-bit matrices get none
+    loss = lambda number, *some: _round(activation, sorted_rows, number, *some, *arrays[n:])
+    grads = _added_up(sorted_rows, lambda number: jax.vjp(partial(loss, number), *arrays[:n])[1](grad_MD))
+    return *grads, *[None] * (5 - n)
+
+
+_in_rounds.defvjp(lambda activation, *arrays: (_in_rounds(activation, *arrays), arrays), _in_rounds_backward)
+
+
+def _added_up(sorted_rows, of_round: Callable):
+    """The sum of `of_round(number)` over the rounds that have rows, of which all but the first may have none."""
+    source, _, sizes_E = sorted_rows
+    if source.shape[0] == 1:
+        return of_round(0)
+    add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
+    step = lambda state: (state[0] + 1, jax.tree.map(add, state[1], of_round(state[0])))
+    has_rows = lambda state: state[0] * source.shape[1] < jnp.sum(sizes_E)
+    return jax.lax.while_loop(has_rows, step, (jnp.int32(1), of_round(0)))[1]
+
+
+def _round(activation: Callable, sorted_rows, number, x_MD, weights_Mk, w_in, w_out) -> jax.Array:
+    """The part of a round's rows in the sum over a token's experts."""
+    source, place_A, sizes_E = sorted_rows
+    room = source.shape[1]
+    source, at_A = source[number], place_A - number * room
+    place_A = jnp.where((at_A >= 0) & (at_A < room), at_A, room)
+    ends_E = jnp.clip(jnp.cumsum(sizes_E) - number * room, 0, room)
+    y_MD = _experts_of(
+        x_MD, weights_Mk, source, place_A, jnp.diff(ends_E, prepend=0), feed_forward(w_in, w_out, activation)
+    )
+    return y_MD.astype(x_MD.dtype)
+
+
+def routed_within(
+    axis: str, x_MD, experts_Mk, weights_Mk, apply: Callable, *, n_experts: int, capacity: float
 ) -> tuple[jax.Array, jax.Array]:
-    """`routed_experts` inside a shard_map where each device of the mesh axis has n_experts / X of the experts.
+    """`routed_experts_over` with no more than so many rows from one device to another; float32.
 
     Every device sends each other the rows for its experts in a buffer of fixed size, computes on what it gets, and
-    sends the results back. The buffer holds M min(k, E / X) rows, which is the most that can be needed; or, with
-    `capacity`, that many times the M k / X rows of an even load, rounded up to 8, and what is more is left out (the
-    later tokens first). Returns that and bool [M, k]: which assignments were computed.
+    sends the results back. The buffer holds `capacity` times the M k / X rows of an even load, rounded up to 8, and
+    what is more is left out (the later tokens first). Returns that and bool [M, k]: which assignments were computed.
     """
     (n_tokens, d_model), top_k = x_MD.shape, experts_Mk.shape[1]
     n_devices = jax.lax.axis_size(axis)
     n_local = n_experts // n_devices
-    room = n_tokens * min(top_k, n_local)
-    if capacity is not None:
-        room = min(room, -(-int(capacity * n_tokens * top_k / n_devices + 1) // 8) * 8)
+    room = min(n_tokens * min(top_k, n_local), -(-int(capacity * n_tokens * top_k / n_devices + 1) // 8) * 8)
     source, place_A, sent_XE = _addresses(experts_Mk.reshape(-1), n_devices, n_local, room)
     exchange = partial(jax.lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0)
     send = spread(x_MD, source, place_A, top_k).reshape(n_devices, room, d_model)
