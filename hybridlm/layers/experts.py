@@ -14,6 +14,7 @@ Axis letters: M tokens, k experts of a token, A assignments, E experts, D model,
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ def routed_per_device(
     """`routed_experts` by every device, with the experts that it has: [B, T, D] in the type of x, and bool [B, T, k]:
     which assignments it holds.
 
-    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_within`; None: nothing is dropped. x and the result are split
-    over tokens like the residual stream.
+    w_in, w_out: as in `feed_forward`, of width d_ff. capacity: see `routed_within`; None: nothing is dropped. x and the
+    result are split over tokens like the residual stream.
     """
 
     def run(x_BTD, experts_BTk, weights_BTk, *matrices, context_axis=None):
@@ -126,58 +127,64 @@ def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, ac
     local_Mk = jnp.where((local_Mk >= 0) & (local_Mk < n_local), local_Mk, n_local)
     even, most = x_MD.shape[0] * top_k / n_devices, x_MD.shape[0] * min(top_k, n_local)
     room = min(-(-int(ROOM * even + 1) // 8) * 8, -(-most // 8) * 8)
-    sorted_rows = _rounds(*sort_by_expert(local_Mk.reshape(-1), n_local), room)
-    return exchange.scatter(_in_rounds(activation, x_MD, weights_Mk, w_in, w_out, sorted_rows), (axis,), 0)
+    rows = _in_rounds_of(room, *sort_by_expert(local_Mk.reshape(-1), n_local))
+    return exchange.scatter(_by_rounds(activation, x_MD, weights_Mk, w_in, w_out, rows), (axis,), 0)
 
 
-def _rounds(source_A, place_A, sizes_E, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(source [rounds, room], place, sizes) of sorted assignments, of which those behind all experts have no row."""
+class Sorted(NamedTuple):
+    """Assignments that have rows, sorted by expert, in rounds."""
+
+    source: jax.Array
+    """Int32 [rounds, rows of a round]: which assignment each row holds (A: none)."""
+    place: jax.Array
+    """Int32 [A]: in which row an assignment is, counted through all rounds (their number of rows: in none)."""
+    sizes: jax.Array
+    """Int32: rows by expert."""
+
+
+def _in_rounds_of(room: int, source_A, place_A, sizes_E) -> Sorted:
+    """Of `sort_by_expert`: assignments behind all experts have no row."""
     n_assignments, n_rows = source_A.shape[0], jnp.sum(sizes_E)
     source_A = jnp.where(jnp.arange(n_assignments) < n_rows, source_A, n_assignments)
     source = jnp.pad(source_A, (0, -n_assignments % room), constant_values=n_assignments).reshape(-1, room)
-    return source, jnp.where(place_A < n_rows, place_A, source.size), sizes_E
+    return Sorted(source, jnp.where(place_A < n_rows, place_A, source.size), sizes_E)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_rounds(activation: Callable, x_MD, weights_Mk, w_in, w_out, sorted_rows) -> jax.Array:
-    """`routed_experts` with sorted_rows of `_rounds`, in the type of x. The backward pass makes a round's rows again."""
-    of_round = partial(_round, activation, sorted_rows)
-    return _added_up(sorted_rows, lambda number: of_round(number, x_MD, weights_Mk, w_in, w_out))
+def _by_rounds(activation: Callable, x_MD, weights_Mk, w_in, w_out, rows: Sorted) -> jax.Array:
+    """`routed_experts` in the type of x. The backward pass makes the rows of a round again."""
+    return _added_up(rows, lambda number: _round(activation, rows, number, x_MD, weights_Mk, w_in, w_out))
 
 
-def _in_rounds_backward(activation, saved, grad_MD):
-    *arrays, sorted_rows = saved
+def _by_rounds_backward(activation, saved, grad_MD):
+    *arrays, rows = saved
     n = 2 if any(isinstance(a, Quantized) for a in arrays) else 4  # eight-bit matrices get none
-    loss = lambda number, *some: _round(activation, sorted_rows, number, *some, *arrays[n:])
-    grads = _added_up(sorted_rows, lambda number: jax.vjp(partial(loss, number), *arrays[:n])[1](grad_MD))
+    of = lambda number, *some: _round(activation, rows, number, *some, *arrays[n:])
+    grads = _added_up(rows, lambda number: jax.vjp(partial(of, number), *arrays[:n])[1](grad_MD))
     return *grads, *[None] * (5 - n)
 
 
-_in_rounds.defvjp(lambda activation, *arrays: (_in_rounds(activation, *arrays), arrays), _in_rounds_backward)
+_by_rounds.defvjp(lambda activation, *arrays: (_by_rounds(activation, *arrays), arrays), _by_rounds_backward)
 
 
-def _added_up(sorted_rows, of_round: Callable):
+def _added_up(rows: Sorted, of_round: Callable):
     """The sum of `of_round(number)` over the rounds that have rows, of which all but the first may have none."""
-    source, _, sizes_E = sorted_rows
-    if source.shape[0] == 1:
+    n_rounds, room = rows.source.shape
+    if n_rounds == 1:
         return of_round(0)
     add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
-    step = lambda state: (state[0] + 1, jax.tree.map(add, state[1], of_round(state[0])))
-    has_rows = lambda state: state[0] * source.shape[1] < jnp.sum(sizes_E)
-    return jax.lax.while_loop(has_rows, step, (jnp.int32(1), of_round(0)))[1]
+    step = lambda number, total: jax.tree.map(add, total, of_round(number))
+    return jax.lax.fori_loop(1, (jnp.sum(rows.sizes) + room - 1) // room, step, of_round(0))
 
 
-def _round(activation: Callable, sorted_rows, number, x_MD, weights_Mk, w_in, w_out) -> jax.Array:
+def _round(activation: Callable, rows: Sorted, number, x_MD, weights_Mk, w_in, w_out) -> jax.Array:
     """The part of a round's rows in the sum over a token's experts."""
-    source, place_A, sizes_E = sorted_rows
-    room = source.shape[1]
-    source, at_A = source[number], place_A - number * room
+    room = rows.source.shape[1]
+    at_A = rows.place - number * room
     place_A = jnp.where((at_A >= 0) & (at_A < room), at_A, room)
-    ends_E = jnp.clip(jnp.cumsum(sizes_E) - number * room, 0, room)
-    y_MD = _experts_of(
-        x_MD, weights_Mk, source, place_A, jnp.diff(ends_E, prepend=0), feed_forward(w_in, w_out, activation)
-    )
-    return y_MD.astype(x_MD.dtype)
+    ends_E = jnp.clip(jnp.cumsum(rows.sizes) - number * room, 0, room)
+    layout = (jnp.take(rows.source, number, axis=0), place_A, jnp.diff(ends_E, prepend=0))
+    return _experts_of(x_MD, weights_Mk, *layout, feed_forward(w_in, w_out, activation)).astype(x_MD.dtype)
 
 
 def routed_within(
