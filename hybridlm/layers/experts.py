@@ -12,6 +12,7 @@ gradient asks for what comes out, and where layers are recomputed neither that p
 Axis letters: M tokens, k experts of a token, A assignments, E experts, D model, F feed-forward, X devices of the axis.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -122,11 +123,12 @@ def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, ac
     n_local = w_out.shape[0]
     routing = [jax.lax.stop_gradient(experts_Mk).astype(weights_Mk.dtype), weights_Mk]
     routing = exchange.gather(jnp.concatenate(routing, axis=1), (axis,), 0)  # numbers of experts are exact in float32
-    x_MD, experts_Mk, weights_Mk = exchange.gather(x_MD, (axis,), 0), routing[:, :top_k], routing[:, top_k:]
+    experts_Mk, weights_Mk = routing[:, :top_k], routing[:, top_k:]
+    x_MD = checkpoint_name(exchange.gather(x_MD, (axis,), 0), exchange.GATHERED)
     local_Mk = experts_Mk.astype(jnp.int32) - jax.lax.axis_index(axis) * n_local
     local_Mk = jnp.where((local_Mk >= 0) & (local_Mk < n_local), local_Mk, n_local)
     even, most = x_MD.shape[0] * top_k / n_devices, x_MD.shape[0] * min(top_k, n_local)
-    room = min(-(-int(ROOM * even + 1) // 8) * 8, -(-most // 8) * 8)
+    room = 8 * math.ceil(min(ROOM * even, most) / 8)
     rows = _in_rounds_of(room, *sort_by_expert(local_Mk.reshape(-1), n_local))
     return exchange.scatter(_by_rounds(activation, x_MD, weights_Mk, w_in, w_out, rows), (axis,), 0)
 
