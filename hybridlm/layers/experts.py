@@ -107,8 +107,8 @@ def weighs_early() -> bool:
     return platform() == "gpu"
 
 
-ROOM = 1.25
-"""Rows of a round of `routed_experts_over`, as a multiple of those that a device has where all have as many."""
+FIRST, MORE = 1.25, 0.25
+"""Rows of the first round of `routed_experts_over`, and of each further one, as multiples of an even load's."""
 
 
 def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, activation: Callable) -> jax.Array:
@@ -117,76 +117,74 @@ def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, ac
 
     Every device gets all tokens of the axis, once, and gives back a sum for each: of k experts of a token a few devices
     have some, and room for the most tokens that can come is room for all. It makes rows of its own experts' assignments
-    alone, in rounds of ROOM times an even load: a second one where the first does not hold them.
+    alone, in rounds: the first holds FIRST times the M k of an even load, and further ones, of MORE, take what is left.
     """
-    n_devices, top_k = jax.lax.axis_size(axis), experts_Mk.shape[1]
-    n_local = w_out.shape[0]
+    n_devices, top_k, n_local = jax.lax.axis_size(axis), experts_Mk.shape[1], w_out.shape[0]
     routing = [jax.lax.stop_gradient(experts_Mk).astype(weights_Mk.dtype), weights_Mk]
     routing = exchange.gather(jnp.concatenate(routing, axis=1), (axis,), 0)  # numbers of experts are exact in float32
     experts_Mk, weights_Mk = routing[:, :top_k], routing[:, top_k:]
+    even, most = x_MD.shape[0] * top_k, n_devices * x_MD.shape[0] * min(top_k, n_local)
     x_MD = checkpoint_name(exchange.gather(x_MD, (axis,), 0), exchange.GATHERED)
     local_Mk = experts_Mk.astype(jnp.int32) - jax.lax.axis_index(axis) * n_local
     local_Mk = jnp.where((local_Mk >= 0) & (local_Mk < n_local), local_Mk, n_local)
-    even, most = x_MD.shape[0] * top_k / n_devices, x_MD.shape[0] * min(top_k, n_local)
-    room = 8 * math.ceil(min(ROOM * even, most) / 8)
-    rows = _in_rounds_of(room, *sort_by_expert(local_Mk.reshape(-1), n_local))
-    return exchange.scatter(_by_rounds(activation, x_MD, weights_Mk, w_in, w_out, rows), (axis,), 0)
+    layout = sort_by_expert(local_Mk.reshape(-1), n_local)
+    y_MD = _by_rounds(Rounds.of(even, most), activation, x_MD, weights_Mk, w_in, w_out, *layout)
+    return exchange.scatter(y_MD, (axis,), 0)
 
 
-class Sorted(NamedTuple):
-    """Assignments that have rows, sorted by expert, in rounds."""
+class Rounds(NamedTuple):
+    """How many rows are made at a time; multiples of 8."""
 
-    source: jax.Array
-    """Int32 [rounds, rows of a round]: which assignment each row holds (A: none)."""
-    place: jax.Array
-    """Int32 [A]: in which row an assignment is, counted through all rounds (their number of rows: in none)."""
-    sizes: jax.Array
-    """Int32: rows by expert."""
+    first: int
+    more: int
+    has_more: bool
+    """There can be more rows than the first round has."""
+
+    @classmethod
+    def of(cls, even: int, most: int) -> "Rounds":
+        """even, most: rows of an even load, and the most that there can be."""
+        first, more = (8 * math.ceil(share * even / 8) for share in (FIRST, MORE))
+        return cls(min(first, 8 * math.ceil(most / 8)), more, first < most)
+
+    def sum(self, of_round: Callable, n_rows):
+        """That of the trees `of_round(first row, rows)` of all rounds that have one of n_rows rows."""
+        total = of_round(0, self.first)
+        if not self.has_more:
+            return total
+        add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
+        one = lambda i, total: jax.tree.map(add, total, of_round(self.first + i * self.more, self.more))
+        return jax.lax.fori_loop(0, (n_rows - self.first + self.more - 1) // self.more, one, total)
 
 
-def _in_rounds_of(room: int, source_A, place_A, sizes_E) -> Sorted:
-    """Of `sort_by_expert`: assignments behind all experts have no row."""
-    n_assignments, n_rows = source_A.shape[0], jnp.sum(sizes_E)
-    source_A = jnp.where(jnp.arange(n_assignments) < n_rows, source_A, n_assignments)
-    source = jnp.pad(source_A, (0, -n_assignments % room), constant_values=n_assignments).reshape(-1, room)
-    return Sorted(source, jnp.where(place_A < n_rows, place_A, source.size), sizes_E)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_rounds(rounds: Rounds, activation: Callable, *arrays) -> jax.Array:
+    """`_part` of all rows, whose arrays these are. The backward pass makes the rows of a round again."""
+    of_round = lambda start, n: _part(start, n, activation, *arrays)
+    return rounds.sum(of_round, jnp.sum(arrays[-1]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_rounds(activation: Callable, x_MD, weights_Mk, w_in, w_out, rows: Sorted) -> jax.Array:
-    """`routed_experts` in the type of x. The backward pass makes the rows of a round again."""
-    return _added_up(rows, lambda number: _round(activation, rows, number, x_MD, weights_Mk, w_in, w_out))
-
-
-def _by_rounds_backward(activation, saved, grad_MD):
-    *arrays, rows = saved
+def _by_rounds_backward(rounds, activation, arrays, grad_MD):
     n = 2 if any(isinstance(a, Quantized) for a in arrays) else 4  # eight-bit matrices get none
-    of = lambda number, *some: _round(activation, rows, number, *some, *arrays[n:])
-    grads = _added_up(rows, lambda number: jax.vjp(partial(of, number), *arrays[:n])[1](grad_MD))
-    return *grads, *[None] * (5 - n)
+
+    def of_round(start, n_rows):
+        part = lambda *some: _part(start, n_rows, activation, *some, *arrays[n:])
+        return jax.vjp(part, *arrays[:n])[1](grad_MD)
+
+    return *rounds.sum(of_round, jnp.sum(arrays[-1])), *[None] * (len(arrays) - n)
 
 
-_by_rounds.defvjp(lambda activation, *arrays: (_by_rounds(activation, *arrays), arrays), _by_rounds_backward)
+_by_rounds.defvjp(lambda *args: (_by_rounds(*args), args[2:]), _by_rounds_backward)
 
 
-def _added_up(rows: Sorted, of_round: Callable):
-    """The sum of `of_round(number)` over the rounds that have rows, of which all but the first may have none."""
-    n_rounds, room = rows.source.shape
-    if n_rounds == 1:
-        return of_round(0)
-    add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
-    step = lambda number, total: jax.tree.map(add, total, of_round(number))
-    return jax.lax.fori_loop(1, (jnp.sum(rows.sizes) + room - 1) // room, step, of_round(0))
-
-
-def _round(activation: Callable, rows: Sorted, number, x_MD, weights_Mk, w_in, w_out) -> jax.Array:
-    """The part of a round's rows in the sum over a token's experts."""
-    room = rows.source.shape[1]
-    at_A = rows.place - number * room
-    place_A = jnp.where((at_A >= 0) & (at_A < room), at_A, room)
-    ends_E = jnp.clip(jnp.cumsum(rows.sizes) - number * room, 0, room)
-    layout = (jnp.take(rows.source, number, axis=0), place_A, jnp.diff(ends_E, prepend=0))
-    return _experts_of(x_MD, weights_Mk, *layout, feed_forward(w_in, w_out, activation)).astype(x_MD.dtype)
+def _part(start, n: int, activation, x_MD, weights_Mk, w_in, w_out, source_A, place_A, sizes_E) -> jax.Array:
+    """`routed_experts`, in the type of x, of n rows from `start` on of those that `sort_by_expert` laid out. Of the
+    assignments behind all experts none has a row."""
+    row, n_rows = start + jnp.arange(n), jnp.sum(sizes_E)
+    source = jnp.where(row < n_rows, jnp.take(source_A, row, mode="clip"), source_A.shape[0])
+    place_A = jnp.where((place_A >= start) & (place_A < jnp.minimum(start + n, n_rows)), place_A - start, n)
+    sizes_E = jnp.diff(jnp.clip(jnp.cumsum(sizes_E) - start, 0, n), prepend=0)
+    apply = feed_forward(w_in, w_out, activation)
+    return _experts_of(x_MD, weights_Mk, source, place_A, sizes_E, apply).astype(x_MD.dtype)
 
 
 def routed_within(

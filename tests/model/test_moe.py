@@ -222,7 +222,7 @@ def over_four(request):
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_any_routing_over_a_mesh(name, over_four):
     """Outputs and gradients of all operands beside every expert on every token. An even load fits a round of rows,
-    tokens that all want the experts of one device take three."""
+    tokens that all want the experts of one device take nine."""
     rng = np.random.default_rng(0)
     experts_BTk, shapes = ROUTINGS[name], [(4, 12, 8), (4, 12, 2), (8, 8, 2, 6), (8, 6, 8), (4, 12, 8)]
     *arrays, dy_BTD = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
