@@ -6,15 +6,15 @@ A token and one of its experts are an assignment; there are A = M k of them. Row
 are each other's inverse, so that both directions, and their gradients, are gathers: `source` says for each row which
 assignment it holds (A: none), `place` for each assignment in which row it is (the number of rows: in none).
 
-Weights multiply what comes out of the experts; on a GPU what goes into their last product, which is the same sum: so no
-gradient asks for what comes out, and where layers are recomputed neither that product nor the way back is.
+Weights multiply what goes into the experts' last product, not what comes out, which is the same sum: so no gradient
+asks for what comes out, and where layers are recomputed neither that product nor the way back is.
 
 Axis letters: M tokens, k experts of a token, A assignments, E experts, D model, F feed-forward, X devices of the axis.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -87,7 +87,7 @@ def _whole(w, dim: int, width: int):
 
 
 def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
-    """sum over k of weights[m, k] * expert(x[m]), float32 [M, D].
+    """sum over k of weights[m, k] * expert(x[m]), [M, D] in the type of x.
 
     experts_Mk: int32; numbers that are no expert's (E and above) give zeros. apply(rows, sizes, weights): the experts'
     outputs for rows sorted by expert, sizes[e] of them expert e's (see `feed_forward`).
@@ -97,14 +97,10 @@ def routed_experts(x_MD, experts_Mk, weights_Mk, apply: Callable) -> jax.Array:
 
 def _experts_of(x_MD, weights_Mk, source, place_A, sizes_E, apply: Callable) -> jax.Array:
     """`routed_experts` of assignments that have rows already."""
-    rows = spread(x_MD, source, place_A, weights_Mk.shape[1])
-    early = spread(weights_Mk.reshape(-1, 1), source, place_A, 1) if weighs_early() else None
-    return combine(collect(apply(rows, sizes_E, early), source, place_A), weights_Mk)
-
-
-def weighs_early() -> bool:
-    """Whether weights multiply what goes into the experts' last product. See the module."""
-    return platform() == "gpu"
+    top_k = weights_Mk.shape[1]
+    weights_R1 = spread(weights_Mk.reshape(-1, 1), source, place_A, 1)
+    y = apply(spread(x_MD, source, place_A, top_k), sizes_E, weights_R1)
+    return add_up(y, source, place_A, top_k)
 
 
 FIRST, MORE = 1.25, 0.25
@@ -112,8 +108,8 @@ FIRST, MORE = 1.25, 0.25
 
 
 def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, activation: Callable) -> jax.Array:
-    """`routed_experts` inside a shard_map where each device of the mesh axis has E / X of the experts, in their order;
-    in the type of x. w_in, w_out: see `feed_forward`.
+    """`routed_experts` inside a shard_map where each device of the mesh axis has E / X of the experts, in their order.
+    w_in, w_out: see `feed_forward`.
 
     Every device gets all tokens of the axis, once, and gives back a sum for each: of k experts of a token a few devices
     have some, and room for the most tokens that can come is room for all. It makes rows of its own experts' assignments
@@ -177,20 +173,19 @@ _by_rounds.defvjp(lambda *args: (_by_rounds(*args), args[2:]), _by_rounds_backwa
 
 
 def _part(start, n: int, activation, x_MD, weights_Mk, w_in, w_out, source_A, place_A, sizes_E) -> jax.Array:
-    """`routed_experts`, in the type of x, of n rows from `start` on of those that `sort_by_expert` laid out. Of the
+    """`routed_experts` of n rows from `start` on of those that `sort_by_expert` laid out. Of the
     assignments behind all experts none has a row."""
     row, n_rows = start + jnp.arange(n), jnp.sum(sizes_E)
     source = jnp.where(row < n_rows, jnp.take(source_A, row, mode="clip"), source_A.shape[0])
     place_A = jnp.where((place_A >= start) & (place_A < jnp.minimum(start + n, n_rows)), place_A - start, n)
     sizes_E = jnp.diff(jnp.clip(jnp.cumsum(sizes_E) - start, 0, n), prepend=0)
-    apply = feed_forward(w_in, w_out, activation)
-    return _experts_of(x_MD, weights_Mk, source, place_A, sizes_E, apply).astype(x_MD.dtype)
+    return _experts_of(x_MD, weights_Mk, source, place_A, sizes_E, feed_forward(w_in, w_out, activation))
 
 
 def routed_within(
     axis: str, x_MD, experts_Mk, weights_Mk, apply: Callable, *, n_experts: int, capacity: float
 ) -> tuple[jax.Array, jax.Array]:
-    """`routed_experts_over` with no more than so many rows from one device to another; float32.
+    """`routed_experts_over` with no more than so many rows from one device to another.
 
     Every device sends each other the rows for its experts in a buffer of fixed size, computes on what it gets, and
     sends the results back. The buffer holds `capacity` times the M k / X rows of an even load, rounded up to 8, and
@@ -208,24 +203,21 @@ def routed_within(
         jnp.arange(room)[None, :, None] >= jnp.cumsum(sizes_XE, axis=1)[:, None], axis=-1
     )  # n_local: an empty row
     order, back, sizes_E = sort_by_expert(expert.reshape(-1), n_local)
-    early_R1 = None
-    if weighs_early():
-        sent = spread(weights_Mk.reshape(-1, 1), source, place_A, 1).reshape(n_devices, room, 1)
-        early_R1 = spread(exchange(sent).reshape(-1, 1), order, back, 1)
-    y = collect(apply(spread(received, order, back, 1), sizes_E, early_R1), order, back)
-    y_AD = collect(exchange(y.reshape(send.shape)).reshape(-1, d_model), source, place_A)
-    return combine(y_AD, weights_Mk), (place_A < n_devices * room).reshape(experts_Mk.shape)
+    sent = spread(weights_Mk.reshape(-1, 1), source, place_A, 1).reshape(n_devices, room, 1)
+    weights_R1 = spread(exchange(sent).reshape(-1, 1), order, back, 1)
+    y = add_up(apply(spread(received, order, back, 1), sizes_E, weights_R1), order, back, 1)
+    y_MD = add_up(exchange(y.reshape(send.shape)).reshape(-1, d_model), source, place_A, top_k)
+    return y_MD, (place_A < n_devices * room).reshape(experts_Mk.shape)
 
 
 def feed_forward(w_in, w_out_EFD, activation: Callable) -> Callable:
-    """The experts' (rows, sizes, weights or None) -> outputs, weighed. w_in: [E, D, F], or [E, D, 2, F] where the
+    """The experts' (rows, sizes, weights) -> outputs, weighed. w_in: [E, D, F], or [E, D, 2, F] where the
     activation's side is gated. weights: [R, 1], float32."""
 
     def apply(rows_RD, sizes_E, weights_R1):
         h = checkpoint_name(_grouped(rows_RD, w_in, sizes_E), "moe_hidden")
         h_RF = activation(h[:, 0]) * h[:, 1] if h.ndim == 3 else activation(h)
-        if weights_R1 is not None:
-            h_RF = (h_RF.astype(jnp.float32) * weights_R1.astype(jnp.float32)).astype(h_RF.dtype)
+        h_RF = (h_RF.astype(jnp.float32) * weights_R1.astype(jnp.float32)).astype(h_RF.dtype)
         return _grouped(h_RF, w_out_EFD, sizes_E)
 
     vars(apply)["n_experts"] = w_out_EFD.shape[0]
@@ -244,14 +236,6 @@ def _grouped(rows_RD: jax.Array, w, sizes_E: jax.Array) -> jax.Array:
     expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(y.shape[0]), side="right")
     scale = jnp.take(w.scale[:, 0], expert_R, axis=0, mode="clip")
     return (y.astype(jnp.float32) * scale).astype(y.dtype)
-
-
-def combine(y_AD: jax.Array, weights_Mk: jax.Array) -> jax.Array:
-    """Assignments weighed, unless they are, and added up by token, in float32."""
-    y_MkD = y_AD.reshape(*weights_Mk.shape, -1).astype(jnp.float32)
-    if weighs_early():
-        return jnp.sum(y_MkD, axis=1)
-    return jnp.sum(y_MkD * weights_Mk[:, :, None].astype(jnp.float32), axis=1)
 
 
 def sort_by_expert(experts_A, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -291,33 +275,24 @@ def spread(x_MD, source, place_A, top_k: int) -> jax.Array:
     return _take(x_MD, token)
 
 
-def _spread_forward(x_MD, source, place_A, top_k):
-    return spread(x_MD, source, place_A, top_k), place_A
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def add_up(rows, source, place_A, top_k: int) -> jax.Array:
+    """The transpose of `spread`: by token the sum over k of its assignments' rows, made in float32."""
+    place_Mk = place_A.reshape(-1, top_k)
+    parts = (_take(rows, place_Mk[:, i]).astype(jnp.float32) for i in range(top_k))
+    return reduce(jnp.add, parts).astype(rows.dtype)
 
 
-def _spread_backward(top_k, place_A, grad):
-    grad_MkD = _take(grad, place_A).reshape(-1, top_k, grad.shape[-1])
-    return grad_MkD.astype(jnp.float32).sum(axis=1).astype(grad.dtype), None, None
+def _forward(of: Callable):
+    return lambda a, source, place_A, top_k: (of(a, source, place_A, top_k), (source, place_A))
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+def _backward(transpose: Callable):
+    return lambda top_k, saved, grad: (transpose(grad, *saved, top_k), None, None)
 
 
-@jax.custom_vjp
-def collect(rows, source, place_A) -> jax.Array:
-    """[A, D]: the row of each assignment; zeros where it has none."""
-    return _take(rows, place_A)
-
-
-def _collect_forward(rows, source, place_A):
-    return _take(rows, place_A), source
-
-
-def _collect_backward(source, grad_AD):
-    return _take(grad_AD, source), None, None
-
-
-collect.defvjp(_collect_forward, _collect_backward)
+spread.defvjp(_forward(spread), _backward(add_up))
+add_up.defvjp(_forward(add_up), _backward(spread))
 
 
 def _take(array, index) -> jax.Array:
