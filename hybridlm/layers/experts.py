@@ -116,9 +116,9 @@ def routed_experts_over(axis: str, x_MD, experts_Mk, weights_Mk, w_in, w_out, ac
     alone, in rounds: the first holds FIRST times the M k of an even load, and further ones, of MORE, take what is left.
     """
     n_devices, top_k, n_local = jax.lax.axis_size(axis), experts_Mk.shape[1], w_out.shape[0]
-    routing = [jax.lax.stop_gradient(experts_Mk).astype(weights_Mk.dtype), weights_Mk]
-    routing = exchange.gather(jnp.concatenate(routing, axis=1), (axis,), 0)  # numbers of experts are exact in float32
-    experts_Mk, weights_Mk = routing[:, :top_k], routing[:, top_k:]
+    both = (jax.lax.stop_gradient(experts_Mk).astype(jnp.float32), weights_Mk.astype(jnp.float32))  # exact numbers
+    routing_M2k = exchange.gather(jnp.concatenate(both, axis=1), (axis,), 0)
+    experts_Mk, weights_Mk = routing_M2k[:, :top_k], routing_M2k[:, top_k:]
     even, most = x_MD.shape[0] * top_k, n_devices * x_MD.shape[0] * min(top_k, n_local)
     x_MD = checkpoint_name(exchange.gather(x_MD, (axis,), 0), exchange.GATHERED)
     local_Mk = experts_Mk.astype(jnp.int32) - jax.lax.axis_index(axis) * n_local
@@ -173,8 +173,8 @@ _by_rounds.defvjp(lambda *args: (_by_rounds(*args), args[2:]), _by_rounds_backwa
 
 
 def _part(start, n: int, activation, x_MD, weights_Mk, w_in, w_out, source_A, place_A, sizes_E) -> jax.Array:
-    """`routed_experts` of n rows from `start` on of those that `sort_by_expert` laid out. Of the
-    assignments behind all experts none has a row."""
+    """`routed_experts` of n rows from `start` on of those that `sort_by_expert` laid out. Assignments behind all experts
+    have none."""
     row, n_rows = start + jnp.arange(n), jnp.sum(sizes_E)
     source = jnp.where(row < n_rows, jnp.take(source_A, row, mode="clip"), source_A.shape[0])
     place_A = jnp.where((place_A >= start) & (place_A < jnp.minimum(start + n, n_rows)), place_A - start, n)
