@@ -173,8 +173,8 @@ _by_rounds.defvjp(lambda *args: (_by_rounds(*args), args[2:]), _by_rounds_backwa
 
 
 def _part(start, n: int, activation, x_MD, weights_Mk, w_in, w_out, source_A, place_A, sizes_E) -> jax.Array:
-    """`routed_experts` of n rows from `start` on of those that `sort_by_expert` laid out. Assignments behind all experts
-    have none."""
+    """`routed_experts` of n rows from `start` on of those that `sort_by_expert` laid out. Assignments behind all
+    experts have none."""
     row, n_rows = start + jnp.arange(n), jnp.sum(sizes_E)
     source = jnp.where(row < n_rows, jnp.take(source_A, row, mode="clip"), source_A.shape[0])
     place_A = jnp.where((place_A >= start) & (place_A < jnp.minimum(start + n, n_rows)), place_A - start, n)
