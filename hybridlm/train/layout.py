@@ -21,6 +21,8 @@ from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings, whole_shardings
+from hybridlm.train.loss import LOGITS
+from hybridlm.train.tables import Tables, of_model
 from pallas_kernels.platform import peaks_of, platform_of
 
 SUMS = "gradient_sums"
@@ -54,8 +56,30 @@ def scatters_once(config: Config, mesh: Mesh) -> bool:
         return False
     if config.optim.scatter_once is not None:
         return config.optim.scatter_once
-    share = 1 - 1 / mesh.shape.get("fsdp", 1)
-    return _fits(_of_sublayers(config, mesh) * jnp.dtype(jnp.float32).itemsize * share, mesh)
+    return _fits(_of_sublayers(config, mesh) * jnp.dtype(jnp.float32).itemsize * _freed(mesh), mesh)
+
+
+def tables_once(config: Config, mesh: Mesh) -> Tables:
+    """Tables over the vocabulary that are put together once a step, and whose gradients each device sums by itself.
+
+    Those of models whose loss forms its gradient in the forward and that have several microbatches. Where fsdp splits
+    them, gradients of matrices must be scattered once, too, and what both take more fit, as `ROOM` says.
+    """
+    model, n_micro, none = config.model, config.optim.accumulate, Tables()
+    if n_micro == 1 or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
+        return none
+    tables = of_model(model, (config.data.batch_size // n_micro, config.data.seq_len))
+    if mesh.shape.get("fsdp", 1) > 1:
+        numbers = len(tables.names) * model.vocab_size * model.d_model // mesh.shape.get("tensor", 1)
+        more = (_of_sublayers(config, mesh) + numbers) * jnp.dtype(jnp.float32).itemsize * _freed(mesh)
+        fits = _fits(more, mesh) if config.optim.scatter_once is None else True
+        return tables if fits and scatters_once(config, mesh) else none
+    return tables
+
+
+def _freed(mesh: Mesh) -> float:
+    """The share of an array that a device does not have, as fsdp splits it."""
+    return 1 - 1 / mesh.shape.get("fsdp", 1)
 
 
 def _of_sublayers(config: Config, mesh: Mesh) -> int:
@@ -89,6 +113,8 @@ class Layout(NamedTuple):
     """Weights of sublayers are put together once a step over what splits d_model: see `sharding.whole_weights`."""
     sums_whole: bool = False
     """Gradients of sublayers are summed over microbatches whole, likewise, and scattered once a step."""
+    tables: Tables = Tables()
+    """Tables of which the same holds."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
@@ -113,22 +139,27 @@ class Layout(NamedTuple):
         at = self._at(stacked(self.config))
         if self.sums_whole:
             at = at | {"groups": whole_shardings(stacked(self.config).info["groups"], self.mesh)}
-        return self._pinned(weights, at)
+        own = {name: self.tables.placed(weights[name]) for name in self.tables.names if name in weights}
+        rest = {name: value for name, value in weights.items() if name not in own}
+        return self._pinned(rest, at) | own
 
     def summed(self, sums: dict, weights: dict) -> dict:
         """The sums of all microbatches as the step goes on with them, laid out like the parameters.
 
-        Where they were whole, compilers put off the sum over devices until here. It is in the type of the weights, as
+        Sums of tables become those of all devices. Where the others were whole, compilers put off the sum over devices until here. It is in the type of the weights, as
         gradients are exchanged everywhere; named here, since XLA makes a scatter only of a sum that is cut as it is.
         """
+        own = {name: self.tables.summed(sums[name]) for name in self.tables.names}
+        sums = {name: value for name, value in sums.items() if name not in own}
         if not self.sums_whole:
-            return sums
+            return sums | own
         whole = self.placed(sums)  # or the loop would have them split
-        cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, weights)
+        cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, {k: weights[k] for k in whole})
         cut = self._pinned(self.placed(cast), self._at(stacked(self.config)))
-        return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums)
+        return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums) | own
 
     def _pinned(self, weights: dict, at: dict) -> dict:
+        at = {name: at[name] for name in weights}
         return lax.with_sharding_constraint(weights, jax.tree.map(lambda a: a.spec, at) if self.apart else at)
 
     def spread(self, grads: dict) -> dict:
