@@ -99,7 +99,33 @@ class Rounding:
         return Rounding(self.value[index], self.activations)
 
 
-Operand = jax.Array | Quantized | Rounding
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Parts:
+    """Matrices that are stored together, [*inputs, c, ...], as arrays of their own, each with c = 1: a product with one
+    of them needs no copy of it."""
+
+    values: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one of them."""
+        return tuple(self.values[0].shape)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of one of them."""
+        return len(self.shape)
+
+    def __getitem__(self, index) -> "Parts":
+        return Parts(tuple(value[index] for value in self.values))
+
+    def astype(self, dtype: Any) -> "Parts":
+        """Each in a type."""
+        return Parts(tuple(value.astype(dtype) for value in self.values))
+
+
+Operand = jax.Array | Quantized | Rounding | Parts
 """What products take as their matrix."""
 
 
@@ -130,6 +156,8 @@ def rounded(matrix: jax.Array, contracted: Sequence[int], weights: str) -> jax.A
 
 def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
     """The logical axes of each array of an operand whose matrix has these; a scale has none where it is of size 1."""
+    if isinstance(operand, Parts):
+        return [axes] * len(operand.values)
     if not isinstance(operand, Quantized):
         return [axes]
     return [axes, tuple(None if n == 1 else name for name, n in zip(axes, operand.scale.shape, strict=True))]
@@ -159,6 +187,8 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
 def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
     """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one, and for one
     token, the product is cut, not the matrix: its parts do not lie together, so that they would be copied."""
+    if isinstance(matrix, Parts):
+        return [dot(x, part[:, 0]) for part in matrix.values]
     if isinstance(matrix, Quantized) or x.shape[1] == 1:
         y = dot(x, matrix)
         return [y[:, :, i] for i in range(matrix.shape[1])]

@@ -15,7 +15,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from hybridlm.config import Config
-from hybridlm.layers.params import in_type
+from hybridlm.layers.params import ParamInfo, in_type
+from hybridlm.layers.quantized import Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
@@ -34,6 +35,8 @@ ROOM = 16
 what sums of gradients take more: less than fsdp has freed, so that they fit where a config fits one device."""
 UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
 """`model.unroll` in training where it is None."""
+APART = {"gpu"}
+"""Platforms for which `parts_apart`."""
 
 
 def unrolled(model: ModelConfig, mesh: Mesh) -> ModelConfig:
@@ -98,6 +101,24 @@ def _fits(n_bytes: float, mesh: Mesh) -> bool:
     return n_bytes * ROOM <= peak.gib * 2**30
 
 
+def parts_apart(config: Config, mesh: Mesh) -> bool:
+    """Whether matrices that are stored together and used apart are arrays of their own: on GPUs, where each of several
+    microbatches would copy them; not where products round their other side, or adapters are trained."""
+    rounds = config.quantize.activations or config.quantize.products
+    several = config.optim.accumulate > 1 and platform_of(mesh.devices.flat[0]) in APART
+    return several and not rounds and not config.lora.on
+
+
+def _fused(leaf: ParamInfo) -> int:
+    """The axis of a value that counts the matrices in it."""
+    return leaf.fused_axes[0] + leaf.stacked
+
+
+def _cut(leaf: ParamInfo, value: jax.Array):
+    """The matrices as arrays of their own, where their products are taken apart."""
+    return Parts(tuple(jnp.split(value, value.shape[_fused(leaf)], _fused(leaf)))) if leaf.apart else value
+
+
 class Layout(NamedTuple):
     """From the one to the other; all arguments are nested dicts like the parameters."""
 
@@ -115,6 +136,9 @@ class Layout(NamedTuple):
     """Gradients of sublayers are summed over microbatches whole, likewise, and scattered once a step."""
     tables: Tables = Tables()
     """Tables of which the same holds."""
+    parts: bool = False
+    """Matrices that are stored together and used apart are arrays of their own (`layers.quantized.Parts`): cut out of
+    one they would be copied in each microbatch."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
@@ -123,6 +147,7 @@ class Layout(NamedTuple):
         spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
         spots = in_type(spots, stacked(self.config).info["groups"], self.config.compute_dtype)
         model = stacked(self.config)
+        spots = jax.tree.map(_cut, model.info["groups"], spots) if self.parts else spots
         at = self._at(model)
         if self.whole:
             at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
@@ -166,8 +191,10 @@ class Layout(NamedTuple):
         """Gradients of stacked parameters as those of the state's, float32."""
         by_group = stacks.spread(self.config.pattern, self.config.unroll, grads["groups"])
         grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
-        grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
-        return lax.with_sharding_constraint(grads, self._at(abstract(self.config)))
+        of = abstract(self.config)
+        joined = lambda leaf, x: jnp.concatenate(x.values, _fused(leaf)) if isinstance(x, Parts) else x
+        grads = jax.tree.map(lambda a: a.astype(jnp.float32), jax.tree.map(joined, of.info, grads))
+        return lax.with_sharding_constraint(grads, self._at(of))
 
     @property
     def _units(self) -> list[int]:

@@ -32,7 +32,7 @@ from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
 from hybridlm.train import tables
-from hybridlm.train.layout import SUMS, Layout, gathers_once, scatters_once, tables_once, unrolled
+from hybridlm.train.layout import SUMS, Layout, gathers_once, parts_apart, scatters_once, tables_once, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -124,7 +124,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     once = gathers_once(config, mesh)
     objective = _of_weights(make_objective(replace(config, model=model), program), once)
     sums_once = scatters_once(config, mesh), tables.Tables() if apart or specs else tables_once(config, mesh)
-    layout = Layout(model, mesh, apart, config.quantize, once, *sums_once)
+    layout = Layout(model, mesh, apart, config.quantize, once, *sums_once, parts_apart(config, mesh))
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
