@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import exchange, sharding
-from hybridlm.layers.quantized import Operand, Quantized, Rounding, dot, leaf_axes
+from hybridlm.layers.quantized import Operand, Parts, Quantized, Rounding, Wide, dot, leaf_axes
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
@@ -173,6 +173,8 @@ def operand(param: nnx.Param, dtype) -> Operand:
     value, activations = param[...], param.get_metadata().get("activations")
     if isinstance(value, Quantized):
         return replace(value, activations=activations)
+    if activations is None and isinstance(value, Wide | Parts):
+        return value
     value = value.astype(dtype)
     return value if activations is None else Rounding(value, activations)
 

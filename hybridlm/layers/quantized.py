@@ -14,6 +14,7 @@ those stacked over depths have one for each of their outputs.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -125,7 +126,38 @@ class Parts:
         return Parts(tuple(value.astype(dtype) for value in self.values))
 
 
-Operand = jax.Array | Quantized | Rounding | Parts
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Wide:
+    """A matrix in the type of the computation whose gradient by `dot` is that of a slot: float32, not rounded, so that
+    a compiler adds it to a sum within the product. In any other place it is its value, with the gradient of that."""
+
+    value: jax.Array
+    slot: jax.Array
+    """float32, in the shape of the matrix; it is never read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        return tuple(self.value.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Its axes."""
+        return len(self.shape)
+
+    def __getitem__(self, index) -> "Wide":
+        return self if index is Ellipsis else Wide(self.value[index], self.slot[index])
+
+    def __jax_array__(self) -> jax.Array:
+        return self.value
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The value in a type."""
+        return self.value.astype(dtype)
+
+
+Operand = jax.Array | Quantized | Rounding | Parts | Wide
 """What products take as their matrix."""
 
 
@@ -156,8 +188,8 @@ def rounded(matrix: jax.Array, contracted: Sequence[int], weights: str) -> jax.A
 
 def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
     """The logical axes of each array of an operand whose matrix has these; a scale has none where it is of size 1."""
-    if isinstance(operand, Parts):
-        return [axes] * len(operand.values)
+    if isinstance(operand, Parts | Wide):
+        return [axes] * len(jax.tree.leaves(operand))
     if not isinstance(operand, Quantized):
         return [axes]
     return [axes, tuple(None if n == 1 else name for name, n in zip(axes, operand.scale.shape, strict=True))]
@@ -168,6 +200,8 @@ def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
 
 def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
     """x [..., *inputs] times a matrix [*inputs, *outputs] of n inputs: [..., *outputs] in the type of x."""
+    if isinstance(matrix, Wide):
+        return _wide(x, matrix.value.astype(x.dtype), matrix.slot, n)
     if isinstance(matrix, Rounding) and matrix.activations == "fp8":
         inputs = math.prod(matrix.shape[:n])
         y_MN = fp8_product(x.reshape(-1, inputs), matrix.value.reshape(inputs, -1))
@@ -198,7 +232,7 @@ def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
 def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:
     """`jnp.einsum(spec, x, matrix)` in the type `preferred`, or that of x. Letters that are summed over are in both."""
     if not isinstance(matrix, Quantized | Rounding):
-        return jnp.einsum(spec, x, matrix, preferred_element_type=preferred)
+        return jnp.einsum(spec, x, matrix.value if isinstance(matrix, Wide) else matrix, preferred_element_type=preferred)
     of_x, of_matrix, out = spec.replace("->", ",").split(",")
     summed = [axis for axis, letter in enumerate(of_x) if letter not in out]
     if isinstance(matrix, Rounding):
@@ -251,6 +285,22 @@ def _fp8_dot(left: Any, right: Any, summed: tuple[int, int], dtype: Any) -> jax.
     """The product of two of them over an axis of each, in a float type."""
     axes = ((summed[:1], summed[1:]), ((), ()))
     return library().dot_general(left, right, axes).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _wide(x: jax.Array, matrix: jax.Array, slot: jax.Array, n: int) -> jax.Array:
+    """`_plain`, whose gradient of the matrix is that of the slot."""
+    return _plain(x, matrix, n)
+
+
+def _wide_backward(n: int, saved, dy):
+    x, matrix = saved
+    rows = tuple(range(x.ndim - n))
+    dx = jnp.tensordot(dy, matrix, [tuple(range(len(rows), dy.ndim)), tuple(range(n, matrix.ndim))])
+    return dx, None, jnp.tensordot(x, dy, [rows, rows], preferred_element_type=jnp.float32)
+
+
+_wide.defvjp(lambda x, matrix, slot, n: (_plain(x, matrix, n), (x, matrix)), _wide_backward)
 
 
 def _plain(x: jax.Array, matrix: jax.Array, n: int, preferred: Any = None) -> jax.Array:

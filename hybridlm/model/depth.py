@@ -18,7 +18,9 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from hybridlm import sharding
 from hybridlm.layers.block import Tokens
+from hybridlm.layers.quantized import Wide
 from hybridlm.model.pattern import Loop, Spot, spans
 from pallas_kernels import platform
 
@@ -70,6 +72,8 @@ def run(
     consts = _Consts({"": tokens, **shared})
     step = _Step(spots, calls, consts)
 
+    widened = _widened if sums is not None and low is None and not sharding.is_split() else lambda tree: tree
+
     @jax.custom_vjp
     def through(weights, values, sums, x_BTD, floats, ints):
         def visit(spot, index, carry):
@@ -89,12 +93,15 @@ def run(
 
         def visit(spot, index, carry):
             x_BTD, stats, kept = carry
-            arrays = (_at(weights[spot.number], index), x_BTD, floats, ints)
+            arrays = (widened(_at(weights[spot.number], index)), x_BTD, floats, ints)
             x_BTD, of_spot, arrays, _ = vjps[spot.number](*arrays)
             arrays = [_laid_out(a) for a in arrays]
             return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
 
-        shapes = [jax.eval_shape(vjps[spot.number], *_of_depth(weights, spot), x_BTD, floats, ints) for spot in spots]
+        shapes = [
+            jax.eval_shape(vjps[spot.number], jax.eval_shape(widened, *_of_depth(weights, spot)), x_BTD, floats, ints)
+            for spot in spots
+        ]
         _, stats, kept, pull = zip(*shapes, strict=True)
         x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
         return (x_BTD, stats), (weights, values, sums, floats, ints, kept, pull)
@@ -108,10 +115,11 @@ def run(
         def visit(spot, index, carry):
             n = spot.number
             dx_BTD, grads, d_floats = carry
-            inputs = (_at(weights[n], index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
+            inputs = (widened(_at(weights[n], index)), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
+            dw = _narrowed(dw)
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
@@ -229,6 +237,17 @@ class _Step:
         known = tuple(inputs.get(id(leaf)) for leaf in leaves)
         arrays = [leaf for leaf, i in zip(leaves, known, strict=True) if i is None]
         return x_BTD, stats, arrays, _Pull(treedef, known)
+
+
+def _widened(tree):
+    """Matrices with slots for gradients that are not rounded before they are added."""
+    return jax.tree.map(lambda w: w if w.dtype == jnp.float32 else Wide(w, jnp.zeros(w.shape, jnp.float32)), tree)
+
+
+def _narrowed(grads):
+    """Gradients of what `_widened` makes as those of one array each: what does not go to a slot is beside it."""
+    is_wide = lambda x: isinstance(x, Wide)
+    return jax.tree.map(lambda x: x.slot + x.value.astype(x.slot.dtype) if is_wide(x) else x, grads, is_leaf=is_wide)
 
 
 def _of_depth(weights, spot: Spot) -> tuple:
