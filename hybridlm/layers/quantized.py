@@ -134,7 +134,10 @@ class Wide:
 
     value: jax.Array
     slot: jax.Array
-    """float32, in the shape of the matrix; it is never read."""
+    """float32, [N, *the matrix's] for N devices with rows of their own, each of which has its part; it is never
+    read."""
+    over: tuple[str, ...] = field(default=(), metadata={"static": True})
+    """The mesh axes of those devices."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -147,7 +150,10 @@ class Wide:
         return len(self.shape)
 
     def __getitem__(self, index) -> "Wide":
-        return self if index is Ellipsis else Wide(self.value[index], self.slot[index])
+        if index is Ellipsis:
+            return self
+        of_slot = (slice(None), *(index if isinstance(index, tuple) else (index,)))
+        return Wide(self.value[index], self.slot[of_slot], self.over)
 
     def __jax_array__(self) -> jax.Array:
         return self.value
@@ -188,8 +194,10 @@ def rounded(matrix: jax.Array, contracted: Sequence[int], weights: str) -> jax.A
 
 def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
     """The logical axes of each array of an operand whose matrix has these; a scale has none where it is of size 1."""
-    if isinstance(operand, Parts | Wide):
-        return [axes] * len(jax.tree.leaves(operand))
+    if isinstance(operand, Parts):
+        return [of for value in operand.values for of in leaf_axes(value, axes)]
+    if isinstance(operand, Wide):
+        return [axes, (operand.over, *(None if name == "d_model" else name for name in axes))]
     if not isinstance(operand, Quantized):
         return [axes]
     return [axes, tuple(None if n == 1 else name for name, n in zip(axes, operand.scale.shape, strict=True))]
@@ -297,7 +305,7 @@ def _wide_backward(n: int, saved, dy):
     x, matrix = saved
     rows = tuple(range(x.ndim - n))
     dx = jnp.tensordot(dy, matrix, [tuple(range(len(rows), dy.ndim)), tuple(range(n, matrix.ndim))])
-    return dx, None, jnp.tensordot(x, dy, [rows, rows], preferred_element_type=jnp.float32)
+    return dx, None, jnp.tensordot(x, dy, [rows, rows], preferred_element_type=jnp.float32)[None]
 
 
 _wide.defvjp(lambda x, matrix, slot, n: (_plain(x, matrix, n), (x, matrix)), _wide_backward)

@@ -72,7 +72,7 @@ def run(
     consts = _Consts({"": tokens, **shared})
     step = _Step(spots, calls, consts)
 
-    widened = _widened if sums is not None and low is None and not sharding.is_split() else lambda tree: tree
+    wide = [_slots(weights[n], None if sums is None else sums[n]) for n in range(len(weights))]
 
     @jax.custom_vjp
     def through(weights, values, sums, x_BTD, floats, ints):
@@ -93,15 +93,16 @@ def run(
 
         def visit(spot, index, carry):
             x_BTD, stats, kept = carry
-            arrays = (widened(_at(weights[spot.number], index)), x_BTD, floats, ints)
+            arrays = (_widened(_at(weights[spot.number], index), wide[spot.number]), x_BTD, floats, ints)
             x_BTD, of_spot, arrays, _ = vjps[spot.number](*arrays)
             arrays = [_laid_out(a) for a in arrays]
             return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
 
         shapes = [
-            jax.eval_shape(vjps[spot.number], jax.eval_shape(widened, *_of_depth(weights, spot)), x_BTD, floats, ints)
+            jax.eval_shape(lambda w, *args, n=spot.number: vjps[n](_widened(w, wide[n]), *args),
+                           *_of_depth(weights, spot), x_BTD, floats, ints)
             for spot in spots
-        ]
+        ]  # fmt: skip
         _, stats, kept, pull = zip(*shapes, strict=True)
         x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
         return (x_BTD, stats), (weights, values, sums, floats, ints, kept, pull)
@@ -115,7 +116,7 @@ def run(
         def visit(spot, index, carry):
             n = spot.number
             dx_BTD, grads, d_floats = carry
-            inputs = (widened(_at(weights[n], index)), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
+            inputs = (_widened(_at(weights[n], index), wide[n]), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
@@ -239,15 +240,28 @@ class _Step:
         return x_BTD, stats, arrays, _Pull(treedef, known)
 
 
-def _widened(tree):
+def _slots(weights, sums) -> list[int]:
+    """Of each array of a spot's weights how many devices have sums of their own for it; 0: it has none of that kind."""
+    if sums is None:
+        return [0] * len(jax.tree.leaves(weights))
+    pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(sums), strict=True)
+    return [total.shape[1] if total.ndim > w.ndim else 0 for w, total in pairs]
+
+
+def _widened(tree, slots: list[int]):
     """Matrices with slots for gradients that are not rounded before they are added."""
-    return jax.tree.map(lambda w: w if w.dtype == jnp.float32 else Wide(w, jnp.zeros(w.shape, jnp.float32)), tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    slot = lambda w, n: jnp.zeros((n, *w.shape), jnp.float32)
+    over = sharding.ROWS_APART
+    return treedef.unflatten([Wide(w, slot(w, n), over) if n else w for w, n in zip(leaves, slots, strict=True)])
 
 
 def _narrowed(grads):
-    """Gradients of what `_widened` makes as those of one array each: what does not go to a slot is beside it."""
+    """Gradients of what `_widened` makes as those of one array each. What did not go to a slot has been summed over
+    devices: each takes its part."""
     is_wide = lambda x: isinstance(x, Wide)
-    return jax.tree.map(lambda x: x.slot + x.value.astype(x.slot.dtype) if is_wide(x) else x, grads, is_leaf=is_wide)
+    both = lambda x: x.slot + x.value.astype(x.slot.dtype)[None] / x.slot.shape[0]
+    return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
 
 
 def _of_depth(weights, spot: Spot) -> tuple:

@@ -32,7 +32,7 @@ from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
 from hybridlm.train import tables
-from hybridlm.train.layout import SUMS, Layout, gathers_once, parts_apart, scatters_once, tables_once, unrolled
+from hybridlm.train.layout import SUMS, Layout, gathers_once, parts_apart, scatters_once, tables_once, unrolled, wide_over
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -124,7 +124,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     once = gathers_once(config, mesh)
     objective = _of_weights(make_objective(replace(config, model=model), program), once)
     sums_once = scatters_once(config, mesh), tables.Tables() if apart or specs else tables_once(config, mesh)
-    layout = Layout(model, mesh, apart, config.quantize, once, *sums_once, parts_apart(config, mesh))
+    layout = Layout(model, mesh, apart, config.quantize, once, *sums_once, wide_over(config, mesh), parts_apart(config, mesh))
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
@@ -313,8 +313,7 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
             return (loss + more, layout.placed(sums)), of_batch
 
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights) | layout.tables.zeros(weights)
-        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.placed(zeros)), micros)
+        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.zeros(weights)), micros)
         return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
 
     return gradients
