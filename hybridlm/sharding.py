@@ -42,8 +42,6 @@ RULES = {
 """Logical axis -> mesh axes. An axis without an entry is never split."""
 REPLICABLE = frozenset({"kv_heads", "groups", "batch", "rows"})
 """Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
-ROWS_APART = ("data", "fsdp")
-"""Mesh axes that split rows and nothing else, where weights are whole: each device has gradients of its own rows."""
 STREAM = ("batch", "stream", None)
 """Logical axes of the residual stream [B, T, D]; `stream_axes` says what its first two stand for."""
 MESH_AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))

@@ -240,7 +240,9 @@ def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
 def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:
     """`jnp.einsum(spec, x, matrix)` in the type `preferred`, or that of x. Letters that are summed over are in both."""
     if not isinstance(matrix, Quantized | Rounding):
-        return jnp.einsum(spec, x, matrix.value if isinstance(matrix, Wide) else matrix, preferred_element_type=preferred)
+        return jnp.einsum(
+            spec, x, matrix.value if isinstance(matrix, Wide) else matrix, preferred_element_type=preferred
+        )
     of_x, of_matrix, out = spec.replace("->", ",").split(",")
     summed = [axis for axis, letter in enumerate(of_x) if letter not in out]
     if isinstance(matrix, Rounding):

@@ -17,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 
 from hybridlm import exchange
 from hybridlm.config import Config
+from hybridlm.exchange import ROWS_APART
 from hybridlm.layers.params import ParamInfo, in_type
 from hybridlm.layers.quantized import Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
-from hybridlm.sharding import ROWS_APART, is_split, param_shardings, whole_shardings
+from hybridlm.sharding import is_split, param_shardings, whole_shardings
 from hybridlm.train.loss import LOGITS
 from hybridlm.train.tables import Tables, of_model
 from pallas_kernels.platform import peaks_of, platform_of
@@ -183,7 +184,9 @@ class Layout(NamedTuple):
     def zeros(self, weights: dict) -> dict:
         """Sums of nothing, float32."""
         rest = {name: value for name, value in weights.items() if name not in self.tables.names}
-        zeros = lambda leaf, a: jnp.zeros((len(a), self.wide, *a.shape[1:]) if self._wide(leaf) else a.shape, jnp.float32)
+        zeros = lambda leaf, a: jnp.zeros(
+            (len(a), self.wide, *a.shape[1:]) if self._wide(leaf) else a.shape, jnp.float32
+        )
         groups = self._by_leaf(zeros, weights["groups"])
         rest = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), rest | {"groups": {}}) | {"groups": groups}
         return self.placed(rest | self.tables.zeros(weights))
@@ -271,3 +274,15 @@ class Layout(NamedTuple):
 
     def _at(self, model: Abstract) -> dict:
         return param_shardings(model.info, self.mesh)
+
+
+def make_layout(config: Config, model: ModelConfig, mesh: Mesh, apart: bool) -> Layout:
+    """The layout of a config's steps on a mesh. model: the config's, unrolled. apart: see `Layout`."""
+    return Layout(
+        model, mesh, apart, config.quantize,
+        whole=gathers_once(config, mesh),
+        sums_whole=scatters_once(config, mesh),
+        tables=Tables() if apart or config.lora.on else tables_once(config, mesh),
+        wide=0 if apart else wide_over(config, mesh),
+        parts=parts_apart(config, mesh),
+    )  # fmt: skip

@@ -24,8 +24,8 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
 
     The objective is cross entropy, optim.z_loss times the squared log-partition, and the losses of blocks, in nats.
     params: of the graphdef's model; beside them the sums of gradients of `layout.SUMS` and `tables.SUMS`, where there
-    are some, and the adapters of `lora.LOW`, where gradients are those of adapters: groups have theirs in them already, of which the rest
-    is constant. Of conversations a metric says which share of their tokens is trained on.
+    are some, and the adapters of `lora.LOW`, where gradients are those of adapters: groups have theirs in them already,
+    of which the rest is constant. Of conversations a metric says which share of their tokens is trained on.
     """
     kinds, is_chat = statistics(config.model), config.data.format == "chat"
     specs = lora.of_program(config.model, config.lora) if config.lora.on else {}

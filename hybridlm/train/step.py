@@ -28,11 +28,11 @@ from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.rules import is_bounded
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice, whole_weights
+from hybridlm.train import tables
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train import tables
-from hybridlm.train.layout import SUMS, Layout, gathers_once, parts_apart, scatters_once, tables_once, unrolled, wide_over
+from hybridlm.train.layout import SUMS, Layout, gathers_once, make_layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -123,8 +123,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     program = quantize.stacked_graphdef(model, config.quantize)
     once = gathers_once(config, mesh)
     objective = _of_weights(make_objective(replace(config, model=model), program), once)
-    sums_once = scatters_once(config, mesh), tables.Tables() if apart or specs else tables_once(config, mesh)
-    layout = Layout(model, mesh, apart, config.quantize, once, *sums_once, wide_over(config, mesh), parts_apart(config, mesh))
+    layout = make_layout(config, model, mesh, apart)
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)

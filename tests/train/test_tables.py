@@ -28,7 +28,9 @@ def steps(words, sizes=(1, 1, 1)):
         return config, mesh, jax.device_get(state["params"]), history
 
 
-@pytest.mark.parametrize("more", [(), (UNTIED,), (UNTIED, TIMES), (TIMES,)], ids=["tied", "untied", "times", "tied times"])
+@pytest.mark.parametrize(
+    "more", [(), (UNTIED,), (UNTIED, TIMES), (TIMES,)], ids=["tied", "untied", "times", "tied times"]
+)
 def test_whole_sums(more, monkeypatch):
     _, _, params, history = steps((*options("adamw"), *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
