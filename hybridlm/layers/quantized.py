@@ -155,6 +155,11 @@ class Wide:
         of_slot = (slice(None), *(index if isinstance(index, tuple) else (index,)))
         return Wide(self.value[index], self.slot[of_slot], self.over)
 
+    @property
+    def dtype(self) -> Any:
+        """That of the value."""
+        return self.value.dtype
+
     def __jax_array__(self) -> jax.Array:
         return self.value
 

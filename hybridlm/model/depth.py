@@ -225,6 +225,7 @@ class _Step:
 
     def read(self, weights, spot: Spot, index):
         """The weights of a depth, matrices with slots for gradients that are not rounded before they are added."""
+        treedef: Any
         leaves, treedef = jax.tree.flatten(_at(weights[spot.number], index))
         slot = lambda w, n: jnp.zeros((n, *w.shape), jnp.float32)
         wide = [Wide(w, slot(w, n), exchange.ROWS_APART) if n else w for w, n in zip(leaves, self.slots[spot.number])]
