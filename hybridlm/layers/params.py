@@ -153,6 +153,7 @@ def use(param: nnx.Param, dtype) -> jax.Array:
     value = param[...]
     if isinstance(value, Quantized):
         return held(param, dtype).dequantised(dtype)
+    value = value.value if isinstance(value, Wide) else value
     return sharding.gather_fsdp(value, dtype, param.get_metadata()["axes"])
 
 

@@ -261,12 +261,12 @@ class Layout(NamedTuple):
 
     def spread(self, grads: dict) -> dict:
         """Gradients of stacked parameters as those of the state's, float32."""
-        by_group = stacks.spread(self.config.pattern, self.config.unroll, grads["groups"])
-        grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
-        of = abstract(self.config)
         joined = lambda leaf, x: jnp.concatenate(x.values, _fused(leaf)) if isinstance(x, Parts) else x
-        grads = jax.tree.map(lambda a: a.astype(jnp.float32), jax.tree.map(joined, of.info, grads))
-        return lax.with_sharding_constraint(grads, self._at(of))
+        spots = jax.tree.map(joined, stacked(self.config).info["groups"], grads["groups"])
+        by_group = stacks.spread(self.config.pattern, self.config.unroll, spots)
+        grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
+        grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
+        return lax.with_sharding_constraint(grads, self._at(abstract(self.config)))
 
     @property
     def _units(self) -> list[int]:
