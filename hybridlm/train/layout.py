@@ -69,18 +69,21 @@ def tables_once(config: Config, mesh: Mesh) -> Tables:
     """Tables over the vocabulary that are put together once a step, and whose gradients each device sums by itself.
 
     Those of models whose loss forms its gradient in the forward and that have several microbatches. Where fsdp splits
-    them, gradients of matrices must be scattered once, too, and what both take more fit, as `ROOM` says.
+    them, gradients of matrices must be scattered once, too, and what both take more fit, as `ROOM` says: of tables the
+    share that fsdp would save of all sums, less the gradient of one, which would be whole beside the loss.
     """
     model, n_micro, none = config.model, config.optim.accumulate, Tables()
     if n_micro == 1 or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
         return none
     tables = of_model(model, (config.data.batch_size // n_micro, config.data.seq_len))
-    if mesh.shape.get("fsdp", 1) > 1:
-        numbers = len(tables.names) * model.vocab_size * model.d_model // mesh.shape.get("tensor", 1)
-        more = (_of_sublayers(config, mesh) + numbers) * jnp.dtype(jnp.float32).itemsize * _freed(mesh)
-        fits = _fits(more, mesh) if config.optim.scatter_once is None else True
-        return tables if fits and scatters_once(config, mesh) else none
-    return tables
+    if mesh.shape.get("fsdp", 1) == 1:
+        return tables
+    if not scatters_once(config, mesh):
+        return none
+    of_one = model.vocab_size * model.d_model // mesh.shape.get("tensor", 1)
+    more = (_of_sublayers(config, mesh) + len(tables.names) * of_one) * _freed(mesh) - of_one
+    fits = bool(config.optim.scatter_once) or _fits(more * jnp.dtype(jnp.float32).itemsize, mesh)
+    return tables if fits else none
 
 
 def _freed(mesh: Mesh) -> float:
