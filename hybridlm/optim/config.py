@@ -40,7 +40,8 @@ class OptimConfig:
     gather_once: bool | None = None
     """On a mesh with fsdp, weights of sublayers are put together once a step, not at each use: two bytes a number on
     every device, and fewer exchanges. Experts are not, tables over the vocabulary where their gradients are scattered
-    once. For GPUs, whose loops are written out (model.unroll). None: on GPUs, where it takes at most a sixteenth of a device's memory."""
+    once. For GPUs, whose loops are written out (model.unroll). None: on GPUs, where it takes at most a sixteenth of a
+    device's memory."""
     scatter_once: bool | None = None
     """Where weights are gathered once, gradients of microbatches are summed whole on every device and scattered once a
     step, in the type of the weights, not in every microbatch: four bytes a number, of which fsdp would save its share.
