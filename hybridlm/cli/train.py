@@ -2,6 +2,8 @@
 """`hybridlm train`, which is `python train.py`: trains a config, or resumes its run."""
 
 import shlex
+import threading
+from contextlib import suppress
 
 from hybridlm.cli.command import Command
 from hybridlm.cli.ending import ended_together
@@ -33,6 +35,8 @@ def run(words: list[str], prog: str) -> int:
         peers = Peers(config.run.heartbeat, again)
         start(config.cluster, peers.joining)
         stop.join(peers)
+        if peers.count == 1:  # processes find their devices together
+            threading.Thread(target=_find_devices, name="devices").start()
         with ended_together(peers):
             from hybridlm.probes.in_training import IN_TRAINING
             from hybridlm.study.report import write_report
@@ -45,6 +49,14 @@ def run(words: list[str], prog: str) -> int:
 
 
 TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or resume, a run"),), run)
+
+
+def _find_devices() -> None:
+    """Has JAX open the devices, beside all that is imported yet."""
+    import jax
+
+    with suppress(Exception):  # the main thread asks once more, and raises what that raises
+        jax.devices()
 
 
 def _typed(prog: str) -> str:
