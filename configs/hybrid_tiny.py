@@ -14,7 +14,7 @@ def config() -> Config:
         model=ModelConfig(
             vocab_size=320,
             d_model=128,
-            pattern="M-M-*-M-",
+            pattern="M-M-M-*-",
             blocks={
                 "M": Mamba2(d_state=32, d_head=32, expand=2),
                 "*": Attention(n_heads=4, n_kv_heads=2, d_head=32, qk_norm=True, gate="elementwise"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import optax
 
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.optim.together import Form, together
 
 ITERATIONS = 5
 """Of Newton and Schulz, towards an orthogonal matrix."""
+MATRICES = optax.contrib.MuonDimensionNumbers((1,), (2,))
+"""Of an array of matrices, one behind the other."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,20 @@ class Muon:
     ) -> optax.GradientTransformation:
         """As of every update rule; see rules.py."""
         adam = optax.chain(optax.scale_by_adam(*self.betas, eps=self.eps), optax.scale_by_learning_rate(rate(lr)))
-        muon = optax.contrib.muon(
-            rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
-            muon_weight_dimension_numbers=jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info),
-        )  # fmt: skip
-        labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
-        return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
+
+        def make(dims) -> optax.GradientTransformation:
+            muon = optax.contrib.muon(
+                rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
+                muon_weight_dimension_numbers=dims,
+            )  # fmt: skip
+            labels = jax.tree.map(lambda of: "adam" if isinstance(of, optax.MaskedNode) else "muon", dims, is_leaf=_is_leaf)
+            return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
+
+        forms = jax.tree.map(_form, info)
+        apart = make(jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info))
+        inner = {form.key: form.inner for form in jax.tree.leaves(forms, is_leaf=lambda x: isinstance(x, Form))}
+        joined = make({key: MATRICES if inner[key] else optax.MaskedNode() for key in inner})
+        return together(apart, joined, forms)
 
 
 def _in_a_loop(muon: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -68,6 +80,11 @@ def _with_rows(state, change: Callable):
     return jax.tree.map(changed, state, is_leaf=_is_muon)
 
 
+def _is_leaf(dims) -> bool:
+    """Of a tree of dimension numbers; masked where a parameter is not Muon's."""
+    return isinstance(dims, (optax.contrib.MuonDimensionNumbers, optax.MaskedNode))
+
+
 def _is_muon(part) -> bool:
     return isinstance(part, optax.contrib.MuonState)
 
@@ -83,3 +100,15 @@ def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
     first = 1 if leaf.stacked else 0
     axes = tuple(first + axis for axis in range(len(leaf.axes)) if axis not in leaf.fused_axes)
     return optax.contrib.MuonDimensionNumbers(axes[: leaf.n_in], axes[leaf.n_in :])
+
+
+def _form(leaf) -> Form:
+    """How a parameter, by its ParamInfo, lies in the array that is updated: matrices [all independent ones, contracted,
+    produced], all others as one row of numbers."""
+    dims, axes = muon_dims(leaf), range(len(leaf.shape))
+    if dims is None:
+        return Form("others", leaf.shape, tuple(axes), ())
+    of_matrix = (*dims.reduction_axis, *dims.output_axis)
+    inner = tuple(math.prod(leaf.shape[axis] for axis in side) for side in dims)
+    order = (*(axis for axis in axes if axis not in of_matrix), *of_matrix)
+    return Form("{} x {}".format(*inner), leaf.shape, order, inner)
