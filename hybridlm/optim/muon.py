@@ -11,7 +11,7 @@ import optax
 
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
-from hybridlm.optim.together import Form, together
+from hybridlm.optim.together import Form, is_form, together
 
 ITERATIONS = 5
 """Of Newton and Schulz, towards an orthogonal matrix."""
@@ -46,18 +46,16 @@ class Muon:
         adam = optax.chain(optax.scale_by_adam(*self.betas, eps=self.eps), optax.scale_by_learning_rate(rate(lr)))
 
         def make(dims) -> optax.GradientTransformation:
-            muon = optax.contrib.muon(
+            return optax.contrib.muon(
                 rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
                 muon_weight_dimension_numbers=dims,
             )  # fmt: skip
-            labels = jax.tree.map(lambda of: "adam" if isinstance(of, optax.MaskedNode) else "muon", dims, is_leaf=_is_leaf)
-            return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
 
         forms = jax.tree.map(_form, info)
-        apart = make(jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info))
-        inner = {form.key: form.inner for form in jax.tree.leaves(forms, is_leaf=lambda x: isinstance(x, Form))}
-        joined = make({key: MATRICES if inner[key] else optax.MaskedNode() for key in inner})
-        return together(apart, joined, forms)
+        joined = make({form.key: MATRICES for form in jax.tree.leaves(forms, is_leaf=is_form) if is_form(form)})
+        muon = together(make(jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info)), joined, forms)
+        labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
+        return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
 
 
 def _in_a_loop(muon: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -80,11 +78,6 @@ def _with_rows(state, change: Callable):
     return jax.tree.map(changed, state, is_leaf=_is_muon)
 
 
-def _is_leaf(dims) -> bool:
-    """Of a tree of dimension numbers; masked where a parameter is not Muon's."""
-    return isinstance(dims, (optax.contrib.MuonDimensionNumbers, optax.MaskedNode))
-
-
 def _is_muon(part) -> bool:
     return isinstance(part, optax.contrib.MuonState)
 
@@ -102,13 +95,12 @@ def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
     return optax.contrib.MuonDimensionNumbers(axes[: leaf.n_in], axes[leaf.n_in :])
 
 
-def _form(leaf) -> Form:
-    """How a parameter, by its ParamInfo, lies in the array that is updated: matrices [all independent ones, contracted,
-    produced], all others as one row of numbers."""
-    dims, axes = muon_dims(leaf), range(len(leaf.shape))
+def _form(leaf) -> Form | optax.MaskedNode:
+    """How a parameter, by its ParamInfo, lies in the array that is updated: [matrices, contracted, produced]."""
+    dims = muon_dims(leaf)
     if dims is None:
-        return Form("others", leaf.shape, tuple(axes), ())
+        return optax.MaskedNode()
     of_matrix = (*dims.reduction_axis, *dims.output_axis)
     inner = tuple(math.prod(leaf.shape[axis] for axis in side) for side in dims)
-    order = (*(axis for axis in axes if axis not in of_matrix), *of_matrix)
+    order = (*(axis for axis in range(len(leaf.shape)) if axis not in of_matrix), *of_matrix)
     return Form("{} x {}".format(*inner), leaf.shape, order, inner)

@@ -38,6 +38,11 @@ class Form(NamedTuple):
         return rows.reshape([self.shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
 
 
+def is_form(x) -> bool:
+    """For trees of them."""
+    return isinstance(x, Form)
+
+
 def together(
     apart: optax.GradientTransformation, joined: optax.GradientTransformation, forms: Any
 ) -> optax.GradientTransformation:
@@ -45,19 +50,20 @@ def together(
     is of one CPU; elsewhere joining would cost copies, or exchanges between devices.
 
     joined: the same rule for a dict with an array for each key; it must treat the rows of a form, its first axis, one
-    by one. forms: tree like the parameters, a Form each.
+    by one. forms: tree like the parameters, a Form each, masked where the rule has none.
     """
-    flat, tree = jax.tree.flatten(forms, is_leaf=lambda x: isinstance(x, Form))
+    flat, tree = jax.tree.flatten(forms, is_leaf=lambda x: is_form(x) or _is_masked(x))
     members: dict[str, list[int]] = {}
     for index, form in enumerate(flat):
-        members.setdefault(form.key, []).append(index)
+        if is_form(form):
+            members.setdefault(form.key, []).append(index)
     keys = jax.tree.structure(dict.fromkeys(members, 0))
 
     def pack(params):
         leaves = jax.tree.leaves(params, is_leaf=_is_masked)
+        there = lambda indices: jnp.concatenate([flat[index].there(leaves[index]) for index in indices])
         masked = {key: _is_masked(leaves[indices[0]]) for key, indices in members.items()}
-        of_key = lambda indices: jnp.concatenate([flat[index].there(leaves[index]) for index in indices])
-        return {key: optax.MaskedNode() if masked[key] else of_key(indices) for key, indices in members.items()}
+        return {key: optax.MaskedNode() if masked[key] else there(indices) for key, indices in members.items()}
 
     def unpack(packed):
         leaves: list[Any] = [optax.MaskedNode()] * len(flat)

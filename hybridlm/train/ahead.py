@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A train step that is compiled while parameters are drawn or read: the longest part of a start waits for nothing."""
 
-import gc
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hybridlm.lazy import no_collections
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
 from hybridlm.train.kernels_ahead import compile_ahead
@@ -22,19 +20,6 @@ LATEST = 60.0
 """Seconds after which a compiled step is written to disk though none was taken."""
 LOOK = 0.2
 """Seconds between two looks at whether the process still runs."""
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Without Python's search for garbage in cycles: tracing makes millions of objects and next to no garbage. Of the
-    13.5 s of CPU time in which `hybrid_1b` is traced and lowered the search takes 2."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class TrainStep:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -122,8 +123,6 @@ def _run(
         program = make_program(config, mesh)
         batches, held_out = _open_batches(config, corpus, program, opened)
         probe = probes.open(config, mesh, program, corpus, held_out) if probes and config.probe.tasks else None
-        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
-        checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         bytes_per_token = corpus.stats["train"]["bytes_per_pair"]
         meter = Meter(config, mesh, bytes_per_token, tokens_before=batches.loader.tokens_before)
         health = Health(config)
@@ -132,8 +131,12 @@ def _run(
         if peers.count == 1:  # processes compile together, in one order
             like = program.state_like, program.batch_like(config.data)
             program.train_step.prepare(mesh, *like, kept_step(kept, config, mesh))
+        first = partial(_first_state, config, program, mesh, folder, corpus.tokenizer, display)
+        new = None if found.steps else first()  # first of all: it is compiled while the step is traced
+        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
+        checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
-        step, state, origin = restored or _first_state(config, program, mesh, folder, corpus.tokenizer, display)
+        step, state, origin = restored or new or first()
         if program.base.like is not None:
             _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
