@@ -31,6 +31,8 @@ class Muon:
     """Adam's decays of the first and second moment."""
     eps: float = 1e-8
     """Added to the root of Adam's second moment, and to the norm by which Muon divides."""
+    grouped: bool = False
+    """On one device, matrices of one shape are orthogonalised together: fewer loops to compile, another last bit."""
 
     def __post_init__(self):
         check_fields(self)
@@ -51,9 +53,11 @@ class Muon:
                 muon_weight_dimension_numbers=dims,
             )  # fmt: skip
 
-        forms = jax.tree.map(_form, info)
-        joined = make({form.key: MATRICES for form in jax.tree.leaves(forms, is_leaf=is_form) if is_form(form)})
-        muon = together(make(jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info)), joined, forms)
+        muon = make(jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info))
+        if self.grouped:
+            forms = jax.tree.map(_form, info)
+            keys = [form.key for form in jax.tree.leaves(forms, is_leaf=is_form) if is_form(form)]
+            muon = together(muon, make(dict.fromkeys(keys, MATRICES)), forms)
         labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
         return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of one form updated together: a compiler of CPUs takes as long for a small array as for a large one."""
+"""Parameters of one form updated together: compilers take as long for a small array as for a large one."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from pallas_kernels.platform import platform
 
 
 class Form(NamedTuple):
@@ -47,7 +45,7 @@ def together(
     apart: optax.GradientTransformation, joined: optax.GradientTransformation, forms: Any
 ) -> optax.GradientTransformation:
     """`apart`, a rule for each parameter by itself, with its state, but whose updates `joined` makes where the program
-    is of one CPU; elsewhere joining would cost copies, or exchanges between devices.
+    is of one device; over several, joining would exchange what they hold.
 
     joined: the same rule for a dict with an array for each key; it must treat the rows of a form, its first axis, one
     by one. forms: tree like the parameters, a Form each, masked where the rule has none.
@@ -75,7 +73,8 @@ def together(
         return jax.tree.unflatten(tree, leaves)
 
     def update(grads, state, params=None):
-        if not _of_one_cpu():
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.size > 1:
             return apart.update(grads, state, params)
         packed = _in_place(pack, tree, state), None if params is None else pack(params)
         updates, new = joined.update(pack(grads), *packed)
@@ -92,9 +91,3 @@ def _in_place(change: Callable, tree, state):
 
 def _is_masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
-
-
-def _of_one_cpu() -> bool:
-    """Whether what is being traced runs on one CPU device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (mesh.empty or mesh.size == 1)

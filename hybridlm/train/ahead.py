@@ -14,7 +14,6 @@ from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
 from hybridlm.train.kernels_ahead import compile_ahead
 from hybridlm.train.written_later import written_later
-from pallas_kernels.platform import platform_of
 
 LATEST = 60.0
 """Seconds after which a compiled step is written to disk though none was taken."""
@@ -49,7 +48,7 @@ class TrainStep:
         before waits for the compiler, which cannot be stopped in the middle.
         """
         ahead = self._ahead = Future()
-        if platform_of(mesh.devices.flat[0]) == "gpu" and not (kept and kept.is_there()):
+        if not (kept and kept.is_there()):
             self._lowered.clear()
 
         def compile_() -> None:
@@ -78,8 +77,8 @@ class TrainStep:
             pass
 
     def wait_until_lowered(self) -> None:
-        """On GPUs, waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is
-        traced or compiled before makes the longest part of a start longer. On CPUs cores would have nothing to do."""
+        """Waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is traced or
+        imported before makes the longest part of a start longer."""
         self._lowered.wait()
 
     def lower(self, state, batch):

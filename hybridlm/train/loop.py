@@ -53,7 +53,7 @@ from hybridlm.train.tilings import put as put_tilings
 from hybridlm.train.tokenizer_copy import keep_tokenizer, told_of_other
 from hybridlm.train.trace import Trace
 from hybridlm.train.watchdog import Watchdog
-from pallas_kernels.platform import device_name
+from pallas_kernels.platform import device_name, platform_of
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
@@ -132,7 +132,9 @@ def _run(
             like = program.state_like, program.batch_like(config.data)
             program.train_step.prepare(mesh, *like, kept_step(kept, config, mesh))
         first = partial(_first_state, config, program, mesh, folder, corpus.tokenizer, display)
-        new = None if found.steps else first()  # first of all: it is compiled while the step is traced
+        new = None if found.steps else first()
+        if new is not None:
+            program.train_step.wait_until_lowered()
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
@@ -263,7 +265,8 @@ def _first_state(
         display.say(told_of_start(config, step))
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
-        program.train_step.wait_until_lowered()
+        if platform_of(mesh.devices.flat[0]) == "gpu":  # on CPUs it is compiled while the step is traced
+            program.train_step.wait_until_lowered()
         return 0, program.init(), None
     from hybridlm.hf.load import load_params  # reads files with an extra
     from hybridlm.hf.save import copy_small_files
