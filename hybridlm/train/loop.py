@@ -133,8 +133,6 @@ def _run(
             program.train_step.prepare(mesh, *like, kept_step(kept, config, mesh))
         first = partial(_first_state, config, program, mesh, folder, corpus.tokenizer, display)
         new = None if found.steps else first()
-        if new is not None:
-            program.train_step.wait_until_lowered()
         keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
         checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
@@ -265,9 +263,11 @@ def _first_state(
         display.say(told_of_start(config, step))
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
-        if platform_of(mesh.devices.flat[0]) == "gpu":  # on CPUs it is compiled while the step is traced
+        if platform_of(mesh.devices.flat[0]) == "gpu":
             program.train_step.wait_until_lowered()
-        return 0, program.init(), None
+        state = program.init()  # on CPUs it is compiled while the step is traced, and what comes then is behind that
+        program.train_step.wait_until_lowered()
+        return 0, state, None
     from hybridlm.hf.load import load_params  # reads files with an extra
     from hybridlm.hf.save import copy_small_files
 
