@@ -21,6 +21,8 @@ from pallas_kernels import platform
 
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
+ROWS_APART = ("data", "fsdp")
+"""Mesh axes that split rows and nothing else, where weights are whole: each device has gradients of its own rows."""
 LONG = 16384
 """Tokens of a row, from which on weight gradients are made in order on GPUs: see `_holding`."""
 

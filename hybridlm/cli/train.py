@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import shlex
+import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +46,8 @@ def run(words: list[str], prog: str) -> int:
         peers = Peers(config.run.heartbeat, again)
         start(config.cluster, peers.joining)
         stop.join(peers)
+        if peers.count == 1:  # processes find their devices together
+            threading.Thread(target=_find_devices, name="devices").start()
         with ended_together(peers):
             with no_collections(freeze=True):
                 from hybridlm.train.loop import train
@@ -70,6 +74,14 @@ def _probes(config: Config) -> Probes | None:
     from hybridlm.probes.in_training import IN_TRAINING
 
     return IN_TRAINING
+
+
+def _find_devices() -> None:
+    """Has JAX open the devices, beside all that is imported yet."""
+    import jax
+
+    with suppress(Exception):  # the main thread asks once more, and raises what that raises
+        jax.devices()
 
 
 def _typed(prog: str) -> str:

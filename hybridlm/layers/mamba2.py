@@ -207,7 +207,8 @@ class Mamba2Mixer(nnx.Module):
         D, H, P, G, N, W = d_model, config.heads(d_model), config.d_head, config.n_groups, config.d_state, config.d_conv
         out_std = init_std if out_std is None else out_std
         heads, channels, BC = ("heads",), ("heads", "d_head"), (None, "groups", "d_state")
-        self.in_zx = params.matrix(rngs, (D, 2, H, P), ("d_model", None, *channels), init_std, fused_axes=(1,))
+        zx = ("d_model", None, *channels)
+        self.in_zx = params.matrix(rngs, (D, 2, H, P), zx, init_std, fused_axes=(1,), apart=True)
         self.in_BC = params.matrix(rngs, (D, 2, G, N), ("d_model", *BC), init_std, fused_axes=(1,))
         self.in_dt = params.matrix(rngs, (D, H), ("d_model", *heads), init_std)
         bias = config.proj_bias

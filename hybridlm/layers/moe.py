@@ -97,7 +97,7 @@ class MoE:
     """Weight of the mean of logsumexp(router logits) squared."""
     capacity: float | None = None
     """Over a mesh axis `expert`: room for that many times the rows of an even load in what a device sends to another,
-    the rest is dropped; None: nothing is dropped, with room for all rows."""
+    the rest is dropped; None: nothing is dropped."""
     sinks: int = 0
     """Experts J of width d_ff that every token uses and that the router weighs beside the chosen ones: weights are
     renormalised over both (Inkling)."""

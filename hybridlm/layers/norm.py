@@ -2,6 +2,7 @@
 """RMS norm (Zhang & Sennrich 2019) and layer norm (Ba et al. 2016), in float32 whatever the type of their input."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from hybridlm import sharding
 from hybridlm.layers import params
+from pallas_kernels import gated_norm
 from pallas_kernels.platform import platform
 
 
@@ -127,6 +130,8 @@ def _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, g
 
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out):
     y_BTHP, z_BTHP, weight_HP, root_BTG = saved
+    if _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
+        return _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps, before_gate)
     weight = weight_HP.astype(jnp.float32)[None, None]
     if root_BTG is None:  # two passes over the inputs: XLA would keep the first one's float32 for the second
         one = jnp.ones((*y_BTHP.shape[:2], n_groups), jnp.float32)
@@ -146,6 +151,30 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
     else:
         d_y, d_z = d_u * parts["gate"], d_u * parts["y"] * parts["d_gate"]
     return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
+
+
+def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
+    """Whether `pallas_kernels.gated_norm` serves the gradient: of whole rows of channels, on one device each."""
+    batch, tokens, *channels = y_BTHP.shape
+    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
+    if gating != "silu" or n_groups != 1 or not alone or not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
+        return False
+    return gated_norm.why_not(batch * tokens, math.prod(channels), y_BTHP.dtype) is None
+
+
+def _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps: float, before_gate: bool):
+    """The gradient in one pass, each device that of its rows."""
+
+    def of_device(y, z, weight, d_out):
+        rows = lambda a: a.reshape(-1, weight.size)
+        args = rows(y), rows(z), weight.astype(jnp.float32).reshape(-1), rows(d_out)
+        dy, dz, d_weight = gated_norm.gated_norm_gradients(*args, eps, before_gate)
+        return dy.reshape(y.shape), dz.reshape(z.shape), d_weight.reshape(1, *weight.shape)
+
+    of_rows, of_all = ("batch", None, None, None), (None, None)
+    arrays, axes = (y_BTHP, z_BTHP, weight_HP, d_out), (of_rows, of_rows, of_all, of_rows)
+    dy, dz, d_weight = sharding.per_device(of_device, arrays, axes, [of_rows, of_rows, ("batch", None, None)])
+    return dy, dz, d_weight.sum(0).astype(weight_HP.dtype)
 
 
 def _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate: bool, gating: str) -> dict[str, jax.Array]:

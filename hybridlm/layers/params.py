@@ -8,6 +8,8 @@ stacks the values of its repeats along a leading axis that is not counted):
 - kind: matrix, embedding, norm, bias, recurrence, conv or sink.
 - n_in: of a matrix, how many axes are contracted: the first, fused ones aside; the others are its outputs.
 - fused_axes: of a matrix, axes that count independent matrices stored together.
+- apart: of one with one fused axis, that those matrices have products of their own, see `layers.quantized.dot_parts`:
+  a program may have them as arrays of their own, a `Parts`.
 - exact: of a matrix, that it is used in float32. Others reach a layer in the type of the computation already where all
   are cast at once: once a step in training, once a text in decoding.
 - activations: of a matrix, that its products round their other side, see `layers.quantized`; else not there.
@@ -26,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import exchange, sharding
-from hybridlm.layers.quantized import Operand, Quantized, Rounding, dot, leaf_axes
+from hybridlm.layers.quantized import Operand, Parts, Quantized, Rounding, Wide, dot, leaf_axes
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
@@ -49,6 +51,8 @@ class ParamInfo:
     """Shape of the value, the stacked axis included."""
     exact: bool = False
     """A matrix that is used in float32, whatever the type of the computation."""
+    apart: bool = False
+    """Its fused axis counts matrices whose products are taken apart."""
 
 
 def param_info(params):
@@ -68,7 +72,8 @@ def _info(variable: nnx.Variable) -> list[ParamInfo]:
     shape = tuple(value.shape)
     stacked = len(shape) == len(meta["axes"]) + 1
     exact = meta.get("exact", False)
-    info = ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, exact)
+    apart = meta.get("apart", False)
+    info = ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, exact, apart)
     return jax.tree.leaves(quantized_info(info, value.scale.shape)) if isinstance(value, Quantized) else [info]
 
 
@@ -95,11 +100,13 @@ def make(
 
 
 def matrix(
-    rngs: nnx.Rngs, shape, axes, std: float, *, n_in: int = 1, fused_axes: tuple = (), exact: bool = False
-) -> nnx.Param:
+    rngs: nnx.Rngs, shape, axes, std: float, *, n_in: int = 1, fused_axes: tuple = (), exact: bool = False,
+    apart: bool = False,
+) -> nnx.Param:  # fmt: skip
     """A matrix drawn from a normal distribution of standard deviation `std`."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return make(value, axes, "matrix", n_in=n_in, fused_axes=fused_axes, **({"exact": True} if exact else {}))
+    more = {name: True for name, yes in (("exact", exact), ("apart", apart)) if yes}
+    return make(value, axes, "matrix", n_in=n_in, fused_axes=fused_axes, **more)
 
 
 def in_type(values, info, dtype):
@@ -146,6 +153,7 @@ def use(param: nnx.Param, dtype) -> jax.Array:
     value = param[...]
     if isinstance(value, Quantized):
         return held(param, dtype).dequantised(dtype)
+    value = value.value if isinstance(value, Wide) else value
     return sharding.gather_fsdp(value, dtype, param.get_metadata()["axes"])
 
 
@@ -166,6 +174,8 @@ def operand(param: nnx.Param, dtype) -> Operand:
     value, activations = param[...], param.get_metadata().get("activations")
     if isinstance(value, Quantized):
         return replace(value, activations=activations)
+    if activations is None and isinstance(value, Wide | Parts):
+        return value
     value = value.astype(dtype)
     return value if activations is None else Rounding(value, activations)
 

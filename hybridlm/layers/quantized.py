@@ -14,6 +14,7 @@ those stacked over depths have one for each of their outputs.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -99,7 +100,75 @@ class Rounding:
         return Rounding(self.value[index], self.activations)
 
 
-Operand = jax.Array | Quantized | Rounding
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Parts:
+    """Matrices that are stored together, [*inputs, c, ...], as arrays of their own, each with c = 1: a product with one
+    of them needs no copy of it."""
+
+    values: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one of them."""
+        return tuple(self.values[0].shape)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of one of them."""
+        return len(self.shape)
+
+    def __getitem__(self, index) -> "Parts":
+        return Parts(tuple(value[index] for value in self.values))
+
+    def astype(self, dtype: Any) -> "Parts":
+        """Each in a type."""
+        return Parts(tuple(value.astype(dtype) for value in self.values))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Wide:
+    """A matrix in the type of the computation whose gradient by `dot` is that of a slot: float32, not rounded, so that
+    a compiler adds it to a sum within the product. In any other place it is its value, with the gradient of that."""
+
+    value: jax.Array
+    slot: jax.Array
+    """float32, [N, *the matrix's] for N devices with rows of their own, each of which has its part; it is never
+    read."""
+    over: tuple[str, ...] = field(default=(), metadata={"static": True})
+    """The mesh axes of those devices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        return tuple(self.value.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Its axes."""
+        return len(self.shape)
+
+    def __getitem__(self, index) -> "Wide":
+        if index is Ellipsis:
+            return self
+        of_slot = (slice(None), *(index if isinstance(index, tuple) else (index,)))
+        return Wide(self.value[index], self.slot[of_slot], self.over)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the value."""
+        return self.value.dtype
+
+    def __jax_array__(self) -> jax.Array:
+        return self.value
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The value in a type."""
+        return self.value.astype(dtype)
+
+
+Operand = jax.Array | Quantized | Rounding | Parts | Wide
 """What products take as their matrix."""
 
 
@@ -130,6 +199,10 @@ def rounded(matrix: jax.Array, contracted: Sequence[int], weights: str) -> jax.A
 
 def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
     """The logical axes of each array of an operand whose matrix has these; a scale has none where it is of size 1."""
+    if isinstance(operand, Parts):
+        return [of for value in operand.values for of in leaf_axes(value, axes)]
+    if isinstance(operand, Wide):
+        return [axes, (operand.over, *(None if name == "d_model" else name for name in axes))]
     if not isinstance(operand, Quantized):
         return [axes]
     return [axes, tuple(None if n == 1 else name for name, n in zip(axes, operand.scale.shape, strict=True))]
@@ -140,6 +213,8 @@ def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
 
 def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
     """x [..., *inputs] times a matrix [*inputs, *outputs] of n inputs: [..., *outputs] in the type of x."""
+    if isinstance(matrix, Wide):
+        return _wide(x, matrix.value.astype(x.dtype), matrix.slot, n)
     if isinstance(matrix, Rounding) and matrix.activations == "fp8":
         inputs = math.prod(matrix.shape[:n])
         y_MN = fp8_product(x.reshape(-1, inputs), matrix.value.reshape(inputs, -1))
@@ -159,6 +234,8 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
 def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
     """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one, and for one
     token, the product is cut, not the matrix: its parts do not lie together, so that they would be copied."""
+    if isinstance(matrix, Parts):
+        return [dot(x, part[:, 0]) for part in matrix.values]
     if isinstance(matrix, Quantized) or x.shape[1] == 1:
         y = dot(x, matrix)
         return [y[:, :, i] for i in range(matrix.shape[1])]
@@ -168,7 +245,9 @@ def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
 def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:
     """`jnp.einsum(spec, x, matrix)` in the type `preferred`, or that of x. Letters that are summed over are in both."""
     if not isinstance(matrix, Quantized | Rounding):
-        return jnp.einsum(spec, x, matrix, preferred_element_type=preferred)
+        return jnp.einsum(
+            spec, x, matrix.value if isinstance(matrix, Wide) else matrix, preferred_element_type=preferred
+        )
     of_x, of_matrix, out = spec.replace("->", ",").split(",")
     summed = [axis for axis, letter in enumerate(of_x) if letter not in out]
     if isinstance(matrix, Rounding):
@@ -221,6 +300,22 @@ def _fp8_dot(left: Any, right: Any, summed: tuple[int, int], dtype: Any) -> jax.
     """The product of two of them over an axis of each, in a float type."""
     axes = ((summed[:1], summed[1:]), ((), ()))
     return library().dot_general(left, right, axes).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _wide(x: jax.Array, matrix: jax.Array, slot: jax.Array, n: int) -> jax.Array:
+    """`_plain`, whose gradient of the matrix is that of the slot."""
+    return _plain(x, matrix, n)
+
+
+def _wide_backward(n: int, saved, dy):
+    x, matrix = saved
+    rows = tuple(range(x.ndim - n))
+    dx = jnp.tensordot(dy, matrix, [tuple(range(len(rows), dy.ndim)), tuple(range(n, matrix.ndim))])
+    return dx, None, jnp.tensordot(x, dy, [rows, rows], preferred_element_type=jnp.float32)[None]
+
+
+_wide.defvjp(lambda x, matrix, slot, n: (_plain(x, matrix, n), (x, matrix)), _wide_backward)
 
 
 def _plain(x: jax.Array, matrix: jax.Array, n: int, preferred: Any = None) -> jax.Array:

@@ -9,8 +9,9 @@ need no exchange of rows, but each device would look up the tokens of all. On a 
 Axis letters: B batch, T tokens, V vocabulary, D model, C chunks, R rows of a chunk, M tokens of a device.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,28 @@ ROWS = {"gpu": 2**30}
 """By platform: rows of a chunk in `look_up`, elsewhere CHUNK."""
 TABLE = ("vocab", "d_model")
 """Logical axes of a table."""
+WHOLE = ("vocab", None)
+"""Those of one whose columns are put together."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Summed:
+    """A table in the place of a parameter, whose gradient goes to the sums beside it, on each device to its own."""
+
+    value: jax.Array
+    """[V, D], its columns whole, float32 or in the type of the computation; it has no gradient."""
+    sums: jax.Array
+    """[N, V, D], float32, for N devices with tokens of their own (`Places.partial`): what was summed so far. Its
+    gradient is the sums themselves and what is added to them."""
+    tied: bool = field(default=False, metadata={"static": True})
+    """Whether a look-up leaves the sums themselves out of it, as `train.loss.training_loss` of the same table has them
+    in."""
+
+    def __getitem__(self, index) -> "Summed":
+        if index is not Ellipsis:
+            raise TypeError(f"a table with its sums is taken whole, not at [{index}]")
+        return self
 
 
 class Places(NamedTuple):
@@ -43,6 +66,11 @@ class Places(NamedTuple):
     """Of the residual stream, beyond those."""
     dim: int = 1
     """What they split of the stream: 0, its rows; 1, its tokens."""
+
+    @property
+    def partial(self) -> tuple:
+        """Axes of sums [N, V, D] of each of the N devices that have tokens of their own."""
+        return self.tokens, self.rows, ()
 
     @property
     def at(self) -> tuple[str, str]:
@@ -94,11 +122,12 @@ def layout(n_vocab: int, chunk: int, shards: int = 1) -> tuple[int, int, int]:
     return shard, n_chunks, rows
 
 
-def look_up(
-    w_VD: jax.Array, tokens_BT: jax.Array, dtype, multiplier: float = 1.0, chunk: int | None = None
-) -> jax.Array:
+def look_up(w_VD: Any, tokens_BT: jax.Array, dtype, multiplier: float = 1.0, chunk: int | None = None) -> jax.Array:
     """multiplier * w[tokens] in `dtype`, split over tokens like the residual stream. w: float32, as is its gradient,
-    which is summed in float32. chunk: rows put together at a time where columns are split; None: see ROWS."""
+    which is summed in float32; or a `Summed`. chunk: rows put together at a time where columns are split; None: see
+    ROWS."""
+    if isinstance(w_VD, Summed):
+        return _look_up_summed(w_VD.value, tokens_BT, w_VD.sums, jnp.dtype(dtype), multiplier, w_VD.tied)
     if sharding.is_split():
         chunk = ROWS.get(platform(), CHUNK) if chunk is None else chunk
         return _look_up(w_VD, tokens_BT, jnp.dtype(dtype), multiplier, chunk)
@@ -163,6 +192,43 @@ def _look_up_backward(dtype, multiplier, chunk, saved, dx_BTD):
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _look_up_summed(w_VD, tokens_BT, sums_NVD, dtype, multiplier, tied):
+    where, d_model = places(tokens_BT.shape, w_VD.shape), w_VD.shape[1]
+
+    def run(w_RD, tokens_BT):
+        row_BT = tokens_BT - where.first_row(w_RD.shape[0])
+        here_BT1 = ((row_BT >= 0) & (row_BT < w_RD.shape[0]))[..., None]
+        x_BTD = w_RD[jnp.clip(row_BT, 0, w_RD.shape[0] - 1)].astype(jnp.float32) * multiplier
+        return where.leave(jnp.where(here_BT1, x_BTD, 0.0).astype(dtype))
+
+    out = (sharding.STREAM, (*tokens_BT.shape, d_model))
+    return exchange.manual(run, (w_VD, tokens_BT), (WHOLE, where.at), out)
+
+
+def _look_up_summed_forward(w_VD, tokens_BT, sums_NVD, dtype, multiplier, tied):
+    return _look_up_summed(w_VD, tokens_BT, sums_NVD, dtype, multiplier, tied), (sums_NVD, tokens_BT)
+
+
+def _look_up_summed_backward(dtype, multiplier, tied, saved, dx_BTD):
+    sums_NVD, tokens_BT = saved
+    where = places(tokens_BT.shape, sums_NVD.shape[1:])
+
+    def run(tokens_BT, dx_BTD, sums_1RD):
+        dx_MD = where.enter(dx_BTD).reshape(-1, dx_BTD.shape[-1]).astype(jnp.float32) * multiplier
+        n_rows = sums_1RD.shape[1]
+        id_M = tokens_BT.reshape(-1) - where.first_row(n_rows)
+        here_M = (id_M >= 0) & (id_M < n_rows)
+        start_RD = jnp.zeros_like(sums_1RD[0]) if tied else sums_1RD[0]
+        return start_RD.at[jnp.where(here_M, id_M, n_rows)].add(dx_MD, mode="drop")[None]
+
+    axes, out = (where.at, sharding.STREAM, where.partial), (where.partial, sums_NVD.shape)
+    return None, None, exchange.manual(run, (tokens_BT, dx_BTD, sums_NVD), axes, out)
+
+
+_look_up_summed.defvjp(_look_up_summed_forward, _look_up_summed_backward)
 
 
 def _chunks(w_RD, where: Places, chunk: int):

@@ -18,7 +18,9 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from hybridlm import exchange
 from hybridlm.layers.block import Tokens
+from hybridlm.layers.quantized import Wide
 from hybridlm.model.pattern import Loop, Spot, spans
 from pallas_kernels import platform
 
@@ -63,12 +65,14 @@ def run(
 
     calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
-    sums is the sums themselves plus the gradient of the weights, in the type of the sums. low: the gradient is that of
-    its values, of which each depth's is made as soon as that of its weights is known; the weights have none.
+    sums is the sums themselves plus the gradient of the weights, in the type of the sums. Those of a matrix may be
+    [depths, N, ...] of N devices, each with its own, to which its products add (`layers.quantized.Wide`). low: the
+    gradient is that of its values, of which each depth's is made as soon as that of its weights is known; the weights
+    have none.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})
-    step = _Step(spots, calls, consts)
+    step = _Step(spots, calls, consts, _slots(weights, sums))
 
     @jax.custom_vjp
     def through(weights, values, sums, x_BTD, floats, ints):
@@ -89,12 +93,13 @@ def run(
 
         def visit(spot, index, carry):
             x_BTD, stats, kept = carry
-            arrays = (_at(weights[spot.number], index), x_BTD, floats, ints)
+            arrays = (step.read(weights, spot, index), x_BTD, floats, ints)
             x_BTD, of_spot, arrays, _ = vjps[spot.number](*arrays)
             arrays = [_laid_out(a) for a in arrays]
             return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
 
-        shapes = [jax.eval_shape(vjps[spot.number], *_of_depth(weights, spot), x_BTD, floats, ints) for spot in spots]
+        of_depth = [jax.eval_shape(partial(step.read, spot=spot, index=0), weights) for spot in spots]
+        shapes = [jax.eval_shape(vjps[spot.number], of_depth[spot.number], x_BTD, floats, ints) for spot in spots]
         _, stats, kept, pull = zip(*shapes, strict=True)
         x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
         return (x_BTD, stats), (weights, values, sums, floats, ints, kept, pull)
@@ -108,10 +113,11 @@ def run(
         def visit(spot, index, carry):
             n = spot.number
             dx_BTD, grads, d_floats = carry
-            inputs = (_at(weights[n], index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints))
+            inputs = step.read(weights, spot, index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints)
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
+            dw = _narrowed(dw)
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
@@ -214,6 +220,16 @@ class _Step:
     spots: list[Spot]
     calls: Sequence[Call]
     consts: _Consts
+    slots: list[list[int]]
+    """See `_slots`."""
+
+    def read(self, weights, spot: Spot, index):
+        """The weights of a depth, matrices with slots for gradients that are not rounded before they are added."""
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(_at(weights[spot.number], index))
+        slot = lambda w, n: jnp.zeros((n, *w.shape), jnp.float32)
+        wide = [Wide(w, slot(w, n), exchange.ROWS_APART) if n else w for w, n in zip(leaves, self.slots[spot.number])]
+        return treedef.unflatten(wide)
 
     def __call__(self, spot: Spot, weights, x_BTD, floats, ints):
         join = self.consts.join
@@ -229,6 +245,22 @@ class _Step:
         known = tuple(inputs.get(id(leaf)) for leaf in leaves)
         arrays = [leaf for leaf, i in zip(leaves, known, strict=True) if i is None]
         return x_BTD, stats, arrays, _Pull(treedef, known)
+
+
+def _slots(weights: Sequence, sums: Sequence | None) -> list[list[int]]:
+    """Of each spot, of each array of its weights, how many devices have sums of their own; 0: it has none of those."""
+    if sums is None:
+        return [[0] * len(jax.tree.leaves(of_spot)) for of_spot in weights]
+    pairs = [zip(*map(jax.tree.leaves, of_spot), strict=True) for of_spot in zip(weights, sums, strict=True)]
+    return [[total.shape[1] if total.ndim > w.ndim else 0 for w, total in of_spot] for of_spot in pairs]
+
+
+def _narrowed(grads):
+    """Gradients of what `_Step.read` makes as those of one array each. What did not go to a slot has been summed over
+    devices: each takes its part."""
+    is_wide = lambda x: isinstance(x, Wide)
+    both = lambda x: x.slot + x.value.astype(x.slot.dtype)[None] / x.slot.shape[0]
+    return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
 
 
 def _of_depth(weights, spot: Spot) -> tuple:

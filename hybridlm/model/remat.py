@@ -25,7 +25,7 @@ from pallas_kernels.context import SENT
 POLICIES = ("none", "full", "dots", "mixer", "kernels")
 OF_SUBLAYER = {
     "sublayer_norm": Kept("normed input of a sublayer"),
-    GATHERED: Kept("what devices that share tensor tell each other of it"),
+    GATHERED: Kept("what devices that share tensor, or experts, tell each other of it"),
 }
 
 

@@ -39,12 +39,14 @@ class OptimConfig:
     """Microbatches whose gradients are summed for one step; divides data.batch_size."""
     gather_once: bool | None = None
     """On a mesh with fsdp, weights of sublayers are put together once a step, not at each use: two bytes a number on
-    every device, and fewer exchanges. Experts and tables over the vocabulary are not. For GPUs, whose loops are written
-    out (model.unroll). None: on GPUs, where it takes at most a sixteenth of a device's memory."""
+    every device, and fewer exchanges. Experts are not, tables over the vocabulary where their gradients are scattered
+    once. For GPUs, whose loops are written out (model.unroll). None: on GPUs, where it takes at most a sixteenth of a
+    device's memory."""
     scatter_once: bool | None = None
     """Where weights are gathered once, gradients of microbatches are summed whole on every device and scattered once a
     step, in the type of the weights, not in every microbatch: four bytes a number, of which fsdp would save its share.
-    None: where what it would save is at most a sixteenth of a device's memory."""
+    None: where what it would save is at most a sixteenth of a device's memory, with tables over the vocabulary, or
+    without."""
     offload: bool = False
     """Moments of the optimizer lie in the host's pinned memory between updates: devices have that much more room, and
     each step moves them there and back."""

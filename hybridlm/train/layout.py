@@ -12,15 +12,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from hybridlm import exchange
 from hybridlm.config import Config
-from hybridlm.layers.params import in_type
+from hybridlm.exchange import ROWS_APART
+from hybridlm.layers.params import ParamInfo, in_type
+from hybridlm.layers.quantized import Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
-from hybridlm.sharding import param_shardings, whole_shardings
+from hybridlm.sharding import is_split, param_shardings, whole_shardings
+from hybridlm.train.loss import LOGITS
+from hybridlm.train.tables import Tables, of_model
 from pallas_kernels.platform import peaks_of, platform_of
 
 SUMS = "gradient_sums"
@@ -32,6 +38,8 @@ ROOM = 16
 what sums of gradients take more: less than fsdp has freed, so that they fit where a config fits one device."""
 UNROLL = {"gpu": 64, "cpu": 1, "tpu": 1}
 """`model.unroll` in training where it is None."""
+APART = {"gpu"}
+"""Platforms for which `parts_apart`."""
 
 
 def unrolled(model: ModelConfig, mesh: Mesh) -> ModelConfig:
@@ -54,8 +62,33 @@ def scatters_once(config: Config, mesh: Mesh) -> bool:
         return False
     if config.optim.scatter_once is not None:
         return config.optim.scatter_once
-    share = 1 - 1 / mesh.shape.get("fsdp", 1)
-    return _fits(_of_sublayers(config, mesh) * jnp.dtype(jnp.float32).itemsize * share, mesh)
+    return _fits(_of_sublayers(config, mesh) * jnp.dtype(jnp.float32).itemsize * _freed(mesh), mesh)
+
+
+def tables_once(config: Config, mesh: Mesh) -> Tables:
+    """Tables over the vocabulary that are put together once a step, and whose gradients each device sums by itself.
+
+    Those of models whose loss forms its gradient in the forward and that have several microbatches. Where fsdp splits
+    them, gradients of matrices must be scattered once, too, and what both take more fit, as `ROOM` says: of tables the
+    share that fsdp would save of all sums, less the gradient of one, which would be whole beside the loss.
+    """
+    model, n_micro, none = config.model, config.optim.accumulate, Tables()
+    if n_micro == 1 or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
+        return none
+    tables = of_model(model, (config.data.batch_size // n_micro, config.data.seq_len))
+    if mesh.shape.get("fsdp", 1) == 1:
+        return tables
+    if not scatters_once(config, mesh):
+        return none
+    of_one = model.vocab_size * model.d_model // mesh.shape.get("tensor", 1)
+    more = (_of_sublayers(config, mesh) + len(tables.names) * of_one) * _freed(mesh) - of_one
+    fits = bool(config.optim.scatter_once) or _fits(more * jnp.dtype(jnp.float32).itemsize, mesh)
+    return tables if fits else none
+
+
+def _freed(mesh: Mesh) -> float:
+    """The share of an array that a device does not have, as fsdp splits it."""
+    return 1 - 1 / mesh.shape.get("fsdp", 1)
 
 
 def _of_sublayers(config: Config, mesh: Mesh) -> int:
@@ -74,6 +107,40 @@ def _fits(n_bytes: float, mesh: Mesh) -> bool:
     return n_bytes * ROOM <= peak.gib * 2**30
 
 
+def parts_apart(config: Config, mesh: Mesh) -> bool:
+    """Whether matrices that are stored together and used apart are arrays of their own: on GPUs, where each of several
+    microbatches would copy them; not where products round their other side, or adapters are trained."""
+    rounds = config.quantize.activations or config.quantize.products
+    several = config.optim.accumulate > 1 and platform_of(mesh.devices.flat[0]) in APART
+    return several and not rounds and not config.lora.on
+
+
+def wide_over(config: Config, mesh: Mesh) -> int:
+    """How many devices sum gradients of matrices over microbatches by themselves, added by the products; 0: none.
+
+    On GPUs, where data and fsdp alone split anything, matrices are whole and so are their sums.
+    """
+    sizes = {name: mesh.shape.get(name, 1) for name in mesh.axis_names}
+    n, n_micro = sizes.get("data", 1) * sizes.get("fsdp", 1), config.optim.accumulate
+    others = math.prod(sizes.values()) > n
+    if n_micro == 1 or others or config.lora.on:
+        return 0
+    if config.quantize.activations or config.quantize.products or config.data.batch_size // n_micro % n:
+        return 0
+    whole = sizes.get("fsdp", 1) == 1 or scatters_once(config, mesh)
+    return n if whole and platform_of(mesh.devices.flat[0]) in APART else 0
+
+
+def _fused(leaf: ParamInfo) -> int:
+    """The axis of a value that counts the matrices in it."""
+    return leaf.fused_axes[0] + leaf.stacked
+
+
+def _cut(leaf: ParamInfo, value: jax.Array):
+    """The matrices as arrays of their own, where their products are taken apart."""
+    return Parts(tuple(jnp.split(value, value.shape[_fused(leaf)], _fused(leaf)))) if leaf.apart else value
+
+
 class Layout(NamedTuple):
     """From the one to the other; all arguments are nested dicts like the parameters."""
 
@@ -89,6 +156,14 @@ class Layout(NamedTuple):
     """Weights of sublayers are put together once a step over what splits d_model: see `sharding.whole_weights`."""
     sums_whole: bool = False
     """Gradients of sublayers are summed over microbatches whole, likewise, and scattered once a step."""
+    tables: Tables = Tables()
+    """Tables of which the same holds."""
+    wide: int = 0
+    """Devices that sum gradients of matrices by themselves, added by the products (`layers.quantized.Wide`); 0: sums
+    are the compiler's."""
+    parts: bool = False
+    """Matrices that are stored together and used apart are arrays of their own (`layers.quantized.Parts`): cut out of
+    one they would be copied in each microbatch."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
@@ -97,6 +172,7 @@ class Layout(NamedTuple):
         spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, params["groups"])))
         spots = in_type(spots, stacked(self.config).info["groups"], self.config.compute_dtype)
         model = stacked(self.config)
+        spots = jax.tree.map(_cut, model.info["groups"], spots) if self.parts else spots
         at = self._at(model)
         if self.whole:
             at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
@@ -108,32 +184,89 @@ class Layout(NamedTuple):
         spots = dict(enumerate(stacks.stack(self.config.pattern, self.config.unroll, stored)))
         return {"groups": spots} | ({"shared": low["shared"]} if "shared" in low else {})
 
+    def zeros(self, weights: dict) -> dict:
+        """Sums of nothing, float32."""
+        rest = {name: value for name, value in weights.items() if name not in self.tables.names}
+        zeros = lambda leaf, a: jnp.zeros(
+            (len(a), self.wide, *a.shape[1:]) if self._wide(leaf) else a.shape, jnp.float32
+        )
+        groups = self._by_leaf(zeros, weights["groups"])
+        rest = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), rest | {"groups": {}}) | {"groups": groups}
+        return self.placed(rest | self.tables.zeros(weights))
+
     def placed(self, weights: dict) -> dict:
         """Stacked gradients laid out on the mesh like their parameters, within the slice where slices are apart."""
-        at = self._at(stacked(self.config))
-        if self.sums_whole:
-            at = at | {"groups": whole_shardings(stacked(self.config).info["groups"], self.mesh)}
-        return self._pinned(weights, at)
+        model = stacked(self.config)
+        at = self._at(model)
+        if self.sums_whole or self.wide:
+            at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
+        if self.wide:
+            apart = lambda leaf, at: self._apart(at) if self._wide(leaf) else at
+            at = at | {"groups": jax.tree.map(apart, model.info["groups"], at["groups"])}
+        own = {name: self.tables.placed(weights[name]) for name in self.tables.names if name in weights}
+        rest = {name: value for name, value in weights.items() if name not in own}
+        return self._pinned(rest, at) | own
 
     def summed(self, sums: dict, weights: dict) -> dict:
         """The sums of all microbatches as the step goes on with them, laid out like the parameters.
 
-        Where they were whole, compilers put off the sum over devices until here. It is in the type of the weights, as
-        gradients are exchanged everywhere; named here, since XLA makes a scatter only of a sum that is cut as it is.
+        Sums of devices become those of all. Where the others were whole, compilers put off the sum over devices until
+        here. It is in the type of the weights, as gradients are exchanged everywhere; named here, since XLA makes a
+        scatter only of a sum that is cut as it is.
         """
+        own = {name: self.tables.summed(sums[name]) for name in self.tables.names}
+        sums = {name: value for name, value in sums.items() if name not in own}
+        if self.wide:
+            groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, sums["groups"])
+            return self._pinned(sums | {"groups": groups}, self._at(stacked(self.config))) | own
         if not self.sums_whole:
-            return sums
+            return sums | own
         whole = self.placed(sums)  # or the loop would have them split
-        cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, weights)
+        cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, {k: weights[k] for k in whole})
         cut = self._pinned(self.placed(cast), self._at(stacked(self.config)))
-        return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums)
+        return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums) | own
+
+    def _wide(self, leaf: ParamInfo) -> bool:
+        """Whether gradients of a parameter are summed by each device."""
+        return self.wide > 0 and leaf.kind == "matrix" and not leaf.exact and "experts" not in leaf.axes
+
+    def _apart(self, at: NamedSharding) -> NamedSharding:
+        """Of sums of each device, from that of the parameter, whole but for what `tensor` splits."""
+        entries = [*at.spec, *[None] * 9]
+        return NamedSharding(self.mesh, P(entries[0], ROWS_APART, *entries[1 : len(at.spec)]))
+
+    def _of_all(self, leaf: ParamInfo, sums: jax.Array) -> jax.Array:
+        """Sums over devices of [depths, N, ...], split like the parameter."""
+        axes = ("layers", *leaf.axes)
+        shape = (sums.shape[0], *sums.shape[2:])
+        whole = tuple(None if name == "d_model" else name for name in leaf.axes)
+
+        def run(total):
+            total = exchange.add(total[:, 0].astype(self.config.compute_dtype), ("data",))
+            if "d_model" in axes:
+                total = exchange.scatter_weight(total, ("fsdp",), axes.index("d_model"))
+            else:
+                total = exchange.add(total, ("fsdp",))
+            return total.astype(jnp.float32)
+
+        if not is_split():
+            return sums[:, 0]
+        return exchange.manual(run, [sums], [("layers", ROWS_APART, *whole)], (axes, shape))
+
+    def _by_leaf(self, fn, groups: dict) -> dict:
+        """fn(ParamInfo, array) of each array of the sublayers, of each part where a matrix is in parts."""
+        each = lambda leaf, value: jax.tree.map(lambda a: fn(leaf, a), value)
+        return jax.tree.map(each, stacked(self.config).info["groups"], groups)
 
     def _pinned(self, weights: dict, at: dict) -> dict:
+        at = {name: at[name] for name in weights}
         return lax.with_sharding_constraint(weights, jax.tree.map(lambda a: a.spec, at) if self.apart else at)
 
     def spread(self, grads: dict) -> dict:
         """Gradients of stacked parameters as those of the state's, float32."""
-        by_group = stacks.spread(self.config.pattern, self.config.unroll, grads["groups"])
+        joined = lambda leaf, x: jnp.concatenate(x.values, _fused(leaf)) if isinstance(x, Parts) else x
+        spots = jax.tree.map(joined, stacked(self.config).info["groups"], grads["groups"])
+        by_group = stacks.spread(self.config.pattern, self.config.unroll, spots)
         grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
         grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
         return lax.with_sharding_constraint(grads, self._at(abstract(self.config)))
@@ -144,3 +277,15 @@ class Layout(NamedTuple):
 
     def _at(self, model: Abstract) -> dict:
         return param_shardings(model.info, self.mesh)
+
+
+def make_layout(config: Config, model: ModelConfig, mesh: Mesh, apart: bool) -> Layout:
+    """The layout of a config's steps on a mesh. model: the config's, unrolled. apart: see `Layout`."""
+    return Layout(
+        model, mesh, apart, config.quantize,
+        whole=gathers_once(config, mesh),
+        sums_whole=scatters_once(config, mesh),
+        tables=Tables() if apart or config.lora.on else tables_once(config, mesh),
+        wide=0 if apart else wide_over(config, mesh),
+        parts=parts_apart(config, mesh),
+    )  # fmt: skip

@@ -14,14 +14,14 @@ gradient is formed in the forward.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from hybridlm import exchange, sharding
-from hybridlm.layers.vocabulary import CHUNK, TABLE, Places, layout, places
+from hybridlm.layers.vocabulary import CHUNK, TABLE, WHOLE, Places, Summed, layout, places
 from pallas_kernels import exponentials
 from pallas_kernels.platform import platform
 
@@ -65,21 +65,32 @@ def token_losses(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk
     return jnp.where(targets_BT >= 0, nats_BT, 0.0)
 
 
+def forms_gradient() -> bool:
+    """Whether `training_loss` forms its gradient in the forward here."""
+    return LOGITS.get(platform()) is not None
+
+
 def training_loss(
-    x_BTD, w_VD, targets_BT, *, z_loss=0.0, multiplier=1.0, softcap=None, n_logits=None
+    x_BTD, w_VD: Any, targets_BT, *, z_loss=0.0, multiplier=1.0, softcap=None, n_logits=None, weight=1.0
 ) -> tuple[jax.Array, LossSums]:
-    """(cross entropy + z_loss * squared log-partition, `cross_entropy`), summed; only the first has a gradient.
+    """(weight * (cross entropy + z_loss * squared log-partition), `cross_entropy`), summed; only the first has a
+    gradient.
 
     Other arguments as of `cross_entropy`. n_logits: about as many of a chunk's tokens times V are in memory, in float32
-    and in the compute type; None: see LOGITS. Columns of the table that are split are put together once, and the
-    gradient of whole rows, float32, is in memory before it is scattered.
+    and in the compute type; None: see LOGITS. weight: float or float32 scalar. Columns of the table that are split are
+    put together once, and the gradient of whole rows, float32, is in memory before it is scattered.
+
+    w: or a `Summed` of which this is the last reader, where the gradient is formed in the forward: it is added to the
+    sums chunk by chunk. They are right only where the first result is the objective but for what is added to it: its
+    weight has to be `weight`, and sums are NaN where it is multiplied by more.
     """
     n_logits = LOGITS.get(platform()) if n_logits is None else n_logits
     if n_logits is None:
         sums = cross_entropy(x_BTD, w_VD, targets_BT, multiplier=multiplier, softcap=softcap)
-        return sums.nats + z_loss * sums.z, jax.tree.map(lax.stop_gradient, sums)
+        return weight * (sums.nats + z_loss * sums.z), jax.tree.map(lax.stop_gradient, sums)
     spec = _Formed(multiplier, softcap, z_loss, n_logits)
-    total, nats, z = _formed(x_BTD, w_VD, targets_BT, spec)
+    w_VD, dw_NVD = (w_VD.value, w_VD.sums) if isinstance(w_VD, Summed) else (w_VD, None)
+    total, nats, z = _formed(x_BTD, w_VD, targets_BT, dw_NVD, lax.stop_gradient(jnp.float32(weight)), spec)
     nats, z = lax.stop_gradient((nats, z))
     return total, LossSums(nats, z, jnp.sum(targets_BT >= 0, dtype=jnp.float32))
 
@@ -91,27 +102,31 @@ class _Formed(NamedTuple):
     n_logits: int
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _formed(x_BTD, w_VD, targets_BT, spec: _Formed):
-    """(cross entropy + z-loss, the one, the other without its weight), summed over tokens."""
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _formed(x_BTD, w_VD, targets_BT, sums_NVD, weight, spec: _Formed):
+    """(weight * (cross entropy + z-loss), the one, the other without its weight), summed over tokens. sums: to which
+    the gradient of the table is added in its place; None: it has its own."""
     sums = cross_entropy(x_BTD, w_VD, targets_BT, multiplier=spec.multiplier, softcap=spec.softcap)
-    return sums.nats + spec.z_loss * sums.z, sums.nats, sums.z
+    return weight * (sums.nats + spec.z_loss * sums.z), sums.nats, sums.z
 
 
-def _formed_forward(x_BTD, w_VD, targets_BT, spec: _Formed):
-    where = places(targets_BT.shape, w_VD.shape)
+def _formed_forward(x_BTD, w_VD, targets_BT, sums_NVD, weight, spec: _Formed):
+    where, summed = places(targets_BT.shape, w_VD.shape), sums_NVD is not None
 
-    def run(x_BTD, w_VD, targets_BT):
-        w_VD = where.whole_rows(w_VD.astype(x_BTD.dtype))
-        nats, z, dx_BTD, dw_VD = _local_formed(where.enter(x_BTD), w_VD, targets_BT, spec, where)
+    def run(x_BTD, w_VD, targets_BT, weight, *sums_1VD):
+        w_VD = w_VD.astype(x_BTD.dtype)
+        w_VD = w_VD if summed else where.whole_rows(w_VD)
+        start_VD = sums_1VD[0][0] if summed else jnp.zeros(w_VD.shape, jnp.float32)
+        nats, z, dx_BTD, dw_VD = _local_formed(where.enter(x_BTD), w_VD, targets_BT, weight, start_VD, spec, where)
         nats, z = (exchange.add(a, where.tokens) for a in (nats, z))
         return nats, z, where.leave(dx_BTD), dw_VD[None]
 
-    outs = [((), ()), ((), ()), (sharding.STREAM, x_BTD.shape), (_partial(where), (1, *w_VD.shape))]
-    axes = (sharding.STREAM, TABLE, where.at)
-    nats, z, dx_BTD, dw_NVD = exchange.manual(run, (x_BTD, w_VD, targets_BT), axes, outs)
-    like = jnp.zeros((0,), x_BTD.dtype), jnp.zeros((0,), w_VD.dtype)
-    return (nats + spec.z_loss * z, nats, z), (dx_BTD, dw_NVD, like)
+    outs = [((), ()), ((), ()), (sharding.STREAM, x_BTD.shape), (where.partial, (1, *w_VD.shape))]
+    arrays = [x_BTD, w_VD, targets_BT, weight, *([sums_NVD] if summed else [])]
+    axes = [sharding.STREAM, WHOLE if summed else TABLE, where.at, (), *([where.partial] if summed else [])]
+    nats, z, dx_BTD, dw_NVD = exchange.manual(run, arrays, axes, outs)
+    like = jnp.zeros((0,), x_BTD.dtype), None if summed else jnp.zeros((0,), w_VD.dtype)
+    return (weight * (nats + spec.z_loss * z), nats, z), (dx_BTD, dw_NVD, like)
 
 
 def _formed_backward(spec: _Formed, saved, cotangents):
@@ -119,24 +134,23 @@ def _formed_backward(spec: _Formed, saved, cotangents):
     in the same table, and of all microbatches, which the compiler makes of sums that are added."""
     del spec
     dx_BTD, dw_NVD, (x, w) = saved
+    dx_BTD = (cotangents[0] * dx_BTD).astype(x.dtype)
+    if w is None:
+        return dx_BTD, None, None, jnp.where(cotangents[0] == 1.0, dw_NVD, jnp.nan), None
     where = places(dx_BTD.shape[:2], dw_NVD.shape[1:])
     run = lambda dw_1VD, factor: where.sum_rows(factor * dw_1VD[0])
-    axes, out = (_partial(where), ()), (TABLE, dw_NVD.shape[1:])
+    axes, out = (where.partial, ()), (TABLE, dw_NVD.shape[1:])
     dw_VD = exchange.manual(run, (dw_NVD, cotangents[0]), axes, out)
-    return (cotangents[0] * dx_BTD).astype(x.dtype), dw_VD.astype(w.dtype), None
-
-
-def _partial(where: Places) -> tuple:
-    """Axes of the sums [N, V, D] of each of the N devices that have tokens of their own."""
-    return where.tokens, where.rows, ()
+    return dx_BTD, dw_VD.astype(w.dtype), None, None, None
 
 
 _formed.defvjp(_formed_forward, _formed_backward)
 
 
-def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed, where: Places):
+def _local_formed(x_BTD, w_VD, targets_BT, weight, start_VD, spec: _Formed, where: Places):
     """(cross entropy, squared log-partition) of a device's tokens, and the gradients of their weighted sum, float32:
-    that of the tokens is what the device's rows of the table give to it. w: those rows, in the type of x."""
+    that of the tokens is what the device's rows of the table give to it, that of the rows is added to `start`. w: those
+    rows, in the type of x."""
     (n_vocab, d_model), n_tokens = w_VD.shape, targets_BT.size
     n_chunks, rows = _token_chunks(n_tokens, spec.n_logits // n_vocab)
     missing = n_chunks * rows - n_tokens
@@ -150,7 +164,7 @@ def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed, where: Places):
         x_RD, target_R = chunk
         products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
         is_real_R = target_R >= 0
-        nats_R, lse_R, d_RV, factor_R = of_chunk(products, target_R, x_RD.dtype, spec, where)
+        nats_R, lse_R, d_RV, factor_R = of_chunk(products, target_R, x_RD.dtype, weight, spec, where)
         nats += jnp.sum(jnp.where(is_real_R, nats_R, 0.0))
         z += jnp.sum(jnp.where(is_real_R, jnp.square(lse_R), 0.0))
         dx_RD = jnp.einsum("rv,vd->rd", d_RV, w_VD, preferred_element_type=jnp.float32)
@@ -160,7 +174,7 @@ def _local_formed(x_BTD, w_VD, targets_BT, spec: _Formed, where: Places):
         return (nats, z, dw_VD), dx_RD
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros((n_vocab, d_model), jnp.float32))
+    start = (zero, zero, start_VD)
     (nats, z, dw_VD), dx_CRD = lax.scan(step, start, (x_CRD, target_CR))
     return nats, z, dx_CRD.reshape(-1, d_model)[:n_tokens].reshape(x_BTD.shape), dw_VD
 
@@ -191,8 +205,8 @@ def _d_lse(lse_R, is_real_R, spec: _Formed):
     return jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
 
 
-def _in_two_passes(products, target_R, dtype, spec: _Formed, where: Places):
-    """(cross entropy, log-partition, gradient of the products, its factor: None) of a chunk's tokens."""
+def _in_two_passes(products, target_R, dtype, weight, spec: _Formed, where: Places):
+    """(cross entropy, log-partition, weighted gradient of the products, its factor: None) of a chunk's tokens."""
     logits, d_softcap = _capped(products, spec)
     lse_R, is_real_R = _over_rows(_log_sum_exp(logits), where.rows), target_R >= 0
     target_R -= where.first_row(logits.shape[1])
@@ -200,10 +214,10 @@ def _in_two_passes(products, target_R, dtype, spec: _Formed, where: Places):
     hit = jnp.arange(logits.shape[1])[None] == target_R[:, None]
     d_logits = jnp.exp(logits - lse_R[:, None]) * _d_lse(lse_R, is_real_R, spec)[:, None] - hit
     d_logits = d_logits if d_softcap is None else d_logits * d_softcap
-    return lse_R - at_target_R, lse_R, (d_logits * spec.multiplier).astype(dtype), None
+    return lse_R - at_target_R, lse_R, (d_logits * (weight * spec.multiplier)).astype(dtype), None
 
 
-def _in_one_pass(products, target_R, dtype, spec: _Formed, where: Places):
+def _in_one_pass(products, target_R, dtype, weight, spec: _Formed, where: Places):
     """The same by a kernel: exponentials beside the target's logit are the gradient up to a factor of each token, all
     but that at the target, which is put in its place."""
     n_vocab, is_real_R = products.shape[1], target_R >= 0
@@ -217,7 +231,7 @@ def _in_one_pass(products, target_R, dtype, spec: _Formed, where: Places):
     e_RV = e_RV.at[jnp.arange(len(of_row_R)), of_row_R].set(
         hit_R.astype(dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
-    return lse_R - at_target_R, lse_R, e_RV, spec.multiplier * d_lse_R * jnp.exp(base_R - lse_R)
+    return lse_R - at_target_R, lse_R, e_RV, weight * spec.multiplier * d_lse_R * jnp.exp(base_R - lse_R)
 
 
 def _log_sum_exp(logits):

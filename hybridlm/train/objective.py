@@ -12,18 +12,20 @@ from hybridlm.config import Config
 from hybridlm.model import lora
 from hybridlm.model.depth import Low
 from hybridlm.model.statistics import statistics, summarise
+from hybridlm.train import tables
 from hybridlm.train.layout import SUMS
 from hybridlm.train.loss import training_loss
 from hybridlm.train.metrics import Mean, Metrics, Sum
 
 
 def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
-    """(params, batch) -> (objective, metrics): summed over the tokens that have a target, so that batches add up.
+    """(params, batch, weight) -> (objective, metrics): summed over the tokens that have a target, so that batches add
+    up; the objective is multiplied by the weight, 1 where it is left out.
 
     The objective is cross entropy, optim.z_loss times the squared log-partition, and the losses of blocks, in nats.
-    params: of the graphdef's model; beside them the sums of gradients of `layout.SUMS`, where there are some, and the
-    adapters of `lora.LOW`, where gradients are those of adapters: groups have theirs in them already, of which the rest
-    is constant. Of conversations a metric says which share of their tokens is trained on.
+    params: of the graphdef's model; beside them the sums of gradients of `layout.SUMS` and `tables.SUMS`, where there
+    are some, and the adapters of `lora.LOW`, where gradients are those of adapters: groups have theirs in them already,
+    of which the rest is constant. Of conversations a metric says which share of their tokens is trained on.
     """
     kinds, is_chat = statistics(config.model), config.data.format == "chat"
     specs = lora.of_program(config.model, config.lora) if config.lora.on else {}
@@ -33,7 +35,8 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
         at = {path[2:]: spec for path, spec in specs.items() if path[:2] == ("groups", number)}
         return lora.pull(nnx.to_pure_dict(dw), values, at, config.lora.scale)
 
-    def objective(params, batch) -> tuple[jax.Array, Metrics]:
+    def objective(params, batch, weight=1.0) -> tuple[jax.Array, Metrics]:
+        params = tables.with_sums(params)
         low, of_spots = params.get(lora.LOW), None
         if low is not None:
             of_spots = Low([low["groups"][n] for n in range(len(low["groups"]))], pull)
@@ -44,7 +47,7 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
         with jax.named_scope("loss"):
             total, sums = training_loss(
                 x_BTD, model.unembedding(), batch["targets"], z_loss=config.optim.z_loss, multiplier=model.logit_scale,
-                softcap=config.model.logit_softcap,
+                softcap=config.model.logit_softcap, weight=weight,
             )  # fmt: skip
             metrics = {"loss": Mean(sums.nats, sums.tokens), "z": Mean(sums.z, sums.tokens)}
             if is_chat:
@@ -52,7 +55,7 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
             for name, value in summarise(config.model, stats).items():
                 of_tokens = Mean(value * sums.tokens, sums.tokens)
                 metrics[name] = Sum(value) if kinds[name].batches == "sum" else of_tokens
-                total = total + of_tokens.total if kinds[name].loss else total
+                total = total + weight * of_tokens.total if kinds[name].loss else total
             return total, metrics
 
     return objective

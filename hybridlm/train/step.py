@@ -28,10 +28,11 @@ from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.rules import is_bounded
 from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import axis_size, batch_sharding, param_shardings, per_slice, whole_weights
+from hybridlm.train import tables
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train.layout import SUMS, Layout, gathers_once, scatters_once, unrolled
+from hybridlm.train.layout import SUMS, Layout, gathers_once, make_layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -122,7 +123,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     program = quantize.stacked_graphdef(model, config.quantize)
     once = gathers_once(config, mesh)
     objective = _of_weights(make_objective(replace(config, model=model), program), once)
-    layout = Layout(model, mesh, apart, config.quantize, once, scatters_once(config, mesh))
+    layout = make_layout(config, model, mesh, apart)
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
@@ -167,9 +168,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 def _of_weights(objective: Callable, whole: bool) -> Callable:
     """The objective of weights that are put together before, or not."""
 
-    def of_whole(params, batch):
+    def of_whole(params, batch, weight=1.0):
         with whole_weights():
-            return objective(params, batch)
+            return objective(params, batch, weight)
 
     return of_whole if whole else objective
 
@@ -292,27 +293,26 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
         return loss, reduce(merge, of_slices), layout.spread(grads)
 
     def of_rows(weights, batch, n_tokens):
-        def mean_loss(weights, micro):
-            total, metrics = objective(weights, micro)
-            return total / n_tokens, metrics
-
+        mean_loss = partial(objective, weight=1 / n_tokens)
         if n_micro == 1:
             (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(weights, batch)
             return loss, metrics, grads
-        groups, rest = {"groups": weights["groups"]}, {k: v for k, v in weights.items() if k != "groups"}
+        weights, apart = layout.tables.prepared(weights), ("groups", *layout.tables.names)
+        whole = {name: weights[name] for name in apart}
+        rest = {name: value for name, value in weights.items() if name not in apart}
 
         def add(total, micro):
-            """The groups' gradients are added where they arise, in the backward; the sums' own gradient is the sums."""
+            """Gradients of groups and tables are added where they arise: the gradient of their sums are the sums."""
             loss, sums = total
-            of_micro = jax.value_and_grad(lambda w: mean_loss(w | groups, micro), has_aux=True)
-            (more, of_batch), grads = of_micro(rest | {SUMS: sums["groups"]})
-            grouped = {"groups": grads.pop(SUMS)}
-            sums = jax.tree.map(jnp.add, {k: sums[k] for k in grads}, grads) | grouped
+            of_micro = jax.value_and_grad(lambda w: mean_loss(w | whole, micro), has_aux=True)
+            of_tables = {name: sums[name] for name in layout.tables.names}
+            (more, of_batch), grads = of_micro(rest | {SUMS: sums["groups"], tables.SUMS: of_tables})
+            added = {"groups": grads.pop(SUMS), **grads.pop(tables.SUMS)}
+            sums = jax.tree.map(jnp.add, {k: sums[k] for k in grads}, grads) | added
             return (loss + more, layout.placed(sums)), of_batch
 
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
-        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.placed(zeros)), micros)
+        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.zeros(weights)), micros)
         return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
 
     return gradients

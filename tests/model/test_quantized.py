@@ -17,7 +17,7 @@ from hybridlm.config import MLP, Attention, ConfigError, MeshConfig, ModelConfig
 from hybridlm.layers import quantized
 from hybridlm.layers.block import sees_ahead
 from hybridlm.layers.params import contracted_axes
-from hybridlm.layers.quantized import Quantized, Rounding
+from hybridlm.layers.quantized import Quantized, Rounding, Wide
 from hybridlm.model import init, quantize
 from hybridlm.model.decoding import _prepared
 from hybridlm.model.lora import flat, unflat
@@ -47,6 +47,25 @@ def by_hand(w: np.ndarray, contracted: tuple[int, ...], weights: str) -> tuple[n
     if weights == "int8":
         return np.clip(np.round(w / scale), -127, 127), scale
     return np.clip(w / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32), scale
+
+
+def test_gradient_of_a_matrix_with_a_slot_is_not_rounded():
+    """That of the slot is the product in float32; wherever else the matrix is read, its own gradient is as ever."""
+    rng = np.random.default_rng(0)
+    x, w, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 7, 3, 4), (3, 4, 2, 5), (2, 7, 2, 5)))
+    run = lambda x, w: quantized.dot(x, w, 2) + 3 * jnp.asarray(w[0, 0])[None, None]
+    wide = Wide(w, jnp.zeros((1, *w.shape)))
+    y, pull = jax.vjp(run, x, wide)
+    plain, pull_plain = jax.vjp(run, x, w)
+    np.testing.assert_array_equal(y, plain)
+    (dx, dw), (dx_plain, dw_plain) = pull(dy), pull_plain(dy)
+    np.testing.assert_array_equal(dx, dx_plain)
+    exact = np.einsum("bthp,btco->hpco", *(np.asarray(a, np.float64) for a in (x, dy)))
+    check_close(dw.slot[0], exact, dtype="float32", what="slot")
+    elsewhere = np.zeros_like(exact)
+    elsewhere[0, 0] = 3 * np.asarray(dy, np.float64).sum((0, 1))
+    check_close(dw.value, elsewhere, dtype="bfloat16", what="value")
+    check_close(dw_plain, exact + elsewhere, dtype="bfloat16", what="gradient")
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look-ups in a table that a mesh splits: those of a whole one, gradients included, and nothing whole on a device."""
 
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -97,6 +98,29 @@ def test_look_up_in_all_rows_at_once(name):
     expected = np.zeros_like(table_VD, dtype=np.float64)
     np.add.at(expected, ids_BT.reshape(-1), 1.7 * np.asarray(weight_BTD, np.float64).reshape(-1, D))
     check_close(grad, expected, dtype="float32", what="gradient of the table")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, tensor, context"])
+def test_look_up_adds_to_sums(name, tied):
+    """Of each device's own sums: all together are the gradient, with the sums that were begun unless another has
+    them."""
+    table_VD, ids_BT, weight_BTD = inputs("", "bfloat16")
+    begun_VD = np.random.default_rng(1).normal(size=table_VD.shape).astype(np.float32)
+
+    def run(table_VD):
+        axes = vocabulary.places(ids_BT.shape, table_VD.shape).tokens
+        more_NVD = jnp.zeros((math.prod(sharding.axis_size(axis) for axis in axes) - 1, *table_VD.shape))
+        sums_NVD = jnp.concatenate([jnp.asarray(begun_VD)[None], more_NVD])
+        look_up = lambda sums: vocabulary.look_up(vocabulary.Summed(table_VD, sums, tied), ids_BT, "bfloat16", 1.7)
+        x_BTD, pull = jax.vjp(look_up, sums_NVD)
+        return x_BTD, pull(weight_BTD)[0].sum(0)
+
+    (x_BTD, sums), _ = on_mesh(make_mesh(MESHES[name]), table_VD, run)
+    np.testing.assert_array_equal(x_BTD, (1.7 * table_VD)[ids_BT].astype(jnp.bfloat16))
+    expected = np.zeros_like(table_VD, dtype=np.float64) if tied else begun_VD.astype(np.float64)
+    np.add.at(expected, ids_BT.reshape(-1), 1.7 * np.asarray(weight_BTD, np.float64).reshape(-1, D))
+    check_close(sums, expected, dtype="float32", what="sums of the table")
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)

@@ -7,12 +7,14 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from hybridlm.cli import main, train_main
 from hybridlm.cli.ending import explained
 from hybridlm.cli.start import without_late_writes
 from hybridlm.cli.table import COMMANDS
+from hybridlm.cli.train import _find_devices
 from hybridlm.config.find import config_names
 from hybridlm.errors import AgainError, ConfigError, Exit, RunError
 from hybridlm.train.progress import Display, clock, short
@@ -251,3 +253,15 @@ def test_arrays_of_a_checkpoint_that_cannot_be_written_say_nothing_each():
     for error in (RuntimeError("Event loop is closed"), RuntimeError("Event loop is slow"), ValueError("cut")):
         hook(types.SimpleNamespace(exc_value=error))
     assert [str(unraisable.exc_value) for unraisable in said] == ["Event loop is slow", "cut"]
+
+
+def test_devices_that_cannot_be_opened_are_told_by_whoever_needs_them(monkeypatch):
+    """They are opened in a thread of a start, which says nothing."""
+    asked = []
+
+    def devices():
+        asked.append(True)
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert _find_devices() is None and asked == [True]

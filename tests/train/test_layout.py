@@ -95,6 +95,29 @@ def test_scattered_once_where_gathered_once(changes, sizes, room, once, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("words", "changes", "sizes", "room", "tables", "devices"),
+    [
+        ("h100:2", {}, {"fsdp": 2}, layout.ROOM, True, 2),
+        ("h100:2", {}, {"fsdp": 2}, 2**40, False, 0),  # too large a part of the memory
+        ("h100:2", {"scatter_once": False}, {"fsdp": 2}, layout.ROOM, False, 0),
+        ("h100:2", {"gather_once": True, "scatter_once": True}, {"fsdp": 2}, 2**40, True, 2),
+        ("h100:2", {}, {"data": 2}, 2**40, True, 2),  # a device has as much as before
+        ("h100:2", {}, {"tensor": 2}, layout.ROOM, True, 0),
+        ("h100:1", {}, {}, layout.ROOM, True, 1),
+        ("h100:1", {"accumulate": 1}, {}, layout.ROOM, False, 0),  # nothing is summed
+        ("v5p:2x2x1", {}, {"data": 4}, layout.ROOM, False, 0),
+    ],
+)
+def test_sums_of_devices(words, changes, sizes, room, tables, devices, monkeypatch):
+    """Tables and matrices of which each device sums gradients by itself."""
+    monkeypatch.setattr(layout, "ROOM", room)
+    config = Config(model=MODEL, optim=OptimConfig(**{"accumulate": 2} | changes), data=DataConfig(batch_size=8))
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices(words).described())
+    made = layout.make_layout(config, MODEL, mesh, apart=False)
+    assert bool(made.tables.names) is tables and made.wide == devices
+
+
+@pytest.mark.parametrize(
     ("words", "sizes", "copied"),
     [("h100:2", {"tensor": 2}, True), ("h100:2", {"fsdp": 2}, False), ("v5p:2x2x1", {"tensor": 4}, False)],
 )

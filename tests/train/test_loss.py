@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunked cross entropy: optax's value and gradients, without an array of [B, T, V]."""
 
+import contextlib
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from hybridlm import sharding
+from hybridlm.layers.vocabulary import Summed, places
 from hybridlm.sharding import MeshConfig, make_mesh
 from hybridlm.train.loss import cross_entropy, training_loss
 from pallas_kernels import assume_platform
@@ -278,3 +283,31 @@ def test_vocabulary_over_devices_is_never_gathered():
     for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
     assert "all-gather" not in program and "all-to-all" not in program
+
+
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [(None, CAPPED), (MeshConfig(data=2, context=2), {}), (MeshConfig(1, fsdp=2, tensor=2), {})],
+    ids=["one", "data, context", "fsdp, tensor"],
+)
+def test_gradient_of_a_table_is_added_to_sums(mesh, how):
+    """Each device's sums are what they were and what its tokens add: all together, the sums and the gradient."""
+    x, w, targets = inputs(64)
+    how = {"z_loss": 0.3, "n_logits": 128, "weight": jnp.float32(0.3)} | how
+    begun = np.random.default_rng(1).normal(size=w.shape).astype(np.float32)
+    total, _, grads = formed(x, w, targets, **how)
+
+    def run(x, begun, times):
+        n_devices = math.prod(sharding.axis_size(axis) for axis in places(targets.shape, w.shape).tokens)
+        sums = jnp.concatenate([begun[None], jnp.zeros((n_devices - 1, *w.shape))])
+        loss = lambda x, sums: times * training_loss(x, Summed(w, sums), targets, **how)[0]
+        value, (dx, sums) = jax.value_and_grad(loss, argnums=(0, 1))(x, sums)
+        return value, dx, sums.sum(0)
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh, jax.devices()[:4])):
+        value, dx, sums = jax.jit(run)(x, begun, 1.0)
+        misused = jax.jit(run)(x, begun, 2.0)[2]
+    check_close(value, total, dtype="float32", what="objective")
+    check_close(dx, grads[0], dtype="float32", what="gradient")
+    check_close(sums, begun + grads[1], dtype="float32", what="sums")
+    assert np.isnan(misused).all()

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables whose gradients each device sums over microbatches by itself, as on GPUs: the same step as without."""
+
+import chex
+import jax
+import pytest
+
+from hybridlm.train import layout, loss
+from hybridlm.train.layout import tables_once
+from hybridlm.train.metrics import on_host
+from tests.train.conftest import make_batch, small_program
+from tests.train.test_step import options, relative
+
+WORDS = (*options("adamw"), "optim.accumulate=2")
+ONCE = ("optim.gather_once=True", "optim.scatter_once=True")
+UNTIED, TIMES = "model.tie_embeddings=False", "model.embedding_multiplier=1.7"
+
+
+def steps(words, sizes=(1, 1, 1)):
+    """(config, mesh, parameters, metrics of three steps) on a mesh of data, fsdp, tensor, context."""
+    config, mesh, program = small_program.__wrapped__(words, sizes)
+    with jax.set_mesh(mesh):
+        state, history = program.init(), []
+        for step in range(3):
+            batch = jax.device_put(make_batch(config, step), program.batch_sharding)
+            state, metrics = program.train_step(state, batch)
+            history.append(on_host(metrics))
+        return config, mesh, jax.device_get(state["params"]), history
+
+
+@pytest.mark.parametrize(
+    "more", [(), (UNTIED,), (UNTIED, TIMES), (TIMES,)], ids=["tied", "untied", "times", "tied times"]
+)
+def test_whole_sums(more, monkeypatch):
+    _, _, params, history = steps((*options("adamw"), *more))
+    monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
+    monkeypatch.setattr(layout, "APART", {"cpu"})
+    for sizes in [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]:
+        config, mesh, many, many_history = steps((*WORDS, *more, *(ONCE if sizes[1] > 1 else ())), sizes)
+        assert tables_once(config, mesh).names, sizes
+        for a, b in zip(many_history, history, strict=True):
+            chex.assert_trees_all_close(a, b, rtol=1e-4)
+        assert relative(many, params) < 5e-4
+        print(sizes, layout.wide_over(config, mesh), relative(many, params))
