@@ -14,7 +14,7 @@ def config() -> Config:
         model=ModelConfig(
             vocab_size=320,
             d_model=128,
-            pattern="M-M-*-M-",
+            pattern="M-M-M-*-",
             blocks={
                 "M": Mamba2(d_state=32, d_head=32, expand=2),
                 "*": Attention(n_heads=4, n_kv_heads=2, d_head=32, qk_norm=True, gate="elementwise"),
@@ -23,7 +23,9 @@ def config() -> Config:
             compute_dtype="float32",
         ),
         data=DataConfig(seq_len=256, batch_size=16),
-        optim=OptimConfig(lr=3e-3, rule=Muon(lr=0.02), schedule=Wsd(final_lr_ratio=0.02), warmup_steps=20),
+        optim=OptimConfig(
+            lr=3e-3, rule=Muon(lr=0.02, grouped=True), schedule=Wsd(final_lr_ratio=0.02), warmup_steps=20
+        ),
         run=RunConfig(
             steps=300, log_every=10, eval_every=150, eval_batches=16, save_every=150,
             sample_prompt="def ", sample_tokens=300,

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from hybridlm.errors import importing
-from hybridlm.lazy import exporter
+from hybridlm.lazy import exporter, no_collections
 from hybridlm.moved import MOVED
 
 _IS_COMMAND = os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") in ("hybridlm", "-m")
 """`-m` stands there while `python -m hybridlm` looks for what it runs."""
-with importing() if _IS_COMMAND else nullcontext():
+with no_collections(), importing() if _IS_COMMAND else nullcontext():
     import pallas_kernels as _  # noqa: F401  first of all: it makes JAX safe to compute with on CPU
     from pallas_kernels.moved import MovedModules
 

@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hybridlm train`, which is `python train.py`: trains a config, or resumes its run."""
 
+from __future__ import annotations
+
 import shlex
 import threading
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybridlm.cli.command import Command
 from hybridlm.cli.ending import ended_together
 from hybridlm.cli.side_by_side import end_with_parent
 from hybridlm.cli.start import kept_steps, start
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, importing
+from hybridlm.lazy import no_collections
+
+if TYPE_CHECKING:
+    from hybridlm.config import Config
+    from hybridlm.train.probing import Probes
 
 
 def run(words: list[str], prog: str) -> int:
     """Trains; see Command."""
-    from hybridlm.config.find import load_to_train
+    with no_collections(freeze=True), importing():
+        from hybridlm.config.find import load_to_train
 
     name, overrides = _take_config(words)
     if "-h" in overrides or "--help" in overrides:
@@ -38,17 +49,31 @@ def run(words: list[str], prog: str) -> int:
         if peers.count == 1:  # processes find their devices together
             threading.Thread(target=_find_devices, name="devices").start()
         with ended_together(peers):
-            from hybridlm.probes.in_training import IN_TRAINING
-            from hybridlm.study.report import write_report
-            from hybridlm.train.loop import train
+            with no_collections(freeze=True):
+                from hybridlm.train.loop import train
 
-            page = lambda folder: write_report(folder, like=config, ours=True)
-            code = train(config, longer, stop, peers, again, page, IN_TRAINING, kept_steps())
+            code = train(config, longer, stop, peers, again, partial(_page, config), _probes(config), kept_steps())
             peers.close(code)
             return code
 
 
 TRAIN = Command("train", (("--config NAME [--section.key=value ...]", "train, or resume, a run"),), run)
+
+
+def _page(config: Config, folder: Path) -> None:
+    """Writes the page of a run into its folder."""
+    from hybridlm.study.report import write_report
+
+    write_report(folder, like=config, ours=True)
+
+
+def _probes(config: Config) -> Probes | None:
+    """What the config's probes are made by; None where it has none."""
+    if not config.probe.tasks:
+        return None
+    from hybridlm.probes.in_training import IN_TRAINING
+
+    return IN_TRAINING
 
 
 def _find_devices() -> None:

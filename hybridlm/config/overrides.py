@@ -9,8 +9,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tyro
-
 from hybridlm import storage
 from hybridlm.config import Config
 from hybridlm.config.keys import choice, hint_of, is_choice, resolve, variant
@@ -79,6 +77,8 @@ def _split_words(words: Sequence[str]):
 
 def _parse(config: Config, key: str, path: tuple[str, ...], values: list[str]):
     """The words of one leaf as its annotated type, by tyro's rules."""
+    import tyro
+
     hint = hint_of(config, key)
     if variants(hint):
         variant(config, key, " ".join(values))

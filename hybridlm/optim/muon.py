@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon (Jordan et al. 2024): the momentum of a matrix, orthogonalised."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import optax
 
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
+from hybridlm.optim.together import Form, is_form, together
 
 ITERATIONS = 5
 """Of Newton and Schulz, towards an orthogonal matrix."""
+MATRICES = optax.contrib.MuonDimensionNumbers((1,), (2,))
+"""Of an array of matrices, one behind the other."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Muon:
     """Adam's decays of the first and second moment."""
     eps: float = 1e-8
     """Added to the root of Adam's second moment, and to the norm by which Muon divides."""
+    grouped: bool = False
+    """On one device, matrices of one shape are orthogonalised together: fewer loops to compile, another last bit."""
 
     def __post_init__(self):
         check_fields(self)
@@ -40,10 +46,18 @@ class Muon:
     ) -> optax.GradientTransformation:
         """As of every update rule; see rules.py."""
         adam = optax.chain(optax.scale_by_adam(*self.betas, eps=self.eps), optax.scale_by_learning_rate(rate(lr)))
-        muon = optax.contrib.muon(
-            rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
-            muon_weight_dimension_numbers=jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info),
-        )  # fmt: skip
+
+        def make(dims) -> optax.GradientTransformation:
+            return optax.contrib.muon(
+                rate(self.lr), ns_steps=ITERATIONS, beta=self.momentum, weight_decay=weight_decay, eps=self.eps,
+                muon_weight_dimension_numbers=dims,
+            )  # fmt: skip
+
+        muon = make(jax.tree.map(lambda leaf: muon_dims(leaf) or optax.MaskedNode(), info))
+        if self.grouped:
+            forms = jax.tree.map(_form, info)
+            keys = [form.key for form in jax.tree.leaves(forms, is_leaf=is_form) if is_form(form)]
+            muon = together(muon, make(dict.fromkeys(keys, MATRICES)), forms)
         labels = jax.tree.map(lambda leaf: "muon" if leaf.kind == "matrix" else "adam", info)
         return optax.partition({"muon": _in_a_loop(muon), "adam": adam}, labels)
 
@@ -83,3 +97,14 @@ def muon_dims(leaf) -> optax.contrib.MuonDimensionNumbers | None:
     first = 1 if leaf.stacked else 0
     axes = tuple(first + axis for axis in range(len(leaf.axes)) if axis not in leaf.fused_axes)
     return optax.contrib.MuonDimensionNumbers(axes[: leaf.n_in], axes[leaf.n_in :])
+
+
+def _form(leaf) -> Form | optax.MaskedNode:
+    """How a parameter, by its ParamInfo, lies in the array that is updated: [matrices, contracted, produced]."""
+    dims = muon_dims(leaf)
+    if dims is None:
+        return optax.MaskedNode()
+    of_matrix = (*dims.reduction_axis, *dims.output_axis)
+    inner = tuple(math.prod(leaf.shape[axis] for axis in side) for side in dims)
+    order = (*(axis for axis in range(len(leaf.shape)) if axis not in of_matrix), *of_matrix)
+    return Form("{} x {}".format(*inner), leaf.shape, order, inner)

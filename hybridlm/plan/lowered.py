@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import jax
 
+from hybridlm.lazy import no_collections
 from hybridlm.plan import collectives
 from hybridlm.plan.collectives import Collective, Totals
 from hybridlm.plan.described import Described
 from hybridlm.plan.traced import Flops, flops
-from hybridlm.train.ahead import no_collections
 from pallas_kernels.op import choices
 
 

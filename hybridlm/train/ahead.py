@@ -1,40 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A train step that is compiled while parameters are drawn or read: the longest part of a start waits for nothing."""
 
-import gc
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hybridlm.lazy import no_collections
 from hybridlm.train.base import Base
 from hybridlm.train.kept_step import KeptStep, cache_hits
 from hybridlm.train.kernels_ahead import compile_ahead
 from hybridlm.train.written_later import written_later
-from pallas_kernels.platform import platform_of
 
 LATEST = 60.0
 """Seconds after which a compiled step is written to disk though none was taken."""
 LOOK = 0.2
 """Seconds between two looks at whether the process still runs."""
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Without Python's search for garbage in cycles: tracing makes millions of objects and next to no garbage. Of the
-    13.5 s of CPU time in which `hybrid_1b` is traced and lowered the search takes 2."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class TrainStep:
@@ -64,7 +48,7 @@ class TrainStep:
         before waits for the compiler, which cannot be stopped in the middle.
         """
         ahead = self._ahead = Future()
-        if platform_of(mesh.devices.flat[0]) == "gpu" and not (kept and kept.is_there()):
+        if not (kept and kept.is_there()):
             self._lowered.clear()
 
         def compile_() -> None:
@@ -93,8 +77,8 @@ class TrainStep:
             pass
 
     def wait_until_lowered(self) -> None:
-        """On GPUs, waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is
-        traced or compiled before makes the longest part of a start longer. On CPUs cores would have nothing to do."""
+        """Waits until of what `prepare` started XLA alone is left: Python has one thread for all, and what is traced or
+        imported before makes the longest part of a start longer."""
         self._lowered.wait()
 
     def lower(self, state, batch):

@@ -5,18 +5,17 @@ One checkpoint is one folder named after its step with the arrays of the train s
 optimizer, counters and random key), two JSON records (the resolved config, and the loop's: position in the data,
 running means), and the manifest of all its files, which is written before the folder gets its name. Before any value
 is used, the hosts verify the files in shares, and the step in the folder's name, the arrays and the record are
-compared.
+compared. Orbax takes a third of a second to import, which is done when a run's first step is being compiled.
 """
 
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from hybridlm import storage
@@ -26,7 +25,9 @@ from hybridlm.train.keep import Keep
 from hybridlm.train.manifest import find_odd, is_sealed, verify
 from hybridlm.train.orbax_s3 import teach_s3
 from hybridlm.train.records import finished_steps, move_aside, read_json
-from hybridlm.train.sealed_path import TMP_SUFFIX, SealedObjects, SealedPath, seal_own
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Checkpoints:
         self._keep = Keep(keep, every, best, lambda: finished_steps(self.folder))
         self._manager = None
         if not read_only:
+            from hybridlm.train.sealed_path import SealedPath
+
             SealedPath.may_finish = staticmethod(may_finish)
             self._manager = self._guard("open", self._open)
         self.newest: int | None = None
@@ -86,6 +89,8 @@ class Checkpoints:
         loop: the loop's record, JSON; its `val_loss`, if it has one, is that of these parameters, and its `health`
         says whether the steps before it were sound.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         self._keep.judge(step, _is_good(loop))
         self.rate(step, loop.get("val_loss"))
@@ -165,7 +170,11 @@ class Checkpoints:
             if self._manager is not None:
                 self._manager.close()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> "ocp.CheckpointManager":
+        import orbax.checkpoint as ocp
+
+        from hybridlm.train.sealed_path import SealedObjects, SealedPath
+
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._keep, cleanup_tmp_directories=True, enable_background_delete=True,
             lightweight_initialize=True,
@@ -178,6 +187,10 @@ class Checkpoints:
         """Where processes wait for each other during a save: each first says what it wrote; None with one process."""
         if jax.process_count() == 1 or storage.in_bucket(self.folder):
             return None
+        import orbax.checkpoint as ocp
+
+        from hybridlm.train.sealed_path import TMP_SUFFIX, seal_own
+
         wait = ocp.multihost.get_barrier_sync_fn()
 
         def sync(*, key: str, timeout_ms: int) -> None:
@@ -297,6 +310,8 @@ def _arrays(folder: Path, step: int, like) -> dict:
 
 def _item(folder: Path, like):
     """The arrays of one item. Not through Orbax's manager, in which all processes would wait for one that fails."""
+    import orbax.checkpoint as ocp
+
     handler = ocp.StandardCheckpointHandler()
     try:
         return handler.restore(epath.Path(folder), args=ocp.args.StandardRestore(like))

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orbax.checkpoint.checkpoint_managers import BestN, EveryNSteps, LatestN
-
 
 class Keep:
     """What Orbax asks of a `preservation_policy`: the newest few, those of every so many steps, the best few."""
 
     def __init__(self, newest: int, every: int, best: int, finished: Callable[[], Sequence[int]]):
         """every, best: 0: none on that account. finished: steps of the checkpoints that are there."""
+        from orbax.checkpoint.checkpoint_managers import BestN, EveryNSteps, LatestN
+
         self._newest, self._every = LatestN(newest), EveryNSteps(every) if every else None
         self._by_loss = BestN(get_metric_fn=lambda loss: loss, reverse=True, n=best)
         self._finished = finished

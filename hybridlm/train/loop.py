@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -52,7 +53,7 @@ from hybridlm.train.tilings import put as put_tilings
 from hybridlm.train.tokenizer_copy import keep_tokenizer, told_of_other
 from hybridlm.train.trace import Trace
 from hybridlm.train.watchdog import Watchdog
-from pallas_kernels.platform import device_name
+from pallas_kernels.platform import device_name, platform_of
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
@@ -122,8 +123,6 @@ def _run(
         program = make_program(config, mesh)
         batches, held_out = _open_batches(config, corpus, program, opened)
         probe = probes.open(config, mesh, program, corpus, held_out) if probes and config.probe.tasks else None
-        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
-        checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         bytes_per_token = corpus.stats["train"]["bytes_per_pair"]
         meter = Meter(config, mesh, bytes_per_token, tokens_before=batches.loader.tokens_before)
         health = Health(config)
@@ -132,8 +131,12 @@ def _run(
         if peers.count == 1:  # processes compile together, in one order
             like = program.state_like, program.batch_like(config.data)
             program.train_step.prepare(mesh, *like, kept_step(kept, config, mesh))
+        first = partial(_first_state, config, program, mesh, folder, corpus.tokenizer, display)
+        new = None if found.steps else first()
+        keep = {"keep": run.keep, "every": run.keep_every, "best": run.keep_best, "may_finish": peers.check}
+        checkpoints = opened.enter_context(closing(Checkpoints(folder.checkpoints, **keep)))
         restored = _restored(config, program, folder, found, checkpoints, batches, meter, health, display)
-        step, state, origin = restored or _first_state(config, program, mesh, folder, corpus.tokenizer, display)
+        step, state, origin = restored or new or first()
         if program.base.like is not None:
             _with_base(config, program, folder, state, restored is None, peers, display)
         log = opened.enter_context(closing(folder.open_log(after=step, may_write=may_write)))
@@ -260,8 +263,11 @@ def _first_state(
         display.say(told_of_start(config, step))
         return 0, program.init_from(params), {"run": config.init.run, "step": step}
     if config.init.hf is None:
+        if platform_of(mesh.devices.flat[0]) == "gpu":
+            program.train_step.wait_until_lowered()
+        state = program.init()  # on CPUs it is compiled while the step is traced, and what comes then is behind that
         program.train_step.wait_until_lowered()
-        return 0, program.init(), None
+        return 0, state, None
     from hybridlm.hf.load import load_params  # reads files with an extra
     from hybridlm.hf.save import copy_small_files
 

@@ -13,6 +13,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -101,31 +103,72 @@ def open_sinks(opening: Opening) -> list[Sink]:
 
 
 class TensorBoard:
-    """Event files in tensorboard/ of the run; of a run in a bucket, on this machine first."""
+    """Event files in tensorboard/ of the run; of a run in a bucket, on this machine first.
+
+    They are written by a thread, from the first record behind that of the start on: the package takes a second to
+    import, two where it finds torch, which a start does not wait for. What goes wrong is raised by a later call.
+    """
 
     def __init__(self, opening: Opening):
         target = opening.folder / "tensorboard"
         self._outbox = Outbox(target) if storage.in_bucket(target) else None
         self._folder = self._outbox.folder if self._outbox else target
+        self._writer: Any = None
+        self._thread = ThreadPoolExecutor(1, "tensorboard")
+        self._held: list[Callable[[], None]] | None = []
+        self._under_way: list[Future] = []
         self.rewind(opening.step)
 
     def rewind(self, step: int) -> None:
         """What was written of later steps does not show any more."""
+        self._do(partial(self._open, step))
+
+    def _open(self, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        if hasattr(self, "_writer"):
+        if self._writer is not None:
             self._writer.close()
         suffix = f".{time.time_ns()}"  # a name holds whole seconds, and a second file of one would replace the first
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, filename_suffix=suffix)
 
     def add(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """As `kind/name`."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+        def write() -> None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+        self._do(write)
+        if kind != "start":
+            self._begin()
+
+    def _do(self, what: Callable[[], None]) -> None:
+        """Has the thread do it behind all before, once there is one."""
+        if self._held is not None:
+            self._held.append(what)
+            return
+        done = [future for future in self._under_way if future.done()]
+        self._under_way = [future for future in self._under_way if future not in done]
+        self._under_way.append(self._thread.submit(what))
+        for future in done:
+            future.result()
+
+    def _begin(self) -> None:
+        held, self._held = self._held or [], None
+        for what in held:
+            self._do(what)
+
+    def _finish(self, what: Callable[[], None]) -> None:
+        """Does it behind all before; returns when that is done."""
+        self._begin()
+        self._do(what)
+        under_way, self._under_way = self._under_way, []
+        for future in under_way:
+            future.result()
 
     def flush(self) -> None:
         """Writes what it holds."""
-        self._writer.flush()
+        self._finish(lambda: self._writer.flush())
 
     def send(self) -> None:
         """Sends the files."""
@@ -134,7 +177,10 @@ class TensorBoard:
 
     def close(self) -> None:
         """flush, and an end."""
-        self._writer.close()
+        try:
+            self._finish(lambda: self._writer.close())
+        finally:
+            self._thread.shutdown()
 
 
 class WandB:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the compiler, and what it need not search for. Each is here for a measurement, beside it."""
 
+import os
+
 from jax.sharding import Mesh
 
 from pallas_kernels.platform import peaks_of, platform_of
 
 OPTIONS = {
+    # More parts than cores are work without gain: hybrid_tiny's step, 2 cores, JAX 0.10.2, compiled in 16.3 and 16.5
+    # for 17.3 and 17.7 s of CPU time (2026-11-27); the same bits.
+    "cpu": {"xla_cpu_parallel_codegen_split_count": min(os.cpu_count() or 1, 32)},
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
     # instead of 47 s without a GPU; see docs/results/training-before.md.
     "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hybridlm.sharding import MeshConfig, make_mesh
-from hybridlm.train import ahead, kernels_ahead
+from hybridlm.train import kernels_ahead
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.kept_step import KeptStep
 from hybridlm.train.kernels_ahead import Kernels, call_alone, calls, without_texts
@@ -44,8 +44,7 @@ def test_is_compiled_in_a_thread_and_taken():
     assert float(TrainStep(jax.jit(lambda *a: a[0] + a[2][0]), LENGTHS)(state, batch)) == 40.0  # not prepared
 
 
-def test_on_gpus_waits_until_it_is_lowered_and_no_longer(monkeypatch):
-    monkeypatch.setattr(ahead, "platform_of", lambda device: "gpu")
+def test_waits_until_it_is_lowered_and_no_longer():
     go, events, mesh = threading.Event(), [], make_mesh(MeshConfig())
 
     def step(state, batch, lengths):

@@ -74,7 +74,7 @@ def test_a_stop_in_the_start_leaves_what_can_be_resumed(mini, capsys, monkeypatc
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for name in ("open_together", "make_program", "Checkpoints", "Meter"):
+    for name in ("open_together", "make_program", "Meter", "Checkpoints", "Reports"):
         with monkeypatch.context() as patch:
             patch.setattr(loop, name, stop)
             assert train(mini, *words) == 130

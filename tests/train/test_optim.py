@@ -20,6 +20,8 @@ from hybridlm.optim.muon import muon_dims
 from hybridlm.optim.optimizer import make_optimizer
 from hybridlm.optim.rules import is_bounded
 from hybridlm.optim.schedule import make_schedule
+from hybridlm.sharding import MeshConfig, make_mesh
+from tests.tolerances import check_close
 from tests.train.conftest import small_config
 
 
@@ -147,14 +149,46 @@ def test_every_parameter_of_a_model_goes_where_it_belongs():
     assert others >= {"embedding", "A_log", "dt_bias", "D", "conv_x", "conv_BC", "norm", "weight", "sinks"}
 
 
+def muon_of(info, grouped=True):
+    """(rule, parameters, gradients)."""
+    config = OptimConfig(lr=0.1, rule=Muon(grouped=grouped), schedule=Constant(), warmup_steps=0, weight_decay=0.1)
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(info)))
+    params, grads = ({leaf: jax.random.normal(next(keys), of.shape) for leaf, of in info.items()} for _ in range(2))
+    return make_optimizer(config, 10, info)[0], params, grads
+
+
+WIDER = {
+    "up": ParamInfo(("d_model", "d_ff"), "matrix", 1, (), True, (3, 4, 8)),
+    "gated": ParamInfo(("d_model", None, "d_ff"), "matrix", 1, (1,), False, (4, 2, 8)),
+    "down": ParamInfo(("d_ff", "d_model"), "matrix", 1, (), False, (8, 4)),
+}
+"""Of two more shapes, 4 x 8 twice and 8 x 4."""
+
+
 def test_muon_compiles_one_iteration_of_five():
-    """Three products a matrix, whatever the number of iterations."""
-    config = OptimConfig(lr=0.1, rule=Muon(), schedule=Constant(), warmup_steps=0)
-    rule, _ = make_optimizer(config, 10, INFO)
-    params = {leaf: jnp.ones(info.shape) for leaf, info in INFO.items()}
-    program = str(jax.make_jaxpr(rule.update)(params, rule.init(params), params))
-    n_matrices = sum(muon_dims(info) is not None for info in INFO.values())
-    assert program.count("dot_general") == 3 * n_matrices
+    """Three products a matrix, whatever the number of iterations; grouped, on one device, three a shape."""
+
+    def count(grouped):
+        rule, params, grads = muon_of(INFO | WIDER, grouped)
+        return str(jax.make_jaxpr(rule.update)(grads, rule.init(params), params)).count("dot_general")
+
+    assert count(False) == 3 * (len(MATRICES) + len(WIDER)) and count(True) == 3 * 3
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+        assert count(True) == count(False)
+
+
+def test_matrices_updated_together_are_those_updated_alone():
+    """Their updates, and the state after two steps, leaf by leaf."""
+
+    def two_steps(grouped):
+        rule, params, grads = muon_of(INFO | WIDER, grouped)
+        first, state = rule.update(grads, rule.init(params), params)
+        return first, rule.update(grads, state, params)
+
+    together, alone = two_steps(True), two_steps(False)
+    assert jax.tree.structure(together) == jax.tree.structure(alone)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(together), jax.tree.leaves(alone), strict=True):
+        check_close(a, b, dtype="float32", what=jax.tree_util.keystr(path))
 
 
 def test_where_adamw_says_so_its_updates_are_bounded():
