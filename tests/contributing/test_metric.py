@@ -16,8 +16,8 @@ def make_objective_with_documents(config, graphdef):
     """`make_objective`, with what a batch's documents are like among its metrics."""
     objective = make_objective(config, graphdef)
 
-    def with_documents(params, batch):
-        loss, metrics = objective(params, batch)
+    def with_documents(params, batch, weight=1.0):
+        loss, metrics = objective(params, batch, weight)
         real_BT = batch["segment_ids"] != 0
         documents = jnp.sum(real_BT & (batch["positions"] == 0)).astype(jnp.float32)
         n_real = jnp.sum(real_BT).astype(jnp.float32)

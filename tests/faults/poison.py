@@ -37,8 +37,8 @@ def poisoned(make: Callable, bad: Sequence[int], factor: float = np.nan) -> Call
     def make_poisoned(config, graphdef):
         objective = make(config, graphdef)
 
-        def run(params, batch):
-            total, metrics = objective(params, batch)
+        def run(params, batch, weight=1.0):
+            total, metrics = objective(params, batch, weight)
             is_bad = jnp.any(mark(batch["tokens"], jnp) == jnp.array(bad, jnp.int32))
             return total * jnp.where(is_bad, factor, 1.0), metrics
 

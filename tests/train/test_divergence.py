@@ -184,8 +184,8 @@ def test_spikes(mini, saved, capsys, monkeypatch):
     def make_far(config, graphdef):
         objective = far(config, graphdef)
 
-        def run(params, batch):
-            total, metrics = objective(params, batch)
+        def run(params, batch, weight=1.0):
+            total, metrics = objective(params, batch, weight)
             loss = metrics["loss"]
             return total, metrics | {"loss": type(loss)(total, loss.weight)}
 
