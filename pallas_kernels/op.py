@@ -184,6 +184,15 @@ def limit(op: Op, name: str, args: tuple, kwargs: dict) -> str | None:
     return "64-bit types are on (jax_enable_x64), kernels count in 32 bits" if flags.jax_enable_x64 else None
 
 
+def why_not_hopper(oldest_jax: tuple[int, int]) -> str | None:
+    """Why a kernel for Hopper GPUs that is no op's cannot serve here; None where it can, or where the GPU is described
+    and not at hand."""
+    if reason := compat.why_too_old(oldest_jax):
+        return reason
+    is_hopper = platform.platform() == "gpu" and platform.gpu_capability() in (None, HOPPER)
+    return None if is_hopper else "it is written for Hopper GPUs"
+
+
 def _automatic_axes() -> tuple[str, ...]:
     """Axes of the mesh at hand over which the compiler, not a shard_map, splits arrays; none where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -76,15 +76,11 @@ class Quantized:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rounding:
-    """A matrix in float whose product rounds its other side, as training does that has a quantised model as its end; or
-    whose product is taken in fp8, if activations is that."""
+class _Beside:
+    """A matrix in float that has something beside it."""
 
     value: jax.Array
-    activations: str = field(default="int8", metadata={"static": True})
-    """int8 or fp8."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,6 +91,16 @@ class Rounding:
     def ndim(self) -> int:
         """Its axes."""
         return len(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rounding(_Beside):
+    """A matrix in float whose product rounds its other side, as training does that has a quantised model as its end; or
+    whose product is taken in fp8, if activations is that."""
+
+    activations: str = field(default="int8", metadata={"static": True})
+    """int8 or fp8."""
 
     def __getitem__(self, index) -> "Rounding":
         return Rounding(self.value[index], self.activations)
@@ -128,26 +134,15 @@ class Parts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Wide:
+class Wide(_Beside):
     """A matrix in the type of the computation whose gradient by `dot` is that of a slot: float32, not rounded, so that
     a compiler adds it to a sum within the product. In any other place it is its value, with the gradient of that."""
 
-    value: jax.Array
     slot: jax.Array
     """float32, [N, *the matrix's] for N devices with rows of their own, each of which has its part; it is never
     read."""
     over: tuple[str, ...] = field(default=(), metadata={"static": True})
     """The mesh axes of those devices."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the matrix."""
-        return tuple(self.value.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Its axes."""
-        return len(self.shape)
 
     def __getitem__(self, index) -> "Wide":
         if index is Ellipsis:

@@ -145,9 +145,8 @@ def _look_up(w_VD, tokens_BT, dtype, multiplier, chunk):
 
         def step(x_BTD, of_chunk):
             w_RD, first = of_chunk
-            w_RD, row_BT = where.whole_rows(w_RD), tokens_BT - first
-            here_BT1 = ((row_BT >= 0) & (row_BT < w_RD.shape[0]))[..., None]
-            return jnp.where(here_BT1, w_RD[jnp.clip(row_BT, 0, w_RD.shape[0] - 1)], x_BTD), None
+            here_BT1, rows_BTD = _rows_at(where.whole_rows(w_RD), tokens_BT - first)
+            return jnp.where(here_BT1, rows_BTD, x_BTD), None
 
         zeros_BTD = jnp.zeros((*tokens_BT.shape, d_model), dtype)
         return where.leave(lax.scan(step, zeros_BTD, (w_CRD, first_C))[0])
@@ -171,10 +170,8 @@ def _look_up_backward(dtype, multiplier, chunk, saved, dx_BTD):
         id_M = tokens_BT.reshape(-1) - where.first_row(n_rows)
         n_chunks, rows = _layout_of(n_rows, where, chunk)
         if n_chunks == 1:
-            here_M = (id_M >= 0) & (id_M < n_rows)
-            dw_RD = jnp.zeros((n_rows, dx_MD.shape[1]), jnp.float32)
-            dw_RD = dw_RD.at[jnp.where(here_M, id_M, n_rows)].add(dx_MD.astype(jnp.float32), mode="drop")
-            return where.sum_rows(dw_RD) * multiplier
+            zeros_RD = jnp.zeros((n_rows, dx_MD.shape[1]), jnp.float32)
+            return where.sum_rows(_added_at(zeros_RD, id_M, dx_MD.astype(jnp.float32))) * multiplier
 
         def step(_, first):
             """A product with ones: tokens of other chunks cost no more than those of this one, and none waits."""
@@ -199,9 +196,8 @@ def _look_up_summed(w_VD, tokens_BT, sums_NVD, dtype, multiplier, tied):
     where, d_model = places(tokens_BT.shape, w_VD.shape), w_VD.shape[1]
 
     def run(w_RD, tokens_BT):
-        row_BT = tokens_BT - where.first_row(w_RD.shape[0])
-        here_BT1 = ((row_BT >= 0) & (row_BT < w_RD.shape[0]))[..., None]
-        x_BTD = w_RD[jnp.clip(row_BT, 0, w_RD.shape[0] - 1)].astype(jnp.float32) * multiplier
+        here_BT1, rows_BTD = _rows_at(w_RD, tokens_BT - where.first_row(w_RD.shape[0]))
+        x_BTD = rows_BTD.astype(jnp.float32) * multiplier
         return where.leave(jnp.where(here_BT1, x_BTD, 0.0).astype(dtype))
 
     out = (sharding.STREAM, (*tokens_BT.shape, d_model))
@@ -218,17 +214,27 @@ def _look_up_summed_backward(dtype, multiplier, tied, saved, dx_BTD):
 
     def run(tokens_BT, dx_BTD, sums_1RD):
         dx_MD = where.enter(dx_BTD).reshape(-1, dx_BTD.shape[-1]).astype(jnp.float32) * multiplier
-        n_rows = sums_1RD.shape[1]
-        id_M = tokens_BT.reshape(-1) - where.first_row(n_rows)
-        here_M = (id_M >= 0) & (id_M < n_rows)
+        id_M = tokens_BT.reshape(-1) - where.first_row(sums_1RD.shape[1])
         start_RD = jnp.zeros_like(sums_1RD[0]) if tied else sums_1RD[0]
-        return start_RD.at[jnp.where(here_M, id_M, n_rows)].add(dx_MD, mode="drop")[None]
+        return _added_at(start_RD, id_M, dx_MD)[None]
 
     axes, out = (where.at, sharding.STREAM, where.partial), (where.partial, sums_NVD.shape)
     return None, None, exchange.manual(run, (tokens_BT, dx_BTD, sums_NVD), axes, out)
 
 
 _look_up_summed.defvjp(_look_up_summed_forward, _look_up_summed_backward)
+
+
+def _rows_at(w_RD, row_BT):
+    """(which of the rows are these [B, T, 1], they [B, T, D]); where it is none, some row."""
+    here_BT1 = ((row_BT >= 0) & (row_BT < w_RD.shape[0]))[..., None]
+    return here_BT1, w_RD[jnp.clip(row_BT, 0, w_RD.shape[0] - 1)]
+
+
+def _added_at(w_RD, id_M, dx_MD):
+    """w with each of M vectors added to its row, if it is among these."""
+    here_M = (id_M >= 0) & (id_M < w_RD.shape[0])
+    return w_RD.at[jnp.where(here_M, id_M, w_RD.shape[0])].add(dx_MD, mode="drop")
 
 
 def _chunks(w_RD, where: Places, chunk: int):

@@ -65,11 +65,6 @@ def token_losses(x_BTD, w_VD, targets_BT, *, multiplier=1.0, softcap=None, chunk
     return jnp.where(targets_BT >= 0, nats_BT, 0.0)
 
 
-def forms_gradient() -> bool:
-    """Whether `training_loss` forms its gradient in the forward here."""
-    return LOGITS.get(platform()) is not None
-
-
 def training_loss(
     x_BTD, w_VD: Any, targets_BT, *, z_loss=0.0, multiplier=1.0, softcap=None, n_logits=None, weight=1.0
 ) -> tuple[jax.Array, LossSums]:

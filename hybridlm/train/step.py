@@ -32,7 +32,7 @@ from hybridlm.train import tables
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train.layout import SUMS, Layout, gathers_once, make_layout, unrolled
+from hybridlm.train.layout import SUMS, Layout, make_layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -121,9 +121,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
-    once = gathers_once(config, mesh)
-    objective = _of_weights(make_objective(replace(config, model=model), program), once)
     layout = make_layout(config, model, mesh, apart)
+    objective = _of_weights(make_objective(replace(config, model=model), program), layout.whole)
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)

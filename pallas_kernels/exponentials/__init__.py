@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import compat, platform
 from pallas_kernels.cost import Array
-from pallas_kernels.op import HOPPER
+from pallas_kernels.op import why_not_hopper
 
 __all__ = ["COSTS", "count_flops", "exponentials", "why_not"]
 
@@ -29,10 +28,8 @@ COSTS = {"exponentials": "pallas_kernels.exponentials:count_flops"}
 
 def why_not(n_rows: int, n_columns: int, dtype: DTypeLike) -> str | None:
     """Why the kernel cannot serve rows [n_rows, n_columns] whose exponentials are of a type; None where it can."""
-    if reason := compat.why_too_old(OLDEST_JAX):
+    if reason := why_not_hopper(OLDEST_JAX):
         return reason
-    if platform.platform() != "gpu" or platform.gpu_capability() not in (None, HOPPER):  # None: described, not at hand
-        return "it is written for Hopper GPUs"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"exponentials are of type {jnp.dtype(dtype)}, not bfloat16"
     if n_rows % ROWS:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import compat, platform
+from pallas_kernels import platform
 from pallas_kernels.cost import Array
-from pallas_kernels.op import HOPPER
+from pallas_kernels.op import why_not_hopper
 
 __all__ = ["COSTS", "count_flops", "gated_norm_gradients", "why_not"]
 
@@ -26,10 +26,8 @@ COSTS = {"gated_norm_gradients": "pallas_kernels.gated_norm:count_flops"}
 
 def why_not(n_rows: int, n_channels: int, dtype: DTypeLike) -> str | None:
     """Why the kernel cannot serve arrays [n_rows, n_channels] of a type; None where it can."""
-    if reason := compat.why_too_old(OLDEST_JAX):
+    if reason := why_not_hopper(OLDEST_JAX):
         return reason
-    if platform.platform() != "gpu" or platform.gpu_capability() not in (None, HOPPER):  # None: described, not at hand
-        return "it is written for Hopper GPUs"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"arrays are of type {jnp.dtype(dtype)}, not bfloat16"
     if not LEAST <= n_channels <= MOST or n_channels % MULTIPLE:
