@@ -28,8 +28,17 @@ def steps(words, sizes=(1, 1, 1)):
         return config, mesh, jax.device_get(state["params"]), history
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "more", [(), (UNTIED,), (UNTIED, TIMES), (TIMES,)], ids=["tied", "untied", "times", "tied times"]
+    "more",
+    [
+        pytest.param((), id="tied"),
+        pytest.param((UNTIED,), id="untied", marks=SLOW),
+        pytest.param((UNTIED, TIMES), id="times"),
+        pytest.param((TIMES,), id="tied times", marks=SLOW),
+    ],
 )
 def test_whole_sums(more, monkeypatch):
     _, _, params, history = steps((*options("adamw"), *more))
@@ -41,4 +50,3 @@ def test_whole_sums(more, monkeypatch):
         for a, b in zip(many_history, history, strict=True):
             chex.assert_trees_all_close(a, b, rtol=1e-4)
         assert relative(many, params) < 5e-4
-        print(sizes, layout.wide_over(config, mesh), relative(many, params))
