@@ -68,20 +68,26 @@ def scatters_once(config: Config, mesh: Mesh) -> bool:
 def tables_once(config: Config, mesh: Mesh) -> Tables:
     """Tables over the vocabulary that are put together once a step, and whose gradients each device sums by itself.
 
-    Those of models whose loss forms its gradient in the forward and that have several microbatches. Where fsdp splits
-    them, gradients of matrices must be scattered once, too, and what both take more fit, as `ROOM` says: of tables the
-    share that fsdp would save of all sums, less the gradient of one, which would be whole beside the loss.
+    Those of models whose loss forms its gradient in the forward and that have several microbatches, or several devices
+    with tokens of their own, whose sums are exchanged in the type of the computation. Where fsdp splits them, what they
+    take more must fit, as `ROOM` says: of one microbatch the tables themselves and one sum; of several, where gradients
+    of matrices must be scattered once, too, the share that fsdp would save of all sums, less the gradient of one, which
+    would be whole beside the loss.
     """
     model, n_micro, none = config.model, config.optim.accumulate, Tables()
-    if n_micro == 1 or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
+    apart = any(mesh.shape.get(axis, 1) > 1 for axis in ("data", "fsdp", "expert", "context"))
+    if n_micro == 1 and not apart or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
         return none
-    tables = of_model(model, (config.data.batch_size // n_micro, config.data.seq_len))
-    if mesh.shape.get("fsdp", 1) == 1:
+    tables, freed = of_model(model, (config.data.batch_size // n_micro, config.data.seq_len)), _freed(mesh)
+    if not freed:
         return tables
+    of_one = model.vocab_size * model.d_model // mesh.shape.get("tensor", 1)
+    if n_micro == 1:
+        kept = len(tables.names) * jnp.dtype(model.compute_dtype).itemsize + jnp.dtype(jnp.float32).itemsize
+        return tables if _fits(of_one * freed * kept, mesh) else none
     if not scatters_once(config, mesh):
         return none
-    of_one = model.vocab_size * model.d_model // mesh.shape.get("tensor", 1)
-    more = (_of_sublayers(config, mesh) + len(tables.names) * of_one) * _freed(mesh) - of_one
+    more = (_of_sublayers(config, mesh) + len(tables.names) * of_one) * freed - of_one
     fits = bool(config.optim.scatter_once) or _fits(more * jnp.dtype(jnp.float32).itemsize, mesh)
     return tables if fits else none
 
@@ -214,7 +220,7 @@ class Layout(NamedTuple):
         here. It is in the type of the weights, as gradients are exchanged everywhere; named here, since XLA makes a
         scatter only of a sum that is cut as it is.
         """
-        own = {name: self.tables.summed(sums[name]) for name in self.tables.names}
+        own = self.tables.all_summed({name: sums[name] for name in self.tables.names})
         sums = {name: value for name, value in sums.items() if name not in own}
         if self.wide:
             groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, sums["groups"])

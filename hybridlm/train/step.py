@@ -293,10 +293,14 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
 
     def of_rows(weights, batch, n_tokens):
         mean_loss = partial(objective, weight=1 / n_tokens)
-        if n_micro == 1:
-            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(weights, batch)
-            return loss, metrics, grads
         weights, apart = layout.tables.prepared(weights), ("groups", *layout.tables.names)
+        if n_micro == 1:
+            own = {name: weights[name] for name in layout.tables.names}
+            rest = {name: value for name, value in weights.items() if name not in own}
+            asked = rest | {tables.SUMS: layout.tables.zeros(weights)}
+            of_all = jax.value_and_grad(lambda w: mean_loss(w | own, batch), has_aux=True)
+            (loss, metrics), grads = of_all(asked)
+            return loss, metrics, {k: grads[k] for k in rest} | layout.tables.all_summed(grads[tables.SUMS])
         whole = {name: weights[name] for name in apart}
         rest = {name: value for name, value in weights.items() if name not in apart}
 

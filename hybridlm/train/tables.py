@@ -57,6 +57,10 @@ class Tables(NamedTuple):
             return sums_NVD[0]
         return exchange.manual(run, [sums_NVD], [where.partial], (TABLE, sums_NVD.shape[1:]))
 
+    def all_summed(self, sums: dict) -> dict:
+        """`summed` of each table."""
+        return {name: self.summed(of_table) for name, of_table in sums.items()}
+
     def _whole(self, name: str, w_VD: jax.Array) -> jax.Array:
         w_VD = w_VD.astype(self.dtype) if name in self.cast else w_VD
         return sharding.constrain(w_VD, *WHOLE)

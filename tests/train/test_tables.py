@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables whose gradients each device sums over microbatches by itself, as on GPUs: the same step as without."""
+"""Tables whose gradients each device sums by itself, as on GPUs: the same step as without."""
 
 import chex
 import jax
@@ -11,7 +11,7 @@ from hybridlm.train.metrics import on_host
 from tests.train.conftest import make_batch, small_program
 from tests.train.test_step import options, relative
 
-WORDS = (*options("adamw"), "optim.accumulate=2")
+WORDS = options("adamw")
 ONCE = ("optim.gather_once=True", "optim.scatter_once=True")
 UNTIED, TIMES = "model.tie_embeddings=False", "model.embedding_multiplier=1.7"
 
@@ -41,12 +41,29 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_whole_sums(more, monkeypatch):
-    _, _, params, history = steps((*options("adamw"), *more))
+    _, _, params, history = steps((*WORDS, *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
     for sizes in [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]:
-        config, mesh, many, many_history = steps((*WORDS, *more, *(ONCE if sizes[1] > 1 else ())), sizes)
-        assert tables_once(config, mesh).names, sizes
-        for a, b in zip(many_history, history, strict=True):
-            chex.assert_trees_all_close(a, b, rtol=1e-4)
-        assert relative(many, params) < 5e-4
+        n_micro = 1 if sizes == (2, 1, 1) else 2
+        same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), (UNTIED, TIMES)], ids=["tied", "times"])
+def test_sums_of_one_microbatch(more, monkeypatch):
+    """Over fsdp where there is room, and over context."""
+    _, _, params, history = steps((*WORDS, *more))
+    monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
+    monkeypatch.setattr(layout, "_fits", lambda n_bytes, mesh: True)
+    for sizes in [(1, 2, 1), (2, 2, 2), (1, 1, 1, 4)]:
+        same_step(more, sizes, params, history)
+
+
+def same_step(more, sizes, params, history):
+    """Three steps on a mesh that has such sums give these parameters and metrics."""
+    config, mesh, many, many_history = steps((*WORDS, *more), sizes)
+    assert tables_once(config, mesh).names, sizes
+    for a, b in zip(many_history, history, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-4)
+    assert relative(many, params) < 5e-4
