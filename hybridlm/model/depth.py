@@ -29,12 +29,14 @@ LANES = 128
 
 
 class Low(NamedTuple):
-    """What gradients are taken of in the place of the weights, which hang on it in a way that is not seen here."""
+    """What gradients are taken of in the place of the weights, which hang on it in a way that is not seen here; or of
+    what becomes of their sums."""
 
     values: Sequence
     """Of each spot, a tree of arrays [depths, ...], perhaps without any."""
     pull: Callable[[int, Any, Any], Any]
-    """(number of a spot, gradient of its weights at a depth, its values there) -> the gradient of these."""
+    """(number of a spot, gradient of its weights at a depth, with the sums there, its values there) -> the gradient of
+    these."""
 
 
 Call = Callable[[Any, Any, jax.Array, Tokens], tuple[jax.Array, dict]]
@@ -67,8 +69,8 @@ def run(
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
     sums is the sums themselves plus the gradient of the weights, in the type of the sums. Those of a matrix may be
     [depths, N, ...] of N devices, each with its own, to which its products add (`layers.quantized.Wide`). low: the
-    gradient is that of its values, of which each depth's is made as soon as that of its weights is known; the weights
-    have none.
+    gradient is that of its values, of which each depth's is made as soon as that of its weights is known, and added to
+    the sums, where there are some; weights and sums have none.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})
@@ -118,19 +120,20 @@ def run(
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
             dw = _narrowed(dw)
+            if sums is not None:
+                so_far = _at((grads if low is None else sums)[n], index)
+                dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), so_far, dw)
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
-            if sums is not None:
-                dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), _at(grads[n], index), dw)
             d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
         zeros = jax.tree.map(jnp.zeros_like, weights if low is None else values)
-        start = (dx_BTD, zeros if sums is None else sums, jax.tree.map(jnp.zeros_like, floats))
+        in_place = sums is not None and low is None
+        start = (dx_BTD, sums if in_place else zeros, jax.tree.map(jnp.zeros_like, floats))
         dx_BTD, grads, d_floats = walk(program, visit, start, reverse=True)
-        d_weights, d_sums = (grads, None) if sums is None else (zeros, grads)
-        d_weights, d_values = (d_weights, None) if low is None else (None, d_weights)
-        return d_weights, d_values, d_sums, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
+        of = (None, grads, None) if low is not None else (zeros, None, grads) if in_place else (grads, None, None)
+        return *of, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
 
     through.defvjp(forward, backward)
     values = None if low is None else list(low.values)
