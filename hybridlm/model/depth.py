@@ -111,6 +111,7 @@ def run(
         dx_BTD, d_stats = cotangents
 
         kinds = {_kind(spot, calls): jax.jit(pull[spot.number].back) for spot in spots}
+        before: list[int] = []
 
         def visit(spot, index, carry):
             n = spot.number
@@ -126,6 +127,9 @@ def run(
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
+            if before and sums is not None and low is not None:
+                dx_BTD, grads = _after(dx_BTD, grads, before[-1], step.slots[before[-1]])
+            before.append(n)
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
         zeros = jax.tree.map(jnp.zeros_like, weights if low is None else values)
@@ -264,6 +268,19 @@ def _narrowed(grads):
     is_wide = lambda x: isinstance(x, Wide)
     both = lambda x: x.slot + x.value.astype(x.slot.dtype)[None] / x.slot.shape[0]
     return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
+
+
+def _after(x_BTD, grads: list, number: int, slots: list[int]) -> tuple:
+    """The stream's gradient, which is there once those of a spot are that had slots, and all gradients.
+
+    So what is exchanged of a sublayer is beside the backward of the next one: XLA would have the exchanges of all
+    sublayers behind the last one.
+    """
+    leaves, treedef = jax.tree.flatten(grads[number])
+    x_BTD, held = lax.optimization_barrier((x_BTD, [leaf for leaf, n in zip(leaves, slots, strict=True) if n]))
+    of_slots = iter(held)
+    leaves = [next(of_slots) if n else leaf for leaf, n in zip(leaves, slots, strict=True)]
+    return x_BTD, [*grads[:number], treedef.unflatten(leaves), *grads[number + 1 :]]
 
 
 def _of_depth(weights, spot: Spot) -> tuple:

@@ -245,9 +245,20 @@ class Layout(NamedTuple):
         return self._by_leaf(zeros, sums)
 
     def leave(self, number: int, sums: dict) -> dict:
-        """Of a sublayer the sums at a depth, those of devices as those of all, split like the parameter."""
-        end = lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a
-        return _by_leaf(end, stacked(self.config).info["groups"][number], sums)
+        """Of a sublayer the sums at a depth, those of devices as those of all, split like the parameter: exchanged as
+        one array, in the type of the computation."""
+        info, found = stacked(self.config).info["groups"][number], []
+        _by_leaf(lambda leaf, a: found.append((leaf, a)) if self._wide(leaf) else None, info, sums)
+        whole = [tuple(None if name == "d_model" else name for name in leaf.axes) for leaf, _ in found]
+        dims = [leaf.axes.index("d_model") if "d_model" in leaf.axes else None for leaf, _ in found]
+
+        def run(*sums):
+            low = [total[0].astype(self.config.compute_dtype) for total in sums]
+            return tuple(a.astype(jnp.float32) for a in exchange.sum_weights(low, dims, ("fsdp",), ("data",)))
+
+        outs = [(leaf.axes, a.shape[1:]) for leaf, a in found]
+        ends = iter(exchange.manual(run, [a for _, a in found], [(ROWS_APART, *names) for names in whole], outs))
+        return _by_leaf(lambda leaf, a: next(ends) if self._wide(leaf) else a, info, sums)
 
     def _wide(self, leaf: ParamInfo) -> bool:
         """Whether gradients of a parameter are summed by each device."""
@@ -257,20 +268,6 @@ class Layout(NamedTuple):
         """Of sums of each device, from that of the parameter, whole but for what `tensor` splits."""
         entries = [*at.spec, *[None] * 9]
         return NamedSharding(self.mesh, P(entries[0], ROWS_APART, *entries[1 : len(at.spec)]))
-
-    def _of_all(self, leaf: ParamInfo, sums: jax.Array) -> jax.Array:
-        """The sum over devices of [N, ...], split like the parameter, exchanged in the type of the computation."""
-        whole = tuple(None if name == "d_model" else name for name in leaf.axes)
-
-        def run(total):
-            total = exchange.add(total[0].astype(self.config.compute_dtype), ("data",))
-            if "d_model" in leaf.axes:
-                total = exchange.scatter_weight(total, ("fsdp",), leaf.axes.index("d_model"))
-            else:
-                total = exchange.add(total, ("fsdp",))
-            return total.astype(jnp.float32)
-
-        return exchange.manual(run, [sums], [(ROWS_APART, *whole)], (leaf.axes, sums.shape[1:]))
 
     def _by_leaf(self, fn, groups: dict) -> dict:
         return _by_leaf(fn, stacked(self.config).info["groups"], groups)
