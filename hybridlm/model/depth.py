@@ -10,7 +10,7 @@ and the backward is written out: it adds each depth's gradient straight to the s
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,15 @@ LANES = 128
 """Numbers side by side in a TPU's memory tile."""
 
 
-class Low(NamedTuple):
-    """What gradients are taken of in the place of the weights, which hang on it in a way that is not seen here; or of
-    what becomes of their sums."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Low:
+    """What gradients are taken of in the place of the weights, or of their sums, from which its own follow."""
 
     values: Sequence
     """Of each spot, a tree of arrays [depths, ...], perhaps without any."""
-    pull: Callable[[int, Any, Any], Any]
-    """(number of a spot, gradient of its weights at a depth, with the sums there, its values there) -> the gradient of
+    pull: Callable[[int, Any, Any], Any] = field(metadata={"static": True})
+    """(number of a spot, gradient of its weights, or of their sums, at a depth, its values there) -> the gradient of
     these."""
 
 
@@ -69,8 +70,8 @@ def run(
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
     sums is the sums themselves plus the gradient of the weights, in the type of the sums. Those of a matrix may be
     [depths, N, ...] of N devices, each with its own, to which its products add (`layers.quantized.Wide`). low: the
-    gradient is that of its values, of which each depth's is made as soon as that of its weights is known, and added to
-    the sums, where there are some; weights and sums have none.
+    gradient is that of its values, of which each depth's is made as soon as that of its weights, or of their sums where
+    there are some, is known; these have none.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})

@@ -22,6 +22,7 @@ from hybridlm.layers.params import ParamInfo, in_type
 from hybridlm.layers.quantized import Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
+from hybridlm.model.depth import Low
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
 from hybridlm.sharding import param_shardings, whole_shardings
@@ -32,7 +33,7 @@ from pallas_kernels.platform import peaks_of, platform_of
 SUMS = "gradient_sums"
 """Key, beside those of the parameters, of sums that the backward adds the gradients of `groups` to."""
 ENDS = "gradient_ends"
-"""Likewise, of what those sums become in the last microbatch: see `Layout.leave`."""
+"""Likewise, of what becomes of those sums in the last microbatch: see `Layout.ends`."""
 
 ROOM = 16
 """Weights put together may take one part in so many of a device's memory, where `optim.gather_once` is None, and so may
@@ -216,7 +217,7 @@ class Layout(NamedTuple):
     def summed(self, sums: dict, weights: dict) -> dict:
         """The sums of all microbatches as the step goes on with them, laid out like the parameters.
 
-        Sums of devices have become those of all (`leave`). Where the others were whole, compilers put off the sum over
+        Sums of devices have become those of all (`ends`). Where the others were whole, compilers put off the sum over
         devices until here. It is in the type of the weights, as gradients are exchanged everywhere; named here, since
         XLA makes a scatter only of a sum that is cut as it is.
         """
@@ -239,12 +240,13 @@ class Layout(NamedTuple):
         it nothing would be beside the exchanges."""
         return self.wide > 1
 
-    def ends(self, sums: dict) -> dict:
-        """Zeros like what becomes of the sums of sublayers by `leave`, at all depths."""
+    def ends(self, sums: dict) -> Low:
+        """What to ask gradients of in the last microbatch in the place of the sums of sublayers: what becomes of them
+        at the end."""
         zeros = lambda leaf, a: jnp.zeros((len(a), *a.shape[2:]) if self._wide(leaf) else a.shape, jnp.float32)
-        return self._by_leaf(zeros, sums)
+        return Low(list(self._by_leaf(zeros, sums).values()), self._leave)
 
-    def leave(self, number: int, sums: dict) -> dict:
+    def _leave(self, number: int, sums: dict, _) -> dict:
         """Of a sublayer the sums at a depth, those of devices as those of all, split like the parameter: exchanged as
         one array, in the type of the computation."""
         info, found = stacked(self.config).info["groups"][number], []
@@ -256,6 +258,8 @@ class Layout(NamedTuple):
             low = [total[0].astype(self.config.compute_dtype) for total in sums]
             return tuple(a.astype(jnp.float32) for a in exchange.sum_weights(low, dims, ("fsdp",), ("data",)))
 
+        if not found:
+            return sums
         outs = [(leaf.axes, a.shape[1:]) for leaf, a in found]
         ends = iter(exchange.manual(run, [a for _, a in found], [(ROWS_APART, *names) for names in whole], outs))
         return _by_leaf(lambda leaf, a: next(ends) if self._wide(leaf) else a, info, sums)

@@ -18,15 +18,15 @@ from hybridlm.train.loss import training_loss
 from hybridlm.train.metrics import Mean, Metrics, Sum
 
 
-def make_objective(config: Config, graphdef: nnx.GraphDef, leave: Callable | None = None) -> Callable:
+def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
     """(params, batch, weight) -> (objective, metrics): summed over the tokens that have a target, so that batches add
     up; the objective is multiplied by the weight, 1 where it is left out.
 
     The objective is cross entropy, optim.z_loss times the squared log-partition, and the losses of blocks, in nats.
     params: of the graphdef's model; beside them the sums of gradients of `layout.SUMS` and `tables.SUMS`, where there
     are some, and the adapters of `lora.LOW`, where gradients are those of adapters: groups have theirs in them already,
-    of which the rest is constant. With `layout.ENDS` there gradients are what becomes of the sums of sublayers by leave:
-    (number of a sublayer, sums at a depth) -> the gradient of the ends there. Of conversations a metric says which share of their tokens is trained on.
+    of which the rest is constant; or `layout.ENDS`, in which the sums of sublayers end. Of conversations a metric says
+    which share of their tokens is trained on.
     """
     kinds, is_chat = statistics(config.model), config.data.format == "chat"
     specs = lora.of_program(config.model, config.lora) if config.lora.on else {}
@@ -42,8 +42,8 @@ def make_objective(config: Config, graphdef: nnx.GraphDef, leave: Callable | Non
         if low is not None:
             of_spots = Low([low["groups"][n] for n in range(len(low["groups"]))], pull)
             params = params | merge({"shared": params["shared"]}, low) if "shared" in low else params
-        if ENDS in params:
-            of_spots = Low(list(params[ENDS].values()), lambda number, dw, _: leave(number, nnx.to_pure_dict(dw)))
+        if (ends := params.get(ENDS)) is not None:
+            of_spots = Low(ends.values, lambda number, sums, at: ends.pull(number, nnx.to_pure_dict(sums), at))
         beside = (SUMS, ENDS, lora.LOW)
         model = nnx.merge(graphdef, {name: value for name, value in params.items() if name not in beside})
         where = batch["segment_ids"], batch["positions"]

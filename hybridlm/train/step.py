@@ -122,7 +122,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     model = unrolled(config.model, mesh)
     program = quantize.stacked_graphdef(model, config.quantize)
     layout = make_layout(config, model, mesh, apart)
-    objective = _of_weights(make_objective(replace(config, model=model), program, layout.leave), layout.whole)
+    objective = _of_weights(make_objective(replace(config, model=model), program), layout.whole)
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
         gradients = make_low_gradients(objective, config, layout, specs, whole)
@@ -300,17 +300,19 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
         whole = {name: weights[name] for name in apart}
         rest = {name: value for name, value in weights.items() if name not in apart}
 
-        def add(total, micro, ends=None):
-            """Gradients of groups and tables are added where they arise: the gradient of their sums are the sums, that
-            of the ends what becomes of the sums."""
+        def add(total, micro, last=False):
+            """Gradients of groups and tables are added where they arise: the gradient of their sums are the sums, and
+            that of the ends of those what becomes of them in the last microbatch."""
             loss, sums = total
-            known, asked = ({}, {SUMS: sums["groups"]}) if ends is None else ({SUMS: sums["groups"]}, {ENDS: ends})
+            known = {SUMS: sums["groups"]}
+            known, asked = (known, {ENDS: layout.ends(sums["groups"])}) if last else ({}, known)
             of_micro = jax.value_and_grad(lambda w: mean_loss(w | whole | known, micro), has_aux=True)
             of_tables = {name: sums[name] for name in layout.tables.names}
             (more, of_batch), grads = of_micro(rest | asked | {tables.SUMS: of_tables})
-            added = {"groups": reduce(lambda _, name: grads.pop(name), asked, None), **grads.pop(tables.SUMS)}
+            groups = dict(enumerate(grads.pop(ENDS).values)) if last else grads.pop(SUMS)
+            added = {"groups": groups, **grads.pop(tables.SUMS)}
             sums = jax.tree.map(jnp.add, {k: sums[k] for k in grads}, grads) | added
-            return (loss + more, sums if ends is not None else layout.placed(sums)), of_batch
+            return (loss + more, sums if last else layout.placed(sums)), of_batch
 
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
         start = jnp.float32(0.0), layout.zeros(weights)
@@ -318,8 +320,8 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
             (loss, sums), of_micros = lax.scan(add, start, micros)
             return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
         total, of_micros = lax.scan(add, start, {k: v[:-1] for k, v in micros.items()})
-        total, last = lax.optimization_barrier((total, {k: v[-1] for k, v in micros.items()}))  # nor begun before
-        (loss, sums), of_last = add(total, last, layout.ends(total[1]["groups"]))
+        start, rows = lax.optimization_barrier((total, {k: v[-1] for k, v in micros.items()}))  # not begun before
+        (loss, sums), of_last = add(start, rows, last=True)
         of_micros = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), of_micros, of_last)
         return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
 
