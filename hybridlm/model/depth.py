@@ -117,6 +117,7 @@ def run(
         def visit(spot, index, carry):
             n = spot.number
             dx_BTD, grads, d_floats = carry
+            grads = list(grads)
             inputs = step.read(weights, spot, index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints)
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
@@ -126,11 +127,13 @@ def run(
                 so_far = _at((grads if low is None else sums)[n], index)
                 dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), so_far, dw)
             if low is not None:
+                if sums is not None and before:
+                    last = before[-1]
+                    slots = step.slots[n], step.slots[last]
+                    dx_BTD, (dw, grads[last]) = _in_turn(dx_BTD, [dw, grads[last]], slots)
                 dw = low.pull(n, dw, _at(values[n], index))
-            d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
-            if before and sums is not None and low is not None:
-                dx_BTD, grads = _after(dx_BTD, grads, before[-1], step.slots[before[-1]])
             before.append(n)
+            d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
         zeros = jax.tree.map(jnp.zeros_like, weights if low is None else values)
@@ -271,17 +274,21 @@ def _narrowed(grads):
     return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
 
 
-def _after(x_BTD, grads: list, number: int, slots: list[int]) -> tuple:
-    """The stream's gradient, which is there once those of a spot are that had slots, and all gradients.
+def _in_turn(x_BTD, trees: Sequence, slots: Sequence[list[int]]) -> tuple:
+    """The stream's gradient and trees of gradients as they are, none of which is used, as far as they have slots,
+    before all are there.
 
-    So what is exchanged of a sublayer is beside the backward of the next one: XLA would have the exchanges of all
-    sublayers behind the last one.
+    So what is exchanged of a sublayer's is beside the backward of the next one, and apart from what is exchanged of
+    that: XLA would have the exchanges of all sublayers behind the last one.
     """
-    leaves, treedef = jax.tree.flatten(grads[number])
-    x_BTD, held = lax.optimization_barrier((x_BTD, [leaf for leaf, n in zip(leaves, slots, strict=True) if n]))
-    of_slots = iter(held)
-    leaves = [next(of_slots) if n else leaf for leaf, n in zip(leaves, slots, strict=True)]
-    return x_BTD, [*grads[:number], treedef.unflatten(leaves), *grads[number + 1 :]]
+    leaves, treedefs = zip(*map(jax.tree.flatten, trees), strict=True)
+    wide = [[i for i, n in enumerate(of_tree) if n] for of_tree in slots]
+    of_slots = [[of[i] for i in at] for of, at in zip(leaves, wide, strict=True)]
+    x_BTD, of_slots = lax.optimization_barrier((x_BTD, of_slots))
+    for of, at, values in zip(leaves, wide, of_slots, strict=True):
+        for i, value in zip(at, values, strict=True):
+            of[i] = value
+    return x_BTD, [treedef.unflatten(of) for treedef, of in zip(treedefs, leaves, strict=True)]
 
 
 def _of_depth(weights, spot: Spot) -> tuple:

@@ -182,6 +182,7 @@ class Layout(NamedTuple):
         spots = jax.tree.map(_cut, model.info["groups"], spots) if self.parts else spots
         at = self._at(model)
         if self.whole:
+            spots = self._pinned({"groups": spots}, at)["groups"]  # or XLA would put them together before they are cast
             at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
         return lax.with_sharding_constraint(params | {"groups": spots}, at)
 

@@ -58,7 +58,7 @@ class Tables(NamedTuple):
         return exchange.manual(run, [sums_NVD], [where.partial], (TABLE, sums_NVD.shape[1:]))
 
     def _whole(self, name: str, w_VD: jax.Array) -> jax.Array:
-        w_VD = w_VD.astype(self.dtype) if name in self.cast else w_VD
+        w_VD = sharding.constrain(w_VD.astype(self.dtype), *TABLE) if name in self.cast else w_VD
         return sharding.constrain(w_VD, *WHOLE)
 
     def _sums(self, w_VD: jax.Array) -> tuple[int, int, int]:
