@@ -110,29 +110,22 @@ def run(
     def backward(saved, cotangents):
         weights, values, sums, floats, ints, kept, pull = saved
         dx_BTD, d_stats = cotangents
-
         kinds = {_kind(spot, calls): jax.jit(pull[spot.number].back) for spot in spots}
-        before: list[int] = []
+        visited: list[int] = []
 
         def visit(spot, index, carry):
-            n = spot.number
-            dx_BTD, grads, d_floats = carry
-            grads = list(grads)
+            n, (dx_BTD, grads, d_floats) = spot.number, carry
             inputs = step.read(weights, spot, index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints)
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
             dw = _narrowed(dw)
             if sums is not None:
-                so_far = _at((grads if low is None else sums)[n], index)
-                dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), so_far, dw)
+                dw = _added(_at((grads if low is None else sums)[n], index), dw)
             if low is not None:
-                if sums is not None and before:
-                    last = before[-1]
-                    slots = step.slots[n], step.slots[last]
-                    dx_BTD, (dw, grads[last]) = _in_turn(dx_BTD, [dw, grads[last]], slots)
+                if sums is not None:
+                    dx_BTD, dw, grads = _in_turn(dx_BTD, dw, grads, step.slots, visited, n)
                 dw = low.pull(n, dw, _at(values[n], index))
-            before.append(n)
             d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
@@ -274,21 +267,30 @@ def _narrowed(grads):
     return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
 
 
-def _in_turn(x_BTD, trees: Sequence, slots: Sequence[list[int]]) -> tuple:
-    """The stream's gradient and trees of gradients as they are, none of which is used, as far as they have slots,
-    before all are there.
+def _added(totals, grads):
+    """Sums with gradients added, in their type."""
+    return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), totals, grads)
+
+
+def _in_turn(x_BTD, dw, grads: list, slots: list[list[int]], visited: list[int], number: int) -> tuple:
+    """(the stream's gradient, that of a spot's weights, all gradients) as they are, but that none of the first two is
+    used before those of the spot visited before are there; of both spots those that have slots.
 
     So what is exchanged of a sublayer's is beside the backward of the next one, and apart from what is exchanged of
     that: XLA would have the exchanges of all sublayers behind the last one.
     """
-    leaves, treedefs = zip(*map(jax.tree.flatten, trees), strict=True)
-    wide = [[i for i, n in enumerate(of_tree) if n] for of_tree in slots]
-    of_slots = [[of[i] for i in at] for of, at in zip(leaves, wide, strict=True)]
-    x_BTD, of_slots = lax.optimization_barrier((x_BTD, of_slots))
-    for of, at, values in zip(leaves, wide, of_slots, strict=True):
+    visited.append(number)
+    if len(visited) == 1:
+        return x_BTD, dw, grads
+    last = visited[-2]
+    leaves, treedefs = zip(*map(jax.tree.flatten, (dw, grads[last])), strict=True)
+    wide = [[i for i, n in enumerate(slots[spot]) if n] for spot in (number, last)]
+    x_BTD, held = lax.optimization_barrier((x_BTD, [[of[i] for i in at] for of, at in zip(leaves, wide, strict=True)]))
+    for of, at, values in zip(leaves, wide, held, strict=True):
         for i, value in zip(at, values, strict=True):
             of[i] = value
-    return x_BTD, [treedef.unflatten(of) for treedef, of in zip(treedefs, leaves, strict=True)]
+    dw, grads_last = (treedef.unflatten(of) for treedef, of in zip(treedefs, leaves, strict=True))
+    return x_BTD, dw, [*grads[:last], grads_last, *grads[last + 1 :]]
 
 
 def _of_depth(weights, spot: Spot) -> tuple:
