@@ -72,6 +72,13 @@ class Sums:
         return jax.tree.unflatten(treedef, found)
 
 
+def sums_like(sums, weights):
+    """Sums in the containers of the weights, or as `Sums`."""
+    if isinstance(sums, Sums):
+        return sums
+    return jax.tree.unflatten(jax.tree.structure(weights), jax.tree.leaves(sums))
+
+
 class Low(NamedTuple):
     """What gradients are taken of in the place of the weights, which hang on it in a way that is not seen here."""
 
