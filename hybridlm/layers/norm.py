@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.layers import params
-from pallas_kernels import gated_norm, stream_norm
+from pallas_kernels import gated_norm
 from pallas_kernels.platform import platform
 
 
@@ -51,46 +51,6 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return _weighed(self, rms_normalise(x, self.eps, len(self.weight.get_metadata()["axes"]))).astype(x.dtype)
-
-
-def beside_stream(norm: "RMSNorm | LayerNorm", x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x, its norm): the residual stream as it goes on, and what a sublayer reads of it. Where a kernel makes the
-    gradient of the norm, it adds that of the stream."""
-    if not isinstance(norm, RMSNorm) or norm.bias is not None or not _has_stream_kernel(x_BTD):
-        return x_BTD, norm(x_BTD)
-    weight_D = params.use(norm.weight, jnp.float32)
-    return _beside_stream(x_BTD, weight_D if norm.offset == 0 else norm.offset + weight_D, norm.eps)
-
-
-def _has_stream_kernel(x_BTD: jax.Array) -> bool:
-    batch, tokens, d_model = x_BTD.shape
-    return _rows_are_whole() and stream_norm.why_not(batch * tokens, d_model, x_BTD.dtype) is None
-
-
-def _rows_are_whole() -> bool:
-    """A device has all channels of its rows, and all tokens: rows are what it is given."""
-    return sharding.axis_size("tensor") == sharding.axis_size("context") == 1
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _beside_stream(x_BTD, weight_D, eps: float):
-    return x_BTD, (rms_normalise(x_BTD, eps) * weight_D[None, None]).astype(x_BTD.dtype)
-
-
-def _beside_stream_bwd(eps, saved, cotangents):
-    def of_device(x, weight, d_normed, d_x):
-        rows = lambda a: a.reshape(-1, weight.size)
-        dx, d_weight = stream_norm.norm_gradients(rows(x), weight, rows(d_normed), rows(d_x), eps)
-        return dx.reshape(x.shape), d_weight[None]
-
-    (x_BTD, weight_D), (d_x_BTD, d_normed_BTD) = saved, cotangents
-    of_rows = ("batch", None, None)
-    arrays, axes = (x_BTD, weight_D, d_normed_BTD, d_x_BTD), (of_rows, (None,), of_rows, of_rows)
-    dx_BTD, d_weight_ND = sharding.per_device(of_device, arrays, axes, [of_rows, ("batch", None)])
-    return dx_BTD, d_weight_ND.sum(0)
-
-
-_beside_stream.defvjp(lambda x, weight, eps: (_beside_stream(x, weight, eps), (x, weight)), _beside_stream_bwd)
 
 
 class LayerNorm(nnx.Module):
@@ -196,7 +156,8 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
 def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
     """Whether `pallas_kernels.gated_norm` serves the gradient: of whole rows of channels, on one device each."""
     batch, tokens, *channels = y_BTHP.shape
-    if gating != "silu" or n_groups != 1 or not _rows_are_whole() or not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
+    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
+    if gating != "silu" or n_groups != 1 or not alone or not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
         return False
     return gated_norm.why_not(batch * tokens, math.prod(channels), y_BTHP.dtype) is None
 

@@ -15,7 +15,7 @@ from hybridlm import sharding
 from hybridlm.layers import cache as caches
 from hybridlm.layers import one_row, params, streams
 from hybridlm.layers.block import Make, Output, Tokens, inspect, of_streams, passes, reads_tokens, shares
-from hybridlm.layers.norm import LayerNorm, RMSNorm, beside_stream
+from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
 
@@ -115,10 +115,7 @@ class Sublayer(nnx.Module):
         if self.link is not None:
             with jax.named_scope("link"):
                 u_BTD = x_BTD + self.link(x_BTD, tokens)
-        if self.norm is not None and self.link is None:
-            (x_BTD, u_BTD), gates = self._beside(x_BTD), None
-        else:
-            u_BTD, gates = self._read(u_BTD)
+        u_BTD, gates = self._read(u_BTD)
         y_BTD, stats = self.mixer.mix(u_BTD, tokens)
         stats = self._inspect(x_BTD, u_BTD, tokens) if tokens.inspect else stats
         return Output(self._add(x_BTD, u_BTD, y_BTD, gates), stats)
@@ -183,12 +180,6 @@ class Sublayer(nnx.Module):
     @jax.named_scope("norm")
     def _normed(self, x_BTD):
         return x_BTD if self.norm is None else checkpoint_name(self.norm(x_BTD), "sublayer_norm")
-
-    @jax.named_scope("norm")
-    def _beside(self, x_BTD) -> tuple[jax.Array, jax.Array]:
-        """The stream as it goes on, and what the mixer reads of it."""
-        x_BTD, u_BTD = beside_stream(self.norm, x_BTD)
-        return x_BTD, checkpoint_name(u_BTD, "sublayer_norm")
 
     @jax.named_scope("add")
     def _add(self, x_BTD, u_BTD, y_BTD, gates_BTC=None):
