@@ -94,6 +94,13 @@ class Plan(NamedTuple):
         """A number a row, as a piece."""
         return plgpu.layout_cast(lax.broadcast_in_dim(numbers, self.shape, (0,)), self.layout)
 
+    def means(self, square, across, eps: float):
+        """Of rows whose pieces' squares and products with their gradients add up so: 1 / rms, and what the gradient
+        loses of the row; as pieces."""
+        root = lax.rsqrt(jnp.sum(square, axis=1) * (1.0 / self.channels) + eps)
+        mean = root * root * root * jnp.sum(across, axis=1) * (1.0 / self.channels)
+        return self.over(root), self.over(mean)
+
     def load(self, ref):
         """A piece of rows as float32."""
         return plgpu.load(ref, layout=self.layout).astype(F32)
@@ -107,7 +114,8 @@ class Plan(NamedTuple):
 def make_plan(name: str, rows: int, channels: int, n_in: int, n_out: int) -> Plan:
     """That of which as many rows are taken at a time as leave room for two thread blocks or more."""
     plans = [Plan(name, rows, channels, n_in, n_out, platform.multiprocessors(), n) for n in AT_ONCE]
-    return next((plan for plan in plans if plan.side_by_side > 1 and not channels % plan.piece), plans[-1])
+    fits = lambda plan: plan.side_by_side > 1 and not channels % plan.piece and not rows % plan.at_once
+    return next(filter(fits, plans), plans[-1])
 
 
 def _body(plan: Plan, of_rows, *refs):

@@ -19,7 +19,7 @@ from hybridlm import exchange
 from hybridlm.config import Config
 from hybridlm.exchange import ROWS_APART
 from hybridlm.layers.params import ParamInfo, in_type
-from hybridlm.layers.quantized import Parts
+from hybridlm.layers.quantized import Joined, Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
@@ -115,6 +115,14 @@ def parts_apart(config: Config, mesh: Mesh) -> bool:
     return several and not rounds and not config.lora.on
 
 
+def joins(config: Config, mesh: Mesh) -> bool:
+    """Whether matrices whose products are taken together are one array: on GPUs, where data and fsdp alone split
+    anything; not where products round their other side, or adapters are trained."""
+    others = any(n > 1 for name, n in mesh.shape.items() if name not in ("data", "fsdp"))
+    rounds = config.quantize.activations or config.quantize.products
+    return platform_of(mesh.devices.flat[0]) in APART and not (others or rounds or config.lora.on)
+
+
 def wide_over(config: Config, mesh: Mesh) -> int:
     """How many devices sum gradients of matrices over microbatches by themselves, added by the products; 0: none.
 
@@ -141,6 +149,39 @@ def _cut(leaf: ParamInfo, value: jax.Array):
     return Parts(tuple(jnp.split(value, value.shape[_fused(leaf)], _fused(leaf)))) if leaf.apart else value
 
 
+def _join(info, values):
+    """Matrices of a layer whose products are taken together as one array, each a `Joined`."""
+    if not isinstance(info, dict):
+        return values
+    made = {name: _join(leaf, values[name]) for name, leaf in info.items()}
+    together = [name for name, leaf in info.items() if isinstance(leaf, ParamInfo) and leaf.joined]
+    if len(together) > 1:
+        arrays = [values[name] for name in together]  # [depths, *inputs, *outputs]
+        n_in = 1 + info[together[0]].n_in
+        flat = jnp.concatenate([a.reshape(*a.shape[:n_in], -1) for a in arrays], -1)
+        one = flat.reshape(*flat.shape[:-1], *[1] * (arrays[0].ndim - flat.ndim), -1)
+        shapes = tuple(a.shape[n_in:] for a in arrays)
+        made |= {name: Joined(None if i else one, shapes, i) for i, name in enumerate(together)}
+    return made
+
+
+def _part(info, values):
+    """The inverse of `_join`."""
+    if not isinstance(info, dict):
+        return values
+    made = {name: _part(leaf, values[name]) for name, leaf in info.items()}
+    together = [name for name, value in values.items() if isinstance(value, Joined)]
+    if together:
+        together.sort(key=lambda name: values[name].index)
+        one, shapes = values[together[0]].value, values[together[0]].shapes
+        n_in = 1 + info[together[0]].n_in
+        flat = one.reshape(*one.shape[:n_in], -1)
+        ends = [sum(map(math.prod, shapes[: i + 1])) for i in range(len(shapes) - 1)]
+        parts = zip(together, jnp.split(flat, ends, -1), shapes, strict=True)
+        made |= {name: part.reshape(*part.shape[:n_in], *shape) for name, part, shape in parts}
+    return made
+
+
 class Layout(NamedTuple):
     """From the one to the other; all arguments are nested dicts like the parameters."""
 
@@ -164,6 +205,8 @@ class Layout(NamedTuple):
     parts: bool = False
     """Matrices that are stored together and used apart are arrays of their own (`layers.quantized.Parts`): cut out of
     one they would be copied in each microbatch."""
+    joined: bool = False
+    """Matrices whose products are taken together are one array (`layers.quantized.Joined`)."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
@@ -173,6 +216,7 @@ class Layout(NamedTuple):
         spots = in_type(spots, stacked(self.config).info["groups"], self.config.compute_dtype)
         model = stacked(self.config)
         spots = jax.tree.map(_cut, model.info["groups"], spots) if self.parts else spots
+        spots = _join(model.info["groups"], spots) if self.joined else spots
         at = self._at(model)
         if self.whole:
             at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
@@ -264,8 +308,9 @@ class Layout(NamedTuple):
 
     def spread(self, grads: dict) -> dict:
         """Gradients of stacked parameters as those of the state's, float32."""
-        joined = lambda leaf, x: jnp.concatenate(x.values, _fused(leaf)) if isinstance(x, Parts) else x
-        spots = jax.tree.map(joined, stacked(self.config).info["groups"], grads["groups"])
+        info = stacked(self.config).info["groups"]
+        whole = lambda leaf, x: jnp.concatenate(x.values, _fused(leaf)) if isinstance(x, Parts) else x
+        spots = jax.tree.map(whole, info, _part(info, grads["groups"]))
         by_group = stacks.spread(self.config.pattern, self.config.unroll, spots)
         grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
         grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
@@ -288,4 +333,5 @@ def make_layout(config: Config, model: ModelConfig, mesh: Mesh, apart: bool) -> 
         tables=Tables() if apart or config.lora.on else tables_once(config, mesh),
         wide=0 if apart else wide_over(config, mesh),
         parts=parts_apart(config, mesh),
+        joined=joins(config, mesh),
     )  # fmt: skip

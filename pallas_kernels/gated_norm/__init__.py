@@ -44,8 +44,8 @@ def gated_norm_gradients(y_RC, z_RC, weight_C, d_out_RC, eps: float, before_gate
     n_rows, n_channels = y_RC.shape
     if reason := next(filter(None, (why_not(n_rows, n_channels, a.dtype) for a in (y_RC, z_RC, d_out_RC))), None):
         raise NotImplementedError(reason)
-    if n_channels < 2048 and n_rows % 4 == 0:
-        from pallas_kernels.stream_norm import kernel as by_rows
+    if n_channels < 2048:
+        from pallas_kernels.gated_norm import by_rows
 
         return tuple(by_rows.gated_norm_gradients(eps, before_gate, y_RC, z_RC, weight_C, d_out_RC))
     from pallas_kernels.gated_norm import kernel

@@ -1,35 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mosaic GPU (Hopper) kernels of the gradients of norms: see `pallas_kernels.rows`."""
+"""Mosaic GPU (Hopper) kernel of the gradient of a gated RMS norm: see `pallas_kernels.rows`."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import rows
 from pallas_kernels.mosaic_gpu import LOG2E
-
-
-def _of_norm(eps, plan, read, weight, write, sums):
-    """x, the cotangent of the norm, that of the stream."""
-    square = across = plan.full(0.0)
-    for p in range(plan.pieces):
-        x, d = read(0, p), read(1, p)
-        square, across = square + x * x, across + d * weight(p) * x
-    root, mean = _means(square, across, eps, plan)
-    made = []
-    for p, total in enumerate(sums):
-        x, d, s = (read(k, p) for k in range(3))
-        write(0, p, d * weight(p) * root - x * mean + s)
-        made.append(total + d * x * root)
-    return tuple(made)
-
-
-def _means(square, across, eps, plan):
-    root = lax.rsqrt(jnp.sum(square, axis=1) * (1.0 / plan.channels) + eps)
-    mean = root * root * root * jnp.sum(across, axis=1) * (1.0 / plan.channels)
-    return plan.over(root), plan.over(mean)
 
 
 def _of_gated_norm(eps, before_gate, plan, read, weight, write, sums):
@@ -46,7 +24,7 @@ def _of_gated_norm(eps, before_gate, plan, read, weight, write, sums):
     for p in range(plan.pieces):
         *_, u, dn = parts(p)
         square, across = square + u * u, across + dn * weight(p) * u
-    root, mean = _means(square, across, eps, plan)
+    root, mean = plan.means(square, across, eps)
     made = []
     for p, total in enumerate(sums):
         (y, z, d, sigmoid, gate, u, dn), w = parts(p), weight(p)
@@ -56,13 +34,6 @@ def _of_gated_norm(eps, before_gate, plan, read, weight, write, sums):
         write(1, p, (d * w * u * root if before_gate else du * y) * d_gate)
         made.append(total + dn * u * root)
     return tuple(made)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def norm_gradients(eps: float, x_RC, weight_C, d_normed_RC, d_x_RC):
-    """See `pallas_kernels.stream_norm.norm_gradients`."""
-    plan = rows.make_plan("norm_gradients", *x_RC.shape, n_in=3, n_out=1)
-    return rows.walk(plan, functools.partial(_of_norm, eps), [x_RC, d_normed_RC, d_x_RC], weight_C)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
