@@ -16,7 +16,7 @@ from pallas_kernels.op import why_not_hopper
 __all__ = ["COSTS", "count_flops", "gated_norm_gradients", "why_not"]
 
 OLDEST_JAX = (0, 11)
-LEAST, MOST, MULTIPLE = 2048, 4096, 512
+LEAST, MOST, MULTIPLE = 512, 4096, 512
 """Channels: below, what one pass saves is not worth another kernel to compile; above, a row's do not fit registers."""
 BLOCKS = 2
 """Thread blocks of a multiprocessor."""
@@ -44,6 +44,10 @@ def gated_norm_gradients(y_RC, z_RC, weight_C, d_out_RC, eps: float, before_gate
     n_rows, n_channels = y_RC.shape
     if reason := next(filter(None, (why_not(n_rows, n_channels, a.dtype) for a in (y_RC, z_RC, d_out_RC))), None):
         raise NotImplementedError(reason)
+    if n_channels < 2048:
+        from pallas_kernels.gated_norm import by_rows
+
+        return tuple(by_rows.gated_norm_gradients(eps, before_gate, y_RC, z_RC, weight_C, d_out_RC))
     from pallas_kernels.gated_norm import kernel
 
     n_blocks = min(n_rows, BLOCKS * platform.multiprocessors())

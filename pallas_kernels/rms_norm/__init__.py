@@ -19,7 +19,7 @@ from pallas_kernels.op import why_not_hopper
 __all__ = ["COSTS", "MOST_GRADIENTS", "count_flops", "rms_norm_gradients", "why_not"]
 
 OLDEST_JAX = (0, 11)
-LEAST, MOST, MULTIPLE = 2048, 4096, 512
+LEAST, MOST, MULTIPLE = 256, 4096, 256
 """Channels: a thread block takes one row at a time, which fewer would not keep busy; more do not fit its registers."""
 MOST_GRADIENTS = 4
 """Of the norm's result."""
@@ -53,6 +53,10 @@ def rms_norm_gradients(
     reasons = (why_not(n_channels, a.dtype) for a in (x_RC, *grads_RC, beside_RC))
     if reason := next(filter(None, reasons), None):
         raise NotImplementedError(reason)
+    if n_channels < 2048:
+        from pallas_kernels.rms_norm import by_rows
+
+        return by_rows.rms_norm_gradients(eps, x_RC, weight_C, beside_RC, *grads_RC)
     from pallas_kernels.rms_norm import kernel
 
     plan = kernel.make_plan(n_rows, n_channels, len(grads_RC), eps, platform.multiprocessors())
