@@ -32,11 +32,11 @@ ONCE = {
 """By platform, for programs that are run once."""
 
 OF_PROCESS = {
-    # hybrid_tiny's step, 2 cores, JAX 0.10.2, 2026-11-27: compiled in 13.0 for 18.4 s of CPU time, 0.75 for 0.94 s a
-    # step; without the second 17.1 s and 0.76 s. Both change last bits. JAX 0.11.2 knows the second alone.
-    "--xla_backend_extra_options": "xla_cpu_use_multi_output_fusion,xla_cpu_disable_loop_unrolling",
+    # LLVM unrolls loops for longer than that saves: hybrid_tiny's step, 2 cores, JAX 0.10.2, compiled in 14.4 for 18 s of
+    # CPU time, and steps are as fast; last bits differ (2026-11-27; docs/results/start.md).
+    "--xla_backend_extra_options": "xla_cpu_disable_loop_unrolling",
 }
-"""What XLA can be told for all programs of a process alone. These are for CPUs; compilers of others read past them."""
+"""What XLA can be told for all programs of a process alone. This is for CPUs; compilers of others read past it."""
 SAID = "xla_backend_"
 """What is in flags that say how programs are compiled: those are left as they are."""
 
