@@ -32,6 +32,15 @@ ONCE = {
 }
 """By platform, for programs that are run once."""
 
+OF_PROCESS = {
+    # LLVM unrolls loops for longer than that saves: hybrid_tiny's step, 2 cores, JAX 0.10.2, compiled in 14.4 for 18 s of
+    # CPU time, and steps are as fast; last bits differ (2026-11-27; docs/results/start.md).
+    "--xla_backend_extra_options": "xla_cpu_disable_loop_unrolling",
+}
+"""What XLA can be told for all programs of a process alone. This is for CPUs; compilers of others read past it."""
+SAID = "xla_backend_"
+"""What is in flags that say how programs are compiled: those are left as they are."""
+
 TILINGS = {
     # hybrid_1b, JAX 0.11.2, beside other work: of 70 s that its step compiled for, the search took 10 (2026-11-26).
     "NVIDIA H100 80GB HBM3": {"0.11.2": "h100-jaxlib-0.11.2.json"},
@@ -39,6 +48,14 @@ TILINGS = {
     "NVIDIA H200": {"0.11.2": "h200-jaxlib-0.11.2.json"},
 }
 """File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
+
+
+def tell_process() -> None:
+    """Tells XLA OF_PROCESS by XLA_FLAGS, which it reads when JAX first opens devices or computes; later it is without
+    effect, and so it is where the user has said such things."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if SAID not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([flags, *(f"{flag}={value}" for flag, value in OF_PROCESS.items())]).strip()
 
 
 def options(platform: str, once: bool = False) -> dict | None:
