@@ -264,7 +264,9 @@ def dot_all(x: jax.Array, matrices: Sequence[Any]) -> list[jax.Array]:
         return [dot(x, matrix) for matrix in matrices]
     whole, shapes = next(matrix.value for matrix in matrices if matrix.value is not None), matrices[0].shapes
     ends = [sum(map(math.prod, shapes[: i + 1])) for i in range(len(shapes) - 1)]
-    parts = jnp.split(dot(x, whole).reshape(*x.shape[:-1], -1), ends, -1)
+    # the barrier: of its gradient, too, which two products read, is made once, not put together within each
+    y = jax.lax.optimization_barrier(dot(x, whole))
+    parts = jnp.split(y.reshape(*x.shape[:-1], -1), ends, -1)
     return [parts[matrix.index].reshape(*x.shape[:-1], *shapes[matrix.index]) for matrix in matrices]
 
 

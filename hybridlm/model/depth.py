@@ -7,6 +7,7 @@ depths, for its parameters and for each array that it keeps. Loops of any nestin
 and the backward is written out: it adds each depth's gradient straight to the sums of the microbatches before.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +27,56 @@ from pallas_kernels import platform
 
 LANES = 128
 """Numbers side by side in a TPU's memory tile."""
+
+
+SMALL = 2**15
+"""Numbers of a depth's array up to which its gradients are summed side by side with those of others."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sums:
+    """Sums of gradients of a spot, those of small arrays as one: each would take a program of its own to add to."""
+
+    large: list[jax.Array]
+    small: jax.Array
+    """[depths, numbers of all]."""
+    is_small: tuple[bool, ...] = field(metadata={"static": True})
+    """Of each array of the spot's weights."""
+
+    @classmethod
+    def of(cls, sums, slots) -> "Sums":
+        """Sums like the weights. slots: a tree like them, true of what is added by products."""
+        leaves = jax.tree.leaves(sums)
+        small = lambda a, slot: not slot and math.prod(a.shape[1:]) <= SMALL
+        is_small = tuple(small(a, slot) for a, slot in zip(leaves, jax.tree.leaves(slots), strict=True))
+        flat = [a.reshape(a.shape[0], -1) for a, yes in zip(leaves, is_small) if yes]
+        large = [a for a, yes in zip(leaves, is_small) if not yes]
+        return cls(large, jnp.concatenate(flat, 1) if flat else jnp.zeros((leaves[0].shape[0], 0)), is_small)
+
+    def add(self, grads) -> "Sums":
+        """Sums of one depth with its gradients more."""
+        leaves = list(zip(jax.tree.leaves(grads), self.is_small, strict=True))
+        large = [a + grad.astype(a.dtype) for a, grad in zip(self.large, (g for g, yes in leaves if not yes))]
+        flat = [grad.reshape(-1).astype(self.small.dtype) for grad, yes in leaves if yes]
+        return Sums(large, self.small + jnp.concatenate(flat) if flat else self.small, self.is_small)
+
+    def like(self, weights):
+        """The sums in a tree like the weights."""
+        leaves, treedef = jax.tree.flatten(weights)
+        large, at, found = iter(self.large), 0, []
+        for leaf, yes in zip(leaves, self.is_small, strict=True):
+            n = math.prod(leaf.shape[1:])
+            found.append(self.small[:, at : at + n].reshape(leaf.shape) if yes else next(large))
+            at += n * yes
+        return jax.tree.unflatten(treedef, found)
+
+
+def sums_like(sums, weights):
+    """Sums in the containers of the weights, or as `Sums`."""
+    if isinstance(sums, Sums):
+        return sums
+    return jax.tree.unflatten(jax.tree.structure(weights), jax.tree.leaves(sums))
 
 
 class Low(NamedTuple):
@@ -66,7 +117,8 @@ def run(
     calls, weights: of each spot; weights are stacked over its depths, any float type. shared: of each symbol that has
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
     sums is the sums themselves plus the gradient of the weights, in the type of the sums. Those of a matrix may be
-    [depths, N, ...] of N devices, each with its own, to which its products add (`layers.quantized.Wide`). low: the
+    [depths, N, ...] of N devices, each with its own, to which its products add (`layers.quantized.Wide`). Each tree may
+    be a `Sums`. low: the
     gradient is that of its values, of which each depth's is made as soon as that of its weights is known; the weights
     have none.
     """
@@ -121,7 +173,7 @@ def run(
             if low is not None:
                 dw = low.pull(n, dw, _at(values[n], index))
             if sums is not None:
-                dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), _at(grads[n], index), dw)
+                dw = _added(_at(grads[n], index), dw)
             d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
@@ -251,8 +303,16 @@ def _slots(weights: Sequence, sums: Sequence | None) -> list[list[int]]:
     """Of each spot, of each array of its weights, how many devices have sums of their own; 0: it has none of those."""
     if sums is None:
         return [[0] * len(jax.tree.leaves(of_spot)) for of_spot in weights]
-    pairs = [zip(*map(jax.tree.leaves, of_spot), strict=True) for of_spot in zip(weights, sums, strict=True)]
+    alike = [total.like(w) if isinstance(total, Sums) else total for w, total in zip(weights, sums, strict=True)]
+    pairs = [zip(*map(jax.tree.leaves, of_spot), strict=True) for of_spot in zip(weights, alike, strict=True)]
     return [[total.shape[1] if total.ndim > w.ndim else 0 for w, total in of_spot] for of_spot in pairs]
+
+
+def _added(sums, grads):
+    """Sums of a depth with its gradients more."""
+    if isinstance(sums, Sums):
+        return sums.add(grads)
+    return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
 
 
 def _narrowed(grads):

@@ -268,7 +268,7 @@ class HybridLM(nnx.Module):
             calls[n] = wrapped[kind]
         shared = {symbol: nnx.state(module) for symbol, module in self.shared.items()}
         if sums is not None:
-            sums = [jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(sums[n])) for n, w in enumerate(weights)]
+            sums = [depth.sums_like(sums[n], w) for n, w in enumerate(weights)]
         span = self.config.remat_span
         run = depth.run if span == 1 else partial(depth.run_in_spans, length=span)
         args = {"calls": calls, "weights": weights, "x_BTD": self._stream(x_BTD), "shared": shared, "tokens": tokens}

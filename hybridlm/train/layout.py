@@ -22,6 +22,7 @@ from hybridlm.layers.params import ParamInfo, in_type
 from hybridlm.layers.quantized import Joined, Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
+from hybridlm.model.depth import Sums
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
 from hybridlm.sharding import is_split, param_shardings, whole_shardings
@@ -235,6 +236,9 @@ class Layout(NamedTuple):
             (len(a), self.wide, *a.shape[1:]) if self._wide(leaf) else a.shape, jnp.float32
         )
         groups = self._by_leaf(zeros, weights["groups"])
+        if self.wide == 1:
+            slots = self._by_leaf(lambda leaf, _: self._wide(leaf), weights["groups"])
+            groups = {n: Sums.of(of_spot, slots[n]) for n, of_spot in groups.items()}
         rest = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), rest | {"groups": {}}) | {"groups": groups}
         return self.placed(rest | self.tables.zeros(weights))
 
@@ -248,6 +252,8 @@ class Layout(NamedTuple):
             apart = lambda leaf, at: self._apart(at) if self._wide(leaf) else at
             at = at | {"groups": jax.tree.map(apart, model.info["groups"], at["groups"])}
         own = {name: self.tables.placed(weights[name]) for name in self.tables.names if name in weights}
+        if isinstance(weights.get("groups", {}).get(0), Sums):  # of one device
+            own["groups"] = weights["groups"]
         rest = {name: value for name, value in weights.items() if name not in own}
         return self._pinned(rest, at) | own
 
@@ -261,7 +267,10 @@ class Layout(NamedTuple):
         own = {name: self.tables.summed(sums[name]) for name in self.tables.names}
         sums = {name: value for name, value in sums.items() if name not in own}
         if self.wide:
-            groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, sums["groups"])
+            groups = sums["groups"]
+            if self.wide == 1:
+                groups = {n: of_spot.like(weights["groups"][n]) for n, of_spot in groups.items()}
+            groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, groups)
             return self._pinned(sums | {"groups": groups}, self._at(stacked(self.config))) | own
         if not self.sums_whole:
             return sums | own

@@ -13,7 +13,8 @@ OPTIONS = {
     "cpu": {"xla_cpu_parallel_codegen_split_count": min(os.cpu_count() or 1, 32)},
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
     # instead of 47 s without a GPU; see docs/results/training-before.md.
-    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},
+    # Products of one input that are merged are cut again, which copies them (docs/results/training.md).
+    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_dot_merger_threshold_mb": 0},
 }
 """By platform."""
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters as the program of a step reads them: stacked and cast once, gradients back in the state's order."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -38,6 +39,33 @@ def test_there_and_back(unroll):
     back = layout.spread(weights)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_there_and_back_apart_and_together():
+    """As on GPUs: some matrices are several arrays, others one, and the arrays have all numbers once."""
+    layout, params = layout_of(replace(MODEL, unroll=8, compute_dtype="float32"))
+    layout = layout._replace(parts=True, joined=True)
+    weights = layout.stack(params)
+    assert sum(a.size for a in jax.tree.leaves(weights)) == sum(a.size for a in jax.tree.leaves(params))
+    mixer = weights["groups"][0]["mixer"]
+    assert mixer["in_BC"].value.shape[-1] == sum(math.prod(shape) for shape in mixer["in_BC"].shapes)
+    assert mixer["in_dt"].value is None and len(mixer["in_zx"].values) == 2
+    jax.tree.map(np.testing.assert_array_equal, layout.spread(weights), params)
+
+
+def test_sums_side_by_side():
+    layout, params = layout_of(replace(MODEL, unroll=8, compute_dtype="float32"))
+    layout = layout._replace(parts=True, joined=True, wide=1)
+    weights = layout.stack(params)
+    sums = layout.zeros(weights)
+    assert all(len(of_spot.large) < len(of_spot.is_small) for of_spot in sums["groups"].values())
+    rng = np.random.default_rng(1)
+    sums = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), sums)
+    total = layout.summed(sums, weights)
+    assert jax.tree.structure(total) == jax.tree.structure(weights)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), total, weights)
+    numbers = lambda tree: np.sort(np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)]))
+    np.testing.assert_array_equal(numbers(total), numbers(sums))
 
 
 def test_matrices_of_sublayers_alone_are_cast():

@@ -3,11 +3,14 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
+from hybridlm.layers.norm import rms_normalise
 from hybridlm.train import layout, loss
 from hybridlm.train.layout import tables_once
 from hybridlm.train.metrics import on_host
+from pallas_kernels import rms_norm
 from tests.train.conftest import make_batch, small_program
 from tests.train.test_step import options, relative
 
@@ -28,6 +31,13 @@ def steps(words, sizes=(1, 1, 1)):
         return config, mesh, jax.device_get(state["params"]), history
 
 
+def norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
+    """`pallas_kernels.rms_norm`, by definition."""
+    norm = lambda x, weight: rms_normalise(x, eps) * weight[None]
+    dx_RC, d_weight_C = jax.vjp(norm, x_RC.astype(jnp.float32), weight_C)[1](sum(g.astype(jnp.float32) for g in grads_RC))
+    return (dx_RC + beside_RC).astype(x_RC.dtype), d_weight_C
+
+
 SLOW = pytest.mark.slow
 
 
@@ -40,10 +50,14 @@ SLOW = pytest.mark.slow
         pytest.param((TIMES,), id="tied times", marks=SLOW),
     ],
 )
-def test_whole_sums(more, monkeypatch):
+def test_as_on_gpus(more, monkeypatch):
+    """With whole sums, small ones side by side, matrices taken apart and together, and the norms' gradients as their
+    kernel makes them."""
     _, _, params, history = steps((*options("adamw"), *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
+    monkeypatch.setattr(rms_norm, "why_not", lambda *_: None)
+    monkeypatch.setattr(rms_norm, "rms_norm_gradients", norm_gradients)
     for sizes in [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]:
         config, mesh, many, many_history = steps((*WORDS, *more, *(ONCE if sizes[1] > 1 else ())), sizes)
         assert tables_once(config, mesh).names, sizes
