@@ -13,7 +13,9 @@ OPTIONS = {
     "cpu": {"xla_cpu_parallel_codegen_split_count": min(os.cpu_count() or 1, 32)},
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
     # instead of 47 s without a GPU; see docs/results/training-before.md.
-    # Products of one input that are merged are cut again, which copies them (docs/results/training.md).
+    # What XLA merges of products of one input it cuts again, with copies: mamba2_1b, 65,536 tokens a step, 1,305 to
+    # 1,317 ms with B, C and dt together (`layers.quantized.Joined`) and nothing merged, 1,324 as XLA merges them
+    # (2026-11-27).
     "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_dot_merger_threshold_mb": 0},
 }
 """By platform."""
