@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mosaic GPU (Hopper) kernels that walk along rows and need sums over each: how threads hold rows, and the walk.
+"""Mosaic GPU (Hopper) kernels that walk along rows and need sums over each: the frame of the gradients of norms.
 
-A thread block is one warpgroup, each of whose four warps holds a row: sums over it are shuffles, nobody waits. Rows
-come four at a time through a ring in shared memory. They are read from there in pieces of PIECE channels, four
-neighbours a thread.
+A thread block is one warpgroup, whose four warps share the rows that it has at a time: where each has one of its own,
+sums over a row are shuffles and no warp waits for another. Rows come through a ring in shared memory. They are read
+from there in pieces, and once more when their sums are known. Letters: R rows, C channels, N thread blocks.
 """
 
 import functools
@@ -26,18 +26,21 @@ THREADS = 128
 MOST_COLUMNS = 256
 """That a copy takes along a dim."""
 STAGES = 2
-SHARED = 220 * 1024
-"""Bytes of shared memory of a multiprocessor, for the thread blocks that it runs side by side."""
-OWN = 3072
-"""Of them what each has beside its plan: for sums over warps, barriers, and the system."""
+"""Slots of the ring."""
+SHARED, OWN = 220 * 1024, 3072
+"""Bytes of shared memory of a multiprocessor for thread blocks, and of them what each has beside its plan: for sums over
+warps, barriers and the system."""
 MOST_BLOCKS = 6
+"""Thread blocks of a multiprocessor."""
 AT_ONCE = (4, 2, 1)
+"""Rows that a thread block may have at a time."""
 
 
 class Plan(NamedTuple):
     """Static description of a kernel."""
 
     name: str
+    """That profiles show."""
     rows: int
     channels: int
     n_in: int
@@ -54,7 +57,7 @@ class Plan(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Of them neighbours that a thread has."""
+        """Neighbours of them that a thread has."""
         return min(4, MOST_COLUMNS * self.at_once // THREADS)
 
     @property
@@ -170,10 +173,11 @@ def _body(plan: Plan, of_rows, *refs):
 
 
 def walk(plan: Plan, of_rows, arrays_RC: list[jax.Array], weight_C: jax.Array) -> list[jax.Array]:
-    """Arrays [R, C] and sums over rows, [C], float32, that `of_rows` makes of others and of a weight.
+    """Arrays [R, C] and, last, sums over rows, [C], float32, that `of_rows` makes of others [R, C] and of a weight.
 
-    of_rows: (plan, read, weight, write, sums) -> sums, of four rows: read(k, piece) and weight(piece) give [4, PIECE] in
-    float32, write(k, piece, value) takes that of the k-th result; sums: of each piece [4, PIECE], to be added to.
+    of_rows: (plan, read, weight, write, sums) -> sums, of the rows that a thread block has at a time: read(k, p) and
+    weight(p) give piece p, `plan.shape`, in float32, write(k, p, value) takes that of the k-th result; sums: a piece
+    each, to which is added what is summed over rows.
     """
     shape = (plan.rows, plan.pieces, plan.piece)
     like = jax.ShapeDtypeStruct(shape, arrays_RC[0].dtype)

@@ -46,12 +46,13 @@ def _targets(pattern: str, unroll: int) -> list[list[list[Row]]]:
 
 
 def _chosen(a, b):
-    """Two arrays one after the other, by a choice for each number."""
+    """Two arrays [1, ...] one after the other. What reads them chooses for each number: nothing is copied, as it would
+    be by a slow program of its own on a GPU."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (2, *a.shape[1:]), 0) == 0, a, b)
 
 
 def _take(rows: Sequence[Row], tree_of, both=None) -> object:
-    """The tree whose arrays are these rows, one after the other."""
+    """The tree whose arrays are these rows, one after the other. both: how two arrays of one row each are joined."""
     keys = list(dict.fromkeys(key for key, _ in rows))
     rounds = len(rows) // len(keys)
     if len(keys) > 1 and list(rows) == [(key, i) for i in range(rounds) for key in keys]:  # in turn: no slices

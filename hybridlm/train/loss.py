@@ -200,13 +200,9 @@ def _d_lse(lse_R, is_real_R, spec: _Formed):
     return jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
 
 
-def _products(x_RD, w_VD):
-    return jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
-
-
 def _in_two_passes(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
     """(cross entropy, log-partition, weighted gradient of the products, its factor: None) of a chunk's tokens."""
-    products = _products(x_RD, w_VD)
+    products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
     logits, d_softcap = _capped(products, spec)
     lse_R, is_real_R = _over_rows(_log_sum_exp(logits), where.rows), target_R >= 0
     target_R -= where.first_row(logits.shape[1])
@@ -219,7 +215,7 @@ def _in_two_passes(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
 
 def _in_one_pass(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
     """The same by a kernel that reads the products once."""
-    products = _products(x_RD, w_VD)
+    products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
     target_R -= where.first_row(len(w_VD))
     at_target_R = spec.multiplier * _at_target(products, target_R, where)
     found = exponentials.exponentials(products, at_target_R, spec.multiplier)
@@ -227,10 +223,9 @@ def _in_one_pass(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
 
 
 def _chunks_of_products(n_tokens: int, w_VD, spec: _Formed, where: Places) -> tuple[int, int] | None:
-    """(chunks, tokens of each) where `_in_products` serves: of what a chunk has in memory a third is left."""
-    (n_vocab, d_model), dtype = w_VD.shape, w_VD.dtype
-    n_chunks, rows = _token_chunks(n_tokens, 2 * spec.n_logits // n_vocab)
-    reason = exponentials.why_not_products(rows, d_model, n_vocab, dtype)
+    """(chunks, tokens of each) where `_in_products` serves: a third of the bytes of a chunk's logits is left."""
+    n_chunks, rows = _token_chunks(n_tokens, 2 * spec.n_logits // len(w_VD))
+    reason = exponentials.why_not_products(rows, w_VD.shape[1], len(w_VD), w_VD.dtype)
     return None if where.rows or spec.softcap is not None or reason else (n_chunks, rows)
 
 

@@ -25,6 +25,8 @@ ALIGNED = 8
 """Columns are a multiple of it: rows start at multiples of 16 bytes."""
 OF_PRODUCTS = 128, 64, 64
 """What rows, the summed axis and columns are multiples of, where products are made."""
+MOST_INPUTS = 1024
+"""Of the summed axis: with more of it the product takes most of the time, and a library's is faster."""
 BUSY = 0.85
 """Of the multiprocessors, at the least: each takes OF_PRODUCTS[0] rows at a time."""
 COSTS = {
@@ -73,8 +75,8 @@ def why_not_products(n_rows: int, n_inputs: int, n_columns: int, dtype: DTypeLik
     for (name, size), multiple in zip(sizes.items(), OF_PRODUCTS, strict=True):
         if not size or size % multiple:
             return f"{name} ({size}) no multiple of {multiple}"
-    if n_columns < COLUMNS:
-        return f"columns ({n_columns}) below {COLUMNS}"
+    if n_columns < COLUMNS or n_inputs > MOST_INPUTS:
+        return f"columns ({n_columns}) below {COLUMNS} or summed axis ({n_inputs}) above {MOST_INPUTS}"
     tiles, at_once = n_rows // OF_PRODUCTS[0], platform.multiprocessors()
     if tiles < BUSY * -(-tiles // at_once) * at_once:
         return f"rows ({n_rows}) are {tiles} tiles for {at_once} multiprocessors, of which too many would be idle"

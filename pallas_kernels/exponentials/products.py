@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.exponentials.kernel import LARGEST
 from pallas_kernels.mosaic_gpu import (
     BF16_TRANSFORMS,
     F32,
@@ -29,7 +30,6 @@ from pallas_kernels.mosaic_gpu import (
     loop_with,
     named_body,
     rows_of,
-    tile_index,
 )
 from pallas_kernels.varying import call_varying
 
@@ -38,8 +38,6 @@ ROWS, COLUMNS = 2 * TILE, 256
 STAGES, SLOTS = 4, 2
 REGISTERS = (240, 24)
 """Of a thread of the compute warpgroups and of the producer."""
-LARGEST = 2.0**100
-"""Of a sum: exponentials and what is made of them stay far from float32's largest number."""
 
 
 class Plan(NamedTuple):
@@ -72,7 +70,7 @@ def _columns(plan: Plan, tile):
 def _compute(plan: Plan, refs, smem, bars, wg, row):
     (a_s, b_s, out_s, vector_s, again_s), (full, empty, given, decided) = smem, bars
 
-    def tile_sums(number, first):
+    def tile_sums(first):
         """The products of a tile."""
 
         def step(k, acc):
@@ -91,29 +89,22 @@ def _compute(plan: Plan, refs, smem, bars, wg, row):
 
         return accumulate(sums, COLUMNS)
 
-    def walk(before, base):
-        """`before` tiles behind the first: (sums, largest) of each row, in units of log2."""
-
-        def tile(i, carry, last=False):
-            total, largest = carry
-            z = tile_sums(i, (before + i) * plan.steps) * (plan.factor * LOG2E)
-            start = _columns(plan, i)
-            for number, column in enumerate(range(0, COLUMNS, TILE)):
-                part = z[:, column : column + TILE]
-                e = jnp.exp2(part - rows_of(base))
-                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)  # what the slot held before has left it
-                out_s[wg, number % SLOTS] = e.astype(out_s.dtype)
-                plgpu.commit_smem()
-                target = refs["e"].at[pl.ds(row, TILE), pl.ds(start + column, TILE)]
-                plgpu.copy_smem_to_gmem(out_s.at[wg, number % SLOTS], target)
-                if last and plan.repeated > column:
-                    e = jnp.where(column + tile_index(1) < plan.repeated, 0.0, e)
-                total, largest = total + jnp.sum(e, axis=1), jnp.maximum(largest, jnp.max(part, axis=1))
-            return total, largest
-
-        vector = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, F32), ROW)
-        carry = lax.fori_loop(0, plan.tiles - 1, tile, (vector(0.0), vector(-jnp.inf)))
-        return tile(plan.tiles - 1, carry, last=True)
+    def tile(before, base, i, carry):
+        """One more tile, `before` behind the first: (sums, largest) of each row, in units of log2."""
+        total, largest = carry
+        z = tile_sums((before + i) * plan.steps) * (plan.factor * LOG2E)
+        start = _columns(plan, i)
+        for number, column in enumerate(range(0, COLUMNS, TILE)):
+            part = z[:, column : column + TILE]
+            e = jnp.exp2(part - rows_of(base))
+            plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)  # what the slot held before has left it
+            out_s[wg, number % SLOTS] = e.astype(out_s.dtype)
+            plgpu.commit_smem()
+            target = refs["e"].at[pl.ds(row, TILE), pl.ds(start + column, TILE)]
+            plgpu.copy_smem_to_gmem(out_s.at[wg, number % SLOTS], target)
+            new = jnp.where((i == plan.tiles - 1) & (column < plan.repeated), 0.0, 1.0)  # of all columns of the part
+            total, largest = total + new * jnp.sum(e, axis=1), jnp.maximum(largest, jnp.max(part, axis=1))
+        return total, largest
 
     def save(total, base):
         plgpu.wait_smem_to_gmem(0)
@@ -123,32 +114,37 @@ def _compute(plan: Plan, refs, smem, bars, wg, row):
             plgpu.copy_smem_to_gmem(vector_s.at[wg, k], refs[name].at[pl.ds(row, TILE)])
         plgpu.wait_smem_to_gmem(0)
 
+    def decide():
+        """Whether all is walked again: both warpgroups do, for they share what is fetched."""
+        most = lax.fori_loop(0, TILE, lambda i, most: jnp.maximum(most, vector_s[wg, 0, i]), jnp.float32(0.0))
+        again_s[wg] = jnp.where(most < LARGEST, 0, 1)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(decided)
+        plgpu.barrier_wait(decided)
+
+    def walk(number, carry):
+        base, wanted = carry
+        vector = lambda value: plgpu.layout_cast(jnp.full((TILE,), value, F32), ROW)
+        each = functools.partial(tile, number * plan.tiles, base)
+        total, largest = lax.fori_loop(0, wanted * plan.tiles, each, (vector(0.0), vector(-jnp.inf)))
+        pl.when(wanted > 0)(lambda: save(total, base))
+        pl.when(number == 0)(decide)
+        return jnp.where(total < LARGEST, base, largest), jnp.minimum(again_s[0] + again_s[1], 1)
+
     plgpu.copy_gmem_to_smem(refs["base"].at[pl.ds(row, TILE)], vector_s.at[wg, 0], given.at[wg])
     plgpu.barrier_wait(given.at[wg])
-    base = plgpu.load(vector_s.at[wg, 0], layout=ROW) * LOG2E
-    total, largest = walk(0, base)
-    save(total, base)
-    most = lax.fori_loop(0, TILE, lambda i, most: jnp.maximum(most, vector_s[wg, 0, i]), jnp.float32(0.0))
-    again_s[wg] = jnp.where(most < LARGEST, 0, 1)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(decided)
-    plgpu.barrier_wait(decided)
-
-    @pl.when(again_s[0] + again_s[1] > 0)
-    def _():
-        own = jnp.where(total < LARGEST, base, largest)
-        save(walk(plan.tiles, own)[0], own)
+    lax.fori_loop(0, 2, walk, (plgpu.load(vector_s.at[wg, 0], layout=ROW) * LOG2E, jnp.int32(1)))
 
 
 def _produce(plan: Plan, refs, smem, bars, first_row):
     (a_s, b_s, _, _, again_s), (full, empty, _, decided) = smem, bars
 
-    def walk(before):
+    def walk(number, wanted):
         def tile(i, _):
             columns = pl.ds(_columns(plan, i), COLUMNS)
 
             def step(k, _):
-                at = (before + i) * plan.steps + k
+                at = (number * plan.tiles + i) * plan.steps + k
                 slot = lax.rem(at, STAGES)
 
                 @pl.when(at >= STAGES)
@@ -163,13 +159,12 @@ def _produce(plan: Plan, refs, smem, bars, first_row):
 
             lax.fori_loop(0, plan.steps, step, None)
 
-        lax.fori_loop(0, plan.tiles, tile, None)
+        lax.fori_loop(0, wanted * plan.tiles, tile, None)
+        pl.when(number == 0)(lambda: plgpu.barrier_wait(decided))
+        return jnp.minimum(again_s[0] + again_s[1], 1)
 
-    walk(0)
-    plgpu.barrier_wait(decided)
-    again = again_s[0] + again_s[1] > 0
-    pl.when(again)(lambda: walk(plan.tiles))
-    drain(jnp.where(again, 2, 1) * plan.tiles * plan.steps, STAGES, (empty,))
+    again = lax.fori_loop(0, 2, walk, jnp.int32(1))
+    drain((1 + again) * plan.tiles * plan.steps, STAGES, (empty,))
 
 
 def _body(plan: Plan, x_g, w_g, base_g, e_g, sums_g, bases_g):

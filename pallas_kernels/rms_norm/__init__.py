@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import platform
 from pallas_kernels.cost import Array
 from pallas_kernels.op import why_not_hopper
 
@@ -20,7 +19,7 @@ __all__ = ["COSTS", "MOST_GRADIENTS", "count_flops", "rms_norm_gradients", "why_
 
 OLDEST_JAX = (0, 11)
 LEAST, MOST, MULTIPLE = 256, 4096, 256
-"""Channels: a thread block takes one row at a time, which fewer would not keep busy; more do not fit its registers."""
+"""Channels: below, what one pass saves is not worth another kernel to compile; above, a row's do not fit registers."""
 MOST_GRADIENTS = 4
 """Of the norm's result."""
 COSTS = {"rms_norm_gradients": "pallas_kernels.rms_norm:count_flops"}
@@ -47,21 +46,15 @@ def rms_norm_gradients(
     counts; beside: what dx is added to, before it is rounded; bfloat16 like x.
     NotImplementedError where `why_not` gives a reason, ValueError for another number of cotangents.
     """
-    n_rows, n_channels = x_RC.shape
+    n_channels = x_RC.shape[1]
     if not 1 <= len(grads_RC) <= MOST_GRADIENTS:
         raise ValueError(f"grads_RC ({len(grads_RC)} arrays) must be 1 to {MOST_GRADIENTS}")
     reasons = (why_not(n_channels, a.dtype) for a in (x_RC, *grads_RC, beside_RC))
     if reason := next(filter(None, reasons), None):
         raise NotImplementedError(reason)
-    if n_channels < 2048:
-        from pallas_kernels.rms_norm import by_rows
-
-        return by_rows.rms_norm_gradients(eps, x_RC, weight_C, beside_RC, *grads_RC)
     from pallas_kernels.rms_norm import kernel
 
-    plan = kernel.make_plan(n_rows, n_channels, len(grads_RC), eps, platform.multiprocessors())
-    dx_RC, dw_NC = kernel.rms_norm_gradients(plan, x_RC, weight_C, beside_RC, *grads_RC)
-    return dx_RC, dw_NC.sum(0)
+    return kernel.rms_norm_gradients(eps, x_RC, weight_C, beside_RC, *grads_RC)
 
 
 def count_flops(operands: list[Array], results: list[Array]) -> float:
