@@ -99,7 +99,7 @@ def test_sums_leave_once_a_step_one_sublayer_after_the_other(monkeypatch):
     each the backward of the next sublayer but one begins."""
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
-    config, mesh, program = small_program.__wrapped__((*WORDS, *ONCE), (2, 2, 1))
+    config, mesh, program = small_program.__wrapped__((*WORDS, "optim.accumulate=2", *ONCE), (2, 2, 1))
     with jax.set_mesh(mesh):
         batch = program.batch_like(config.data)
         traced = program.train_step.trace(program.state_like, batch).jaxpr.jaxpr
