@@ -78,7 +78,7 @@ def tables_once(config: Config, mesh: Mesh) -> Tables:
     """
     model, n_micro, none = config.model, config.optim.accumulate, Tables()
     apart = any(mesh.shape.get(axis, 1) > 1 for axis in ("data", "fsdp", "expert", "context"))
-    if n_micro == 1 and not apart or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
+    if (n_micro == 1 and not apart) or model.complement or not LOGITS.get(platform_of(mesh.devices.flat[0])):
         return none
     tables, freed = of_model(model, (config.data.batch_size // n_micro, config.data.seq_len)), _freed(mesh)
     if not freed:
