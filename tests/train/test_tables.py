@@ -34,7 +34,9 @@ def steps(words, sizes=(1, 1, 1)):
 def norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
     """`pallas_kernels.rms_norm`, by definition."""
     norm = lambda x, weight: rms_normalise(x, eps) * weight[None]
-    dx_RC, d_weight_C = jax.vjp(norm, x_RC.astype(jnp.float32), weight_C)[1](sum(g.astype(jnp.float32) for g in grads_RC))
+    dx_RC, d_weight_C = jax.vjp(norm, x_RC.astype(jnp.float32), weight_C)[1](
+        sum(g.astype(jnp.float32) for g in grads_RC)
+    )
     return (dx_RC + beside_RC).astype(x_RC.dtype), d_weight_C
 
 
