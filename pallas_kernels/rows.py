@@ -28,8 +28,8 @@ MOST_COLUMNS = 256
 STAGES = 2
 """Slots of the ring."""
 SHARED, OWN = 220 * 1024, 3072
-"""Bytes of shared memory of a multiprocessor for thread blocks, and of them what each has beside its plan: for sums over
-warps, barriers and the system."""
+"""Bytes of shared memory of a multiprocessor for thread blocks, and of them what each has beside its plan: for sums
+over warps, barriers and the system."""
 MOST_BLOCKS = 6
 """Thread blocks of a multiprocessor."""
 AT_ONCE = (4, 2, 1)

@@ -91,7 +91,9 @@ def product_exponentials(
     x, w: bfloat16; base: float32. NotImplementedError where `why_not_products` gives a reason.
     """
     (n_rows, n_inputs), n_columns = x_RD.shape, len(w_VD)
-    if reason := next(filter(None, (why_not_products(n_rows, n_inputs, n_columns, a.dtype) for a in (x_RD, w_VD))), None):
+    if reason := next(
+        filter(None, (why_not_products(n_rows, n_inputs, n_columns, a.dtype) for a in (x_RD, w_VD))), None
+    ):
         raise NotImplementedError(reason)
     from pallas_kernels.exponentials import products
 

@@ -16,8 +16,8 @@ from pallas_kernels.op import why_not_hopper
 __all__ = ["COSTS", "count_flops", "gated_product_gradients", "why_not"]
 
 OLDEST_JAX = (0, 11)
-ROWS, COLUMNS = 8, 128
-"""Of a tile; its columns are twice as many where they divide the width."""
+ROWS, COLUMNS = 16, 128
+"""Of a tile."""
 BLOCKS = 4
 """Thread blocks of a multiprocessor."""
 COSTS = {"gated_product_gradients": "pallas_kernels.gated_product:count_flops"}
@@ -30,8 +30,8 @@ def why_not(n_rows: int, width: int, dtype: DTypeLike) -> str | None:
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"arrays are of type {jnp.dtype(dtype)}, not bfloat16"
-    if n_rows % (2 * ROWS) or width % COLUMNS:
-        return f"rows ({n_rows}) no multiple of {2 * ROWS} or width ({width}) none of {COLUMNS}"
+    if n_rows % ROWS or width % COLUMNS:
+        return f"rows ({n_rows}) no multiple of {ROWS} or width ({width}) none of {COLUMNS}"
     return None
 
 
@@ -45,10 +45,8 @@ def gated_product_gradients(h_RcF: jax.Array, d_RF: jax.Array) -> jax.Array:
         raise NotImplementedError(reason)
     from pallas_kernels.gated_product import kernel
 
-    columns = 2 * COLUMNS if width % (2 * COLUMNS) == 0 else COLUMNS
-    tile = 2 * ROWS * COLUMNS // columns, columns
-    n_tiles = n_rows // tile[0] * (width // columns)
-    plan = kernel.Plan(n_rows, width, tile, min(n_tiles, BLOCKS * platform.multiprocessors()))
+    n_blocks = min(n_rows // ROWS * (width // COLUMNS), BLOCKS * platform.multiprocessors())
+    plan = kernel.Plan(n_rows, width, (ROWS, COLUMNS), n_blocks)
     return kernel.gated_product_gradients(plan, h_RcF, d_RF)
 
 
