@@ -30,7 +30,7 @@ def serves(norm: Any, x_BTD: Any) -> bool:
     return alone and rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
 
 
-def fork(norm: RMSNorm, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:
+def fork(norm: Any, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:
     """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n products of it, of which there may
     be up to `rms_norm.MOST_GRADIENTS`."""
     weight_D = params.use(norm.weight, jnp.float32)

@@ -317,8 +317,8 @@ class Mamba2Mixer(nnx.Module):
         if self._has_kernel(old):
             with jax.named_scope("project"):
                 x_BTD = x_BTD.astype(self.dtype)
-                weights = (params.operand(w, self.dtype) for w in (self.in_zx, self.in_BC, self.in_dt))
-                zx, BC, dt = (dot(x_BTD, w)[:, 0] for w in weights)
+                matrices = (params.operand(w, self.dtype) for w in (self.in_zx, self.in_BC, self.in_dt))
+                zx, BC, dt = (dot(x_BTD, matrix)[:, 0] for matrix in matrices)
             y_BHP, new = self._in_kernel(zx, BC, dt, old)
             return self._output(y_BHP[:, None], zx[:, None, 0]), new
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
