@@ -3,7 +3,7 @@
 
 Command: python train.py --config mamba2_1b --data.path='texts/*.jsonl' --data.tokenizer=tokenizer.json
 Hardware: one accelerator with 80 GB (4 rows of 4,096 tokens a step). For 65,536 tokens a step: --data.batch_size=16
---optim.accumulate=8 --model.remat=kernels,sublayer_norm,mamba_conv,mamba_norm (sums of gradients take 7 GB of it).
+--optim.accumulate=8 --model.remat=none (sums of gradients take 7 GB of it).
 Expected: 1.77 B parameters, of which 0.53 B are embedding and output projection.
 """
 

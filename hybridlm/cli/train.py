@@ -42,7 +42,9 @@ def run(words: list[str], prog: str) -> int:
     with StopRequest() as stop:
         end_with_parent()
         from hybridlm.train.peers import Peers
+        from hybridlm.train.xla import tell_process
 
+        tell_process()
         peers = Peers(config.run.heartbeat, again)
         start(config.cluster, peers.joining)
         stop.join(peers)

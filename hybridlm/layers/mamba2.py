@@ -22,7 +22,7 @@ from hybridlm.layers import cache as caches
 from hybridlm.layers import inspection, one_row, ops, params, recurrent, short_conv
 from hybridlm.layers.block import Kept, Make, Statistic, Tokens, on_arrays
 from hybridlm.layers.norm import gated_rms_norm
-from hybridlm.layers.quantized import dot, dot_parts
+from hybridlm.layers.quantized import dot, dot_all, dot_parts
 from pallas_kernels import one_token
 
 
@@ -209,8 +209,8 @@ class Mamba2Mixer(nnx.Module):
         heads, channels, BC = ("heads",), ("heads", "d_head"), (None, "groups", "d_state")
         zx = ("d_model", None, *channels)
         self.in_zx = params.matrix(rngs, (D, 2, H, P), zx, init_std, fused_axes=(1,), apart=True)
-        self.in_BC = params.matrix(rngs, (D, 2, G, N), ("d_model", *BC), init_std, fused_axes=(1,))
-        self.in_dt = params.matrix(rngs, (D, H), ("d_model", *heads), init_std)
+        self.in_BC = params.matrix(rngs, (D, 2, G, N), ("d_model", *BC), init_std, fused_axes=(1,), joined=True)
+        self.in_dt = params.matrix(rngs, (D, H), ("d_model", *heads), init_std, joined=True)
         bias = config.proj_bias
         self.in_zx_bias: Any = params.zeros((2, H, P), (None, *channels), "bias") if bias else None
         self.in_BC_bias: Any = params.zeros((2, G, N), BC, "bias") if bias else None
@@ -230,6 +230,7 @@ class Mamba2Mixer(nnx.Module):
         out_bias = config.proj_bias if config.out_bias is None else config.out_bias
         self.out_bias = params.zeros((D,), ("d_model",), "bias") if out_bias else None
 
+    readers = 3  # products of the input: of z, of x, of all else
     cache_grows = False
     __call__ = on_arrays
     mix, extend = recurrent.mix, recurrent.extend
@@ -316,9 +317,8 @@ class Mamba2Mixer(nnx.Module):
         if self._has_kernel(old):
             with jax.named_scope("project"):
                 x_BTD = x_BTD.astype(self.dtype)
-                zx, BC, dt = (
-                    dot(x_BTD, params.operand(w, self.dtype))[:, 0] for w in (self.in_zx, self.in_BC, self.in_dt)
-                )
+                matrices = (params.operand(w, self.dtype) for w in (self.in_zx, self.in_BC, self.in_dt))
+                zx, BC, dt = (dot(x_BTD, matrix)[:, 0] for matrix in matrices)
             y_BHP, new = self._in_kernel(zx, BC, dt, old)
             return self._output(y_BHP[:, None], zx[:, None, 0]), new
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
@@ -342,8 +342,9 @@ class Mamba2Mixer(nnx.Module):
         """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
         x_BTD, c = x_BTD.astype(self.dtype), self.config
 
-        def products(x_BTD, w_DcHP, *others):
-            return [*dot_parts(x_BTD, w_DcHP), *(dot(x_BTD, w) for w in others)]
+        def products(x, w_DcHP, *others):
+            *xs, last = x if isinstance(x, tuple) else (x,) * self.readers
+            return [*dot_parts(xs, w_DcHP), *dot_all(last, others)]
 
         heads, BC_axes = ("batch", "tokens", "heads", None), ("batch", "tokens", None, "groups", None)
         axes = [heads, heads, BC_axes, heads[:3]]

@@ -18,6 +18,7 @@ from hybridlm.fields import check_fields
 from hybridlm.layers import one_row, params
 from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
 from hybridlm.layers.quantized import dot
+from pallas_kernels import gated_product
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,31 @@ def _gated_fwd(h_BTcF, activation, multiplier):
 
 
 def _gated_bwd(activation, multiplier, h_BTcF, d_BTF):
+    if activation == "silu" and multiplier == 1 and _has_kernel(h_BTcF, d_BTF):
+        return (_in_kernel(h_BTcF, d_BTF),)
     gate, up = h_BTcF[:, :, 0], h_BTcF[:, :, 1]
     active, back = jax.vjp(lambda gate: _activated(gate, activation, multiplier), gate)
     return (jnp.stack([back(d_BTF * up)[0], d_BTF * active], axis=2),)
 
 
 gated.defvjp(_gated_fwd, _gated_bwd)
+
+
+def _has_kernel(h_BTcF, d_BTF) -> bool:
+    """Whether `pallas_kernels.gated_product` serves the gradient: of whole rows, on one device each."""
+    batch, tokens, _, width = h_BTcF.shape
+    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
+    if not alone or h_BTcF.dtype != d_BTF.dtype:
+        return False
+    return gated_product.why_not(batch * tokens, width, h_BTcF.dtype) is None
+
+
+def _in_kernel(h_BTcF, d_BTF) -> jax.Array:
+    """The gradient in one pass, each device that of its rows; XLA reads what both halves are of for each of them."""
+
+    def of_device(h, d):
+        dh = gated_product.gated_product_gradients(h.reshape(-1, *h.shape[2:]), d.reshape(-1, d.shape[2]))
+        return dh.reshape(h.shape)
+
+    of_h = ("batch", None, None, None)
+    return sharding.per_device(of_device, (h_BTcF, d_BTF), (of_h, of_h[:3]), of_h)

@@ -10,6 +10,8 @@ stacks the values of its repeats along a leading axis that is not counted):
 - fused_axes: of a matrix, axes that count independent matrices stored together.
 - apart: of one with one fused axis, that those matrices have products of their own, see `layers.quantized.dot_parts`:
   a program may have them as arrays of their own, a `Parts`.
+- joined: of several matrices of one layer, that `layers.quantized.dot_all` takes them together: a program may have them
+  as one array, each as a `Joined`.
 - exact: of a matrix, that it is used in float32. Others reach a layer in the type of the computation already where all
   are cast at once: once a step in training, once a text in decoding.
 - activations: of a matrix, that its products round their other side, see `layers.quantized`; else not there.
@@ -20,7 +22,7 @@ The value of a matrix may be a `Quantized`, whose arrays are of the kinds quanti
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import exchange, sharding
-from hybridlm.layers.quantized import Operand, Parts, Quantized, Rounding, Wide, dot, leaf_axes
+from hybridlm.layers.quantized import Joined, Operand, Parts, Quantized, Rounding, Wide, dot, leaf_axes
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
@@ -53,6 +55,8 @@ class ParamInfo:
     """A matrix that is used in float32, whatever the type of the computation."""
     apart: bool = False
     """Its fused axis counts matrices whose products are taken apart."""
+    joined: bool = False
+    """Its product is taken with those of the others of the layer that are."""
 
 
 def param_info(params):
@@ -72,8 +76,8 @@ def _info(variable: nnx.Variable) -> list[ParamInfo]:
     shape = tuple(value.shape)
     stacked = len(shape) == len(meta["axes"]) + 1
     exact = meta.get("exact", False)
-    apart = meta.get("apart", False)
-    info = ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, exact, apart)
+    more = exact, meta.get("apart", False), meta.get("joined", False)
+    info = ParamInfo(meta["axes"], meta["kind"], meta["n_in"], meta["fused_axes"], stacked, shape, *more)
     return jax.tree.leaves(quantized_info(info, value.scale.shape)) if isinstance(value, Quantized) else [info]
 
 
@@ -101,11 +105,11 @@ def make(
 
 def matrix(
     rngs: nnx.Rngs, shape, axes, std: float, *, n_in: int = 1, fused_axes: tuple = (), exact: bool = False,
-    apart: bool = False,
+    apart: bool = False, joined: bool = False,
 ) -> nnx.Param:  # fmt: skip
     """A matrix drawn from a normal distribution of standard deviation `std`."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    more = {name: True for name, yes in (("exact", exact), ("apart", apart)) if yes}
+    more = {name: True for name, yes in (("exact", exact), ("apart", apart), ("joined", joined)) if yes}
     return make(value, axes, "matrix", n_in=n_in, fused_axes=fused_axes, **more)
 
 
@@ -174,7 +178,7 @@ def operand(param: nnx.Param, dtype) -> Operand:
     value, activations = param[...], param.get_metadata().get("activations")
     if isinstance(value, Quantized):
         return replace(value, activations=activations)
-    if activations is None and isinstance(value, Wide | Parts):
+    if activations is None and isinstance(value, Wide | Parts | Joined):
         return value
     value = value.astype(dtype)
     return value if activations is None else Rounding(value, activations)
@@ -202,9 +206,31 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
     return [y if bias is None else y + use(bias, y.dtype)[None, None] for y, (_, bias) in zip(ys, pairs, strict=True)]
 
 
-def enter(fn: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param], out_axes, x_axes: tuple = sharding.STREAM):
+class Read(NamedTuple):
+    """What a mixer reads that has several products of it."""
+
+    x_BTD: jax.Array
+    more: tuple[jax.Array, ...]
+    """Equal to it. Their gradients are those of the products behind the first; nothing else is made of them."""
+
+    def astype(self, dtype) -> "Read":
+        """Each in a type."""
+        return Read(*jax.tree.map(lambda x: x.astype(dtype), tuple(self)))
+
+
+@jax.custom_vjp
+def each(x: jax.Array, *more: jax.Array) -> tuple[jax.Array, ...]:
+    """The first array in the place of each, which are equal; each has the gradient of its own."""
+    return (x,) * (1 + len(more))
+
+
+each.defvjp(lambda x, *more: (each(x, *more), None), lambda _, grads: tuple(grads))
+
+
+def enter(fn: Callable, x_BTD: Any, weights: Sequence[nnx.Param], out_axes, x_axes: tuple = sharding.STREAM):
     """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`. Matrices
-    are for `layers.quantized.dot` and its like."""
+    are for `layers.quantized.dot` and its like. Of a `Read` fn gets a tuple of arrays, one for each of its gradients.
+    """
     return _products(fn, x_BTD, weights, x_axes=x_axes, out_axes=out_axes)
 
 
@@ -224,11 +250,13 @@ def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: S
     return exchange.round_products(first, rest, x_BTD, leaves, names)
 
 
-def _products(fn: Callable, x: jax.Array, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, bilinear=False):
+def _products(fn: Callable, x: Any, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, bilinear=False):
     """`exchange.products` with parameters, of which each may be several arrays."""
-    leaves, names, (whole,) = _arrays((fn,), weights, x.dtype)
-    axes: dict[str, Any] = {"x_axes": x_axes, "weight_axes": names, "out_axes": out_axes}
-    return exchange.products(whole, x, leaves, **axes, bilinear=bilinear)
+    x, more = x if isinstance(x, Read) else (x, ())
+    leaves, names, (run,) = _arrays((fn,), weights, x.dtype)
+    n, of_several = len(more), lambda x, *arrays: run(each(x, *arrays[:n]), *arrays[n:])
+    axes: dict[str, Any] = {"x_axes": x_axes, "weight_axes": [*[x_axes] * n, *names], "out_axes": out_axes}
+    return exchange.products(of_several if n else run, x, [*more, *leaves], **axes, bilinear=bilinear)
 
 
 def _arrays(fns: Sequence[Callable], weights: Sequence[nnx.Param], dtype) -> tuple[list, list, list[Callable]]:

@@ -134,6 +134,24 @@ class Parts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Joined:
+    """A matrix that is one with others for a product: the first of them has all their outputs, side by side."""
+
+    value: Any
+    """[*inputs, 1, ..., outputs of all] with as many axes as the matrix, or a Wide; None of the others."""
+    shapes: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
+    """Outputs of each."""
+    index: int = field(metadata={"static": True})
+    """Which one it is."""
+
+    def __getitem__(self, index) -> "Joined":
+        if index is not Ellipsis:
+            raise IndexError(f"index {index} of a matrix that is one with others")
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Wide(_Beside):
     """A matrix in the type of the computation whose gradient by `dot` is that of a slot: float32, not rounded, so that
     a compiler adds it to a sum within the product. In any other place it is its value, with the gradient of that."""
@@ -163,7 +181,7 @@ class Wide(_Beside):
         return self.value.astype(dtype)
 
 
-Operand = jax.Array | Quantized | Rounding | Parts | Wide
+Operand = jax.Array | Quantized | Rounding | Parts | Joined | Wide
 """What products take as their matrix."""
 
 
@@ -196,6 +214,8 @@ def leaf_axes(operand: Any, axes: tuple) -> list[tuple]:
     """The logical axes of each array of an operand whose matrix has these; a scale has none where it is of size 1."""
     if isinstance(operand, Parts):
         return [of for value in operand.values for of in leaf_axes(value, axes)]
+    if isinstance(operand, Joined):
+        return [] if operand.value is None else leaf_axes(operand.value, axes)
     if isinstance(operand, Wide):
         return [axes, (operand.over, *(None if name == "d_model" else name for name in axes))]
     if not isinstance(operand, Quantized):
@@ -226,15 +246,28 @@ def dot(x: jax.Array, matrix: Any, n: int = 1) -> jax.Array:
     return (_product(x, matrix.values, n) * scale).astype(x.dtype)
 
 
-def dot_parts(x: jax.Array, matrix: Any) -> list[jax.Array]:
-    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]. Of a quantised one, and for one
-    token, the product is cut, not the matrix: its parts do not lie together, so that they would be copied."""
+def dot_parts(xs: Sequence[jax.Array], matrix: Any) -> list[jax.Array]:
+    """x [B, T, D] times each of the matrices that are stored together as [D, c, ...]; xs: c arrays equal to it, each
+    with its product's gradient. Of a quantised matrix, and for one token, the product is cut, not the matrix: its parts
+    do not lie together, so that they would be copied."""
     if isinstance(matrix, Parts):
-        return [dot(x, part[:, 0]) for part in matrix.values]
-    if isinstance(matrix, Quantized) or x.shape[1] == 1:
-        y = dot(x, matrix)
+        return [dot(x, part[:, 0]) for x, part in zip(xs, matrix.values, strict=True)]
+    if isinstance(matrix, Quantized) or xs[0].shape[1] == 1:
+        y = dot(xs[0], matrix)
         return [y[:, :, i] for i in range(matrix.shape[1])]
-    return [dot(x, matrix[:, i]) for i in range(matrix.shape[1])]
+    return [dot(x, matrix[:, i]) for i, x in enumerate(xs)]
+
+
+def dot_all(x: jax.Array, matrices: Sequence[Any]) -> list[jax.Array]:
+    """x [B, T, D] times each of several matrices [D, ...]; those that are joined have one product."""
+    if not isinstance(matrices[0], Joined):
+        return [dot(x, matrix) for matrix in matrices]
+    whole, shapes = next(matrix.value for matrix in matrices if matrix.value is not None), matrices[0].shapes
+    ends = [sum(map(math.prod, shapes[: i + 1])) for i in range(len(shapes) - 1)]
+    # the barrier: of its gradient, too, which two products read, is made once, not put together within each
+    y = jax.lax.optimization_barrier(dot(x, whole))
+    parts = jnp.split(y.reshape(*x.shape[:-1], -1), ends, -1)
+    return [parts[matrix.index].reshape(*x.shape[:-1], *shapes[matrix.index]) for matrix in matrices]
 
 
 def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:

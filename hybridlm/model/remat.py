@@ -20,11 +20,12 @@ from hybridlm.errors import ConfigError, cut
 from hybridlm.exchange import GATHERED
 from hybridlm.layers import BLOCKS
 from hybridlm.layers.block import Block, Kept, walk
+from hybridlm.layers.fork import NORMED
 from pallas_kernels.context import SENT
 
 POLICIES = ("none", "full", "dots", "mixer", "kernels")
 OF_SUBLAYER = {
-    "sublayer_norm": Kept("normed input of a sublayer"),
+    NORMED: Kept("normed input of a sublayer"),
     GATHERED: Kept("what devices that share tensor, or experts, tell each other of it"),
 }
 

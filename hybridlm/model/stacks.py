@@ -25,7 +25,7 @@ def stack(pattern: str, unroll: int, stored) -> list:
 
 def spread(pattern: str, unroll: int, stacked) -> list[list]:
     """The trees of groups from those of spots: the inverse of `stack`."""
-    return [[_take(rows, lambda key: stacked[key]) for rows in group] for group in _targets(pattern, unroll)]
+    return [[_take(rows, lambda key: stacked[key], _chosen) for rows in group] for group in _targets(pattern, unroll)]
 
 
 @cache
@@ -45,12 +45,20 @@ def _targets(pattern: str, unroll: int) -> list[list[list[Row]]]:
     return made
 
 
-def _take(rows: Sequence[Row], tree_of) -> object:
-    """The tree whose arrays are these rows, one after the other."""
+def _chosen(a, b):
+    """Two arrays [1, ...] one after the other. What reads them chooses for each number: nothing is copied, as it would
+    be by a slow program of its own on a GPU."""
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (2, *a.shape[1:]), 0) == 0, a, b)
+
+
+def _take(rows: Sequence[Row], tree_of, both=None) -> object:
+    """The tree whose arrays are these rows, one after the other. both: how two arrays of one row each are joined."""
     keys = list(dict.fromkeys(key for key, _ in rows))
     rounds = len(rows) // len(keys)
     if len(keys) > 1 and list(rows) == [(key, i) for i in range(rounds) for key in keys]:  # in turn: no slices
         trees = [tree_of(key) for key in keys]
+        if both is not None and len(rows) == len(trees) == 2:
+            return jax.tree.map(both, *trees)
         return jax.tree.map(lambda *a: jnp.stack([x[:rounds] for x in a], 1).reshape(-1, *a[0].shape[1:]), *trees)
     pieces = _progressions(rows)
     trees = [tree_of(key) for key, _ in pieces]

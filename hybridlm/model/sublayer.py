@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import sharding
 from hybridlm.layers import cache as caches
-from hybridlm.layers import one_row, params, streams
+from hybridlm.layers import fork, one_row, params, streams
 from hybridlm.layers.block import Make, Output, Tokens, inspect, of_streams, passes, reads_tokens, shares
 from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
@@ -115,7 +115,11 @@ class Sublayer(nnx.Module):
         if self.link is not None:
             with jax.named_scope("link"):
                 u_BTD = x_BTD + self.link(x_BTD, tokens)
-        u_BTD, gates = self._read(u_BTD)
+        if u_BTD is x and self.reader is self.of_normed is None and not tokens.inspect and fork.serves(self.norm, x):
+            with jax.named_scope("norm"):
+                (x_BTD, u_BTD), gates = fork.fork(self.norm, x, getattr(self.mixer, "readers", 1)), None
+        else:
+            u_BTD, gates = self._read(u_BTD)
         y_BTD, stats = self.mixer.mix(u_BTD, tokens)
         stats = self._inspect(x_BTD, u_BTD, tokens) if tokens.inspect else stats
         return Output(self._add(x_BTD, u_BTD, y_BTD, gates), stats)
@@ -179,7 +183,7 @@ class Sublayer(nnx.Module):
 
     @jax.named_scope("norm")
     def _normed(self, x_BTD):
-        return x_BTD if self.norm is None else checkpoint_name(self.norm(x_BTD), "sublayer_norm")
+        return x_BTD if self.norm is None else checkpoint_name(self.norm(x_BTD), fork.NORMED)
 
     @jax.named_scope("add")
     def _add(self, x_BTD, u_BTD, y_BTD, gates_BTC=None):

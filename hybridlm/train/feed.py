@@ -19,7 +19,8 @@ GRACE = 1.0  # seconds that a batch which nobody wants any more may take, before
 
 
 class Feed:
-    """The batches of a run, one after the other, read in a thread of its own: the next one while a step is computed.
+    """The batches of a run, one after the other, read and put on the devices in a thread of its own: the next one while
+    a step is computed.
 
     A batch that cannot be read, because a worker process died, is read again by new workers. One that does not come
     within half of `patience` seconds is, too: the workers are killed. Where that does not help, RunError or, where it
@@ -46,7 +47,6 @@ class Feed:
                     self._state = state
                     if not last:
                         self._ask()
-                    batch = self._batches.put(batch)
                 return batch
             if self._stopped():  # a signal to the whole group ends the workers, too
                 return None
@@ -96,7 +96,8 @@ class Feed:
             self._asked.put(True)
 
     def _fetch(self, stopped: Callable[[], bool]) -> tuple[Any, Any, Exception | None]:
-        """(batch, the loader's state behind it, None), or (None, None, what went wrong or None where it stopped)."""
+        """(batch on the devices, the loader's state behind it, None), or (None, None, what went wrong or None where it
+        stopped)."""
         self._ask()
         began, killed = time.monotonic(), False
         while True:
@@ -118,10 +119,15 @@ class Feed:
     def _read(self) -> None:
         while self._asked.get():
             try:
-                answer = next(self._batches.loader), self._batches.loader.get_state(), None
+                batch, state = next(self._batches.loader), self._batches.loader.get_state()
             except Exception as error:
-                answer = None, None, error
-            self._given.put(answer)
+                self._given.put((None, None, error))
+                continue
+            try:
+                self._given.put((self._batches.put(batch), state, None))
+            except Exception as error:  # it was read: to read on would leave it out
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self._given.put((None, None, RunError(f"a batch cannot be put on the devices: {reason}")))
 
 
 def _kill_workers() -> None:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mosaic GPU kernels of a program, compiled from when each is lowered, beside all that a start does meanwhile.
 
-XLA compiles them when it is through with a program's passes, one after the other behind one lock. Every call of a
-kernel holds its text, hundreds of kilobytes, which XLA reads and prints again and again. A process keeps each kernel
-that it has compiled by the hash of its text. So here programs of one kernel each are compiled in threads, and beside
-them the program itself, whose calls hold hashes alone: when XLA asks for a kernel, behind its passes, all are there, or
-wait for the lock in front of it.
+XLA compiles them when it is through with a program's passes, one after the other. Every call of a kernel holds its
+text, hundreds of kilobytes, which XLA reads and prints again and again. A process keeps each kernel that it has
+compiled by the hash of its text. So here programs of one kernel each are compiled in threads, and beside them the
+program itself, whose calls hold hashes alone: when XLA asks for a kernel, behind its passes, all are there, or wait for
+the lock in front of it.
+
+That lock is of LLVM's options, which are a process's. Kernels have others than what XLA compiles itself, so that some
+of the one are compiled side by side, or some of the other. A kernel's program wants both, XLA's first: kernels that
+come together are compiled together, and one that comes later waits until they are through.
 """
 
 import logging

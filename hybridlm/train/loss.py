@@ -147,19 +147,19 @@ def _local_formed(x_BTD, w_VD, targets_BT, weight, start_VD, spec: _Formed, wher
     that of the tokens is what the device's rows of the table give to it, that of the rows is added to `start`. w: those
     rows, in the type of x."""
     (n_vocab, d_model), n_tokens = w_VD.shape, targets_BT.size
-    n_chunks, rows = _token_chunks(n_tokens, spec.n_logits // n_vocab)
+    of_products = _chunks_of_products(n_tokens, w_VD, spec, where)
+    n_chunks, rows = of_products or _token_chunks(n_tokens, spec.n_logits // n_vocab)
     missing = n_chunks * rows - n_tokens
     x_CRD = jnp.pad(x_BTD.reshape(n_tokens, d_model), ((0, missing), (0, 0))).reshape(n_chunks, rows, d_model)
     target_CR = jnp.pad(targets_BT.reshape(n_tokens), (0, missing), constant_values=-1).reshape(n_chunks, rows)
     in_one_pass = spec.softcap is None and exponentials.why_not(rows, n_vocab, x_BTD.dtype) is None
-    of_chunk = _in_one_pass if in_one_pass else _in_two_passes
+    of_chunk = _in_products if of_products else _in_one_pass if in_one_pass else _in_two_passes
 
     def step(carry, chunk):
         nats, z, dw_VD = carry
         x_RD, target_R = chunk
-        products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
         is_real_R = target_R >= 0
-        nats_R, lse_R, d_RV, factor_R = of_chunk(products, target_R, x_RD.dtype, weight, spec, where)
+        nats_R, lse_R, d_RV, factor_R = of_chunk(x_RD, w_VD, target_R, weight, spec, where)
         nats += jnp.sum(jnp.where(is_real_R, nats_R, 0.0))
         z += jnp.sum(jnp.where(is_real_R, jnp.square(lse_R), 0.0))
         dx_RD = jnp.einsum("rv,vd->rd", d_RV, w_VD, preferred_element_type=jnp.float32)
@@ -200,8 +200,9 @@ def _d_lse(lse_R, is_real_R, spec: _Formed):
     return jnp.where(is_real_R, 1.0 + 2.0 * spec.z_loss * lse_R, 0.0)
 
 
-def _in_two_passes(products, target_R, dtype, weight, spec: _Formed, where: Places):
+def _in_two_passes(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
     """(cross entropy, log-partition, weighted gradient of the products, its factor: None) of a chunk's tokens."""
+    products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
     logits, d_softcap = _capped(products, spec)
     lse_R, is_real_R = _over_rows(_log_sum_exp(logits), where.rows), target_R >= 0
     target_R -= where.first_row(logits.shape[1])
@@ -209,22 +210,44 @@ def _in_two_passes(products, target_R, dtype, weight, spec: _Formed, where: Plac
     hit = jnp.arange(logits.shape[1])[None] == target_R[:, None]
     d_logits = jnp.exp(logits - lse_R[:, None]) * _d_lse(lse_R, is_real_R, spec)[:, None] - hit
     d_logits = d_logits if d_softcap is None else d_logits * d_softcap
-    return lse_R - at_target_R, lse_R, (d_logits * (weight * spec.multiplier)).astype(dtype), None
+    return lse_R - at_target_R, lse_R, (d_logits * (weight * spec.multiplier)).astype(x_RD.dtype), None
 
 
-def _in_one_pass(products, target_R, dtype, weight, spec: _Formed, where: Places):
-    """The same by a kernel: exponentials beside the target's logit are the gradient up to a factor of each token, all
-    but that at the target, which is put in its place."""
-    n_vocab, is_real_R = products.shape[1], target_R >= 0
-    target_R -= where.first_row(n_vocab)
+def _in_one_pass(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
+    """The same by a kernel that reads the products once."""
+    products = jnp.einsum("rd,vd->rv", x_RD, w_VD, preferred_element_type=jnp.float32)
+    target_R -= where.first_row(len(w_VD))
     at_target_R = spec.multiplier * _at_target(products, target_R, where)
-    e_RV, sum_R, base_R = exponentials.exponentials(products, at_target_R, spec.multiplier)
+    found = exponentials.exponentials(products, at_target_R, spec.multiplier)
+    return _from_exponentials(*found, at_target_R, target_R, weight, spec, where)
+
+
+def _chunks_of_products(n_tokens: int, w_VD, spec: _Formed, where: Places) -> tuple[int, int] | None:
+    """(chunks, tokens of each) where `_in_products` serves: a third of the bytes of a chunk's logits is left."""
+    n_chunks, rows = _token_chunks(n_tokens, 2 * spec.n_logits // len(w_VD))
+    reason = exponentials.why_not_products(rows, w_VD.shape[1], len(w_VD), w_VD.dtype)
+    return None if where.rows or spec.softcap is not None or reason else (n_chunks, rows)
+
+
+def _in_products(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
+    """The same by a kernel that makes the products: they are not stored."""
+    w_RD = w_VD[jnp.clip(target_R, 0, len(w_VD) - 1)]
+    at_target_R = spec.multiplier * jnp.einsum("rd,rd->r", x_RD, w_RD, preferred_element_type=jnp.float32)
+    found = exponentials.product_exponentials(x_RD, w_VD, at_target_R, spec.multiplier)
+    return _from_exponentials(*found, at_target_R, target_R, weight, spec, where)
+
+
+def _from_exponentials(e_RV, sum_R, base_R, at_target_R, target_R, weight, spec: _Formed, where: Places):
+    """Exponentials beside the target's logit are the gradient up to a factor of each token, all but that at the target,
+    which is put in its place."""
+    n_vocab = e_RV.shape[1]
+    is_real_R = target_R >= -where.first_row(n_vocab)
     lse_R = _over_rows(base_R + jnp.log(sum_R), where.rows)
     d_lse_R = _d_lse(lse_R, is_real_R, spec)
     hit_R = jnp.exp(at_target_R - base_R) - jnp.where(is_real_R, jnp.exp(lse_R - base_R) / d_lse_R, 0.0)
     of_row_R = jnp.where((target_R >= 0) & (target_R < n_vocab) & is_real_R, target_R, n_vocab)
     e_RV = e_RV.at[jnp.arange(len(of_row_R)), of_row_R].set(
-        hit_R.astype(dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+        hit_R.astype(e_RV.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
     return lse_R - at_target_R, lse_R, e_RV, weight * spec.multiplier * d_lse_R * jnp.exp(base_R - lse_R)
 

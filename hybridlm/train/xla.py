@@ -13,7 +13,10 @@ OPTIONS = {
     "cpu": {"xla_cpu_parallel_codegen_split_count": min(os.cpu_count() or 1, 32)},
     # One H100, hybrid_1b, JAX 0.11.2: the step is as fast (50.6 k and 50.5 k tokens/s on 2026-11-25) and compiled in 33
     # instead of 47 s without a GPU; see docs/results/training-before.md.
-    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False},
+    # What XLA merges of products of one input it cuts again, with copies: mamba2_1b, 65,536 tokens a step, 1,305 to
+    # 1,317 ms with B, C and dt together (`layers.quantized.Joined`) and nothing merged, 1,324 as XLA merges them
+    # (2026-11-27).
+    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_dot_merger_threshold_mb": 0},
 }
 """By platform."""
 
@@ -31,6 +34,15 @@ ONCE = {
 }
 """By platform, for programs that are run once."""
 
+OF_PROCESS = {
+    # LLVM unrolls loops for longer than that saves: hybrid_tiny's step, 2 cores, JAX 0.10.2, compiled in 14.4 for 18 s
+    # of CPU time, and steps are as fast; last bits differ (2026-11-27; docs/results/start.md).
+    "--xla_backend_extra_options": "xla_cpu_disable_loop_unrolling",
+}
+"""What XLA can be told for all programs of a process alone. This is for CPUs; compilers of others read past it."""
+SAID = "xla_backend_"
+"""What is in flags that say how programs are compiled: those are left as they are."""
+
 TILINGS = {
     # hybrid_1b, JAX 0.11.2, beside other work: of 70 s that its step compiled for, the search took 10 (2026-11-26).
     "NVIDIA H100 80GB HBM3": {"0.11.2": "h100-jaxlib-0.11.2.json"},
@@ -38,6 +50,14 @@ TILINGS = {
     "NVIDIA H200": {"0.11.2": "h200-jaxlib-0.11.2.json"},
 }
 """File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
+
+
+def tell_process() -> None:
+    """Tells XLA OF_PROCESS by XLA_FLAGS, which it reads when JAX first opens devices or computes; later it is without
+    effect, and so it is where the user has said such things."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if SAID not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([flags, *(f"{flag}={value}" for flag, value in OF_PROCESS.items())]).strip()
 
 
 def options(platform: str, once: bool = False) -> dict | None:

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exponentials of rows of numbers and their sums, in one pass over memory, on a Hopper GPU: of a chunk of logits this
-is all that a cross entropy and its gradient ask for.
+is all that a cross entropy and its gradient ask for. Of products, they are made where those are: logits are not stored.
 
-`why_not` says where the kernel can serve. It stands in a module that is imported where it is called, for Mosaic takes
-its time. Axis letters: R rows, V columns.
+`why_not` and `why_not_products` say where the kernels can serve. They stand in modules that are imported where they are
+called, for Mosaic takes its time. Axis letters: R rows, V columns, D the axis that products sum over.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import platform
 from pallas_kernels.cost import Array
 from pallas_kernels.op import why_not_hopper
 
-__all__ = ["COSTS", "count_flops", "exponentials", "why_not"]
+__all__ = ["COSTS", "count_flops", "exponentials", "product_exponentials", "why_not", "why_not_products"]
 
 OLDEST_JAX = (0, 11)
 ROWS = 4
@@ -22,7 +23,16 @@ COLUMNS = 256
 """Columns of one copy; the least that there may be."""
 ALIGNED = 8
 """Columns are a multiple of it: rows start at multiples of 16 bytes."""
-COSTS = {"exponentials": "pallas_kernels.exponentials:count_flops"}
+OF_PRODUCTS = 128, 64, 64
+"""What rows, the summed axis and columns are multiples of, where products are made."""
+MOST_INPUTS = 1024
+"""Of the summed axis: with more of it the product takes most of the time, and a library's is faster."""
+BUSY = 0.85
+"""Of the multiprocessors, at the least: each takes OF_PRODUCTS[0] rows at a time."""
+COSTS = {
+    "exponentials": "pallas_kernels.exponentials:count_flops",
+    "product_exponentials": "pallas_kernels.exponentials:count_product_flops",
+}
 """As `gpu_costs` of an op."""
 
 
@@ -52,6 +62,48 @@ def exponentials(z_RV: jax.Array, base_R: jax.Array, factor: float = 1.0) -> tup
     from pallas_kernels.exponentials import kernel
 
     return kernel.exponentials(kernel.Plan(n_rows, n_columns, ROWS, COLUMNS, factor), z_RV, base_R)
+
+
+def why_not_products(n_rows: int, n_inputs: int, n_columns: int, dtype: DTypeLike) -> str | None:
+    """Why the kernel of products [n_rows, n_inputs] x [n_columns, n_inputs] of a type cannot serve, or would leave the
+    device idle; None where it can."""
+    if reason := why_not_hopper(OLDEST_JAX):
+        return reason
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"products are of type {jnp.dtype(dtype)}, not bfloat16"
+    sizes = {"rows": n_rows, "summed axis": n_inputs, "columns": n_columns}
+    for (name, size), multiple in zip(sizes.items(), OF_PRODUCTS, strict=True):
+        if not size or size % multiple:
+            return f"{name} ({size}) no multiple of {multiple}"
+    if n_columns < COLUMNS or n_inputs > MOST_INPUTS:
+        return f"columns ({n_columns}) below {COLUMNS} or summed axis ({n_inputs}) above {MOST_INPUTS}"
+    tiles, at_once = n_rows // OF_PRODUCTS[0], platform.multiprocessors()
+    if tiles < BUSY * -(-tiles // at_once) * at_once:
+        return f"rows ({n_rows}) are {tiles} tiles for {at_once} multiprocessors, of which too many would be idle"
+    return None
+
+
+def product_exponentials(
+    x_RD: jax.Array, w_VD: jax.Array, base_R: jax.Array, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`exponentials` of x @ w.T, which is summed in float32 and not stored.
+
+    x, w: bfloat16; base: float32. NotImplementedError where `why_not_products` gives a reason.
+    """
+    (n_rows, n_inputs), n_columns = x_RD.shape, len(w_VD)
+    if reason := next(
+        filter(None, (why_not_products(n_rows, n_inputs, n_columns, a.dtype) for a in (x_RD, w_VD))), None
+    ):
+        raise NotImplementedError(reason)
+    from pallas_kernels.exponentials import products
+
+    return products.product_exponentials(products.Plan(n_rows, n_inputs, n_columns, factor), x_RD, w_VD, base_R)
+
+
+def count_product_flops(operands: list[Array], results: list[Array]) -> float:
+    """Of the matrix unit: the products."""
+    (rows, inputs), columns = operands[0].shape, operands[1].shape[0]
+    return 2.0 * rows * inputs * columns
 
 
 def count_flops(operands: list[Array], results: list[Array]) -> float:

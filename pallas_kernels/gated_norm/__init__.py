@@ -9,17 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import platform
 from pallas_kernels.cost import Array
 from pallas_kernels.op import why_not_hopper
 
 __all__ = ["COSTS", "count_flops", "gated_norm_gradients", "why_not"]
 
 OLDEST_JAX = (0, 11)
-LEAST, MOST, MULTIPLE = 2048, 4096, 512
+LEAST, MOST, MULTIPLE = 512, 4096, 256
 """Channels: below, what one pass saves is not worth another kernel to compile; above, a row's do not fit registers."""
-BLOCKS = 2
-"""Thread blocks of a multiprocessor."""
 COSTS = {"gated_norm_gradients": "pallas_kernels.gated_norm:count_flops"}
 """As `gpu_costs` of an op."""
 
@@ -46,10 +43,7 @@ def gated_norm_gradients(y_RC, z_RC, weight_C, d_out_RC, eps: float, before_gate
         raise NotImplementedError(reason)
     from pallas_kernels.gated_norm import kernel
 
-    n_blocks = min(n_rows, BLOCKS * platform.multiprocessors())
-    plan = kernel.Plan(n_rows, n_channels, n_blocks, eps, before_gate)
-    dy_RC, dz_RC, dw_NC = kernel.gated_norm_gradients(plan, y_RC, z_RC, weight_C, d_out_RC)
-    return dy_RC, dz_RC, dw_NC.sum(0)
+    return kernel.gated_norm_gradients(eps, before_gate, y_RC, z_RC, weight_C, d_out_RC)
 
 
 def count_flops(operands: list[Array], results: list[Array]) -> float:

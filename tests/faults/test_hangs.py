@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -126,6 +127,18 @@ def test_a_batch_that_cannot_be_read_is_read_again(failures):
         with pytest.raises(RunError, match=r"3 times in a row \(shard-3"):
             feed.next()
         assert feed.state() == {"step": 2}
+    feed.close()
+
+
+def test_batches_are_on_the_devices_before_they_are_asked_for():
+    """By the thread that reads them; one that does not get there ends the run: to read on would leave it out."""
+    text, by = Text({}), []
+    text.put = lambda batch: by.append(threading.current_thread().name) or [batch][0 if batch < 2 else 1]
+    feed = Feed(text, 0, lambda: False, print)
+    assert [feed.next(), feed.next()] == [0, 1] and set(by) == {"feed"}
+    with pytest.raises(RunError, match="a batch cannot be put on the devices: list index out of range"):
+        feed.next()
+    assert feed.state() == {"step": 2}
     feed.close()
 
 

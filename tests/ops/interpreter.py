@@ -88,7 +88,8 @@ def _on_gpu(op: str | None, multiprocessors: int):
 def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     if op is None:
-        return [(importlib.import_module("pallas_kernels.one_token.one_row"), {"loop_with": _loop_with})]
+        names = ("pallas_kernels.one_token.one_row", "pallas_kernels.exponentials.products")
+        return [(importlib.import_module(name), {"loop_with": _loop_with}) for name in names]
     op = {"gated_delta_product": "gated_delta_rule", "mamba3": "ssd"}.get(op, op)  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of exponentials and their sums, interpreted, against float64."""
+"""The kernels of exponentials and their sums, interpreted, against float64."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import assume_platform
-from pallas_kernels.exponentials import exponentials, why_not
+from pallas_kernels.exponentials import exponentials, product_exponentials, why_not, why_not_products
 from tests.ops.interpreter import mosaic_interpreted, needs_gpu_interpreter
 from tests.tolerances import check_close
 
@@ -36,6 +36,35 @@ def test_rows_beside_bases_that_fit_and_that_do_not(n_columns):
         check_close(row, like, dtype="bfloat16", what="exponentials")
 
 
+@needs_gpu_interpreter
+def test_products_beside_bases_that_fit_and_that_do_not():
+    """Of three tiles of columns the last repeats some; rows of one of two thread blocks are walked again."""
+    rng, factor, n_rows, n_columns = np.random.default_rng(0), 0.7, 256, 576
+    x = jnp.asarray(rng.standard_normal((n_rows, 128)), jnp.bfloat16)
+    w = jnp.asarray(0.2 * rng.standard_normal((n_columns, 128)), jnp.bfloat16)
+    scaled = factor * np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    base = scaled[:, 0].astype(np.float32)
+    base[[5, 70]] -= 200
+    with mosaic_interpreted(), assume_platform("gpu", capability="9.0", multiprocessors=2):
+        p, sums, bases = product_exponentials(x, w, jnp.asarray(base), factor)
+    expected = np.where(np.isin(np.arange(n_rows), (5, 70)), scaled.max(1), base)
+    e = np.exp(scaled - np.asarray(bases, np.float64)[:, None])
+    check_close(bases, expected, dtype="float32", what="bases")
+    check_close(sums, e.sum(1), dtype="float32", what="sums")
+    assert p.dtype == jnp.bfloat16
+    check_close(p, e, dtype="bfloat16", what="exponentials")
+
+
+def test_products_that_it_cannot_serve_are_named():
+    with assume_platform("gpu", capability="9.0", multiprocessors=2):
+        for sizes, said in (((192, 64, 256), "rows"), ((256, 64, 128), "columns"), ((256, 2048, 256), "summed axis")):
+            reason = why_not_products(*sizes, jnp.bfloat16)
+            assert reason and (said in reason or "JAX" in reason)
+        assert why_not_products(256, 64, 256, jnp.float32) and why_not_products(128, 64, 256, jnp.bfloat16)
+    with pytest.raises(NotImplementedError):
+        product_exponentials(jnp.zeros((256, 64)), jnp.zeros((256, 64)), jnp.zeros(256))
+
+
 def test_what_it_cannot_serve_is_named():
     with assume_platform("gpu", capability="9.0"):
         assert "columns (250)" in why_not(8, 250, jnp.bfloat16) or "JAX" in why_not(8, 250, jnp.bfloat16)
@@ -53,3 +82,6 @@ def test_a_plan_knows_its_cost():
     z, of_rows, p = Array((8, 256), 4), Array((8,), 4), Array((8, 256), 2)
     cost = kernel_cost("exponentials", [z, of_rows], [p, of_rows, of_rows], gpu=True)
     assert cost.flops == 0 and cost.bytes == 8 * (256 * 6 + 3 * 4)
+    x, w = Array((8, 64), 2), Array((256, 64), 2)
+    cost = kernel_cost("product_exponentials", [x, w, of_rows], [p, of_rows, of_rows], gpu=True)
+    assert cost.flops == 2 * 8 * 64 * 256

@@ -21,8 +21,8 @@ from tests.tolerances import check_close
 gpu = pytest.importorskip("pallas_kernels.ops.ssd.gpu.api", reason="this JAX has no Pallas Mosaic GPU")
 
 TOKENS, CHUNKS = 200, 4
-# Few long rows, so that they are cut into pieces.
-PIECES = cases.Case("pieces", 1, 2060, 2, 64, 1, 64, layout="packed", initial=True, final=True)
+# Few long rows, so that they are cut into pieces: two, of which the first is walked before in two parts.
+PIECES = cases.Case("pieces", 1, 1020, 2, 64, 1, 64, layout="packed", initial=True, final=True)
 
 
 def documents(ids):
@@ -73,10 +73,11 @@ def test_decay_vectors_are_cumulative_sums_and_hide_the_tail():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("layout", ["dense", "packed"])
-def test_piece_starts_equal_the_walk(reverse, layout):
+@pytest.mark.parametrize("layout, parts", [("dense", 1), ("packed", 1), ("packed", 2)])
+def test_piece_starts_equal_the_walk(reverse, layout, parts):
+    """Of three pieces, two of which are walked before, each in as many parts; the last one is shorter."""
     rng = np.random.default_rng(1)
-    pieces, heads, chunks = 3, 2, 10
+    pieces, heads, chunks, size = 3, 2, 10, 4
     ids = make_segment_ids(layout, 1, chunks * gpu.TILE, seed=2)
     dt = jnp.asarray(rng.random((1, chunks * gpu.TILE, heads), np.float32) * 0.01)
     begun = None if ids is None else gpu.document_vectors(jnp.asarray(ids), chunks)[1]
@@ -84,20 +85,20 @@ def test_piece_starts_equal_the_walk(reverse, layout):
     update = rng.standard_normal((chunks, heads, 1, 1)).astype(np.float32)
     decay = np.exp2(np.asarray(ab)[0, :, :, 0, -1])[..., None, None]
 
-    def run(state, order):
-        for chunk in order:
+    def run(state, begin, end):
+        order = range(begin, min(end, chunks))
+        for chunk in reversed(order) if reverse else order:
             state = decay[chunk] * state + update[chunk]
         return state
 
-    size = gpu.Walk(1, chunks * gpu.TILE, heads, 1, 64, chunks, pieces).piece_chunks
-    parts = [list(range(p * size, min((p + 1) * size, chunks)))[:: -1 if reverse else 1] for p in range(pieces)]
-    init = rng.standard_normal((heads, 1, 1)).astype(np.float32)
-    local = np.stack([run(np.zeros_like(init), part) for part in parts])
-    starts = np.asarray(gpu.piece_starts(jnp.asarray(local[None]), ab, jnp.asarray(init[None]), reverse))[0]
+    init, of_part = rng.standard_normal((heads, 1, 1)).astype(np.float32), size // parts
+    begins = [size * reverse + i * of_part for i in range((pieces - 1) * parts)]
+    local = np.stack([run(np.zeros_like(init), begin, begin + of_part) for begin in begins])
+    starts = gpu.piece_starts(jnp.asarray(local[None]), ab, jnp.asarray(init[None]), pieces, size, reverse)
     state = init
     for p in reversed(range(pieces)) if reverse else range(pieces):
-        np.testing.assert_allclose(starts[p], state, rtol=1e-5, atol=1e-6)
-        state = run(state, parts[p])
+        np.testing.assert_allclose(np.asarray(starts)[0, p], state, rtol=1e-5, atol=1e-6)
+        state = run(state, p * size, (p + 1) * size)
 
 
 def arguments(case, dtype=jnp.bfloat16):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters as the program of a step reads them: stacked and cast once, gradients back in the state's order."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -38,6 +39,18 @@ def test_there_and_back(unroll):
     back = layout.spread(weights)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_there_and_back_apart_and_together():
+    """As on GPUs: some matrices are several arrays, others one, and the arrays have all numbers once."""
+    layout, params = layout_of(replace(MODEL, unroll=8, compute_dtype="float32"))
+    layout = layout._replace(parts=True, joined=True)
+    weights = layout.stack(params)
+    assert sum(a.size for a in jax.tree.leaves(weights)) == sum(a.size for a in jax.tree.leaves(params))
+    mixer = weights["groups"][0]["mixer"]
+    assert mixer["in_BC"].value.shape[-1] == sum(math.prod(shape) for shape in mixer["in_BC"].shapes)
+    assert mixer["in_dt"].value is None and len(mixer["in_zx"].values) == 2
+    jax.tree.map(np.testing.assert_array_equal, layout.spread(weights), params)
 
 
 def test_matrices_of_sublayers_alone_are_cast():
@@ -114,7 +127,7 @@ def test_sums_of_devices(words, changes, sizes, room, tables, devices, monkeypat
     config = Config(model=MODEL, optim=OptimConfig(**{"accumulate": 2} | changes), data=DataConfig(batch_size=8))
     mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices(words).described())
     made = layout.make_layout(config, MODEL, mesh, apart=False)
-    assert bool(made.tables.names) is tables and made.wide == devices
+    assert bool(made.tables.names) is tables and made.wide == devices and made.leaves is (devices > 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a start compiles, and that the next one finds its step without a trace."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from hybridlm.cli import train_main
 from hybridlm.train import kept_step
 from hybridlm.train.run_folder import read_metrics
+from hybridlm.train.xla import OF_PROCESS, tell_process
+from tests.tolerances import check_close
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WORDS = ("--run.eval_every=-1", "--run.save_every=-1", "--run.sample_tokens=0")
 
@@ -63,3 +72,33 @@ def test_the_next_start_traces_no_step(mini, events, tmp_path, monkeypatch):
         compilation_cache.reset_cache()
     assert len(list((tmp_path / "cache" / "steps").iterdir())) == 1
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("said", ["", "--xla_dump_to=folder"])
+def test_what_xla_is_told_for_the_process_is_added(said, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", said)
+    tell_process()
+    tell_process()
+    added = [f"{flag}={value}" for flag, value in OF_PROCESS.items()]
+    assert os.environ["XLA_FLAGS"].split() == [*said.split(), *added]
+
+
+def test_what_the_user_says_of_backends_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", said := "--xla_backend_extra_options=xla_cpu_optimize_for_size")
+    tell_process()
+    assert os.environ["XLA_FLAGS"] == said
+
+
+@pytest.mark.slow
+def test_programs_compiled_in_less_time_compute_the_same(mini):
+    """As it ships beside XLA's own way: losses, norms of gradients and of updates of a process each."""
+    found = []
+    for name, flags in (("shipped", ""), ("plain", "--xla_backend_optimization_level=3")):
+        words = [f"--run.dir={mini.parent}/{name}", "--run.steps=4", "--run.log_every=1", *WORDS]
+        command = [sys.executable, str(ROOT / "train.py"), "--config", str(mini), *words]
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        subprocess.run(command, check=True, env=environment, cwd=mini.parent, timeout=400)
+        found.append([r for r in read_metrics(mini.parent / name / "metrics.jsonl") if r["kind"] == "train"])
+    for key in ("loss", "grad_norm", "update_norm"):
+        shipped, plain = ([record[key] for record in records] for records in found)
+        check_close(shipped, plain, dtype="float32", what=key)

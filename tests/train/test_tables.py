@@ -3,11 +3,14 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
+from hybridlm.layers.norm import rms_normalise
 from hybridlm.train import layout, loss
 from hybridlm.train.layout import tables_once
 from hybridlm.train.metrics import on_host
+from pallas_kernels import rms_norm
 from tests.train.conftest import make_batch, small_program
 from tests.train.test_step import options, relative
 
@@ -28,6 +31,14 @@ def steps(words, sizes=(1, 1, 1)):
         return config, mesh, jax.device_get(state["params"]), history
 
 
+def norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
+    """`pallas_kernels.rms_norm`, by definition."""
+    norm = lambda x, weight: rms_normalise(x, eps) * weight[None]
+    grad_RC = sum(g.astype(jnp.float32) for g in grads_RC)
+    dx_RC, d_weight_C = jax.vjp(norm, x_RC.astype(jnp.float32), weight_C)[1](grad_RC)
+    return (dx_RC + beside_RC).astype(x_RC.dtype), d_weight_C
+
+
 SLOW = pytest.mark.slow
 
 
@@ -40,10 +51,13 @@ SLOW = pytest.mark.slow
         pytest.param((TIMES,), id="tied times", marks=SLOW),
     ],
 )
-def test_whole_sums(more, monkeypatch):
-    _, _, params, history = steps((*WORDS, *more))
+def test_as_on_gpus(more, monkeypatch):
+    """With whole sums, matrices taken apart and together, and the norms' gradients as their kernel makes them."""
+    _, _, params, history = steps((*options("adamw"), *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
+    monkeypatch.setattr(rms_norm, "why_not", lambda *_: None)
+    monkeypatch.setattr(rms_norm, "rms_norm_gradients", norm_gradients)
     for sizes in [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]:
         n_micro = 1 if sizes == (2, 1, 1) else 2
         same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
@@ -67,3 +81,30 @@ def same_step(more, sizes, params, history):
     for a, b in zip(many_history, history, strict=True):
         chex.assert_trees_all_close(a, b, rtol=1e-4)
     assert relative(many, params) < 5e-4
+
+
+def scatters(jaxpr, inside=False):
+    """Of each sum that is scattered over devices whether it stands in a loop."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "reduce_scatter":
+            yield inside
+        loop = inside or eqn.primitive.name in ("scan", "while")
+        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield from scatters(part, loop)
+
+
+def test_sums_leave_once_a_step_one_sublayer_after_the_other(monkeypatch):
+    """None is scattered in the loop over microbatches; each sublayer has one exchange, the table one more, and after
+    each the backward of the next sublayer but one begins."""
+    monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
+    monkeypatch.setattr(layout, "APART", {"cpu"})
+    monkeypatch.setattr(layout, "joins", lambda *_: False)  # which has barriers of its own
+    config, mesh, program = small_program.__wrapped__((*WORDS, "optim.accumulate=2", *ONCE), (2, 2, 1))
+    with jax.set_mesh(mesh):
+        batch = program.batch_like(config.data)
+        traced = program.train_step.trace(program.state_like, batch).jaxpr.jaxpr
+    n = len(config.model.pattern)
+    assert list(scatters(traced)) == [False] * (n + 1)
+    assert str(traced).count("optimization_barrier") == 1 + (n - 1)  # before the last microbatch, between sublayers

@@ -26,6 +26,7 @@ from pallas_kernels.ops.ssd.turns import turn_gradients
 MAX_STATE = 256
 FULL_ENOUGH = 0.6  # share of the device's multiprocessors above which rows are not cut into pieces
 LEAST_PIECE = 8  # chunks of a piece
+LEAST_PART = 4  # chunks of a part of one
 LEAST_SPLIT = 4  # heads of a part of a group that may be cut in two
 TOKEN_MULTIPLE = 8  # of the arrays' tokens: what the copy engine's tiles ask for
 
@@ -92,24 +93,36 @@ def choose_pieces(blocks, chunks):
     return max(1, min(multiprocessors // blocks, chunks // LEAST_PIECE))
 
 
-def piece_starts(local, ab, init, reverse=False):
-    """Start states of the pieces ``[B, pieces, H, 64, N]`` from their local end states and total decays."""
-    return _through_pieces(local, ab, init, reverse)[0]
+def piece_starts(local, ab, init, pieces, size, reverse=False):
+    """Start states of pieces of ``size`` chunks, ``[B, pieces, H, 64, N]``.
+
+    local: end states of the parts, equally many, of every piece but the one that nothing starts behind: the last, or
+    the first in reverse. They start from zero.
+    """
+    parts = local.shape[1] // (pieces - 1)
+    states, end = _through(local, ab, init, reverse, size if reverse else 0, size // parts)
+    starts = [end, *states[parts - 1 :: parts]] if reverse else [*states[::parts], end]
+    return jnp.stack(starts, axis=1)
 
 
-def _through_pieces(local, ab, init, reverse):
-    """(``piece_starts``, the state behind all pieces)."""
-    batch, pieces, heads = local.shape[:3]
-    chunks = ab.shape[1]
-    size = _round_up(-(-chunks // pieces), 2)
-    log_decay = jnp.pad(ab[:, :, :, 0, -1], ((0, 0), (0, pieces * size - chunks), (0, 0)))
-    decay = jnp.exp2(log_decay.reshape(batch, pieces, size, heads).sum(2))
-    order = range(pieces - 1, -1, -1) if reverse else range(pieces)
-    states, state = {}, jnp.zeros_like(local[:, 0]) if init is None else init
-    for p in order:
+def _through(local, ab, init, reverse, begin, size):
+    """(the states that parts of ``size`` chunks from chunk ``begin`` on start from, the state behind all)."""
+    parts, heads = local.shape[1:3]
+    log_decay = ab[:, begin : begin + parts * size, :, 0, -1]
+    log_decay = jnp.pad(log_decay, ((0, 0), (0, parts * size - log_decay.shape[1]), (0, 0)))
+    decay = jnp.exp2(log_decay.reshape(-1, parts, size, heads).sum(2))
+    states, state = [None] * parts, jnp.zeros_like(local[:, 0]) if init is None else init
+    for p in range(parts - 1, -1, -1) if reverse else range(parts):
         states[p] = state
         state = decay[:, p, :, None, None] * state + local[:, p]
-    return jnp.stack([states[p] for p in range(pieces)], axis=1), state
+    return states, state
+
+
+def choose_parts(blocks, pieces, size):
+    """Parts, even ones, of each piece of ``size`` chunks that the first walk takes in parallel, all pieces but one."""
+    most = max(1, platform.multiprocessors() // blocks // (pieces - 1))
+    fit = [n for n in range(2, most + 1) if size % (2 * n) == 0 and size // n >= LEAST_PART]
+    return max(fit, default=1)
 
 
 def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
@@ -122,9 +135,14 @@ def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
     replace = functools.partial(dataclasses.replace, cfg)
     starts = None if init is None else init[:, None]
     if pieces > 1:
-        first = replace(pieces=pieces, emit_y=False, emit_states=False, emit_final=True, has_init=False, has_d=False)
+        size = replace(pieces=pieces).piece_chunks
+        parts = choose_parts(blocks, pieces, size)
+        first = replace(
+            pieces=(pieces - 1) * parts, size=size // parts, begin=size if cfg.reverse else 0,
+            emit_y=False, emit_states=False, emit_final=True, has_init=False, has_d=False,
+        )  # fmt: skip
         [local] = gpu_walk.walk(first, x, ab, b_mat, None, real, None, None)
-        starts = piece_starts(local, ab, init, cfg.reverse)
+        starts = piece_starts(local, ab, init, pieces, size, cfg.reverse)
     main = replace(pieces=pieces, has_init=starts is not None)
     outs = iter(gpu_walk.walk(main, x, ab, b_mat, c_mat, real, d, starts))
     y = next(outs) if cfg.emit_y else None
@@ -392,8 +410,9 @@ def ends(v, dt, A, maps, decay, segment_ids, *, reverse=False):
     cfg = dataclasses.replace(_config(v, maps, None, ids), reverse=reverse, has_init=False)
     pieces = choose_pieces(cfg.batch * cfg.heads // cfg.block_heads, cfg.chunks)
     ab, real = _decays(cfg, dt, A, ids)
-    [local] = gpu_walk.walk(dataclasses.replace(cfg, pieces=pieces), v, ab, maps, None, real, None, None)
-    _, final = _through_pieces(local, ab, None, reverse)
+    cfg = dataclasses.replace(cfg, pieces=pieces)
+    [local] = gpu_walk.walk(cfg, v, ab, maps, None, real, None, None)
+    _, final = _through(local, ab, None, reverse, 0, cfg.piece_chunks)
     total = jnp.exp2(ab[:, :, :: fit.cuts, 0, -1].sum(1))
     return total, final.reshape(batch, heads, fit.cuts * TILE, -1)[:, :, :width, :state]
 

@@ -78,6 +78,8 @@ class Walk:
     segments: bool = False
     has_d: bool = False
     alone: int = 0  # so many tokens side by side read nothing of themselves and each other; 0: all do
+    begin: int = 0  # the first chunk of the first piece; what stands before it is not walked
+    size: int = 0  # chunks of a piece; 0: as pieces cut all
     dtype: jnp.dtype = jnp.bfloat16
 
     @property
@@ -120,7 +122,7 @@ class Walk:
 
     @property
     def piece_chunks(self) -> int:
-        return -(-self.chunks // (2 * self.pieces)) * 2
+        return self.size or -(-self.chunks // (2 * self.pieces)) * 2
 
 
 def _clear_padding(cfg, smem, slot, *tiles):
@@ -362,7 +364,7 @@ def _body(cfg, *refs):
     wg = lax.axis_index("wg")
     piece = lax.axis_index("piece")
     b, h0 = lax.axis_index("batch"), lax.axis_index("heads") * cfg.block_heads
-    begin = piece * cfg.piece_chunks
+    begin = cfg.begin + piece * cfg.piece_chunks
     steps = jnp.maximum(jnp.minimum(cfg.piece_chunks, cfg.chunks - begin), 0)
     first = begin + steps - 1 if cfg.reverse else begin
     idx = (b, h0, piece, first, steps)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The residual stream and its RMS norm, whose gradients from all that reads either are added in one kernel.
+
+A compiler would add what several products hand back in passes of its own, and read it twice for the norm's gradient.
+Axis letters: B batch, T tokens, D model.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from hybridlm import sharding
+from hybridlm.layers import params
+from hybridlm.layers.norm import RMSNorm, rms_normalise
+from pallas_kernels import rms_norm
+
+ROWS = ("batch", None, None)
+NORMED = "sublayer_norm"
+"""Name, for remat, of the normed input of a sublayer."""
+
+
+def serves(norm: Any, x_BTD: Any) -> bool:
+    """Whether `fork` has a kernel for the norm of a stream: of one with weights alone, of whole rows of channels."""
+    if not isinstance(norm, RMSNorm) or norm.bias is not None or not isinstance(x_BTD, jax.Array) or x_BTD.ndim != 3:
+        return False
+    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
+    return alone and rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
+
+
+def fork(norm: Any, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:
+    """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n products of it, of which there may
+    be up to `rms_norm.MOST_GRADIENTS`."""
+    weight_D = params.use(norm.weight, jnp.float32)
+    weight_D = weight_D if norm.offset == 0 else norm.offset + weight_D
+    x_BTD, u_BTD, *more = _fork(x_BTD, weight_D, norm.eps, n)
+    u_BTD = checkpoint_name(u_BTD, NORMED)
+    return x_BTD, params.Read(u_BTD, tuple(more)) if more else u_BTD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fork(x_BTD, weight_D, eps: float, n: int):
+    u_BTD = (rms_normalise(x_BTD, eps) * weight_D[None, None]).astype(x_BTD.dtype)
+    return x_BTD, *[u_BTD] * n
+
+
+def _backward(eps: float, n: int, saved, grads):
+    x_BTD, weight_D = saved
+
+    def of_device(x, weight, beside, *grads):
+        rows = lambda a: a.reshape(-1, weight.size)
+        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [rows(d) for d in grads], rows(beside), eps)
+        return dx.reshape(x.shape), d_weight[None]
+
+    arrays, axes = (x_BTD, weight_D, *grads), [ROWS, (None,), *[ROWS] * (n + 1)]
+    dx, d_weight = sharding.per_device(of_device, arrays, axes, [ROWS, ("batch", None)])
+    return dx, d_weight.sum(0)
+
+
+_fork.defvjp(lambda x, weight, eps, n: (_fork(x, weight, eps, n), (x, weight)), _backward)
