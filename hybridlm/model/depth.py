@@ -148,6 +148,7 @@ def run_in_spans(
     """`run`, of which the backward keeps the stream before each run of `length` sublayers alone (see `pattern.spans`)
     and computes one run after the other again, with what its sublayers keep."""
     stats: list = []
+    values = None if low is None else low.values
     for part in spans(program, length):
         numbers = [spot.number for loop in part for spot in loop.spots()]
         own = [_numbered(loop, {number: i for i, number in enumerate(numbers)}) for loop in part]
@@ -157,7 +158,7 @@ def run_in_spans(
             of_span = None if pull is None else Low(values, pull)
             return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span)
 
-        mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, low and low.values)]
+        mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, values)]
         again = jax.checkpoint(span, policy=jax.checkpoint_policies.nothing_saveable)
         x_BTD, of_span = again(mine[0], x_BTD, shared, tokens, mine[1], mine[2])
         stats += of_span

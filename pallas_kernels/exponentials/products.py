@@ -131,9 +131,12 @@ def _compute(plan: Plan, refs, smem, bars, wg, row):
         pl.when(number == 0)(decide)
         return jnp.where(total < LARGEST, base, largest), jnp.minimum(again_s[0] + again_s[1], 1)
 
-    plgpu.copy_gmem_to_smem(refs["base"].at[pl.ds(row, TILE)], vector_s.at[wg, 0], given.at[wg])
-    plgpu.barrier_wait(given.at[wg])
-    lax.fori_loop(0, 2, walk, (plgpu.load(vector_s.at[wg, 0], layout=ROW) * LOG2E, jnp.int32(1)))
+    def start():
+        plgpu.copy_gmem_to_smem(refs["base"].at[pl.ds(row, TILE)], vector_s.at[wg, 0], given.at[wg])
+        plgpu.barrier_wait(given.at[wg])
+        return plgpu.load(vector_s.at[wg, 0], layout=ROW) * LOG2E, jnp.int32(1)
+
+    lax.fori_loop(0, 2, walk, start())
 
 
 def _produce(plan: Plan, refs, smem, bars, first_row):

@@ -39,5 +39,6 @@ def _of_rows(eps, before_gate, plan, read, weight, write, sums):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def gated_norm_gradients(eps: float, before_gate: bool, y_RC, z_RC, weight_C, d_RC):
     """See `pallas_kernels.gated_norm.gated_norm_gradients`."""
-    plan = rows.make_plan("gated_norm_gradients", *y_RC.shape, n_in=3, n_out=2)
+    n_rows, n_channels = y_RC.shape
+    plan = rows.make_plan("gated_norm_gradients", n_rows, n_channels, n_in=3, n_out=2)
     return tuple(rows.walk(plan, functools.partial(_of_rows, eps, before_gate), [y_RC, z_RC, d_RC], weight_C))

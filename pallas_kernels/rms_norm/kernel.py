@@ -33,6 +33,6 @@ def _of_rows(n_grads: int, eps: float, plan, read, weight, write, sums):
 @functools.partial(jax.jit, static_argnums=(0,))
 def rms_norm_gradients(eps: float, x_RC, weight_C, beside_RC, *grads_RC):
     """See `pallas_kernels.rms_norm.rms_norm_gradients`."""
-    n = len(grads_RC)
-    plan = rows.make_plan("rms_norm_gradients", *x_RC.shape, n_in=2 + n, n_out=1)
+    n, (n_rows, n_channels) = len(grads_RC), x_RC.shape
+    plan = rows.make_plan("rms_norm_gradients", n_rows, n_channels, n_in=2 + n, n_out=1)
     return tuple(rows.walk(plan, functools.partial(_of_rows, n, eps), [x_RC, beside_RC, *grads_RC], weight_C))

@@ -40,25 +40,27 @@ def norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
 
 
 SLOW = pytest.mark.slow
+FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
+"""Sizes of meshes."""
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "meshes"),
     [
-        pytest.param((), id="tied"),
-        pytest.param((UNTIED,), id="untied", marks=SLOW),
-        pytest.param((UNTIED, TIMES), id="times"),
-        pytest.param((TIMES,), id="tied times", marks=SLOW),
+        pytest.param((), FEW, id="tied"),
+        pytest.param((UNTIED,), [*FEW, (1, 2, 1)], id="untied", marks=SLOW),
+        pytest.param((UNTIED, TIMES), FEW, id="times"),
+        pytest.param((TIMES,), [*FEW, (1, 2, 1)], id="tied times", marks=SLOW),
     ],
 )
-def test_as_on_gpus(more, monkeypatch):
+def test_as_on_gpus(more, meshes, monkeypatch):
     """With whole sums, matrices taken apart and together, and the norms' gradients as their kernel makes them."""
     _, _, params, history = steps((*options("adamw"), *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
     monkeypatch.setattr(rms_norm, "why_not", lambda *_: None)
     monkeypatch.setattr(rms_norm, "rms_norm_gradients", norm_gradients)
-    for sizes in [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]:
+    for sizes in meshes:
         n_micro = 1 if sizes == (2, 1, 1) else 2
         same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
 
