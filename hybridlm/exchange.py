@@ -7,7 +7,6 @@ products of one input exchange it once, and a traced program says what it sends.
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -261,30 +260,6 @@ def gather_weight(w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
 def scatter_weight(w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     """`scatter` of a parameter's gradient, likewise."""
     return _as_rows(scatter, w, axes, dim)
-
-
-def sum_weights(
-    grads: Sequence[jax.Array], dims: Sequence[int | None], split: Sequence[str], rest: Sequence[str]
-) -> list[jax.Array]:
-    """Inside `manual`: gradients of parameters, of one type, summed over both kinds of mesh axes in one exchange.
-
-    Of each a device keeps its shard of the dim given over `split`; all of it where there is none, which are an exchange
-    of their own.
-    """
-    dims = dims if _wide(split) else [None] * len(grads)
-    ends: dict[int, jax.Array] = {}
-    for scattered in (True, False):
-        of = [i for i, dim in enumerate(dims) if (dim is not None) is scattered]
-        if not of:
-            continue
-        shaped = [jnp.moveaxis(grads[i], dims[i] or 0, 0) for i in of]
-        rows = [a.reshape(len(a) if scattered else 1, -1) for a in shaped]
-        ends_at = list(accumulate(a.shape[1] for a in rows))
-        total = jnp.concatenate(rows, 1)
-        total = add(scatter(total, split, 0), rest) if scattered else add(total, (*split, *rest))
-        for i, a, cut in zip(of, shaped, jnp.split(total, ends_at[:-1], 1), strict=True):
-            ends[i] = jnp.moveaxis(cut.reshape(-1, *a.shape[1:]), 0, dims[i] or 0)
-    return [ends[i] for i in range(len(grads))]
 
 
 def _as_rows(exchange: Callable, w: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:

@@ -10,7 +10,7 @@ and the backward is written out: it adds each depth's gradient straight to the s
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,13 @@ LANES = 128
 """Numbers side by side in a TPU's memory tile."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Low:
-    """What gradients are taken of in the place of the weights, or of their sums, from which its own follow."""
+class Low(NamedTuple):
+    """What gradients are taken of in the place of the weights, which hang on it in a way that is not seen here."""
 
     values: Sequence
     """Of each spot, a tree of arrays [depths, ...], perhaps without any."""
-    pull: Callable[[int, Any, Any], Any] = field(metadata={"static": True})
-    """(number of a spot, gradient of its weights, or of their sums, at a depth, its values there) -> the gradient of
-    these."""
+    pull: Callable[[int, Any, Any], Any]
+    """(number of a spot, gradient of its weights at a depth, its values there) -> the gradient of these."""
 
 
 Call = Callable[[Any, Any, jax.Array, Tokens], tuple[jax.Array, dict]]
@@ -70,8 +67,8 @@ def run(
     some. sums: trees like the weights; in place of the gradient of the weights, which is then zero, the gradient of the
     sums is the sums themselves plus the gradient of the weights, in the type of the sums. Those of a matrix may be
     [depths, N, ...] of N devices, each with its own, to which its products add (`layers.quantized.Wide`). low: the
-    gradient is that of its values, of which each depth's is made as soon as that of its weights, or of their sums where
-    there are some, is known; these have none.
+    gradient is that of its values, of which each depth's is made as soon as that of its weights is known; the weights
+    have none.
     """
     spots = [spot for loop in program for spot in loop.spots()]
     consts = _Consts({"": tokens, **shared})
@@ -110,31 +107,30 @@ def run(
     def backward(saved, cotangents):
         weights, values, sums, floats, ints, kept, pull = saved
         dx_BTD, d_stats = cotangents
+
         kinds = {_kind(spot, calls): jax.jit(pull[spot.number].back) for spot in spots}
-        visited: list[int] = []
 
         def visit(spot, index, carry):
-            n, (dx_BTD, grads, d_floats) = spot.number, carry
+            n = spot.number
+            dx_BTD, grads, d_floats = carry
             inputs = step.read(weights, spot, index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints)
             dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
             dw = _narrowed(dw)
-            if sums is not None:
-                dw = _added(_at((grads if low is None else sums)[n], index), dw)
             if low is not None:
-                if sums is not None:
-                    dx_BTD, dw, grads = _in_turn(dx_BTD, dw, grads, step.slots, visited, n)
                 dw = low.pull(n, dw, _at(values[n], index))
+            if sums is not None:
+                dw = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), _at(grads[n], index), dw)
             d_floats = d_floats | {k: jax.tree.map(jnp.add, d_floats[k], d) for k, d in d_here.items()}
             return dx_BTD, _put_all(grads, n, dw, index), d_floats
 
         zeros = jax.tree.map(jnp.zeros_like, weights if low is None else values)
-        in_place = sums is not None and low is None
-        start = (dx_BTD, sums if in_place else zeros, jax.tree.map(jnp.zeros_like, floats))
+        start = (dx_BTD, zeros if sums is None else sums, jax.tree.map(jnp.zeros_like, floats))
         dx_BTD, grads, d_floats = walk(program, visit, start, reverse=True)
-        of = (None, grads, None) if low is not None else (zeros, None, grads) if in_place else (grads, None, None)
-        return *of, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
+        d_weights, d_sums = (grads, None) if sums is None else (zeros, grads)
+        d_weights, d_values = (d_weights, None) if low is None else (None, d_weights)
+        return d_weights, d_values, d_sums, dx_BTD, d_floats, jax.tree.map(_no_gradient, ints)
 
     through.defvjp(forward, backward)
     values = None if low is None else list(low.values)
@@ -148,7 +144,6 @@ def run_in_spans(
     """`run`, of which the backward keeps the stream before each run of `length` sublayers alone (see `pattern.spans`)
     and computes one run after the other again, with what its sublayers keep."""
     stats: list = []
-    values = None if low is None else low.values
     for part in spans(program, length):
         numbers = [spot.number for loop in part for spot in loop.spots()]
         own = [_numbered(loop, {number: i for i, number in enumerate(numbers)}) for loop in part]
@@ -158,7 +153,7 @@ def run_in_spans(
             of_span = None if pull is None else Low(values, pull)
             return run(own, [calls[n] for n in numbers], weights, x_BTD, shared, tokens, sums, of_span)
 
-        mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, values)]
+        mine = [None if of is None else [of[n] for n in numbers] for of in (weights, sums, low and low.values)]
         again = jax.checkpoint(span, policy=jax.checkpoint_policies.nothing_saveable)
         x_BTD, of_span = again(mine[0], x_BTD, shared, tokens, mine[1], mine[2])
         stats += of_span
@@ -266,32 +261,6 @@ def _narrowed(grads):
     is_wide = lambda x: isinstance(x, Wide)
     both = lambda x: x.slot + x.value.astype(x.slot.dtype)[None] / x.slot.shape[0]
     return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
-
-
-def _added(totals, grads):
-    """Sums with gradients added, in their type."""
-    return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), totals, grads)
-
-
-def _in_turn(x_BTD, dw, grads: list, slots: list[list[int]], visited: list[int], number: int) -> tuple:
-    """(the stream's gradient, that of a spot's weights, all gradients) as they are, but that none of the first two is
-    used before those of the spot visited before are there; of both spots those that have slots.
-
-    So what is exchanged of a sublayer's is beside the backward of the next one, and apart from what is exchanged of
-    that: XLA would have the exchanges of all sublayers behind the last one.
-    """
-    visited.append(number)
-    if len(visited) == 1:
-        return x_BTD, dw, grads
-    last = visited[-2]
-    leaves, treedefs = zip(*map(jax.tree.flatten, (dw, grads[last])), strict=True)
-    wide = [[i for i, n in enumerate(slots[spot]) if n] for spot in (number, last)]
-    x_BTD, held = lax.optimization_barrier((x_BTD, [[of[i] for i in at] for of, at in zip(leaves, wide, strict=True)]))
-    for of, at, values in zip(leaves, wide, held, strict=True):
-        for i, value in zip(at, values, strict=True):
-            of[i] = value
-    dw, grads_last = (treedef.unflatten(of) for treedef, of in zip(treedefs, leaves, strict=True))
-    return x_BTD, dw, [*grads[:last], grads_last, *grads[last + 1 :]]
 
 
 def _of_depth(weights, spot: Spot) -> tuple:

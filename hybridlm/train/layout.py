@@ -22,18 +22,15 @@ from hybridlm.layers.params import ParamInfo, in_type
 from hybridlm.layers.quantized import Joined, Parts
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
-from hybridlm.model.depth import Low
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
-from hybridlm.sharding import param_shardings, whole_shardings
+from hybridlm.sharding import is_split, param_shardings, whole_shardings
 from hybridlm.train.loss import LOGITS
 from hybridlm.train.tables import Tables, of_model
 from pallas_kernels.platform import peaks_of, platform_of
 
 SUMS = "gradient_sums"
 """Key, beside those of the parameters, of sums that the backward adds the gradients of `groups` to."""
-ENDS = "gradient_ends"
-"""Likewise, of what becomes of those sums in the last microbatch: see `Layout.ends`."""
 
 ROOM = 16
 """Weights put together may take one part in so many of a device's memory, where `optim.gather_once` is None, and so may
@@ -157,11 +154,6 @@ def _cut(leaf: ParamInfo, value: jax.Array):
     return Parts(tuple(jnp.split(value, value.shape[_fused(leaf)], _fused(leaf)))) if leaf.apart else value
 
 
-def _by_leaf(fn, info: dict, values: dict) -> dict:
-    """fn(ParamInfo, array) of each array of sublayers, of each part where a matrix is in parts."""
-    return jax.tree.map(lambda leaf, value: jax.tree.map(lambda a: fn(leaf, a), value), info, values)
-
-
 def _join(info, values):
     """Matrices of a layer whose products are taken together as one array, each a `Joined`."""
     if not isinstance(info, dict):
@@ -232,7 +224,6 @@ class Layout(NamedTuple):
         spots = _join(model.info["groups"], spots) if self.joined else spots
         at = self._at(model)
         if self.whole:
-            spots = self._pinned({"groups": spots}, at)["groups"]  # or XLA would put them together before they are cast
             at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
         return lax.with_sharding_constraint(params | {"groups": spots}, at)
 
@@ -268,15 +259,14 @@ class Layout(NamedTuple):
     def summed(self, sums: dict, weights: dict) -> dict:
         """The sums of all microbatches as the step goes on with them, laid out like the parameters.
 
-        Sums of devices have become those of all (`ends`). Where the others were whole, compilers put off the sum over
-        devices until here. It is in the type of the weights, as gradients are exchanged everywhere; named here, since
-        XLA makes a scatter only of a sum that is cut as it is.
+        Sums of devices become those of all. Where the others were whole, compilers put off the sum over devices until
+        here. It is in the type of the weights, as gradients are exchanged everywhere; named here, since XLA makes a
+        scatter only of a sum that is cut as it is.
         """
         own = self.tables.all_summed({name: sums[name] for name in self.tables.names})
         sums = {name: value for name, value in sums.items() if name not in own}
         if self.wide:
-            of_one = lambda leaf, a: a[:, 0] if self._wide(leaf) else a
-            groups = sums["groups"] if self.leaves else self._by_leaf(of_one, sums["groups"])
+            groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, sums["groups"])
             return self._pinned(sums | {"groups": groups}, self._at(stacked(self.config))) | own
         if not self.sums_whole:
             return sums | own
@@ -284,36 +274,6 @@ class Layout(NamedTuple):
         cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, {k: weights[k] for k in whole})
         cut = self._pinned(self.placed(cast), self._at(stacked(self.config)))
         return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums) | own
-
-    @property
-    def leaves(self) -> bool:
-        """Whether sums of devices become those of all within the last microbatch, each as soon as it is there: behind
-        it nothing would be beside the exchanges."""
-        return self.wide > 1
-
-    def ends(self, sums: dict) -> Low:
-        """What to ask gradients of in the last microbatch in the place of the sums of sublayers: what becomes of them
-        at the end."""
-        zeros = lambda leaf, a: jnp.zeros((len(a), *a.shape[2:]) if self._wide(leaf) else a.shape, jnp.float32)
-        return Low(list(self._by_leaf(zeros, sums).values()), self._leave)
-
-    def _leave(self, number: int, sums: dict, _) -> dict:
-        """Of a sublayer the sums at a depth, those of devices as those of all, split like the parameter: exchanged as
-        one array, in the type of the computation."""
-        info, found = stacked(self.config).info["groups"][number], []
-        _by_leaf(lambda leaf, a: found.append((leaf, a)) if self._wide(leaf) else None, info, sums)
-        whole = [tuple(None if name == "d_model" else name for name in leaf.axes) for leaf, _ in found]
-        dims = [leaf.axes.index("d_model") if "d_model" in leaf.axes else None for leaf, _ in found]
-
-        def run(*sums):
-            low = [total[0].astype(self.config.compute_dtype) for total in sums]
-            return tuple(a.astype(jnp.float32) for a in exchange.sum_weights(low, dims, ("fsdp",), ("data",)))
-
-        if not found:
-            return sums
-        outs = [(leaf.axes, a.shape[1:]) for leaf, a in found]
-        ends = iter(exchange.manual(run, [a for _, a in found], [(ROWS_APART, *names) for names in whole], outs))
-        return _by_leaf(lambda leaf, a: next(ends) if self._wide(leaf) else a, info, sums)
 
     def _wide(self, leaf: ParamInfo) -> bool:
         """Whether gradients of a parameter are summed by each device."""
@@ -324,8 +284,28 @@ class Layout(NamedTuple):
         entries = [*at.spec, *[None] * 9]
         return NamedSharding(self.mesh, P(entries[0], ROWS_APART, *entries[1 : len(at.spec)]))
 
+    def _of_all(self, leaf: ParamInfo, sums: jax.Array) -> jax.Array:
+        """Sums over devices of [depths, N, ...], split like the parameter."""
+        axes = ("layers", *leaf.axes)
+        shape = (sums.shape[0], *sums.shape[2:])
+        whole = tuple(None if name == "d_model" else name for name in leaf.axes)
+
+        def run(total):
+            total = exchange.add(total[:, 0].astype(self.config.compute_dtype), ("data",))
+            if "d_model" in axes:
+                total = exchange.scatter_weight(total, ("fsdp",), axes.index("d_model"))
+            else:
+                total = exchange.add(total, ("fsdp",))
+            return total.astype(jnp.float32)
+
+        if not is_split():
+            return sums[:, 0]
+        return exchange.manual(run, [sums], [("layers", ROWS_APART, *whole)], (axes, shape))
+
     def _by_leaf(self, fn, groups: dict) -> dict:
-        return _by_leaf(fn, stacked(self.config).info["groups"], groups)
+        """fn(ParamInfo, array) of each array of the sublayers, of each part where a matrix is in parts."""
+        each = lambda leaf, value: jax.tree.map(lambda a: fn(leaf, a), value)
+        return jax.tree.map(each, stacked(self.config).info["groups"], groups)
 
     def _pinned(self, weights: dict, at: dict) -> dict:
         at = {name: at[name] for name in weights}

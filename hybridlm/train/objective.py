@@ -13,7 +13,7 @@ from hybridlm.model import lora
 from hybridlm.model.depth import Low
 from hybridlm.model.statistics import statistics, summarise
 from hybridlm.train import tables
-from hybridlm.train.layout import ENDS, SUMS
+from hybridlm.train.layout import SUMS
 from hybridlm.train.loss import training_loss
 from hybridlm.train.metrics import Mean, Metrics, Sum
 
@@ -25,8 +25,7 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
     The objective is cross entropy, optim.z_loss times the squared log-partition, and the losses of blocks, in nats.
     params: of the graphdef's model; beside them the sums of gradients of `layout.SUMS` and `tables.SUMS`, where there
     are some, and the adapters of `lora.LOW`, where gradients are those of adapters: groups have theirs in them already,
-    of which the rest is constant; or `layout.ENDS`, in which the sums of sublayers end. Of conversations a metric says
-    which share of their tokens is trained on.
+    of which the rest is constant. Of conversations a metric says which share of their tokens is trained on.
     """
     kinds, is_chat = statistics(config.model), config.data.format == "chat"
     specs = lora.of_program(config.model, config.lora) if config.lora.on else {}
@@ -42,10 +41,7 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
         if low is not None:
             of_spots = Low([low["groups"][n] for n in range(len(low["groups"]))], pull)
             params = params | merge({"shared": params["shared"]}, low) if "shared" in low else params
-        if (ends := params.get(ENDS)) is not None:
-            of_spots = Low(ends.values, lambda number, sums, at: ends.pull(number, nnx.to_pure_dict(sums), at))
-        beside = (SUMS, ENDS, lora.LOW)
-        model = nnx.merge(graphdef, {name: value for name, value in params.items() if name not in beside})
+        model = nnx.merge(graphdef, {name: value for name, value in params.items() if name not in (SUMS, lora.LOW)})
         where = batch["segment_ids"], batch["positions"]
         x_BTD, stats = model.hidden_with_stats(batch["tokens"], *where, params.get(SUMS), low=of_spots)
         with jax.named_scope("loss"):

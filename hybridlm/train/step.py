@@ -32,7 +32,7 @@ from hybridlm.train import tables
 from hybridlm.train.ahead import TrainStep
 from hybridlm.train.base import Base, WithBase, like_on
 from hybridlm.train.inspection import make_inspect
-from hybridlm.train.layout import ENDS, SUMS, Layout, make_layout, unrolled
+from hybridlm.train.layout import SUMS, Layout, make_layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
 from hybridlm.train.xla import options, options_on
@@ -304,29 +304,18 @@ def _make_gradients(objective: Callable, n_micro: int, layout: Layout) -> Callab
         whole = {name: weights[name] for name in apart}
         rest = {name: value for name, value in weights.items() if name not in apart}
 
-        def add(total, micro, last=False):
-            """Gradients of groups and tables are added where they arise: the gradient of their sums are the sums, and
-            that of the ends of those what becomes of them in the last microbatch."""
+        def add(total, micro):
+            """Gradients of groups and tables are added where they arise: the gradient of their sums are the sums."""
             loss, sums = total
-            known = {SUMS: sums["groups"]}
-            known, asked = (known, {ENDS: layout.ends(sums["groups"])}) if last else ({}, known)
-            of_micro = jax.value_and_grad(lambda w: mean_loss(w | whole | known, micro), has_aux=True)
+            of_micro = jax.value_and_grad(lambda w: mean_loss(w | whole, micro), has_aux=True)
             of_tables = {name: sums[name] for name in layout.tables.names}
-            (more, of_batch), grads = of_micro(rest | asked | {tables.SUMS: of_tables})
-            groups = dict(enumerate(grads.pop(ENDS).values)) if last else grads.pop(SUMS)
-            added = {"groups": groups, **grads.pop(tables.SUMS)}
+            (more, of_batch), grads = of_micro(rest | {SUMS: sums["groups"], tables.SUMS: of_tables})
+            added = {"groups": grads.pop(SUMS), **grads.pop(tables.SUMS)}
             sums = jax.tree.map(jnp.add, {k: sums[k] for k in grads}, grads) | added
-            return (loss + more, sums if last else layout.placed(sums)), of_batch
+            return (loss + more, layout.placed(sums)), of_batch
 
         micros = {k: _microbatches(v, n_micro) for k, v in batch.items()}
-        start = jnp.float32(0.0), layout.zeros(weights)
-        if not layout.leaves:
-            (loss, sums), of_micros = lax.scan(add, start, micros)
-            return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
-        total, of_micros = lax.scan(add, start, {k: v[:-1] for k, v in micros.items()})
-        start, rows = lax.optimization_barrier((total, {k: v[-1] for k, v in micros.items()}))  # not begun before
-        (loss, sums), of_last = add(start, rows, last=True)
-        of_micros = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), of_micros, of_last)
+        (loss, sums), of_micros = lax.scan(add, (jnp.float32(0.0), layout.zeros(weights)), micros)
         return loss, _merged(of_micros, n_micro), layout.summed(sums, weights)
 
     return gradients

@@ -62,7 +62,7 @@ class Tables(NamedTuple):
         return {name: self.summed(of_table) for name, of_table in sums.items()}
 
     def _whole(self, name: str, w_VD: jax.Array) -> jax.Array:
-        w_VD = sharding.constrain(w_VD.astype(self.dtype), *TABLE) if name in self.cast else w_VD
+        w_VD = w_VD.astype(self.dtype) if name in self.cast else w_VD
         return sharding.constrain(w_VD, *WHOLE)
 
     def _sums(self, w_VD: jax.Array) -> tuple[int, int, int]:

@@ -44,12 +44,12 @@ def one_by_one(weights, x_BTD, shared, positions):
     return jnp.sum(jnp.sin(x_BTD)) + jnp.sum(jnp.stack(means) * jnp.arange(1.0, len(PATTERN) + 1))
 
 
-def in_loops(weights, x_BTD, shared, positions, *, unroll, sums=None, span=1, low=None):
+def in_loops(weights, x_BTD, shared, positions, *, unroll, sums=None, span=1):
     of_spot = spots(PATTERN, unroll)
     stacked = [jax.tree.map(lambda a, s=spot: a[np.array(s.depths)], weights) for spot in of_spot]
     tokens = Tokens(positions=positions, embedded_BTD=x_BTD)
     run = depth.run if span == 1 else partial(depth.run_in_spans, length=span)
-    args = {"weights": stacked, "x_BTD": x_BTD, "shared": shared, "tokens": tokens, "sums": sums, "low": low}
+    args = {"weights": stacked, "x_BTD": x_BTD, "shared": shared, "tokens": tokens, "sums": sums}
     x_BTD, stats = run(loops(PATTERN, unroll), calls=[toy] * len(of_spot), **args)
     factors = [jnp.array([depth + 1.0 for depth in spot.depths]) for spot in of_spot]
     assert all(s["n"].shape == (len(spot.depths),) for s, spot in zip(stats, of_spot, strict=True))
@@ -102,26 +102,6 @@ def test_gradients_are_added_to_sums_in_their_type(unroll, span):
             assert array.dtype == np.float32
             expected = 1.0 + np.asarray(alone[name], np.float32)[np.array(spot.depths)]
             np.testing.assert_array_equal(array, expected, err_msg=f"{spot} {name}")
-
-
-@pytest.mark.parametrize(("unroll", "span"), [(1, 1), (9, 1), (9, 3)])
-def test_what_becomes_of_sums_is_made_of_those_of_all_microbatches(unroll, span):
-    """The gradient of the ends is that of the pull of sums to which the gradient has been added."""
-    weights, x_BTD, shared, positions = inputs()
-    of_spot = spots(PATTERN, unroll)
-    start = [jax.tree.map(lambda a, s=s: np.ones((len(s.depths), *a.shape[1:]), np.float32), weights) for s in of_spot]
-
-    def loss(weights, sums, ends):
-        low = depth.Low(ends, lambda number, sums, end: {"of": (number + 2.0) * sums["w"] + sums["v"] + 0 * end["of"]})
-        return in_loops(weights, x_BTD, shared, positions, unroll=unroll, sums=sums, span=span, low=low)
-
-    ends = [{"of": np.zeros_like(of["w"])} for of in start]
-    of_weights, of_sums, of_ends = jax.jit(jax.grad(loss, (0, 1, 2)))(weights, start, ends)
-    alone = jax.jit(jax.grad(lambda w: in_loops(w, x_BTD, shared, positions, unroll=unroll)))(weights)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves((of_weights, of_sums)))
-    for spot, end in zip(of_spot, of_ends, strict=True):
-        w, v = (1.0 + np.asarray(alone[name])[np.array(spot.depths)] for name in ("w", "v"))
-        check_close(end["of"], (spot.number + 2.0) * w + v[:, None], dtype="float32", what=str(spot))
 
 
 def test_kept_arrays_have_their_tokens_behind_on_a_tpu():

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
-from hybridlm import exchange, sharding
+from hybridlm import sharding
 from hybridlm.config import MLP, Attention, MeshConfig
 from hybridlm.layers.block import Make, Tokens
 from hybridlm.model import remat
@@ -104,29 +103,3 @@ def test_where_the_stream_is_split():
         assert sharding.stream_split(4, 6) == (1, ())
         with platform.assume_platform("tpu", generation="v5e"):
             assert sharding.stream_split(4, 8) == (1, ("tensor",))
-
-
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (4, 1), (1, 4)])
-def test_gradients_of_a_sublayer_are_summed_in_one_exchange(data, fsdp):
-    """Each device keeps its part of the dim that fsdp splits, wherever it stands, and all of what it does not split."""
-    shapes, dims = [(8, 3, 5), (3, 8), (7,), (2, 4, 8)], [0, 1, None, 2]
-    rng = np.random.default_rng(0)
-    grads = [rng.normal(size=(4, *shape)).astype(np.float32) for shape in shapes]
-    whole = [("data", "fsdp"), *[None] * 3]
-    outs = [[None] * len(shape) for shape in shapes]
-    for out, dim in zip(outs, dims, strict=True):
-        if dim is not None:
-            out[dim] = "fsdp"
-
-    def run(*grads):
-        return tuple(exchange.sum_weights([a[0] for a in grads], dims, ("fsdp",), ("data",)))
-
-    mesh = sharding.make_mesh(replace(ONE, data=data, fsdp=fsdp), jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        ins = tuple(P(*whole[: a.ndim]) for a in grads)
-        traced = jax.jit(sharding.shard_map(run, ins, tuple(P(*out) for out in outs))).trace(*grads)
-        found = traced.lower().compile(QUICK)(*grads)
-    for got, want in zip(found, grads, strict=True):
-        check_close(got, want.sum(0), dtype="float32", what=str(want.shape))
-    many = {(2, 2): 2 + 1, (4, 1): 1, (1, 4): 1 + 1}[data, fsdp]  # what fsdp does not split goes by itself
-    assert len(re.findall(r"(?:psum\w*|reduce_scatter)\[", str(traced.jaxpr))) == many

@@ -83,30 +83,3 @@ def same_step(more, sizes, params, history):
     for a, b in zip(many_history, history, strict=True):
         chex.assert_trees_all_close(a, b, rtol=1e-4)
     assert relative(many, params) < 5e-4
-
-
-def scatters(jaxpr, inside=False):
-    """Of each sum that is scattered over devices whether it stands in a loop."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "reduce_scatter":
-            yield inside
-        loop = inside or eqn.primitive.name in ("scan", "while")
-        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield from scatters(part, loop)
-
-
-def test_sums_leave_once_a_step_one_sublayer_after_the_other(monkeypatch):
-    """None is scattered in the loop over microbatches; each sublayer has one exchange, the table one more, and after
-    each the backward of the next sublayer but one begins."""
-    monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
-    monkeypatch.setattr(layout, "APART", {"cpu"})
-    monkeypatch.setattr(layout, "joins", lambda *_: False)  # which has barriers of its own
-    config, mesh, program = small_program.__wrapped__((*WORDS, "optim.accumulate=2", *ONCE), (2, 2, 1))
-    with jax.set_mesh(mesh):
-        batch = program.batch_like(config.data)
-        traced = program.train_step.trace(program.state_like, batch).jaxpr.jaxpr
-    n = len(config.model.pattern)
-    assert list(scatters(traced)) == [False] * (n + 1)
-    assert str(traced).count("optimization_barrier") == 1 + (n - 1)  # before the last microbatch, between sublayers
