@@ -15,8 +15,8 @@ def nothing(operands: list[Array], results: list[Array]) -> float:
 
 def walk(operands: list[Array], results: list[Array]) -> float:
     """Of the state, updated; where outputs are made, read as well, with the values of pairs in a tile, whose scores two
-    heads of a group may share. Of all tokens: a walk for the states that pieces start from leaves out one of them, which
-    its arrays do not tell."""
+    heads of a group may share. Of all tokens: a walk for the states that pieces start from leaves out one of them,
+    which its arrays do not tell."""
     x, _, B = operands[:3]
     heads, width, groups, state = *x.shape[2:], *B.shape[2:]
     made = 2 * width * state
