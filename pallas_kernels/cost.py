@@ -23,3 +23,8 @@ class KernelCost(NamedTuple):
     """Multiplications and additions of its matrix products; rows are taken as one document each."""
     bytes: int
     """What it moves at least: every operand read once, every result written once."""
+
+
+def no_products(operands: list[Array], results: list[Array]) -> float:
+    """FLOPs of a kernel without matrix products, as `Op.costs` asks for them."""
+    return 0.0

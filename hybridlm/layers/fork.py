@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.layers import params
 from hybridlm.layers.norm import RMSNorm, rms_normalise
 from pallas_kernels import rms_norm
@@ -26,8 +26,7 @@ def serves(norm: Any, x_BTD: Any) -> bool:
     """Whether `fork` has a kernel for the norm of a stream: of one with weights alone, of whole rows of channels."""
     if not isinstance(norm, RMSNorm) or norm.bias is not None or not isinstance(x_BTD, jax.Array) or x_BTD.ndim != 3:
         return False
-    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
-    return alone and rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
+    return exchange.has_whole_rows() and rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
 
 
 def fork(norm: Any, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:

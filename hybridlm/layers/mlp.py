@@ -209,8 +209,7 @@ gated.defvjp(_gated_fwd, _gated_bwd)
 
 def _has_kernel(h_BTcF, d_BTF) -> bool:
     """Whether `pallas_kernels.gated_product` serves the gradient: of one expert's whole rows, on one device each."""
-    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
-    if not alone or h_BTcF.ndim != 4 or h_BTcF.dtype != d_BTF.dtype:
+    if not exchange.has_whole_rows() or h_BTcF.ndim != 4 or h_BTcF.dtype != d_BTF.dtype:
         return False
     batch, tokens, _, width = h_BTcF.shape
     return gated_product.why_not(batch * tokens, width, h_BTcF.dtype) is None

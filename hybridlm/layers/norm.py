@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.layers import params
 from pallas_kernels import gated_norm
 from pallas_kernels.platform import platform
@@ -155,11 +155,11 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
 
 def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
     """Whether `pallas_kernels.gated_norm` serves the gradient: of whole rows of channels, on one device each."""
-    batch, tokens, *channels = y_BTHP.shape
-    alone = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
-    if gating != "silu" or n_groups != 1 or not alone or not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
+    if gating != "silu" or n_groups != 1 or not exchange.has_whole_rows():
         return False
-    return gated_norm.why_not(batch * tokens, math.prod(channels), y_BTHP.dtype) is None
+    if not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
+        return False
+    return gated_norm.why_not(math.prod(y_BTHP.shape[2:]), y_BTHP.dtype) is None
 
 
 def _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps: float, before_gate: bool):

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -263,11 +264,17 @@ def dot_all(x: jax.Array, matrices: Sequence[Any]) -> list[jax.Array]:
     if not isinstance(matrices[0], Joined):
         return [dot(x, matrix) for matrix in matrices]
     whole, shapes = next(matrix.value for matrix in matrices if matrix.value is not None), matrices[0].shapes
-    ends = [sum(map(math.prod, shapes[: i + 1])) for i in range(len(shapes) - 1)]
     # the barrier: of its gradient, too, which two products read, is made once, not put together within each
     y = jax.lax.optimization_barrier(dot(x, whole))
-    parts = jnp.split(y.reshape(*x.shape[:-1], -1), ends, -1)
-    return [parts[matrix.index].reshape(*x.shape[:-1], *shapes[matrix.index]) for matrix in matrices]
+    parts = cut_outputs(y, x.ndim - 1, shapes)
+    return [parts[matrix.index] for matrix in matrices]
+
+
+def cut_outputs(y: jax.Array, n: int, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Of outputs of these shapes side by side, behind the first n axes, each by itself."""
+    flat = y.reshape(*y.shape[:n], -1)
+    parts = jnp.split(flat, list(accumulate(map(math.prod, shapes)))[:-1], -1)
+    return [part.reshape(*y.shape[:n], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def einsum(spec: str, x: jax.Array, matrix: Any, preferred: Any = None) -> jax.Array:

@@ -19,7 +19,7 @@ from hybridlm import exchange
 from hybridlm.config import Config
 from hybridlm.exchange import ROWS_APART
 from hybridlm.layers.params import ParamInfo, in_type
-from hybridlm.layers.quantized import Joined, Parts
+from hybridlm.layers.quantized import Joined, Parts, cut_outputs
 from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
@@ -115,17 +115,20 @@ def _fits(n_bytes: float, mesh: Mesh) -> bool:
 def parts_apart(config: Config, mesh: Mesh) -> bool:
     """Whether matrices that are stored together and used apart are arrays of their own: on GPUs, where each of several
     microbatches would copy them; not where products round their other side, or adapters are trained."""
-    rounds = config.quantize.activations or config.quantize.products
-    several = config.optim.accumulate > 1 and platform_of(mesh.devices.flat[0]) in APART
-    return several and not rounds and not config.lora.on
+    return config.optim.accumulate > 1 and _has_plain_products(config, mesh)
 
 
 def joins(config: Config, mesh: Mesh) -> bool:
     """Whether matrices whose products are taken together are one array: on GPUs, where data and fsdp alone split
     anything; not where products round their other side, or adapters are trained."""
     others = any(n > 1 for name, n in mesh.shape.items() if name not in ("data", "fsdp"))
+    return not others and _has_plain_products(config, mesh)
+
+
+def _has_plain_products(config: Config, mesh: Mesh) -> bool:
+    """Whether this is a GPU's, where products round nothing and matrices themselves are trained."""
     rounds = config.quantize.activations or config.quantize.products
-    return platform_of(mesh.devices.flat[0]) in APART and not (others or rounds or config.lora.on)
+    return platform_of(mesh.devices.flat[0]) in APART and not rounds and not config.lora.on
 
 
 def wide_over(config: Config, mesh: Mesh) -> int:
@@ -136,12 +139,9 @@ def wide_over(config: Config, mesh: Mesh) -> int:
     sizes = {name: mesh.shape.get(name, 1) for name in mesh.axis_names}
     n, n_micro = sizes.get("data", 1) * sizes.get("fsdp", 1), config.optim.accumulate
     others = math.prod(sizes.values()) > n
-    if n_micro == 1 or others or config.lora.on:
+    if n_micro == 1 or others or not _has_plain_products(config, mesh) or config.data.batch_size // n_micro % n:
         return 0
-    if config.quantize.activations or config.quantize.products or config.data.batch_size // n_micro % n:
-        return 0
-    whole = sizes.get("fsdp", 1) == 1 or scatters_once(config, mesh)
-    return n if whole and platform_of(mesh.devices.flat[0]) in APART else 0
+    return n if sizes.get("fsdp", 1) == 1 or scatters_once(config, mesh) else 0
 
 
 def _fused(leaf: ParamInfo) -> int:
@@ -179,11 +179,7 @@ def _part(info, values):
     if together:
         together.sort(key=lambda name: values[name].index)
         one, shapes = values[together[0]].value, values[together[0]].shapes
-        n_in = 1 + info[together[0]].n_in
-        flat = one.reshape(*one.shape[:n_in], -1)
-        ends = [sum(map(math.prod, shapes[: i + 1])) for i in range(len(shapes) - 1)]
-        parts = zip(together, jnp.split(flat, ends, -1), shapes, strict=True)
-        made |= {name: part.reshape(*part.shape[:n_in], *shape) for name, part, shape in parts}
+        made |= zip(together, cut_outputs(one, 1 + info[together[0]].n_in, shapes), strict=True)
     return made
 
 

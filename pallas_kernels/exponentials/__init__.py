@@ -14,7 +14,7 @@ from pallas_kernels import platform
 from pallas_kernels.cost import Array
 from pallas_kernels.op import why_not_hopper
 
-__all__ = ["COSTS", "count_flops", "exponentials", "product_exponentials", "why_not", "why_not_products"]
+__all__ = ["COSTS", "exponentials", "product_exponentials", "why_not", "why_not_products"]
 
 OLDEST_JAX = (0, 11)
 ROWS = 4
@@ -30,7 +30,7 @@ MOST_INPUTS = 1024
 BUSY = 0.85
 """Of the multiprocessors, at the least: each takes OF_PRODUCTS[0] rows at a time."""
 COSTS = {
-    "exponentials": "pallas_kernels.exponentials:count_flops",
+    "exponentials": "pallas_kernels.cost:no_products",
     "product_exponentials": "pallas_kernels.exponentials:count_product_flops",
 }
 """As `gpu_costs` of an op."""
@@ -104,8 +104,3 @@ def count_product_flops(operands: list[Array], results: list[Array]) -> float:
     """Of the matrix unit: the products."""
     (rows, inputs), columns = operands[0].shape, operands[1].shape[0]
     return 2.0 * rows * inputs * columns
-
-
-def count_flops(operands: list[Array], results: list[Array]) -> float:
-    """Of the matrix unit: none."""
-    return 0.0

@@ -10,17 +10,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import platform
-from pallas_kernels.cost import Array
 from pallas_kernels.op import why_not_hopper
 
-__all__ = ["COSTS", "count_flops", "gated_product_gradients", "why_not"]
+__all__ = ["COSTS", "gated_product_gradients", "why_not"]
 
 OLDEST_JAX = (0, 11)
 ROWS, COLUMNS = 16, 128
 """Of a tile."""
 BLOCKS = 4
 """Thread blocks of a multiprocessor."""
-COSTS = {"gated_product_gradients": "pallas_kernels.gated_product:count_flops"}
+COSTS = {"gated_product_gradients": "pallas_kernels.cost:no_products"}
 """As `gpu_costs` of an op."""
 
 
@@ -48,8 +47,3 @@ def gated_product_gradients(h_RcF: jax.Array, d_RF: jax.Array) -> jax.Array:
     n_blocks = min(n_rows // ROWS * (width // COLUMNS), BLOCKS * platform.multiprocessors())
     plan = kernel.Plan(n_rows, width, (ROWS, COLUMNS), n_blocks)
     return kernel.gated_product_gradients(plan, h_RcF, d_RF)
-
-
-def count_flops(operands: list[Array], results: list[Array]) -> float:
-    """Of the matrix unit: none."""
-    return 0.0

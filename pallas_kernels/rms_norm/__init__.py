@@ -3,7 +3,7 @@
 
 What reaches the norm from each product that reads it, and what reaches its input beside it, are added where they are
 read. `why_not` says where the kernel can serve. It stands in a module that is imported where it is called, for Mosaic
-takes its time. Axis letters: R rows, C channels, N thread blocks.
+takes its time. Axis letters: R rows, C channels.
 """
 
 from collections.abc import Sequence
@@ -12,28 +12,32 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.cost import Array
 from pallas_kernels.op import why_not_hopper
 
-__all__ = ["COSTS", "MOST_GRADIENTS", "count_flops", "rms_norm_gradients", "why_not"]
+__all__ = ["COSTS", "MOST_GRADIENTS", "rms_norm_gradients", "why_not", "why_not_rows"]
 
 OLDEST_JAX = (0, 11)
 LEAST, MOST, MULTIPLE = 256, 4096, 256
 """Channels: below, what one pass saves is not worth another kernel to compile; above, a row's do not fit registers."""
 MOST_GRADIENTS = 4
 """Of the norm's result."""
-COSTS = {"rms_norm_gradients": "pallas_kernels.rms_norm:count_flops"}
+COSTS = {"rms_norm_gradients": "pallas_kernels.cost:no_products"}
 """As `gpu_costs` of an op."""
 
 
 def why_not(n_channels: int, dtype: DTypeLike) -> str | None:
     """Why the kernel cannot serve arrays [..., n_channels] of a type; None where it can."""
+    return why_not_rows(n_channels, dtype, LEAST)
+
+
+def why_not_rows(n_channels: int, dtype: DTypeLike, least: int) -> str | None:
+    """The same of any kernel of `pallas_kernels.rows`, which is for no less than `least` channels."""
     if reason := why_not_hopper(OLDEST_JAX):
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"arrays are of type {jnp.dtype(dtype)}, not bfloat16"
-    if not LEAST <= n_channels <= MOST or n_channels % MULTIPLE:
-        return f"channels ({n_channels}) below {LEAST}, above {MOST} or no multiple of {MULTIPLE}"
+    if not least <= n_channels <= MOST or n_channels % MULTIPLE:
+        return f"channels ({n_channels}) below {least}, above {MOST} or no multiple of {MULTIPLE}"
     return None
 
 
@@ -55,8 +59,3 @@ def rms_norm_gradients(
     from pallas_kernels.rms_norm import kernel
 
     return kernel.rms_norm_gradients(eps, x_RC, weight_C, beside_RC, *grads_RC)
-
-
-def count_flops(operands: list[Array], results: list[Array]) -> float:
-    """Of the matrix unit: none."""
-    return 0.0

@@ -55,7 +55,7 @@ FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
 )
 def test_as_on_gpus(more, meshes, monkeypatch):
     """With whole sums, matrices taken apart and together, and the norms' gradients as their kernel makes them."""
-    _, _, params, history = steps((*options("adamw"), *more))
+    _, _, params, history = steps((*WORDS, *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
     monkeypatch.setattr(rms_norm, "why_not", lambda *_: None)
