@@ -159,6 +159,14 @@ def gathering(array: jax.Array, context_axis: str) -> Swap:
     return Swap(lambda _: array, functools.partial(jax.lax.dynamic_update_index_in_dim, axis=1), whole)
 
 
+def scattering(array: jax.Array, context_axis: str) -> Swap:
+    """Of [B, n T, ...] of each device the sum of all over this one's share of the tokens, [B, T, ...] in float32."""
+    of_devices = array.reshape(array.shape[0], axis_size(context_axis), -1, *array.shape[2:])
+    piece = lambda to: jax.lax.dynamic_index_in_dim(of_devices, to, 1, keepdims=False)
+    own = piece(jax.lax.axis_index(context_axis)).astype(jnp.float32)
+    return Swap(piece, lambda whole, given, _: whole + given, own)
+
+
 def from_last(array: jax.Array, context_axis: str) -> jax.Array:
     """The last device's array, on all of them."""
     is_last = jax.lax.axis_index(context_axis) == axis_size(context_axis) - 1

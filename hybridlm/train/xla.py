@@ -27,9 +27,9 @@ COPIED = {
 }
 """By platform, beside OPTIONS, for meshes with tensor or context, of devices of one process with links of their own."""
 BESIDE = {
-    # What `pallas_kernels.ops.attention.context` has on its way beside attention: of four devices up to nine permutes.
-    # With one at a time XLA has one of them there, and all others alone.
-    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 9},
+    # What `pallas_kernels.ops.attention.context` has on its way beside attention: up to twelve permutes of four devices
+    # at once. With one at a time XLA has one of them there, and all others alone.
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 12},
 }
 """Beside COPIED, where context splits tokens."""
 

@@ -214,9 +214,10 @@ def _in_parts_backward(static: _Call, pulls, grads):
         return whole.reshape(grads[i].shape), beside
 
     def leave(found, beside):
-        dq, *d_keys, d_sinks = found
-        (whole,), beside = context.swapped([stripes.collecting(dq)], axis, beside)
-        own = (jax.lax.psum_scatter(d, axis, scatter_dimension=1, tiled=True) for d in d_keys)
+        dq, dk, dv, d_sinks = found
+        swaps = [stripes.collecting(dq), *(context.scattering(array, axis) for array in (dk, dv))]
+        (whole, *own), beside = context.swapped(swaps, axis, beside)
+        own = (total.astype(array.dtype) for total, array in zip(own, (dk, dv), strict=True))
         return (whole.reshape(dq.shape), *own, d_sinks), beside
 
     return _one_after_the_other(len(pulls), enter, lambda i, grad: pulls[i](grad), leave), None
