@@ -65,7 +65,7 @@ def attention_context(attend: Callable, args: tuple, *, context_axis: str, one_s
     ids = None if ids is None else (stripes.deal(ids[0]), ids[1])
     options |= {"segment_ids": ids, "positions": (q_position_BT, positions[1]), "gate": None}
     if context.by_links(context_axis):
-        out_BTHP = _passed_on(attend, stripes, *args, options)
+        out_BTHP = _passed_on(attend, stripes, q_BTHP, k_BTKP, v_BTKP, options)
     else:
         k_BSKP, v_BSKP = gather(k_BTKP), gather(v_BTKP)
         out_BTHP = stripes.collect(attend(stripes.deal(q_BTHP), k_BSKP, v_BSKP, **options))
