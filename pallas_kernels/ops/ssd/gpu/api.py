@@ -131,6 +131,9 @@ def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
     Returns (y or None, final state or None, states or None), as ``cfg`` asks.
     """
     blocks = cfg.batch * cfg.heads // cfg.block_heads
+    if blocks < FULL_ENOUGH * platform.multiprocessors() <= cfg.batch * cfg.heads:
+        cfg = dataclasses.replace(cfg, most_heads=1)
+        blocks = cfg.batch * cfg.heads // cfg.block_heads
     pieces = choose_pieces(blocks, cfg.chunks)
     replace = functools.partial(dataclasses.replace, cfg)
     starts = None if init is None else init[:, None]
