@@ -16,7 +16,14 @@ OPTIONS = {
     # What XLA merges of products of one input it cuts again, with copies: mamba2_1b, 65,536 tokens a step, 1,305 to
     # 1,317 ms with B, C and dt together (`layers.quantized.Joined`) and nothing merged, 1,324 as XLA merges them
     # (2026-11-27).
-    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_dot_merger_threshold_mb": 0},
+    # Products by cuBLASLt alone, which adds to an array while it writes: the residual stream to a sublayer's last
+    # product, sums of gradients to theirs.
+    "gpu": {
+        "xla_gpu_experimental_enable_fusion_autotuner": False,
+        "xla_gpu_dot_merger_threshold_mb": 0,
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_enable_cublaslt": True,
+    },
 }
 """By platform."""
 
