@@ -31,6 +31,8 @@ import jax
 
 POINT = "lower_jaxpr_to_module"
 """How JAX names what lowers a kernel; where it names it otherwise, no process is forked."""
+NUMBERED = "mosaic_gpu.dump_basename"
+"""Attribute with a kernel's number."""
 MOST = 16
 """Processes. No config of ours has more kernels than that in one program."""
 LEAST = 4
@@ -102,10 +104,8 @@ class _Parts:
             found = self._found.pop(place, None)
         if found is None or found[0] != name:
             return lower()
-        from jax._src.interpreters.mlir import ir
-
         _, result, text = found
-        return replace(result, module=ir.Module.parse(text))
+        return replace(result, module=_read_module(text))
 
     def _read(self) -> None:
         while self._open and time.monotonic() < self._end:
@@ -124,6 +124,18 @@ class _Parts:
         for reader in self._open:
             reader.close()
         os.waitpid(self._first, 0)
+
+
+def _read_module(text: bytes) -> Any:
+    """A kernel that another process has lowered. JAX numbers kernels in the order in which a process lowers them."""
+    from jax._src.interpreters.mlir import ir
+    from jax.experimental.mosaic.gpu import dialect
+
+    module = ir.Module.parse(text)
+    if NUMBERED in module.operation.attributes:
+        del module.operation.attributes[NUMBERED]
+        dialect.get_or_set_dump_options(module)
+    return module
 
 
 def _be_part(lower: Callable[[], Any], writers: list[Connection]) -> None:
