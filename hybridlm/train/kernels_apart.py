@@ -16,7 +16,6 @@ import io
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -188,7 +187,6 @@ def _send(writer: Connection, mine: int, count: int, next_place: list[int], lowe
 
 def _fork() -> int:
     """`os.fork()`. What JAX and Python warn of is what a forked process keeps to here: it takes no part in threads."""
-    sys.stdout.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return os.fork()
