@@ -29,6 +29,11 @@ LONG = 16384
 """Tokens of a row, from which on weight gradients are made in order on GPUs: see `_holding`."""
 
 
+def has_whole_rows() -> bool:
+    """Whether each device has all tokens and widths of its rows: neither tensor nor context splits anything."""
+    return sharding.axis_size("tensor") == sharding.axis_size("context") == 1
+
+
 def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> Any:
     """`fn(*arrays)`, run by every device on its shards, which fn exchanges itself: by `gather`, `scatter` and `add`.
 

@@ -104,11 +104,16 @@ class Places(NamedTuple):
 def places(tokens_shape: tuple[int, int], table_shape: tuple[int, int]) -> Places:
     """Places of tokens [B, T] and a table [V, D] on the mesh that is set; all empty without one."""
     n_rows, width = table_shape
-    rows, columns = sharding.split_axes("vocab", n_rows), sharding.split_axes("d_model", width)
+    rows, columns = _wide("vocab", n_rows), _wide("d_model", width)
     names = ("batch", "tokens") if rows else sharding.STREAM[:2]
     met = [axis for of_dim in sharding.dims_axes(names, tokens_shape) for axis in of_dim]
     dim, stream = sharding.stream_split(*tokens_shape)
     return Places(rows, columns, tuple(met), tuple(axis for axis in stream if axis not in met), dim)
+
+
+def _wide(name: str, size: int) -> tuple[str, ...]:
+    """Mesh axes of more than one device that split a dim."""
+    return tuple(axis for axis in sharding.split_axes(name, size) if sharding.axis_size(axis) > 1)
 
 
 def layout(n_vocab: int, chunk: int, shards: int = 1) -> tuple[int, int, int]:

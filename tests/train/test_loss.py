@@ -197,6 +197,27 @@ def test_gradient_by_the_kernel_over_rows_of_the_table(by_kernel):
         check_close(a, b, dtype="float32", what="objective, sums and gradients")
 
 
+def test_products_are_not_stored_over_devices_with_whole_tables(by_kernel, monkeypatch):
+    """Rows of the table that no device shares are no reason to store products: data and fsdp are axes of the mesh, and
+    so is a tensor of one."""
+    asked = []
+
+    def products(*args):
+        asked.append(args[0].shape)
+        return products_in_plain_words(*args)
+
+    monkeypatch.setattr("pallas_kernels.exponentials.why_not_products", lambda *_: None)
+    monkeypatch.setattr("pallas_kernels.exponentials.product_exponentials", products)
+    x, w, targets = inputs(64)
+    one = formed(30 * x, w, targets, n_logits=128)
+    asked.clear()
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])):
+        split = formed(30 * x, w, targets, n_logits=128)
+    assert asked
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
+        check_close(a, b, dtype="float32", what="objective, sums and gradients")
+
+
 @needs_gpu_interpreter
 def test_gradient_by_the_kernel_itself():
     x, w, targets = inputs(512, jnp.bfloat16)
