@@ -197,6 +197,4 @@ class Sublayer(nnx.Module):
             x_BTD = scaled(u_BTD, kept)
         x_BTD, y_BTD = (x_BTD, y_BTD) if self.scales is None else self.scales(x_BTD, y_BTD)
         y_BTD = scaled(y_BTD, multiplier)
-        # XLA adds to the rows of a product within it; in the shape [B, T, D] it would copy the stream first
-        rows = (lambda a: a.reshape(-1, a.shape[-1])) if exchange.has_whole_rows() else (lambda a: a)
-        return sharding.constrain((rows(x_BTD) + rows(y_BTD)).reshape(x_BTD.shape), *sharding.STREAM)
+        return sharding.constrain(exchange.add_rows(x_BTD, y_BTD), *sharding.STREAM)
