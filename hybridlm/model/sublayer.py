@@ -18,7 +18,6 @@ from hybridlm.layers.block import Make, Output, Tokens, inspect, of_streams, pas
 from hybridlm.layers.norm import LayerNorm, RMSNorm
 from hybridlm.layers.parallel import scaled
 from hybridlm.model.config import ModelConfig
-from pallas_kernels.platform import platform
 
 
 def make_options(config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array | int = 0) -> Make:
@@ -198,7 +197,4 @@ class Sublayer(nnx.Module):
             x_BTD = scaled(u_BTD, kept)
         x_BTD, y_BTD = (x_BTD, y_BTD) if self.scales is None else self.scales(x_BTD, y_BTD)
         y_BTD = scaled(y_BTD, multiplier)
-        if platform() == "gpu" and exchange.has_whole_rows():  # XLA adds to rows within the product that makes y
-            x, y = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, y_BTD))
-            return sharding.constrain((x + y).reshape(x_BTD.shape), *sharding.STREAM)
-        return sharding.constrain(x_BTD + y_BTD, *sharding.STREAM)
+        return sharding.constrain(exchange.add_rows(x_BTD, y_BTD), *sharding.STREAM)
