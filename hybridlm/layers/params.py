@@ -97,14 +97,9 @@ def contracted_axes(info: ParamInfo) -> list[int]:
 def make(
     value: jax.Array, axes: tuple[str | None, ...], kind: Kind, *, n_in: int = 0, fused_axes: tuple = (), **more: bool
 ) -> nnx.Param:
-    """A parameter with its metadata; float32.
-
-    A vector over d_model, as of a norm, has no named axis: it is whole on every device. Split over `fsdp` its few
-    kilobytes would be exchanged in each microbatch, and devices wait for each other there.
-    """
+    """A parameter with its metadata; float32."""
     if value.ndim != len(axes):
         raise ValueError(f"axes ({axes}) must name the {value.ndim} axes of shape {value.shape}")
-    axes = (None,) if axes == ("d_model",) else axes
     return nnx.Param(value.astype(jnp.float32), axes=axes, kind=kind, n_in=n_in, fused_axes=fused_axes, **more)
 
 
