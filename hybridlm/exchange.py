@@ -5,6 +5,7 @@ The compiler could find them from shardings alone. Written out, a gradient is sc
 products of one input exchange it once, and a traced program says what it sends.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
@@ -21,15 +23,10 @@ from pallas_kernels import platform
 
 GATHERED = "sublayer_gathered"
 """Name, for remat, of what a sublayer's input becomes by tokens of other devices."""
-ROWS_APART = ("data", "fsdp")
-"""Mesh axes that split rows and nothing else, where weights are whole: each device has gradients of its own rows."""
+TOKENS_APART = ("data", "fsdp", "context")
+"""Mesh axes that split tokens alone, where weights are whole: each device has gradients of its own tokens."""
 LONG = 16384
 """Tokens of a row, from which on weight gradients are made in order on GPUs: see `_holding`."""
-
-
-def has_whole_rows() -> bool:
-    """Whether each device has all tokens and widths of its rows: neither tensor nor context splits anything."""
-    return sharding.axis_size("tensor") == sharding.axis_size("context") == 1
 
 
 def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], outs: tuple | list) -> Any:
@@ -44,6 +41,19 @@ def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], out
     in_specs = tuple(_spec(names, array.shape) for array, names in zip(arrays, axes, strict=True))
     out_specs = tuple(_spec(*out) for out in outs) if isinstance(outs, list) else _spec(*outs)
     return sharding.shard_map(fn, in_specs, out_specs)(*arrays)
+
+
+def of_tokens(axes: tuple, shape: Sequence[int]) -> tuple[str, ...]:
+    """What splits the tokens of an array [B, T, ...] with these logical axes: mesh axes of sums [N, ...], one of each
+    device's own tokens, as `manual` takes them."""
+    rows, tokens = sharding.dims_axes(axes, shape)[:2]
+    return *rows, *tokens
+
+
+def own_shape(axes: tuple, shape: Sequence[int]) -> list[int]:
+    """The shape of what each device has of an array with these logical axes."""
+    split = sharding.dims_axes(axes, shape)
+    return [n // math.prod(map(sharding.axis_size, of_dim)) for n, of_dim in zip(shape, split, strict=True)]
 
 
 def products(
@@ -170,7 +180,13 @@ def _held(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
 
 
-_held.defvjp(lambda *arrays: (arrays, None), lambda _, grads: jax.lax.optimization_barrier(grads))
+def _held_backward(_, grads):
+    """Of those that there are: one of zeros would be written, and summed over devices."""
+    held = iter(jax.lax.optimization_barrier([g for g in grads if not isinstance(g, SymbolicZero)]))
+    return tuple(None if isinstance(g, SymbolicZero) else next(held) for g in grads)
+
+
+_held.defvjp(lambda *arrays: (tuple(a.value for a in arrays), None), _held_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.platform import platform
 from pallas_kernels.segments import document_numbers, last_real_ids
 from pallas_kernels.varying import vary_alike
 
@@ -114,6 +115,56 @@ def in_order(run: Callable, start, own: Documents | None, context_axis: str):
 
     start = vary_alike((start, index))[0]
     return jax.lax.scan(turn, start, jnp.arange(n - 1))[0]
+
+
+LINKED = 8
+"""Devices on an axis up to which GPUs pass tokens on one by one, as links of a host join each with each."""
+
+
+def by_links(context_axis: str) -> bool:
+    """Whether tokens go from each device to each by `swapped`: permutes, which engines of the links may copy, in the
+    place of exchanges that take multiprocessors."""
+    return platform() == "gpu" and axis_size(context_axis) <= LINKED
+
+
+class Swap(typing.NamedTuple):
+    """What devices give each other of one array."""
+
+    piece: Callable
+    """(index of another device) -> what this one gives to it."""
+    put: Callable
+    """(whole, what a device has given, its index) -> the array with that in its place."""
+    whole: jax.Array
+    """In which this device's own stands."""
+
+
+def swapped(swaps: list[Swap], context_axis: str, beside=()):
+    """(the arrays with what each device gives to this one put in, `beside`): pieces are on their way while `beside`, a
+    tree, is computed; they are waited for behind it."""
+    n, here = axis_size(context_axis), jax.lax.axis_index(context_axis)
+    turned = lambda by: [(i, (i + by) % n) for i in range(n)]
+    send = lambda swap, by: jax.lax.ppermute(swap.piece((here + by) % n), context_axis, turned(by))
+    given = [[send(swap, by) for by in range(1, n)] for swap in swaps]
+    wholes, given, beside = jax.lax.optimization_barrier(([swap.whole for swap in swaps], given, beside))
+    for i, swap in enumerate(swaps):
+        for by, piece in enumerate(given[i], 1):
+            wholes[i] = swap.put(wholes[i], piece, (here - by) % n)
+    return wholes, beside
+
+
+def gathering(array: jax.Array, context_axis: str) -> Swap:
+    """Of [B, T, ...] of each device [B, n, T, ...] of all."""
+    n = axis_size(context_axis)
+    whole = jnp.broadcast_to(array[:, None], (array.shape[0], n, *array.shape[1:]))
+    return Swap(lambda _: array, functools.partial(jax.lax.dynamic_update_index_in_dim, axis=1), whole)
+
+
+def scattering(array: jax.Array, context_axis: str) -> Swap:
+    """Of [B, n T, ...] of each device the sum of all over this one's share of the tokens, [B, T, ...] in float32."""
+    of_devices = array.reshape(array.shape[0], axis_size(context_axis), -1, *array.shape[2:])
+    piece = lambda to: jax.lax.dynamic_index_in_dim(of_devices, to, 1, keepdims=False)
+    own = piece(jax.lax.axis_index(context_axis)).astype(jnp.float32)
+    return Swap(piece, lambda whole, given, _: whole + given, own)
 
 
 def from_last(array: jax.Array, context_axis: str) -> jax.Array:

@@ -12,26 +12,27 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hybridlm import exchange, sharding
+from hybridlm import exchange
 from hybridlm.layers import params
 from hybridlm.layers.norm import RMSNorm, rms_normalise
+from hybridlm.sharding import STREAM, axis_size
 from pallas_kernels import rms_norm
 
-ROWS = ("batch", None, None)
 NORMED = "sublayer_norm"
 """Name, for remat, of the normed input of a sublayer."""
 
 
 def serves(norm: Any, x_BTD: Any) -> bool:
-    """Whether `fork` has a kernel for the norm of a stream: of one with weights alone, of whole rows of channels."""
+    """Whether `fork` has a kernel for the norm of a stream: of one with weights alone."""
     if not isinstance(norm, RMSNorm) or norm.bias is not None or not isinstance(x_BTD, jax.Array) or x_BTD.ndim != 3:
         return False
-    return exchange.has_whole_rows() and rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
+    return rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
 
 
 def fork(norm: Any, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:
     """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n products of it, of which there may
-    be up to `rms_norm.MOST_GRADIENTS`."""
+    be up to `rms_norm.MOST_GRADIENTS`; over `tensor` an array, as what products read is put together there."""
+    n = n if axis_size("tensor") == 1 else 1
     weight_D = params.use(norm.weight, jnp.float32)
     weight_D = weight_D if norm.offset == 0 else norm.offset + weight_D
     x_BTD, u_BTD, *more = _fork(x_BTD, weight_D, norm.eps, n)
@@ -53,8 +54,9 @@ def _backward(eps: float, n: int, saved, grads):
         dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [rows(d) for d in grads], rows(beside), eps)
         return dx.reshape(x.shape), d_weight[None]
 
-    arrays, axes = (x_BTD, weight_D, *grads), [ROWS, (None,), *[ROWS] * (n + 1)]
-    dx, d_weight = sharding.per_device(of_device, arrays, axes, [ROWS, ("batch", None)])
+    arrays, axes = (x_BTD, weight_D, *grads), [STREAM, (None,), *[STREAM] * (n + 1)]
+    of_weight = (exchange.of_tokens(STREAM, x_BTD.shape), None), (1, *weight_D.shape)
+    dx, d_weight = exchange.manual(of_device, arrays, axes, [(STREAM, x_BTD.shape), of_weight])
     return dx, d_weight.sum(0)
 
 

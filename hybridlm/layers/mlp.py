@@ -207,20 +207,23 @@ def _gated_bwd(activation, multiplier, h_BTcF, d_BTF):
 gated.defvjp(_gated_fwd, _gated_bwd)
 
 
+HIDDEN = ("batch", "tokens", None, "d_ff")
+"""Logical axes of both halves [B, T, 2, F]."""
+
+
 def _has_kernel(h_BTcF, d_BTF) -> bool:
-    """Whether `pallas_kernels.gated_product` serves the gradient: of one expert's whole rows, on one device each."""
-    if not exchange.has_whole_rows() or h_BTcF.ndim != 4 or h_BTcF.dtype != d_BTF.dtype:
+    """Whether `pallas_kernels.gated_product` serves the gradient: of one expert, as each device has it."""
+    if h_BTcF.ndim != 4 or h_BTcF.dtype != d_BTF.dtype:
         return False
-    batch, tokens, _, width = h_BTcF.shape
+    batch, tokens, _, width = exchange.own_shape(HIDDEN, h_BTcF.shape)
     return gated_product.why_not(batch * tokens, width, h_BTcF.dtype) is None
 
 
 def _in_kernel(h_BTcF, d_BTF) -> jax.Array:
-    """The gradient in one pass, each device that of its rows; XLA reads what both halves are of for each of them."""
+    """The gradient in one pass, each device that of its own; XLA reads what both halves are of for each of them."""
 
     def of_device(h, d):
         dh = gated_product.gated_product_gradients(h.reshape(-1, *h.shape[2:]), d.reshape(-1, d.shape[2]))
         return dh.reshape(h.shape)
 
-    of_h = ("batch", None, None, None)
-    return sharding.per_device(of_device, (h_BTcF, d_BTF), (of_h, of_h[:3]), of_h)
+    return exchange.manual(of_device, (h_BTcF, d_BTF), (HIDDEN, (*HIDDEN[:2], "d_ff")), (HIDDEN, h_BTcF.shape))

@@ -154,8 +154,8 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
 
 
 def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
-    """Whether `pallas_kernels.gated_norm` serves the gradient: of whole rows of channels, on one device each."""
-    if gating != "silu" or n_groups != 1 or not exchange.has_whole_rows():
+    """Whether `pallas_kernels.gated_norm` serves the gradient: of channels that no axis splits."""
+    if gating != "silu" or n_groups != 1 or sharding.axis_size("tensor") > 1:
         return False
     if not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
         return False
@@ -163,7 +163,7 @@ def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
 
 
 def _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps: float, before_gate: bool):
-    """The gradient in one pass, each device that of its rows."""
+    """The gradient in one pass, each device that of its tokens."""
 
     def of_device(y, z, weight, d_out):
         rows = lambda a: a.reshape(-1, weight.size)
@@ -171,9 +171,10 @@ def _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps: float, before_gate: bool):
         dy, dz, d_weight = gated_norm.gated_norm_gradients(*args, eps, before_gate)
         return dy.reshape(y.shape), dz.reshape(z.shape), d_weight.reshape(1, *weight.shape)
 
-    of_rows, of_all = ("batch", None, None, None), (None, None)
-    arrays, axes = (y_BTHP, z_BTHP, weight_HP, d_out), (of_rows, of_rows, of_all, of_rows)
-    dy, dz, d_weight = sharding.per_device(of_device, arrays, axes, [of_rows, of_rows, ("batch", None, None)])
+    own, of_all = ("batch", "tokens", None, None), (None, None)
+    arrays, axes = (y_BTHP, z_BTHP, weight_HP, d_out), (own, own, of_all, own)
+    of_weight = (exchange.of_tokens(own, y_BTHP.shape), *of_all), (1, *weight_HP.shape)
+    dy, dz, d_weight = exchange.manual(of_device, arrays, axes, [(own, y_BTHP.shape), (own, z_BTHP.shape), of_weight])
     return dy, dz, d_weight.sum(0).astype(weight_HP.dtype)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from hybridlm import exchange
 from hybridlm.sharding import STREAM, dims_axes, per_device
+from pallas_kernels.platform import platform
 from pallas_kernels.segments import document_numbers
 
 
@@ -87,5 +88,14 @@ def _take(x: jax.Array, place: jax.Array) -> jax.Array:
 def _take_vectors(x_BTD: jax.Array, place_BT1: jax.Array) -> jax.Array:
     """The same of the residual stream: each device takes its own tokens from the whole rows."""
     axes = dims_axes(STREAM, x_BTD.shape)[1]
-    run = lambda x_BTD, place_BT1: jnp.take_along_axis(exchange.gather(x_BTD, axes, 1), place_BT1, axis=1)
+    run = lambda x_BTD, place_BT1: jnp.take_along_axis(_gather_tokens(x_BTD, axes), place_BT1, axis=1)
     return exchange.manual(run, [x_BTD, place_BT1], [STREAM, STREAM], (STREAM, x_BTD.shape))
+
+
+def _gather_tokens(x_BTD: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Whole rows. A GPU's compiler lays out what is gathered by tokens with these outermost, and all that it comes
+    from, the whole stream, likewise: of one row no more than of several, which would be moved in each sublayer."""
+    if platform() == "tpu" or not axes:
+        return exchange.gather(x_BTD, axes, 1)
+    whole = exchange.gather(x_BTD[None], axes, 0)
+    return jnp.moveaxis(whole, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])

@@ -228,7 +228,8 @@ class _Step:
         treedef: Any
         leaves, treedef = jax.tree.flatten(_at(weights[spot.number], index))
         slot = lambda w, n: jnp.zeros((n, *w.shape), jnp.float32)
-        wide = [Wide(w, slot(w, n), exchange.ROWS_APART) if n else w for w, n in zip(leaves, self.slots[spot.number])]
+        both = zip(leaves, self.slots[spot.number], strict=True)
+        wide = [Wide(w, slot(w, n), exchange.TOKENS_APART) if n else w for w, n in both]
         return treedef.unflatten(wide)
 
     def __call__(self, spot: Spot, weights, x_BTD, floats, ints):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybridlm import exchange
 from hybridlm.config import Config
-from hybridlm.exchange import ROWS_APART
+from hybridlm.exchange import TOKENS_APART
 from hybridlm.layers.params import ParamInfo, in_type
 from hybridlm.layers.quantized import Joined, Parts, cut_outputs
 from hybridlm.model import quantize, stacks
@@ -121,10 +121,14 @@ def parts_apart(config: Config, mesh: Mesh) -> bool:
 
 
 def joins(config: Config, mesh: Mesh) -> bool:
-    """Whether matrices whose products are taken together are one array: on GPUs, where data and fsdp alone split
+    """Whether matrices whose products are taken together are one array: on GPUs, where what splits tokens alone splits
     anything; not where products round their other side, or adapters are trained."""
-    others = any(n > 1 for name, n in mesh.shape.items() if name not in ("data", "fsdp"))
-    return not others and _has_plain_products(config, mesh)
+    return _splits_tokens_alone(mesh) and _has_plain_products(config, mesh)
+
+
+def _splits_tokens_alone(mesh: Mesh) -> bool:
+    """Whether `TOKENS_APART` are the only axes of the mesh that split anything."""
+    return all(n == 1 or name in TOKENS_APART for name, n in mesh.shape.items())
 
 
 def _has_plain_products(config: Config, mesh: Mesh) -> bool:
@@ -136,14 +140,14 @@ def _has_plain_products(config: Config, mesh: Mesh) -> bool:
 def wide_over(config: Config, mesh: Mesh) -> int:
     """How many devices sum gradients of matrices over microbatches by themselves, added by the products; 0: none.
 
-    On GPUs, where data and fsdp alone split anything, matrices are whole and so are their sums.
+    On GPUs, where what splits tokens alone splits anything, matrices are whole and so are their sums.
     """
-    sizes = {name: mesh.shape.get(name, 1) for name in mesh.axis_names}
-    n, n_micro = sizes.get("data", 1) * sizes.get("fsdp", 1), config.optim.accumulate
-    others = math.prod(sizes.values()) > n
-    if n_micro == 1 or others or not _has_plain_products(config, mesh) or config.data.batch_size // n_micro % n:
+    n_micro, n_rows = config.optim.accumulate, mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    if n_micro == 1 or not _splits_tokens_alone(mesh) or not _has_plain_products(config, mesh):
         return 0
-    return n if sizes.get("fsdp", 1) == 1 or scatters_once(config, mesh) else 0
+    if config.data.batch_size // n_micro % n_rows:
+        return 0
+    return mesh.size if mesh.shape.get("fsdp", 1) == 1 or scatters_once(config, mesh) else 0
 
 
 def _fused(leaf: ParamInfo) -> int:
@@ -281,7 +285,7 @@ class Layout(NamedTuple):
     def _apart(self, at: NamedSharding) -> NamedSharding:
         """Of sums of each device, from that of the parameter, whole but for what `tensor` splits."""
         entries = [*at.spec, *[None] * 9]
-        return NamedSharding(self.mesh, P(entries[0], ROWS_APART, *entries[1 : len(at.spec)]))
+        return NamedSharding(self.mesh, P(entries[0], TOKENS_APART, *entries[1 : len(at.spec)]))
 
     def _of_all(self, leaf: ParamInfo, sums: jax.Array) -> jax.Array:
         """Sums over devices of [depths, N, ...], split like the parameter."""
@@ -290,16 +294,16 @@ class Layout(NamedTuple):
         whole = tuple(None if name == "d_model" else name for name in leaf.axes)
 
         def run(total):
-            total = exchange.add(total[:, 0].astype(self.config.compute_dtype), ("data",))
+            """What each device keeps of the sums over fsdp, fewer numbers, is added over the others."""
+            total, rest = total[:, 0].astype(self.config.compute_dtype), TOKENS_APART
             if "d_model" in axes:
                 total = exchange.scatter_weight(total, ("fsdp",), axes.index("d_model"))
-            else:
-                total = exchange.add(total, ("fsdp",))
-            return total.astype(jnp.float32)
+                rest = tuple(axis for axis in rest if axis != "fsdp")
+            return exchange.add(total, rest).astype(jnp.float32)
 
         if not is_split():
             return sums[:, 0]
-        return exchange.manual(run, [sums], [("layers", ROWS_APART, *whole)], (axes, shape))
+        return exchange.manual(run, [sums], [("layers", TOKENS_APART, *whole)], (axes, shape))
 
     def _by_leaf(self, fn, groups: dict) -> dict:
         """fn(ParamInfo, array) of each array of the sublayers, of each part where a matrix is in parts."""

@@ -73,6 +73,7 @@ class Steps:
                 self._inspect(step + 1, state, batch)
             with self.watchdog.during("compiling") if step + 1 == first else nullcontext():
                 state, metrics = self.program.train_step(state, batch)
+            del batch  # freed where the next one is taken, Python's lock would go to the thread that reads on
             step += 1
             if step == first:
                 first = None  # a run that goes back may come here again

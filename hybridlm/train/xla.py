@@ -25,7 +25,13 @@ COPIED = {
     # 1,264 ms a step, 1,320 by NCCL (2026-11-27); see docs/results/tensor.md.
     "gpu": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
 }
-"""By platform, beside OPTIONS, for meshes with tensor whose devices are of one process and have links of their own."""
+"""By platform, beside OPTIONS, for meshes with tensor or context, of devices of one process with links of their own."""
+BESIDE = {
+    # What `pallas_kernels.ops.attention.context` has on its way beside attention: up to twelve permutes of four devices
+    # at once. With one at a time XLA has one of them there, and all others alone.
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 12},
+}
+"""Beside COPIED, where context splits tokens."""
 
 ONCE = {
     # LLVM's optimisation of the random numbers would take longer than all of them: hybrid_tiny, 2 cores, JAX 0.10.2.
@@ -69,5 +75,8 @@ def options_on(mesh: Mesh) -> dict | None:
     """`options` of a program that is run often, over a mesh."""
     device, processes = mesh.devices.flat[0], {device.process_index for device in mesh.devices.flat}
     platform, peak = platform_of(device), peaks_of(device)
-    copied = mesh.shape.get("tensor", 1) > 1 and len(processes) == 1 and peak is not None and peak.links is not None
-    return {**OPTIONS.get(platform, {}), **(COPIED.get(platform, {}) if copied else {})} or None
+    tensor, context = (mesh.shape.get(axis, 1) > 1 for axis in ("tensor", "context"))
+    linked = len(processes) == 1 and peak is not None and peak.links is not None
+    copied = COPIED.get(platform, {}) if linked and (tensor or context) else {}
+    beside = BESIDE.get(platform, {}) if linked and context else {}
+    return {**OPTIONS.get(platform, {}), **copied, **beside} or None

@@ -344,6 +344,18 @@ def test_attention_in_many_stripes(n, monkeypatch):
     check("attention", inputs | {"segment_ids": EDGES}, n, implementation="xla")
 
 
+def test_attention_whose_tokens_are_passed_on(monkeypatch):
+    """As on GPUs: each device gives each other its tokens, for half of the heads beside the attention of the others."""
+    monkeypatch.setattr("pallas_kernels.ops.attention.context.STRIPE", 2)
+    inputs = attention_cases.make_inputs(attention_cases.Case("split", 4, 64, 64, 4, 2, 8, gate="head", sinks=True))
+    inputs |= {"segment_ids": EDGES}
+    with assume_platform("gpu"):
+        check("attention", inputs, 4, implementation="xla")
+        forward, _ = both("attention", split_over("attention", 4), implementation="xla")
+        kinds = [kind for kind, _ in collectives(forward, inputs, inputs.pop("segment_ids"))]
+    assert kinds.count("collective-permute") == 3 * (1 + 2 * (3 + 1)) and "all-to-all" not in kinds
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_attention_is_equal_work_wherever_documents_begin(n):
     """Stripes are a permutation of the row, and no device has many more visible pairs than the mean."""

@@ -115,6 +115,7 @@ def test_scattered_once_where_gathered_once(changes, sizes, room, once, monkeypa
         ("h100:2", {"scatter_once": False}, {"fsdp": 2}, layout.ROOM, False, 0),
         ("h100:2", {"gather_once": True, "scatter_once": True}, {"fsdp": 2}, 2**40, True, 2),
         ("h100:2", {}, {"data": 2}, 2**40, True, 2),  # a device has as much as before
+        ("h100:2", {}, {"context": 2}, layout.ROOM, True, 2),
         ("h100:2", {}, {"tensor": 2}, layout.ROOM, True, 0),
         ("h100:1", {}, {}, layout.ROOM, True, 1),
         ("h100:1", {"accumulate": 1}, {}, layout.ROOM, False, 0),  # nothing is summed
@@ -131,15 +132,21 @@ def test_sums_of_devices(words, changes, sizes, room, tables, devices, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("words", "sizes", "copied"),
-    [("h100:2", {"tensor": 2}, True), ("h100:2", {"fsdp": 2}, False), ("v5p:2x2x1", {"tensor": 4}, False)],
+    ("words", "sizes", "more"),
+    [
+        ("h100:2", {"tensor": 2}, xla.COPIED["gpu"]),
+        ("h100:2", {"context": 2}, xla.COPIED["gpu"] | xla.BESIDE["gpu"]),
+        ("h100:2", {"fsdp": 2}, {}),
+        ("v5p:2x2x1", {"tensor": 4}, {}),
+        ("v5p:2x2x1", {"context": 4}, {}),
+    ],
 )
-def test_rows_passed_on_are_copied_by_links(words, sizes, copied):
+def test_rows_passed_on_are_copied_by_links(words, sizes, more):
     """On GPUs with links, of one process; not between processes, whose memory is not each other's."""
     devices = read_devices(words).described()
     mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), devices)
     usual = xla.OPTIONS.get("gpu" if "h100" in words else "tpu", {})
-    assert (xla.options_on(mesh) or {}) == usual | (xla.COPIED["gpu"] if copied else {})
+    assert (xla.options_on(mesh) or {}) == usual | more
     apart = [replace(device, process_index=i) for i, device in enumerate(devices)]
     linkless = [replace(device, device_kind="NVIDIA H100 PCIe") for device in devices if "h100" in words]
     for others in filter(None, (apart, linkless)):

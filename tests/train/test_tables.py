@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from hybridlm import exchange
 from hybridlm.layers.norm import rms_normalise
 from hybridlm.train import layout, loss
 from hybridlm.train.layout import tables_once
 from hybridlm.train.metrics import on_host
-from pallas_kernels import rms_norm
+from pallas_kernels import gated_norm, gated_product, rms_norm
 from tests.train.conftest import make_batch, small_program
 from tests.train.test_step import options, relative
 
@@ -31,7 +32,7 @@ def steps(words, sizes=(1, 1, 1)):
         return config, mesh, jax.device_get(state["params"]), history
 
 
-def norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
+def rms_norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
     """`pallas_kernels.rms_norm`, by definition."""
     norm = lambda x, weight: rms_normalise(x, eps) * weight[None]
     grad_RC = sum(g.astype(jnp.float32) for g in grads_RC)
@@ -39,6 +40,27 @@ def norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
     return (dx_RC + beside_RC).astype(x_RC.dtype), d_weight_C
 
 
+def gated_norm_gradients(y_RC, z_RC, weight_C, d_out_RC, eps, before_gate):
+    """`pallas_kernels.gated_norm`, by definition."""
+
+    def norm(y, z, weight):
+        gate = jax.nn.silu(z)
+        return (
+            rms_normalise(y, eps) * weight[None] * gate if before_gate else rms_normalise(y * gate, eps) * weight[None]
+        )
+
+    wide = [a.astype(jnp.float32) for a in (y_RC, z_RC, d_out_RC)]
+    dy_RC, dz_RC, d_weight_C = jax.vjp(norm, *wide[:2], weight_C)[1](wide[2])
+    return dy_RC.astype(y_RC.dtype), dz_RC.astype(z_RC.dtype), d_weight_C
+
+
+def gated_product_gradients(h_RcF, d_RF):
+    """`pallas_kernels.gated_product`, by definition."""
+    product = lambda h: jax.nn.silu(h[:, 0]) * h[:, 1]
+    return jax.vjp(product, h_RcF.astype(jnp.float32))[1](d_RF.astype(jnp.float32))[0].astype(h_RcF.dtype)
+
+
+KERNELS = {rms_norm: rms_norm_gradients, gated_norm: gated_norm_gradients, gated_product: gated_product_gradients}
 SLOW = pytest.mark.slow
 FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
 """Sizes of meshes."""
@@ -54,15 +76,22 @@ FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
     ],
 )
 def test_as_on_gpus(more, meshes, monkeypatch):
-    """With whole sums, matrices taken apart and together, and the norms' gradients as their kernel makes them."""
+    """With whole sums, matrices taken apart and together, and gradients of norms and gates as their kernels make them,
+    each device those of its own tokens."""
     _, _, params, history = steps((*WORDS, *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
-    monkeypatch.setattr(rms_norm, "why_not", lambda *_: None)
-    monkeypatch.setattr(rms_norm, "rms_norm_gradients", norm_gradients)
+    monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
+    called = set()
+    for module, gradients in KERNELS.items():
+        said = lambda *args, gradients=gradients: called.add(gradients) or gradients(*args)
+        monkeypatch.setattr(module, "why_not", lambda *_: None)
+        monkeypatch.setattr(module, gradients.__name__, said)
     for sizes in meshes:
         n_micro = 1 if sizes == (2, 1, 1) else 2
+        called.clear()
         same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
+        assert called == {*KERNELS.values()} - ({gated_norm_gradients} if sizes[2] > 1 else set()), sizes
 
 
 @pytest.mark.slow
