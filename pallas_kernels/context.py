@@ -3,7 +3,8 @@
 
 Each device sums its tokens up in a few numbers; `join` of two neighbours' sums is that of their tokens together and is
 associative. `before` gives each device the sum of all tokens before its own, in ceil(log2(n - 1)) + 1 exchanges of one
-sum. What the sums hold is the ops' business (`context.py` of each); documents, which all of them need, are here.
+sum; on GPUs in n - 1 at once. What the sums hold is the ops' business (`context.py` of each); documents, which all of
+them need, are here.
 
 Axis letters: B batch, T tokens of one device.
 """
@@ -84,6 +85,8 @@ def before(joined: Callable, start, own, context_axis: str, *, reverse: bool = F
     n, index = axis_size(context_axis), jax.lax.axis_index(context_axis)
     index = n - 1 - index if reverse else index
     shift = functools.partial(_shift, n=n, context_axis=context_axis, reverse=reverse)
+    if by_links(context_axis):
+        return _at_once(joined, start, own, shift, n, index)
     own = _select(index == 0, joined(start, own), own)
     total = shift(own, 1, 0)
     distance = 1
@@ -91,6 +94,14 @@ def before(joined: Callable, start, own, context_axis: str, *, reverse: bool = F
         total = _select(index > distance, joined(shift(total, distance, 1), total), total)
         distance *= 2
     return _select(index == 0, start, total)
+
+
+def _at_once(joined: Callable, start, own, shift: Callable, n: int, index):
+    """The same where each device tells all behind it: no exchange waits for another one."""
+    total = start
+    for distance, earlier in reversed([(i, shift(own, i, 0)) for i in range(1, n)]):
+        total = _select(index >= distance, joined(total, earlier), total)
+    return total
 
 
 def sent(tree):

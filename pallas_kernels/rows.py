@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mosaic GPU (Hopper) kernels that walk along rows and need sums over each: the frame of the gradients of norms.
+"""Mosaic GPU (Hopper) kernels that walk along rows and need sums over each: the frame of norms and their gradients.
 
 A thread block is one warpgroup, whose four warps share the rows that it has at a time: where each has one of its own,
 sums over a row are shuffles and no warp waits for another. Rows come through a ring in shared memory. They are read
@@ -49,6 +49,8 @@ class Plan(NamedTuple):
     multiprocessors: int
     at_once: int
     """Rows: four warps share them."""
+    sums: bool
+    """Whether there are sums over rows, too."""
 
     @property
     def piece(self) -> int:
@@ -97,10 +99,14 @@ class Plan(NamedTuple):
         """A number a row, as a piece."""
         return plgpu.layout_cast(lax.broadcast_in_dim(numbers, self.shape, (0,)), self.layout)
 
+    def root(self, square, eps: float):
+        """1 / rms of rows whose pieces' squares add up so, a number a row."""
+        return lax.rsqrt(jnp.sum(square, axis=1) * (1.0 / self.channels) + eps)
+
     def means(self, square, across, eps: float):
         """Of rows whose pieces' squares and products with their gradients add up so: 1 / rms, and what the gradient
         loses of the row; as pieces."""
-        root = lax.rsqrt(jnp.sum(square, axis=1) * (1.0 / self.channels) + eps)
+        root = self.root(square, eps)
         mean = root * root * root * jnp.sum(across, axis=1) * (1.0 / self.channels)
         return self.over(root), self.over(mean)
 
@@ -114,15 +120,15 @@ class Plan(NamedTuple):
         return plgpu.layout_cast(lax.broadcast_in_dim(piece, self.shape, (1,)), self.layout)
 
 
-def make_plan(name: str, rows: int, channels: int, n_in: int, n_out: int) -> Plan:
+def make_plan(name: str, rows: int, channels: int, n_in: int, n_out: int, sums: bool = True) -> Plan:
     """That of which as many rows are taken at a time as leave room for two thread blocks or more."""
-    plans = [Plan(name, rows, channels, n_in, n_out, platform.multiprocessors(), n) for n in AT_ONCE]
+    plans = [Plan(name, rows, channels, n_in, n_out, platform.multiprocessors(), n, sums) for n in AT_ONCE]
     fits = lambda plan: plan.side_by_side > 1 and not channels % plan.piece and not rows % plan.at_once
     return next(filter(fits, plans), plans[-1])
 
 
 def _body(plan: Plan, of_rows, *refs):
-    ins, weight_g, outs, sums_g = refs[: plan.n_in], refs[plan.n_in], refs[plan.n_in + 1 : -1], refs[-1]
+    ins, weight_g, outs = refs[: plan.n_in], refs[plan.n_in], refs[plan.n_in + 1 :][: plan.n_out]
     block = lax.axis_index("blocks")
     count = (plan.rows // plan.at_once - block + plan.blocks - 1) // plan.blocks
     tile = lambda i: pl.ds((block + i * plan.blocks) * plan.at_once, plan.at_once)
@@ -153,12 +159,14 @@ def _body(plan: Plan, of_rows, *refs):
         for i in range(STAGES):
             pl.when(i < count)(functools.partial(fetch, i))
         plgpu.barrier_wait(of_weight)
-        sums = lax.fori_loop(0, count, step, (plan.full(0.0),) * plan.pieces)
+        sums = lax.fori_loop(0, count, step, (plan.full(0.0),) * (plan.pieces * plan.sums))
         plgpu.wait_smem_to_gmem(0)
+        if not plan.sums:
+            return
         for piece, total in enumerate(sums):
             weight_s.at[piece][...] = jnp.sum(total, axis=0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(weight_s, sums_g.at[block])
+        plgpu.copy_smem_to_gmem(weight_s, refs[-1].at[block])
         plgpu.wait_smem_to_gmem(0)
 
     shape = (plan.at_once, plan.pieces, plan.piece)
@@ -173,21 +181,23 @@ def _body(plan: Plan, of_rows, *refs):
 
 
 def walk(plan: Plan, of_rows, arrays_RC: list[jax.Array], weight_C: jax.Array) -> list[jax.Array]:
-    """Arrays [R, C] and, last, sums over rows, [C], float32, that `of_rows` makes of others [R, C] and of a weight.
+    """Arrays [R, C] and, last, if the plan has them, sums over rows, [C], float32, that `of_rows` makes of others
+    [R, C] and of a weight.
 
     of_rows: (plan, read, weight, write, sums) -> sums, of the rows that a thread block has at a time: read(k, p) and
     weight(p) give piece p, `plan.shape`, in float32, write(k, p, value) takes that of the k-th result; sums: a piece
-    each, to which is added what is summed over rows.
+    each, to which is added what is summed over rows, or none.
     """
     shape = (plan.rows, plan.pieces, plan.piece)
     like = jax.ShapeDtypeStruct(shape, arrays_RC[0].dtype)
     kernel = plgpu.kernel(
         named_body(plan.name, _body, plan, of_rows),
-        out_type=[like] * plan.n_out + [jax.ShapeDtypeStruct((plan.blocks, *shape[1:]), F32)],
+        out_type=[like] * plan.n_out + [jax.ShapeDtypeStruct((plan.blocks, *shape[1:]), F32)] * plan.sums,
         grid=(plan.blocks,),
         grid_names=("blocks",),
         compiler_params=LANE_PARAMS,
     )
     arrays = [a.reshape(shape) for a in arrays_RC]
-    *made, sums = call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays, weight_C.reshape(shape[1:]))
-    return [*(a.reshape(plan.rows, plan.channels) for a in made), sums.sum(0).reshape(-1)]
+    made = call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays, weight_C.reshape(shape[1:]))
+    whole = [a.reshape(plan.rows, plan.channels) for a in made[: plan.n_out]]
+    return [*whole, made[-1].sum(0).reshape(-1)] if plan.sums else whole

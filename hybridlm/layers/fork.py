@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The residual stream and its RMS norm, whose gradients from all that reads either are added in one kernel.
 
-A compiler would add what several products hand back in passes of its own, and read it twice for the norm's gradient.
+A compiler would read what products hand back twice for the norm's gradient. Where there are several, each adds to the
+one before while it writes (`train.xla`): the last of them, which is the first, should be the least.
 Axis letters: B batch, T tokens, D model.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -51,7 +52,8 @@ def _backward(eps: float, n: int, saved, grads):
 
     def of_device(x, weight, beside, *grads):
         rows = lambda a: a.reshape(-1, weight.size)
-        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [rows(d) for d in grads], rows(beside), eps)
+        d = reduce(lambda total, d: rows(d) + total, reversed(grads[:-1]), rows(grads[-1]))
+        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [d], rows(beside), eps)
         return dx.reshape(x.shape), d_weight[None]
 
     arrays, axes = (x_BTD, weight_D, *grads), [STREAM, (None,), *[STREAM] * (n + 1)]

@@ -83,6 +83,8 @@ def head_layer_norm(y_BTHP: jax.Array, weight_HP: jax.Array, bias_HP: jax.Array,
     return layer_normalise(y_BTHP, eps) * weight_HP[None, None] + bias_HP[None, None]
 
 
+LEAST_TOKENS = 1024
+"""For which the gated norm is a kernel of its own; below, XLA makes it with what is around it."""
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 """What a gated norm multiplies by, of z."""
 
@@ -104,6 +106,8 @@ def gated_rms_norm(
 
 
 def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating):
+    if math.prod(y_BTHP.shape[:2]) >= LEAST_TOKENS and _has_kernel(y_BTHP, z_BTHP, dtype, n_groups, gating):
+        return _in_forward_kernel(y_BTHP, z_BTHP, weight_HP, eps, before_gate), (y_BTHP, z_BTHP, weight_HP, None)
     if platform() == "gpu":
         return _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)
     y, gate = y_BTHP.astype(jnp.float32), GATES[gating](z_BTHP.astype(jnp.float32))
@@ -130,7 +134,7 @@ def _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, g
 
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out):
     y_BTHP, z_BTHP, weight_HP, root_BTG = saved
-    if _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
+    if _has_kernel(y_BTHP, z_BTHP, d_out.dtype, n_groups, gating):
         return _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps, before_gate)
     weight = weight_HP.astype(jnp.float32)[None, None]
     if root_BTG is None:  # two passes over the inputs: XLA would keep the first one's float32 for the second
@@ -153,13 +157,25 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
     return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
 
 
-def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
-    """Whether `pallas_kernels.gated_norm` serves the gradient: of channels that no axis splits."""
+def _has_kernel(y_BTHP, z_BTHP, dtype, n_groups: int, gating: str) -> bool:
+    """Whether `pallas_kernels.gated_norm` serves results or cotangents of a type: of channels that no axis splits."""
     if gating != "silu" or n_groups != 1 or sharding.axis_size("tensor") > 1:
         return False
-    if not y_BTHP.dtype == z_BTHP.dtype == d_out.dtype:
+    if not y_BTHP.dtype == z_BTHP.dtype == jnp.dtype(dtype):
         return False
     return gated_norm.why_not(math.prod(y_BTHP.shape[2:]), y_BTHP.dtype) is None
+
+
+def _in_forward_kernel(y_BTHP, z_BTHP, weight_HP, eps: float, before_gate: bool):
+    """The norm in one pass, each device that of its tokens."""
+
+    def of_device(y, z, weight):
+        rows = lambda a: a.reshape(-1, weight.size)
+        out = gated_norm.gated_norm(rows(y), rows(z), weight.astype(jnp.float32).reshape(-1), eps, before_gate)
+        return out.reshape(y.shape)
+
+    own = ("batch", "tokens", None, None)
+    return exchange.manual(of_device, (y_BTHP, z_BTHP, weight_HP), (own, own, (None, None)), (own, y_BTHP.shape))
 
 
 def _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps: float, before_gate: bool):

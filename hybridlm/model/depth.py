@@ -280,10 +280,8 @@ def _empty(shapes: Sequence, spots: Sequence[Spot]) -> list:
 
 def _at(tree, index):
     """One depth of a stack; of arrays without a gradient the zeros that stand for it."""
-    return jax.tree.map(
-        lambda a: np.zeros(a.shape[1:], a.dtype) if a.dtype == jax.dtypes.float0
-        else lax.dynamic_index_in_dim(a, index, keepdims=False), tree,
-    )  # fmt: skip
+    cut = lambda a: lax.squeeze(lax.dynamic_slice_in_dim(a, index, 1, allow_negative_indices=False), (0,))
+    return jax.tree.map(lambda a: np.zeros(a.shape[1:], a.dtype) if a.dtype == jax.dtypes.float0 else cut(a), tree)
 
 
 def _laid_out(array):
@@ -304,7 +302,8 @@ def _longest_behind(shape: Sequence[int]) -> list[int]:
 
 def _put_all(stacks: list, number: int, values, index) -> list:
     """The stacks, the spot's with the values of one depth."""
-    put = jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), stacks[number], values)
+    at = lambda a, v: lax.dynamic_update_slice_in_dim(a, v[None], index, 0, allow_negative_indices=False)
+    put = jax.tree.map(at, stacks[number], values)
     return [*stacks[:number], put, *stacks[number + 1 :]]
 
 

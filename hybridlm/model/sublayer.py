@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.layers import cache as caches
 from hybridlm.layers import fork, one_row, params, streams
 from hybridlm.layers.block import Make, Output, Tokens, inspect, of_streams, passes, reads_tokens, shares
@@ -196,4 +196,5 @@ class Sublayer(nnx.Module):
             kept, multiplier = self.of_normed
             x_BTD = scaled(u_BTD, kept)
         x_BTD, y_BTD = (x_BTD, y_BTD) if self.scales is None else self.scales(x_BTD, y_BTD)
-        return sharding.constrain(x_BTD + scaled(y_BTD, multiplier), *sharding.STREAM)
+        y_BTD = scaled(y_BTD, multiplier)
+        return sharding.constrain(exchange.add_rows(x_BTD, y_BTD), *sharding.STREAM)

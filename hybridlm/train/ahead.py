@@ -56,7 +56,7 @@ class TrainStep:
                 with jax.set_mesh(mesh):
                     found = kept and kept.load(mesh, (state, batch, self.lengths, *self.base.args))
                     with no_collections(), cache_hits() as hits, written_later() as write:
-                        step = found or compile_ahead(lambda: self.lower(state, batch), mesh, self._lowered.set)
+                        step = found or compile_ahead(lambda: self.trace(state, batch), mesh, self._lowered.set)
                     ahead.set_result(step)
                     self._wait_until_taken()
                     write()

@@ -27,6 +27,7 @@ import numpy as np
 from jax._src import config  # no public name keeps the programs of one thread out of the cache
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from hybridlm.train.kernels_apart import lower_apart, processes
 from pallas_kernels.platform import platform_of
 
 TARGET = "mosaic_gpu_v2"
@@ -48,9 +49,9 @@ log = logging.getLogger(__name__)
 
 
 def compile_ahead(
-    lower: Callable[[], jax.stages.Lowered], mesh: Mesh, then: Callable[[], None] = lambda: None
+    trace: Callable[[], jax.stages.Traced], mesh: Mesh, then: Callable[[], None] = lambda: None
 ) -> jax.stages.Compiled:
-    """`lower().compile()`, for the devices of a mesh; raises what that raises.
+    """`trace().lower().compile()`, for the devices of a mesh; raises what that raises.
 
     then: is called when XLA alone is left, for which Python has nothing to do: what else is traced before delays it.
     Where XLA asks for a kernel that is not compiled yet, the program is compiled once more when all are. Whatever is
@@ -58,7 +59,7 @@ def compile_ahead(
     """
     kernels = Kernels(mesh.devices.flat[0])
     with kernels.from_known(_known):
-        lowered = lower()
+        lowered = lower_apart(trace().lower, processes() if platform_of(kernels.device) == "gpu" else 0)
     then()
     tries = 2 if kernels.of(lowered) else 0
     kernels.settle()

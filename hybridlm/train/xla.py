@@ -16,7 +16,15 @@ OPTIONS = {
     # What XLA merges of products of one input it cuts again, with copies: mamba2_1b, 65,536 tokens a step, 1,305 to
     # 1,317 ms with B, C and dt together (`layers.quantized.Joined`) and nothing merged, 1,324 as XLA merges them
     # (2026-11-27).
-    "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_dot_merger_threshold_mb": 0},
+    # Products by cuBLASLt alone, which adds to another array while it writes: to the residual stream, to what another
+    # product handed back, to sums of gradients. One H100, JAX 0.11.2: mamba2_1b, 65,536 tokens a step, 1,267 and 1,275
+    # ms, 1,288 with Triton's and cuBLAS' products (2026-11-27); see docs/results/training-mamba.md.
+    "gpu": {
+        "xla_gpu_experimental_enable_fusion_autotuner": False,
+        "xla_gpu_dot_merger_threshold_mb": 0,
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_enable_cublaslt": True,
+    },
 }
 """By platform."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mosaic GPU (Hopper) kernel of the gradient of a gated RMS norm: see `pallas_kernels.rows`."""
+"""Mosaic GPU (Hopper) kernels of a gated RMS norm and its gradient: see `pallas_kernels.rows`."""
 
 import functools
 
@@ -10,13 +10,41 @@ from pallas_kernels import rows
 from pallas_kernels.mosaic_gpu import LOG2E
 
 
+def _silu_parts(z):
+    """(sigmoid(z), silu(z))"""
+    sigmoid = 1.0 / (1.0 + jnp.exp2(z * -LOG2E))
+    return sigmoid, z * sigmoid
+
+
+def _norm_of_rows(eps, before_gate, plan, read, weight, write, sums):
+    """y, z."""
+    square, kept = plan.full(0.0), []
+    for p in range(plan.pieces):
+        y, (_, gate) = read(0, p), _silu_parts(read(1, p))
+        u = y if before_gate else y * gate
+        square += u * u
+        kept.append((u, gate) if before_gate else (u,))
+    root = plan.over(plan.root(square, eps))
+    for p, (u, *gate) in enumerate(kept):
+        out = u * root * weight(p)
+        write(0, p, out * gate[0] if before_gate else out)
+    return sums
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gated_norm(eps: float, before_gate: bool, y_RC, z_RC, weight_C):
+    """See `pallas_kernels.gated_norm.gated_norm`."""
+    plan = rows.make_plan("gated_norm", *y_RC.shape, n_in=2, n_out=1, sums=False)
+    [out] = rows.walk(plan, functools.partial(_norm_of_rows, eps, before_gate), [y_RC, z_RC], weight_C)
+    return out
+
+
 def _of_rows(eps, before_gate, plan, read, weight, write, sums):
     """y, z, the cotangent."""
 
     def parts(p):
         y, z, d = (read(k, p) for k in range(3))
-        sigmoid = 1.0 / (1.0 + jnp.exp2(z * -LOG2E))
-        gate = z * sigmoid
+        sigmoid, gate = _silu_parts(z)
         u, dn = (y, d * gate) if before_gate else (y * gate, d)
         return y, z, d, sigmoid, gate, u, dn
 

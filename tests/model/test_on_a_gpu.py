@@ -11,10 +11,13 @@ import pytest
 from flax import nnx
 
 from hybridlm.layers.attention import Attention
-from hybridlm.layers.block import Make
+from hybridlm.layers.block import Make, Tokens
+from hybridlm.layers.mlp import MLP
 from hybridlm.layers.norm import gated_rms_norm
 from hybridlm.layers.qk_norm import is_faster
 from hybridlm.layers.rope import Rope, YaRN
+from hybridlm.model.config import ModelConfig
+from hybridlm.model.sublayer import Sublayer
 from pallas_kernels import assume_platform
 from tests.tolerances import check_close
 
@@ -90,3 +93,14 @@ def test_gated_norm(n_groups, gating, before_gate):
     with assume_platform("gpu", capability="8.0"):
         kept = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], *[normal(2, 5, 4, 8)] * 2, normal(4, 8))
     assert sorted(leaf.size for leaf in jax.tree.leaves(kept)) == [4 * 8, 320, 320]
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.25])
+def test_what_is_added_to_the_stream(multiplier):
+    """In rows, which a product adds to."""
+    config = ModelConfig(
+        vocab_size=8, d_model=16, pattern="-", blocks={"-": MLP(d_ff=8)}, compute_dtype="float32",
+        residual_multiplier=multiplier,
+    )  # fmt: skip
+    graphdef, state = nnx.split(Sublayer("-", config, rngs=nnx.Rngs(0)))
+    check(lambda x: nnx.merge(graphdef, state)(x, Tokens()).y_BTD, normal(2, 5, 16))

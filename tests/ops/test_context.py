@@ -94,7 +94,8 @@ EDGES = ids_of(
 def test_ssd(layout, n):
     case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "HP", True, True)
     inputs = ssd_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
-    check("ssd", inputs, n, implementation="xla", return_final_state=True, chunk=8)
+    with assume_platform("gpu" if n == 4 else "cpu"):  # where each device tells all others at once
+        check("ssd", inputs, n, implementation="xla", return_final_state=True, chunk=8)
 
 
 def test_ssd_with_decays_of_their_own():

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,9 @@ def test_a_program_is_compiled_without_texts_beside_its_kernels(kernel, refused,
     monkeypatch.setattr(kernels_ahead, "platform_of", lambda device: "gpu")
     monkeypatch.setattr(Kernels, "of", lambda self, lowered: self.started.update({b"one": one}) or True)
     monkeypatch.setattr(type(lowered), "compile", compile_)
-    run = lambda: kernels_ahead.compile_ahead(lambda: lowered, make_mesh(MeshConfig()), lambda: told.append("lowered"))
+    monkeypatch.setattr(kernels_ahead, "processes", lambda: 0)
+    traced = SimpleNamespace(lower=lambda: lowered)
+    run = lambda: kernels_ahead.compile_ahead(lambda: traced, make_mesh(MeshConfig()), lambda: told.append("lowered"))
     if WITH in refused:
         with pytest.raises(jax.errors.JaxRuntimeError, match="no kernel"):
             run()

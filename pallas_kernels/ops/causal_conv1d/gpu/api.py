@@ -125,11 +125,19 @@ def _prepare(plan, inputs, w_DW, b_D, initial_state, seen_BT):
     rows = jnp.concatenate([w_DW.T.astype(F32), *([] if b_D is None else [b_D.astype(F32)[None]])])
     weights = jnp.pad(rows, ((0, 0), (0, plan.padded_width - rows.shape[1])))
     initial_state = _pad_width(plan, initial_state.astype(plan.dtype)) if plan.initial else None
-    if seen_BT is not None:  # rows start at multiples of 16 bytes
+    if seen_BT is not None:
+        seen_BT = _with_whole_blocks(plan, seen_BT)  # and rows start at multiples of 16 bytes
         seen_BT = jnp.pad(seen_BT, ((0, 0), (plan.margin, plan.margin + -plan.tokens % (COPY_BYTES // 4))))
     if plan.margin:
         inputs = [jnp.pad(_pad_width(plan, a), ((0, 0), (plan.margin, plan.margin), (0, 0))) for a in inputs]
     return *inputs, weights, seen_BT, initial_state
+
+
+def _with_whole_blocks(plan, seen_BT):
+    n_tokens, last = seen_BT.shape[1], plan.block - 1
+    whole_BT = jnp.pad(seen_BT > plan.before, ((0, 0), (0, last)))
+    ahead = (whole_BT[:, distance : distance + n_tokens] for distance in range(plan.block))
+    return seen_BT + gpu_kernels.WHOLE * functools.reduce(jnp.logical_and, ahead)
 
 
 def _pad_width(plan, array):

@@ -10,7 +10,8 @@ of channels come through a ring in shared memory, the last K = W - 1 inputs and 
 The backward reads K tokens ahead of what it writes, so that dx_t is whole when it is written; parts of a row each do
 the K tokens between them anew. Sums over tokens (dw, the bias' gradient) are written by part and added up outside, so
 that they do not depend on the order of thread blocks. `seen` [B, T] counts for each token how many of its K + 1 taps
-count, 0 at padding: documents cost comparisons only.
+count, 0 at padding, and has `WHOLE` more where a whole block of tokens from there on has all of them: documents cost
+comparisons only, and those only where one begins or ends.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ CHANNELS = 256  # of a thread block; also the longest row that one bulk copy tak
 VECTOR = 2  # channels of a thread
 LAYOUT = plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=VECTOR)
 SEEN = 32  # entries of `seen` that are copied at once: 128 bytes, the least
+WHOLE = 256  # above any number of taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,11 @@ def _sum_of_taps(w, b, window):
 
 
 def _masked_window(plan, seen, older, x):
-    """The K + 1 inputs of one token's taps, oldest first; those that do not count are zero, for later tokens too."""
-    if not plan.segments:
+    """The K + 1 inputs of one token's taps, oldest first; those that do not count are zero, for later tokens too.
+
+    seen: of the token; None where all of them count.
+    """
+    if seen is None:
         return [*older, x]
     zero = jnp.zeros_like(x)
     older = [_where(seen > plan.before - i, tap, zero) for i, tap in enumerate(older)]
@@ -96,6 +101,14 @@ def _masked_window(plan, seen, older, x):
 def _where(condition, array, other):
     """`array` if the scalar condition holds, else `other`."""
     return lax.select(lax.broadcast_in_dim(condition, array.shape, ()), array, other)
+
+
+def _by_block(plan, seen, work, carry):
+    """`work(seen of tokens matters, *carry)` of a block of tokens whose first one's `seen` is given."""
+    if not plan.segments:
+        return work(False, *carry)
+    of_whole, of_others = (functools.partial(work, matters) for matters in (False, True))
+    return lax.cond(seen[()] >= WHOLE, of_whole, of_others, *carry)
 
 
 def _load(ref):
@@ -169,25 +182,30 @@ def _forward_body(plan, *refs):
         for i in range(stages):
             pl.when(i < steps)(functools.partial(fetch, i))
         w, bias = _weights(plan, w_g, channels)
-        older = []
+        older = ()
         if plan.before:
             plgpu.barrier_wait(ready)
-            older = _older(plan, halo_s, part)
+            older = tuple(_older(plan, halo_s, part))
 
         def step(i, older):
             slot, out = lax.rem(i, stages), lax.rem(i, 2)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             plgpu.barrier_wait(full.at[slot])
-            for r in range(block):
-                seen = seen_s[slot, r] if plan.segments else None
-                window = _masked_window(plan, seen, older, _load(x_s.at[slot, r]))
-                y = _sum_of_taps(w, bias, window)
-                if plan.silu:
-                    y *= _silu_parts(y)
-                if plan.segments:
-                    y = _where(seen > 0, y, jnp.zeros_like(y))
-                y_s[out, r] = y.astype(plan.dtype)
-                older = window[1:]
+
+            def tokens(masked, *older):
+                for r in range(block):
+                    seen = seen_s[slot, r] if masked else None
+                    window = _masked_window(plan, seen, older, _load(x_s.at[slot, r]))
+                    y = _sum_of_taps(w, bias, window)
+                    if plan.silu:
+                        y *= _silu_parts(y)
+                    if masked:
+                        y = _where(seen > 0, y, jnp.zeros_like(y))
+                    y_s[out, r] = y.astype(plan.dtype)
+                    older = window[1:]
+                return tuple(older)
+
+            older = _by_block(plan, seen_s.at[slot, 0] if plan.segments else None, tokens, older)
             plgpu.commit_smem()  # all have read the slot, too
             start = begin + i * block + plan.margin
             plgpu.copy_smem_to_gmem(y_s.at[out], y_g.at[b, pl.ds(start, block), channels])
@@ -230,7 +248,7 @@ class _Carry:
 def _backward_token(plan, weights, carry, x, dy, seen, counted=None):
     """One token; returns the gradient of the input K tokens before it, which is whole then.
 
-    counted: whether it counts in sums over tokens; None is yes.
+    seen: as of `_masked_window`. counted: whether it counts in sums over tokens; None is yes.
     """
     w, bias = weights
     k = plan.before
@@ -240,7 +258,7 @@ def _backward_token(plan, weights, carry, x, dy, seen, counted=None):
         s = _sum_of_taps(w, bias, window)
         gate = _silu_parts(s)
         ds = dy * (gate * (1.0 + s * (1.0 - gate)))
-    if plan.segments:
+    if seen is not None:
         ds = _where(seen > 0, ds, jnp.zeros_like(ds))
     # Each of the K + 1 newest inputs gets its share; the newest has had none yet.
     shares = [*carry.pending, None]
@@ -248,7 +266,7 @@ def _backward_token(plan, weights, carry, x, dy, seen, counted=None):
         more = w[i] * ds
         if shares[i] is not None:
             more = shares[i] + more
-            if plan.segments and i < k:
+            if seen is not None and i < k:
                 more = _where(seen > k - i, more, shares[i])
         shares[i] = more
     summed = ds if counted is None else _where(counted, ds, jnp.zeros_like(ds))
@@ -327,23 +345,28 @@ def _backward_body(plan, *refs):
                     dstate_g[b, r, channels] = whole
 
         def step(i, flat):
-            carry = _Carry.of(plan, flat)
             slot, out = lax.rem(i, stages), lax.rem(i, 2)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             plgpu.barrier_wait(full.at[slot])
-            for r in range(block):
-                seen = seen_s[slot, k + r] if plan.segments else None
-                x, dy = _load(x_s.at[slot, r]), _load(dy_s.at[slot, r])
-                if plan.overhang and r == 0:
-                    start, taken = first_token(i)
-                    dy = _where(start == taken, dy, jnp.zeros_like(dy))
-                dx = _backward_token(plan, weights, carry, x, dy, seen)
-                dx_s[out, r] = dx.astype(plan.dtype)
+
+            def tokens(masked, *flat):
+                carry = _Carry.of(plan, flat)
+                for r in range(block):
+                    seen = seen_s[slot, k + r] if masked else None
+                    x, dy = _load(x_s.at[slot, r]), _load(dy_s.at[slot, r])
+                    if plan.overhang and r == 0:
+                        start, taken = first_token(i)
+                        dy = _where(start == taken, dy, jnp.zeros_like(dy))
+                    dx = _backward_token(plan, weights, carry, x, dy, seen)
+                    dx_s[out, r] = dx.astype(plan.dtype)
+                return carry.flat()
+
+            flat = _by_block(plan, seen_s.at[slot, k] if plan.segments else None, tokens, flat)
             plgpu.commit_smem()  # all have read the slot, too
             start = begin + i * block + plan.margin
             plgpu.copy_smem_to_gmem(dx_s.at[out], dx_g.at[b, pl.ds(start, block), channels])
             pl.when(i + stages < steps)(functools.partial(fetch, i + stages))
-            return carry.flat()
+            return flat
 
         carry = _Carry.of(plan, lax.fori_loop(0, steps, step, carry.flat()))
         row = b * plan.parts + part

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mamba-2 chunked scan (SSD) on Hopper GPUs through Pallas Mosaic GPU, forward and hand-written backward.
 
-The forward is one fused walk over the chunks (``gpu_walk``); few long rows are cut into pieces whose start states come
-from a first, state-only walk. The backward walks the state's gradient in reverse, then visits all chunks in
+The forward is one fused walk over the chunks (``gpu_walk``); few long rows of few heads are cut into pieces whose start
+states come from a first, state-only walk. The backward walks the state's gradient in reverse, then visits all chunks in
 parallel (``gpu_grads``). Only per-token vectors (``dt``, cumulative decays, document masks) are prepared by XLA.
 """
 
@@ -125,11 +125,19 @@ def choose_parts(blocks, pieces, size):
     return max(fit, default=1)
 
 
+def _with_enough_blocks(cfg):
+    """One head a thread block where that, and not two, fills the device: no row is cut, and nothing is walked twice."""
+    two, one = cfg.batch * cfg.heads // cfg.block_heads, cfg.batch * cfg.heads
+    fills = two < FULL_ENOUGH * platform.multiprocessors() <= one
+    return dataclasses.replace(cfg, most_heads=1) if fills else cfg
+
+
 def run_walk(cfg, x, ab, b_mat, c_mat, real, d, init):
-    """Walk with start state ``init [B, H, 64, N]`` (None: zero), cut into pieces where one row cannot fill the device.
+    """Walk with start state ``init [B, H, 64, N]`` (None: zero), cut into pieces where heads cannot fill the device.
 
     Returns (y or None, final state or None, states or None), as ``cfg`` asks.
     """
+    cfg = _with_enough_blocks(cfg)
     blocks = cfg.batch * cfg.heads // cfg.block_heads
     pieces = choose_pieces(blocks, cfg.chunks)
     replace = functools.partial(dataclasses.replace, cfg)

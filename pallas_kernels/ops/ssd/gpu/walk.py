@@ -80,13 +80,14 @@ class Walk:
     alone: int = 0  # so many tokens side by side read nothing of themselves and each other; 0: all do
     begin: int = 0  # the first chunk of the first piece; what stands before it is not walked
     size: int = 0  # chunks of a piece; 0: as pieces cut all
+    most_heads: int = 2  # of a thread block
     dtype: jnp.dtype = jnp.bfloat16
 
     @property
     def block_heads(self) -> int:
         """Heads of a thread block, one a state warpgroup; they share B and C."""
         pairs = (self.heads // self.groups) % 2 == 0
-        return 2 if pairs and not (self.emit_y and self.state > 128) else 1
+        return 2 if pairs and self.most_heads > 1 and not (self.emit_y and self.state > 128) else 1
 
     @property
     def warpgroups(self) -> int:
