@@ -34,7 +34,8 @@ def _norm_of_rows(eps, before_gate, plan, read, weight, write, sums):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def gated_norm(eps: float, before_gate: bool, y_RC, z_RC, weight_C):
     """See `pallas_kernels.gated_norm.gated_norm`."""
-    plan = rows.make_plan("gated_norm", *y_RC.shape, n_in=2, n_out=1, sums=False)
+    n_rows, n_channels = y_RC.shape
+    plan = rows.make_plan("gated_norm", n_rows, n_channels, n_in=2, n_out=1, sums=False)
     [out] = rows.walk(plan, functools.partial(_norm_of_rows, eps, before_gate), [y_RC, z_RC], weight_C)
     return out
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.config import MLP, Attention, MeshConfig
 from hybridlm.layers.block import Make, Tokens
 from hybridlm.model import remat
@@ -103,3 +103,16 @@ def test_where_the_stream_is_split():
         assert sharding.stream_split(4, 6) == (1, ())
         with platform.assume_platform("tpu", generation="v5e"):
             assert sharding.stream_split(4, 8) == (1, ("tensor",))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_stream_is_added_to_in_rows_of_each_device(rows):
+    """As on GPUs, whatever splits it: the sum, with the gradient of both."""
+    rng = np.random.default_rng(0)
+    x_BTD, y_BTD, dz_BTD = (jnp.asarray(rng.normal(size=(ROWS[rows], T, D)), jnp.float32) for _ in range(3))
+    mesh = sharding.make_mesh(replace(ONE, fsdp=2, tensor=2, context=2), jax.devices()[:8])
+    with jax.set_mesh(mesh), platform.assume_platform("gpu"):
+        loss = lambda x, y: (jnp.sin(exchange.add_rows(x, y)) * dz_BTD).sum()
+        grads = jax.jit(jax.grad(loss, (0, 1))).trace(x_BTD, y_BTD).lower().compile(QUICK)(x_BTD, y_BTD)
+    for grad in grads:
+        check_close(grad, jnp.cos(x_BTD + y_BTD) * dz_BTD, dtype="float32", what=rows)
