@@ -64,8 +64,8 @@ def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tup
 def with_padding_last(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The arrays [B, T] of a batch, the padding of each row (`segment_ids` 0) behind its real tokens, in their order.
 
-    For sums over tokens, which need nothing back in place. Rows are sorted whether they are in order or not: where a
-    program decides at run time, a GPU's host waits for what decides, and the GPU then for its host.
+    For sums over tokens, which need nothing back in place. Rows are sorted whether they are in order or not: a program
+    that decides it asks all devices, which would wait for each other there, in each microbatch.
     """
     names, rows = list(batch), ("batch", None)
 

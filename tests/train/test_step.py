@@ -75,8 +75,7 @@ def with_padding_anywhere(batch, seed=0):
 
 
 def test_padding_stands_anywhere_and_nothing_is_decided_at_run_time(reference):
-    """A step of the same documents, wherever padding stands; on a GPU each decision of a program is one that its host
-    waits for."""
+    """A step of the same documents, wherever padding stands; devices wait for each other where a program decides."""
     config, mesh, program = small_program(options("adamw"))
     batch = make_batch(config, 0)
     moved, found = with_padding_anywhere(batch), []
