@@ -69,7 +69,7 @@ def with_padding_last(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """
     names, rows = list(batch), ("batch", None)
 
-    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> list[jax.Array]:
+    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
         key_BT = (segment_ids_BT == 0).astype(jnp.int32)
         return jax.lax.sort((key_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:]
 
