@@ -266,8 +266,10 @@ def gather_fsdp(w: jax.Array, dtype, axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter as it is used: in `dtype`, whole over the fsdp axis, still split over tensor.
 
     The cast comes before the all-gather and, in the backward, the reduce-scatter before the cast: half the traffic.
+    Where `weights_are_whole`, vectors are, and their gradients.
     """
-    return w.astype(dtype) if _current_mesh() is None else _gather_fsdp(w, np.dtype(dtype), axes)
+    is_whole = _current_mesh() is None or (axes == ("d_model",) and weights_are_whole())
+    return w.astype(dtype) if is_whole else _gather_fsdp(w, np.dtype(dtype), axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -275,15 +277,13 @@ def _gather_fsdp(w, dtype, axes):
     return constrain(w.astype(dtype), *(None if name == "d_model" else name for name in axes))
 
 
-def _gather_fsdp_fwd(w, dtype, axes):
-    return _gather_fsdp(w, dtype, axes), jax.numpy.zeros((0,), w.dtype)
-
-
 def _gather_fsdp_bwd(dtype, axes, like, grad):
     return (constrain(grad, *axes).astype(like.dtype),)
 
 
-_gather_fsdp.defvjp(_gather_fsdp_fwd, _gather_fsdp_bwd)
+_gather_fsdp.defvjp(
+    lambda w, dtype, axes: (_gather_fsdp(w, dtype, axes), jax.numpy.zeros((0,), w.dtype)), _gather_fsdp_bwd
+)
 
 
 _WHOLE: ContextVar[bool] = ContextVar("weights_are_whole", default=False)

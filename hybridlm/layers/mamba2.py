@@ -269,7 +269,7 @@ class Mamba2Mixer(nnx.Module):
             x_BTHP, BC_BTcGN = (checkpoint_name(y, "mamba_conv") for y in convolved)
         with jax.named_scope("scan"):
             y_BTHP, new["state"] = ops.ssd(
-                x_BTHP, dt_BTH, -jnp.exp(self.A_log[...]), BC_BTcGN, self.D[...], segment_ids=tokens.segment_ids,
+                x_BTHP, dt_BTH, self.A_log[...], BC_BTcGN, self.D[...], segment_ids=tokens.segment_ids,
                 initial_state=before.get("state"), chunk=self.config.chunk,
             )  # fmt: skip
             y_BTHP = checkpoint_name(y_BTHP, "mamba_ssd")

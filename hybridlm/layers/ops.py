@@ -20,20 +20,22 @@ ROWS = ("batch", "tokens")
 
 
 def ssd(
-    x_BTHP, dt_BTH, A_H, BC_BTcGN, D, *, segment_ids, initial_state, chunk: int | None
+    x_BTHP, dt_BTH, A_log_H, BC_BTcGN, D, *, segment_ids, initial_state, chunk: int | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`pallas_kernels.ssd`: (y [B, T, H, P], state [B, H, P, N]). BC: B and C, [B, T, 2, G, N]."""
+    """`pallas_kernels.ssd`: (y [B, T, H, P], state [B, H, P, N]). BC: B and C, [B, T, 2, G, N]. A_log: log(-A), of
+    which each device makes A: its gradient is then a sum over devices, which compilers take once for all microbatches.
+    """
     keep = initial_state is not None
     BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, x_BTHP.shape[2])
 
-    def run(x, dt, A, BC, D, segment_ids, initial_state, context_axis=None):
+    def run(x, dt, A_log, BC, D, segment_ids, initial_state, context_axis=None):
         return pallas_kernels.ssd(
-            x, dt, A, BC[:, :, 0], BC[:, :, 1], D=D, segment_ids=segment_ids, initial_state=initial_state,
+            x, dt, -jnp.exp(A_log), BC[:, :, 0], BC[:, :, 1], D=D, segment_ids=segment_ids, initial_state=initial_state,
             return_final_state=keep, chunk=chunk, context_axis=context_axis,
         )  # fmt: skip
 
     heads, state = (*ROWS, "heads", None), ("batch", "heads", None, None)
-    arrays = (x_BTHP, dt_BTH, A_H, BC_BTcGN, D, segment_ids, initial_state)
+    arrays = (x_BTHP, dt_BTH, A_log_H, BC_BTcGN, D, segment_ids, initial_state)
     names = (heads, heads[:3], ("heads",), (*ROWS, None, "groups", None), ("heads", None), ROWS, state)
     return _with_state(run, arrays, names, heads, state, keep)
 

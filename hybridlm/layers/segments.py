@@ -61,6 +61,23 @@ def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tup
     return moved, restore
 
 
+def with_padding_last(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays [B, T] of a batch, the padding of each row (`segment_ids` 0) behind its real tokens, in their order.
+
+    For sums over tokens, which need nothing back in place. Rows are sorted whether they are in order or not: a program
+    that decides it asks all devices, which would wait for each other there, in each microbatch.
+    """
+    names, rows = list(batch), ("batch", None)
+
+    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+        key_BT = (segment_ids_BT == 0).astype(jnp.int32)
+        return jax.lax.sort((key_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:]
+
+    arrays = [batch["segment_ids"], *batch.values()]
+    moved = per_device(of_device, arrays, [rows] * len(arrays), [rows] * len(names))
+    return dict(zip(names, moved, strict=True))
+
+
 def _take(x: jax.Array, place: jax.Array) -> jax.Array:
     """Tokens of each row of x [B, T, ...] by their places in it; rows are each device's own: XLA's partitioner fails on
     this inside of `sharding.per_slice`."""

@@ -126,23 +126,20 @@ class HybridLM(nnx.Module):
         return self.hidden_with_stats(tokens_BT, segment_ids, positions)[0]
 
     def hidden_with_stats(
-        self,
-        tokens_BT: Any,
-        segment_ids: Any = None,
-        positions: Any = None,
-        sums=None,
-        inspect: bool = False,
-        low: depth.Low | None = None,
-    ) -> tuple[jax.Array, list[list[dict[str, jax.Array]]]]:
+        self, tokens_BT: Any, segment_ids: Any = None, positions: Any = None, sums=None, inspect: bool = False,
+        low: depth.Low | None = None, padding_is_last: bool = False,
+    ) -> tuple[jax.Array, list[list[dict[str, jax.Array]]]]:  # fmt: skip
         """`hidden`, and what mixers report: of each loop of the program, of each of its sublayers, arrays [L, ...] by
         name. sums: of a stacked model, by the number of the sublayer, see `depth.run`. inspect: the numbers of
-        `Mixer.inspect` in the place of their statistics; forward alone. low: of a stacked model, see `depth.Low`."""
+        `Mixer.inspect` in the place of their statistics; forward alone. low: of a stacked model, see `depth.Low`.
+        padding_is_last: of every row, so that none has to be moved, see `segments.with_padding_last`."""
         _check_tokens(tokens_BT, segment_ids=segment_ids, positions=positions)
         tokens_BT, segment_ids, positions = _int32(tokens_BT, segment_ids, positions)
         n_prefix, restore, within = self.config.prefix_tokens, None, None
         in_front = n_prefix if segment_ids is None else 0
         if segment_ids is not None:
-            (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
+            if not padding_is_last:
+                (segment_ids, tokens_BT, positions), restore = padding_last(segment_ids, tokens_BT, positions)
             rows = ("batch", None)  # all tokens of a row on each of its devices: nothing is exchanged to find documents
             segment_ids, within = sharding.per_device(_documents, [segment_ids], [rows], [rows, rows])
             positions = within if positions is None else sharding.constrain(positions, *rows)

@@ -32,6 +32,8 @@ from pallas_kernels.platform import peaks_of, platform_of
 SUMS = "gradient_sums"
 """Key, beside those of the parameters, of sums that the backward adds the gradients of `groups` to."""
 
+WHOLE = ("groups", "norm", "embedding_norm")
+"""Parameters that are put together once a step, where those of sublayers are: norms are too small to be waited for."""
 ROOM = 16
 """Weights put together may take one part in so many of a device's memory, where `optim.gather_once` is None, and so may
 what sums of gradients take more: less than fsdp has freed, so that they fit where a config fits one device."""
@@ -224,7 +226,7 @@ class Layout(NamedTuple):
         spots = _join(model.info["groups"], spots) if self.joined else spots
         at = self._at(model)
         if self.whole:
-            at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
+            at = at | self._whole_at(model)
         return lax.with_sharding_constraint(params | {"groups": spots}, at)
 
     def stack_low(self, low: dict) -> dict:
@@ -248,7 +250,7 @@ class Layout(NamedTuple):
         model = stacked(self.config)
         at = self._at(model)
         if self.sums_whole or self.wide:
-            at = at | {"groups": whole_shardings(model.info["groups"], self.mesh)}
+            at = at | self._whole_at(model)
         if self.wide:
             apart = lambda leaf, at: self._apart(at) if self._wide(leaf) else at
             at = at | {"groups": jax.tree.map(apart, model.info["groups"], at["groups"])}
@@ -266,6 +268,7 @@ class Layout(NamedTuple):
         own = self.tables.all_summed({name: sums[name] for name in self.tables.names})
         sums = {name: value for name, value in sums.items() if name not in own}
         if self.wide:
+            sums = self.placed(sums)  # or the loop would exchange and split those of vectors
             groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, sums["groups"])
             return self._pinned(sums | {"groups": groups}, self._at(stacked(self.config))) | own
         if not self.sums_whole:
@@ -324,6 +327,10 @@ class Layout(NamedTuple):
     @property
     def _units(self) -> list[int]:
         return [len(group.unit) for group in groups(self.config.pattern)]
+
+    def _whole_at(self, model: Abstract) -> dict:
+        """Of what each device has whole, beside tables."""
+        return whole_shardings({name: model.info[name] for name in WHOLE if name in model.info}, self.mesh)
 
     def _at(self, model: Abstract) -> dict:
         return param_shardings(model.info, self.mesh)

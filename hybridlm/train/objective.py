@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm.config import Config
+from hybridlm.layers.segments import with_padding_last
 from hybridlm.model import lora
 from hybridlm.model.depth import Low
 from hybridlm.model.statistics import statistics, summarise
@@ -42,8 +43,11 @@ def make_objective(config: Config, graphdef: nnx.GraphDef) -> Callable:
             of_spots = Low([low["groups"][n] for n in range(len(low["groups"]))], pull)
             params = params | merge({"shared": params["shared"]}, low) if "shared" in low else params
         model = nnx.merge(graphdef, {name: value for name, value in params.items() if name not in (SUMS, lora.LOW)})
+        batch = with_padding_last(batch)
         where = batch["segment_ids"], batch["positions"]
-        x_BTD, stats = model.hidden_with_stats(batch["tokens"], *where, params.get(SUMS), low=of_spots)
+        x_BTD, stats = model.hidden_with_stats(
+            batch["tokens"], *where, params.get(SUMS), low=of_spots, padding_is_last=True
+        )
         with jax.named_scope("loss"):
             total, sums = training_loss(
                 x_BTD, model.unembedding(), batch["targets"], z_loss=config.optim.z_loss, multiplier=model.logit_scale,

@@ -63,6 +63,34 @@ def test_accumulation_equals_one_batch(reference):
     assert relative(split, params) < 2e-4
 
 
+def with_padding_anywhere(batch, seed=0):
+    """The rows with their padding among the real tokens, which keep their order."""
+    rng, real_BT = np.random.default_rng(seed), batch["segment_ids"] != 0
+    moved = {name: np.zeros_like(a) - (name == "targets") for name, a in batch.items()}
+    for row, real_T in enumerate(real_BT):
+        places = np.sort(rng.permutation(len(real_T))[: real_T.sum()])
+        for name, a in batch.items():
+            moved[name][row, places] = a[row, real_T]
+    return moved
+
+
+def test_padding_stands_anywhere_and_nothing_is_decided_at_run_time(reference):
+    """A step of the same documents, wherever padding stands; devices wait for each other where a program decides."""
+    config, mesh, program = small_program(options("adamw"))
+    batch = make_batch(config, 0)
+    moved, found = with_padding_anywhere(batch), []
+    assert (moved["segment_ids"] != batch["segment_ids"]).any()
+    with jax.set_mesh(mesh):
+        for rows in (batch, moved):
+            state, metrics = program.train_step(program.init(), jax.device_put(rows, program.batch_sharding))
+            found.append((jax.device_get(state["params"]), on_host(metrics)))
+        jaxpr = program.train_step.trace(program.state_like, program.batch_like(config.data)).jaxpr
+    (params, metrics), (moved_params, moved_metrics) = found
+    chex.assert_trees_all_close(moved_metrics, metrics, rtol=1e-5)
+    assert relative(moved_params, params) < 2e-4
+    assert "cond[" not in str(jaxpr)
+
+
 MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8, 1, 1), "context": (1, 2, 1, 4)}
 
 
