@@ -64,14 +64,20 @@ def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tup
 def with_padding_last(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The arrays [B, T] of a batch, the padding of each row (`segment_ids` 0) behind its real tokens, in their order.
 
-    For sums over tokens, which need nothing back in place. Rows are sorted whether they are in order or not: a program
+    For sums over tokens, which need nothing back in place. Rows are moved whether they are in order or not: a program
     that decides it asks all devices, which would wait for each other there, in each microbatch.
     """
     names, rows = list(batch), ("batch", None)
 
-    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-        key_BT = (segment_ids_BT == 0).astype(jnp.int32)
-        return jax.lax.sort((key_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:]
+    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> list[jax.Array]:
+        real_BT = segment_ids_BT != 0
+        if platform() == "cpu":  # where XLA cannot keep a program on disk that has sorted anything
+            count = partial(jnp.cumsum, axis=1, dtype=jnp.int32)
+            place_BT = jnp.where(real_BT, count(real_BT), real_BT.sum(1, keepdims=True) + count(~real_BT)) - 1
+            put = partial(jnp.put_along_axis, axis=1, inplace=False)
+            return [put(jnp.zeros_like(a), place_BT, a) for a in arrays_BT]
+        padded_BT = (~real_BT).astype(jnp.int32)
+        return list(jax.lax.sort((padded_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:])
 
     arrays = [batch["segment_ids"], *batch.values()]
     moved = per_device(of_device, arrays, [rows] * len(arrays), [rows] * len(names))

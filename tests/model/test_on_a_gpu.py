@@ -16,6 +16,7 @@ from hybridlm.layers.mlp import MLP
 from hybridlm.layers.norm import gated_rms_norm
 from hybridlm.layers.qk_norm import is_faster
 from hybridlm.layers.rope import Rope, YaRN
+from hybridlm.layers.segments import with_padding_last
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.sublayer import Sublayer
 from pallas_kernels import assume_platform
@@ -104,3 +105,15 @@ def test_what_is_added_to_the_stream(multiplier):
     )  # fmt: skip
     graphdef, state = nnx.split(Sublayer("-", config, rngs=nnx.Rngs(0)))
     check(lambda x: nnx.merge(graphdef, state)(x, Tokens()).y_BTD, normal(2, 5, 16))
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_padding_is_moved_behind_real_tokens(where):
+    """In their order, against NumPy; each platform does it another way."""
+    segments = RNG.integers(0, 3, (5, 33)).astype(np.int32)
+    batch = {"segment_ids": segments, "tokens": RNG.integers(0, 99, segments.shape).astype(np.int32)}
+    with assume_platform(where):
+        moved = jax.jit(lambda batch: with_padding_last(batch))(batch)  # anew: each platform is traced
+    for name, rows in batch.items():
+        expected = [np.concatenate([row[ids != 0], row[ids == 0]]) for row, ids in zip(rows, segments, strict=True)]
+        np.testing.assert_array_equal(moved[name], np.stack(expected), name)
