@@ -69,15 +69,15 @@ def with_padding_last(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """
     names, rows = list(batch), ("batch", None)
 
-    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> list[jax.Array]:
+    def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
         real_BT = segment_ids_BT != 0
         if platform() == "cpu":  # where XLA cannot keep a program on disk that has sorted anything
             count = partial(jnp.cumsum, axis=1, dtype=jnp.int32)
             place_BT = jnp.where(real_BT, count(real_BT), real_BT.sum(1, keepdims=True) + count(~real_BT)) - 1
             put = partial(jnp.put_along_axis, axis=1, inplace=False)
-            return [put(jnp.zeros_like(a), place_BT, a) for a in arrays_BT]
+            return tuple(put(jnp.zeros_like(a), place_BT, a) for a in arrays_BT)
         padded_BT = (~real_BT).astype(jnp.int32)
-        return list(jax.lax.sort((padded_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:])
+        return tuple(jax.lax.sort((padded_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:])
 
     arrays = [batch["segment_ids"], *batch.values()]
     moved = per_device(of_device, arrays, [rows] * len(arrays), [rows] * len(names))
