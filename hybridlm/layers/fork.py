@@ -31,8 +31,8 @@ def serves(norm: Any, x_BTD: Any) -> bool:
 
 
 def fork(norm: Any, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:
-    """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n products of it, of which there may
-    be up to `rms_norm.MOST_GRADIENTS`; over `tensor` an array, as what products read is put together there."""
+    """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n products of it; over `tensor` an
+    array, as what products read is put together there."""
     n = n if axis_size("tensor") == 1 else 1
     weight_D = params.use(norm.weight, jnp.float32)
     weight_D = weight_D if norm.offset == 0 else norm.offset + weight_D

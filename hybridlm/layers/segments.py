@@ -45,11 +45,10 @@ def padding_last(segment_ids_BT: jax.Array, *arrays_BT: jax.Array | None) -> tup
     scattered = jnp.any(~real_BT[:, :-1] & real_BT[:, 1:])
 
     def sort() -> tuple[jax.Array, jax.Array]:
-        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
-        return order_BT, jnp.argsort(order_BT, axis=1)
+        return jnp.argsort(~real_BT, axis=1, stable=True).astype(jnp.int32), _place_behind(real_BT)
 
     def leave() -> tuple[jax.Array, jax.Array]:
-        index_BT = jnp.broadcast_to(jnp.arange(real_BT.shape[1]), real_BT.shape)
+        index_BT = jnp.broadcast_to(jnp.arange(real_BT.shape[1], dtype=jnp.int32), real_BT.shape)
         return index_BT, index_BT
 
     order_BT, place_BT = jax.lax.cond(scattered, sort, leave)
@@ -72,16 +71,20 @@ def with_padding_last(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def of_device(segment_ids_BT: jax.Array, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
         real_BT = segment_ids_BT != 0
         if platform() == "cpu":  # where XLA cannot keep a program on disk that has sorted anything
-            count = partial(jnp.cumsum, axis=1, dtype=jnp.int32)
-            place_BT = jnp.where(real_BT, count(real_BT), real_BT.sum(1, keepdims=True) + count(~real_BT)) - 1
-            put = partial(jnp.put_along_axis, axis=1, inplace=False)
-            return tuple(put(jnp.zeros_like(a), place_BT, a) for a in arrays_BT)
+            put = partial(jnp.put_along_axis, indices=_place_behind(real_BT), axis=1, inplace=False)
+            return tuple(put(jnp.zeros_like(a), values=a) for a in arrays_BT)
         padded_BT = (~real_BT).astype(jnp.int32)
         return tuple(jax.lax.sort((padded_BT, *arrays_BT), dimension=1, is_stable=True, num_keys=1)[1:])
 
     arrays = [batch["segment_ids"], *batch.values()]
     moved = per_device(of_device, arrays, [rows] * len(arrays), [rows] * len(names))
     return dict(zip(names, moved, strict=True))
+
+
+def _place_behind(real_BT: jax.Array) -> jax.Array:
+    """int32 [B, T]: where each token of a row stands when its padding is behind its real tokens, in their order."""
+    count = partial(jnp.cumsum, axis=1, dtype=jnp.int32)
+    return jnp.where(real_BT, count(real_BT), real_BT.sum(1, keepdims=True, dtype=jnp.int32) + count(~real_BT)) - 1
 
 
 def _take(x: jax.Array, place: jax.Array) -> jax.Array:

@@ -90,7 +90,7 @@ def test_as_on_gpus(more, meshes, monkeypatch):
     for sizes in meshes:
         n_micro = 1 if sizes == (2, 1, 1) else 2
         called.clear()
-        same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
+        check_same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
         assert called == {*KERNELS.values()} - ({gated_norm_gradients} if sizes[2] > 1 else set()), sizes
 
 
@@ -102,10 +102,10 @@ def test_sums_of_one_microbatch(more, monkeypatch):
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "_fits", lambda n_bytes, mesh: True)
     for sizes in [(1, 2, 1), (2, 2, 2), (1, 1, 1, 4)]:
-        same_step(more, sizes, params, history)
+        check_same_step(more, sizes, params, history)
 
 
-def same_step(more, sizes, params, history):
+def check_same_step(more, sizes, params, history):
     """Three steps on a mesh that has such sums give these parameters and metrics."""
     config, mesh, many, many_history = steps((*WORDS, *more), sizes)
     assert tables_once(config, mesh).names, sizes
