@@ -74,15 +74,16 @@ def head_norm_gradients(
     return kernel.head_norm_gradients(plan, x_RHP, weight_P, turn_RcC, dy_RHP)
 
 
-def least_rows(n_heads: int, width: int) -> int:
-    """Rows of which all threads have a part, and as many heads as they can have a part of."""
+def _piece(n_heads: int, width: int) -> tuple[int, int, int]:
+    """Rows, heads and pairs of which each thread has VECTOR of each half: as many heads as divide."""
     at_once = THREADS * VECTOR // (width // 2)
-    return at_once // math.gcd(n_heads, at_once)
+    side_by_side = math.gcd(n_heads, at_once)
+    return at_once // side_by_side, side_by_side, width // 2
 
 
 def _tile(n_heads: int, width: int) -> int:
     """Rows of a tile."""
-    least = least_rows(n_heads, width)
+    least = _piece(n_heads, width)[0]
     return least * max(1, TILE // (2 * least * n_heads * width))
 
 
@@ -98,6 +99,5 @@ def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, ep
     of_row = lambda arrays: sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in arrays)
     n_bytes = tile * (kernel.STAGES * of_row([*arrays_RHP, *turned]) + 2 * of_row([x_RHP])) + OWN
     side_by_side = max(1, min(BLOCKS[name], SHARED // n_bytes))
-    return kernel.Plan(
-        n_rows, n_heads, width, eps, tile, min(n_rows // tile, side_by_side * platform.multiprocessors())
-    )
+    n_blocks = min(n_rows // tile, side_by_side * platform.multiprocessors())
+    return kernel.Plan(n_rows, n_heads, width, eps, _piece(n_heads, width), tile, n_blocks)

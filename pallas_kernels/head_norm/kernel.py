@@ -18,12 +18,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.head_norm import THREADS, VECTOR, least_rows
 from pallas_kernels.mosaic_gpu import F32, LANE_PARAMS, named_body
 from pallas_kernels.varying import call_varying
 
 STAGES = 3
-WARPS = 4
+WARPS, LANES = 4, 32
 
 
 class Plan(NamedTuple):
@@ -33,6 +32,8 @@ class Plan(NamedTuple):
     heads: int
     width: int
     eps: float
+    piece: tuple[int, int, int]
+    """Rows, heads and pairs that the threads have at a time."""
     tile: int
     """Rows."""
     blocks: int
@@ -46,10 +47,9 @@ class Plan(NamedTuple):
         return self.width // 2
 
     @property
-    def piece(self) -> tuple[int, int, int]:
-        """Rows, heads and pairs that the threads have at a time."""
-        rows = least_rows(self.heads, self.width)
-        return rows, THREADS * VECTOR // (rows * self.pairs), self.pairs
+    def vector(self) -> int:
+        """Neighbours of a head that a thread has, of each half."""
+        return math.prod(self.piece) // (WARPS * LANES)
 
     @property
     def layout(self):
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
         rows, heads, pairs = self.piece
         of_warp = rows * heads // WARPS
         heads = math.gcd(heads, of_warp)
-        tiles = Tiling((self.piece, (of_warp // heads, heads, pairs), (1, 1, VECTOR)))
+        tiles = Tiling((self.piece, (of_warp // heads, heads, pairs), (1, 1, self.vector)))
         layout = mgpu.TiledLayout(tiles, (-9, -8), (-6, -5, -4), -1, _check_canonical=False).canonicalize()
         return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
