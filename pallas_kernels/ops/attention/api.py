@@ -83,7 +83,7 @@ def attention(
     sizes = *q_BTHP.shape[:2], k_BSKP.shape[1]
     pair = check_sides("segment_ids", segment_ids, *sizes)
     one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
-    context_axis = _context_axis(context_axis, *sizes[1:], q_offset)
+    context_axis = _context_axis(context_axis, sizes[1], sizes[2], q_offset)
     if one_side and context_axis is None:
         pair = (segments.document_ids(pair[0]),) * 2
     kwargs = {
@@ -99,8 +99,8 @@ def attention(
         **scales,
     }
     offered = {"stacked": stacked, "q_wide": q_wide if context_axis is None else None}
-    args, how = (q_BTHP, k_BSKP, v_BSKP), {"context_axis": context_axis, "context_options": {"one_side": one_side}}
-    return call(OP, implementation, args, kwargs, offered=offered, **how)
+    args, more = (q_BTHP, k_BSKP, v_BSKP), {"one_side": one_side}
+    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=more)
 
 
 def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool, q_wide) -> None:
