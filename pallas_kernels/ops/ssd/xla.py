@@ -407,9 +407,9 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
     dxdt_BCGRPQ += dxdt_left_BCGRPQ
 
     dB_BCGQN = _einsum("bcgqs,bcgqn->bcgsn", dscores_BCGQQ, c.C_BCGQN, dtype)
-    dB_BCGQN += _einsum("bcgrpq,bcgrpn->bcgqn", tailed_BCGRPQ, dleaving_BCGRPN, dtype)
+    dB_BCGQN += _over_heads(tailed_BCGRPQ, dleaving_BCGRPN, dtype)
     dC_BCGQN = _einsum("bcgqs,bcgsn->bcgqn", dscores_BCGQQ, c.B_BCGQN, dtype)
-    dC_BCGQN += _einsum("bcgrpq,bcgrpn->bcgqn", headed_BCGRPQ, entering_BCGRPN, dtype)
+    dC_BCGQN += _over_heads(headed_BCGRPQ, entering_BCGRPN, dtype)
 
     dx_BCGRPQ = dxdt_BCGRPQ * c.dt_BCGRQ[..., None, :]
     dD = None
@@ -432,6 +432,12 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
         ddecay,
     )
     return dtokens, _Weights(dA, dD), dstate_BGRPN.reshape(state_BHPN.shape)
+
+
+def _over_heads(left_BCGRPQ, right_BCGRPN, dtype):
+    """The sum over R and P of their products as [B, C, G, Q, N]: over one axis, as XLA copies operands of two."""
+    left, right = (array.reshape(*array.shape[:3], -1, array.shape[-1]) for array in (left_BCGRPQ, right_BCGRPN))
+    return _einsum("bcgkq,bcgkn->bcgqn", left, right, dtype)
 
 
 def _straddling_sums(products_BCGRQQ, product_dtype, dtype):
