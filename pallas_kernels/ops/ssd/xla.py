@@ -319,23 +319,26 @@ def _carry(states_BCGRPN, through_BCGR, start_BGRPN, reverse: bool = False):
     """States that enter each chunk, and the one after the last: s <- through * s + state, chunk by chunk.
 
     Chunks are read and written where they are: a scan over them has its axis first, and copies all states there and
-    back. What is written is no array that is read, which would be copied whole for each chunk.
+    back. What leaves a chunk is written over what is added in it, from which it is made. What enters one is what left
+    the one before; over what is added it could not be written without a copy of all states for each chunk.
     """
     n_chunks = states_BCGRPN.shape[1]
 
     def step(index, carry):
-        state_BGRPN, entering_BCGRPN = carry
+        state_BGRPN, states_BCGRPN = carry
         chunk = n_chunks - 1 - index if reverse else index
         added_BGRPN, through_BGR = (
             jax.lax.dynamic_index_in_dim(array, chunk, axis=1, keepdims=False)
             for array in (states_BCGRPN, through_BCGR)
         )
-        entering_BCGRPN = jax.lax.dynamic_update_index_in_dim(entering_BCGRPN, state_BGRPN, chunk, axis=1)
-        return through_BGR[..., None, None] * state_BGRPN + added_BGRPN, entering_BCGRPN
+        left_BGRPN = through_BGR[..., None, None] * state_BGRPN + added_BGRPN
+        states_BCGRPN = jax.lax.dynamic_update_index_in_dim(states_BCGRPN, left_BGRPN, chunk, axis=1)
+        return left_BGRPN, states_BCGRPN
 
-    start = start_BGRPN, jnp.zeros_like(states_BCGRPN)
-    last_BGRPN, entering_BCGRPN = jax.lax.fori_loop(0, n_chunks, step, start)
-    return entering_BCGRPN, last_BGRPN
+    last_BGRPN, left_BCGRPN = jax.lax.fori_loop(0, n_chunks, step, (start_BGRPN, states_BCGRPN))
+    first_BCGRPN = start_BGRPN[:, None]
+    parts = (left_BCGRPN[:, 1:], first_BCGRPN) if reverse else (first_BCGRPN, left_BCGRPN[:, :-1])
+    return jnp.concatenate(parts, axis=1), last_BGRPN
 
 
 def _grouped(state_BHPN, like: _Chunks):
