@@ -252,15 +252,16 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
         def tile(i, _):
             z = _sums(plan, multiply, bars, wg, i * plan.steps)
             for part in range(PARTS):
-                slot = lax.rem((2 * i + wg) * PARTS + part, plan.slots)
-                plgpu.barrier_wait(arrived.at[slot])
+                own = wg * PARTS + part
+                slot = lax.rem(i * 2 * PARTS + own, plan.slots)
+                plgpu.barrier_wait(arrived.at[own])
                 gate, up = (load_tile(h_s.at[slot, k]) for k in range(2))
                 d = z[:, part * TILE : (part + 1) * TILE]
                 sigmoid, active = _silu(gate)
                 h_s[slot, 0] = (d * up * (sigmoid + active * (1.0 - sigmoid))).astype(dh_g.dtype)
                 h_s[slot, 1] = (d * active).astype(dh_g.dtype)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(made.at[slot])
+                plgpu.barrier_arrive(made.at[own])
 
         lax.fori_loop(0, tiles.count, tile, None)
 
@@ -275,19 +276,20 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
             return ref.at[rows, k, pl.ds(column + lax.rem(part, PARTS) * TILE, TILE)]
 
         def step(use, _):
-            slot = lax.rem(use, plan.slots)
+            slot, last = lax.rem(use, plan.slots), use - plan.slots
 
-            @pl.when(use >= plan.slots)
+            @pl.when(last >= 0)
             def _():
-                plgpu.barrier_wait(made.at[slot])
+                plgpu.barrier_wait(made.at[lax.rem(last, 2 * PARTS)])
                 for k in range(2):
-                    plgpu.copy_smem_to_gmem(h_s.at[slot, k], place(dh_g, use - plan.slots, k))
+                    plgpu.copy_smem_to_gmem(h_s.at[slot, k], place(dh_g, last, k))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(use < uses)
             def _():
+                barrier = arrived.at[lax.rem(use, 2 * PARTS)]
                 for k in range(2):
-                    plgpu.copy_gmem_to_smem(place(h_g, use, k), h_s.at[slot, k], arrived.at[slot])
+                    plgpu.copy_gmem_to_smem(place(h_g, use, k), h_s.at[slot, k], barrier)
 
         lax.fori_loop(0, uses + plan.slots, step, None)
         plgpu.wait_smem_to_gmem(0)
@@ -316,8 +318,8 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
         _tile(plan.stages, COLUMNS, TILE),
         _tile(plan.slots, 2, TILE, TILE),
         *_barriers(plan),
-        plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
-        plgpu.Barrier(num_barriers=plan.slots),
+        plgpu.Barrier(num_arrivals=2, num_barriers=2 * PARTS),  # of parts, not of slots: whoever waits for one does so
+        plgpu.Barrier(num_barriers=2 * PARTS),  # each time
         collective_axes="wg",
     )
 
