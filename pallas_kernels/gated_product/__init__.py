@@ -80,8 +80,10 @@ def gated_products(x_RD: jax.Array, w_DcF: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     (n_rows, n_inputs), width = x_RD.shape, w_DcF.shape[2]
     _require_products(n_rows, n_inputs, width, x_RD, w_DcF)
-    h_RcF = jnp.einsum("rd,dcf->rcf", x_RD, w_DcF)
-    return h_RcF, jax.nn.silu(h_RcF[:, 0]) * h_RcF[:, 1]
+    from pallas_kernels.gated_product import products
+
+    plan = products.plan_for(n_rows, n_inputs, width, platform.multiprocessors())
+    return products.gated_products(plan, x_RD, w_DcF)
 
 
 def hidden_gradients(dy_RD: jax.Array, w_FD: jax.Array, h_RcF: jax.Array) -> jax.Array:
@@ -92,7 +94,10 @@ def hidden_gradients(dy_RD: jax.Array, w_FD: jax.Array, h_RcF: jax.Array) -> jax
     """
     (n_rows, n_inputs), width = dy_RD.shape, len(w_FD)
     _require_products(n_rows, n_inputs, width, dy_RD, w_FD, h_RcF)
-    return gated_product_gradients(h_RcF, dy_RD @ w_FD.T)
+    from pallas_kernels.gated_product import products
+
+    plan = products.plan_for(n_rows, n_inputs, width, platform.multiprocessors())
+    return products.hidden_gradients(plan, dy_RD, w_FD, h_RcF)
 
 
 def _require_products(n_rows: int, n_inputs: int, width: int, *arrays: jax.Array) -> None:

@@ -89,7 +89,8 @@ def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     if op is None:
         names = ("pallas_kernels.one_token.one_row", "pallas_kernels.exponentials.products")
-        return [(importlib.import_module(name), {"loop_with": _loop_with}) for name in names]
+        loops = [(importlib.import_module(name), {"loop_with": _loop_with}) for name in names]
+        return [*loops, (importlib.import_module("pallas_kernels.gated_product.products"), _gated_products())]
     op = {"gated_delta_product": "gated_delta_rule", "mamba3": "ssd"}.get(op, op)  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":
@@ -122,6 +123,20 @@ def _sizes(op: str | None) -> list:
         patches = [(forward, few | {"exp2": lambda own, exponents, chosen: jnp.exp2(exponents)})]
         return [*patches, (backward, few | {"QUADS": 2}), (threads.Threads, _scan_threads(threads))]
     return []
+
+
+def _gated_products() -> dict:
+    """Of `pallas_kernels.gated_product.products`: warpgroups for warps, blocks that share nothing, and views of the same
+    memory, of which the interpreter has two."""
+
+    def in_warps(*works):
+        for number, work in enumerate(works):
+            pl.when(lax.axis_index("wg") == 2 + number)(work)
+
+    from jax.experimental import pallas as pl
+
+    joined = lambda views, slot: views[0][slot].reshape(views[1].shape[1:])
+    return {"WARPGROUPS": 4, "CLUSTER": 1, "_in_warps": in_warps, "_joined": joined, "loop_with": _loop_with}
 
 
 def _scan_threads(threads) -> dict:
