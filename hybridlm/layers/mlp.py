@@ -236,7 +236,7 @@ def _in_kernel(h_BTcF, d_BTF) -> jax.Array:
     return exchange.manual(of_device, (h_BTcF, d_BTF), (HIDDEN, (*HIDDEN[:2], "d_ff")), (HIDDEN, h_BTcF.shape))
 
 
-# What stands between both products, made by their kernels --------------------------------------------------------------
+# What stands between both products, made by their kernels ------------------------------------------------------------
 
 
 def _serve_products(x_BTD: jax.Array, w_in: nnx.Param, w_out: nnx.Param) -> bool:
