@@ -59,8 +59,8 @@ def gated_product_gradients(h_RcF: jax.Array, d_RF: jax.Array) -> jax.Array:
 
 
 def why_not_products(n_rows: int, n_inputs: int, width: int, dtype: DTypeLike) -> str | None:
-    """Why `gated_products` and `hidden_gradients` cannot serve rows [n_rows, n_inputs] beside [n_rows, 2, width], all of
-    a type; None where they can."""
+    """Why `gated_products` and `hidden_gradients` cannot serve rows [n_rows, n_inputs] beside [n_rows, 2, width] of a
+    type; None where they can."""
     if reason := why_not_hopper(OLDEST_JAX):
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:

@@ -23,6 +23,7 @@ from pallas_kernels.mosaic_gpu import (
     LANE_PARAMS,
     LOG2E,
     TILE,
+    WGMMA,
     accumulate,
     drain,
     load_tile,
@@ -38,6 +39,8 @@ PAIR_TRANSFORMS = (plgpu.TilingTransform((8, 1, 64)), BF16_TRANSFORMS[1])
 """Of [64, 2, 128] as it lies in memory as [64, 256] of BF16_TRANSFORMS does."""
 WARPGROUPS = 3
 """Of a thread block."""
+REGISTERS = (240, 24)
+"""Of a thread of the compute warpgroups and of the producer."""
 CLUSTER = 2
 """Thread blocks."""
 PARTS = COLUMNS // TILE
@@ -171,60 +174,68 @@ def _tile(*shape):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=BF16_TRANSFORMS)
 
 
-def _silu(gate):
-    """(sigmoid, silu)."""
-    sigmoid = 1.0 / (1.0 + jnp.exp2(gate * -LOG2E))
-    return sigmoid, gate * sigmoid
+def _store(ref, value):
+    """ref[...] = value, which would read what was there."""
+    plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BF16_TRANSFORMS)))(_store_tiled)(value, ref)
+
+
+def _store_tiled(ctx, value, ref):
+    value.store_tiled(ref, swizzle=128)
+
+
+def _sigmoid(gate):
+    return 1.0 / (1.0 + jnp.exp2(gate * -LOG2E))
+
+
+def _store_products(plan: Plan, refs, out_s, number, rows, column, wg, z):
+    """h and hidden of the number-th tile's products; `rows` and `column` say where."""
+    h_g, hidden_g = refs
+
+    def store(first, values, targets):
+        """The first-th of a tile's six, and the following."""
+        slots = [lax.rem(number * 6 + first + k, plan.slots) for k in range(len(values))]
+        plgpu.wait_smem_to_gmem(plan.slots - len(values), wait_read_only=True)  # what these held before has left them
+        for slot, value in zip(slots, values, strict=True):
+            _store(out_s.at[wg, slot], value)
+        plgpu.commit_smem()
+        for slot, target in zip(slots, targets, strict=True):
+            plgpu.copy_smem_to_gmem(out_s.at[wg, slot], target)
+
+    for k, part in enumerate(range(0, HALF, TILE)):
+        # Rounded two numbers at a time: as one number each goes through `astype` where it is used again.
+        gate, up = (lax.optimization_barrier(z[:, c + part : c + part + TILE].astype(h_g.dtype)) for c in (0, HALF))
+        columns = pl.ds(column + part, TILE)
+        store(3 * k, (gate, up), [h_g.at[rows, c, columns] for c in range(2)])
+        gate, up = gate.astype(F32), up.astype(F32)
+        hidden = gate * _sigmoid(gate) * up
+        store(3 * k + 2, (hidden.astype(h_g.dtype),), [hidden_g.at[rows, columns]])
 
 
 def _products(plan: Plan, x_g, w_g, h_g, hidden_g):
     wg, tiles = lax.axis_index("wg"), Tiles(plan, HALF)
 
-    def compute(operands, out_s, bars):
-        a_s, b_views = operands
-
+    def scoped(a_s, b_views, out_s, *bars):
         def multiply(acc, slot):
             plgpu.wgmma(acc, a_s.at[slot, wg], _joined(b_views, slot))
 
         def tile(i, _):
             z = _sums(plan, multiply, bars, wg, i * plan.steps)
             row, column = tiles.start(i)
-            rows = pl.ds(row + wg * TILE, TILE)
+            _store_products(plan, (h_g, hidden_g), out_s, i, pl.ds(row + wg * TILE, TILE), column, wg, z)
 
-            def store(number, values, targets):
-                """The number-th and following ones of the tile's."""
-                slots = [lax.rem(i * 6 + number + k, plan.slots) for k in range(len(values))]
-                plgpu.wait_smem_to_gmem(plan.slots - len(values), wait_read_only=True)  # the slots are free
-                for slot, value in zip(slots, values, strict=True):
-                    out_s[wg, slot] = value
-                plgpu.commit_smem()
-                for slot, target in zip(slots, targets, strict=True):
-                    plgpu.copy_smem_to_gmem(out_s.at[wg, slot], target)
+        def fetch(slot, inner, column):
+            source = w_g.at[inner, pl.ds(0, 2), pl.ds(column, HALF)]
+            plgpu.copy_gmem_to_smem(source, b_views[0].at[slot], bars[0].at[slot], **_shared(plan))
 
-            for number, part in enumerate(range(0, HALF, TILE)):
-                gate, up = (z[:, k + part : k + part + TILE].astype(h_g.dtype) for k in (0, HALF))
-                columns = pl.ds(column + part, TILE)
-                store(3 * number, (gate, up), [h_g.at[rows, k, columns] for k in range(2)])
-                hidden = _silu(gate.astype(F32))[1] * up.astype(F32)
-                store(3 * number + 2, (hidden.astype(h_g.dtype),), [hidden_g.at[rows, columns]])
-
-        lax.fori_loop(0, tiles.count, tile, None)
-        plgpu.wait_smem_to_gmem(0)
-
-    def scoped(a_s, b_views, out_s, *bars):
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
-            compute((a_s, b_views), out_s, bars)
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            lax.fori_loop(0, tiles.count, tile, None)
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg >= 2)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
-
-            def fetch(slot, inner, column):
-                source = w_g.at[inner, pl.ds(0, 2), pl.ds(column, HALF)]
-                plgpu.copy_gmem_to_smem(source, b_views[0].at[slot], bars[0].at[slot], **_shared(plan))
-
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
             _in_warps(lambda: _produce(plan, tiles, x_g, a_s, fetch, bars))
 
     pl.run_scoped(
@@ -240,77 +251,82 @@ def _products(plan: Plan, x_g, w_g, h_g, hidden_g):
     )
 
 
+def _make_gradients(plan: Plan, h_s, bars, number, wg, z):
+    """Of h where it lies, of the number-th tile's products."""
+    arrived, made = bars
+    for part in range(PARTS):
+        own, d = wg * PARTS + part, z[:, part * TILE : (part + 1) * TILE]
+        slot = lax.rem(number * 2 * PARTS + own, plan.slots)
+        plgpu.barrier_wait(arrived.at[own])
+        gate, up = (load_tile(h_s.at[slot, k]) for k in range(2))
+        sigmoid = _sigmoid(gate)
+        d_gate = d * sigmoid
+        d_up = d_gate * gate
+        d_gate = up * (d_gate + d_up * (1.0 - sigmoid))
+        for k, value in enumerate((d_gate, d_up)):
+            _store(h_s.at[slot, k], value.astype(jnp.bfloat16))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(made.at[own])
+
+
+def _move(plan: Plan, tiles: Tiles, h_g, dh_g, h_s, bars):
+    """Brings h and takes its gradient away, the first warpgroup's parts of a tile and then the second's."""
+    (arrived, made), each = bars, 2 * PARTS
+
+    def place(ref, use, k):
+        tile, part = lax.div(use, each), lax.rem(use, each)
+        row, column = tiles.start(tile)
+        rows = pl.ds(row + lax.div(part, PARTS) * TILE, TILE)
+        return ref.at[rows, k, pl.ds(column + lax.rem(part, PARTS) * TILE, TILE)]
+
+    def step(use, _):
+        slot, last = lax.rem(use, plan.slots), use - plan.slots
+
+        @pl.when(last >= 0)
+        def _():
+            plgpu.barrier_wait(made.at[lax.rem(last, each)])
+            for k in range(2):
+                plgpu.copy_smem_to_gmem(h_s.at[slot, k], place(dh_g, last, k))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(use < tiles.count * each)
+        def _():
+            for k in range(2):
+                plgpu.copy_gmem_to_smem(place(h_g, use, k), h_s.at[slot, k], arrived.at[lax.rem(use, each)])
+
+    lax.fori_loop(0, tiles.count * each + plan.slots, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
     wg, tiles = lax.axis_index("wg"), Tiles(plan, COLUMNS)
 
-    def compute(operands, h_s, bars, own_bars):
-        (a_s, b_s), (arrived, made) = operands, own_bars
+    def scoped(a_s, b_s, h_s, full, empty, ahead, *own_bars):
+        bars = full, empty, ahead
 
         def multiply(acc, slot):
             plgpu.wgmma(acc, a_s.at[slot, wg], b_s.at[slot].T)
 
         def tile(i, _):
-            z = _sums(plan, multiply, bars, wg, i * plan.steps)
-            for part in range(PARTS):
-                own = wg * PARTS + part
-                slot = lax.rem(i * 2 * PARTS + own, plan.slots)
-                plgpu.barrier_wait(arrived.at[own])
-                gate, up = (load_tile(h_s.at[slot, k]) for k in range(2))
-                d = z[:, part * TILE : (part + 1) * TILE]
-                sigmoid, active = _silu(gate)
-                h_s[slot, 0] = (d * up * (sigmoid + active * (1.0 - sigmoid))).astype(dh_g.dtype)
-                h_s[slot, 1] = (d * active).astype(dh_g.dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(made.at[own])
+            _make_gradients(plan, h_s, own_bars, i, wg, _sums(plan, multiply, bars, wg, i * plan.steps))
 
-        lax.fori_loop(0, tiles.count, tile, None)
-
-    def move(h_s, own_bars):
-        """Brings h and takes the gradient away, the first warpgroup's parts of a tile and then the second's."""
-        (arrived, made), uses = own_bars, tiles.count * 2 * PARTS
-
-        def place(ref, use, k):
-            tile, part = lax.div(use, 2 * PARTS), lax.rem(use, 2 * PARTS)
-            row, column = tiles.start(tile)
-            rows = pl.ds(row + lax.div(part, PARTS) * TILE, TILE)
-            return ref.at[rows, k, pl.ds(column + lax.rem(part, PARTS) * TILE, TILE)]
-
-        def step(use, _):
-            slot, last = lax.rem(use, plan.slots), use - plan.slots
-
-            @pl.when(last >= 0)
-            def _():
-                plgpu.barrier_wait(made.at[lax.rem(last, 2 * PARTS)])
-                for k in range(2):
-                    plgpu.copy_smem_to_gmem(h_s.at[slot, k], place(dh_g, last, k))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            @pl.when(use < uses)
-            def _():
-                barrier = arrived.at[lax.rem(use, 2 * PARTS)]
-                for k in range(2):
-                    plgpu.copy_gmem_to_smem(place(h_g, use, k), h_s.at[slot, k], barrier)
-
-        lax.fori_loop(0, uses + plan.slots, step, None)
-        plgpu.wait_smem_to_gmem(0)
-
-    def scoped(a_s, b_s, h_s, full, empty, ahead, *own_bars):
-        bars = full, empty, ahead
+        def fetch(slot, inner, column):
+            plgpu.copy_gmem_to_smem(
+                w_g.at[pl.ds(column, COLUMNS), inner], b_s.at[slot], full.at[slot], **_shared(plan)
+            )
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
-            compute((a_s, b_s), h_s, bars, own_bars)
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            lax.fori_loop(0, tiles.count, tile, None)
 
         @pl.when(wg >= 2)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
-
-            def fetch(slot, inner, column):
-                source = w_g.at[pl.ds(column, COLUMNS), inner]
-                plgpu.copy_gmem_to_smem(source, b_s.at[slot], full.at[slot], **_shared(plan))
-
-            _in_warps(lambda: _produce(plan, tiles, dy_g, a_s, fetch, bars), lambda: move(h_s, own_bars))
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            _in_warps(
+                lambda: _produce(plan, tiles, dy_g, a_s, fetch, bars),
+                lambda: _move(plan, tiles, h_g, dh_g, h_s, own_bars),
+            )
 
     pl.run_scoped(
         scoped,
@@ -318,8 +334,9 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
         _tile(plan.stages, COLUMNS, TILE),
         _tile(plan.slots, 2, TILE, TILE),
         *_barriers(plan),
-        plgpu.Barrier(num_arrivals=2, num_barriers=2 * PARTS),  # of parts, not of slots: whoever waits for one does so
-        plgpu.Barrier(num_barriers=2 * PARTS),  # each time
+        # Of parts, not of slots: a barrier is waited for by one, each time.
+        plgpu.Barrier(num_arrivals=2, num_barriers=2 * PARTS),
+        plgpu.Barrier(num_barriers=2 * PARTS),
         collective_axes="wg",
     )
 

@@ -126,17 +126,20 @@ def _sizes(op: str | None) -> list:
 
 
 def _gated_products() -> dict:
-    """Of `pallas_kernels.gated_product.products`: warpgroups for warps, blocks that share nothing, and views of the same
-    memory, of which the interpreter has two."""
+    """Of `pallas_kernels.gated_product.products`: warpgroups for warps, blocks that share nothing, and, of two views of
+    the same memory, the one that is written."""
+    from jax.experimental import pallas as pl
 
     def in_warps(*works):
         for number, work in enumerate(works):
             pl.when(lax.axis_index("wg") == 2 + number)(work)
 
-    from jax.experimental import pallas as pl
+    def store(ref, value):
+        ref[...] = value
 
     joined = lambda views, slot: views[0][slot].reshape(views[1].shape[1:])
-    return {"WARPGROUPS": 4, "CLUSTER": 1, "_in_warps": in_warps, "_joined": joined, "loop_with": _loop_with}
+    words = {"_in_warps": in_warps, "_joined": joined, "_store": store, "loop_with": _loop_with}
+    return {"WARPGROUPS": 4, "CLUSTER": 1, **words}
 
 
 def _scan_threads(threads) -> dict:
