@@ -98,7 +98,7 @@ class Tiles(NamedTuple):
         """(first row of the thread block, first column) of the i-th."""
         number = lax.axis_index("clusters") + i * (self.plan.blocks // self.plan.cluster)
         row, column = plgpu.planar_snake(number, self.shape, 0, min(self.plan.panel, self.shape[0]))
-        block = row * self.plan.cluster + (lax.axis_index("cluster") if self.plan.cluster > 1 else 0)
+        block = row * self.plan.cluster + lax.axis_index("cluster")
         return block * ROWS, jnp.minimum(column * self.columns, self.plan.width - self.columns)
 
 
@@ -154,10 +154,9 @@ def _shared(plan: Plan) -> dict:
 
 def _barriers(plan: Plan) -> list:
     """(full, empty, ahead)."""
-    arrivals = {"num_arrivals": 2, "num_barriers": plan.stages}
-    empty = plgpu.ClusterBarrier(collective_axes=("cluster",), **arrivals) if plan.cluster > 1 else None
     full = plgpu.Barrier(num_arrivals=3, num_barriers=plan.stages)
-    return [full, empty or plgpu.Barrier(**arrivals), plgpu.Barrier()]
+    empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=plan.stages)
+    return [full, empty, plgpu.Barrier()]
 
 
 def _in_warps(*works):
@@ -311,9 +310,7 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
             _make_gradients(plan, h_s, own_bars, i, wg, _sums(plan, multiply, bars, wg, i * plan.steps))
 
         def fetch(slot, inner, column):
-            plgpu.copy_gmem_to_smem(
-                w_g.at[pl.ds(column, COLUMNS), inner], b_s.at[slot], full.at[slot], **_shared(plan)
-            )
+            plgpu.copy_gmem_to_smem(w_g.at[pl.ds(column, COLUMNS), inner], b_s.at[slot], full.at[slot], **_shared(plan))
 
         @pl.when(wg < 2)
         def _():
@@ -342,16 +339,16 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
 
 
 def _kernel(name: str, body, plan: Plan, out_type):
-    cluster = {"cluster": (plan.cluster,), "cluster_names": ("cluster",)} if plan.cluster > 1 else {}
     return plgpu.kernel(
         named_body(name, body, plan),
         out_type=out_type,
         grid=(plan.blocks // plan.cluster,),
         grid_names=("clusters",),
+        cluster=(plan.cluster,),
+        cluster_names=("cluster",),
         num_threads=WARPGROUPS,
         thread_name="wg",
         compiler_params=dataclasses.replace(LANE_PARAMS, reduction_scratch_bytes=0),
-        **cluster,
     )
 
 
