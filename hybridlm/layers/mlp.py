@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -310,7 +310,7 @@ def _value(matrix: jax.Array | Wide) -> jax.Array:
 
 def _unslotted(matrix: jax.Array | Wide) -> Any:
     """Without what is never read, so that nobody keeps it."""
-    return replace(matrix, slot=None) if isinstance(matrix, Wide) else matrix
+    return replace(matrix, slot=cast(Any, None)) if isinstance(matrix, Wide) else matrix
 
 
 def _of_matrix(x_BTI: jax.Array, dy: jax.Array, matrix: jax.Array | Wide) -> Any:
@@ -318,4 +318,4 @@ def _of_matrix(x_BTI: jax.Array, dy: jax.Array, matrix: jax.Array | Wide) -> Any
     if not isinstance(matrix, Wide):
         return jnp.tensordot(x_BTI, dy, ((0, 1), (0, 1)))
     d_slot = jnp.tensordot(x_BTI, dy, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
-    return replace(matrix, value=None, slot=d_slot[None])
+    return replace(matrix, value=cast(Any, None), slot=d_slot[None])
