@@ -157,7 +157,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         eval_step = WithBase(eval_step, base)
     return Program(
         init=start,
-        init_from=start_from,
+        init_from=_placed(start_from, shardings["params"]) if split else start_from,
         train_step=TrainStep(
             jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often), lengths, base
         ),
@@ -181,6 +181,11 @@ def _of_weights(objective: Callable, whole: bool) -> Callable:
             return objective(params, batch, weight)
 
     return of_whole if whole else objective
+
+
+def _placed(start: Callable, at) -> Callable:
+    """`init_from` of parameters that may lie elsewhere: XLA cannot reuse the memory of those."""
+    return lambda params: start(jax.device_put(params, at))
 
 
 def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, Callable]:

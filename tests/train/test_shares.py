@@ -10,6 +10,7 @@ import pytest
 
 from hybridlm.config import Config, LoraConfig, MeshConfig, ModelConfig, Muon, OptimConfig
 from hybridlm.errors import ConfigError
+from hybridlm.model.init import abstract
 from hybridlm.plan import collectives
 from hybridlm.plan.counted import count
 from hybridlm.plan.slices import read_devices
@@ -41,8 +42,12 @@ def as_on_gpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "micro"),
-    [((4, 1, 1), 2), pytest.param((2, 2, 2), 2, marks=pytest.mark.slow), pytest.param((4, 1, 1), 1, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ((4, 1, 1), 2),
+        pytest.param((2, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param((4, 1, 1), 1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_steps(sizes, micro, as_on_gpus):
     words = (*ADAMW, f"optim.accumulate={micro}", "optim.weight_decay=0.2")  # programs of no other test
     whole, history, _ = run_steps((*words, "optim.split_over_data=False"), sizes)
@@ -92,15 +97,16 @@ def test_checkpoints_of_either_kind_and_moments_on_the_host(tmp_path):
         ("h100:4", {"fsdp": 4}, {"split_over_data": True}, False),  # there is one replica
         ("h100:4", {"data": 4}, {"split_over_data": False}, False),
         ("h100:4", {"data": 4}, {"rule": Muon()}, False),
-        ("2xh100:2", {"data": 4}, {}, False),  # of two processes
-        ("2xh100:2", {"data": 4}, {"split_over_data": True}, True),
         ("v5p:2x2x1", {"data": 4}, {}, False),
         ("v5p:2x2x1", {"data": 4}, {"split_over_data": True}, True),
     ],
 )
 def test_on_gpus_of_one_process_unless_the_config_says(words, sizes, changes, split):
-    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), read_devices(words).described())
-    assert shares.splits_state(Config(model=MODEL, optim=OptimConfig(**changes)), mesh) is split
+    devices, config = read_devices(words).described(), Config(model=MODEL, optim=OptimConfig(**changes))
+    several = [replace(device, process_index=i) for i, device in enumerate(devices)]
+    for places, expected in ((devices, split), (several, split and config.optim.split_over_data is True)):
+        mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), places)
+        assert shares.splits_state(config, mesh) is expected
 
 
 @pytest.mark.parametrize(
@@ -124,10 +130,8 @@ def test_outer_dims_are_split_beside_what_splits_them():
     """Rows of matrices and tables; fused dims, vectors and what does not divide are whole."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     model = small_config().model
-    from hybridlm.model.init import abstract
-
     found = jax.tree.map(lambda at: tuple(at.spec), shares.share_shardings(abstract(model).info, mesh))
-    assert found["embedding"] == (("tensor", "data"), ("fsdp",))
+    assert found["embedding"] == (("tensor", "data"), "fsdp")
     mlp, norm = found["groups"][2][0]["mixer"], found["norm"]["weight"]
     assert mlp["w_in"][1] == ("fsdp", "data") and mlp["w_out"][1] == ("tensor", "data")
     assert "data" not in axes_of([norm])
