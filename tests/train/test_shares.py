@@ -132,7 +132,7 @@ def test_outer_dims_are_split_beside_what_splits_them():
     model = small_config().model
     found = jax.tree.map(lambda at: tuple(at.spec), shares.share_shardings(abstract(model).info, mesh))
     assert found["embedding"] == (("tensor", "data"), "fsdp")
-    mlp, norm = found["groups"][2][0]["mixer"], found["norm"]["weight"]
+    mlp, norm = found["groups"][0][2]["mixer"], found["norm"]["weight"]
     assert mlp["w_in"][1] == ("fsdp", "data") and mlp["w_out"][1] == ("tensor", "data")
     assert "data" not in axes_of([norm])
     odd = ModelConfig(vocab_size=63, d_model=6, pattern="-", blocks={"-": model.blocks["-"]})
