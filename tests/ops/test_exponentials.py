@@ -56,6 +56,17 @@ def test_products_beside_bases_that_fit_and_that_do_not():
     check_close(p, e, dtype="bfloat16", what="exponentials")
 
 
+@pytest.mark.newer
+@pytest.mark.parametrize("down", [1, 8, 21])
+def test_every_tile_of_products_is_done_once(down):
+    from pallas_kernels.exponentials import products
+
+    plan = products.Plan(down * products.CLUSTER * products.ROWS, 64, 9 * products.COLUMNS + 8, 1.0, 132)
+    tiles = [tuple(map(int, products._place(plan, i))) for i in range(plan.down * plan.across)]
+    assert sorted(tiles) == [(row, column) for row in range(down) for column in range(10)]
+    assert len({row for row, _ in tiles[: products.HEIGHT]}) == min(down, products.HEIGHT)  # below each other
+
+
 def test_products_that_it_cannot_serve_are_named():
     with assume_platform("gpu", capability="9.0", multiprocessors=2):
         for sizes, said in (((192, 64, 256), "rows"), ((256, 64, 128), "columns"), ((256, 96, 256), "summed axis")):
