@@ -181,9 +181,7 @@ def _produce(plan: Plan, refs, smem, bars):
             for half in range(2):
                 rows = pl.ds(row + half * TILE, TILE)
                 plgpu.copy_gmem_to_smem(refs["x"].at[rows, inner], a_s.at[slot, half], full.at[slot])
-            plgpu.copy_gmem_to_smem(
-                refs["w"].at[columns, inner], b_s.at[slot], full.at[slot], collective_axes="block"
-            )
+            plgpu.copy_gmem_to_smem(refs["w"].at[columns, inner], b_s.at[slot], full.at[slot], collective_axes="block")
 
         lax.fori_loop(0, plan.steps, step, None)
 
