@@ -91,7 +91,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
     quantize.check_trained(config.model, config.quantize)
     graphdef, _, info = abstract(config.model)
-    steps = config.run.steps
+    steps, split = config.run.steps, splits_state(config, mesh)
     specs = lora.adapters(config.model, config.lora) if config.lora.on else {}
     trained = lora.nested(specs) if specs else info
     optimizer, _ = make_optimizer(config.optim, steps, trained)
@@ -118,10 +118,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     def merged(params, *base):
         return lora.merge(*base, params, specs, config.lora.scale) if base else params
 
-    def whole(params, *base):
-        return lax.with_sharding_constraint(params, param_shardings(info, mesh)) if split else merged(params, *base)
-
-    split = splits_state(config, mesh)
+    whole = partial(lax.with_sharding_constraint, shardings=param_shardings(info, mesh)) if split else merged
     params_at = (share_shardings if split else param_shardings)(trained, mesh)
     like = _state_like(jax.eval_shape(init), params_at, mesh, config.optim.offload)
     shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -136,9 +133,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         gradients = make_low_gradients(objective, config, layout, specs, merged)
     else:
         gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    step = _on_device(
-        make_train_step(gradients, rule, prepare, is_bounded(config.optim.rule)), like, config.optim.offload
-    )
+    step = make_train_step(gradients, rule, prepare, is_bounded(config.optim.rule))
+    step = _on_device(step, like, config.optim.offload)
 
     def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
