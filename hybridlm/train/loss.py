@@ -225,6 +225,7 @@ def _in_one_pass(x_RD, w_VD, target_R, weight, spec: _Formed, where: Places):
 def _chunks_of_products(n_tokens: int, w_VD, spec: _Formed, where: Places) -> tuple[int, int] | None:
     """(chunks, tokens of each) where `_in_products` serves: a third of the bytes of a chunk's logits is left."""
     n_chunks, rows = _token_chunks(n_tokens, 2 * spec.n_logits // len(w_VD))
+    rows = -(-rows // exponentials.OF_PRODUCTS[0]) * exponentials.OF_PRODUCTS[0]
     reason = exponentials.why_not_products(rows, w_VD.shape[1], len(w_VD), w_VD.dtype)
     return None if where.rows or spec.softcap is not None or reason else (n_chunks, rows)
 

@@ -23,15 +23,12 @@ COLUMNS = 256
 """Columns of one copy; the least that there may be."""
 ALIGNED = 8
 """Columns are a multiple of it: rows start at multiples of 16 bytes."""
-OF_PRODUCTS = 128, 64, 64
+OF_PRODUCTS = 256, 64, 64
 """What rows, the summed axis and columns are multiples of, where products are made."""
-MOST_INPUTS = 1024
-"""Of the summed axis: with more of it the product takes most of the time, and a library's is faster."""
-BUSY = 0.85
-"""Of the multiprocessors, at the least: each takes OF_PRODUCTS[0] rows at a time."""
 COSTS = {
     "exponentials": "pallas_kernels.cost:no_products",
     "product_exponentials": "pallas_kernels.exponentials:count_product_flops",
+    "product_exponentials_again": "pallas_kernels.cost:no_products",
 }
 """As `gpu_costs` of an op."""
 
@@ -65,8 +62,8 @@ def exponentials(z_RV: jax.Array, base_R: jax.Array, factor: float = 1.0) -> tup
 
 
 def why_not_products(n_rows: int, n_inputs: int, n_columns: int, dtype: DTypeLike) -> str | None:
-    """Why the kernel of products [n_rows, n_inputs] x [n_columns, n_inputs] of a type cannot serve, or would leave the
-    device idle; None where it can."""
+    """Why the kernel of products [n_rows, n_inputs] x [n_columns, n_inputs] of a type cannot serve; None where it
+    can."""
     if reason := why_not_hopper(OLDEST_JAX):
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -75,12 +72,7 @@ def why_not_products(n_rows: int, n_inputs: int, n_columns: int, dtype: DTypeLik
     for (name, size), multiple in zip(sizes.items(), OF_PRODUCTS, strict=True):
         if not size or size % multiple:
             return f"{name} ({size}) no multiple of {multiple}"
-    if n_columns < COLUMNS or n_inputs > MOST_INPUTS:
-        return f"columns ({n_columns}) below {COLUMNS} or summed axis ({n_inputs}) above {MOST_INPUTS}"
-    tiles, at_once = n_rows // OF_PRODUCTS[0], platform.multiprocessors()
-    if tiles < BUSY * -(-tiles // at_once) * at_once:
-        return f"rows ({n_rows}) are {tiles} tiles for {at_once} multiprocessors, of which too many would be idle"
-    return None
+    return f"columns ({n_columns}) below {COLUMNS}" if n_columns < COLUMNS else None
 
 
 def product_exponentials(
@@ -97,7 +89,8 @@ def product_exponentials(
         raise NotImplementedError(reason)
     from pallas_kernels.exponentials import products
 
-    return products.product_exponentials(products.Plan(n_rows, n_inputs, n_columns, factor), x_RD, w_VD, base_R)
+    plan = products.Plan(n_rows, n_inputs, n_columns, factor, platform.multiprocessors())
+    return products.product_exponentials(plan, x_RD, w_VD, base_R)
 
 
 def count_product_flops(operands: list[Array], results: list[Array]) -> float:

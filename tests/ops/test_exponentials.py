@@ -38,16 +38,17 @@ def test_rows_beside_bases_that_fit_and_that_do_not(n_columns):
 
 @needs_gpu_interpreter
 def test_products_beside_bases_that_fit_and_that_do_not():
-    """Of three tiles of columns the last repeats some; rows of one of two thread blocks are walked again."""
-    rng, factor, n_rows, n_columns = np.random.default_rng(0), 0.7, 256, 576
+    """Of three tiles of columns the last repeats some; rows of one of three clusters' are walked again, and clusters
+    have several tiles."""
+    rng, factor, n_rows, n_columns = np.random.default_rng(0), 0.7, 768, 576
     x = jnp.asarray(rng.standard_normal((n_rows, 128)), jnp.bfloat16)
     w = jnp.asarray(0.2 * rng.standard_normal((n_columns, 128)), jnp.bfloat16)
     scaled = factor * np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     base = scaled[:, 0].astype(np.float32)
-    base[[5, 70]] -= 200
-    with mosaic_interpreted(), assume_platform("gpu", capability="9.0", multiprocessors=2):
+    base[[265, 330]] -= 200
+    with mosaic_interpreted(), assume_platform("gpu", capability="9.0", multiprocessors=4):
         p, sums, bases = product_exponentials(x, w, jnp.asarray(base), factor)
-    expected = np.where(np.isin(np.arange(n_rows), (5, 70)), scaled.max(1), base)
+    expected = np.where(np.isin(np.arange(n_rows), (265, 330)), scaled.max(1), base)
     e = np.exp(scaled - np.asarray(bases, np.float64)[:, None])
     check_close(bases, expected, dtype="float32", what="bases")
     check_close(sums, e.sum(1), dtype="float32", what="sums")
@@ -55,9 +56,20 @@ def test_products_beside_bases_that_fit_and_that_do_not():
     check_close(p, e, dtype="bfloat16", what="exponentials")
 
 
+@pytest.mark.newer
+@pytest.mark.parametrize("down", [1, 8, 21])
+def test_every_tile_of_products_is_done_once(down):
+    from pallas_kernels.exponentials import products
+
+    plan = products.Plan(down * products.CLUSTER * products.ROWS, 64, 9 * products.COLUMNS + 8, 1.0, 132)
+    tiles = [tuple(map(int, products._place(plan, i))) for i in range(plan.down * plan.across)]
+    assert sorted(tiles) == [(row, column) for row in range(down) for column in range(10)]
+    assert len({row for row, _ in tiles[: products.HEIGHT]}) == min(down, products.HEIGHT)  # below each other
+
+
 def test_products_that_it_cannot_serve_are_named():
     with assume_platform("gpu", capability="9.0", multiprocessors=2):
-        for sizes, said in (((192, 64, 256), "rows"), ((256, 64, 128), "columns"), ((256, 2048, 256), "summed axis")):
+        for sizes, said in (((192, 64, 256), "rows"), ((256, 64, 128), "columns"), ((256, 96, 256), "summed axis")):
             reason = why_not_products(*sizes, jnp.bfloat16)
             assert reason and (said in reason or "JAX" in reason)
         assert why_not_products(256, 64, 256, jnp.float32) and why_not_products(128, 64, 256, jnp.bfloat16)

@@ -61,6 +61,17 @@ def gated_product_gradients(h_RcF, d_RF):
     return jax.vjp(product, h_RcF.astype(jnp.float32))[1](d_RF.astype(jnp.float32))[0].astype(h_RcF.dtype)
 
 
+def gated_products(x_RD, w_DcF):
+    """`pallas_kernels.gated_product`, by definition."""
+    h = jnp.tensordot(x_RD, w_DcF, 1)
+    return h, jax.nn.silu(h[:, 0]) * h[:, 1]
+
+
+def hidden_gradients(dy_RD, w_FD, h_RcF):
+    """`pallas_kernels.gated_product`, by definition."""
+    return gated_product_gradients(h_RcF, dy_RD @ w_FD.T)
+
+
 def head_norm_of(x_RHP, weight_P, turn_RcC, eps):
     """`pallas_kernels.head_norm.head_norm`, by definition."""
     y = rms_normalise(x_RHP, eps) * weight_P[None, None]
@@ -113,6 +124,35 @@ def test_as_on_gpus(more, meshes, monkeypatch):
         called.clear()
         check_same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
         assert called == {*KERNELS} - ({gated_norm_gradients} if sizes[2] > 1 else set()), sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        pytest.param((1, 1, 1), (), id="one device"),
+        pytest.param((2, 1, 1), ("optim.accumulate=1",), id="data, one microbatch", marks=SLOW),
+        pytest.param((2, 1, 1), (), id="data", marks=SLOW),
+        pytest.param((1, 2, 1), (), id="fsdp", marks=SLOW),
+        pytest.param((1, 2, 1), ONCE, id="fsdp, once", marks=SLOW),
+        pytest.param((1, 2, 1, 2), (*ONCE, "model.remat=kernels"), id="fsdp, context, hidden made again"),
+        pytest.param((2, 1, 2), (), id="tensor", marks=SLOW),
+    ],
+)
+def test_gated_products_as_on_gpus(sizes, more, monkeypatch):
+    """With what stands between the MLP's products made by them; over tensor, which splits it, by what did before."""
+    _, _, params, history = steps(WORDS)
+    monkeypatch.setattr(layout, "APART", {"cpu"})
+    monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
+    called = set()
+    for function in (gated_products, hidden_gradients):
+        said = lambda *args, function=function: called.add(function) or function(*args)
+        monkeypatch.setattr(gated_product, function.__name__, said)
+    monkeypatch.setattr(gated_product, "why_not_products", lambda *_: None)
+    _, _, many, many_history = steps((*WORDS, "optim.accumulate=2", *more), sizes)
+    for a, b in zip(many_history, history, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-4)
+    assert relative(many, params) < 5e-4
+    assert called == (set() if sizes[2] > 1 else {gated_products, hidden_gradients})
 
 
 @pytest.mark.slow
