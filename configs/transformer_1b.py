@@ -20,7 +20,7 @@ def config() -> Config:
         model=dataclasses.replace(
             hybrid.model,
             pattern="*-" * 24,
-            remat="kernels,sublayer_norm,mlp_hidden",
+            remat="kernels,sublayer_norm,mlp_hidden,attention_rotated",
             blocks={"*": Attention(n_heads=32, n_kv_heads=8, d_head=64, qk_norm=True), "-": MLP(d_ff=6400)},
         ),
     )

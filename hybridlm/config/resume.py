@@ -16,7 +16,9 @@ from hybridlm.layers.block import walk
 FREE = {
     "its name and its folder": ("name", "run.dir"),
     "where its first parameters came from": ("init",),
-    "how devices share the work": ("mesh", "cluster", "optim.gather_once", "optim.scatter_once", "optim.offload"),
+    "how devices share the work": (
+        "mesh", "cluster", "optim.gather_once", "optim.scatter_once", "optim.split_over_data", "optim.offload",
+    ),
     "what the backward recomputes": ("model.remat", "model.remat_span"),
     "how the program is written": ("model.unroll",),
     "how text is read": ("data.workers", "data.prefetch", "data.cache_dir"),

@@ -6,10 +6,9 @@ Axis letters: B batch, T tokens, S keys, D model, H query heads, K key/value hea
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -84,6 +83,7 @@ class Attention:
         "attention_q": Kept("attention: queries, rotated; before their norm where they have one", kernels=True),
         "attention_k": Kept("attention: keys, rotated; before their norm where they have one", kernels=True),
         "attention_v": Kept("attention: values", kernels=True),
+        "attention_rotated": Kept("attention: queries and keys, normed and rotated, where they have a norm"),
         "attention_gate": Kept("attention: pre-activation of the output gate", kernels=True),
         "attention_out": Kept("attention: input of the output projection", kernels=True),
         "attention_kept": Kept(
@@ -212,8 +212,10 @@ class AttentionMixer(nnx.Module):
         added: [B, T, H or K, P] each, added to the projections of queries, keys and values.
         """
         ids, positions, places = stand(x_BTD, tokens, self.config.window)
-        q, k, v, gate = self._project(x_BTD, positions, added)
-        y_BTHP = self._attend(q, k, v, gate, segment_ids=(ids, ids), positions=(places, places), split_tokens=True)
+        q, k, v, gate = self._project(x_BTD, positions, added, learns=self._in_one_pass)
+        how: dict[str, Any] = {"scale": 1.0} if self._in_one_pass else {}
+        where = {"segment_ids": (ids, ids), "positions": (places, places), "split_tokens": True}
+        y_BTHP = self._attend(q, k, v, gate, **where, **how)
         return Output(self._output(y_BTHP))
 
     def inspect(
@@ -232,6 +234,13 @@ class AttentionMixer(nnx.Module):
         c = self.config
         return {"window": c.window, "scale": c.scale, "softcap": c.softcap, "causal": c.direction == LEFT_TO_RIGHT}
 
+    @property
+    def _in_one_pass(self) -> bool:
+        """Norm and rotation of heads are one function."""
+        c = self.config
+        own = c.qk_norm and c.qk_norm_over == "head" and not c.qk_norm_rotated
+        return own and qk_norm.is_faster(c.rope, c.d_head)
+
     def init_cache(self, batch: int, max_len: int, layout: caches.Layout = caches.PLAIN) -> dict[str, jax.Array]:
         """Keys and values, see `init_cache` below."""
         if self.config.direction != LEFT_TO_RIGHT:
@@ -246,7 +255,7 @@ class AttentionMixer(nnx.Module):
 
         Position p is stored in slot p mod S. added: as in `mix`.
         """
-        to = Next.tokens(x_BTD, length_B, real_BT, gaps)
+        to = caches.Next.tokens(x_BTD, length_B, real_BT, gaps)
         q, k, v, gate = self._project(x_BTD, to.position_BT, added)
         k, v, new, places = to.store(self.config, cache, layer, k, v)
         return self._output(self._attend(q, k, v, gate, **places)), new
@@ -259,7 +268,7 @@ class AttentionMixer(nnx.Module):
         weights = [weight for weight, _ in pairs]
         if self.w_o.shape[-1] != self.d_model or not one_row.takes(*weights) or not one_row.takes(self.w_o, n_in=2):
             return None
-        to = Next.tokens(row.x_BTD, length_B, None, False)
+        to = caches.Next.tokens(row.x_BTD, length_B, None, False)
         with jax.named_scope("project"):
             parts = [a[:, None] for a in one_row.products(row, *weights)]
             q, k, v, gate = self._apart(parts, to.position_BT, None)
@@ -274,12 +283,26 @@ class AttentionMixer(nnx.Module):
         pairs = [(self.w_q, self.b_q), (self.w_k, self.b_k), (self.w_v, self.b_v)]
         return pairs if self.w_gate is None else [*pairs, (self.w_gate, self.b_gate)]
 
-    @jax.named_scope("project")
-    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
-        """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None)."""
-        return self._apart(params.projections(x_BTD.astype(self.dtype), *self._projections), positions_BT, added)
+    @property
+    def readers(self) -> int:
+        """Products of the input."""
+        return len(self._projections)
 
-    def _apart(self, parts: list[jax.Array], positions_BT: jax.Array, added: list[jax.Array] | None) -> tuple:
+    @jax.named_scope("project")
+    def _project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, added: list[jax.Array] | None, learns: bool = False
+    ) -> tuple:
+        """Queries [B, T, H, P], keys and values [B, T, K, P], gate pre-activation ([B, T, H, P], [B, T, H] or None).
+
+        learns: queries times the scale of their scores, as a pair, of them and the same in float32, to which
+        `ops.attention` can hand back a gradient that it neither scales nor rounds."""
+        return self._apart(
+            params.projections(x_BTD.astype(self.dtype), *self._projections), positions_BT, added, learns
+        )
+
+    def _apart(
+        self, parts: list[jax.Array], positions_BT: jax.Array, added: list | None, learns: bool = False
+    ) -> tuple:
         """The same of results of the projections."""
         q, k, v, *gate = parts
         if added is not None:
@@ -287,29 +310,33 @@ class AttentionMixer(nnx.Module):
         k = k if self.config.key_multiplier == 1 else k * self.config.key_multiplier
         q = sharding.constrain(q, "batch", "tokens", "heads", None)
         k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
-        q = self._placed(q, self.q_norm, positions_BT, "attention_q")
-        k = self._placed(k, self.k_norm, positions_BT, "attention_k")
+        q = self._placed(q, self.q_norm, positions_BT, "q", learns)
+        k = self._placed(k, self.k_norm, positions_BT, "k")
         kept = checkpoint_name(gate[0], "attention_gate") if gate else None
         return q, k, checkpoint_name(v, "attention_v"), kept
 
-    def _placed(self, heads: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array, name: str) -> jax.Array:
-        """Queries or keys, normed and rotated; what a backward pass starts from has the name."""
-        c = self.config
+    def _placed(
+        self, heads, norm: RMSNorm | None, positions_BT: jax.Array, side: Literal["q", "k"], learns=False
+    ) -> Any:
+        """Queries or keys, normed and rotated; what a backward pass starts from has a name."""
+        c, name = self.config, f"attention_{side}"
         if norm is None:
             return checkpoint_name(heads if c.rope is None else rotate(heads, positions_BT, c.rope), name)
         heads = checkpoint_name(heads, name)  # not what is normed of it, for which the product would be made again
-        if c.qk_norm_over == "head" and not c.qk_norm_rotated and qk_norm.is_faster(c.rope, c.d_head):
-            weight = norm.offset + norm.weight[...]
-            return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name)
+        if self._in_one_pass:
+            weight, axis = norm.offset + norm.weight[...], {"q": "heads", "k": "kv_heads"}[side]
+            if learns:
+                weight = weight * (c.d_head**-0.5 if c.scale is None else c.scale)
+            return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name, axis, learns)
         heads = heads if c.qk_norm_rotated else norm(heads)
         heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)
-        return norm(heads) if c.qk_norm_rotated else heads
+        return checkpoint_name(norm(heads) if c.qk_norm_rotated else heads, qk_norm.ROTATED)
 
     @jax.named_scope("attend")
     def _attend(self, q, k, v, gate, **places) -> jax.Array:
-        """The attention op; places: where queries and keys stand, as `ops.attention` takes it."""
+        """The attention op; places: where queries and keys stand, as `ops.attention` takes it, and other options."""
         sinks = None if self.sinks is None else self.sinks[...]
-        return checkpoint_name(ops.attention(q, k, v, gate, sinks, **places, **self._options), "attention_out")
+        return checkpoint_name(ops.attention(q, k, v, gate, sinks, **{**self._options, **places}), "attention_out")
 
     @jax.named_scope("output")
     def _output(self, y_BTHP: jax.Array) -> jax.Array:
@@ -333,68 +360,3 @@ def init_cache(config: Attention, batch: int, max_len: int, dtype, layout: cache
     slots = max_len if config.window is None else min(max_len, config.window)
     shape = (batch, slots, config.kv_heads, config.d_head)
     return {name: layout.keys(shape, dtype) for name in ("k", "v")}
-
-
-class Next(NamedTuple):
-    """The next tokens of rows whose earlier ones are in a cache."""
-
-    length_B: jax.Array
-    """Tokens in the cache."""
-    real_BT: jax.Array
-    """False for padding."""
-    position_BT: jax.Array
-    """Positions of the real tokens."""
-    gaps: bool
-    """Whether padding may stand in front of real tokens."""
-    whole: bool = False
-    """Whether it is known that all are real."""
-
-    @classmethod
-    def tokens(cls, x_BTD: jax.Array, length_B: jax.Array, real_BT: jax.Array | None, gaps: bool) -> "Next":
-        """The tokens of x behind `length_B` others; real_BT and gaps as of `block.Mixer.extend`."""
-        shape = x_BTD.shape[:2]
-        gaps, whole = gaps and real_BT is not None and shape[1] > 1, real_BT is None
-        real_BT = jnp.ones(shape, bool) if real_BT is None else real_BT
-        before_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT
-        index_BT = before_BT if gaps else jnp.arange(shape[1], dtype=jnp.int32)[None]
-        return cls(length_B, real_BT, length_B[:, None] + index_BT, gaps, whole)
-
-    def store(self, config, cache: dict, layer, k: jax.Array, v: jax.Array) -> tuple:
-        """(keys, values, the cache after them, where queries and keys stand, as `ops.attention` takes it).
-
-        config: with the window. Position p is stored in slot p mod S. k, v: of the tokens, [B, T, K, P]."""
-        ring, slots, (batch, tokens) = config.window is not None, cache["k"].shape[-3], self.real_BT.shape
-        length_B, real_BT, position_BT, gaps, whole = self
-        end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
-        stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
-        slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
-        new = {name: caches.write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
-        if not ring:
-            real_BS = jnp.arange(slots)[None] < end_B[:, None]
-            places = {"q_offset": length_B, "layer": layer}
-            if gaps:
-                slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
-                places = {"positions": (position_BT, slot_BS), "layer": layer}
-            k, v = new["k"], new["v"]
-        elif tokens == 1:
-            position_BS, real_BS = _ring_positions(end_B, slots)
-            places = {"positions": (position_BT, position_BS), "layer": layer}
-            k, v = new["k"], new["v"]
-        else:  # the first queries see keys whose slots the last tokens take: the old ring and the new tokens, apart
-            position_BS, real_BS = _ring_positions(length_B, slots)
-            places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
-            real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
-            both = ((cache["k"], k), (cache["v"], v))
-            pairs = ((caches.read(old, layer, a.dtype), caches.as_stored(old, a)) for old, a in both)
-            k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
-        ids = real_BT.astype(jnp.int32), real_BS.astype(jnp.int32)
-        places["segment_ids"] = (None, None) if whole and not ring else ids  # all before it
-        return k, v, new, places
-
-
-def _ring_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Position [B, S] that each slot of a ring holds after `length_B` tokens, and whether it holds one."""
-    slot_S = jnp.arange(slots, dtype=jnp.int32)
-    last_B1 = length_B[:, None] - 1
-    position_BS = last_B1 - (last_B1 - slot_S[None]) % slots
-    return position_BS, position_BS >= 0

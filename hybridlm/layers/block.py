@@ -10,6 +10,8 @@ Axis letters: B batch, T tokens, D model.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 
@@ -34,6 +36,26 @@ class Kept(NamedTuple):
     """What it is, in a few words."""
     kernels: bool = False
     """Kept by the policy `kernels`: slow to make again."""
+
+
+_KEPT: ContextVar[frozenset[str] | None] = ContextVar("kept", default=None)
+
+
+def is_kept(name: str) -> bool:
+    """Whether the backward finds an intermediate, a `checkpoint_name`, as the forward has left it: see `keeping`."""
+    names = _KEPT.get()
+    return names is None or name in names
+
+
+@contextmanager
+def keeping(names: frozenset[str] | None) -> Iterator[None]:
+    """Within, a sublayer is traced of whose intermediates those with these names are kept, None: all. It changes what
+    the others are made of again, not what they are."""
+    token = _KEPT.set(names)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 class Statistic(NamedTuple):

@@ -11,7 +11,7 @@ Axis letters: B batch, T tokens, S slots, L layers, K key/value heads, P head wi
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +202,68 @@ def as_stored(array: Any, value: jax.Array) -> jax.Array:
         values, scale = in_int8(value)
         return (values.astype(jnp.float32) * scale[..., None]).astype(value.dtype)
     return value.astype(array.dtype).astype(value.dtype)
+
+
+class Next(NamedTuple):
+    """The next tokens of rows whose earlier ones are in a cache."""
+
+    length_B: jax.Array
+    """Tokens in the cache."""
+    real_BT: jax.Array
+    """False for padding."""
+    position_BT: jax.Array
+    """Positions of the real tokens."""
+    gaps: bool
+    """Whether padding may stand in front of real tokens."""
+    whole: bool = False
+    """Whether it is known that all are real."""
+
+    @classmethod
+    def tokens(cls, x_BTD: jax.Array, length_B: jax.Array, real_BT: jax.Array | None, gaps: bool) -> "Next":
+        """The tokens of x behind `length_B` others; real_BT and gaps as of `block.Mixer.extend`."""
+        shape = x_BTD.shape[:2]
+        gaps, whole = gaps and real_BT is not None and shape[1] > 1, real_BT is None
+        real_BT = jnp.ones(shape, bool) if real_BT is None else real_BT
+        before_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - real_BT
+        index_BT = before_BT if gaps else jnp.arange(shape[1], dtype=jnp.int32)[None]
+        return cls(length_B, real_BT, length_B[:, None] + index_BT, gaps, whole)
+
+    def store(self, config, cache: dict, layer, k: jax.Array, v: jax.Array) -> tuple:
+        """(keys, values, the cache after them, where queries and keys stand, as `ops.attention` takes it).
+
+        config: with the window. Position p is stored in slot p mod S. k, v: of the tokens, [B, T, K, P]."""
+        ring, slots, (batch, tokens) = config.window is not None, cache["k"].shape[-3], self.real_BT.shape
+        length_B, real_BT, position_BT, gaps, whole = self
+        end_B = length_B + real_BT.sum(axis=1, dtype=jnp.int32)
+        stored_BT = real_BT & (position_BT >= end_B[:, None] - slots) if ring else real_BT
+        slot_BT = jnp.where(stored_BT, position_BT % slots if ring else position_BT, slots)
+        new = {name: write_slots(cache[name], layer, slot_BT, a) for name, a in (("k", k), ("v", v))}
+        if not ring:
+            real_BS = jnp.arange(slots)[None] < end_B[:, None]
+            places = {"q_offset": length_B, "layer": layer}
+            if gaps:
+                slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
+                places = {"positions": (position_BT, slot_BS), "layer": layer}
+            k, v = new["k"], new["v"]
+        elif tokens == 1:
+            position_BS, real_BS = _ring_positions(end_B, slots)
+            places = {"positions": (position_BT, position_BS), "layer": layer}
+            k, v = new["k"], new["v"]
+        else:  # the first queries see keys whose slots the last tokens take: the old ring and the new tokens, apart
+            position_BS, real_BS = _ring_positions(length_B, slots)
+            places = {"positions": (position_BT, jnp.concatenate([position_BS, position_BT], axis=1))}
+            real_BS = jnp.concatenate([real_BS, real_BT], axis=1)
+            both = ((cache["k"], k), (cache["v"], v))
+            pairs = ((read(old, layer, a.dtype), as_stored(old, a)) for old, a in both)
+            k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        ids = real_BT.astype(jnp.int32), real_BS.astype(jnp.int32)
+        places["segment_ids"] = (None, None) if whole and not ring else ids  # all before it
+        return k, v, new, places
+
+
+def _ring_positions(length_B: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Position [B, S] that each slot of a ring holds after `length_B` tokens, and whether it holds one."""
+    slot_S = jnp.arange(slots, dtype=jnp.int32)
+    last_B1 = length_B[:, None] - 1
+    position_BS = last_B1 - (last_B1 - slot_S[None]) % slots
+    return position_BS, position_BS >= 0

@@ -177,7 +177,7 @@ class ConvolvedAttentionMixer(nnx.Module):
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
     ) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
-        to = attention.Next.tokens(x_BTD, length_B, real_BT, gaps)
+        to = caches.Next.tokens(x_BTD, length_B, real_BT, gaps)
         ids = None if real_BT is None else real_BT.astype(jnp.int32)
         old = {name: caches.read(a, layer) for name, a in cache.items() if name not in ("k", "v")}
         q, k, v, windows = self._project(x_BTD, to.position_BT, Tokens(ids, gaps=gaps), old)

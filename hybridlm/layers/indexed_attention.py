@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 from hybridlm import sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
-from hybridlm.layers import attention, ops, params
 from hybridlm.layers import cache as caches
+from hybridlm.layers import ops, params
 from hybridlm.layers.attention import Attention, mean_visible
 from hybridlm.layers.block import (
     LEFT_TO_RIGHT,
@@ -217,7 +217,7 @@ class IndexedAttentionMixer(nnx.Module):
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
     ) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
-        to, size = attention.Next.tokens(x_BTD, length_B, real_BT, gaps), self.config.block
+        to, size = caches.Next.tokens(x_BTD, length_B, real_BT, gaps), self.config.block
         place_BT, real_BT = to.position_BT, to.real_BT
         q, k, v, gate = self.attention._project(x_BTD, place_BT, None)
         iq_BTJI, ik_BTI = self._index(x_BTD, place_BT)

@@ -2,9 +2,9 @@
 """Feed-forward sublayers: SwiGLU (Shazeer 2020), GELU, squared ReLU (So et al. 2021)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from hybridlm import exchange, sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields
 from hybridlm.layers import one_row, params
-from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, on_arrays
-from hybridlm.layers.quantized import dot
+from hybridlm.layers.block import Kept, Make, Output, Statistic, Tokens, is_kept, on_arrays
+from hybridlm.layers.quantized import Wide, dot
 from pallas_kernels import gated_product
 
 
@@ -126,6 +126,8 @@ class FeedForward(nnx.Module):
             weights = [w for w in (self.w_in, self.w_out, self.b_in) if w is not None]
             y_BTD = params.round_products(self._begin, self._end, x_BTD, weights)
             y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, self.dtype)[None, None]
+        elif added is None and self._is_plain and _serve_products(x_BTD, self.w_in, self.w_out):
+            y_BTD = params.enter(_in_products, x_BTD, [self.w_in, self.w_out], sharding.STREAM)
         else:
             with jax.named_scope("mlp_in"):
                 h = params.project(x_BTD, self.w_in, self.b_in)
@@ -136,6 +138,12 @@ class FeedForward(nnx.Module):
             with jax.named_scope("mlp_out"):
                 y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
         return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
+
+    @property
+    def _is_plain(self) -> bool:
+        """silu of the gate itself times the other half, without biases."""
+        c = self.config
+        return c.activation == "swiglu" and c.gate_multiplier == 1 and self.b_in is self.b_out is None
 
     def _begin(self, x_BTD: jax.Array, w_in, w_out, b_in: jax.Array | None = None) -> jax.Array:
         """The first product, of a device's widths."""
@@ -168,9 +176,8 @@ class FeedForward(nnx.Module):
 
     def extend_row(self, row: one_row.Row, cache: dict, length_B, layer) -> tuple[jax.Array, dict] | None:
         """See `layers.one_row`."""
-        c, activation = self.config, GATED.get(self.config.activation, "")
-        plain = self.b_in is None and self.b_out is None and c.gate_multiplier == c.out_multiplier == 1
-        if not plain or activation != "silu" or not one_row.takes(self.w_in, self.w_out):
+        plain = self._is_plain and self.config.out_multiplier == 1
+        if not plain or not one_row.takes(self.w_in, self.w_out):
             return None
         with jax.named_scope("mlp_in"):
             (h_BcF,) = one_row.products(row, self.w_in)
@@ -227,3 +234,88 @@ def _in_kernel(h_BTcF, d_BTF) -> jax.Array:
         return dh.reshape(h.shape)
 
     return exchange.manual(of_device, (h_BTcF, d_BTF), (HIDDEN, (*HIDDEN[:2], "d_ff")), (HIDDEN, h_BTcF.shape))
+
+
+# What stands between both products, made by their kernels ------------------------------------------------------------
+
+
+def _serve_products(x_BTD: jax.Array, w_in: nnx.Param, w_out: nnx.Param) -> bool:
+    """Whether `pallas_kernels.gated_product` serves the products: of whole widths, as each device has its tokens."""
+    if sharding.axis_size("tensor") > 1:
+        return False
+    if not all(isinstance(params.operand(w, x_BTD.dtype), jax.Array | Wide) for w in (w_in, w_out)):
+        return False
+    batch, tokens, n_inputs = exchange.own_shape(sharding.STREAM, x_BTD.shape)
+    return gated_product.why_not_products(batch * tokens, n_inputs, w_out.shape[0], x_BTD.dtype) is None
+
+
+def _in_products(x_BTD: jax.Array, w_in: jax.Array | Wide, w_out: jax.Array | Wide) -> jax.Array:
+    """(silu(x w_in[:, 0]) * (x w_in[:, 1])) w_out, [B, T, D], whose gradient never has the hidden's in memory."""
+    with jax.named_scope("mlp_in"):
+        h_BTcF, h_BTF = _enter(x_BTD, w_in)
+        h_BTcF, h_BTF = checkpoint_name(h_BTcF, "mlp_in"), checkpoint_name(h_BTF, "mlp_hidden")
+    with jax.named_scope("mlp_out"):
+        return _leave(h_BTcF, h_BTF, w_out, is_kept("mlp_in") and not is_kept("mlp_hidden"))
+
+
+@jax.custom_vjp
+def _enter(x_BTD: jax.Array, w_DcF: jax.Array | Wide) -> tuple[jax.Array, jax.Array]:
+    """The first product and the hidden of it, [B, T, 2, F] and [B, T, F]. What reaches the hidden, `_leave` has in the
+    gradient of the product. Where nothing is differentiated, no kernel stores both."""
+    h_BTcF = dot(x_BTD, w_DcF)
+    return h_BTcF, gated(h_BTcF, "silu", 1.0)
+
+
+def _enter_fwd(x_BTD, w_DcF):
+    h, hidden = gated_product.gated_products(_rows(x_BTD), _value(w_DcF))
+    of_tokens = lambda a: a.reshape(*x_BTD.shape[:2], *a.shape[1:])
+    return (of_tokens(h), of_tokens(hidden)), (x_BTD, _unslotted(w_DcF))
+
+
+def _enter_bwd(saved, grads):
+    (x_BTD, w_DcF), (dh_BTcF, _) = saved, grads
+    return jnp.tensordot(dh_BTcF, _value(w_DcF), ((2, 3), (1, 2))), _of_matrix(x_BTD, dh_BTcF, w_DcF)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _leave(h_BTcF: jax.Array, h_BTF: jax.Array, w_FD: jax.Array | Wide, again: bool) -> jax.Array:
+    """The last product, of a hidden whose gradient is that of h. again: the backward makes the hidden of h, where h
+    alone is kept."""
+    return dot(h_BTF, w_FD)
+
+
+def _leave_fwd(h_BTcF, h_BTF, w_FD, again):
+    return dot(h_BTF, w_FD), (h_BTcF, None if again else h_BTF, _unslotted(w_FD))
+
+
+def _leave_bwd(again, saved, dy_BTD):
+    h_BTcF, h_BTF, w_FD = saved
+    h_BTF = gated(h_BTcF, "silu", 1.0) if again else h_BTF
+    dh = gated_product.hidden_gradients(_rows(dy_BTD), _value(w_FD), _rows(h_BTcF))
+    return dh.reshape(h_BTcF.shape), None, _of_matrix(h_BTF, dy_BTD, w_FD)
+
+
+_enter.defvjp(_enter_fwd, _enter_bwd)
+_leave.defvjp(_leave_fwd, _leave_bwd)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [R, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _value(matrix: jax.Array | Wide) -> jax.Array:
+    return matrix.value if isinstance(matrix, Wide) else matrix
+
+
+def _unslotted(matrix: jax.Array | Wide) -> Any:
+    """Without what is never read, so that nobody keeps it."""
+    return replace(matrix, slot=cast(Any, None)) if isinstance(matrix, Wide) else matrix
+
+
+def _of_matrix(x_BTI: jax.Array, dy: jax.Array, matrix: jax.Array | Wide) -> Any:
+    """The matrix's gradient of x times it, [I, ...]; as `quantized.dot` has it of a `Wide`, that of its slot."""
+    if not isinstance(matrix, Wide):
+        return jnp.tensordot(x_BTI, dy, ((0, 1), (0, 1)))
+    d_slot = jnp.tensordot(x_BTI, dy, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+    return replace(matrix, value=cast(Any, None), slot=d_slot[None])

@@ -193,17 +193,22 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
     """x @ weight [D, ...] + bias of each pair, [B, T, ...], in the input's type.
 
     x comes split over tokens like the residual stream, and is put together once for all products whose results are
-    split by heads or widths; a product that is not stays split over tokens.
+    split by heads or widths; a product that is not stays split over tokens. Of a `Read` all are of one kind.
     """
     axes = [_results(weight) for weight, _ in pairs]
     ys: list[Any] = [None] * len(pairs)
     for tokens in dict.fromkeys(names[1] for names in axes):
         here = [i for i, names in enumerate(axes) if names[1] == tokens]
-        products = lambda x, *weights: [dot(x, w) for w in weights]
-        found = enter(products, x_BTD, [pairs[i][0] for i in here], [axes[i] for i in here])
+        found = enter(_products_of, x_BTD, [pairs[i][0] for i in here], [axes[i] for i in here])
         for i, y in zip(here, found, strict=True):
             ys[i] = y
     return [y if bias is None else y + use(bias, y.dtype)[None, None] for y, (_, bias) in zip(ys, pairs, strict=True)]
+
+
+def _products_of(x, *weights) -> list[jax.Array]:
+    """x @ weight of each; x: or what each reads."""
+    xs = x if isinstance(x, tuple) else (x,) * len(weights)
+    return [dot(x, w) for x, w in zip(xs, weights, strict=True)]
 
 
 class Read(NamedTuple):
@@ -216,6 +221,11 @@ class Read(NamedTuple):
     def astype(self, dtype) -> "Read":
         """Each in a type."""
         return Read(*jax.tree.map(lambda x: x.astype(dtype), tuple(self)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each."""
+        return self.x_BTD.shape
 
 
 @jax.custom_vjp

@@ -2,21 +2,31 @@
 """RMS norm of the heads of queries or keys (Henry et al. 2020), and their rotation.
 
 On a GPU XLA would write what is normed in float32 before it rotates it, and take its gradient in pieces of half a head.
-There both are one function with a gradient that is written out: a pass for the roots, kept for the backward, and one
-for the result; in the backward a pass for the sums of each head and one for the gradient.
+There both are one function with a gradient that is written out: where `pallas_kernels.head_norm` serves each is one
+pass; elsewhere there is a pass for the roots, kept for the backward, and one for the result, in the backward a pass for
+the sums of each head and one for the gradient.
 
-Axis letters: B batch, T tokens, H heads, P head width, R pairs that are rotated.
+Axis letters: B batch, T tokens, H heads, P head width, C pairs that are rotated.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
+from hybridlm import exchange, sharding
 from hybridlm.layers.rope import Rope, turns
+from pallas_kernels import head_norm
 from pallas_kernels.platform import platform
+
+ROTATED = "attention_rotated"
+"""Name, for remat, of what attention reads, and of the cosines and sines that make it."""
+LEAST = 1024
+"""Rows of a device, below which what one pass saves is not worth another kernel to compile: as of decoding."""
 
 
 def is_faster(rope: Rope | None, d_head: int) -> bool:
@@ -26,31 +36,53 @@ def is_faster(rope: Rope | None, d_head: int) -> bool:
 
 
 def normed_and_rotated(
-    x_BTHP: jax.Array, weight_P: jax.Array, positions_BT: jax.Array, rope: Rope | None, eps: float, name: str
-) -> jax.Array:
+    x_BTHP: jax.Array, weight_P: jax.Array, positions_BT: jax.Array, rope: Rope | None, eps: float, name: str,
+    axis: str, wide: bool = False,
+) -> Any:  # fmt: skip
     """x / rms(x) * weight of each head, then `rope.rotate` (None: not rotated); type of the input.
 
-    Nothing is rounded between them. The weight is float32. name: under which remat keeps the roots, small beside x.
+    Nothing is rounded between them. The weight is float32. name: under which remat keeps the roots, small beside x;
+    axis: logical axis of the heads. wide: also the same in float32, a pair, which costs nothing unless it is read: to
+    it can go a gradient that is not rounded.
     """
-    turn = None if rope is None else turns(positions_BT, rope, x_BTHP.shape[-1])
-    return _fused(x_BTHP, weight_P, turn, eps, name)
+    turn = None
+    if rope is not None:
+        turn = checkpoint_name(jnp.stack(turns(positions_BT, rope, x_BTHP.shape[-1]), axis=2), ROTATED)
+    y_BTHP, *wide_BTHP = _fused(x_BTHP, weight_P, turn, eps, name, axis, wide)
+    y_BTHP = checkpoint_name(y_BTHP, ROTATED)
+    return (y_BTHP, *wide_BTHP) if wide else y_BTHP
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _fused(x_BTHP, weight_P, turn, eps: float, name: str):
-    return _forward(x_BTHP, weight_P, turn, eps, name)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _fused(x_BTHP, weight_P, turn, eps: float, name: str, axis: str, wide: bool) -> tuple[jax.Array, ...]:
+    return _run(x_BTHP, weight_P, turn, eps, name, axis, wide)[0]
 
 
-def _forward(x_BTHP, weight_P, turn, eps, name):
-    x, weight = x_BTHP.astype(jnp.float32), _of_head(weight_P)
-    root = lax.optimization_barrier(lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps))
-    root = checkpoint_name(root, name)
-    return _turned(x * root * weight, turn).astype(x_BTHP.dtype), (x_BTHP, weight_P, turn, root)
+def _run(x_BTHP, weight_P, turn, eps, name, axis, wide):
+    root = None
+    if _has_kernel(x_BTHP, axis):
+        y_BTHP = _in_kernel(x_BTHP, weight_P, turn, eps, axis)
+    else:
+        x, weight = x_BTHP.astype(jnp.float32), _of_head(weight_P)
+        root = lax.optimization_barrier(lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps))
+        root = checkpoint_name(root, name)
+        y_BTHP = _turned(x * root * weight, turn).astype(x_BTHP.dtype)
+    return (y_BTHP, *[y_BTHP.astype(jnp.float32)] * wide), (x_BTHP, weight_P, turn, root)
 
 
-def _backward(eps, name, saved, dy_BTHP):
-    del eps, name
+def _forward(*args):
+    *arrays, eps, name, axis, wide = args
+    return _run(*jax.tree.map(lambda a: a.value, arrays), eps, name, axis, wide)
+
+
+def _backward(eps, name, axis, wide, saved, grads):
+    del name, wide
     x_BTHP, weight_P, turn, root = saved
+    grads = [grad for grad in grads if not isinstance(grad, SymbolicZero)]
+    dy_BTHP = grads[0] if len(grads) == 1 else sum(grad.astype(jnp.float32) for grad in grads)
+    if root is None:
+        dx, d_weight = _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps, axis)
+        return dx, d_weight.astype(weight_P.dtype), None
 
     def parts(x_BTHP, dy_BTHP):
         """What was normed, before its weight, and the gradient behind the weight."""
@@ -63,10 +95,47 @@ def _backward(eps, name, saved, dy_BTHP):
     normed, d_out = parts(x_BTHP, dy_BTHP)
     dx = root * (d_out * weight - normed * mean)
     d_weight = jnp.sum(d_out * normed, axis=(0, 1, 2))
-    return dx.astype(x_BTHP.dtype), d_weight.astype(weight_P.dtype), jax.tree.map(jnp.zeros_like, turn)
+    return dx.astype(x_BTHP.dtype), d_weight.astype(weight_P.dtype), None
 
 
-_fused.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _has_kernel(x_BTHP, axis: str) -> bool:
+    """Whether `pallas_kernels.head_norm` serves heads, as each device has them."""
+    batch, tokens, n_heads, width = exchange.own_shape(("batch", "tokens", axis, None), x_BTHP.shape)
+    rows = batch * tokens
+    return rows >= LEAST and head_norm.why_not(rows, n_heads, width, x_BTHP.dtype) is None
+
+
+def _per_device(kernel, x_BTHP, weight_P, turn, grads: tuple, axis: str, outs) -> Any:
+    """`kernel(x, weight, turn, *grads)` of rows, each device that of its own tokens and heads; `outs` as of
+    `exchange.manual`."""
+    heads, n_turns = ("batch", "tokens", axis, None), 0 if turn is None else 1
+
+    def of_device(x, weight, *more):
+        turn, grads = more[:n_turns], more[n_turns:]
+        rows = [a.reshape(-1, *a.shape[2:]) for a in (x, *turn, *grads)]
+        made = kernel(rows[0], weight, rows[1] if turn else None, *rows[1 + n_turns :])
+        return (made[0].reshape(x.shape), made[1][None]) if grads else made.reshape(x.shape)
+
+    arrays = (x_BTHP, weight_P.astype(jnp.float32), *([turn] * n_turns), *grads)
+    axes = [heads, (None,), *[("batch", "tokens", None, None)] * n_turns, *[heads] * len(grads)]
+    return exchange.manual(of_device, arrays, axes, outs)
+
+
+def _in_kernel(x_BTHP, weight_P, turn, eps: float, axis: str) -> jax.Array:
+    outs = ("batch", "tokens", axis, None), x_BTHP.shape
+    return _per_device(partial(head_norm.head_norm, eps=eps), x_BTHP, weight_P, turn, (), axis, outs)
+
+
+def _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps: float, axis: str) -> tuple[jax.Array, jax.Array]:
+    heads, shape = ("batch", "tokens", axis, None), x_BTHP.shape
+    split = tuple(name for of_dim in sharding.dims_axes(heads, shape)[:3] for name in of_dim)
+    outs = [(heads, shape), ((split, None), (1, *weight_P.shape))]
+    run = partial(head_norm.head_norm_gradients, eps=eps)
+    dx, d_weight = _per_device(run, x_BTHP, weight_P, turn, (dy_BTHP,), axis, outs)
+    return dx, d_weight.sum(0)
 
 
 def _of_head(weight_P):
@@ -77,7 +146,7 @@ def _turned(x_BTHP, turn, back: bool = False):
     """Pairs (i, i + R) of whole heads rotated, or back: sums of each half and the other; nothing is put together."""
     if turn is None:
         return x_BTHP
-    cos, sin = (jnp.expand_dims(a, (2, 3)) for a in turn)
+    cos, sin = (jnp.expand_dims(turn[:, :, i], (2, 3)) for i in range(2))
     x = x_BTHP.reshape(*x_BTHP.shape[:3], 2, cos.shape[-1])
     sign = jnp.array([1.0, -1.0] if back else [-1.0, 1.0], jnp.float32)[None, None, None, :, None]
     return (x * cos + lax.rev(x, (3,)) * (sin * sign)).reshape(x_BTHP.shape)

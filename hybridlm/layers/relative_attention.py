@@ -158,7 +158,7 @@ class RelativeAttentionMixer(nnx.Module):
         self, x_BTD: jax.Array, cache: dict, length_B, real_BT=None, layer=None, *, gaps: bool = True
     ) -> tuple[jax.Array, dict]:
         """Outputs of the next T tokens and the cache after them; see `block.Mixer`."""
-        to = attention.Next.tokens(x_BTD, length_B, real_BT, gaps)
+        to = caches.Next.tokens(x_BTD, length_B, real_BT, gaps)
         ids = None if real_BT is None else real_BT.astype(jnp.int32)
         old = {name: caches.read(cache[name], layer) for name in ("conv_k", "conv_v")}
         q, k, v, r, windows = self._project(x_BTD, to.position_BT, Tokens(ids, gaps=gaps), old)

@@ -9,6 +9,7 @@ need no exchange of rows, but each device would look up the tokens of all. On a 
 Axis letters: B batch, T tokens, V vocabulary, D model, C chunks, R rows of a chunk, M tokens of a device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,12 +94,14 @@ class Places(NamedTuple):
         """Rows with all their columns, the last dim."""
         return exchange.gather_weight(w, self.columns, w.ndim - 1)
 
-    def sum_rows(self, dw: jax.Array) -> jax.Array:
-        """This device's columns of a gradient of whole rows, summed over all tokens."""
+    def sum_rows(self, dw: jax.Array, shared: Sequence[str] = ()) -> jax.Array:
+        """This device's columns of a gradient of whole rows, summed over all tokens. shared: of the axes that split
+        those, such along which each device keeps a share of the rows."""
         if not set(self.columns) <= set(self.tokens):  # all devices of a row of the mesh have the same tokens
             dw = dw / lax.axis_size(self.columns)
         dw = exchange.scatter_weight(dw, self.columns, dw.ndim - 1)
-        return exchange.add(dw, tuple(axis for axis in self.tokens if axis not in self.columns))
+        dw = exchange.scatter_weight(dw, shared, 0)
+        return exchange.add(dw, tuple(axis for axis in self.tokens if axis not in (*self.columns, *shared)))
 
 
 def places(tokens_shape: tuple[int, int], table_shape: tuple[int, int]) -> Places:

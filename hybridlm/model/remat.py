@@ -19,10 +19,12 @@ import jax
 from hybridlm.errors import ConfigError, cut
 from hybridlm.exchange import GATHERED
 from hybridlm.layers import BLOCKS
-from hybridlm.layers.block import Block, Kept, walk
+from hybridlm.layers.block import Block, Kept, keeping, walk
 from hybridlm.layers.fork import NORMED
 from pallas_kernels.context import SENT
 
+PRODUCTS = frozenset({"mlp_in"})
+"""Names of products that kernels may make: `dots` knows others by what they are."""
 POLICIES = ("none", "full", "dots", "mixer", "kernels")
 OF_SUBLAYER = {
     NORMED: Kept("normed input of a sublayer"),
@@ -53,17 +55,27 @@ def wrap(function: Callable, remat: str, block: Block, *, in_loop: bool) -> Call
     cannot merge with its recomputation; elsewhere that has to be forbidden."""
     if remat == "none" or (remat == "mixer" and not block.MIXES_TOKENS):
         return function
-    policies = jax.checkpoint_policies
+    policies, names = jax.checkpoint_policies, _names(remat, block)
+    policy = policies.save_only_these_names(*names, SENT)
+    if remat == "dots":
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
+
+    def kept_apart(*args):
+        with keeping(names):
+            return function(*args)
+
+    return jax.checkpoint(kept_apart, policy=policy, prevent_cse=not in_loop)
+
+
+def _names(remat: str, block: Block) -> frozenset[str]:
+    """Names of the block's intermediates that a policy keeps."""
     if remat in ("full", "mixer"):
-        policy = policies.save_only_these_names(SENT)
-    elif remat == "dots":
-        dots = policies.dots_with_no_batch_dims_saveable
-        policy = policies.save_from_both_policies(dots, policies.save_only_these_names(SENT))
-    else:
-        names = [name.strip() for name in remat.split(",")]
-        names += _of_kernels(kept([block])) if "kernels" in names else []
-        policy = policies.save_only_these_names(*names, SENT)
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
+        return frozenset()
+    if remat == "dots":
+        return PRODUCTS
+    names = [name.strip() for name in remat.split(",")]
+    names += _of_kernels(kept([block])) if "kernels" in names else []
+    return frozenset(names)
 
 
 def _of_kernels(names: Mapping[str, Kept]) -> list[str]:

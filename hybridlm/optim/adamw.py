@@ -36,6 +36,11 @@ class AdamW:
         first, second, eps = np.float32(self.betas[0]), np.float32(self.betas[1]), np.float32(self.eps)
         return bool(first * first < second < 1 and eps > 0)
 
+    @property
+    def elementwise(self) -> bool:
+        """See `optim.rules.is_elementwise`."""
+        return True
+
     def transform(
         self, rate: Callable[[float], optax.Schedule], lr: float, weight_decay: float, info
     ) -> optax.GradientTransformation:

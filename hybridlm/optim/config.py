@@ -47,6 +47,10 @@ class OptimConfig:
     step, in the type of the weights, not in every microbatch: four bytes a number, of which fsdp would save its share.
     None: where what it would save is at most a sixteenth of a device's memory, with tables over the vocabulary, or
     without."""
+    split_over_data: bool | None = None
+    """On a mesh with data, each replica keeps and updates a share of parameters and moments, and weights are put
+    together once a step: 12 bytes a number less of AdamW's, shared by so many devices, for as many bytes exchanged. Not
+    with adapters, slices, or rules that do not update every number by itself, as Muon. None: on GPUs of one process."""
     offload: bool = False
     """Moments of the optimizer lie in the host's pinned memory between updates: devices have that much more room, and
     each step moves them there and back."""

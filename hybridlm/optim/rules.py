@@ -35,5 +35,11 @@ def is_bounded(rule: UpdateRule) -> bool:
     return bool(getattr(rule, "bounded", False))
 
 
+def is_elementwise(rule: UpdateRule) -> bool:
+    """Whether a rule updates every number of a parameter by itself, clipping aside, so that devices can update shares
+    of it: a rule says so by a property `elementwise`."""
+    return bool(getattr(rule, "elementwise", False))
+
+
 Rule = AdamW | Muon
 RULES: tuple[type[Rule], ...] = get_args(Rule)

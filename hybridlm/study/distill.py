@@ -86,7 +86,7 @@ def make_distillation(config: Config, mesh: Mesh, teacher: HybridLM) -> Program:
         x_BTD = lax.stop_gradient(master.hidden(*where))
 
         def loss(student):
-            model = nnx.merge(program.graphdef, student)
+            model = nnx.merge(program.graphdef, program.whole(student))
             return divergence(master, model, x_BTD, model.hidden(*where), places_BT) / n
 
         mean, grads = jax.value_and_grad(loss)(student)

@@ -32,7 +32,7 @@ POINT = "lower_jaxpr_to_module"
 """How JAX names what lowers a kernel; where it names it otherwise, no process is forked."""
 NUMBERED = "mosaic_gpu.dump_basename"
 """Attribute with a kernel's number."""
-MOST = 16
+MOST = 20
 """Processes. No config of ours has more kernels than that in one program."""
 LEAST = 4
 """Cores with which a process forks: with fewer there is nothing to win."""

@@ -24,8 +24,9 @@ from hybridlm.model import quantize, stacks
 from hybridlm.model.config import ModelConfig, QuantizeConfig
 from hybridlm.model.init import Abstract, abstract, stacked
 from hybridlm.model.pattern import groups
-from hybridlm.sharding import is_split, param_shardings, whole_shardings
+from hybridlm.sharding import is_split, param_shardings, split_axes, whole_shardings
 from hybridlm.train.loss import LOGITS
+from hybridlm.train.shares import REPLICAS, share_dim, share_shardings, splits_state
 from hybridlm.train.tables import Tables, of_model
 from pallas_kernels.platform import peaks_of, platform_of
 
@@ -214,6 +215,8 @@ class Layout(NamedTuple):
     one they would be copied in each microbatch."""
     joined: bool = False
     """Matrices whose products are taken together are one array (`layers.quantized.Joined`)."""
+    shared: bool = False
+    """The train state is split over replicas: see `train.shares`."""
 
     def stack(self, params: dict) -> dict:
         """Parameters as the program reads them."""
@@ -224,10 +227,14 @@ class Layout(NamedTuple):
         model = stacked(self.config)
         spots = jax.tree.map(_cut, model.info["groups"], spots) if self.parts else spots
         spots = _join(model.info["groups"], spots) if self.joined else spots
-        at = self._at(model)
+        at, weights = self._at(model), params | {"groups": spots}
         if self.whole:
             at = at | self._whole_at(model)
-        return lax.with_sharding_constraint(params | {"groups": spots}, at)
+        if self.shared:  # cast before they are put together; tables are cast by whoever puts them together
+            shares = share_shardings(model.info, self.mesh)
+            weights = lax.with_sharding_constraint(weights, shares)
+            at = at | {name: shares[name] for name in self.tables.names}
+        return lax.with_sharding_constraint(weights, at)
 
     def stack_low(self, low: dict) -> dict:
         """Adapters (`model.lora`) as the program reads them."""
@@ -270,12 +277,12 @@ class Layout(NamedTuple):
         if self.wide:
             sums = self.placed(sums)  # or the loop would exchange and split those of vectors
             groups = self._by_leaf(lambda leaf, a: self._of_all(leaf, a) if self._wide(leaf) else a, sums["groups"])
-            return self._pinned(sums | {"groups": groups}, self._at(stacked(self.config))) | own
+            return self._pinned(sums | {"groups": groups}, self._kept_at(stacked(self.config))) | own
         if not self.sums_whole:
             return sums | own
         whole = self.placed(sums)  # or the loop would have them split
         cast = jax.tree.map(lambda total, weight: total.astype(weight.dtype), whole, {k: weights[k] for k in whole})
-        cut = self._pinned(self.placed(cast), self._at(stacked(self.config)))
+        cut = self._pinned(self.placed(cast), self._kept_at(stacked(self.config)))
         return jax.tree.map(lambda part, total: part.astype(total.dtype), cut, sums) | own
 
     def _wide(self, leaf: ParamInfo) -> bool:
@@ -292,18 +299,23 @@ class Layout(NamedTuple):
         axes = ("layers", *leaf.axes)
         shape = (sums.shape[0], *sums.shape[2:])
         whole = tuple(None if name == "d_model" else name for name in leaf.axes)
+        kept = [] if "d_model" not in axes else [("fsdp", axes.index("d_model"))]
+        out: tuple = axes
+        if self.shared and (dim := share_dim(leaf, param_shardings(leaf, self.mesh))) is not None:
+            kept.append((REPLICAS, dim))
+            out = (*axes[:dim], (*split_axes(axes[dim], shape[dim]), REPLICAS), *axes[dim + 1 :])
 
         def run(total):
-            """What each device keeps of the sums over fsdp, fewer numbers, is added over the others."""
-            total, rest = total[:, 0].astype(self.config.compute_dtype), TOKENS_APART
-            if "d_model" in axes:
-                total = exchange.scatter_weight(total, ("fsdp",), axes.index("d_model"))
-                rest = tuple(axis for axis in rest if axis != "fsdp")
+            """What each device keeps of the sums over some axes, fewer numbers, is added over the others."""
+            total = total[:, 0].astype(self.config.compute_dtype)
+            for axis, dim in kept:
+                total = exchange.scatter_weight(total, (axis,), dim)
+            rest = tuple(axis for axis in TOKENS_APART if axis not in dict(kept))
             return exchange.add(total, rest).astype(jnp.float32)
 
         if not is_split():
             return sums[:, 0]
-        return exchange.manual(run, [sums], [("layers", TOKENS_APART, *whole)], (axes, shape))
+        return exchange.manual(run, [sums], [("layers", TOKENS_APART, *whole)], (out, shape))
 
     def _by_leaf(self, fn, groups: dict) -> dict:
         """fn(ParamInfo, array) of each array of the sublayers, of each part where a matrix is in parts."""
@@ -316,13 +328,15 @@ class Layout(NamedTuple):
 
     def spread(self, grads: dict) -> dict:
         """Gradients of stacked parameters as those of the state's, float32."""
+        if self.shared:  # while they are sums: XLA makes a scatter only of a sum that is cut as it is
+            grads = self._pinned(grads, self._kept_at(stacked(self.config)))
         info = stacked(self.config).info["groups"]
         whole = lambda leaf, x: jnp.concatenate(x.values, _fused(leaf)) if isinstance(x, Parts) else x
         spots = jax.tree.map(whole, info, _part(info, grads["groups"]))
         by_group = stacks.spread(self.config.pattern, self.config.unroll, spots)
         grads = grads | {"groups": {g: dict(enumerate(of_group)) for g, of_group in enumerate(by_group)}}
         grads = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
-        return lax.with_sharding_constraint(grads, self._at(abstract(self.config)))
+        return lax.with_sharding_constraint(grads, self._kept_at(abstract(self.config)))
 
     @property
     def _units(self) -> list[int]:
@@ -335,15 +349,21 @@ class Layout(NamedTuple):
     def _at(self, model: Abstract) -> dict:
         return param_shardings(model.info, self.mesh)
 
+    def _kept_at(self, model: Abstract) -> dict:
+        """Of what the train state keeps."""
+        return share_shardings(model.info, self.mesh) if self.shared else self._at(model)
+
 
 def make_layout(config: Config, model: ModelConfig, mesh: Mesh, apart: bool) -> Layout:
     """The layout of a config's steps on a mesh. model: the config's, unrolled. apart: see `Layout`."""
+    tables, shared = Tables() if apart or config.lora.on else tables_once(config, mesh), splits_state(config, mesh)
     return Layout(
         model, mesh, apart, config.quantize,
         whole=gathers_once(config, mesh),
         sums_whole=scatters_once(config, mesh),
-        tables=Tables() if apart or config.lora.on else tables_once(config, mesh),
+        tables=tables._replace(shared=(REPLICAS,)) if shared else tables,
         wide=0 if apart else wide_over(config, mesh),
         parts=parts_apart(config, mesh),
         joined=joins(config, mesh),
+        shared=shared,
     )  # fmt: skip

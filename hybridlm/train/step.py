@@ -35,6 +35,7 @@ from hybridlm.train.inspection import make_inspect
 from hybridlm.train.layout import SUMS, Layout, make_layout, unrolled
 from hybridlm.train.metrics import Last, Metrics, empty, merge
 from hybridlm.train.objective import make_objective
+from hybridlm.train.shares import share_shardings, splits_state
 from hybridlm.train.xla import options, options_on
 from pallas_kernels.platform import platform_of
 
@@ -71,12 +72,14 @@ class Program(NamedTuple):
     """(seed) -> train state of that seed, as `init` makes it of the config's; a function to be transformed, not
     jitted."""
     whole: Callable
-    """(params, *base.args) -> the model's parameters: those of the state, or the base with the adapters in it."""
+    """(params, *base.args) -> the model's parameters: those of the state, or the base with the adapters in it; on each
+    device all of what replicas share."""
+    puts_together: bool
+    """Whether those are not the state's as they are."""
 
     def model(self, params: dict) -> HybridLM:
         """The model with a state's parameters."""
-        whole = jax.jit(self.whole)(params, *self.base.args) if self.base.args else params
-        return nnx.merge(self.graphdef, whole)
+        return nnx.merge(self.graphdef, jax.jit(self.whole)(params, *self.base.args) if self.puts_together else params)
 
     def batch_like(self, data: DataConfig) -> dict:
         """Shapes, types and shardings of a batch."""
@@ -88,7 +91,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """Everything a run computes, for a mesh that is (or will be) set by jax.set_mesh. Raises ConfigError."""
     quantize.check_trained(config.model, config.quantize)
     graphdef, _, info = abstract(config.model)
-    steps = config.run.steps
+    steps, split = config.run.steps, splits_state(config, mesh)
     specs = lora.adapters(config.model, config.lora) if config.lora.on else {}
     trained = lora.nested(specs) if specs else info
     optimizer, _ = make_optimizer(config.optim, steps, trained)
@@ -112,10 +115,12 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             "skipped_in_row": zero, "key": jax.random.key_data(keys(seed)[1]),
         }  # fmt: skip
 
-    def whole(params, *base):
+    def merged(params, *base):
         return lora.merge(*base, params, specs, config.lora.scale) if base else params
 
-    like = _state_like(jax.eval_shape(init), trained, mesh, config.optim.offload)
+    whole = partial(lax.with_sharding_constraint, shardings=param_shardings(info, mesh)) if split else merged
+    params_at = (share_shardings if split else param_shardings)(trained, mesh)
+    like = _state_like(jax.eval_shape(init), params_at, mesh, config.optim.offload)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     # a loss that blocks take of a batch as a whole, as the balance of experts, is not the sum of those of its parts
     apart = mesh.shape.get("slice", 1) > 1 and not any(kind.loss for kind in statistics(config.model).values())
@@ -125,18 +130,17 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     objective = _of_weights(make_objective(replace(config, model=model), program), layout.whole)
     rule, prepare = partial(make_optimizer, config.optim, steps, trained), config.optim.objective.prepare
     if specs:
-        gradients = make_low_gradients(objective, config, layout, specs, whole)
+        gradients = make_low_gradients(objective, config, layout, specs, merged)
     else:
         gradients = _make_gradients(objective, config.optim.accumulate, layout)
-    step = _on_device(
-        make_train_step(gradients, rule, prepare, is_bounded(config.optim.rule)), like, config.optim.offload
-    )
+    step = make_train_step(gradients, rule, prepare, is_bounded(config.optim.rule))
+    step = _on_device(step, like, config.optim.offload)
 
     def evaluate(params, batch, *base):  # what is hidden of a batch hangs on the seed and its text
         batch = prepare(batch, lambda: jax.random.fold_in(jax.random.key(config.run.seed), batch["tokens"].sum()))
-        return objective(layout.stack(whole(params, *base)), batch)[1]
+        return objective(layout.stack(merged(params, *base)), batch)[1]
 
-    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, whole)
+    inspect = make_inspect(gradients, rule, config.optim.accumulate, layout, program, prepare, merged)
     inspect = _on_device(inspect, like, config.optim.offload)
     lengths = np.array(schedule_lengths(config.optim, steps), np.int32)
     quick, often = options(platform_of(mesh.devices.flat[0]), once=True), options_on(mesh)
@@ -149,7 +153,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         eval_step = WithBase(eval_step, base)
     return Program(
         init=start,
-        init_from=start_from,
+        init_from=_placed(start_from, shardings["params"]) if split else start_from,
         train_step=TrainStep(
             jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=often), lengths, base
         ),
@@ -161,6 +165,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         base=base,
         fresh=init,
         whole=whole,
+        puts_together=split or bool(specs),
     )
 
 
@@ -172,6 +177,11 @@ def _of_weights(objective: Callable, whole: bool) -> Callable:
             return objective(params, batch, weight)
 
     return of_whole if whole else objective
+
+
+def _placed(start: Callable, at) -> Callable:
+    """`init_from` of parameters that may lie elsewhere: XLA cannot reuse the memory of those."""
+    return lambda params: start(jax.device_put(params, at))
 
 
 def _upon_base(base: Base, start: Callable, draw: Callable) -> tuple[Callable, Callable]:
@@ -198,11 +208,10 @@ def _on_device(of_state: Callable, like: dict, offload: bool) -> Callable:
     return (lambda state, *args: of_state(jax.tree.map(here, state, like), *args)) if offload else of_state
 
 
-def _state_like(shapes: dict, info, mesh: Mesh, offload: bool = False) -> dict:
+def _state_like(shapes: dict, params_at, mesh: Mesh, offload: bool = False) -> dict:
     """The train state's shapes and types with its shardings: those of the parameters, all else everywhere. offload:
     what of the optimizer's state belongs to a parameter lies in the host's memory."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    params_at = param_shardings(info, mesh)
     moments_at = jax.tree.map(lambda at: at.with_memory_kind(HOST), params_at) if offload else params_at
     shardings = jax.tree.map(lambda _: everywhere, shapes) | {
         "params": params_at,

@@ -7,6 +7,7 @@ of a table's gradient is made and added in each microbatch, and devices exchange
 Axis letters: N devices with tokens of their own, V vocabulary, D model.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,8 @@ class Tables(NamedTuple):
     """That of the computation."""
     shape: tuple[int, int] = (1, 1)
     """[B, T] of a microbatch."""
+    shared: tuple[str, ...] = ()
+    """Mesh axes along which devices keep shares of the rows of what is summed: see `train.shares`."""
 
     def prepared(self, weights: dict) -> dict:
         """The weights, tables with their columns put together."""
@@ -49,13 +52,17 @@ class Tables(NamedTuple):
         return lax.with_sharding_constraint(sums_NVD, spec) if sharding.is_split() else sums_NVD
 
     def summed(self, sums_NVD: jax.Array) -> jax.Array:
-        """[V, D], float32, split as the table is: the sum over devices, which are exchanged in the type of the
-        computation, as gradients of matrices are."""
+        """[V, D], float32, split as the table is in the state: the sum over devices, which are exchanged in the type of
+        the computation, as gradients of matrices are."""
         where = places(self.shape, sums_NVD.shape[1:])
-        run = lambda dw_1VD: where.sum_rows(dw_1VD[0].astype(self.dtype)).astype(jnp.float32)
+        rows = (*where.rows, *self.shared)
+        divides = sums_NVD.shape[1] % math.prod(map(sharding.axis_size, rows)) == 0
+        shared = self.shared if divides and set(self.shared) <= set(where.tokens) else ()
+        run = lambda dw_1VD: where.sum_rows(dw_1VD[0].astype(self.dtype), shared).astype(jnp.float32)
         if not sharding.is_split():
             return sums_NVD[0]
-        return exchange.manual(run, [sums_NVD], [where.partial], (TABLE, sums_NVD.shape[1:]))
+        out = (rows if shared else TABLE[0], TABLE[1])
+        return exchange.manual(run, [sums_NVD], [where.partial], (out, sums_NVD.shape[1:]))
 
     def all_summed(self, sums: dict) -> dict:
         """`summed` of each table."""

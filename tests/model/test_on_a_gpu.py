@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hybridlm.layers import qk_norm
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import Make, Tokens
 from hybridlm.layers.mlp import MLP
-from hybridlm.layers.norm import gated_rms_norm
-from hybridlm.layers.qk_norm import is_faster
+from hybridlm.layers.norm import gated_rms_norm, rms_normalise
+from hybridlm.layers.qk_norm import is_faster, normed_and_rotated
 from hybridlm.layers.rope import Rope, YaRN
 from hybridlm.layers.segments import with_padding_last
 from hybridlm.model.config import ModelConfig
@@ -36,7 +37,7 @@ def both(function, *args) -> list[list]:
 
         def run(*args):
             out, pull = jax.vjp(lambda *args: function(*args), *args)  # anew: each platform is traced
-            return [out, *pull(d_out.astype(out.dtype))]
+            return [out, *jax.tree.leaves(pull(d_out.astype(out.dtype)))]
 
         with where:
             found.append(jax.jit(run)(*args))
@@ -71,10 +72,60 @@ def test_queries_and_keys(rope, how, dtype):
     def run(x, w):
         with_w = jax.tree.map_with_path(lambda path, a: w if "q_norm" in jax.tree_util.keystr(path) else a, state)
         mixer = nnx.merge(graphdef, with_w)
-        return mixer._placed(x, mixer.q_norm, positions_BT, "attention_q")
+        return mixer._placed(x, mixer.q_norm, positions_BT, "q")
 
     w = state["q_norm"]["weight"].get_value()
     check(run, x_BTHP, w + normal(*w.shape) / 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_queries_times_their_scale(scale):
+    """The whole mixer."""
+    block = Attention(n_heads=4, n_kv_heads=2, d_head=8, qk_norm=True, scale=scale, softcap=3.0, gate="head")
+    graphdef, state = nnx.split(block.build(16, Make(nnx.Rngs(0), 0.2, 0.2, "float32", 1e-5)))
+    check(lambda x, state: nnx.merge(graphdef, state).mix(x, Tokens()).y_BTD, normal(2, 9, 16), state)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rope", ["none", "whole"])
+def test_queries_and_keys_in_kernels(rope, wide, monkeypatch):
+    """As `pallas_kernels.head_norm` is called; a gradient in float32 comes beside the other, or in its place."""
+
+    def head_norm(x_RHP, weight_P, turn_RcC, eps):
+        y = rms_normalise(x_RHP, eps) * weight_P[None, None]
+        if turn_RcC is not None:
+            cos, sin = (turn_RcC[:, i, None] for i in range(2))
+            first, second = jnp.split(y, 2, axis=-1)
+            y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return y.astype(x_RHP.dtype)
+
+    def head_norm_gradients(x_RHP, weight_P, turn_RcC, dy_RHP, eps):
+        wide_x = x_RHP.astype(jnp.float32)
+        dx, d_weight = jax.vjp(lambda x, w: head_norm(x, w, turn_RcC, eps), wide_x, weight_P)[1](dy_RHP)
+        return dx.astype(x_RHP.dtype), d_weight
+
+    positions_BT, x, w = jnp.asarray(RNG.integers(0, 5000, (2, 5))), normal(2, 5, 3, 8), 1 + normal(8) / 4
+
+    def run(x, w):
+        args = x, w, positions_BT, ROPES[rope], 1e-6, "attention_q", "heads"
+        if not wide:
+            return normed_and_rotated(*args)
+        y, same = normed_and_rotated(*args, wide=True)
+        return jnp.concatenate([y * 2, same])
+
+    before = RNG.bit_generator.state
+    in_passes = both(run, x, w)[0]
+    called = []
+    for kernel in (head_norm, head_norm_gradients):
+        said = lambda *args, kernel=kernel, **more: called.append(kernel) or kernel(*args, **more)
+        monkeypatch.setattr(qk_norm.head_norm, kernel.__name__, said)
+    monkeypatch.setattr(qk_norm.head_norm, "why_not", lambda *_: None)
+    monkeypatch.setattr(qk_norm, "LEAST", 0)
+    RNG.bit_generator.state = before
+    in_kernels = both(run, x, w)[0]
+    assert {head_norm, head_norm_gradients} == set(called)
+    for actual, expected in zip(in_kernels, in_passes, strict=True):
+        check_close(actual, expected, dtype="float32", what="result or gradient")
 
 
 def test_where_norm_and_rotation_are_one_function():

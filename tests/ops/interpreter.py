@@ -89,7 +89,8 @@ def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     if op is None:
         names = ("pallas_kernels.one_token.one_row", "pallas_kernels.exponentials.products")
-        return [(importlib.import_module(name), {"loop_with": _loop_with}) for name in names]
+        loops = [(importlib.import_module(name), {"loop_with": _loop_with}) for name in names]
+        return [*loops, (importlib.import_module("pallas_kernels.gated_product.products"), _gated_products())]
     op = {"gated_delta_product": "gated_delta_rule", "mamba3": "ssd"}.get(op, op)  # by whose kernels it runs
     api = importlib.import_module(f"pallas_kernels.ops.{op}.gpu.api")
     if op == "attention":
@@ -122,6 +123,23 @@ def _sizes(op: str | None) -> list:
         patches = [(forward, few | {"exp2": lambda own, exponents, chosen: jnp.exp2(exponents)})]
         return [*patches, (backward, few | {"QUADS": 2}), (threads.Threads, _scan_threads(threads))]
     return []
+
+
+def _gated_products() -> dict:
+    """Of `pallas_kernels.gated_product.products`: warpgroups for warps, blocks that share nothing, and, of two views of
+    the same memory, the one that is written."""
+    from jax.experimental import pallas as pl
+
+    def in_warps(*works):
+        for number, work in enumerate(works):
+            pl.when(lax.axis_index("wg") == 2 + number)(work)
+
+    def store(ref, value):
+        ref[...] = value
+
+    joined = lambda views, slot: views[0][slot].reshape(views[1].shape[1:])
+    words = {"_in_warps": in_warps, "_joined": joined, "_store": store, "loop_with": _loop_with}
+    return {"WARPGROUPS": 4, "CLUSTER": 1, **words}
 
 
 def _scan_threads(threads) -> dict:

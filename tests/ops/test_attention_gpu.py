@@ -212,6 +212,13 @@ def test_kernels_interpreted():
 
 
 @needs_gpu_interpreter
+def test_gradient_of_queries_in_float32():
+    """All of it goes to what is given for it, none to the queries."""
+    wide = lambda arrays, call: call(arrays, q_wide=arrays["q"].astype(jnp.float32))
+    check_interpreted(cases.Case("wide", 1, 150, 150, 2, 1, 48, layout="packed"), wide)
+
+
+@needs_gpu_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
 def test_more_kernels_interpreted(case):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from hybridlm import exchange
+from hybridlm.layers import qk_norm
 from hybridlm.layers.norm import rms_normalise
 from hybridlm.train import layout, loss
 from hybridlm.train.layout import tables_once
 from hybridlm.train.metrics import on_host
-from pallas_kernels import gated_norm, gated_product, rms_norm
+from pallas_kernels import gated_norm, gated_product, head_norm, rms_norm
 from tests.train.conftest import make_batch, small_program
 from tests.train.test_step import options, relative
 
@@ -60,7 +61,36 @@ def gated_product_gradients(h_RcF, d_RF):
     return jax.vjp(product, h_RcF.astype(jnp.float32))[1](d_RF.astype(jnp.float32))[0].astype(h_RcF.dtype)
 
 
-KERNELS = {rms_norm: rms_norm_gradients, gated_norm: gated_norm_gradients, gated_product: gated_product_gradients}
+def gated_products(x_RD, w_DcF):
+    """`pallas_kernels.gated_product`, by definition."""
+    h = jnp.tensordot(x_RD, w_DcF, 1)
+    return h, jax.nn.silu(h[:, 0]) * h[:, 1]
+
+
+def hidden_gradients(dy_RD, w_FD, h_RcF):
+    """`pallas_kernels.gated_product`, by definition."""
+    return gated_product_gradients(h_RcF, dy_RD @ w_FD.T)
+
+
+def head_norm_of(x_RHP, weight_P, turn_RcC, eps):
+    """`pallas_kernels.head_norm.head_norm`, by definition."""
+    y = rms_normalise(x_RHP, eps) * weight_P[None, None]
+    first, second = jnp.split(y, 2, axis=-1)
+    cos, sin = turn_RcC[:, 0, None], turn_RcC[:, 1, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_RHP.dtype)
+
+
+def head_norm_gradients(x_RHP, weight_P, turn_RcC, dy_RHP, eps):
+    """Its gradient."""
+    pull = jax.vjp(lambda x, w: head_norm_of(x, w, turn_RcC, eps), x_RHP.astype(jnp.float32), weight_P)[1]
+    dx, d_weight = pull(dy_RHP.astype(jnp.float32))
+    return dx.astype(x_RHP.dtype), d_weight
+
+
+KERNELS = {
+    rms_norm_gradients: rms_norm, gated_norm_gradients: gated_norm, gated_product_gradients: gated_product,
+    head_norm_gradients: head_norm, head_norm_of: head_norm,
+}  # fmt: skip
 SLOW = pytest.mark.slow
 FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
 """Sizes of meshes."""
@@ -76,22 +106,53 @@ FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
     ],
 )
 def test_as_on_gpus(more, meshes, monkeypatch):
-    """With whole sums, matrices taken apart and together, and gradients of norms and gates as their kernels make them,
-    each device those of its own tokens."""
+    """With whole sums, matrices taken apart and together, and norms of heads and gradients of norms and gates as their
+    kernels make them, each device those of its own tokens."""
     _, _, params, history = steps((*WORDS, *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
     monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
     called = set()
-    for module, gradients in KERNELS.items():
-        said = lambda *args, gradients=gradients: called.add(gradients) or gradients(*args)
+    monkeypatch.setattr(qk_norm, "is_faster", lambda rope, d_head: True)
+    monkeypatch.setattr(qk_norm, "LEAST", 0)
+    for kernel, module in KERNELS.items():
+        said = lambda *args, kernel=kernel, **more: called.add(kernel) or kernel(*args, **more)
         monkeypatch.setattr(module, "why_not", lambda *_: None)
-        monkeypatch.setattr(module, gradients.__name__, said)
+        monkeypatch.setattr(module, kernel.__name__.removesuffix("_of"), said)
     for sizes in meshes:
         n_micro = 1 if sizes == (2, 1, 1) else 2
         called.clear()
         check_same_step((*more, f"optim.accumulate={n_micro}", *(ONCE if sizes[1] > 1 else ())), sizes, params, history)
-        assert called == {*KERNELS.values()} - ({gated_norm_gradients} if sizes[2] > 1 else set()), sizes
+        assert called == {*KERNELS} - ({gated_norm_gradients} if sizes[2] > 1 else set()), sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [
+        pytest.param((1, 1, 1), (), id="one device"),
+        pytest.param((2, 1, 1), ("optim.accumulate=1",), id="data, one microbatch", marks=SLOW),
+        pytest.param((2, 1, 1), (), id="data", marks=SLOW),
+        pytest.param((1, 2, 1), (), id="fsdp", marks=SLOW),
+        pytest.param((1, 2, 1), ONCE, id="fsdp, once", marks=SLOW),
+        pytest.param((1, 2, 1, 2), (*ONCE, "model.remat=kernels"), id="fsdp, context, hidden made again"),
+        pytest.param((2, 1, 2), (), id="tensor", marks=SLOW),
+    ],
+)
+def test_gated_products_as_on_gpus(sizes, more, monkeypatch):
+    """With what stands between the MLP's products made by them; over tensor, which splits it, by what did before."""
+    _, _, params, history = steps(WORDS)
+    monkeypatch.setattr(layout, "APART", {"cpu"})
+    monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
+    called = set()
+    for function in (gated_products, hidden_gradients):
+        said = lambda *args, function=function: called.add(function) or function(*args)
+        monkeypatch.setattr(gated_product, function.__name__, said)
+    monkeypatch.setattr(gated_product, "why_not_products", lambda *_: None)
+    _, _, many, many_history = steps((*WORDS, "optim.accumulate=2", *more), sizes)
+    for a, b in zip(many_history, history, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-4)
+    assert relative(many, params) < 5e-4
+    assert called == (set() if sizes[2] > 1 else {gated_products, hidden_gradients})
 
 
 @pytest.mark.slow

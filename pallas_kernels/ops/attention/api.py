@@ -38,6 +38,7 @@ def attention(
     layer: int | jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    q_wide: jax.Array | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -62,6 +63,8 @@ def attention(
         queries reads it where it lies. Not with context_axis.
       k_scale, v_scale: [B, K, S], with layer [L, B, K, S], of int8 k_BSKP and v_BSKP, which stand for k_BSKP[b, s, k] *
         k_scale[b, k, s]. By reference and xla, in blocks; without gradients, and not with context_axis.
+      q_wide: q in float32, which is not read: where the kernel for GPUs serves, and no tokens are split, the gradient
+        of q goes to it, as it was added up, and none to q.
       context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order, inside a shard_map
         over it. The result is this device's share of that of the whole rows. Not with q_offset.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
@@ -74,17 +77,13 @@ def attention(
     cannot serve. Forward mode (jax.jvp) goes through reference alone; of xla its gradient can be differentiated so.
     """
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
-    n_batch, n_queries, _, d_head = q_BTHP.shape
-    scales, stacked = _scales(k_BSKP, v_BSKP, k_scale, v_scale, layer, context_axis), None
-    if layer is not None:
-        stacked = _stacked(k_BSKP, v_BSKP, layer, context_axis)
-        entry = lambda array: jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False)
-        k_BSKP, v_BSKP, scales = jax.tree.map(entry, (*stacked[:2], scales))
-    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales))
-    sizes = n_batch, n_queries, k_BSKP.shape[1]
+    scales = _scales(k_BSKP, v_BSKP, k_scale, v_scale, layer, context_axis)
+    k_BSKP, v_BSKP, scales, stacked = _entries(k_BSKP, v_BSKP, scales, layer, context_axis)
+    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales), q_wide)
+    sizes = *q_BTHP.shape[:2], k_BSKP.shape[1]
     pair = check_sides("segment_ids", segment_ids, *sizes)
     one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
-    context_axis = _context_axis(context_axis, *sizes[1:], q_offset)
+    context_axis = _context_axis(context_axis, sizes[1], sizes[2], q_offset)
     if one_side and context_axis is None:
         pair = (segments.document_ids(pair[0]),) * 2
     kwargs = {
@@ -93,17 +92,18 @@ def attention(
         "window": window,
         "segment_ids": pair,
         "positions": check_sides("positions", positions, *sizes),
-        "scale": d_head**-0.5 if scale is None else _finite("scale", scale),
+        "scale": q_BTHP.shape[3] ** -0.5 if scale is None else _finite("scale", scale),
         "softcap": None if softcap is None else _finite("softcap", softcap, positive=True),
         "sinks": sinks,
-        "q_offset": _offset(q_offset, n_batch, positions),
+        "q_offset": _offset(q_offset, sizes[0], positions),
         **scales,
     }
-    args, offered, more = (q_BTHP, k_BSKP, v_BSKP), {"stacked": stacked}, {"one_side": one_side}
+    offered = {"stacked": stacked, "q_wide": q_wide if context_axis is None else None}
+    args, more = (q_BTHP, k_BSKP, v_BSKP), {"one_side": one_side}
     return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=more)
 
 
-def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool) -> None:
+def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool, q_wide) -> None:
     """Raises ValueError or TypeError unless they fit together."""
     check_attended(q_BTHP, k_BSKP, v_BSKP, in_int8)
     n_batch, n_queries, n_heads, _ = q_BTHP.shape
@@ -118,6 +118,8 @@ def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool) -> None:
         check_float("sinks", sinks)
     if window is not None:
         check_positive_int("window", window)
+    if q_wide is not None:
+        check_shape("q_wide", q_wide, q_BTHP.shape, "as q_BTHP")
 
 
 def _scales(k, v, k_scale, v_scale, layer, context_axis: str | None) -> dict[str, jax.Array]:
@@ -138,6 +140,15 @@ def _scales(k, v, k_scale, v_scale, layer, context_axis: str | None) -> dict[str
     if context_axis is not None:
         raise ValueError(f"context_axis ({context_axis!r}) and k_scale cannot be given together")
     return given
+
+
+def _entries(k, v, scales: dict, layer, context_axis: str | None) -> tuple:
+    """(keys, values and scales of the layer, what `_stacked` gives); as they are, and None, without one."""
+    if layer is None:
+        return k, v, scales, None
+    stacked = _stacked(k, v, layer, context_axis)
+    entry = lambda array: jax.lax.dynamic_index_in_dim(array, stacked[2], keepdims=False)
+    return *jax.tree.map(entry, (*stacked[:2], scales)), stacked
 
 
 def _stacked(k_LBSKP, v_LBSKP, layer, context_axis: str | None) -> tuple:

@@ -213,40 +213,44 @@ def _join(array_SBT):
 
 
 class _Chunks(typing.NamedTuple):
-    """A slab cut into chunks. Inputs in the matmul dtype, decays in the accumulation dtype."""
+    """A slab cut into chunks. Inputs in the matmul dtype, decays in the accumulation dtype.
 
-    x_BCQGRP: jax.Array
-    dt_BCQGR: jax.Array
-    B_BCQGN: jax.Array
-    C_BCQGN: jax.Array
-    xdt_BCQGRP: jax.Array  # dt * x
+    What heads have of their own stands with the tokens of a chunk last, as its products take it and as they leave it:
+    with the heads behind the tokens each of them is a product of transposed copies.
+    """
+
+    x_BCGRPQ: jax.Array
+    dt_BCGRQ: jax.Array
+    B_BCGQN: jax.Array
+    C_BCGQN: jax.Array
+    xdt_BCGRPQ: jax.Array  # dt * x
     within_BCGRQQ: jax.Array  # decay from the column's token to the row's, 0 above the diagonal and across documents
-    head_BCQGR: jax.Array  # decay from the state that enters the chunk
-    tail_BCQGR: jax.Array  # decay to the state that leaves it
+    head_BCGRQ: jax.Array  # decay from the state that enters the chunk
+    tail_BCGRQ: jax.Array  # decay to the state that leaves it
     through_BCGR: jax.Array  # decay from the entering to the leaving state
     scores_BCGQQ: jax.Array  # C B^T
 
 
 def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -> _Chunks:
     n_batch, n_tokens, n_heads, _ = tokens.x_BTHP.shape
-    n_groups = tokens.B_BTGN.shape[2]
-    n_chunks = n_tokens // chunk
+    n_groups, n_chunks = tokens.B_BTGN.shape[2], n_tokens // chunk
     dtype = _accumulation_dtype(tokens.x_BTHP, tokens.dt_BTH)
     product_dtype = jnp.result_type(tokens.x_BTHP, tokens.B_BTGN, tokens.C_BTGN)
 
     def split(array, dtype, *axes):
-        return _where_real(marks, array).astype(dtype).reshape(n_batch, n_chunks, chunk, *axes, *array.shape[3:])
+        array = _where_real(marks, array).astype(dtype)
+        return array.reshape(n_batch, n_chunks, chunk, n_groups, *axes, *array.shape[3:])
 
-    x_BCQGRP = split(tokens.x_BTHP, tokens.x_BTHP.dtype, n_groups, n_heads // n_groups)
-    dt_BCQGR = split(tokens.dt_BTH, dtype, n_groups, n_heads // n_groups)
-    B_BCQGN = split(tokens.B_BTGN, product_dtype, n_groups)
-    C_BCQGN = split(tokens.C_BTGN, product_dtype, n_groups)
+    x_BCGRPQ = jnp.moveaxis(split(tokens.x_BTHP, tokens.x_BTHP.dtype, n_heads // n_groups), 2, -1)
+    dt_BCGRQ = jnp.moveaxis(split(tokens.dt_BTH, dtype, n_heads // n_groups), 2, -1)
+    B_BCGQN = jnp.moveaxis(split(tokens.B_BTGN, product_dtype), 2, 3)
+    C_BCGQN = jnp.moveaxis(split(tokens.C_BTGN, product_dtype), 2, 3)
     if weights.A_H is not None:
-        steps_BCQGR = dt_BCQGR * weights.A_H.astype(dtype).reshape(n_groups, -1)[None, None, None]
+        steps_BCGRQ = dt_BCGRQ * weights.A_H.astype(dtype).reshape(1, 1, n_groups, -1, 1)
     else:
-        steps_BCQGR = split(tokens.decay_BTH, dtype, n_groups, n_heads // n_groups)
+        steps_BCGRQ = jnp.moveaxis(split(tokens.decay_BTH, dtype, n_heads // n_groups), 2, -1)
 
-    sums = _cumulative_sums(steps_BCQGR)  # two of [B, C, G, R, Q]
+    sums = _cumulative_sums(steps_BCGRQ)
     within = functools.reduce(jnp.add, (s[..., :, None] - s[..., None, :] for s in sums))
     head = functools.reduce(jnp.add, sums)
     tail = functools.reduce(jnp.add, (s[..., -1:] - s for s in sums))
@@ -260,17 +264,22 @@ def _cut(tokens: _Tokens, weights: _Weights, marks: _Marks | None, chunk: int) -
         tail = jnp.where(document_BCQ == document_BCQ[..., -1:], tail, -jnp.inf)
         through = jnp.where((document_BCQ[..., -1:] == enters_BC)[..., 0], through, -jnp.inf)
     return _Chunks(
-        x_BCQGRP,
-        dt_BCQGR,
-        B_BCQGN,
-        C_BCQGN,
-        (x_BCQGRP * dt_BCQGR[..., None]).astype(product_dtype),
+        x_BCGRPQ,
+        dt_BCGRQ,
+        B_BCGQN,
+        C_BCGQN,
+        (x_BCGRPQ * dt_BCGRQ[..., None, :]).astype(product_dtype),
         jnp.exp(jnp.where(visible, within, -jnp.inf)),
-        jnp.exp(jnp.moveaxis(head, -1, 2)),
-        jnp.exp(jnp.moveaxis(tail, -1, 2)),
+        jnp.exp(head),
+        jnp.exp(tail),
         jnp.exp(through),
-        _einsum("bcqgn,bcsgn->bcgqs", C_BCQGN, B_BCQGN, dtype),
+        _einsum("bcgqn,bcgsn->bcgqs", C_BCGQN, B_BCGQN, dtype),
     )
+
+
+def _rows_of(array_BCGRPQ, shape):
+    """As [B, T, H, P], or without P, of that shape."""
+    return jnp.moveaxis(array_BCGRPQ, -1, 2).reshape(shape)
 
 
 def _where_real(marks: _Marks | None, array):
@@ -284,58 +293,56 @@ def _einsum(equation: str, left, right, dtype):
     return jnp.einsum(equation, left, right, preferred_element_type=dtype)
 
 
-def _prefix_sums(array, axis: int, *, reverse: bool = False, inclusive: bool = True):
-    """Sums over an axis up to (reverse: from) each place, as a product with a triangle of ones: faster than a scan."""
-    size = array.shape[axis]
+def _prefix_sums(array, *, reverse: bool = False, inclusive: bool = True):
+    """Sums over the last axis up to (reverse: from) each place, as a product with a triangle of ones: faster than a
+    scan."""
+    size = array.shape[-1]
     triangle = jnp.triu(jnp.ones((size, size), array.dtype), 0 if inclusive else 1)
-    triangle = triangle.T if reverse else triangle
-    return jnp.moveaxis(jnp.tensordot(array, triangle, axes=(axis, 0), precision=_HIGHEST), -1, axis)
+    return jnp.tensordot(array, triangle.T if reverse else triangle, axes=1, precision=_HIGHEST)
 
 
-def _cumulative_sums(steps_BCQGR):
+def _cumulative_sums(steps_BCGRQ):
     """Inclusive sums over Q of steps <= 0: a tuple of terms [B, C, G, R, Q], to be subtracted one by one.
 
     In float32 each step is split into a multiple of a power of two, coarse enough for all sums to be exact, and a small
     rest, so that a difference of two sums is as exact as the steps between them, whatever came before.
     """
-    chunk = steps_BCQGR.shape[2]
-
-    def add_up(array_BCQGR):
-        return jnp.moveaxis(_prefix_sums(array_BCQGR, 2), 2, -1)
-
-    if steps_BCQGR.dtype == jnp.float64:
-        return (add_up(steps_BCQGR),)
-    grain = _FORGOTTEN * 2.0 ** math.ceil(math.log2(chunk)) / 2.0**24
-    steps_BCQGR = jnp.maximum(steps_BCQGR, -_FORGOTTEN)
-    coarse_BCQGR = jnp.round(steps_BCQGR / grain) * grain
-    return add_up(coarse_BCQGR), add_up(steps_BCQGR - coarse_BCQGR)
+    if steps_BCGRQ.dtype == jnp.float64:
+        return (_prefix_sums(steps_BCGRQ),)
+    grain = _FORGOTTEN * 2.0 ** math.ceil(math.log2(steps_BCGRQ.shape[-1])) / 2.0**24
+    steps_BCGRQ = jnp.maximum(steps_BCGRQ, -_FORGOTTEN)
+    coarse_BCGRQ = jnp.round(steps_BCGRQ / grain) * grain
+    return _prefix_sums(coarse_BCGRQ), _prefix_sums(steps_BCGRQ - coarse_BCGRQ)
 
 
 def _carry(states_BCGRPN, through_BCGR, start_BGRPN, reverse: bool = False):
     """States that enter each chunk, and the one after the last: s <- through * s + state, chunk by chunk.
 
     Chunks are read and written where they are: a scan over them has its axis first, and copies all states there and
-    back. What is written is no array that is read, which would be copied whole for each chunk.
+    back. What leaves a chunk is written over what is added in it, from which it is made. What enters one is what left
+    the one before; over what is added it could not be written without a copy of all states for each chunk.
     """
     n_chunks = states_BCGRPN.shape[1]
 
     def step(index, carry):
-        state_BGRPN, entering_BCGRPN = carry
+        state_BGRPN, states_BCGRPN = carry
         chunk = n_chunks - 1 - index if reverse else index
         added_BGRPN, through_BGR = (
             jax.lax.dynamic_index_in_dim(array, chunk, axis=1, keepdims=False)
             for array in (states_BCGRPN, through_BCGR)
         )
-        entering_BCGRPN = jax.lax.dynamic_update_index_in_dim(entering_BCGRPN, state_BGRPN, chunk, axis=1)
-        return through_BGR[..., None, None] * state_BGRPN + added_BGRPN, entering_BCGRPN
+        left_BGRPN = through_BGR[..., None, None] * state_BGRPN + added_BGRPN
+        states_BCGRPN = jax.lax.dynamic_update_index_in_dim(states_BCGRPN, left_BGRPN, chunk, axis=1)
+        return left_BGRPN, states_BCGRPN
 
-    start = start_BGRPN, jnp.zeros_like(states_BCGRPN)
-    last_BGRPN, entering_BCGRPN = jax.lax.fori_loop(0, n_chunks, step, start)
-    return entering_BCGRPN, last_BGRPN
+    last_BGRPN, left_BCGRPN = jax.lax.fori_loop(0, n_chunks, step, (start_BGRPN, states_BCGRPN))
+    first_BCGRPN = start_BGRPN[:, None]
+    parts = (left_BCGRPN[:, 1:], first_BCGRPN) if reverse else (first_BCGRPN, left_BCGRPN[:, :-1])
+    return jnp.concatenate(parts, axis=1), last_BGRPN
 
 
 def _grouped(state_BHPN, like: _Chunks):
-    n_groups, n_shared = like.dt_BCQGR.shape[3:]
+    n_groups, n_shared = like.dt_BCGRQ.shape[2:4]
     return state_BHPN.reshape(state_BHPN.shape[0], n_groups, n_shared, *state_BHPN.shape[2:])
 
 
@@ -343,94 +350,101 @@ def _forward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BHP
     """(y, leaving state) of one slab."""
     dtype = state_BHPN.dtype
     c = _cut(tokens, weights, marks, chunk)
-    product_dtype = c.xdt_BCQGRP.dtype
-    states_BCGRPN = _einsum("bcqgrp,bcqgn->bcgrpn", _scale(c.xdt_BCQGRP, c.tail_BCQGR), c.B_BCQGN, dtype)
+    product_dtype = c.xdt_BCGRPQ.dtype
+    states_BCGRPN = _einsum("bcgrpq,bcgqn->bcgrpn", _scale(c.xdt_BCGRPQ, c.tail_BCGRQ), c.B_BCGQN, dtype)
     entering_BCGRPN, left_BGRPN = _carry(states_BCGRPN, c.through_BCGR, _grouped(state_BHPN, c))
     weights_BCGRQQ = (c.scores_BCGQQ[:, :, :, None] * c.within_BCGRQQ).astype(product_dtype)
-    y_BCQGRP = _einsum("bcgrqs,bcsgrp->bcqgrp", weights_BCGRQQ, c.xdt_BCQGRP, dtype)
-    across_BCQGRP = _einsum("bcqgn,bcgrpn->bcqgrp", c.C_BCQGN, entering_BCGRPN.astype(product_dtype), dtype)
-    y_BCQGRP += across_BCQGRP * c.head_BCQGR[..., None]
+    y_BCGRPQ = _einsum("bcgrps,bcgrqs->bcgrpq", c.xdt_BCGRPQ, weights_BCGRQQ, dtype)
+    across_BCGRPQ = _einsum("bcgrpn,bcgqn->bcgrpq", entering_BCGRPN.astype(product_dtype), c.C_BCGQN, dtype)
+    y_BCGRPQ += across_BCGRPQ * c.head_BCGRQ[..., None, :]
     if weights.D is not None:
-        y_BCQGRP += c.x_BCQGRP * _skip(weights.D, c)
-    y_BTHP = _where_real(marks, y_BCQGRP.reshape(tokens.x_BTHP.shape))
-    return y_BTHP.astype(tokens.x_BTHP.dtype), left_BGRPN.reshape(state_BHPN.shape)
+        y_BCGRPQ += c.x_BCGRPQ * _skip(weights.D, c)
+    y_BTHP = _where_real(marks, _rows_of(y_BCGRPQ.astype(tokens.x_BTHP.dtype), tokens.x_BTHP.shape))
+    return y_BTHP, left_BGRPN.reshape(state_BHPN.shape)
 
 
-def _scale(array_BCQGRP, factor_BCQGR):
+def _scale(array_BCGRPQ, factor_BCGRQ):
     """Per-token factor in the accumulation dtype, result in the array's."""
-    return (array_BCQGRP * factor_BCQGR[..., None]).astype(array_BCQGRP.dtype)
+    return (array_BCGRPQ * factor_BCGRQ[..., None, :]).astype(array_BCGRPQ.dtype)
 
 
 def _skip(D, like: _Chunks):
-    return D.astype(like.dt_BCQGR.dtype).reshape(*like.dt_BCQGR.shape[3:], -1)[None, None, None]
+    n_groups, n_shared = like.dt_BCGRQ.shape[2:4]
+    return D.astype(like.dt_BCGRQ.dtype).reshape(1, 1, n_groups, n_shared, -1, 1)
 
 
 def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BHPN, dy_BTHP, dleft_BHPN, chunk: int):
     """(gradients of tokens, of weights, of the entering state) for one slab."""
     dtype = state_BHPN.dtype
     c = _cut(tokens, weights, marks, chunk)
-    product_dtype = c.xdt_BCQGRP.dtype
-    dy_BTHP = _where_real(marks, dy_BTHP)
-    dy_BCQGRP = dy_BTHP.reshape(c.x_BCQGRP.shape).astype(product_dtype)
-    tailed_BCQGRP = _scale(c.xdt_BCQGRP, c.tail_BCQGR)
-    headed_BCQGRP = _scale(dy_BCQGRP, c.head_BCQGR)
+    product_dtype = c.xdt_BCGRPQ.dtype
+    n_batch, n_chunks, n_groups, n_shared, d_head, _ = c.x_BCGRPQ.shape
+    dy_BCQGRP = _where_real(marks, dy_BTHP).reshape(n_batch, n_chunks, chunk, n_groups, n_shared, d_head)
+    dy_BCGRPQ = jnp.moveaxis(dy_BCQGRP.astype(product_dtype), 2, -1)
+    tailed_BCGRPQ = _scale(c.xdt_BCGRPQ, c.tail_BCGRQ)
+    headed_BCGRPQ = _scale(dy_BCGRPQ, c.head_BCGRQ)
 
     # States again, and their gradients from the last chunk to the first.
-    states_BCGRPN = _einsum("bcqgrp,bcqgn->bcgrpn", tailed_BCQGRP, c.B_BCQGN, dtype)
+    states_BCGRPN = _einsum("bcgrpq,bcgqn->bcgrpn", tailed_BCGRPQ, c.B_BCGQN, dtype)
     entering_BCGRPN, _ = _carry(states_BCGRPN, c.through_BCGR, _grouped(state_BHPN, c))
-    dstates_BCGRPN = _einsum("bcqgrp,bcqgn->bcgrpn", headed_BCQGRP, c.C_BCQGN, dtype)
+    dstates_BCGRPN = _einsum("bcgrpq,bcgqn->bcgrpn", headed_BCGRPQ, c.C_BCGQN, dtype)
     dleaving_BCGRPN, dstate_BGRPN = _carry(dstates_BCGRPN, c.through_BCGR, _grouped(dleft_BHPN, c), reverse=True)
     dthrough_BCGR = c.through_BCGR * jnp.sum(entering_BCGRPN * dleaving_BCGRPN, axis=(-2, -1))
     entering_BCGRPN = entering_BCGRPN.astype(product_dtype)
     dleaving_BCGRPN = dleaving_BCGRPN.astype(product_dtype)
 
     # Within chunks.
-    dweights_BCGRQQ = _einsum("bcqgrp,bcsgrp->bcgrqs", dy_BCQGRP, c.xdt_BCQGRP, product_dtype) * c.within_BCGRQQ
+    dweights_BCGRQQ = _einsum("bcgrpq,bcgrps->bcgrqs", dy_BCGRPQ, c.xdt_BCGRPQ, product_dtype) * c.within_BCGRQQ
     dscores_BCGQQ = dweights_BCGRQQ.sum(axis=3).astype(product_dtype)
-    dsteps_BCQGR = _straddling_sums(dweights_BCGRQQ * c.scores_BCGQQ[:, :, :, None], product_dtype, dtype)
+    dsteps_BCGRQ = _straddling_sums(dweights_BCGRQQ * c.scores_BCGQQ[:, :, :, None], product_dtype, dtype)
     weights_BCGRQQ = (c.scores_BCGQQ[:, :, :, None] * c.within_BCGRQQ).astype(product_dtype)
-    dxdt_BCQGRP = _einsum("bcgrqs,bcqgrp->bcsgrp", weights_BCGRQQ, dy_BCQGRP, dtype)
+    dxdt_BCGRPQ = _einsum("bcgrpq,bcgrqs->bcgrps", dy_BCGRPQ, weights_BCGRQQ, dtype)
 
     # Through the states.
-    dxdt_left_BCQGRP = _einsum("bcqgn,bcgrpn->bcqgrp", c.B_BCQGN, dleaving_BCGRPN, dtype) * c.tail_BCQGR[..., None]
-    across_BCQGRP = _einsum("bcqgn,bcgrpn->bcqgrp", c.C_BCQGN, entering_BCGRPN, dtype) * c.head_BCQGR[..., None]
-    dtail_BCQGR = jnp.sum(c.xdt_BCQGRP * dxdt_left_BCQGRP, axis=-1)
-    dhead_BCQGR = jnp.sum(dy_BCQGRP * across_BCQGRP, axis=-1)
-    dsteps_BCQGR += _prefix_sums(dhead_BCQGR, 2, reverse=True)
-    dsteps_BCQGR += _prefix_sums(dtail_BCQGR, 2, inclusive=False) + dthrough_BCGR[:, :, None]
-    dxdt_BCQGRP += dxdt_left_BCQGRP
+    dxdt_left_BCGRPQ = _einsum("bcgrpn,bcgqn->bcgrpq", dleaving_BCGRPN, c.B_BCGQN, dtype) * c.tail_BCGRQ[..., None, :]
+    across_BCGRPQ = _einsum("bcgrpn,bcgqn->bcgrpq", entering_BCGRPN, c.C_BCGQN, dtype) * c.head_BCGRQ[..., None, :]
+    dtail_BCGRQ = jnp.sum(c.xdt_BCGRPQ * dxdt_left_BCGRPQ, axis=-2)
+    dhead_BCGRQ = jnp.sum(dy_BCGRPQ * across_BCGRPQ, axis=-2)
+    dsteps_BCGRQ += _prefix_sums(dhead_BCGRQ, reverse=True)
+    dsteps_BCGRQ += _prefix_sums(dtail_BCGRQ, inclusive=False) + dthrough_BCGR[..., None]
+    dxdt_BCGRPQ += dxdt_left_BCGRPQ
 
-    dB_BCQGN = _einsum("bcgqs,bcqgn->bcsgn", dscores_BCGQQ, c.C_BCQGN, dtype)
-    dB_BCQGN += _einsum("bcqgrp,bcgrpn->bcqgn", tailed_BCQGRP, dleaving_BCGRPN, dtype)
-    dC_BCQGN = _einsum("bcgqs,bcsgn->bcqgn", dscores_BCGQQ, c.B_BCQGN, dtype)
-    dC_BCQGN += _einsum("bcqgrp,bcgrpn->bcqgn", headed_BCQGRP, entering_BCGRPN, dtype)
+    dB_BCGQN = _einsum("bcgqs,bcgqn->bcgsn", dscores_BCGQQ, c.C_BCGQN, dtype)
+    dB_BCGQN += _over_heads(tailed_BCGRPQ, dleaving_BCGRPN, dtype)
+    dC_BCGQN = _einsum("bcgqs,bcgsn->bcgqn", dscores_BCGQQ, c.B_BCGQN, dtype)
+    dC_BCGQN += _over_heads(headed_BCGRPQ, entering_BCGRPN, dtype)
 
-    dx_BCQGRP = dxdt_BCQGRP * c.dt_BCQGR[..., None]
+    dx_BCGRPQ = dxdt_BCGRPQ * c.dt_BCGRQ[..., None, :]
     dD = None
     if weights.D is not None:
-        dx_BCQGRP += _skip(weights.D, c) * dy_BCQGRP
-        dD = jnp.sum(c.x_BCQGRP.astype(dtype) * dy_BCQGRP, axis=(0, 1, 2))
+        dx_BCGRPQ += _skip(weights.D, c) * dy_BCGRPQ
+        dD = jnp.sum(c.x_BCGRPQ.astype(dtype) * dy_BCGRPQ, axis=(0, 1, -1))
         dD = (dD if weights.D.ndim == 2 else dD.sum(-1)).reshape(weights.D.shape)
-    ddt_BCQGR = jnp.sum(dxdt_BCQGRP * c.x_BCQGRP, axis=-1)
+    ddt_BCGRQ = jnp.sum(dxdt_BCGRPQ * c.x_BCGRPQ, axis=-2)
     dA = ddecay = None
     if weights.A_H is not None:
-        A_GR = weights.A_H.astype(dtype).reshape(c.dt_BCQGR.shape[3:])
-        ddt_BCQGR += dsteps_BCQGR * A_GR[None, None, None]
-        dA = jnp.sum(dsteps_BCQGR * c.dt_BCQGR, axis=(0, 1, 2)).reshape(-1)
+        ddt_BCGRQ += dsteps_BCGRQ * weights.A_H.astype(dtype).reshape(1, 1, n_groups, n_shared, 1)
+        dA = jnp.sum(dsteps_BCGRQ * c.dt_BCGRQ, axis=(0, 1, -1)).reshape(-1)
     elif tokens.decay_BTH is not None:
-        ddecay = _where_real(marks, dsteps_BCQGR.reshape(tokens.decay_BTH.shape))
+        ddecay = _where_real(marks, _rows_of(dsteps_BCGRQ, tokens.decay_BTH.shape))
     dtokens = _Tokens(
-        dx_BCQGRP.reshape(tokens.x_BTHP.shape).astype(tokens.x_BTHP.dtype),
-        _where_real(marks, ddt_BCQGR.reshape(tokens.dt_BTH.shape)),
-        dB_BCQGN.reshape(tokens.B_BTGN.shape),
-        dC_BCQGN.reshape(tokens.C_BTGN.shape),
+        _rows_of(dx_BCGRPQ.astype(tokens.x_BTHP.dtype), tokens.x_BTHP.shape),
+        _where_real(marks, _rows_of(ddt_BCGRQ, tokens.dt_BTH.shape)),
+        jnp.moveaxis(dB_BCGQN, 2, 3).reshape(tokens.B_BTGN.shape),
+        jnp.moveaxis(dC_BCGQN, 2, 3).reshape(tokens.C_BTGN.shape),
         ddecay,
     )
     return dtokens, _Weights(dA, dD), dstate_BGRPN.reshape(state_BHPN.shape)
 
 
+def _over_heads(left_BCGRPQ, right_BCGRPN, dtype):
+    """The sum over R and P of their products as [B, C, G, Q, N]: over one axis, as XLA copies operands of two."""
+    left, right = (array.reshape(*array.shape[:3], -1, array.shape[-1]) for array in (left_BCGRPQ, right_BCGRPN))
+    return _einsum("bcgkq,bcgkn->bcgqn", left, right, dtype)
+
+
 def _straddling_sums(products_BCGRQQ, product_dtype, dtype):
-    """For each token t of a chunk the sum of products[i, j] over j < t <= i, as [B, C, Q, G, R].
+    """For each token t of a chunk the sum of products[i, j] over j < t <= i, as [B, C, G, R, Q].
 
     It is the gradient of step t, which lies between j and i. Summed as written and not as a difference of row and
     column sums: behind a step that forgets everything the true sum is 0, and rounding left there would swamp the
@@ -442,8 +456,7 @@ def _straddling_sums(products_BCGRQQ, product_dtype, dtype):
         i_QQQ, j_QQQ, t_QQQ = jnp.meshgrid(*[jnp.arange(chunk)] * 3, indexing="ij")
         between_QQQ = (j_QQQ < t_QQQ) & (t_QQQ <= i_QQQ)
         flat = products_BCGRQQ.astype(product_dtype).reshape(*products_BCGRQQ.shape[:-2], chunk**2)
-        total = _einsum("bcgrs,sq->bcgrq", flat, between_QQQ.reshape(-1, chunk).astype(product_dtype), dtype)
-        return jnp.moveaxis(total, -1, 2)
+        return _einsum("bcgrs,sq->bcgrq", flat, between_QQQ.reshape(-1, chunk).astype(product_dtype), dtype)
     width = min(chunk, _BLOCK)
     starts = range(0, chunk, width)
     own = jnp.stack([products_BCGRQQ[..., k : k + width, k : k + width] for k in starts], axis=-3)
@@ -453,11 +466,11 @@ def _straddling_sums(products_BCGRQQ, product_dtype, dtype):
         other = jnp.where(block[:, None] > block[None], products_BCGRQQ, 0)
         rows = other.reshape(*other.shape[:-1], len(starts), width).sum(axis=-1)  # token i, block j
         to_after = other.sum(axis=-2).reshape(total.shape)
-        total += _prefix_sums(rows.sum(axis=-1).reshape(total.shape), total.ndim - 1, reverse=True)
-        total += _prefix_sums(to_after, total.ndim - 1, inclusive=False)
+        total += _prefix_sums(rows.sum(axis=-1).reshape(total.shape), reverse=True)
+        total += _prefix_sums(to_after, inclusive=False)
         between = jnp.stack([rows[..., k : k + width, :].sum(axis=-2) for k in starts], axis=-2)
         total += _straddle(between, inclusive=False)[..., None]
-    return jnp.moveaxis(total.reshape(*products_BCGRQQ.shape[:-1]), -1, 2)
+    return total.reshape(*products_BCGRQQ.shape[:-1])
 
 
 def _straddle(products, inclusive: bool = True):

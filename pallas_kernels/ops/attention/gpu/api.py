@@ -85,6 +85,7 @@ def attention_gpu(
     sinks=None,
     q_offset=0,
     stacked=None,
+    q_wide=None,
 ):
     """See `pallas_kernels.attention`; segment_ids and positions are pairs here.
 
@@ -95,7 +96,8 @@ def attention_gpu(
     scale = d_head**-0.5 if scale is None else scale
     width = next(w for w in WIDTHS if w >= max(d_head, d_value))
     elementwise = gate is not None and gate.ndim == 4
-    q, k = (_pad(_pad(a, 3, width - d_head), 1, -a.shape[1] % TOKEN_MULTIPLE) for a in (q_BTHP, k_BSKP))
+    pad = lambda a: a if a is None else _pad(_pad(a, 3, width - d_head), 1, -a.shape[1] % TOKEN_MULTIPLE)
+    q, k, q_wide = (pad(a) for a in (q_BTHP, k_BSKP, q_wide))
     v = _pad(_pad(v_BSKP, 3, width - d_value), 1, -n_keys % TOKEN_MULTIPLE)
     gate = _pad(gate, 1, -n_queries % TOKEN_MULTIPLE)
     if elementwise:
@@ -130,7 +132,7 @@ def attention_gpu(
         source = (*rows, jnp.reshape(stacked[2] * n_batch, 1))
     forward, backward, vectors = _vectors(forward, backward, bounds, n_queries, n_keys)
     vectors, decode = jax.tree.map(jnp.asarray, (vectors, decode))
-    out = _attend(forward, backward, q, k, v, gate, sinks, vectors, decode, source)
+    out = _attend(forward, backward, q, k, v, gate, sinks, vectors, decode, source, q_wide)
     return out[:, :n_queries, :, :d_value]
 
 
@@ -222,11 +224,12 @@ def _backward_kernel(cfg: Backward, *arrays):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, vectors, decode, source):
+def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, vectors, decode, source, q_wide):
     """out for widths the kernels take; T and S multiples of 8.
 
     vectors, decode: `Vectors` of the kernels for many queries and, where keys are cut, for few; else None.
     source: None, or k and v [L B, S, K, P] and the first row to read, [1], for decoding to read instead of k and v.
+    q_wide: None, or what gets the gradient of q in its place, float32.
     """
     if decode is not None:
         return _decode(forward, q, k, v, gate, sinks, decode, source)
@@ -247,16 +250,16 @@ def _run_forward(forward, q, k, v, gate, sinks, vectors):
     return _forward_kernel(forward, q, k, v, vectors.queries, vectors.key_ranges, vectors.keys, sinks, gate)
 
 
-def _attend_forward(forward, backward, q, k, v, gate, sinks, vectors, decode, source):
+def _attend_forward(forward, backward, q, k, v, gate, sinks, vectors, decode, source, q_wide):
     del decode, source
     out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, vectors)
     kept = checkpoint_name((*(ungated or [out]), lse), "attention_kept")
     out = out if ungated else kept[0]  # by its name, from which others begin again
-    return out, (q, k, v, gate, sinks, vectors, *kept)
+    return out, (q, k, v, gate, sinks, vectors, None if q_wide is None else (), *kept)
 
 
 def _attend_backward(forward, backward, residuals, dout):
-    q, k, v, gate, sinks, vectors, out, lse = residuals
+    q, k, v, gate, sinks, vectors, wide, out, lse = residuals
     wide_dout, out = dout.astype(F32), out.astype(F32)
     do, dgate = dout, None
     if gate is not None:
@@ -271,12 +274,13 @@ def _attend_backward(forward, backward, residuals, dout):
     q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
     grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, vectors.queries, vectors.query_ranges, vectors.keys)
     dq, dk, dv = (grad[..., :width] for grad in grads)
-    dq = (dq * backward.scale).astype(q.dtype)
+    dq = dq * backward.scale
+    dq, dq_wide = (dq.astype(q.dtype), None) if wide is None else (None, dq)
     dsinks = None
     if sinks is not None:
         weights = jnp.exp2(_sinks_log2(sinks)[None, :, None] - lse[:, :, : forward.queries])
         dsinks = -(weights * delta_BHT[:, :, : forward.queries]).sum((0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, dgate, dsinks, None, None, None
+    return dq, dk, dv, dgate, dsinks, None, None, None, dq_wide
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

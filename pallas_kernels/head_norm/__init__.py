@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The RMS norm of heads and their rotation in one pass over memory, and its gradient in one, on a Hopper GPU.
+
+`why_not` says where the kernels can serve. They stand in a module that is imported where it is called, for Mosaic takes
+its time. Axis letters: R rows, H heads, P head width, C pairs of a head that are rotated.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels import platform
+from pallas_kernels.op import why_not_hopper
+
+__all__ = ["COSTS", "head_norm", "head_norm_gradients", "why_not"]
+
+OLDEST_JAX = (0, 11)
+THREADS, VECTOR = 128, 4
+"""Of a thread block; neighbours of a head that a thread has, of each half."""
+WIDTHS = (64, 128)
+"""Of a head."""
+TILE, MOST = 4096, 16384
+"""Bytes of a tile of bfloat16: as many, or more where all threads have a part of no less; and the most."""
+SHARED, OWN = 220 * 1024, 4096
+"""Bytes of shared memory of a multiprocessor for thread blocks, and of them what each has beside its tiles: weights,
+what sums over warps take, barriers and the system's."""
+BLOCKS = {"head_norm": 6, "head_norm_gradients": 4}
+"""Thread blocks of a multiprocessor, at most: for more there are no registers."""
+COSTS = dict.fromkeys(BLOCKS, "pallas_kernels.cost:no_products")
+"""As `gpu_costs` of an op."""
+
+
+def why_not(n_rows: int, n_heads: int, width: int, dtype: DTypeLike) -> str | None:
+    """Why the kernels cannot serve arrays [n_rows, n_heads, width] of a type; None where they can."""
+    if reason := why_not_hopper(OLDEST_JAX):
+        return reason
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"arrays are of type {jnp.dtype(dtype)}, not bfloat16"
+    if width not in WIDTHS:
+        return f"head width ({width}) not one of {', '.join(map(str, WIDTHS))}"
+    rows = _tile(n_heads, width)
+    if 2 * rows * n_heads * width > MOST:
+        return f"heads ({n_heads}), of which {rows} rows are taken at a time, are more than {MOST} bytes"
+    return f"rows ({n_rows}) no multiple of {rows}" if n_rows % rows else None
+
+
+def head_norm(x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None, eps: float) -> jax.Array:
+    """x / rms(x) * weight of each head, then rotated; in float32, rounded once, to bfloat16.
+
+    x: [R, H, P] bfloat16; weight: [P] float32. turn: [R, 2, C] float32, cosines and sines of each row's angles, by
+    which pairs (i, i + C) of whole heads are turned (C: half of P); None: not rotated.
+    NotImplementedError where `why_not` gives a reason.
+    """
+    from pallas_kernels.head_norm import kernel
+
+    plan = _plan("head_norm", [x_RHP], turn_RcC, eps)
+    return kernel.head_norm(plan, x_RHP, weight_P, turn_RcC)
+
+
+def head_norm_gradients(
+    x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None, dy_RHP: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """(dx, [R, H, P] bfloat16, d_weight, [P] float32) of `head_norm`, whose cotangent is dy, bfloat16 or float32.
+
+    NotImplementedError where `why_not` gives a reason, ValueError for a cotangent of another shape or type.
+    """
+    if dy_RHP.shape != x_RHP.shape or dy_RHP.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"dy_RHP ({dy_RHP.dtype}{list(dy_RHP.shape)}) must be bfloat16 or float32, {x_RHP.shape}")
+    from pallas_kernels.head_norm import kernel
+
+    plan = _plan("head_norm_gradients", [x_RHP, dy_RHP], turn_RcC, eps)
+    return kernel.head_norm_gradients(plan, x_RHP, weight_P, turn_RcC, dy_RHP)
+
+
+def _piece(n_heads: int, width: int) -> tuple[int, int, int]:
+    """Rows, heads and pairs of which each thread has VECTOR of each half: as many heads as divide."""
+    at_once = THREADS * VECTOR // (width // 2)
+    side_by_side = math.gcd(n_heads, at_once)
+    return at_once // side_by_side, side_by_side, width // 2
+
+
+def _tile(n_heads: int, width: int) -> int:
+    """Rows of a tile."""
+    least = _piece(n_heads, width)[0]
+    return least * max(1, TILE // (2 * least * n_heads * width))
+
+
+def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, eps: float):
+    from pallas_kernels.head_norm import kernel
+
+    x_RHP = arrays_RHP[0]
+    n_rows, n_heads, width = x_RHP.shape
+    if reason := why_not(n_rows, n_heads, width, x_RHP.dtype):
+        raise NotImplementedError(reason)
+    tile = _tile(n_heads, width)
+    turned = [] if turn_RcC is None else [turn_RcC]
+    of_row = lambda arrays: sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in arrays)
+    n_bytes = tile * (kernel.STAGES * of_row([*arrays_RHP, *turned]) + 2 * of_row([x_RHP])) + OWN
+    side_by_side = max(1, min(BLOCKS[name], SHARED // n_bytes))
+    n_blocks = min(n_rows // tile, side_by_side * platform.multiprocessors())
+    return kernel.Plan(n_rows, n_heads, width, eps, _piece(n_heads, width), tile, n_blocks)
