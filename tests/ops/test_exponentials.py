@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of exponentials and their sums, interpreted, against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,9 +38,12 @@ def test_rows_beside_bases_that_fit_and_that_do_not(n_columns):
 
 
 @needs_gpu_interpreter
-def test_products_beside_bases_that_fit_and_that_do_not():
+@pytest.mark.parametrize("few_inputs", [64, 128])
+def test_products_beside_bases_that_fit_and_that_do_not(few_inputs, monkeypatch):
     """Of three tiles of columns the last repeats some; rows of one of three clusters' are walked again, and clusters
     have several tiles."""
+    monkeypatch.setattr("pallas_kernels.exponentials.products.FEW_INPUTS", few_inputs)
+    jax.clear_caches()  # traced of the other
     rng, factor, n_rows, n_columns = np.random.default_rng(0), 0.7, 768, 576
     x = jnp.asarray(rng.standard_normal((n_rows, 128)), jnp.bfloat16)
     w = jnp.asarray(0.2 * rng.standard_normal((n_columns, 128)), jnp.bfloat16)
