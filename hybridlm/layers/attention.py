@@ -326,7 +326,7 @@ class AttentionMixer(nnx.Module):
         if self._in_one_pass:
             weight, axis = norm.offset + norm.weight[...], {"q": "heads", "k": "kv_heads"}[side]
             scale = c.d_head**-0.5 if c.scale is None else c.scale
-            how = {"factor": scale, "wide": True} if learns else {}
+            how: dict[str, Any] = {"factor": scale, "wide": True} if learns else {}
             return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name, axis, **how)
         heads = heads if c.qk_norm_rotated else norm(heads)
         heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)
