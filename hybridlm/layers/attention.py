@@ -325,9 +325,9 @@ class AttentionMixer(nnx.Module):
         heads = checkpoint_name(heads, name)  # not what is normed of it, for which the product would be made again
         if self._in_one_pass:
             weight, axis = norm.offset + norm.weight[...], {"q": "heads", "k": "kv_heads"}[side]
-            if learns:
-                weight = weight * (c.d_head**-0.5 if c.scale is None else c.scale)
-            return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name, axis, learns)
+            scale = c.d_head**-0.5 if c.scale is None else c.scale
+            how: dict[str, Any] = {"factor": scale, "wide": True} if learns else {}
+            return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name, axis, **how)
         heads = heads if c.qk_norm_rotated else norm(heads)
         heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)
         return checkpoint_name(norm(heads) if c.qk_norm_rotated else heads, qk_norm.ROTATED)

@@ -37,9 +37,9 @@ def is_faster(rope: Rope | None, d_head: int) -> bool:
 
 def normed_and_rotated(
     x_BTHP: jax.Array, weight_P: jax.Array, positions_BT: jax.Array, rope: Rope | None, eps: float, name: str,
-    axis: str, wide: bool = False,
+    axis: str, factor: float = 1.0, wide: bool = False,
 ) -> Any:  # fmt: skip
-    """x / rms(x) * weight of each head, then `rope.rotate` (None: not rotated); type of the input.
+    """x / rms(x) * weight * factor of each head, then `rope.rotate` (None: not rotated); type of the input.
 
     Nothing is rounded between them. The weight is float32. name: under which remat keeps the roots, small beside x;
     axis: logical axis of the heads. wide: also the same in float32, a pair, which costs nothing unless it is read: to
@@ -48,22 +48,22 @@ def normed_and_rotated(
     turn = None
     if rope is not None:
         turn = checkpoint_name(jnp.stack(turns(positions_BT, rope, x_BTHP.shape[-1]), axis=2), ROTATED)
-    y_BTHP, *wide_BTHP = _fused(x_BTHP, weight_P, turn, eps, name, axis, wide)
+    y_BTHP, *wide_BTHP = _fused(x_BTHP, weight_P, turn, eps, name, axis, factor, wide)
     y_BTHP = checkpoint_name(y_BTHP, ROTATED)
     return (y_BTHP, *wide_BTHP) if wide else y_BTHP
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _fused(x_BTHP, weight_P, turn, eps: float, name: str, axis: str, wide: bool) -> tuple[jax.Array, ...]:
-    return _run(x_BTHP, weight_P, turn, eps, name, axis, wide)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _fused(x_BTHP, weight_P, turn, eps: float, name: str, axis: str, factor: float, wide: bool) -> tuple:
+    return _run(x_BTHP, weight_P, turn, eps, name, axis, factor, wide)[0]
 
 
-def _run(x_BTHP, weight_P, turn, eps, name, axis, wide):
+def _run(x_BTHP, weight_P, turn, eps, name, axis, factor, wide):
     root = None
     if _has_kernel(x_BTHP, axis):
-        y_BTHP = _in_kernel(x_BTHP, weight_P, turn, eps, axis)
+        y_BTHP = _in_kernel(x_BTHP, weight_P, turn, eps, axis, factor)
     else:
-        x, weight = x_BTHP.astype(jnp.float32), _of_head(weight_P)
+        x, weight = x_BTHP.astype(jnp.float32), _of_head(weight_P, factor)
         root = lax.optimization_barrier(lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps))
         root = checkpoint_name(root, name)
         y_BTHP = _turned(x * root * weight, turn).astype(x_BTHP.dtype)
@@ -71,30 +71,30 @@ def _run(x_BTHP, weight_P, turn, eps, name, axis, wide):
 
 
 def _forward(*args):
-    *arrays, eps, name, axis, wide = args
-    return _run(*jax.tree.map(lambda a: a.value, arrays), eps, name, axis, wide)
+    arrays, more = args[:3], args[3:]
+    return _run(*jax.tree.map(lambda a: a.value, arrays), *more)
 
 
-def _backward(eps, name, axis, wide, saved, grads):
+def _backward(eps, name, axis, factor, wide, saved, grads):
     del name, wide
     x_BTHP, weight_P, turn, root = saved
     grads = [grad for grad in grads if not isinstance(grad, SymbolicZero)]
     dy_BTHP = grads[0] if len(grads) == 1 else sum(grad.astype(jnp.float32) for grad in grads)
     if root is None:
-        dx, d_weight = _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps, axis)
+        dx, d_weight = _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps, axis, factor)
         return dx, d_weight.astype(weight_P.dtype), None
 
     def parts(x_BTHP, dy_BTHP):
         """What was normed, before its weight, and the gradient behind the weight."""
         return x_BTHP.astype(jnp.float32) * root, _turned(dy_BTHP.astype(jnp.float32), turn, back=True)
 
-    weight = _of_head(weight_P)
+    weight = _of_head(weight_P, factor)
     normed, d_out = parts(x_BTHP, dy_BTHP)
     mean = jnp.mean(d_out * weight * normed, axis=-1, keepdims=True)
     x_BTHP, dy_BTHP, mean = lax.optimization_barrier((x_BTHP, dy_BTHP, mean))  # else the first pass's float32 is kept
     normed, d_out = parts(x_BTHP, dy_BTHP)
     dx = root * (d_out * weight - normed * mean)
-    d_weight = jnp.sum(d_out * normed, axis=(0, 1, 2))
+    d_weight = jnp.sum(d_out * normed, axis=(0, 1, 2)) * factor
     return dx.astype(x_BTHP.dtype), d_weight.astype(weight_P.dtype), None
 
 
@@ -124,22 +124,22 @@ def _per_device(kernel, x_BTHP, weight_P, turn, grads: tuple, axis: str, outs) -
     return exchange.manual(of_device, arrays, axes, outs)
 
 
-def _in_kernel(x_BTHP, weight_P, turn, eps: float, axis: str) -> jax.Array:
+def _in_kernel(x_BTHP, weight_P, turn, eps: float, axis: str, factor: float) -> jax.Array:
     outs = ("batch", "tokens", axis, None), x_BTHP.shape
-    return _per_device(partial(head_norm.head_norm, eps=eps), x_BTHP, weight_P, turn, (), axis, outs)
+    return _per_device(partial(head_norm.head_norm, eps=eps, factor=factor), x_BTHP, weight_P, turn, (), axis, outs)
 
 
-def _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps: float, axis: str) -> tuple[jax.Array, jax.Array]:
+def _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps: float, axis: str, factor: float) -> tuple:
     heads, shape = ("batch", "tokens", axis, None), x_BTHP.shape
     split = tuple(name for of_dim in sharding.dims_axes(heads, shape)[:3] for name in of_dim)
     outs = [(heads, shape), ((split, None), (1, *weight_P.shape))]
-    run = partial(head_norm.head_norm_gradients, eps=eps)
+    run = partial(head_norm.head_norm_gradients, eps=eps, factor=factor)
     dx, d_weight = _per_device(run, x_BTHP, weight_P, turn, (dy_BTHP,), axis, outs)
     return dx, d_weight.sum(0)
 
 
-def _of_head(weight_P):
-    return jnp.expand_dims(weight_P.astype(jnp.float32), (0, 1, 2))
+def _of_head(weight_P, factor: float):
+    return jnp.expand_dims(weight_P.astype(jnp.float32) * factor, (0, 1, 2))
 
 
 def _turned(x_BTHP, turn, back: bool = False):

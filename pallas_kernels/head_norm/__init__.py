@@ -46,8 +46,10 @@ def why_not(n_rows: int, n_heads: int, width: int, dtype: DTypeLike) -> str | No
     return f"rows ({n_rows}) no multiple of {rows}" if n_rows % rows else None
 
 
-def head_norm(x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None, eps: float) -> jax.Array:
-    """x / rms(x) * weight of each head, then rotated; in float32, rounded once, to bfloat16.
+def head_norm(
+    x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None, eps: float, factor: float = 1.0
+) -> jax.Array:
+    """x / rms(x) * weight * factor of each head, then rotated; in float32, rounded once, to bfloat16.
 
     x: [R, H, P] bfloat16; weight: [P] float32. turn: [R, 2, C] float32, cosines and sines of each row's angles, by
     which pairs (i, i + C) of whole heads are turned (C: half of P); None: not rotated.
@@ -55,12 +57,17 @@ def head_norm(x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None,
     """
     from pallas_kernels.head_norm import kernel
 
-    plan = _plan("head_norm", [x_RHP], turn_RcC, eps)
+    plan = _plan("head_norm", [x_RHP], turn_RcC, eps, factor)
     return kernel.head_norm(plan, x_RHP, weight_P, turn_RcC)
 
 
 def head_norm_gradients(
-    x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None, dy_RHP: jax.Array, eps: float
+    x_RHP: jax.Array,
+    weight_P: jax.Array,
+    turn_RcC: jax.Array | None,
+    dy_RHP: jax.Array,
+    eps: float,
+    factor: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, [R, H, P] bfloat16, d_weight, [P] float32) of `head_norm`, whose cotangent is dy, bfloat16 or float32.
 
@@ -70,7 +77,7 @@ def head_norm_gradients(
         raise ValueError(f"dy_RHP ({dy_RHP.dtype}{list(dy_RHP.shape)}) must be bfloat16 or float32, {x_RHP.shape}")
     from pallas_kernels.head_norm import kernel
 
-    plan = _plan("head_norm_gradients", [x_RHP, dy_RHP], turn_RcC, eps)
+    plan = _plan("head_norm_gradients", [x_RHP, dy_RHP], turn_RcC, eps, factor)
     return kernel.head_norm_gradients(plan, x_RHP, weight_P, turn_RcC, dy_RHP)
 
 
@@ -87,7 +94,7 @@ def _tile(n_heads: int, width: int) -> int:
     return least * max(1, TILE // (2 * least * n_heads * width))
 
 
-def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, eps: float):
+def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, eps: float, factor: float):
     from pallas_kernels.head_norm import kernel
 
     x_RHP = arrays_RHP[0]
@@ -100,4 +107,4 @@ def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, ep
     n_bytes = tile * (kernel.STAGES * of_row([*arrays_RHP, *turned]) + 2 * of_row([x_RHP])) + OWN
     side_by_side = max(1, min(BLOCKS[name], SHARED // n_bytes))
     n_blocks = min(n_rows // tile, side_by_side * platform.multiprocessors())
-    return kernel.Plan(n_rows, n_heads, width, eps, _piece(n_heads, width), tile, n_blocks)
+    return kernel.Plan(n_rows, n_heads, width, eps, factor, _piece(n_heads, width), tile, n_blocks)

@@ -32,6 +32,8 @@ class Plan(NamedTuple):
     heads: int
     width: int
     eps: float
+    factor: float
+    """Of the weights."""
     piece: tuple[int, int, int]
     """Rows, heads and pairs that the threads have at a time."""
     tile: int
@@ -82,7 +84,7 @@ class Plan(NamedTuple):
     def weights(self, ref):
         """Both halves of the weights, as pieces."""
         load = lambda i: plgpu.load(ref.at[i], layout=self.layout.reduce((0, 1)), optimized=False)
-        return tuple(self.over(load(i), 0, 1) for i in range(2))
+        return tuple(self.over(load(i), 0, 1) * self.factor for i in range(2))
 
     def turn(self, ref, rows):
         """Cosines and sines of a piece."""
@@ -177,7 +179,7 @@ def _backward_body(plan: Plan, x_g, weight_g, dy_g, *refs):
 
     def finish(block, sums, weight_s):
         for half, total in enumerate(sums):
-            weight_s.at[half][...] = jnp.sum(jnp.sum(total, axis=1), axis=0)
+            weight_s.at[half][...] = jnp.sum(jnp.sum(total, axis=1), axis=0) * plan.factor
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(weight_s, sums_g.at[block])
         plgpu.wait_smem_to_gmem(0)

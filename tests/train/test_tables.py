@@ -72,17 +72,17 @@ def hidden_gradients(dy_RD, w_FD, h_RcF):
     return gated_product_gradients(h_RcF, dy_RD @ w_FD.T)
 
 
-def head_norm_of(x_RHP, weight_P, turn_RcC, eps):
+def head_norm_of(x_RHP, weight_P, turn_RcC, eps, factor):
     """`pallas_kernels.head_norm.head_norm`, by definition."""
-    y = rms_normalise(x_RHP, eps) * weight_P[None, None]
+    y = rms_normalise(x_RHP, eps) * (weight_P * factor)[None, None]
     first, second = jnp.split(y, 2, axis=-1)
     cos, sin = turn_RcC[:, 0, None], turn_RcC[:, 1, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_RHP.dtype)
 
 
-def head_norm_gradients(x_RHP, weight_P, turn_RcC, dy_RHP, eps):
+def head_norm_gradients(x_RHP, weight_P, turn_RcC, dy_RHP, eps, factor):
     """Its gradient."""
-    pull = jax.vjp(lambda x, w: head_norm_of(x, w, turn_RcC, eps), x_RHP.astype(jnp.float32), weight_P)[1]
+    pull = jax.vjp(lambda x, w: head_norm_of(x, w, turn_RcC, eps, factor), x_RHP.astype(jnp.float32), weight_P)[1]
     dx, d_weight = pull(dy_RHP.astype(jnp.float32))
     return dx.astype(x_RHP.dtype), d_weight
 

@@ -254,6 +254,7 @@ def _attend_forward(forward, backward, q, k, v, gate, sinks, vectors, decode, so
     del decode, source
     out, lse, *ungated = _run_forward(forward.replace(save=True), q, k, v, gate, sinks, vectors)
     kept = checkpoint_name((*(ungated or [out]), lse), "attention_kept")
+    vectors = checkpoint_name(vectors, "attention_kept")  # small, and made by as many programs as there are arrays
     out = out if ungated else kept[0]  # by its name, from which others begin again
     return out, (q, k, v, gate, sinks, vectors, None if q_wide is None else (), *kept)
 
