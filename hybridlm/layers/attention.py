@@ -180,8 +180,8 @@ class AttentionMixer(nnx.Module):
         d_out = d_model if d_out is None else d_out
         query, key = ("heads", "d_head"), ("kv_heads", "d_head")
         self.w_q = params.matrix(rngs, (D, H, P), ("d_model", *query), init_std)
-        self.w_k = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std)
-        self.w_v = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std)
+        self.w_k = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std, joined=True)
+        self.w_v = params.matrix(rngs, (D, K, P), ("d_model", *key), init_std, joined=True)
         self.b_q = params.zeros((H, P), query, "bias") if config.qkv_bias else None
         self.b_k = params.zeros((K, P), key, "bias") if config.qkv_bias else None
         self.b_v = params.zeros((K, P), key, "bias") if config.qkv_bias else None

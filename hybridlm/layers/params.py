@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import exchange, sharding
-from hybridlm.layers.quantized import Joined, Operand, Parts, Quantized, Rounding, Wide, dot, leaf_axes
+from hybridlm.layers.quantized import Joined, Operand, Parts, Quantized, Rounding, Wide, dot, dot_all, leaf_axes
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
@@ -206,9 +206,11 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
 
 
 def _products_of(x, *weights) -> list[jax.Array]:
-    """x @ weight of each; x: or what each reads."""
+    """x @ weight of each; x: or what each reads. Those that are joined have one product, of what the first reads."""
     xs = x if isinstance(x, tuple) else (x,) * len(weights)
-    return [dot(x, w) for x, w in zip(xs, weights, strict=True)]
+    joined = [i for i, w in enumerate(weights) if isinstance(w, Joined)]
+    found = dict(zip(joined, dot_all(xs[joined[0]], [weights[i] for i in joined]), strict=True)) if joined else {}
+    return [found[i] if i in found else dot(x, w) for i, (x, w) in enumerate(zip(xs, weights, strict=True))]
 
 
 class Read(NamedTuple):
