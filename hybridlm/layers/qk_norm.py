@@ -102,10 +102,10 @@ _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _has_kernel(x_BTHP, axis: str) -> bool:
-    """Whether `pallas_kernels.head_norm` serves heads, as each device has them."""
+    """Whether `pallas_kernels.head_norm` serves heads, as each device has them; of a number of rows that is known."""
     batch, tokens, n_heads, width = exchange.own_shape(("batch", "tokens", axis, None), x_BTHP.shape)
     rows = batch * tokens
-    return rows >= LEAST and head_norm.why_not(rows, n_heads, width, x_BTHP.dtype) is None
+    return isinstance(rows, int) and rows >= LEAST and head_norm.why_not(rows, n_heads, width, x_BTHP.dtype) is None
 
 
 def _per_device(kernel, x_BTHP, weight_P, turn, grads: tuple, axis: str, outs) -> Any:
