@@ -25,6 +25,7 @@ def attention(
     layer: int | AnyArray | None = None,
     k_scale: AnyArray | None = None,
     v_scale: AnyArray | None = None,
+    q_wide: AnyArray | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array: ...

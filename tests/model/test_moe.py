@@ -301,7 +301,7 @@ def test_capacity_drops_what_does_not_fit_and_counts_it(monkeypatch):
     assert none["max_load"] == 4
     room = 40  # 2 * 64 / 4 + 1, rounded up
     assert some["dropped"] == 4 * (64 - room)
-    kept = np.asarray(jnp.all(part == whole, axis=-1))
+    kept = np.asarray(jnp.isclose(part, whole, rtol=1e-4, atol=1e-6).all(axis=-1))  # last bits differ by CPU
     assert kept.sum() == 4 * (room - 32)  # expert 0 is first in the buffer, expert 1's later tokens are left out
     assert kept[:, : room - 32].all()
 
