@@ -107,6 +107,50 @@ def loop_with(accumulator, count: int, step) -> None:
     lax.fori_loop(0, count, lambda i, _: step(i, accumulator), None)
 
 
+def ring_sums(multiply, first, steps: int, stages: int, barriers, width: int, at_step=None):
+    """A warpgroup's products [64, width], of `steps` slots of a ring of `stages`, from its `first` on.
+
+    multiply(accumulator, slot): of what lies in a slot. barriers: (full, empty), of each slot. at_step: called behind
+    each step with its number in the ring.
+    """
+    full, empty = barriers
+
+    def step(k, acc):
+        at = first + k
+        slot = lax.rem(at, stages)
+        plgpu.barrier_wait(full.at[slot])
+        multiply(acc, slot)
+        plgpu.wgmma_wait(1)
+        pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(at - 1, stages)]))
+        if at_step is not None:
+            at_step(at)
+
+    def sums(acc):
+        loop_with(acc, steps, step)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(empty.at[lax.rem(first + steps - 1, stages)])
+        return acc[...]
+
+    return accumulate(sums, width)
+
+
+def stream(rows_g, row, rows_s, fetch_columns, first, steps: int, barriers) -> None:
+    """A producer's part of `ring_sums` of two warpgroups: 128 rows from `row` on and, by `fetch_columns(slot, part)`,
+    columns, TILE of the summed axis at a time. rows_s: the ring's [stages, 2, TILE, TILE]."""
+    (full, empty), stages = barriers, rows_s.shape[0]
+
+    def step(k, _):
+        at = first + k
+        slot, inner = lax.rem(at, stages), pl.ds(k * TILE, TILE)
+        pl.when(at >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+        for half in range(2):
+            rows = pl.ds(row + half * TILE, TILE)
+            plgpu.copy_gmem_to_smem(rows_g.at[rows, inner], rows_s.at[slot, half], full.at[slot])
+        fetch_columns(slot, inner)
+
+    lax.fori_loop(0, steps, step, None)
+
+
 def drain(steps, stages: int, barriers) -> None:
     """A producer's last waits, so that every arrival of `steps` at barriers of `stages` slots is observed."""
 
@@ -123,6 +167,17 @@ def drain(steps, stages: int, barriers) -> None:
 def in_one_warp(work) -> None:
     """Runs `work` in the first warp of the warpgroup alone."""
     plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
+
+
+def over_blocks(name: str, body, blocks: int, out_type):
+    """A kernel of so many thread blocks, each one warpgroup that finds its own part by the axis `blocks`."""
+    return plgpu.kernel(
+        named_body(name, body),
+        out_type=out_type,
+        grid=(blocks,),
+        grid_names=("blocks",),
+        compiler_params=LANE_PARAMS,
+    )
 
 
 def named_body(name: str, body, *args):

@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import logging
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import compat, context, platform
 from pallas_kernels.varying import vary_alike
@@ -191,6 +193,21 @@ def why_not_hopper(oldest_jax: tuple[int, int]) -> str | None:
         return reason
     is_hopper = platform.platform() == "gpu" and platform.gpu_capability() in (None, HOPPER)
     return None if is_hopper else "it is written for Hopper GPUs"
+
+
+def why_not_products(
+    oldest_jax: tuple[int, int], dtype: DTypeLike, sizes: Mapping[str, int], multiples: Sequence[int]
+) -> str | None:
+    """`why_not_hopper` of a kernel of products in bfloat16, or why it cannot serve these sizes, each of which must be a
+    multiple, not zero, of its own number."""
+    if reason := why_not_hopper(oldest_jax):
+        return reason
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"products are of type {jnp.dtype(dtype)}, not bfloat16"
+    for (name, size), multiple in zip(sizes.items(), multiples, strict=True):
+        if not size or size % multiple:
+            return f"{name} ({size}) no multiple of {multiple}"
+    return None
 
 
 def _automatic_axes() -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import platform
-from pallas_kernels.mosaic_gpu import F32, LANE_PARAMS, named_body
+from pallas_kernels.mosaic_gpu import F32, over_blocks
 from pallas_kernels.varying import call_varying
 
 THREADS = 128
@@ -181,13 +181,8 @@ def walk(plan: Plan, of_rows, arrays_RC: list[jax.Array], weight_C: jax.Array) -
     """
     shape = (plan.rows, plan.pieces, plan.piece)
     like = jax.ShapeDtypeStruct(shape, arrays_RC[0].dtype)
-    kernel = plgpu.kernel(
-        named_body(plan.name, _body, plan, of_rows),
-        out_type=[like] * plan.n_out + [jax.ShapeDtypeStruct((plan.blocks, *shape[1:]), F32)],
-        grid=(plan.blocks,),
-        grid_names=("blocks",),
-        compiler_params=LANE_PARAMS,
-    )
+    out_type = [like] * plan.n_out + [jax.ShapeDtypeStruct((plan.blocks, *shape[1:]), F32)]
+    kernel = over_blocks(plan.name, functools.partial(_body, plan, of_rows), plan.blocks, out_type)
     arrays = [a.reshape(shape) for a in arrays_RC]
     *made, sums = call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays, weight_C.reshape(shape[1:]))
     return [*(a.reshape(plan.rows, plan.channels) for a in made), sums.sum(0).reshape(-1)]

@@ -132,13 +132,17 @@ class Attention:
         seen = mean_visible(seq_len, self.window) if self.direction == LEFT_TO_RIGHT else seq_len
         return projections + 4.0 * d_queries * seen
 
+    @property
+    def score_scale(self) -> float:
+        """Multiplier of the scores."""
+        return self.d_head**-0.5 if self.scale is None else self.scale
+
     def resolved(self, d_model: int) -> "Attention":
         """With the number of key/value heads and the scale; without qk_norm its options are those of none, eps 1."""
-        scale = self.d_head**-0.5 if self.scale is None else self.scale
         norm: dict[str, Any] = {"qk_norm_rotated": self.qk_norm_rotated and self.rope is not None}
         if not self.qk_norm:
             norm = {"qk_norm_eps": 1.0, "qk_norm_over": "head", "qk_norm_offset": 0.0, "qk_norm_rotated": False}
-        return replace(self, n_kv_heads=self.kv_heads, scale=scale, **norm)
+        return replace(self, n_kv_heads=self.kv_heads, scale=self.score_scale, **norm)
 
 
 def mean_visible(seq_len: int, window: int | None) -> float:
@@ -325,8 +329,7 @@ class AttentionMixer(nnx.Module):
         heads = checkpoint_name(heads, name)  # not what is normed of it, for which the product would be made again
         if self._in_one_pass:
             weight, axis = norm.offset + norm.weight[...], {"q": "heads", "k": "kv_heads"}[side]
-            scale = c.d_head**-0.5 if c.scale is None else c.scale
-            how: dict[str, Any] = {"factor": scale, "wide": True} if learns else {}
+            how: dict[str, Any] = {"factor": c.score_scale, "wide": True} if learns else {}
             return qk_norm.normed_and_rotated(heads, weight, positions_BT, c.rope, norm.eps, name, axis, **how)
         heads = heads if c.qk_norm_rotated else norm(heads)
         heads = heads if c.rope is None else rotate(heads, positions_BT, c.rope)

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import platform
+from pallas_kernels import op, platform
 from pallas_kernels.cost import Array
-from pallas_kernels.op import why_not_hopper
 
 __all__ = ["COSTS", "exponentials", "product_exponentials", "why_not", "why_not_products"]
 
@@ -35,7 +34,7 @@ COSTS = {
 
 def why_not(n_rows: int, n_columns: int, dtype: DTypeLike) -> str | None:
     """Why the kernel cannot serve rows [n_rows, n_columns] whose exponentials are of a type; None where it can."""
-    if reason := why_not_hopper(OLDEST_JAX):
+    if reason := op.why_not_hopper(OLDEST_JAX):
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"exponentials are of type {jnp.dtype(dtype)}, not bfloat16"
@@ -64,14 +63,9 @@ def exponentials(z_RV: jax.Array, base_R: jax.Array, factor: float = 1.0) -> tup
 def why_not_products(n_rows: int, n_inputs: int, n_columns: int, dtype: DTypeLike) -> str | None:
     """Why the kernel of products [n_rows, n_inputs] x [n_columns, n_inputs] of a type cannot serve; None where it
     can."""
-    if reason := why_not_hopper(OLDEST_JAX):
-        return reason
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"products are of type {jnp.dtype(dtype)}, not bfloat16"
     sizes = {"rows": n_rows, "summed axis": n_inputs, "columns": n_columns}
-    for (name, size), multiple in zip(sizes.items(), OF_PRODUCTS, strict=True):
-        if not size or size % multiple:
-            return f"{name} ({size}) no multiple of {multiple}"
+    if reason := op.why_not_products(OLDEST_JAX, dtype, sizes, OF_PRODUCTS):
+        return reason
     return f"columns ({n_columns}) below {COLUMNS}" if n_columns < COLUMNS else None
 
 

@@ -29,11 +29,11 @@ from pallas_kernels.mosaic_gpu import (
     LOG2E,
     ROW,
     TILE,
-    accumulate,
     drain,
-    loop_with,
     named_body,
+    ring_sums,
     rows_of,
+    stream,
 )
 from pallas_kernels.varying import call_varying
 
@@ -120,30 +120,14 @@ def _start(plan: Plan, column):
 def _compute(plan: Plan, refs, smem, bars, wg):
     (a_s, b_s, out_s, base_s, found_s), (full, empty, given) = smem, bars
 
-    def tile_sums(first):
-        """The products of a tile."""
-
-        def step(k, acc):
-            at = first + k
-            slot = lax.rem(at, STAGES)
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.wgmma(acc, a_s.at[slot, wg], b_s.at[slot].T)
-            plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(at - 1, STAGES)]))
-
-        def sums(acc):
-            loop_with(acc, plan.steps, step)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(empty.at[lax.rem(first + plan.steps - 1, STAGES)])
-            return acc[...]
-
-        return accumulate(sums, COLUMNS)
+    def multiply(acc, slot):
+        plgpu.wgmma(acc, a_s.at[slot, wg], b_s.at[slot].T)
 
     def tile(down, across, at):
         """Its exponentials, and (sums, largest) of each row, the latter in units of log2."""
         rows = pl.ds((down * CLUSTER + lax.axis_index("block")) * ROWS + wg * TILE, TILE)
         plgpu.copy_gmem_to_smem(refs["base"].at[rows], base_s.at[wg], given.at[wg])
-        z = tile_sums(at)
+        z = ring_sums(multiply, at, plan.steps, STAGES, (full, empty), COLUMNS)
         plgpu.barrier_wait(given.at[wg])
         base = plgpu.load(base_s.at[wg], layout=ROW) * LOG2E
         start, total, largest = _start(plan, across), None, None
@@ -176,20 +160,10 @@ def _produce(plan: Plan, refs, smem, bars):
     def tile(down, across, first):
         row, columns = (down * CLUSTER + lax.axis_index("block")) * ROWS, pl.ds(_start(plan, across), COLUMNS)
 
-        def step(k, _):
-            at = first + k
-            slot, inner = lax.rem(at, STAGES), pl.ds(k * TILE, TILE)
-
-            @pl.when(at >= STAGES)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
-
-            for half in range(2):
-                rows = pl.ds(row + half * TILE, TILE)
-                plgpu.copy_gmem_to_smem(refs["x"].at[rows, inner], a_s.at[slot, half], full.at[slot])
+        def fetch(slot, inner):
             plgpu.copy_gmem_to_smem(refs["w"].at[columns, inner], b_s.at[slot], full.at[slot], collective_axes="block")
 
-        lax.fori_loop(0, plan.steps, step, None)
+        stream(refs["x"], row, a_s, fetch, first, plan.steps, (full, empty))
 
     steps = _walk(plan, refs["wanted"], tile)
     drain(steps, STAGES, (empty,))  # so the other thread block is there until nothing is sent to it

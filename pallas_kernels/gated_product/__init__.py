@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import platform
+from pallas_kernels import op, platform
 from pallas_kernels.cost import Array
-from pallas_kernels.op import why_not_hopper
 
 __all__ = ["COSTS", "gated_product_gradients", "gated_products", "hidden_gradients", "why_not", "why_not_products"]
 
@@ -34,7 +33,7 @@ COSTS = {
 
 def why_not(n_rows: int, width: int, dtype: DTypeLike) -> str | None:
     """Why the kernel cannot serve arrays [n_rows, 2, width] of a type; None where it can."""
-    if reason := why_not_hopper(OLDEST_JAX):
+    if reason := op.why_not_hopper(OLDEST_JAX):
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"arrays are of type {jnp.dtype(dtype)}, not bfloat16"
@@ -61,14 +60,9 @@ def gated_product_gradients(h_RcF: jax.Array, d_RF: jax.Array) -> jax.Array:
 def why_not_products(n_rows: int, n_inputs: int, width: int, dtype: DTypeLike) -> str | None:
     """Why `gated_products` and `hidden_gradients` cannot serve rows [n_rows, n_inputs] beside [n_rows, 2, width] of a
     type; None where they can."""
-    if reason := why_not_hopper(OLDEST_JAX):
-        return reason
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"products are of type {jnp.dtype(dtype)}, not bfloat16"
     sizes = {"rows": n_rows, "inputs": n_inputs, "width": width}
-    for (name, size), multiple in zip(sizes.items(), OF_PRODUCTS, strict=True):
-        if not size or size % multiple:
-            return f"{name} ({size}) no multiple of {multiple}"
+    if reason := op.why_not_products(OLDEST_JAX, dtype, sizes, OF_PRODUCTS):
+        return reason
     return f"width ({width}) below {LEAST_WIDTH}" if width < LEAST_WIDTH else None
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import F32, LANE_PARAMS, LOG2E, named_body
+from pallas_kernels.mosaic_gpu import F32, LOG2E, over_blocks
 from pallas_kernels.varying import call_varying
 
 STAGES = 3
@@ -85,11 +85,6 @@ def _body(plan: Plan, h_g, d_g, dh_g):
 @functools.partial(jax.jit, static_argnums=(0,))
 def gated_product_gradients(plan: Plan, h_RcF, d_RF):
     """The gradient of h."""
-    kernel = plgpu.kernel(
-        named_body("gated_product_gradients", _body, plan),
-        out_type=jax.ShapeDtypeStruct(h_RcF.shape, h_RcF.dtype),
-        grid=(plan.blocks,),
-        grid_names=("blocks",),
-        compiler_params=LANE_PARAMS,
-    )
+    out_type = jax.ShapeDtypeStruct(h_RcF.shape, h_RcF.dtype)
+    kernel = over_blocks("gated_product_gradients", functools.partial(_body, plan), plan.blocks, out_type)
     return call_varying(jax.custom_batching.sequential_vmap(kernel), h_RcF, d_RF)

@@ -24,11 +24,11 @@ from pallas_kernels.mosaic_gpu import (
     LOG2E,
     TILE,
     WGMMA,
-    accumulate,
     drain,
     load_tile,
-    loop_with,
     named_body,
+    ring_sums,
+    stream,
 )
 from pallas_kernels.varying import call_varying
 
@@ -42,7 +42,15 @@ WARPGROUPS = 3
 REGISTERS = (240, 24)
 """Of a thread of the compute warpgroups and of the producer."""
 CLUSTER = 2
-"""Thread blocks."""
+"""Thread blocks that share columns."""
+STAGES = 3
+"""Of the ring of operands."""
+SLOTS = 5
+"""Of what is stored: of `gated_products` of a warpgroup, of `hidden_gradients` of both."""
+PANEL = 8
+"""Clusters' tiles along rows that are walked through before the next columns."""
+BEHIND = 2
+"""Steps that the second warpgroup starts behind the first."""
 PARTS = COLUMNS // TILE
 """Of a warpgroup's tile of gradients: h comes and goes by them."""
 
@@ -53,18 +61,8 @@ class Plan(NamedTuple):
     rows: int
     inputs: int
     width: int
-    blocks: int
-    """Thread blocks, all at work at once."""
-    cluster: int
-    """Thread blocks that share columns."""
-    stages: int = 3
-    """Of the ring of operands."""
-    slots: int = 5
-    """Of what is stored: of `gated_products` of a warpgroup, of `hidden_gradients` of both."""
-    panel: int = 8
-    """Tiles along rows that are walked through before the next columns."""
-    behind: int = 2
-    """Steps that the second warpgroup starts behind the first."""
+    clusters: int
+    """All at work at once."""
 
     @property
     def steps(self) -> int:
@@ -74,7 +72,7 @@ class Plan(NamedTuple):
 
 def plan_for(n_rows: int, n_inputs: int, width: int, multiprocessors: int) -> Plan:
     """Of products [n_rows, n_inputs] x [n_inputs, width]."""
-    return Plan(n_rows, n_inputs, width, multiprocessors // CLUSTER * CLUSTER, CLUSTER)
+    return Plan(n_rows, n_inputs, width, multiprocessors // CLUSTER)
 
 
 class Tiles(NamedTuple):
@@ -87,75 +85,49 @@ class Tiles(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Along rows and columns; the last columns' tile ends with them and repeats some of the one before."""
-        return self.plan.rows // (ROWS * self.plan.cluster), -(-self.plan.width // self.columns)
+        return self.plan.rows // (ROWS * CLUSTER), -(-self.plan.width // self.columns)
 
     @property
     def count(self):
-        clusters, (m, n) = self.plan.blocks // self.plan.cluster, self.shape
+        clusters, (m, n) = self.plan.clusters, self.shape
         return (m * n - lax.axis_index("clusters") + clusters - 1) // clusters
 
     def start(self, i):
         """(first row of the thread block, first column) of the i-th."""
-        number = lax.axis_index("clusters") + i * (self.plan.blocks // self.plan.cluster)
-        row, column = plgpu.planar_snake(number, self.shape, 0, min(self.plan.panel, self.shape[0]))
-        block = row * self.plan.cluster + lax.axis_index("cluster")
+        number = lax.axis_index("clusters") + i * self.plan.clusters
+        row, column = plgpu.planar_snake(number, self.shape, 0, min(PANEL, self.shape[0]))
+        block = row * CLUSTER + lax.axis_index("cluster")
         return block * ROWS, jnp.minimum(column * self.columns, self.plan.width - self.columns)
 
 
 def _sums(plan: Plan, multiply, bars, wg, first):
     """A warpgroup's products [64, 256] of a tile whose first step is the ring's `first`."""
-    full, empty, ahead = bars
+    *ring, ahead = bars
 
-    def step(k, acc):
-        at = first + k
-        slot = lax.rem(at, plan.stages)
-        plgpu.barrier_wait(full.at[slot])
-        multiply(acc, slot)
-        plgpu.wgmma_wait(1)
-        pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(at - 1, plan.stages)]))
-        pl.when((at == min(plan.behind, plan.steps - 1)) & (wg == 0))(lambda: plgpu.barrier_arrive(ahead))
-
-    def sums(acc):
-        loop_with(acc, plan.steps, step)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(empty.at[lax.rem(first + plan.steps - 1, plan.stages)])
-        return acc[...]
+    def at_step(at):
+        pl.when((at == min(BEHIND, plan.steps - 1)) & (wg == 0))(lambda: plgpu.barrier_arrive(ahead))
 
     pl.when((first == 0) & (wg == 1))(lambda: plgpu.barrier_wait(ahead))
-    return accumulate(sums, COLUMNS)
+    return ring_sums(multiply, first, plan.steps, STAGES, ring, COLUMNS, at_step)
 
 
 def _produce(plan: Plan, tiles: Tiles, x_g, a_s, fetch_columns, bars):
     """Streams the operands of all tiles."""
-    full, empty, _ = bars
+    *ring, _ = bars
 
     def tile(i, _):
         row, column = tiles.start(i)
-
-        def step(k, _):
-            at = i * plan.steps + k
-            slot, inner = lax.rem(at, plan.stages), pl.ds(k * TILE, TILE)
-            pl.when(at >= plan.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-            for half in range(2):
-                rows = pl.ds(row + half * TILE, TILE)
-                plgpu.copy_gmem_to_smem(x_g.at[rows, inner], a_s.at[slot, half], full.at[slot])
-            fetch_columns(slot, inner, column)
-
-        lax.fori_loop(0, plan.steps, step, None)
+        fetch = functools.partial(fetch_columns, column)
+        stream(x_g, row, a_s, fetch, i * plan.steps, plan.steps, ring)
 
     lax.fori_loop(0, tiles.count, tile, None)
-    drain(tiles.count * plan.steps, plan.stages, (empty,))
+    drain(tiles.count * plan.steps, STAGES, ring[1:])
 
 
-def _shared(plan: Plan) -> dict:
-    """collective_axes of copies that the cluster shares."""
-    return {"collective_axes": "cluster"} if plan.cluster > 1 else {}
-
-
-def _barriers(plan: Plan) -> list:
+def _barriers() -> list:
     """(full, empty, ahead)."""
-    full = plgpu.Barrier(num_arrivals=3, num_barriers=plan.stages)
-    empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=plan.stages)
+    full = plgpu.Barrier(num_arrivals=3, num_barriers=STAGES)
+    empty = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=STAGES)
     return [full, empty, plgpu.Barrier()]
 
 
@@ -186,14 +158,14 @@ def _sigmoid(gate):
     return 1.0 / (1.0 + jnp.exp2(gate * -LOG2E))
 
 
-def _store_products(plan: Plan, refs, out_s, number, rows, column, wg, z):
+def _store_products(refs, out_s, number, rows, column, wg, z):
     """h and hidden of the number-th tile's products; `rows` and `column` say where."""
     h_g, hidden_g = refs
 
     def store(first, values, targets):
         """The first-th of a tile's six, and the following."""
-        slots = [lax.rem(number * 6 + first + k, plan.slots) for k in range(len(values))]
-        plgpu.wait_smem_to_gmem(plan.slots - len(values), wait_read_only=True)  # what these held before has left them
+        slots = [lax.rem(number * 6 + first + k, SLOTS) for k in range(len(values))]
+        plgpu.wait_smem_to_gmem(SLOTS - len(values), wait_read_only=True)  # what these held before has left them
         for slot, value in zip(slots, values, strict=True):
             _store(out_s.at[wg, slot], value)
         plgpu.commit_smem()
@@ -220,11 +192,11 @@ def _products(plan: Plan, x_g, w_g, h_g, hidden_g):
         def tile(i, _):
             z = _sums(plan, multiply, bars, wg, i * plan.steps)
             row, column = tiles.start(i)
-            _store_products(plan, (h_g, hidden_g), out_s, i, pl.ds(row + wg * TILE, TILE), column, wg, z)
+            _store_products((h_g, hidden_g), out_s, i, pl.ds(row + wg * TILE, TILE), column, wg, z)
 
-        def fetch(slot, inner, column):
+        def fetch(column, slot, inner):
             source = w_g.at[inner, pl.ds(0, 2), pl.ds(column, HALF)]
-            plgpu.copy_gmem_to_smem(source, b_views[0].at[slot], bars[0].at[slot], **_shared(plan))
+            plgpu.copy_gmem_to_smem(source, b_views[0].at[slot], bars[0].at[slot], collective_axes="cluster")
 
         @pl.when(wg < 2)
         def _():
@@ -239,23 +211,23 @@ def _products(plan: Plan, x_g, w_g, h_g, hidden_g):
 
     pl.run_scoped(
         scoped,
-        _tile(plan.stages, 2, TILE, TILE),
+        _tile(STAGES, 2, TILE, TILE),
         plgpu.RefUnion(
-            plgpu.SMEM((plan.stages, TILE, 2, HALF), jnp.bfloat16, transforms=PAIR_TRANSFORMS),
-            _tile(plan.stages, TILE, COLUMNS),
+            plgpu.SMEM((STAGES, TILE, 2, HALF), jnp.bfloat16, transforms=PAIR_TRANSFORMS),
+            _tile(STAGES, TILE, COLUMNS),
         ),
-        _tile(2, plan.slots, TILE, TILE),
-        *_barriers(plan),
+        _tile(2, SLOTS, TILE, TILE),
+        *_barriers(),
         collective_axes="wg",
     )
 
 
-def _make_gradients(plan: Plan, h_s, bars, number, wg, z):
+def _make_gradients(h_s, bars, number, wg, z):
     """Of h where it lies, of the number-th tile's products."""
     arrived, made = bars
     for part in range(PARTS):
         own, d = wg * PARTS + part, z[:, part * TILE : (part + 1) * TILE]
-        slot = lax.rem(number * 2 * PARTS + own, plan.slots)
+        slot = lax.rem(number * 2 * PARTS + own, SLOTS)
         plgpu.barrier_wait(arrived.at[own])
         gate, up = (load_tile(h_s.at[slot, k]) for k in range(2))
         sigmoid = _sigmoid(gate)
@@ -268,7 +240,7 @@ def _make_gradients(plan: Plan, h_s, bars, number, wg, z):
         plgpu.barrier_arrive(made.at[own])
 
 
-def _move(plan: Plan, tiles: Tiles, h_g, dh_g, h_s, bars):
+def _move(tiles: Tiles, h_g, dh_g, h_s, bars):
     """Brings h and takes its gradient away, the first warpgroup's parts of a tile and then the second's."""
     (arrived, made), each = bars, 2 * PARTS
 
@@ -279,7 +251,7 @@ def _move(plan: Plan, tiles: Tiles, h_g, dh_g, h_s, bars):
         return ref.at[rows, k, pl.ds(column + lax.rem(part, PARTS) * TILE, TILE)]
 
     def step(use, _):
-        slot, last = lax.rem(use, plan.slots), use - plan.slots
+        slot, last = lax.rem(use, SLOTS), use - SLOTS
 
         @pl.when(last >= 0)
         def _():
@@ -293,7 +265,7 @@ def _move(plan: Plan, tiles: Tiles, h_g, dh_g, h_s, bars):
             for k in range(2):
                 plgpu.copy_gmem_to_smem(place(h_g, use, k), h_s.at[slot, k], arrived.at[lax.rem(use, each)])
 
-    lax.fori_loop(0, tiles.count * each + plan.slots, step, None)
+    lax.fori_loop(0, tiles.count * each + SLOTS, step, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -307,10 +279,12 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
             plgpu.wgmma(acc, a_s.at[slot, wg], b_s.at[slot].T)
 
         def tile(i, _):
-            _make_gradients(plan, h_s, own_bars, i, wg, _sums(plan, multiply, bars, wg, i * plan.steps))
+            _make_gradients(h_s, own_bars, i, wg, _sums(plan, multiply, bars, wg, i * plan.steps))
 
-        def fetch(slot, inner, column):
-            plgpu.copy_gmem_to_smem(w_g.at[pl.ds(column, COLUMNS), inner], b_s.at[slot], full.at[slot], **_shared(plan))
+        def fetch(column, slot, inner):
+            plgpu.copy_gmem_to_smem(
+                w_g.at[pl.ds(column, COLUMNS), inner], b_s.at[slot], full.at[slot], collective_axes="cluster"
+            )
 
         @pl.when(wg < 2)
         def _():
@@ -322,15 +296,15 @@ def _gradients(plan: Plan, dy_g, w_g, h_g, dh_g):
             plgpu.set_max_registers(REGISTERS[1], action="decrease")
             _in_warps(
                 lambda: _produce(plan, tiles, dy_g, a_s, fetch, bars),
-                lambda: _move(plan, tiles, h_g, dh_g, h_s, own_bars),
+                lambda: _move(tiles, h_g, dh_g, h_s, own_bars),
             )
 
     pl.run_scoped(
         scoped,
-        _tile(plan.stages, 2, TILE, TILE),
-        _tile(plan.stages, COLUMNS, TILE),
-        _tile(plan.slots, 2, TILE, TILE),
-        *_barriers(plan),
+        _tile(STAGES, 2, TILE, TILE),
+        _tile(STAGES, COLUMNS, TILE),
+        _tile(SLOTS, 2, TILE, TILE),
+        *_barriers(),
         # Of parts, not of slots: a barrier is waited for by one, each time.
         plgpu.Barrier(num_arrivals=2, num_barriers=2 * PARTS),
         plgpu.Barrier(num_barriers=2 * PARTS),
@@ -342,9 +316,9 @@ def _kernel(name: str, body, plan: Plan, out_type):
     return plgpu.kernel(
         named_body(name, body, plan),
         out_type=out_type,
-        grid=(plan.blocks // plan.cluster,),
+        grid=(plan.clusters,),
         grid_names=("clusters",),
-        cluster=(plan.cluster,),
+        cluster=(CLUSTER,),
         cluster_names=("cluster",),
         num_threads=WARPGROUPS,
         thread_name="wg",

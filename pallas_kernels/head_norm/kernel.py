@@ -18,7 +18,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import F32, LANE_PARAMS, named_body
+from pallas_kernels.mosaic_gpu import F32, over_blocks
 from pallas_kernels.varying import call_varying
 
 STAGES = 3
@@ -189,13 +189,7 @@ def _backward_body(plan: Plan, x_g, weight_g, dy_g, *refs):
 
 
 def _call(plan: Plan, name: str, body, results, *arrays):
-    kernel = plgpu.kernel(
-        named_body(name, body, plan),
-        out_type=results,
-        grid=(plan.blocks,),
-        grid_names=("blocks",),
-        compiler_params=LANE_PARAMS,
-    )
+    kernel = over_blocks(name, functools.partial(body, plan), plan.blocks, results)
     return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)
 
 

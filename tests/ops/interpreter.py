@@ -88,7 +88,7 @@ def _on_gpu(op: str | None, multiprocessors: int):
 def _sizes(op: str | None) -> list:
     """(module, its sizes): whole blocks, and cuts that small arrays show."""
     if op is None:
-        names = ("pallas_kernels.one_token.one_row", "pallas_kernels.exponentials.products")
+        names = ("pallas_kernels.one_token.one_row", "pallas_kernels.mosaic_gpu")
         loops = [(importlib.import_module(name), {"loop_with": _loop_with}) for name in names]
         return [*loops, (importlib.import_module("pallas_kernels.gated_product.products"), _gated_products())]
     op = {"gated_delta_product": "gated_delta_rule", "mamba3": "ssd"}.get(op, op)  # by whose kernels it runs
@@ -138,8 +138,7 @@ def _gated_products() -> dict:
         ref[...] = value
 
     joined = lambda views, slot: views[0][slot].reshape(views[1].shape[1:])
-    words = {"_in_warps": in_warps, "_joined": joined, "_store": store, "loop_with": _loop_with}
-    return {"WARPGROUPS": 4, "CLUSTER": 1, **words}
+    return {"WARPGROUPS": 4, "CLUSTER": 1, "_in_warps": in_warps, "_joined": joined, "_store": store}
 
 
 def _scan_threads(threads) -> dict:

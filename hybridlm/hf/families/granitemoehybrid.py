@@ -57,7 +57,7 @@ def write(config: ModelConfig) -> dict:
         **common.write_mamba_prefixed(mamba, config),
         "position_embedding_type": None if attention.rope is None else "rope",
         "rope_parameters": rope.write(attention.rope or Rope()),
-        "attention_multiplier": attention.d_head**-0.5 if attention.scale is None else attention.scale,
+        "attention_multiplier": attention.score_scale,
         "embedding_multiplier": config.embedding_multiplier, "residual_multiplier": config.residual_multiplier,
         "logits_scaling": common.inverse(config.logit_multiplier), "attention_bias": attention.qkv_bias,
         "hidden_act": common.name_of(common.GATED, mlp.activation), "shared_intermediate_size": mlp.d_ff,
