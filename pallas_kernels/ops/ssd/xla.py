@@ -424,7 +424,9 @@ def _backward(tokens: _Tokens, weights: _Weights, marks: _Marks | None, state_BH
     dA = ddecay = None
     if weights.A_H is not None:
         ddt_BCGRQ += dsteps_BCGRQ * weights.A_H.astype(dtype).reshape(1, 1, n_groups, n_shared, 1)
-        dA = jnp.sum(dsteps_BCGRQ * c.dt_BCGRQ, axis=(0, 1, -1)).reshape(-1)
+        # Chunk by chunk and then their sums: terms far above what they add up to take their rounding along.
+        dA_BCGR = jax.lax.optimization_barrier(jnp.sum(dsteps_BCGRQ * c.dt_BCGRQ, axis=-1))
+        dA = jnp.sum(dA_BCGR, axis=(0, 1)).reshape(-1)
     elif tokens.decay_BTH is not None:
         ddecay = _where_real(marks, _rows_of(dsteps_BCGRQ, tokens.decay_BTH.shape))
     dtokens = _Tokens(
