@@ -74,33 +74,39 @@ def run(
     consts = _Consts({"": tokens, **shared})
     step = _Step(spots, calls, consts, _slots(weights, sums))
 
+    def each(function):
+        """Of each spot its function; jit traces and lowers each kind once. Its inputs are different arrays, though the
+        first x is the embedding."""
+        kinds = {_kind(spot, calls): jax.jit(partial(function, spot)) for spot in spots}
+        return [kinds[_kind(spot, calls)] for spot in spots]
+
+    def results(functions, weights, *more):
+        """Shapes of what the spots' functions give, of arrays as they are: jit traces others of these shapes again."""
+        first = lambda n, weights, *more: functions[n](step.read(weights, spots[n], 0), *more)
+        return [jax.eval_shape(partial(first, spot.number), weights, *more) for spot in spots]
+
     @jax.custom_vjp
     def through(weights, values, sums, x_BTD, floats, ints):
+        steps = each(step)
+
         def visit(spot, index, carry):
             x_BTD, stats = carry
-            x_BTD, of_spot = step(spot, _at(weights[spot.number], index), x_BTD, floats, ints)
+            x_BTD, of_spot = steps[spot.number](step.read(weights, spot, index), x_BTD, floats, ints)
             return x_BTD, _put_all(stats, spot.number, of_spot, index)
 
-        shapes = [
-            jax.eval_shape(partial(step, spot), *_of_depth(weights, spot), x_BTD, floats, ints)[1] for spot in spots
-        ]
-        return walk(program, visit, (x_BTD, _empty(shapes, spots)))
+        _, stats = zip(*results(steps, weights, x_BTD, floats, ints), strict=True)
+        return walk(program, visit, (x_BTD, _empty(stats, spots)))
 
     def forward(weights, values, sums, x_BTD, floats, ints):
-        # jit traces and lowers each kind once; its inputs are different arrays, though the first x is the embedding
-        kinds = {_kind(spot, calls): jax.jit(partial(step.vjp, spot)) for spot in spots}
-        vjps = [kinds[_kind(spot, calls)] for spot in spots]
+        vjps = each(step.vjp)
 
         def visit(spot, index, carry):
             x_BTD, stats, kept = carry
-            arrays = (step.read(weights, spot, index), x_BTD, floats, ints)
-            x_BTD, of_spot, arrays, _ = vjps[spot.number](*arrays)
+            x_BTD, of_spot, arrays, _ = vjps[spot.number](step.read(weights, spot, index), x_BTD, floats, ints)
             arrays = [_laid_out(a) for a in arrays]
             return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
 
-        of_depth = [jax.eval_shape(partial(step.read, spot=spot, index=0), weights) for spot in spots]
-        shapes = [jax.eval_shape(vjps[spot.number], of_depth[spot.number], x_BTD, floats, ints) for spot in spots]
-        _, stats, kept, pull = zip(*shapes, strict=True)
+        _, stats, kept, pull = zip(*results(vjps, weights, x_BTD, floats, ints), strict=True)
         x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
         return (x_BTD, stats), (weights, values, sums, floats, ints, kept, pull)
 
@@ -264,23 +270,21 @@ def _narrowed(grads):
     return jax.tree.map(lambda x: both(x) if is_wide(x) else x, grads, is_leaf=is_wide)
 
 
-def _of_depth(weights, spot: Spot) -> tuple:
-    """Shapes of a spot's parameters at one depth."""
-    return (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), weights[spot.number]),)
-
-
 def _empty(shapes: Sequence, spots: Sequence[Spot]) -> list:
-    """Stacks over each spot's depths."""
+    """Stacks over each spot's depths; None of a spot with one, which no loop runs."""
+    zeros = lambda n, of_spot: jax.tree.map(lambda s: jnp.zeros((n, *s.shape), s.dtype), of_spot)
     counts = [len(spot.depths) for spot in spots]
-    return [
-        jax.tree.map(lambda s, n=n: jnp.zeros((n, *s.shape), s.dtype), of_spot)
-        for n, of_spot in zip(counts, shapes, strict=True)
-    ]
+    return [None if n == 1 else zeros(n, of_spot) for n, of_spot in zip(counts, shapes, strict=True)]
 
 
 def _at(tree, index):
     """One depth of a stack; of arrays without a gradient the zeros that stand for it."""
-    cut = lambda a: lax.squeeze(lax.dynamic_slice_in_dim(a, index, 1, allow_negative_indices=False), (0,))
+
+    def cut(a):
+        if _is_all(a, index):
+            return lax.squeeze(a, (0,))
+        return lax.squeeze(lax.dynamic_slice_in_dim(a, index, 1, allow_negative_indices=False), (0,))
+
     return jax.tree.map(lambda a: np.zeros(a.shape[1:], a.dtype) if a.dtype == jax.dtypes.float0 else cut(a), tree)
 
 
@@ -302,9 +306,16 @@ def _longest_behind(shape: Sequence[int]) -> list[int]:
 
 def _put_all(stacks: list, number: int, values, index) -> list:
     """The stacks, the spot's with the values of one depth."""
-    at = lambda a, v: lax.dynamic_update_slice_in_dim(a, v[None], index, 0, allow_negative_indices=False)
-    put = jax.tree.map(at, stacks[number], values)
+    alone = lambda v: lax.expand_dims(v, (0,))
+    among = lambda a, v: lax.dynamic_update_slice_in_dim(a, alone(v), index, 0, allow_negative_indices=False)
+    at = lambda a, v: alone(v) if _is_all(a, index) else among(a, v)
+    put = jax.tree.map(alone, values) if stacks[number] is None else jax.tree.map(at, stacks[number], values)
     return [*stacks[:number], put, *stacks[number + 1 :]]
+
+
+def _is_all(stack, index) -> bool:
+    """Whether the depth is the stack's only one: where loops are written out, nothing is cut, or put in its place."""
+    return isinstance(index, int) and stack.shape[0] == 1
 
 
 def _no_gradient(a) -> np.ndarray:

@@ -50,7 +50,7 @@ ONCE = {
 
 OF_PROCESS = {
     # LLVM unrolls loops for longer than that saves: hybrid_tiny's step, 2 cores, JAX 0.10.2, compiled in 15.2 for 19.4
-    # s of CPU time, and steps are as fast; last bits differ (2026-11-27; docs/results/start.md).
+    # s of CPU time, and steps are as fast; last bits differ (2026-11-27; docs/results/start-tiny.md).
     "--xla_backend_extra_options": "xla_cpu_disable_loop_unrolling",
 }
 """What XLA can be told for all programs of a process alone. This is for CPUs; compilers of others read past it."""
