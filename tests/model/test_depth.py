@@ -104,6 +104,21 @@ def test_gradients_are_added_to_sums_in_their_type(unroll, span):
             np.testing.assert_array_equal(array, expected, err_msg=f"{spot} {name}")
 
 
+@pytest.mark.parametrize("unroll", [1, 9])
+@pytest.mark.parametrize("differentiate", [True, False])
+def test_each_kind_is_traced_once(unroll, differentiate, monkeypatch):
+    """Whatever the depths; on a mesh, too, of which shapes alone know nothing."""
+    traced = []
+    plain = toy
+    monkeypatch.setitem(globals(), "toy", lambda *args: traced.append(args[1] is not None) or plain(*args))
+    loss = partial(in_loops, unroll=unroll)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(inputs(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        jax.jit(jax.grad(loss) if differentiate else loss).trace(*arrays)
+    assert sorted(traced) == [False, False, True]  # a, c and b, which alone has something shared
+
+
 def test_kept_arrays_have_their_tokens_behind_on_a_tpu():
     """Whatever stands between tokens and the last dim moves in front of both; small or narrow arrays stay."""
     traced = lambda shape: str(jax.make_jaxpr(lambda a: depth._laid_out(a))(jnp.zeros(shape)))
