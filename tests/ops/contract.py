@@ -21,7 +21,7 @@ from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.op import KERNELS, Implementation, Op, select
 from pallas_kernels.ops import OPS
 from tests.ops.interpreter import interpreted
-from tests.ops.support import QUICK, served_by
+from tests.ops.support import QUICK, loss_weights, served_by
 
 ABSENT = {"tpu": {"generation": "v5e"}, "gpu": {"capability": "9.0"}}  # the devices that kernels are traced for
 
@@ -120,9 +120,7 @@ class Subject:
 
     def weights(self, inputs: dict) -> list[np.ndarray]:
         """Loss weights of the outputs, whose shapes the reference knows soonest."""
-        reference = functools.partial(oracle.call, self.name, implementation="reference", **self.settings)
-        shapes = jax.eval_shape(reference, inputs)
-        return oracle.make_weights([out.shape for out in shapes])
+        return loss_weights(self.name, inputs, **self.settings)
 
     def check(self, actual: dict, expected: dict, dtype: str | None = None, what: str = "") -> None:
         """Every tensor within the tolerance table; gradients too, where the implementation has them."""
@@ -165,23 +163,23 @@ _ORACLES: dict[tuple, dict] = {}
 """What was asked of the float64 reference before: most implementations are shown the same."""
 
 
-def _oracle(subject: Subject, inputs: dict, weights=None) -> dict:
-    given = [*sorted(inputs.items()), *enumerate(weights or ())]
-    arrays = tuple((name, np.asarray(a).tobytes(), np.shape(a), str(a.dtype)) for name, a in given)
+def _oracle(subject: Subject, inputs: dict) -> dict:
+    """Of rows without ids as of one document each: one program for both."""
+    arrays = tuple((name, np.asarray(a).tobytes(), np.shape(a), str(a.dtype)) for name, a in sorted(inputs.items()))
     key = (subject.name, str(sorted(subject.settings.items(), key=str)), arrays)
     if key not in _ORACLES:
+        inputs = {**_layout(subject, "one"), **inputs}
         settings = {**subject.settings, "compiler_options": QUICK}
-        _ORACLES[key] = oracle.oracle(subject.name, inputs, weights=weights, **settings)
+        _ORACLES[key] = oracle.oracle(subject.name, inputs, weights=subject.weights(inputs), **settings)
     return _ORACLES[key]
 
 
-def _layout(subject: Subject, layout: str, n_tokens: int | None = None) -> dict:
+def _layout(subject: Subject, layout: str) -> dict:
     """segment_ids of a layout by name, where the op has such."""
     if not subject.op.has_segments:
         return {}
     inputs = subject.inputs()
-    n_batch, all_tokens = inputs[subject.op.tokens[0]].shape[:2]
-    return {"segment_ids": make_segment_ids(layout, n_batch, n_tokens or all_tokens, seed=3)}
+    return {"segment_ids": make_segment_ids(layout, *inputs[subject.op.tokens[0]].shape[:2], seed=3)}
 
 
 def _tokens(subject: Subject, inputs: dict, part: slice) -> dict:
@@ -342,9 +340,13 @@ def check_no_rows(subject: Subject) -> None:
     empty = {name: array[:0] if name in names else array for name, array in inputs.items()}
     empty |= {name: 0 * inputs[name] for name in subject.op.integers if name in inputs and name not in names}
     arrays, fixed = oracle.split(subject.name, empty)
-    with subject.device():
+
+    def both(arrays, fixed):
         out, pull = jax.vjp(lambda arrays: subject.call({**arrays, **fixed}, **subject.settings), arrays)
-        [grads] = pull(tuple(jnp.zeros_like(o) for o in out))
+        return out, pull(tuple(jnp.zeros_like(o) for o in out))[0]
+
+    with subject.device():
+        out, grads = jax.jit(both, compiler_options=QUICK)(arrays, fixed)
     assert out[0].size == 0 and out[0].ndim == subject.weights(inputs)[0].ndim
     assert {name: grad.shape for name, grad in grads.items()} == {name: a.shape for name, a in arrays.items()}
     assert not any(np.any(grad) for grad in grads.values())
@@ -560,35 +562,40 @@ def check_forward_mode(subject: Subject) -> None:
             with pytest.raises(TypeError, match="custom_vjp"):
                 jax.jit(lambda *given: jax.jvp(function, *given))((arrays,), (along,))
             return
-        out, tangents = jax.jit(lambda *given: jax.jvp(function, *given))((arrays,), (along,))
-        weights = [jnp.asarray(w, jnp.float64) for w in oracle.make_weights([o.shape for o in out])]
-        [grads] = jax.jit(lambda arrays, weights: jax.vjp(function, arrays)[1](weights))(arrays, tuple(weights))
-        forward = sum(jnp.vdot(w, t) for w, t in zip(weights, tangents))
-        reverse = sum(jnp.vdot(along[name], grads[name]) for name in grads)
+        weights = tuple(jnp.asarray(weight, jnp.float64) for weight in subject.weights(wide))
+
+        def both(arrays, along, weights):
+            return jax.jvp(function, (arrays,), (along,))[1], jax.vjp(function, arrays)[1](weights)[0]
+
+        tangents, grads = jax.jit(both, compiler_options=QUICK)(arrays, along, weights)
+    forward = sum(np.vdot(w, t) for w, t in zip(weights, tangents))
+    reverse = sum(np.vdot(along[name], grads[name]) for name in grads)
     np.testing.assert_allclose(forward, reverse, rtol=1e-9, err_msg=str(subject))
+
+
+@functools.cache
+def _hessian_product(subject: Subject) -> dict:
+    """Of the sum of squared results, in float64, with a vector of ones."""
+    inputs = {**subject.inputs("float32"), **_layout(subject, "packed")}
+    with enable_x64(), subject.serving():
+        wide = {n: a if n in subject.op.integers else np.asarray(a, np.float64) for n, a in inputs.items()}
+        arrays, fixed = oracle.split(subject.name, wide)
+
+        def loss(arrays):
+            return sum(jnp.sum(o**2) for o in subject.call({**arrays, **fixed}, **subject.settings))
+
+        along = {name: np.ones_like(array) for name, array in arrays.items()}
+        return jax.jit(lambda a, t: jax.jvp(jax.grad(loss), (a,), (t,))[1], compiler_options=QUICK)(arrays, along)
 
 
 def check_forward_over_reverse(subject: Subject) -> None:
     """jax.jvp of the gradient, a Hessian's product with a vector, is the reference's, where it goes through."""
-    inputs = {**subject.inputs("float32"), **_layout(subject, "packed")}
-
-    def product(subject):
-        with enable_x64(), subject.serving():
-            wide = {n: a if n in subject.op.integers else np.asarray(a, np.float64) for n, a in inputs.items()}
-            arrays, fixed = oracle.split(subject.name, wide)
-
-            def loss(arrays):
-                return sum(jnp.sum(o**2) for o in subject.call({**arrays, **fixed}, **subject.settings))
-
-            along = jax.tree.map(jnp.ones_like, arrays)
-            return jax.jit(lambda a, t: jax.jvp(jax.grad(loss), (a,), (t,))[1], compiler_options=QUICK)(arrays, along)
-
     if not subject.way.gradient_forward_mode:
         with pytest.raises(TypeError, match="custom_vjp"):
-            product(subject)
+            _hessian_product(subject)
         return
-    expected = product(Subject(subject.name, "reference"))
-    for name, value in product(subject).items():
+    expected = _hessian_product(Subject(subject.name, "reference"))
+    for name, value in _hessian_product(subject).items():
         error = oracle.relative_rms(value, expected[name], floor=1e-6)
         assert error <= 1e-9, f"{subject}: d{name}: relative RMS {error:.1e}"
 

@@ -14,7 +14,7 @@ from pallas_kernels import oracle, platform, ssd
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.ssd import cases, xla
 from tests.ops.ssd_plain import plain_ssd
-from tests.ops.support import QUICK, check_against_oracle, check_curvature, run
+from tests.ops.support import QUICK, check_against_oracle, check_by_one_program, check_curvature, run
 from tests.tolerances import check_close
 
 BASE = cases.Case("base", 2, 50, 4, 8, 2, 8, skip="HP", initial=True, final=True, decay="mixed", seed=3)
@@ -28,7 +28,9 @@ def make(**changes):
 @pytest.mark.quick
 @pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
 def test_equals_the_recurrence(case):
-    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, chunk=32)
+    """Those that differ in documents alone in one shape: they share programs."""
+    case = dataclasses.replace(case, tokens=70) if case.layout != "dense" else case
+    check_by_one_program("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, chunk=32)
 
 
 @pytest.mark.slow
