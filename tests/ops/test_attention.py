@@ -70,7 +70,7 @@ DRAWN = dict(
 )
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(**DRAWN)
 def test_equals_the_full_matrix_on_drawn_shapes(**drawn):
     check_drawn(**drawn)

@@ -35,7 +35,7 @@ DRAWN = dict(
 )
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(**DRAWN)
 def test_equals_direct_taps_on_drawn_shapes(**drawn):
     check_drawn(**drawn)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -22,7 +23,7 @@ from pallas_kernels.ops.causal_conv1d import cases as conv_cases
 from pallas_kernels.ops.selective_scan import cases as scan_cases
 from pallas_kernels.ops.ssd import cases as ssd_cases
 from pallas_kernels.ops.ssd.tpu.api import ssd_tpu
-from tests.ops.support import QUICK, served_by
+from tests.ops.support import QUICK, loss_weights, served_by
 
 # Dims of arrays by name and op that have a token axis, as second.
 TOKENS = {
@@ -66,8 +67,9 @@ def split_over(op: str, n: int):
 def check(op: str, inputs: dict, n: int, **options) -> None:
     """The op split over n devices within the tolerance table of its float64 reference."""
     dtype = inputs[OPS[op].positional[0]].dtype
-    expected = oracle.oracle(op, inputs, compiler_options=QUICK, **options)
-    actual = oracle.evaluate(op, inputs, function=split_over(op, n), compiler_options=QUICK, **options)
+    options |= {"compiler_options": QUICK, "weights": loss_weights(op, inputs, **options)}
+    expected = oracle.oracle(op, inputs, **options)
+    actual = oracle.evaluate(op, inputs, function=split_over(op, n), **options)
     largest = max(oracle.rms(value) for name, value in expected.items() if name.startswith("d"))
     for name, value in actual.items():
         floor = oracle.SMALL_GRADIENT * largest if name.startswith("d") else 0.0
@@ -89,8 +91,14 @@ EDGES = ids_of(
 )
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("layout", ["dense", "documents"])
+def some(names: str, calls, by_default) -> pytest.MarkDecorator:
+    """Parametrized by calls, of which those that are not run by default are slow."""
+    marked = [pytest.param(*call, marks=[pytest.mark.slow] * (call not in by_default)) for call in calls]
+    return pytest.mark.parametrize(names, marked)
+
+
+@some("layout, n", itertools.product(("dense", "documents"), (2, 4, 8)),
+      [("dense", 8), ("documents", 2), ("documents", 4), ("documents", 8)])  # fmt: skip
 def test_ssd(layout, n):
     case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "HP", True, True)
     inputs = ssd_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
@@ -104,16 +112,16 @@ def test_ssd_with_decays_of_their_own():
     check("ssd", inputs, 4, implementation="xla", return_final_state=True, chunk=8)
 
 
-@pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("layout", ["dense", "documents"])
+@some("layout, n", itertools.product(("dense", "documents"), (2, 8)),
+      [("dense", 2), ("documents", 8)])  # fmt: skip
 def test_selective_scan(layout, n):
     case = scan_cases.Case("split", 4, 64, 4, 3, 2, "dense", "mixed", True, True, True)
     inputs = scan_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
     check("selective_scan", inputs, n, implementation="xla", return_final_state=True, chunk=8)
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize(("layout", "taps"), [("dense", 4), ("documents", 2), ("documents", 8)])
+@some("layout, taps, n", ((*how, n) for how in (("dense", 4), ("documents", 2), ("documents", 8)) for n in (2, 4, 8)),
+      [("dense", 4, 4), ("documents", 2, 2), ("documents", 8, 2), ("documents", 8, 8)])  # fmt: skip
 def test_causal_conv1d(layout, taps, n):
     """Eight taps reach over shards of 8 tokens of which some are padding."""
     case = conv_cases.Case("split", 4, 64, 3, taps, "dense", "silu", True, True, True)
@@ -128,7 +136,7 @@ def test_halo_gradients_in_place_on_gpus():
         check("causal_conv1d", inputs, 4, implementation="xla", activation="silu", return_final_state=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_halo_of_shards_shorter_than_it(tokens):
     case = conv_cases.Case("short", 2, 8 * tokens, 3, 6, "scattered", None, True, True, True)
     inputs = conv_cases.make_inputs(case)
@@ -136,8 +144,8 @@ def test_halo_of_shards_shorter_than_it(tokens):
         check("causal_conv1d", some, 8, implementation="reference", return_final_state=True)
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("layout", ["dense", "documents", "window", "given"])
+@some("layout, n", itertools.product(("dense", "documents", "window", "given"), (2, 4, 8)),
+      [("dense", 4), ("documents", 2), ("documents", 8), ("window", 4), ("window", 8), ("given", 2)])  # fmt: skip
 def test_attention(layout, n):
     """Queries spread over the devices (dense, documents), served where they stand (window), with positions given."""
     window, gate = 7 if layout == "window" else None, "head" if layout == "documents" else "elementwise"
@@ -181,7 +189,7 @@ def test_recurrences_from_nothing(op):
     check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 def test_float64(implementation):
     """No step of the exchange is less exact than the op."""
     case = ssd_cases.Case("wide", 4, 64, 2, 3, 1, 5, "dense", "mixed", "H", True, True)
@@ -244,7 +252,7 @@ runs = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max
 
 @settings(max_examples=25)
 @given(rows=st.lists(runs, min_size=4, max_size=4))
-@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("op", [*SPLIT, *(pytest.param(op, marks=pytest.mark.slow) for op in RECURRENCES)])
 def test_drawn_documents(op, n, rows):
     ids = np.array([(np.repeat(*zip(*row)).tolist() * 24)[:24] for row in rows], np.int32)
@@ -283,7 +291,7 @@ def both(op: str, run, **options):
     return forward, jax.grad(lambda arrays, ids: sum(jnp.sum(o**2) for o in jax.tree.leaves(forward(arrays, ids))))
 
 
-@pytest.mark.parametrize("op", ["ssd", "selective_scan", "causal_conv1d"])
+@pytest.mark.parametrize("op", ["ssd", pytest.param("selective_scan", marks=pytest.mark.slow), "causal_conv1d"])
 def test_devices_send_each_other_states_alone(op):
     """Of the tokens split over devices no activation travels, forward or backward."""
     if op == "ssd":

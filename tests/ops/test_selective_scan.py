@@ -67,7 +67,7 @@ DRAWN = dict(
 )
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(**DRAWN)
 def test_equals_the_recurrence_on_drawn_shapes(**drawn):
     check_drawn(**drawn)
