@@ -18,7 +18,7 @@ from tests.ops.support import QUICK, check_against_oracle, run
 from tests.ops.support import oracle as wide
 
 BY_DEFAULT = {
-    "gated_delta_product": ("head_packed",),
+    "gated_delta_product": (),
     "gated_delta_rule": ("head",),
     "linear_attention": ("bonus", "head_packed", "taylor"),
     "linear_scan": ("empty",),
