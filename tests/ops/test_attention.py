@@ -35,8 +35,14 @@ def check(case, dtype="float32", **changes):
     check_by_one_program("attention", inputs, dtype=dtype, change=changed, **settings)
 
 
+RARELY = ("dense", "window_one", "scattered", "positions", "cache_one", "behind_the_window")
+"""Cases whose like is among the others, or in the contract; they are slow."""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in RARELY)) for case in cases.TEST_CASES
+])  # fmt: skip
 def test_equals_the_full_matrix(case, small_blocks):
     check(case)
 

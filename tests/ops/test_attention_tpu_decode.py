@@ -105,15 +105,23 @@ MORE_CASES = (
 )
 
 
+RARELY = ("many_key_heads", "all_visible", "one_key")
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("case, given", CASES, ids=lambda case: getattr(case, "name", ""))
+@pytest.mark.parametrize("case, given, parts", [
+    pytest.param(*case, parts, id=f"{case[0].name}-{parts}", marks=[pytest.mark.slow] * (parts == 2 and number % 2))
+    for number, case in enumerate(CASES) for parts in (1, 2)
+])  # fmt: skip
 def test_equals_the_matrix_form(case, given, parts, small_blocks):
     small_blocks(cores=lambda: parts)
     check(case, **given)
 
 
-@pytest.mark.parametrize("case, given", MORE_CASES, ids=lambda case: getattr(case, "name", ""))
+@pytest.mark.parametrize("case, given", [
+    pytest.param(case, given, id=case.name, marks=[pytest.mark.slow] * (case.name in RARELY))
+    for case, given in MORE_CASES
+])  # fmt: skip
 def test_equals_the_matrix_form_in_more_cases(case, given, small_blocks):
     small_blocks(cores=lambda: 1 + len(case.name) % 2)
     check(case, **given)

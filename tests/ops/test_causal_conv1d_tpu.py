@@ -17,6 +17,7 @@ from pallas_kernels import assume_platform
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.causal_conv1d import cases
 from pallas_kernels.ops.causal_conv1d.context import causal_conv1d_context
+from pallas_kernels.ops.causal_conv1d.tpu import api
 from pallas_kernels.ops.causal_conv1d.tpu.api import causal_conv1d_tpu, supports
 from pallas_kernels.ops.causal_conv1d.xla import causal_conv1d_xla
 from pallas_kernels.oracle import bound, relative_rms
@@ -27,7 +28,7 @@ KERNEL = functools.partial(causal_conv1d_tpu, interpret=True)
 
 def run_kernel(inputs: dict, **options) -> dict[str, np.ndarray]:
     """Outputs and gradients of the interpreted kernel by name."""
-    return run_by_one_program("causal_conv1d", inputs, function=KERNEL, **options)
+    return run_by_one_program("causal_conv1d", inputs, change=api.BLOCK_TOKENS, function=KERNEL, **options)
 
 
 def check(case, dtype="float32", **options) -> None:
@@ -56,16 +57,18 @@ BLOCKS = cases.Case("blocks", 2, 600, 200, 4, "packed", initial=True, final=True
 
 
 @pytest.mark.parametrize("changes", [
-    {},
+    {"block": 64, "tokens": 150},  # whose strips are written out: two, not eight
+    pytest.param({}, marks=pytest.mark.slow),
     {"dtype": "bfloat16", "tokens": 512, "layout": "dense", "width": 128},
     pytest.param({"taps": 8, "layout": "scattered", "batch": 1}, marks=pytest.mark.slow),
     pytest.param({"layout": "right", "taps": 2, "activation": None, "bias": False, "initial": False, "final": False},
                  marks=pytest.mark.slow),
     pytest.param({"width": 4700, "tokens": 257, "layout": "dense", "batch": 1}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
-def test_several_blocks(changes):
+def test_several_blocks(changes, monkeypatch):
     changes = dict(changes)
     dtype = changes.pop("dtype", "float32")
+    monkeypatch.setattr(api, "BLOCK_TOKENS", changes.pop("block", api.BLOCK_TOKENS))
     check(dataclasses.replace(BLOCKS, **changes), dtype)
 
 

@@ -36,11 +36,15 @@ BY_DEFAULT = (
 """How the names of files begin that are compared each time; the others are slow."""
 
 
+REFERENCES = ("causal_conv1d-t17-segments", "hgrn-t17-packed", "kda-t17", "selective_scan-t17-packed", "ssd-t17-packed")
+"""Of these, those that the reference is compared with as well."""
+
+
 def runs(path: Path) -> list:
     """Of a file by both implementations; slow ones marked. Of recurrences the contract has xla equal reference."""
     both = (("xla", "float32"), ("reference", "float64"))
     here = path.stem.startswith(BY_DEFAULT)
-    each_time = {"xla": here, "reference": here and path.stem.startswith(("ssd-", "sel", "causal", "hgrn-", "kda-t17"))}
+    each_time = {"xla": here, "reference": here and path.stem.startswith(REFERENCES)}
     return [
         pytest.param(path, *how, marks=[pytest.mark.quick if each_time[how[0]] else pytest.mark.slow],
                      id=f"{path.stem}-{how[0]}")

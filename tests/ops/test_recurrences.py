@@ -20,17 +20,18 @@ from tests.ops.support import oracle as wide
 BY_DEFAULT = {
     "gated_delta_product": (),
     "gated_delta_rule": ("head",),
-    "linear_attention": ("bonus", "head_packed", "taylor"),
+    "linear_attention": ("bonus", "head_packed"),
     "linear_scan": ("empty",),
     "long_conv": ("many_lags",),
-    "mamba3": ("mixed",),
+    "mamba3": (),
     "mlstm": ("large_gates",),
     "rwkv4": ("large_keys",),
     "rwkv7": ("mixed",),
     "slstm": ("slabs",),
-    "titans": ("scattered",),
+    "titans": (),
 }
-"""By op: cases that the contract's own does not show and that are compared each time; the others are slow."""
+"""By op: cases that neither the contract's own nor test_golden.py shows and that are compared each time; the others are
+slow."""
 
 CHUNKED = ("gated_delta_rule", "gated_delta_product", "linear_attention", "rwkv7", "mamba3", "mlstm")
 

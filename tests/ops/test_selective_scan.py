@@ -31,8 +31,14 @@ def blocked(monkeypatch):
     monkeypatch.setattr(xla, "_sizes", lambda chunk, n_tokens: (16, 4))
 
 
+RARELY = ("short", "weak", "strong", "zero_dt", "scattered")
+"""Cases whose like is among the others, or in the contract; they are slow."""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in RARELY)) for case in cases.TEST_CASES
+])  # fmt: skip
 def test_equals_the_recurrence(case):
     """Those that differ in documents or decays alone in one shape: they share programs."""
     tokens = 70 if case.layout != "dense" else 100 if case.name == "zero_dt" else case.tokens

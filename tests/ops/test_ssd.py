@@ -26,8 +26,14 @@ def make(**changes):
     return cases.make_inputs(cases.Case(**fields))
 
 
+RARELY = ("short", "groups_all", "zero_dt", "scattered", "apart")
+"""Cases whose like is among the others, or in the contract; they are slow."""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in RARELY)) for case in cases.TEST_CASES
+])  # fmt: skip
 def test_equals_the_recurrence(case):
     """Those that differ in documents alone in one shape: they share programs."""
     case = dataclasses.replace(case, tokens=70) if case.layout != "dense" else case
