@@ -63,10 +63,13 @@ def as_told(bounds, n_queries, n_keys):
     return seen & (k_ids[:, None] == q_ids[0][:, :, None]) if q_ids else seen
 
 
+SIZES = st.sampled_from([1, 7, 16, 40, 61, 90])  # few, as each is another program
+
+
 @settings(max_examples=40)
 @given(
-    queries=st.integers(1, 90),
-    keys=st.none() | st.integers(1, 90),
+    queries=SIZES,
+    keys=st.none() | SIZES,
     layout=st.sampled_from(LAYOUTS),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 60),

@@ -17,8 +17,8 @@ from pallas_kernels.layouts import LAYOUTS, make_segment_ids
 from pallas_kernels.ops.attention import block_pairs, cases
 from pallas_kernels.ops.attention.mask import make_mask
 from pallas_kernels.ops.attention.tpu.api import attention_tpu, supports
-from pallas_kernels.oracle import bound, oracle, relative_rms, rms
-from tests.ops.support import QUICK, run, served_by
+from pallas_kernels.oracle import bound, relative_rms, rms
+from tests.ops.support import oracle, run, served_by
 
 BASE = cases.Case("base", 1, 600, 600, 4, 2, 64)
 
@@ -31,7 +31,7 @@ def case_of(**changes) -> cases.Case:
 def check(case: cases.Case, dtype="float32", **sizes):
     """Every output and gradient of the interpreted kernels within the tolerance table."""
     inputs, options = cases.make_inputs(case, dtype), cases.make_settings(case)
-    expected = oracle("attention", inputs, compiler_options=QUICK, **options)
+    expected = oracle("attention", inputs, **options)
     kernel = functools.partial(attention_tpu, **{"interpret": True, **sizes})
     with served_by(kernel, takes=("stacked",)):
         actual = run("attention", inputs, **options)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -22,7 +23,7 @@ from pallas_kernels.ops.causal_conv1d import cases as conv_cases
 from pallas_kernels.ops.selective_scan import cases as scan_cases
 from pallas_kernels.ops.ssd import cases as ssd_cases
 from pallas_kernels.ops.ssd.tpu.api import ssd_tpu
-from tests.ops.support import QUICK, served_by
+from tests.ops.support import QUICK, loss_weights, run_by_one_program, served_by
 
 # Dims of arrays by name and op that have a token axis, as second.
 TOKENS = {
@@ -31,7 +32,6 @@ TOKENS = {
     "causal_conv1d": ("x", "segment_ids"),
     "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
 }
-SPLIT = tuple(TOKENS)
 RECURRENCES = tuple(name for name, op in OPS.items() if op.context and op.tokens and name not in TOKENS)
 ALIKE = ("gated_delta_product", "linear_scan", "rwkv4", "rwkv7", "titans")  # exchange as others that run each time do
 TOKENS |= {name: (*OPS[name].tokens, "segment_ids") for name in RECURRENCES}
@@ -66,8 +66,9 @@ def split_over(op: str, n: int):
 def check(op: str, inputs: dict, n: int, **options) -> None:
     """The op split over n devices within the tolerance table of its float64 reference."""
     dtype = inputs[OPS[op].positional[0]].dtype
-    expected = oracle.oracle(op, inputs, compiler_options=QUICK, **options)
-    actual = oracle.evaluate(op, inputs, function=split_over(op, n), compiler_options=QUICK, **options)
+    options |= {"compiler_options": QUICK, "weights": loss_weights(op, inputs, **options)}
+    expected = oracle.oracle(op, inputs, **options)
+    actual = oracle.evaluate(op, inputs, function=split_over(op, n), **options)
     largest = max(oracle.rms(value) for name, value in expected.items() if name.startswith("d"))
     for name, value in actual.items():
         floor = oracle.SMALL_GRADIENT * largest if name.startswith("d") else 0.0
@@ -89,8 +90,14 @@ EDGES = ids_of(
 )
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("layout", ["dense", "documents"])
+def some(names: str, calls, by_default) -> pytest.MarkDecorator:
+    """Parametrized by calls, of which those that are not run by default are slow."""
+    marked = [pytest.param(*call, marks=[pytest.mark.slow] * (call not in by_default)) for call in calls]
+    return pytest.mark.parametrize(names, marked)
+
+
+@some("layout, n", itertools.product(("dense", "documents"), (2, 4, 8)),
+      [("dense", 8), ("documents", 2), ("documents", 4), ("documents", 8)])  # fmt: skip
 def test_ssd(layout, n):
     case = ssd_cases.Case("split", 4, 64, 4, 4, 2, 6, "dense", "mixed", "HP", True, True)
     inputs = ssd_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
@@ -104,16 +111,16 @@ def test_ssd_with_decays_of_their_own():
     check("ssd", inputs, 4, implementation="xla", return_final_state=True, chunk=8)
 
 
-@pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("layout", ["dense", "documents"])
+@some("layout, n", itertools.product(("dense", "documents"), (2, 8)),
+      [("documents", 8)])  # fmt: skip
 def test_selective_scan(layout, n):
     case = scan_cases.Case("split", 4, 64, 4, 3, 2, "dense", "mixed", True, True, True)
     inputs = scan_cases.make_inputs(case) | ({} if layout == "dense" else {"segment_ids": EDGES})
     check("selective_scan", inputs, n, implementation="xla", return_final_state=True, chunk=8)
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize(("layout", "taps"), [("dense", 4), ("documents", 2), ("documents", 8)])
+@some("layout, taps, n", ((*how, n) for how in (("dense", 4), ("documents", 2), ("documents", 8)) for n in (2, 4, 8)),
+      [("dense", 4, 4), ("documents", 2, 2), ("documents", 8, 8)])  # fmt: skip
 def test_causal_conv1d(layout, taps, n):
     """Eight taps reach over shards of 8 tokens of which some are padding."""
     case = conv_cases.Case("split", 4, 64, 3, taps, "dense", "silu", True, True, True)
@@ -128,7 +135,7 @@ def test_halo_gradients_in_place_on_gpus():
         check("causal_conv1d", inputs, 4, implementation="xla", activation="silu", return_final_state=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_halo_of_shards_shorter_than_it(tokens):
     case = conv_cases.Case("short", 2, 8 * tokens, 3, 6, "scattered", None, True, True, True)
     inputs = conv_cases.make_inputs(case)
@@ -136,8 +143,8 @@ def test_halo_of_shards_shorter_than_it(tokens):
         check("causal_conv1d", some, 8, implementation="reference", return_final_state=True)
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("layout", ["dense", "documents", "window", "given"])
+@some("layout, n", itertools.product(("dense", "documents", "window", "given"), (2, 4, 8)),
+      [("dense", 4), ("documents", 2), ("documents", 8), ("window", 8), ("given", 2)])  # fmt: skip
 def test_attention(layout, n):
     """Queries spread over the devices (dense, documents), served where they stand (window), with positions given."""
     window, gate = 7 if layout == "window" else None, "head" if layout == "documents" else "elementwise"
@@ -181,7 +188,7 @@ def test_recurrences_from_nothing(op):
     check(op, inputs | {"segment_ids": EDGES}, 4, implementation="xla", **settings)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 def test_float64(implementation):
     """No step of the exchange is less exact than the op."""
     case = ssd_cases.Case("wide", 4, 64, 2, 3, 1, 5, "dense", "mixed", "H", True, True)
@@ -191,7 +198,7 @@ def test_float64(implementation):
         check("ssd", wide, 4, implementation=implementation, return_final_state=True)
 
 
-@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
+@pytest.mark.parametrize("op", ["ssd", pytest.param("causal_conv1d", marks=pytest.mark.slow)])
 def test_bfloat16(op):
     cases = {"ssd": ssd_cases, "causal_conv1d": conv_cases}[op]
     inputs = cases.make_inputs(cases.CASES["packed"], "bfloat16")
@@ -205,8 +212,8 @@ def test_padding_may_hold_anything():
     for name in ("x", "dt", "B", "C"):
         real = (EDGES != 0).reshape(4, 64, *(1,) * (inputs[name].ndim - 2))
         dirty[name] = np.where(real, inputs[name], np.nan)
-    options = {"function": split_over("ssd", 8), "compiler_options": QUICK, "return_final_state": True}
-    clean, same = (oracle.evaluate("ssd", given, **options) for given in (inputs, dirty))
+    options = {"function": split_over("ssd", 8), "return_final_state": True}
+    clean, same = (run_by_one_program("ssd", given, **options) for given in (inputs, dirty))
     for name in clean:
         np.testing.assert_array_equal(same[name], clean[name], err_msg=name)
 
@@ -244,8 +251,11 @@ runs = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max
 
 @settings(max_examples=25)
 @given(rows=st.lists(runs, min_size=4, max_size=4))
-@pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("op", [*SPLIT, *(pytest.param(op, marks=pytest.mark.slow) for op in RECURRENCES)])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "op",
+    [pytest.param(op, marks=[pytest.mark.slow] * (op not in ("ssd", "causal_conv1d", "attention"))) for op in TOKENS],
+)
 def test_drawn_documents(op, n, rows):
     ids = np.array([(np.repeat(*zip(*row)).tolist() * 24)[:24] for row in rows], np.int32)
     arrays = {k: v for k, v in SMALL[op][0].items() if v is not None and k != "segment_ids"}
@@ -263,7 +273,7 @@ def test_drawn_documents(op, n, rows):
 
 def collectives(function, *args) -> list[tuple[str, int]]:
     """(operation, elements of its largest result) of the compiled program."""
-    text = jax.jit(function).lower(*args).compile().as_text()
+    text = jax.jit(function, compiler_options=QUICK).lower(*args).compile().as_text()
     names = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
     found = re.findall(rf"= (.*?) ({names})(?:-start)?\(", text)
     sizes = lambda types: [
@@ -283,7 +293,7 @@ def both(op: str, run, **options):
     return forward, jax.grad(lambda arrays, ids: sum(jnp.sum(o**2) for o in jax.tree.leaves(forward(arrays, ids))))
 
 
-@pytest.mark.parametrize("op", ["ssd", "selective_scan", "causal_conv1d"])
+@pytest.mark.parametrize("op", ["ssd", pytest.param("selective_scan", marks=pytest.mark.slow), "causal_conv1d"])
 def test_devices_send_each_other_states_alone(op):
     """Of the tokens split over devices no activation travels, forward or backward."""
     if op == "ssd":

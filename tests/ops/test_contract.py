@@ -29,6 +29,8 @@ OF_THE_KERNEL = (contract.check_hints, contract.check_eager, contract.check_chec
 
 def is_slow(subject, check) -> bool:
     """Of kernels: what asks for many compilations, or is shown for the op whose kernels they are."""
+    if check is contract.check_without_ids:  # own tests of the other kernels are of such rows
+        return subject.name != "selective_scan"
     rarely = subject.name in (*BORROWED, *LARGE) and check not in (contract.check_oracle, *TRACED)
     return check in contract.REST or rarely
 
@@ -49,8 +51,13 @@ def on_kernels(platform: str):
 
 
 def by_default(subject, check=None) -> bool:
-    """Of the other ops what xla does, which the oracle's check compares with the reference."""
-    return subject.name in EACH_TIME or (check in contract.FIRST and subject.implementation != "reference")
+    """Of the other ops what one program of xla shows: test_golden.py and test_recurrences.py run it without ids,
+    test_context.py hands states on. Of all what JAX makes of xla; shard_maps that check find more than those that do
+    not, and vmap more than scan."""
+    if subject.implementation == "reference":
+        return subject.name in EACH_TIME and check not in contract.REST
+    rarely = (contract.check_shard_map, contract.check_scan)
+    return check in contract.FIRST or (subject.name in EACH_TIME and check not in rarely)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recurrences and the convolution against numbers of published float64 reference runs (in each file's `meta`)."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -34,11 +36,15 @@ BY_DEFAULT = (
 """How the names of files begin that are compared each time; the others are slow."""
 
 
+REFERENCES = ("causal_conv1d-t17-segments", "hgrn-t17-packed", "kda-t17", "selective_scan-t17-packed", "ssd-t17-packed")
+"""Of these, those that the reference is compared with as well."""
+
+
 def runs(path: Path) -> list:
     """Of a file by both implementations; slow ones marked. Of recurrences the contract has xla equal reference."""
     both = (("xla", "float32"), ("reference", "float64"))
     here = path.stem.startswith(BY_DEFAULT)
-    each_time = {"xla": here, "reference": here and path.stem.startswith(("ssd-", "sel", "causal", "hgrn-", "kda-t17"))}
+    each_time = {"xla": here, "reference": here and path.stem.startswith(REFERENCES)}
     return [
         pytest.param(path, *how, marks=[pytest.mark.quick if each_time[how[0]] else pytest.mark.slow],
                      id=f"{path.stem}-{how[0]}")
@@ -76,7 +82,11 @@ def test_hyena_of_two_documents_is_that_of_each():
     """The short convolution stops at documents as the long one does."""
     u, short_w, short_b, h, h_bias = drawn((1, 12, 9), (9, 3), (9,), (12, 3), (3,))
     weights = {"short_w": short_w, "short_b": short_b, "h_bias": h_bias}
-    run = lambda u, h, **more: published.hyena({"u": u, "h": h, **weights, **more}, {"order": 2}, "xla")["y"]
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(u, h, **more):
+        return published.hyena({"u": u, "h": h, **weights, **more}, {"order": 2}, "xla")["y"]
+
     ids = np.repeat([[1, 2]], (5, 7), axis=1).astype(np.int32)
     apart = np.concatenate([run(u[:, :5], h[:5]), run(u[:, 5:], h[:7])], axis=1)
     check_close(run(u, h, segment_ids=ids), apart, dtype="float32", what="y")
@@ -88,7 +98,8 @@ def test_a_state_in_front_of_packed_rows_is_of_none_of_them(n_tokens):
     x, weight, before = drawn((2, n_tokens, 4), (4, 4), (2, 3, 4))
     ids = np.repeat([[1, 2]], (1, n_tokens - 1), axis=1).repeat(2, axis=0).astype(np.int32)
     given = {"x": x, "weight": weight, "initial_state": before, "segment_ids": ids}
-    found = published.causal_conv1d(given, {"activation": None}, "xla")
+    run = lambda given: published.causal_conv1d(given, {"activation": None}, "xla")
+    found = jax.jit(run, compiler_options=QUICK)(given)
     inputs = np.concatenate([before, x], axis=1)
     expected = np.zeros_like(x)
     for t in range(n_tokens):
@@ -130,7 +141,7 @@ def test_the_command_fails_for_one_wrong_number(folder, tensor, capsys):
         wrong = file[tensor].copy()
     wrong.flat[np.argmax(np.abs(wrong))] *= 1.001
     rewrite(folder / "hgrn-wrong.npz", **{tensor: wrong})
-    assert vectors.main([str(folder), "--implementation", "reference"]) == 1
+    assert vectors.main([str(folder), "--implementation", "reference", "--only", "hgrn-wrong"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("hgrn-wrong "))
     name = tensor.removeprefix("out_").replace("grad_", "d")
     assert "FAIL" in line and f"({name})" in line

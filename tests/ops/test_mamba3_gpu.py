@@ -16,7 +16,7 @@ from pallas_kernels.ops.ssd.turns import SPAN, Turns, turn_gradients
 from pallas_kernels.platform import assume_platform
 from pallas_kernels.segments import document_numbers
 from tests.ops.interpreter import interpreted, needs_gpu_interpreter
-from tests.ops.support import check_against_oracle, served_by
+from tests.ops.support import QUICK, check_against_oracle, served_by
 from tests.tolerances import check_close
 
 
@@ -120,18 +120,27 @@ def test_errors_of_turns_do_not_add_up(layout, pairs):
 
     behind = np.tri(n_tokens, dtype=np.float32) * (number[:, None] == number)
     turned = lambda turns: loss(*(parts.rotate(array, behind @ turns, pairs) for array in (B, C)), start)
-    expected = jax.grad(turned)(jnp.zeros((n_tokens, count)))
-    d_b, d_c, d_start = jax.grad(loss, argnums=(0, 1, 2))(B, C, start)
+    expected = jax.jit(jax.grad(turned), compiler_options=QUICK)(np.zeros((n_tokens, count), np.float32))
+    d_b, d_c, d_start = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)(B, C, start)
     spans = (SPAN, 2 * SPAN)
     assert ids is None or any(number[at] == number[at - 1] > 0 for at in spans)  # of a later one a document goes on
-    inner = [jnp.stack(arrays)[None] for arrays in ([state(B, at) for at in spans], [gradient(at) for at in spans])]
-    ends = [(jnp.asarray(a)[None], jnp.asarray(b)[None]) for a, b in ((start, d_start), (state(B, n_tokens), end_grad))]
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def states(B):
+        inner = [jnp.stack(arrays)[None] for arrays in ([state(B, at) for at in spans], [gradient(at) for at in spans])]
+        return inner, [(start[None], d_start[None]), (state(B, n_tokens)[None], end_grad[None])]
+
+    inner, ends = states(B)
     turns = Turns(count, 0, *((1, 2) if pairs == "adjacent" else (n_state // 2, 1)), alone=1)
 
     def found(noise):
         maps = ((array, grad + noise * draw(grad.shape)) for array, grad in ((B, d_b), (C, d_c)))
-        maps = [tuple(jnp.asarray(array)[None, :, None] for array in pair) for pair in maps]
-        return behind.T @ turn_gradients(turns, maps, inner, *ends, ids)[0, :, 0]
+        maps = [tuple(np.asarray(array)[None, :, None] for array in pair) for pair in maps]
+        return behind.T @ gradients(maps, inner, ends)[0, :, 0]
+
+    gradients = jax.jit(
+        lambda maps, inner, ends: turn_gradients(turns, maps, inner, *ends, ids), compiler_options=QUICK
+    )
 
     check_close(found(0), expected, dtype="float32", what="turns")
     scale, error = np.sqrt(np.mean(expected**2)), np.abs(found(10.0) - expected)

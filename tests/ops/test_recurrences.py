@@ -2,6 +2,7 @@
 """The recurrences in chunks: their cases against the float64 recurrence, decays of any size, memory, errors."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,24 @@ from hypothesis import strategies as st
 from pallas_kernels import chunks, ops, oracle
 from pallas_kernels.layouts import DECAYS, LAYOUTS
 from pallas_kernels.ops import OPS
-from tests.ops.support import QUICK, check_against_oracle
+from tests.ops.support import QUICK, check_against_oracle, run
+from tests.ops.support import oracle as wide
 
 BY_DEFAULT = {
-    "gated_delta_product": ("head_packed",),
+    "gated_delta_product": (),
     "gated_delta_rule": ("head",),
-    "linear_attention": ("bonus", "head_packed", "taylor"),
+    "linear_attention": ("bonus", "head_packed"),
     "linear_scan": ("empty",),
     "long_conv": ("many_lags",),
-    "mamba3": ("mixed",),
+    "mamba3": (),
     "mlstm": ("large_gates",),
     "rwkv4": ("large_keys",),
     "rwkv7": ("mixed",),
     "slstm": ("slabs",),
-    "titans": ("refreshed", "scattered"),
+    "titans": (),
 }
-"""By op: cases that the contract's own does not show and that are compared each time; the others are slow."""
+"""By op: cases that neither the contract's own nor test_golden.py shows and that are compared each time; the others are
+slow."""
 
 CHUNKED = ("gated_delta_rule", "gated_delta_product", "linear_attention", "rwkv7", "mamba3", "mlstm")
 
@@ -93,8 +96,8 @@ def test_sums_between_tokens_lose_no_small_step_behind_a_large_one():
     """Log decays of -1e4 before steps of -1e-6: relative to each sum, not to what stands before it."""
     rng = np.random.default_rng(0)
     steps = -np.exp(rng.uniform(np.log(1e-6), np.log(1e4), (32, 1))).astype(np.float32)
-    decays = chunks.log_decays_of(jnp.asarray(steps)[None, None, None], None)
-    found = np.asarray(chunks.log_weights(decays))[0, 0, 0]
+    weights = jax.jit(lambda steps: chunks.log_weights(chunks.log_decays_of(steps, None)), compiler_options=QUICK)
+    found = np.asarray(weights(steps[None, None, None]))[0, 0, 0]
     expected = segment_sums(steps.astype(np.float64))[..., 0]
     below = np.tril_indices(32, -1)
     np.testing.assert_allclose(found[below], expected[below], rtol=3e-6)
@@ -106,9 +109,13 @@ def test_products_by_channel_are_those_of_all_pairs(exclusive):
     rng = np.random.default_rng(1)
     rows, cols = rng.standard_normal((2, 16, 3))
     steps = -np.exp(rng.uniform(np.log(1e-3), np.log(1e2), (16, 3)))
-    wide = lambda array: jnp.asarray(array, jnp.float32)[None, None, None]
-    decays = chunks.decays_of(wide(steps), None)
-    found = chunks.products(wide(rows), wide(cols), decays, exclusive=exclusive)[0, 0, 0]
+    given = [array.astype(np.float32)[None, None, None] for array in (rows, cols, steps)]
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def products(rows, cols, steps):
+        return chunks.products(rows, cols, chunks.decays_of(steps, None), exclusive=exclusive)[0, 0, 0]
+
+    found = products(*given)
     sums = segment_sums(steps)
     shifted = np.concatenate([np.full_like(sums[:1], -np.inf), sums[:-1]])  # up to the token before i
     pairs = np.exp(shifted if exclusive else sums) * rows[:, None] * cols[None]
@@ -118,7 +125,8 @@ def test_products_by_channel_are_those_of_all_pairs(exclusive):
 @pytest.mark.parametrize("size", [1, 2, 16, 64])
 def test_the_inverse_of_a_triangle(size):
     below = np.tril(np.random.default_rng(2).standard_normal((3, size, size)), -1) / np.sqrt(size)
-    found = np.asarray(chunks.unit_inverse(jnp.asarray(below, jnp.float32)), np.float64)
+    inverse = jax.jit(chunks.unit_inverse, compiler_options=QUICK)(below.astype(np.float32))
+    found = np.asarray(inverse, np.float64)
     np.testing.assert_allclose(found @ (np.eye(size) + below), np.broadcast_to(np.eye(size), below.shape), atol=3e-5)
 
 
@@ -135,8 +143,8 @@ def test_a_log_decay_of_minus_infinity_forgets(name):
     inputs = inputs_of(name)
     inputs["g"][:, 11] = -np.inf
     more = {"normalize": False} if name == "gated_delta_rule" else {}
-    found = oracle.evaluate(name, inputs, compiler_options=QUICK, **settings_of(name, implementation="xla", **more))
-    expected = oracle.oracle(name, inputs, compiler_options=QUICK, **settings_of(name, **more))
+    found = run(name, inputs, **settings_of(name, implementation="xla", **more))
+    expected = wide(name, inputs, **settings_of(name, **more))
     for tensor, (error, limit) in oracle.errors(name, found, expected, "float32").items():
         assert error <= limit, tensor
     assert not found["dg"][:, 11].any()

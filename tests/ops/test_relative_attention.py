@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`relative_attention`: its cases against the float64 reference, attention as the case of no terms, memory, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,10 @@ def test_equals_the_reference(case):
     check_against_oracle("relative_attention", inputs, implementation="xla", **settings)
 
 
+def compiled(function, **settings):
+    return jax.jit(functools.partial(function, **settings), compiler_options=QUICK)
+
+
 def drawn(batch=2, tokens=24, heads=4, kv_heads=2, width=8, profiles=3, extent=5):
     """q, k, v, r and profiles."""
     made = cases.make_inputs(cases.Case("drawn", batch, tokens, heads, kv_heads, width, extent, profiles))
@@ -32,18 +38,17 @@ def drawn(batch=2, tokens=24, heads=4, kv_heads=2, width=8, profiles=3, extent=5
 def test_without_terms_it_is_attention(window):
     q, k, v, r, profiles = drawn(tokens=40)
     ids = np.repeat([[1, 2, 0]], (18, 15, 7), axis=1).repeat(2, axis=0).astype(np.int32)
-    run = jax.jit(lambda r: relative_attention(q, k, v, r, profiles, window=window, segment_ids=ids),
-                  compiler_options=QUICK)  # fmt: skip
-    expected = attention(q, k, v, window=window, segment_ids=ids)
-    check_close(run(0 * r), expected, dtype="float32", what="no terms")
-    assert np.abs(run(r) - expected).max() > 1e-2
+    run = compiled(relative_attention, window=window)
+    expected = compiled(attention, window=window)(q, k, v, segment_ids=ids)
+    check_close(run(q, k, v, 0 * r, profiles, segment_ids=ids), expected, dtype="float32", what="no terms")
+    assert np.abs(run(q, k, v, r, profiles, segment_ids=ids) - expected).max() > 1e-2
 
 
 def test_a_term_that_grows_with_the_distance_weighs_as_it_says():
     """One key a query: with q = 0 the weights are the softmax of the terms alone, written out here."""
     q, k, v, r, _ = drawn(batch=1, tokens=7, heads=1, kv_heads=1, profiles=1, extent=3)
     slope = np.array([[0.0, 1.0, 2.0]], np.float32)
-    found = relative_attention(0 * q, k, v, np.ones_like(r), slope)
+    found = np.asarray(compiled(relative_attention)(0 * q, k, v, np.ones_like(r), slope))
     for t in range(7):
         terms = np.array([slope[0, t - s] if t - s < 3 else 0.0 for s in range(t + 1)])
         weights = np.exp(terms) / np.exp(terms).sum()
@@ -54,11 +59,12 @@ def test_a_term_that_grows_with_the_distance_weighs_as_it_says():
 def test_queries_of_a_cache(positions):
     """Behind 20 others, by pairs: what all 24 give, for the last four."""
     q, k, v, r, profiles = drawn()
-    whole = relative_attention(q, k, v, r, profiles)
+    run = compiled(relative_attention)
+    whole = run(q, k, v, r, profiles)
     at, everywhere = (np.tile(np.arange(start, 24, dtype=np.int32), (2, 1)) for start in (20, 0))
     turned = everywhere[:, ::-1] if positions else everywhere  # keys in any order, as their positions are
     keys = [a[:, ::-1] if positions else a for a in (k, v)]
-    last = relative_attention(q[:, 20:], *keys, r[:, 20:], profiles, positions=(at, turned))
+    last = run(q[:, 20:], *keys, r[:, 20:], profiles, positions=(at, turned))
     check_close(last, whole[:, 20:], dtype="float32", what="the last four")
 
 

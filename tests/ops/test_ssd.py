@@ -14,7 +14,8 @@ from pallas_kernels import oracle, platform, ssd
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.ssd import cases, xla
 from tests.ops.ssd_plain import plain_ssd
-from tests.ops.support import QUICK, check_against_oracle, check_curvature, run
+from tests.ops.support import QUICK, check_against_oracle, check_by_one_program, check_curvature, run
+from tests.ops.support import oracle as wide
 from tests.tolerances import check_close
 
 BASE = cases.Case("base", 2, 50, 4, 8, 2, 8, skip="HP", initial=True, final=True, decay="mixed", seed=3)
@@ -25,10 +26,18 @@ def make(**changes):
     return cases.make_inputs(cases.Case(**fields))
 
 
+RARELY = ("short", "groups_all", "zero_dt", "scattered", "apart")
+"""Cases whose like is among the others, or in the contract; they are slow."""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("case", cases.TEST_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in RARELY)) for case in cases.TEST_CASES
+])  # fmt: skip
 def test_equals_the_recurrence(case):
-    check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, chunk=32)
+    """Those that differ in documents alone in one shape: they share programs."""
+    case = dataclasses.replace(case, tokens=70) if case.layout != "dense" else case
+    check_by_one_program("ssd", cases.make_inputs(case), implementation="xla", return_final_state=case.final, chunk=32)
 
 
 @pytest.mark.slow
@@ -51,7 +60,7 @@ DRAWN = dict(
 )
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(**DRAWN)
 def test_equals_the_recurrence_on_drawn_shapes(**drawn):
     check_drawn(**drawn)
@@ -77,15 +86,14 @@ def test_bfloat16(case):
     )
 
 
-@pytest.mark.parametrize("case", [c for c in cases.TEST_CASES if c.name in ("mixed", "scattered", "groups")],
-                         ids=lambda case: case.name)  # fmt: skip
-def test_bfloat16_with_sums_by_one_product(case):
+@pytest.mark.parametrize("name", ["mixed", "scattered", pytest.param("groups", marks=pytest.mark.slow)])
+def test_bfloat16_with_sums_by_one_product(name):
     """As off CPUs."""
-    inputs = cases.make_inputs(case, "bfloat16")
+    inputs = cases.make_inputs(cases.CASES[name], "bfloat16")
     with platform.assume_platform("gpu", capability="8.0"):
         found = oracle.evaluate("ssd", inputs, implementation="xla", return_final_state=True, chunk=32,
                                 compiler_options=QUICK)  # fmt: skip
-    expected = oracle.oracle("ssd", inputs, return_final_state=True)
+    expected = wide("ssd", inputs, return_final_state=True)
     for name, (error, limit) in oracle.errors("ssd", found, expected, "bfloat16").items():
         assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"
 
@@ -100,7 +108,7 @@ def test_the_forward_alone_takes_longer_chunks_on_gpus():
         with_gradients = jax.jit(lambda arrays: jax.vjp(lambda a: y(a, None), arrays)[0])(arrays)
     np.testing.assert_array_equal(alone, long)
     np.testing.assert_array_equal(with_gradients, short)
-    assert oracle.relative_rms(alone, oracle.oracle("ssd", inputs)["out0"]) <= oracle.bound("bfloat16")
+    assert oracle.relative_rms(alone, wide("ssd", inputs)["out0"]) <= oracle.bound("bfloat16")
 
 
 def test_small_steps_survive_large_sums_in_one_chunk():
@@ -257,5 +265,5 @@ def test_the_plain_version_that_times_are_held_against(chunk):
     inputs = make(tokens=48, groups=2, heads=4, decay="typical", skip="H", initial=False, final=False)
     plain = lambda x, dt, A, B, C, D: plain_ssd(x, dt, A, B, C, D, chunk=chunk)
     found = oracle.evaluate("ssd", inputs, function=plain, compiler_options=QUICK)
-    for name, (error, limit) in oracle.errors("ssd", found, oracle.oracle("ssd", inputs), "float32").items():
+    for name, (error, limit) in oracle.errors("ssd", found, wide("ssd", inputs), "float32").items():
         assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"

@@ -19,8 +19,8 @@ from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.ssd import cases
 from pallas_kernels.ops.ssd.tpu import copies as tpu_copies
 from pallas_kernels.ops.ssd.tpu.api import legal_heads, ssd_tpu, supports
-from pallas_kernels.oracle import bound, oracle, relative_rms
-from tests.ops.support import QUICK, run
+from pallas_kernels.oracle import bound, relative_rms
+from tests.ops.support import QUICK, oracle, run_by_one_program
 
 BASE = cases.Case("base", 1, 200, 2, 32, 1, 16, "packed", "mixed", "H", True, True, seed=3)
 
@@ -31,8 +31,12 @@ def case_of(**changes) -> cases.Case:
 
 def run_kernel(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray]:
     """Outputs and gradients of the interpreted kernels by name."""
-    kernel = functools.partial(ssd_tpu, **{"interpret": True, **blocks})
-    return run("ssd", inputs, function=kernel, return_final_state=final)
+    return run_by_one_program("ssd", inputs, function=kernel_of(**blocks), return_final_state=final)
+
+
+@functools.cache
+def kernel_of(**blocks):
+    return functools.partial(ssd_tpu, **{"interpret": True, **blocks})
 
 
 def check(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray]:
@@ -41,7 +45,7 @@ def check(inputs: dict, *, final: bool = True, **blocks) -> dict[str, np.ndarray
     As strict as the table gets: without the allowance for gradients that are small next to the others.
     """
     actual = run_kernel(inputs, final=final, **blocks)
-    expected = oracle("ssd", inputs, compiler_options=QUICK, return_final_state=final)
+    expected = oracle("ssd", inputs, return_final_state=final)
     assert actual.keys() == expected.keys()
     for name in actual:
         check_close(actual[name], expected[name], dtype=inputs["x"].dtype, what=f"ssd.{name}")
@@ -75,14 +79,15 @@ def some(*names: str) -> list:
     return [pytest.param(c, id=c.name, marks=() if c.name in names else pytest.mark.slow) for c in CASES]
 
 
-@pytest.mark.parametrize("case", some("one_token", "groups", "empty", "apart"))
+@pytest.mark.parametrize("case", some("one_token", "groups", "empty"))
 def test_equals_the_recurrence(case):
     check(cases.make_inputs(case), final=case.final)
 
 
 @pytest.mark.parametrize("case", some("apart"))
 def test_bfloat16(case):
-    check(cases.make_inputs(case, "bfloat16"), final=case.final)
+    """A chunk a step, as everything of a step is written out: float32 and the contract have two."""
+    check(cases.make_inputs(case, "bfloat16"), final=case.final, chunks_per_step=1)
 
 
 @pytest.mark.parametrize("case", [
@@ -91,7 +96,7 @@ def test_bfloat16(case):
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_widths(case, dtype):
-    check(cases.make_inputs(case, dtype), final=case.final)
+    check(cases.make_inputs(case, dtype), final=case.final, chunks_per_step=1)
 
 
 def test_blocks_are_invisible():
@@ -164,7 +169,7 @@ def test_bfloat16_a_token_that_forgets_all_hides_what_was_before():
     inputs["x"][:, [60, 200]] = 0
     inputs["x"][:, :60] *= 1e6
     actual = run_kernel(inputs)["out0"]
-    expected = oracle("ssd", inputs, compiler_options=QUICK, return_final_state=True)["out0"]
+    expected = oracle("ssd", inputs, return_final_state=True)["out0"]
     check_close(actual[:, 61:], expected[:, 61:], dtype=jnp.bfloat16, what="ssd.out0")
 
 
@@ -175,12 +180,12 @@ def test_padding_may_hold_anything(dtype):
     inputs = cases.make_inputs(case, dtype)
     padded = inputs["segment_ids"] == 0
     assert padded.any()
-    expected = run_kernel(inputs)
+    expected = run_kernel(inputs, chunks_per_step=1)
     changed = dict(inputs)
     for name in ("x", "dt", "B", "C"):
         changed[name] = inputs[name].copy()
         changed[name][padded] = np.nan
-    actual = run_kernel(changed)
+    actual = run_kernel(changed, chunks_per_step=1)
     for name in expected:
         np.testing.assert_array_equal(actual[name], expected[name])
     for name in ("out0", "dx", "ddt", "dB", "dC"):
