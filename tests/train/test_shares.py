@@ -20,7 +20,7 @@ from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.loss import LOGITS
 from hybridlm.train.metrics import on_host
 from hybridlm.train.step import HOST
-from tests.train.conftest import make_batch, small_config, small_program
+from tests.train.conftest import first_state, make_batch, small_config, small_program
 from tests.train.test_layout import MODEL
 from tests.train.test_step import relative, run_steps
 
@@ -71,7 +71,8 @@ def test_sums_of_large_arrays_are_scattered(as_on_gpus):
 def test_checkpoints_of_either_kind_and_moments_on_the_host(tmp_path):
     config, mesh, program = small_program((*ADAMW, SPLIT, "optim.offload=True"), (4, 1, 1))
     with jax.set_mesh(mesh):
-        state, _ = program.train_step(program.init(), jax.device_put(make_batch(config, 0), program.batch_sharding))
+        state = first_state(config, program)
+        state, _ = program.train_step(state, jax.device_put(make_batch(config, 0), program.batch_sharding))
         metrics = program.eval_step(state["params"], jax.device_put(make_batch(config, 1), program.batch_sharding))
         whole = program.model(state["params"])
     kept = jax.device_get(state)
