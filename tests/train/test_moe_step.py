@@ -20,8 +20,8 @@ EXPERTS = MoE(4, 16, "swiglu", Router(2), MLP(16), balance_weight=0.1, z_weight=
 
 def make_config(**optim):
     config = small_config()
-    blocks = {"M": config.model.blocks["M"], "E": EXPERTS}
-    model = replace(config.model, pattern="ME", blocks=blocks)
+    blocks = {"*": config.model.blocks["*"], "E": EXPERTS}
+    model = replace(config.model, pattern="*E", blocks=blocks)
     return replace(config, model=model, optim=replace(config.optim, **optim))
 
 
