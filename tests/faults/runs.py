@@ -26,9 +26,8 @@ def config():
     return Config(
         name="nano",
         model=ModelConfig(
-            vocab_size=264, d_model=16, pattern="M*-", compute_dtype="float32",
-            blocks={{"M": Mamba2(d_state=8, d_head=8, chunk=8), "*": Attention(n_heads=2, n_kv_heads=1, d_head=8),
-                    "-": MLP(d_ff=16)}},
+            vocab_size=264, d_model=16, pattern="*-", compute_dtype="float32",
+            blocks={{"*": Attention(n_heads=2, n_kv_heads=1, d_head=8), "-": MLP(d_ff=16)}},
         ),
         data=DataConfig(
             path=("{folder}/train-*.txt",), val_path=("{folder}/val.txt",), cache_dir="{folder}/cache", seq_len=16,

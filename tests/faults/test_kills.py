@@ -20,7 +20,7 @@ from etils import epath
 
 from tests.faults.runs import ROOT, Processes, clean, losses, newest, write_config
 
-STEPS = 150
+STEPS = 60
 WORDS = (f"--run.steps={STEPS}", "--run.save_every=10")
 MOMENTS = ("start-up", "step", "save", "end")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -140,7 +140,7 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 def test_a_full_disk(made, tmp_path):
-    """A disk of 1 MB fills in mid-run: one line that names the file, what was saved is whole, and goes on elsewhere."""
+    """A disk of 300 KB fills: one line that names the file, what was saved is whole, and goes on elsewhere."""
     config, reference, _ = made
     run, disk = tmp_path / "run", tmp_path / "disk"
     disk.mkdir()
@@ -148,11 +148,11 @@ def test_a_full_disk(made, tmp_path):
     if can_mount():
         words = [
             "unshare", "-rm", "sh", "-c",
-            f"mount -t tmpfs -o size=1m none {disk} && {train} --run.dir={disk}/run; code=$?; cp -r {disk}/run {run}; "
-            "exit $code",
+            f"mount -t tmpfs -o size=300k none {disk} && {train} --run.dir={disk}/run; c=$?; cp -r {disk}/run {run}; "
+            "exit $c",
         ]  # fmt: skip
-    else:  # files of at most 64 KiB stand for it
-        words = ["bash", "-c", f"ulimit -f 64; exec {train} --run.dir={run}"]
+    else:  # files of at most 32 KiB stand for it
+        words = ["bash", "-c", f"ulimit -f 32; exec {train} --run.dir={run}"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -20,7 +20,12 @@ from hybridlm.config import (
     RunConfig,
 )  # fmt: skip
 from hybridlm.config.overrides import override
+from hybridlm.config.tree import to_dict
+from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import make_mesh
+from hybridlm.train import step as step_module
+from hybridlm.train.ahead import TrainStep
+from hybridlm.train.kept_step import READING
 from hybridlm.train.step import make_program
 
 CONFIG = """
@@ -66,8 +71,30 @@ def mini(tmp_path):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """`train` uses the first device alone, as on a machine that has one."""
+    """`train` uses the first device alone, as on a machine that has one, and what was traced and compiled for the same
+    program in a test before; the steps of a run are numbers that it takes."""
     monkeypatch.setattr("hybridlm.train.loop.make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr("hybridlm.train.loop.make_program", program_as_before)
+
+
+PROGRAMS = {}
+"""What a program hangs on -> it."""
+
+
+def program_as_before(config: Config, mesh) -> step_module.Program:
+    """`make_program`, whose jitted functions are those of the last run for which it was the same. Adapters' have a base
+    of their own."""
+    if config.lora.on:
+        return step_module.make_program(config, mesh)
+    of_config = to_dict(config) | {"run": config.run.seed, "name": None, "cluster": None, "init": None, "probe": None}
+    of_config["data"] = {name: value for name, value in of_config["data"].items() if name not in READING}
+    made_of = step_module.make_objective, step_module.make_train_step, *map(type, config.model.blocks.values())
+    key = str(of_config), mesh, made_of  # what a test puts in their place makes another program
+    if key not in PROGRAMS:
+        PROGRAMS[key] = step_module.make_program(config, mesh)
+    lengths = np.array(schedule_lengths(config.optim, config.run.steps), np.int32)
+    anew = {name: TrainStep(getattr(PROGRAMS[key], name).jitted, lengths) for name in ("train_step", "inspect")}
+    return PROGRAMS[key]._replace(**anew)
 
 
 def small_config(*overrides: str) -> Config:
@@ -94,6 +121,19 @@ def small_program(overrides: tuple[str, ...] = (), mesh_sizes: tuple[int, ...] =
     config = small_config(*overrides)
     mesh = make_mesh(MeshConfig(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
     return config, mesh, make_program(config, mesh)
+
+
+STATES = {}
+"""What a first state hangs on -> it, on the host."""
+
+
+def first_state(config: Config, program: step_module.Program) -> dict:
+    """`program.init()`, drawn by the first program of such a state on whatever mesh: to draw is a program by itself."""
+    like = jax.tree.map(lambda x: (x.shape, x.dtype), program.state_like)
+    key = str(to_dict(config.model)), config.run.seed, str(like)
+    if key not in STATES:
+        STATES[key] = jax.device_get(program.init())
+    return jax.tree.map(lambda x, like: jax.device_put(np.array(x), like.sharding), STATES[key], program.state_like)
 
 
 def make_batch(config: Config, seed: int) -> dict[str, np.ndarray]:

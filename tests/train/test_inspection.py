@@ -12,7 +12,7 @@ from flax import nnx
 from hybridlm.cli import train_main
 from hybridlm.train.metrics import numbers
 from hybridlm.train.metrics_log import read_metrics
-from tests.train.conftest import make_batch, small_config, small_program
+from tests.train.conftest import first_state, make_batch, small_config, small_program
 
 WORDS = ("optim.clip_norm=0.1", "model.pattern=M*-M*--")
 KIND = {"M": "M.Mamba2", "*": "*.Attention", "-": "-.MLP"}
@@ -23,7 +23,7 @@ def inspected(overrides=(), mesh_sizes=(1, 1, 1), steps=2):
     """(numbers of the step that comes, the state before it and after it, the batch)."""
     config, mesh, program = small_program((*WORDS, *overrides), mesh_sizes)
     with jax.set_mesh(mesh):
-        state = program.init()
+        state = first_state(config, program)
         for step in range(steps):
             state, _ = program.train_step(state, make_batch(config, step))
         batch = jax.device_put(make_batch(config, steps), program.batch_sharding)

@@ -11,7 +11,7 @@ from hybridlm.train.run_folder import read_metrics
 @pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_loss_falls_on_the_embedded_corpus(tmp_path, capsys, one_device, name):
     words = [
-        "--config=hybrid_tiny", "--model.d_model=64", "--model.pattern=M-*-", "--data.seq_len=128",
+        "--config=hybrid_tiny", "--model.d_model=64", "--model.pattern=M*-", "--data.seq_len=64",
         "--data.batch_size=8", "--run.steps=80", "--optim.warmup_steps=5", f"--optim.name={name}", "--optim.lr=1e-2",
         "--run.eval_batches=4", "--run.sample_tokens=0", "--run.tensorboard=False", f"--run.dir={tmp_path / 'run'}",
     ]  # fmt: skip

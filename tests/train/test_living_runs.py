@@ -160,7 +160,8 @@ def test_a_longer_run_is_the_same_program(schedule):
     """What is compiled for 20 steps, and kept, serves for 4,000."""
     texts, rates = [], []
     for steps in (20, 4000):
-        config = small_config(f"--optim.schedule={schedule}", f"--run.steps={steps}", "--optim.warmup_steps=4")
+        words = f"--optim.schedule={schedule}", f"--run.steps={steps}", "--optim.warmup_steps=4", "--model.pattern=-"
+        config = small_config(*words)
         program = make_program(config, make_mesh(config.mesh, jax.devices()[:1]))
         texts.append(program.train_step.lower(program.state_like, make_batch(config, 0)).as_text())
         rates.append(program.train_step.lengths.tolist())

@@ -13,15 +13,15 @@ from hybridlm.sharding import make_mesh
 from hybridlm.train.meter import Meter
 from hybridlm.train.metrics import on_host
 from hybridlm.train.step import make_program
-from tests.train.conftest import make_batch, small_config
+from tests.train.conftest import first_state, make_batch, small_config
 
 EXPERTS = MoE(4, 16, "swiglu", Router(2), MLP(16), balance_weight=0.1, z_weight=0.01)
 
 
 def make_config(**optim):
     config = small_config()
-    blocks = {"M": config.model.blocks["M"], "E": EXPERTS}
-    model = replace(config.model, pattern="ME", blocks=blocks)
+    blocks = {"*": config.model.blocks["*"], "E": EXPERTS}
+    model = replace(config.model, pattern="*E", blocks=blocks)
     return replace(config, model=model, optim=replace(config.optim, **optim))
 
 
@@ -33,7 +33,7 @@ def run_steps(config, mesh_config=ONE, n_devices=1, n_steps=2, same_batch=False)
     mesh = make_mesh(mesh_config, jax.devices()[:n_devices])
     program, history = make_program(config, mesh), []
     with jax.set_mesh(mesh):
-        state = program.init()
+        state = first_state(config, program)
         for step in range(n_steps):
             batch = jax.device_put(make_batch(config, 0 if same_batch else step), program.batch_sharding)
             state, metrics = program.train_step(state, batch)

@@ -20,7 +20,7 @@ from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.loss import LOGITS
 from hybridlm.train.metrics import on_host
 from hybridlm.train.step import HOST
-from tests.train.conftest import make_batch, small_config, small_program
+from tests.train.conftest import first_state, make_batch, small_config, small_program
 from tests.train.test_layout import MODEL
 from tests.train.test_step import relative, run_steps
 
@@ -41,15 +41,16 @@ def as_on_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "micro"),
+    ("sizes", "micro", "pattern"),
     [
-        ((4, 1, 1), 2),
-        pytest.param((2, 2, 2), 2, marks=pytest.mark.slow),
-        pytest.param((4, 1, 1), 1, marks=pytest.mark.slow),
+        ((4, 1, 1), 2, "*-"),
+        pytest.param((4, 1, 1), 2, "M*-", marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 2, "M*-", marks=pytest.mark.slow),
+        pytest.param((4, 1, 1), 1, "M*-", marks=pytest.mark.slow),
     ],
 )
-def test_the_same_steps(sizes, micro, as_on_gpus):
-    words = (*ADAMW, f"optim.accumulate={micro}", "optim.weight_decay=0.2")  # programs of no other test
+def test_the_same_steps(sizes, micro, pattern, as_on_gpus):
+    words = (*ADAMW, f"optim.accumulate={micro}", "optim.weight_decay=0.2", f"model.pattern={pattern}")
     whole, history, _ = run_steps((*words, "optim.split_over_data=False"), sizes)
     params, split_history, specs = run_steps((*words, SPLIT), sizes)
     for a, b in zip(split_history, history, strict=True):
@@ -69,15 +70,17 @@ def test_sums_of_large_arrays_are_scattered(as_on_gpus):
 
 
 def test_checkpoints_of_either_kind_and_moments_on_the_host(tmp_path):
-    config, mesh, program = small_program((*ADAMW, SPLIT, "optim.offload=True"), (4, 1, 1))
+    words = (*ADAMW, "model.pattern=*-")
+    config, mesh, program = small_program((*words, SPLIT, "optim.offload=True"), (4, 1, 1))
     with jax.set_mesh(mesh):
-        state, _ = program.train_step(program.init(), jax.device_put(make_batch(config, 0), program.batch_sharding))
+        state = first_state(config, program)
+        state, _ = program.train_step(state, jax.device_put(make_batch(config, 0), program.batch_sharding))
         metrics = program.eval_step(state["params"], jax.device_put(make_batch(config, 1), program.batch_sharding))
         whole = program.model(state["params"])
     kept = jax.device_get(state)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state["opt_state"]) if x.ndim} == {HOST}
     assert "data" not in axes_of([x.sharding.spec for x in jax.tree.leaves(whole)])
-    usual = small_program(ADAMW, (1, 2, 1))[2]
+    usual = small_program(words, (1, 2, 1))[2]
     for n, (of, like) in enumerate(((program, usual), (usual, program))):
         checkpoints = Checkpoints(tmp_path / str(n), 2)
         held = jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), kept, of.state_like)

@@ -15,7 +15,7 @@ from hybridlm.plan.described import described
 from hybridlm.plan.slices import slice_devices
 from hybridlm.sharding import make_mesh
 from hybridlm.train.step import make_program
-from tests.train.conftest import make_batch, small_config
+from tests.train.conftest import first_state, make_batch, small_config
 
 MESHES = {
     "data": MeshConfig(data=4, slice=2),
@@ -33,7 +33,7 @@ def steps_of(mesh: MeshConfig, *overrides: str):
         program = make_program(config, made)
         batches = [jax.device_put(make_batch(config, step), program.batch_sharding) for step in range(3)]
         step = program.train_step.lower(program.state_like, batches[0]).compile()
-        state, seen = program.init(), []
+        state, seen = first_state(config, program), []
         for batch in batches:
             state, metrics = step(state, batch, program.train_step.lengths)
             seen.append({name: float(metric.value()) for name, metric in jax.device_get(metrics).items()})

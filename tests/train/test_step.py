@@ -21,14 +21,15 @@ from hybridlm.train.checkpoint import Checkpoints
 from hybridlm.train.loss import LOGITS
 from hybridlm.train.metrics import Mean, on_host
 from hybridlm.train.step import HOST, like_params, make_train_step
-from tests.train.conftest import make_batch, small_config, small_program
+from tests.train.conftest import first_state, make_batch, small_config, small_program
 
 
-def run_steps(overrides=(), mesh_sizes=(1, 1, 1), n_steps=3):
-    """(parameters, metrics of each step, specs of the state) on a mesh of data, fsdp, tensor, context."""
+def run_steps(overrides=(), mesh_sizes=(1, 1, 1), n_steps=3, draw=first_state):
+    """(parameters, metrics of each step, specs of the state) on a mesh of data, fsdp, tensor, context. draw: (config,
+    program) -> the first state."""
     config, mesh, program = small_program(tuple(overrides), mesh_sizes)
     with jax.set_mesh(mesh):
-        state, history = program.init(), []
+        state, history = draw(config, program), []
         for step in range(n_steps):
             batch = jax.device_put(make_batch(config, step), program.batch_sharding)
             state, metrics = program.train_step(state, batch)
@@ -82,7 +83,8 @@ def test_padding_stands_anywhere_and_nothing_is_decided_at_run_time(reference):
     assert (moved["segment_ids"] != batch["segment_ids"]).any()
     with jax.set_mesh(mesh):
         for rows in (batch, moved):
-            state, metrics = program.train_step(program.init(), jax.device_put(rows, program.batch_sharding))
+            rows = jax.device_put(rows, program.batch_sharding)
+            state, metrics = program.train_step(first_state(config, program), rows)
             found.append((jax.device_get(state["params"]), on_host(metrics)))
         jaxpr = program.train_step.trace(program.state_like, program.batch_like(config.data)).jaxpr
     (params, metrics), (moved_params, moved_metrics) = found
@@ -110,7 +112,7 @@ MESHES = {"fsdp": (1, 8, 1), "tensor": (4, 1, 2), "both": (2, 2, 2), "data": (8,
 )
 def test_eight_devices_equal_one(reference, name, mesh):
     params, history, _ = reference[name]
-    many, many_history, specs = run_steps(options(name), MESHES[mesh])
+    many, many_history, specs = run_steps(options(name), MESHES[mesh], draw=lambda _, program: program.init())
     for a, b in zip(many_history, history, strict=True):
         chex.assert_trees_all_close(a, b, rtol=1e-4)
     assert relative(many, params) < 5e-4
@@ -148,7 +150,7 @@ def test_moments_in_the_memory_of_the_host(reference, tmp_path):
     params, history, _ = reference["adamw"]
     config, mesh, program = small_program((*options("adamw"), "optim.offload=True"), (1, 2, 1))
     with jax.set_mesh(mesh):
-        state = program.init()
+        state = first_state(config, program)
         for step in range(3):
             batch = jax.device_put(make_batch(config, step), program.batch_sharding)
             state, metrics = program.train_step(state, batch)
@@ -170,7 +172,7 @@ def test_moments_in_the_memory_of_the_host(reference, tmp_path):
 def test_mean_over_all_tokens_of_the_batch():
     _, history, _ = run_steps((*options("adamw"), "optim.accumulate=4"), n_steps=1)
     config, _, program = small_program(options("adamw"))
-    batch, params = make_batch(config, 0), program.init()["params"]
+    batch, params = make_batch(config, 0), first_state(config, program)["params"]
 
     def mean(params):
         model = nnx.merge(program.graphdef, params)
@@ -188,7 +190,7 @@ def test_mean_over_all_tokens_of_the_batch():
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     config, _, program = small_program(options("adamw"))
-    state, _ = program.train_step(program.init(), make_batch(config, 0))
+    state, _ = program.train_step(first_state(config, program), make_batch(config, 0))
     poisoned = jax.tree.map(jnp.copy, state)
     poisoned["params"]["embedding"] = poisoned["params"]["embedding"].at[3, 0].set(jnp.nan)
     before = jax.device_get(poisoned)
@@ -208,7 +210,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
 def test_an_update_that_is_not_finite_is_not_applied():
     """Where loss and gradient are: a moment of one number is out of range, or all of the update is."""
     config, _, program = small_program(options("muon"))
-    state, _ = program.train_step(program.init(), make_batch(config, 0))
+    state, _ = program.train_step(first_state(config, program), make_batch(config, 0))
     is_moment = lambda path: "'norm'" in (words := jax.tree_util.keystr(path)) and ".mu" in words
     for value in (jnp.nan, jnp.inf, 1e30):
         poisoned = jax.tree.map(jnp.copy, state)
@@ -222,7 +224,7 @@ def test_an_update_that_is_not_finite_is_not_applied():
         for name in ("params", "opt_state"):
             chex.assert_trees_all_equal(after[name], before[name])
     after, metrics = program.train_step(state, make_batch(config, 1))
-    before, after = jax.device_get((program.init()["params"], after["params"]))
+    before, after = jax.device_get((first_state(config, program)["params"], after["params"]))
     assert metrics["update_norm"].value() > 0 and relative(after, before) > 0
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables whose gradients each device sums by itself, as on GPUs: the same step as without."""
 
+from functools import cache
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from hybridlm.train import layout, loss
 from hybridlm.train.layout import tables_once
 from hybridlm.train.metrics import on_host
 from pallas_kernels import gated_norm, gated_product, head_norm, rms_norm
-from tests.train.conftest import make_batch, small_program
+from tests.train.conftest import first_state, make_batch, small_program
 from tests.train.test_step import options, relative
 
 WORDS = options("adamw")
@@ -25,12 +27,18 @@ def steps(words, sizes=(1, 1, 1)):
     """(config, mesh, parameters, metrics of three steps) on a mesh of data, fsdp, tensor, context."""
     config, mesh, program = small_program.__wrapped__(words, sizes)
     with jax.set_mesh(mesh):
-        state, history = program.init(), []
+        state, history = first_state(config, program), []
         for step in range(3):
             batch = jax.device_put(make_batch(config, step), program.batch_sharding)
             state, metrics = program.train_step(state, batch)
             history.append(on_host(metrics))
         return config, mesh, jax.device_get(state["params"]), history
+
+
+@cache
+def expected(words):
+    """(parameters, metrics) of the steps as they are without."""
+    return steps(words)[2:]
 
 
 def rms_norm_gradients(x_RC, weight_C, grads_RC, beside_RC, eps):
@@ -92,23 +100,26 @@ KERNELS = {
     head_norm_gradients: head_norm, head_norm_of: head_norm,
 }  # fmt: skip
 SLOW = pytest.mark.slow
-FEW = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)]
+ONE, DATA, FSDP, TENSOR, CONTEXT = (1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 2, 1, 4)
+FEW = [ONE, DATA, FSDP, TENSOR, CONTEXT]
 """Sizes of meshes."""
 
 
 @pytest.mark.parametrize(
     ("more", "meshes"),
     [
-        pytest.param((), FEW, id="tied"),
+        pytest.param((), [TENSOR], id="tied, tensor"),
+        pytest.param((), [ONE, DATA, FSDP, CONTEXT], id="tied", marks=SLOW),
         pytest.param((UNTIED,), [*FEW, (1, 2, 1)], id="untied", marks=SLOW),
-        pytest.param((UNTIED, TIMES), FEW, id="times"),
+        pytest.param((UNTIED, TIMES), [DATA, CONTEXT], id="times, data and context"),
+        pytest.param((UNTIED, TIMES), [ONE, FSDP, TENSOR], id="times", marks=SLOW),
         pytest.param((TIMES,), [*FEW, (1, 2, 1)], id="tied times", marks=SLOW),
     ],
 )
 def test_as_on_gpus(more, meshes, monkeypatch):
     """With whole sums, matrices taken apart and together, and norms of heads and gradients of norms and gates as their
     kernels make them, each device those of its own tokens."""
-    _, _, params, history = steps((*WORDS, *more))
+    params, history = expected((*WORDS, *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "APART", {"cpu"})
     monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
@@ -140,7 +151,7 @@ def test_as_on_gpus(more, meshes, monkeypatch):
 )
 def test_gated_products_as_on_gpus(sizes, more, monkeypatch):
     """With what stands between the MLP's products made by them; over tensor, which splits it, by what did before."""
-    _, _, params, history = steps(WORDS)
+    params, history = expected(WORDS)
     monkeypatch.setattr(layout, "APART", {"cpu"})
     monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
     called = set()
@@ -159,7 +170,7 @@ def test_gated_products_as_on_gpus(sizes, more, monkeypatch):
 @pytest.mark.parametrize("more", [(), (UNTIED, TIMES)], ids=["tied", "times"])
 def test_sums_of_one_microbatch(more, monkeypatch):
     """Over fsdp where there is room, and over context."""
-    _, _, params, history = steps((*WORDS, *more))
+    params, history = expected((*WORDS, *more))
     monkeypatch.setitem(loss.LOGITS, "cpu", 1000)
     monkeypatch.setattr(layout, "_fits", lambda n_bytes, mesh: True)
     for sizes in [(1, 2, 1), (2, 2, 2), (1, 1, 1, 4)]:
