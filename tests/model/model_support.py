@@ -235,22 +235,31 @@ def _abstract(config: ModelConfig) -> tuple:
 
 
 def drawn(make: Callable[[nnx.Rngs], nnx.Module], seed: int):
-    """Parameters of what is made, none at 0 or 1, as NumPy's arrays, which no program that is given them takes away.
+    """(graphdef, parameters) of what is made, none at 0 or 1, as NumPy's arrays, which no program that is given them
+    takes away.
 
     What they start with is NumPy's too, the same at each depth, and noise goes to each number: JAX's own draws take XLA
     longer than the gradients of the model."""
     rng = np.random.default_rng(seed)
     normal = lambda key, shape=(), dtype=np.float32: jnp.asarray(rng.normal(size=shape), dtype)
     uniform = lambda key, shape=(), dtype=np.float32: jnp.asarray(rng.uniform(size=shape), dtype)
+    graphdefs = []
+
+    def start(key):
+        graphdef, params = nnx.split(make(nnx.Rngs(key)))
+        graphdefs.append(graphdef)
+        return params
+
     with mock.patch.multiple(jax.random, normal=normal, uniform=uniform):
-        start = jax.jit(lambda key: nnx.state(make(nnx.Rngs(key))), compiler_options=QUICK)(jax.random.key(seed))
-    return jax.tree.map(lambda a: np.asarray(a) + 0.2 * rng.normal(size=a.shape).astype(np.float32), start)
+        params = jax.jit(start, compiler_options=QUICK)(jax.random.key(seed))
+    noisy = lambda a: np.asarray(a) + 0.2 * rng.normal(size=a.shape).astype(np.float32)
+    return graphdefs[0], jax.tree.map(noisy, params)
 
 
 @functools.lru_cache(maxsize=256)
 def _drawn(config: ModelConfig, seed: int):
     """Parameters of a model."""
-    return drawn(lambda rngs: HybridLM(config, rngs=rngs), seed)
+    return drawn(lambda rngs: HybridLM(config, rngs=rngs), seed)[1]
 
 
 def build(config: ModelConfig, seed: int = 0, drawn_for: ModelConfig | None = None) -> HybridLM:

@@ -72,7 +72,9 @@ ALONE = (*(name for name in FIRST if name != "recurrences"), *VARIANTS["recurren
 """One example of each class, none side by side."""
 OF_STREAMS = ("indexed", "ngrams")
 """What a model of several streams holds to pieces and padding by default, see test_streams.py."""
-EVERY = some([name for name in APART if name not in OF_STREAMS], APART)
+OF_MODELS = ("parallel", "shared")
+"""What is made of others, which models with them hold to pieces and padding by default."""
+EVERY = [name for name in APART if name not in (*OF_STREAMS, *OF_MODELS)]
 SPLIT_ANEW = ("mamba2_norm_first", "mamba3_mimo", "rwkv7_mixed", "norm_of_all", "latent_queries", "moe_sinks")
 """Examples of ALIKE whose line is computed over axes that devices split."""
 HYBRID = small("Mm*-aw")
@@ -128,7 +130,7 @@ def test_packed_hybrid_equals_separate():
     properties.check_packed(HYBRID)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", some(EVERY, APART))
 def test_padding_anywhere_in_a_mixer_alone(name):
     properties.check_padding(VARIANTS[name])
 
@@ -138,7 +140,7 @@ def test_pieces_equal_the_full_forward(name):
     properties.check_cache(properties.model_of(VARIANTS[name]))
 
 
-@pytest.mark.parametrize("name", some([name for name in APART if name not in (*OF_STREAMS, *BY_FAMILY)], APART))
+@pytest.mark.parametrize("name", some([name for name in EVERY if name not in BY_FAMILY], APART))
 def test_pieces_with_padding_in_a_mixer_alone(name):
     properties.check_cache_alone(VARIANTS[name])
 

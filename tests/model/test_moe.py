@@ -170,18 +170,18 @@ def one():
     return sharded_step(SHARDED, MeshConfig(1), 1, BATCH)
 
 
+SPLIT = {
+    "fsdp 2, expert 4": MeshConfig(1, fsdp=2, expert=4),
+    "fsdp 2, tensor 2, expert 2": MeshConfig(1, fsdp=2, tensor=2, expert=2),
+    "data 2, context 2, expert 2": MeshConfig(2, context=2, expert=2),
+    "data 4, tensor 2": MeshConfig(4, tensor=2),
+}
+
+
 @pytest.mark.slow  # one mesh by default: test_mixers.py
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(MeshConfig(1, fsdp=2, expert=4), id="fsdp 2, expert 4"),
-        pytest.param(MeshConfig(1, fsdp=2, tensor=2, expert=2), id="fsdp 2, tensor 2, expert 2"),
-        pytest.param(MeshConfig(2, context=2, expert=2), id="data 2, context 2, expert 2"),
-        pytest.param(MeshConfig(4, tensor=2), id="data 4, tensor 2"),
-    ],
-)
+@pytest.mark.parametrize("mesh", SPLIT)
 def test_one_device_equals_eight(mesh, one):
-    value, stats, grads = sharded_step(SHARDED, mesh, 8, BATCH)
+    value, stats, grads = sharded_step(SHARDED, SPLIT[mesh], 8, BATCH)
     check_close(value, one[0], dtype="float32", what="loss")
     for name, number in one[1].items():
         check_close(stats[name], number, dtype="float32", what=name)
@@ -273,10 +273,8 @@ def test_two_kinds_of_experts_on_a_mesh():
 
 def test_rows_that_the_mesh_does_not_divide():
     """One row over eight devices: every device does all of it."""
-    config, mesh = (
-        replace(small("E", {"E": BLOCKS["jamba"]}), vocab_size=32),
-        sharding.make_mesh(MeshConfig(2, expert=4)),
-    )
+    config = replace(small("E", {"E": BLOCKS["jamba"]}), vocab_size=32)
+    mesh = sharding.make_mesh(MeshConfig(2, expert=4))
     model = init.init_sharded(config, mesh, seed=3)
     tokens_BT, run = random_tokens(1, 5), jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)
     with jax.set_mesh(mesh):
@@ -359,10 +357,8 @@ def test_experts_beside_another_mixer():
 
 
 def test_optimizer_sees_each_expert_as_a_matrix():
-    info = {
-        ".".join(map(str, path)): leaf.get_value()
-        for path, leaf in nnx.to_flat_state(param_info(make(BLOCKS["granite"])))
-    }
+    flat = nnx.to_flat_state(param_info(make(BLOCKS["granite"])))
+    info = {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
     assert muon_dims(info["w_in"]) == ((1,), (3,))  # [E, D, 2, F]
     assert muon_dims(info["w_out"]) == ((1,), (2,))
     assert muon_dims(info["router"]) == ((0,), (1,))
