@@ -70,9 +70,13 @@ MISTAKES = {
 
 
 def made(config, batch: int, lengths: tuple[int, ...], types: CacheTypes) -> list:
-    """Caches of several lengths that are made."""
+    """Caches of several lengths, their arrays' shapes and types."""
     model = abstract(config).model()
-    return jax.jit(lambda: [model.init_cache(batch, n, types) for n in lengths], compiler_options=QUICK)()
+    return jax.eval_shape(lambda: [model.init_cache(batch, n, types) for n in lengths])
+
+
+def bytes_of(arrays) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def weighed(config, cache) -> tuple[dict[str, int], int]:
@@ -81,8 +85,8 @@ def weighed(config, cache) -> tuple[dict[str, int], int]:
     caches = [of_spot for of_loop in cache.groups for of_spot in of_loop]
     found = dict.fromkeys(config.pattern, 0)
     for spot, of_spot in zip(spots, caches, strict=True):
-        found[spot.symbol] += sum(leaf.nbytes for leaf in jax.tree.leaves(of_spot))
-    return found, sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        found[spot.symbol] += bytes_of(of_spot)
+    return found, bytes_of(cache)
 
 
 def of_symbols(size: CacheSize, of_part) -> dict[str, int]:
@@ -129,7 +133,7 @@ def test_prefix_tokens_are_kept_once():
     graphdef, shapes, _ = abstract(config)
     cache = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(2, 9), shapes)
     size = cache_size(config, 2, 9)
-    assert size.total().bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert size.total().bytes == bytes_of(cache)
     assert size.total().bytes == 2 * (size.total().constant + 9 * size.total().per_token)
 
 

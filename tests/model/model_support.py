@@ -2,7 +2,9 @@
 """Small models, packed rows with the documents in them, and losses that compare the two."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -232,14 +234,32 @@ def _abstract(config: ModelConfig) -> tuple:
     return nnx.split(nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0))))
 
 
+def drawn(make: Callable[[nnx.Rngs], nnx.Module], seed: int):
+    """(graphdef, parameters) of what is made, none at 0 or 1, as NumPy's arrays, which no program that is given them
+    takes away.
+
+    What they start with is NumPy's too, the same at each depth, and noise goes to each number: JAX's own draws take XLA
+    longer than the gradients of the model."""
+    rng = np.random.default_rng(seed)
+    normal = lambda key, shape=(), dtype=np.float32: jnp.asarray(rng.normal(size=shape), dtype)
+    uniform = lambda key, shape=(), dtype=np.float32: jnp.asarray(rng.uniform(size=shape), dtype)
+    graphdefs = []
+
+    def start(key):
+        graphdef, params = nnx.split(make(nnx.Rngs(key)))
+        graphdefs.append(graphdef)
+        return params
+
+    with mock.patch.multiple(jax.random, normal=normal, uniform=uniform):
+        params = jax.jit(start, compiler_options=QUICK)(jax.random.key(seed))
+    noisy = lambda a: np.asarray(a) + 0.2 * rng.normal(size=a.shape).astype(np.float32)
+    return graphdefs[0], jax.tree.map(noisy, params)
+
+
 @functools.lru_cache(maxsize=256)
 def _drawn(config: ModelConfig, seed: int):
-    """Parameters of a model, none at 0 or 1, as NumPy's arrays, which no program that is given them takes away."""
-    draw = jax.jit(lambda key: nnx.state(HybridLM(config, rngs=nnx.Rngs(key))), compiler_options=QUICK)
-    rng = np.random.default_rng(seed)
-    params = draw(jax.random.key(seed))
-    noise = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), _abstract(config)[1])
-    return jax.tree.map(lambda a, b: np.asarray(jnp.add(a, b)), params, noise)
+    """Parameters of a model."""
+    return drawn(lambda rngs: HybridLM(config, rngs=rngs), seed)[1]
 
 
 def build(config: ModelConfig, seed: int = 0, drawn_for: ModelConfig | None = None) -> HybridLM:

@@ -22,7 +22,7 @@ from hybridlm.model.init import abstract, check_model, init_sharded
 from hybridlm.model.model import HybridLM
 from hybridlm.model.pattern import places
 from hybridlm.model.statistics import statistics, summarise
-from tests.model.model_support import QUICK, build, log_likelihoods, named, packed_rows, random_tokens, small
+from tests.model.model_support import QUICK, build, drawn, log_likelihoods, named, packed_rows, random_tokens, small
 from tests.tolerances import check_close
 
 D = 16
@@ -38,13 +38,7 @@ def model_of(block: Block, pattern: str = "XX", **changes) -> ModelConfig:
 @functools.lru_cache(maxsize=256)
 def mixer_of(block: Block, seed: int = 0):
     """(graphdef, parameters) of the block's mixer by itself, none of them 0 or 1; drawn once."""
-
-    def draw(key):
-        return nnx.state(block.build(D, Make(nnx.Rngs(key), init_std=0.3, dtype="float32")))
-
-    rng, state = np.random.default_rng(seed), jax.jit(draw, compiler_options=QUICK)(jax.random.key(seed))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: block.build(D, Make(nnx.Rngs(0), dtype="float32"))))
-    return graphdef, jax.tree.map(lambda a: a + 0.2 * rng.normal(size=a.shape).astype(np.float32), state)
+    return drawn(lambda rngs: block.build(D, Make(rngs, init_std=0.3, dtype="float32")), seed)
 
 
 def run_sublayers(model: HybridLM, x_BTD: jax.Array, segment_ids=None) -> jax.Array:
@@ -82,27 +76,24 @@ def check_causal(config: ModelConfig, seen_TS: np.ndarray, *segment_ids: list[in
 
 
 def check_packed(config: ModelConfig) -> None:
-    """A packed row gives its documents' logits, loss and gradients of all parameters, padding wherever it stands."""
+    """A packed row gives its documents' logits, loss and gradients of all parameters, padding wherever it stands. One
+    program, of as many rows."""
     graphdef, params = nnx.split(build(config))
     packed = packed_rows()
-    real = np.concatenate(packed.places)
-
-    def together(params):
-        scores = log_likelihoods(nnx.merge(graphdef, params), packed.tokens, packed.targets, packed.segment_ids)
-        return scores.reshape(-1)[real].mean(), scores
-
     tokens, targets, mask = packed.alone()
-    ids = mask.astype(np.int32) if config.sees_ahead else None
+    index = np.concatenate(packed.places)
 
-    def apart(params):
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params, tokens, targets, ids):
         scores = log_likelihoods(nnx.merge(graphdef, params), tokens, targets, ids)
-        return jnp.where(mask, scores, 0).sum() / mask.sum(), scores
+        return jnp.where(ids != 0, scores, 0).sum() / len(index), scores
 
-    (loss, scores), grads = jax.jit(jax.value_and_grad(together, has_aux=True), compiler_options=QUICK)(params)
-    (expected, alone), expected_grads = jax.jit(jax.value_and_grad(apart, has_aux=True), compiler_options=QUICK)(params)
-    for row, place in enumerate(packed.places):
-        actual = scores.reshape(-1)[place]
-        check_close(actual, alone[row, : len(place)], dtype="float32", what=f"scores of document {row}")
+    more = [(0, len(mask) - len(packed.tokens)), (0, 0)]
+    together = [np.pad(rows, more) for rows in (packed.tokens, packed.targets, packed.segment_ids)]
+    (loss, scores), grads = jax.device_get(run(params, *together))
+    (expected, alone), expected_grads = jax.device_get(run(params, tokens, targets, mask.astype(np.int32)))
+    check_close(scores.reshape(-1)[index], alone[mask], dtype="float32", what="scores of documents")
     check_close(loss, expected, dtype="float32", what="loss")
     check_trees(grads, expected_grads)
 
@@ -133,8 +124,9 @@ def check_padding(block: Block) -> None:
     ids = np.zeros((n_rows, n_tokens), np.int32)
     ids[: len(packed.segment_ids)] = packed.segment_ids
     noise = 3.0 * rng.normal(size=alone.shape).astype(np.float32)
-    (_, y), (grads, dx) = run(params, in_rows(alone, noise), ids, in_rows(weight, np.zeros_like(weight)))
-    (_, expected), (expected_grads, expected_dx) = run(params, alone, mask.astype(np.int32), weight)
+    rows = params, in_rows(alone, noise), ids, in_rows(weight, np.zeros_like(weight))
+    (_, y), (grads, dx) = jax.device_get(run(*rows))
+    (_, expected), (expected_grads, expected_dx) = jax.device_get(run(params, alone, mask.astype(np.int32), weight))
     check_close(y.reshape(-1, D)[index], expected[mask], dtype="float32", what="output")
     check_close(dx.reshape(-1, D)[index], expected_dx[mask], dtype="float32", what="gradient of x")
     check_trees(grads, expected_grads)
@@ -161,7 +153,8 @@ def check_cache(config: ModelConfig) -> None:
     before = cache
     for t in range(2 * size, n_tokens):  # the second row waits
         logits, cache = extend(model, tokens_BT[:, t : t + 1], cache, np.array([[1], [0]], np.int32))
-        check_close(logits[0], expected[0, t : t + 1], dtype="float32", what=f"logits of token {t}")
+        check_close(np.asarray(logits)[0], expected[0, t : t + 1], dtype="float32", what=f"logits of token {t}")
+    before, cache = jax.device_get((before, cache))
     for old, new in zip(jax.tree.leaves(before.groups), jax.tree.leaves(cache.groups), strict=True):
         np.testing.assert_array_equal(new[:, 1], old[:, 1])
     np.testing.assert_array_equal(cache.length_B - config.prefix_tokens, [n_tokens, 2 * size])
@@ -283,7 +276,8 @@ def check_config(block: Block) -> None:
     resolved = block.resolved(D)
     assert resolved.resolved(D) == resolved
     assert hash(model_of(block)) == hash(replace(model_of(block)))
-    assert jax.tree.leaves(abstract(model_of(block)).info) == jax.tree.leaves(abstract(model_of(resolved)).info)
+    infos = [jax.tree.leaves(abstract(model_of(one, "X")).info) for one in (block, resolved)]
+    assert infos[0] == infos[1]
     assert block.flops(D, 8) == resolved.flops(D, 8) > 0
     assert isinstance(block.MIXES_TOKENS, bool)
 

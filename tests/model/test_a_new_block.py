@@ -5,6 +5,7 @@ The block and its mixer are what a file of `hybridlm/layers` would hold; see `hy
 part promises.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -177,9 +178,11 @@ def test_it_trains_and_resumes(tmp_path):
             state, metrics = program.train_step(state, batch)
         return state, metrics
 
-    def loss(program, state):
-        model = nnx.merge(program.graphdef, state["params"])
-        return -log_likelihoods(model, batch["tokens"], batch["targets"]).mean()
+    @functools.partial(jax.jit, static_argnums=0)
+    def mean_loss(graphdef, params):
+        return -log_likelihoods(nnx.merge(graphdef, params), batch["tokens"], batch["targets"]).mean()
+
+    loss = lambda program, state: mean_loss(program.graphdef, state["params"])
 
     with jax.set_mesh(mesh):
         program = make_program(config, mesh)

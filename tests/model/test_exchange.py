@@ -2,6 +2,7 @@
 """Products of the stream on a mesh beside those of one device, gradients included: rows or tokens that tensor splits,
 tokens that go round, sums that leave one after the other."""
 
+import functools
 import re
 from dataclasses import replace
 
@@ -13,13 +14,14 @@ from flax import nnx
 
 from hybridlm import exchange, sharding
 from hybridlm.config import MLP, Attention, MeshConfig
-from hybridlm.layers.block import Make, Tokens
+from hybridlm.layers.block import Tokens
 from hybridlm.model import remat
 from pallas_kernels import platform
+from tests.model import properties
 from tests.model.model_support import QUICK
 from tests.tolerances import check_close
 
-ONE, D, T = MeshConfig(1), 16, 8
+ONE, D, T = MeshConfig(1), properties.D, 8
 BLOCKS = {
     "mlp": MLP(d_ff=24, bias=True, out_multiplier=0.5),
     "ungated": MLP(d_ff=24, activation="gelu"),
@@ -37,13 +39,13 @@ CASES += [("ungated", "tensor 2", "tokens"), ("attention", "tensor 2", "rows"), 
 CASES += [("attention", "tensor 4", "rows"), ("mlp", "tensor 2", "neither")]
 
 
-def run(block, mesh: MeshConfig, rows: int, tokens: int, policy: str = "kernels"):
-    """(outputs, gradients of input and parameters, text of the traced program) of a sublayer under a remat policy."""
+def traced(block, mesh: MeshConfig, rows: int, tokens: int, policy: str = "kernels"):
+    """(program of the outputs and the gradients of parameters and input of a sublayer under a remat policy, operands);
+    to be compiled and run on the mesh."""
     rng = np.random.default_rng(0)
-    x_BTD, dy_BTD = (jnp.asarray(rng.normal(size=(rows, tokens, D)), jnp.float32) for _ in range(2))
-    n = int(np.prod([mesh.fsdp, mesh.tensor, mesh.context]))
-    with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:n])):
-        graphdef, state = nnx.split(block.build(D, Make(nnx.Rngs(0), 0.3, 0.3, "float32", 1e-6)))
+    x_BTD, dy_BTD = (rng.normal(size=(rows, tokens, D)).astype(np.float32) for _ in range(2))
+    with on(mesh):
+        graphdef, state = properties.mixer_of(block)
 
         def loss(state, x_BTD):
             x_BTD = sharding.constrain(x_BTD, *sharding.STREAM)
@@ -51,16 +53,29 @@ def run(block, mesh: MeshConfig, rows: int, tokens: int, policy: str = "kernels"
             y_BTD = sharding.constrain(remat.wrap(mix, policy, block, in_loop=False)(state, x_BTD), *sharding.STREAM)
             return (y_BTD * dy_BTD).sum(), y_BTD
 
-        traced = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).trace(state, x_BTD)
-        (d_state, dx_BTD), y_BTD = traced.lower().compile(QUICK)(state, x_BTD)
-    return y_BTD, dx_BTD, nnx.to_pure_dict(d_state), str(traced.jaxpr)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True)).trace(state, x_BTD), (state, x_BTD)
+
+
+def on(mesh: MeshConfig):
+    """With as many devices as it has."""
+    n = int(np.prod([mesh.fsdp, mesh.tensor, mesh.context]))
+    return jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:n]))
+
+
+@functools.cache
+def run(block, mesh: MeshConfig, rows: int, tokens: int):
+    """Outputs, gradients of input and parameters."""
+    program, operands = traced(block, mesh, rows, tokens)
+    with on(mesh):
+        (d_state, dx_BTD), y_BTD = jax.device_get(program.lower().compile(QUICK)(*operands))
+    return y_BTD, dx_BTD, nnx.to_pure_dict(d_state)
 
 
 @pytest.mark.parametrize(("name", "mesh", "split"), CASES)
 def test_a_mesh_equals_one_device(name, mesh, split):
     block, rows, tokens = BLOCKS[name], ROWS[split], 7 if split == "neither" else T
-    y_BTD, dx_BTD, d_state, _ = run(block, MESHES[mesh], rows, tokens)
-    y_one, dx_one, d_one, _ = run(block, ONE, rows, tokens)
+    y_BTD, dx_BTD, d_state = run(block, MESHES[mesh], rows, tokens)
+    y_one, dx_one, d_one = run(block, ONE, rows, tokens)
     check_close(y_BTD, y_one, dtype="float32", what="y")
     check_close(dx_BTD, dx_one, dtype="float32", what="dx")
     for path, of_one in jax.tree_util.tree_flatten_with_path(d_one)[0]:
@@ -82,7 +97,8 @@ def test_tokens_go_round():
     block = BLOCKS["ungated"]
     for n in (2, 4):
         again, kept = (
-            exchanges(run(block, replace(ONE, tensor=n), 4, T, policy)[3]) for policy in ("full", "sublayer_gathered")
+            exchanges(str(traced(block, replace(ONE, tensor=n), 4, T, policy)[0].jaxpr))
+            for policy in ("full", "sublayer_gathered")
         )
         assert again == {"ppermute": 5 * (n - 1)}
         assert kept == {"ppermute": 4 * (n - 1)}
@@ -109,10 +125,10 @@ def test_where_the_stream_is_split():
 def test_a_stream_is_added_to_in_rows_of_each_device(rows):
     """As on GPUs, whatever splits it: the sum, with the gradient of both."""
     rng = np.random.default_rng(0)
-    x_BTD, y_BTD, dz_BTD = (jnp.asarray(rng.normal(size=(ROWS[rows], T, D)), jnp.float32) for _ in range(3))
+    x_BTD, y_BTD, dz_BTD = (rng.normal(size=(ROWS[rows], T, D)).astype(np.float32) for _ in range(3))
     mesh = sharding.make_mesh(replace(ONE, fsdp=2, tensor=2, context=2), jax.devices()[:8])
     with jax.set_mesh(mesh), platform.assume_platform("gpu"):
         loss = lambda x, y: (jnp.sin(exchange.add_rows(x, y)) * dz_BTD).sum()
         grads = jax.jit(jax.grad(loss, (0, 1))).trace(x_BTD, y_BTD).lower().compile(QUICK)(x_BTD, y_BTD)
     for grad in grads:
-        check_close(grad, jnp.cos(x_BTD + y_BTD) * dz_BTD, dtype="float32", what=rows)
+        check_close(grad, np.cos(x_BTD + y_BTD) * dz_BTD, dtype="float32", what=rows)

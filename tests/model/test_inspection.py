@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mixers say of themselves, against what NumPy finds by hand, at every depth and however a model is run."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import jax
@@ -29,8 +30,12 @@ IDS = np.array([[1] * 4 + [2] * 6 + [0] * 2, [3] * 12], np.int32)
 def numbers_of(block, x_BTD, ids, gaps=True):
     """(what the block's mixer says of itself, its graphdef, its parameters)."""
     graphdef, params = properties.mixer_of(block)
-    run = lambda params: nnx.merge(graphdef, params).inspect(x_BTD, Tokens(ids, gaps=gaps))
-    return jax.device_get(jax.jit(run, compiler_options=QUICK)(params)), graphdef, params
+    return jax.device_get(inspect(graphdef, params, x_BTD, ids, gaps)), graphdef, params
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=QUICK)
+def inspect(graphdef, params, x_BTD, ids, gaps):
+    return nnx.merge(graphdef, params).inspect(x_BTD, Tokens(ids, gaps=gaps))
 
 
 def draw(rows, tokens, seed=0):
@@ -127,11 +132,17 @@ def last_state(graphdef, params, x_BTD, ids):
 
     def of_row(params, x_TD):
         mixer = nnx.merge(graphdef, params)
-        step = lambda cache, x_D: (mixer.extend(x_D[None, None], cache, np.zeros(1, np.int32))[1], None)
-        return jax.lax.scan(step, mixer.init_cache(1, 1), x_TD)[0]["state"]
+        step = lambda cache, x_D: (mixer.extend(x_D[None, None], cache, np.zeros(1, np.int32))[1],) * 2
+        return jax.lax.scan(step, mixer.init_cache(1, 1), x_TD)[1]["state"]
 
     run = jax.jit(of_row, compiler_options=QUICK)
-    return np.array([np.linalg.norm(run(params, x[i == i[i > 0][-1]])) for x, i in zip(x_BTD, ids, strict=True)])
+    last = [x[i == i[i > 0][-1]] for x, i in zip(x_BTD, ids, strict=True)]
+    return np.array([np.linalg.norm(run(params, longer(x, len(ids[0])))[len(x) - 1]) for x in last])
+
+
+def longer(x_TD, n_tokens):
+    """The document with tokens behind it, so that one program reads all."""
+    return np.pad(x_TD, ((0, n_tokens - len(x_TD)), *[(0, 0)] * (x_TD.ndim - 1)))
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba2_no_norm"])
@@ -197,7 +208,8 @@ def test_decays_and_states_of_recurrences(name):
         return jax.lax.scan(step, (mixer.init_cache(1, 1), jnp.zeros(1, jnp.int32)), x_TD)[1]
 
     run = jax.jit(of_document, compiler_options=QUICK)
-    parts = {i: run(params, x_BTD[i == IDS]) for i in (1, 2, 3)}
+    sizes = {i: np.sum(i == IDS) for i in (1, 2, 3)}
+    parts = {i: [np.asarray(a)[:n] for a in run(params, longer(x_BTD[i == IDS], 12))] for i, n in sizes.items()}
     left = np.concatenate([np.asarray(part[0], np.float64) for part in parts.values()])
     norms = [np.linalg.norm(parts[i][1][-1]) for i in (2, 3)]
     expected = {f"decay_{end}": getattr(left, end)() for end in ENDS}
@@ -252,20 +264,23 @@ def through(model, tokens_BT, ids):
 
 
 def by_depth(model, tokens_BT, ids):
-    """[{name: number}] of each depth: the residual stream through one sublayer after the other."""
+    """[{name: number}] of each depth: the residual stream through one sublayer after the other, of a symbol each by one
+    program."""
 
-    def run(model):
-        x_BTD = embedded_BTD = model._embed(tokens_BT)
-        found = []
-        for symbol, place in zip(model.config.pattern, places(model.config.pattern), strict=True):
-            graphdef, state = nnx.split(model.groups[place.group][place.position])
-            sublayer = nnx.merge(graphdef, jax.tree.map(lambda a, place=place: a[place.repeat], state))
-            tokens = Tokens(ids, embedded_BTD=embedded_BTD, shared=model.shared.get(symbol), gaps=False, inspect=True)
-            x_BTD, numbers = sublayer(x_BTD, tokens)
-            found.append(numbers)
-        return found
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(symbol, sublayer, shared, x_BTD, embedded_BTD):
+        tokens = Tokens(ids, embedded_BTD=embedded_BTD, shared=shared, gaps=False, inspect=True)
+        output = sublayer(x_BTD, tokens)
+        return output.y_BTD, output.stats
 
-    return jax.device_get(jax.jit(run, compiler_options=QUICK)(model))
+    x_BTD = embedded_BTD = np.asarray(model.embedding[...])[tokens_BT]
+    found = []
+    for symbol, place in zip(model.config.pattern, places(model.config.pattern), strict=True):
+        graphdef, state = nnx.split(model.groups[place.group][place.position])
+        sublayer = nnx.merge(graphdef, jax.tree.map(lambda a, place=place: np.asarray(a)[place.repeat], state))
+        x_BTD, numbers = run(symbol, sublayer, model.shared.get(symbol), x_BTD, embedded_BTD)
+        found.append(jax.device_get(numbers))
+    return found
 
 
 MERGE = {"min": np.min, "mean": np.mean, "max": np.max, "sum": np.sum}

@@ -17,6 +17,7 @@ from tests.model.test_inspection import (
     IDS,
     check_numbers,
     draw,
+    longer,
     numbers_of,
     softplus,
     spread_by_hand,
@@ -138,7 +139,7 @@ def test_rwkv4():
 
 def test_a_row_of_padding_holds_nothing():
     for name in ("slstm", "rwkv4"):
-        found, _, _ = numbers_of(VARIANTS[name], draw(2, 6), np.array([[1] * 6, [0] * 6], np.int32))
+        found, _, _ = numbers_of(VARIANTS[name], draw(2, 12), np.array([[1] * 12, [0] * 12], np.int32))
         check_numbers({"": found["state_norm_mean"]}, {"": found["state_norm_max"] / 2})
 
 
@@ -147,11 +148,12 @@ def memories_by_hand(graphdef, params, x_BTD):
 
     def of_row(params, x_TD):
         mixer = nnx.merge(graphdef, params)
-        step = lambda cache, x_D: (mixer.extend(x_D[None, None], cache, np.zeros(1, np.int32))[1], None)
-        return jax.lax.scan(step, mixer.init_cache(1, 1), x_TD)[0]["state"][0]
+        step = lambda cache, x_D: (mixer.extend(x_D[None, None], cache, np.zeros(1, np.int32))[1],) * 2
+        return jax.lax.scan(step, mixer.init_cache(1, 1), x_TD)[1]["state"][:, 0]
 
     run = jax.jit(of_row, compiler_options=QUICK)
-    return [np.asarray(run(params, x_TD), np.float64) for x_TD, is_last in documents(x_BTD, IDS) if is_last]
+    last = [x_TD for x_TD, is_last in documents(x_BTD, IDS) if is_last]
+    return [np.asarray(run(params, longer(x_TD, 12)), np.float64)[len(x_TD) - 1] for x_TD in last]
 
 
 @pytest.mark.parametrize("name", ["titans", pytest.param("titans_chunks", marks=slow)])
@@ -190,7 +192,7 @@ def test_memory_as_context():
 
 def test_experts_by_depth():
     """Each depth's router has the state that came to it."""
-    model, tokens_BT = build(small("DD", {"D": VARIANTS["depth_moe"]})), random_tokens(2, 12)
+    model, tokens_BT = build(small("DD", {"D": VARIANTS["depth_moe"]}), seed=1), random_tokens(2, 12)
 
     def run(model):
         x_BTD, state_BTR, stats = model._embed(tokens_BT), jnp.zeros((2, 12, 6)), []
@@ -223,12 +225,13 @@ def test_rwkv7_with_mixed_values():
 
         def step(cache, both_cD):
             x, passed = both_cD[:, None, None]
-            return mixer.extend_on(x, passed, cache, np.zeros(1, np.int32))[2], None
+            return (mixer.extend_on(x, passed, cache, np.zeros(1, np.int32))[2],) * 2
 
-        return jax.lax.scan(step, mixer.init_cache(1, 1), both_TcD)[0]["state"]
+        return jax.lax.scan(step, mixer.init_cache(1, 1), both_TcD)[1]["state"]
 
     run, both = jax.jit(of_row, compiler_options=QUICK), np.stack([x_BTD, passed_BTD], axis=2)
-    norms = [np.linalg.norm(run(params, rows)) for rows, is_last in documents(both, IDS) if is_last]
+    last = [rows for rows, is_last in documents(both, IDS) if is_last]
+    norms = [np.linalg.norm(run(params, longer(rows, 12))[len(rows) - 1]) for rows in last]
     decays = {name: value for name, value in alone.items() if name.startswith("decay")}
     check_numbers(found, decays | {"state_norm_mean": np.mean(norms), "state_norm_max": np.max(norms)})
     assert abs(found["state_norm_mean"] - alone["state_norm_mean"]) > 1e-3

@@ -72,7 +72,9 @@ ALONE = (*(name for name in FIRST if name != "recurrences"), *VARIANTS["recurren
 """One example of each class, none side by side."""
 OF_STREAMS = ("indexed", "ngrams")
 """What a model of several streams holds to pieces and padding by default, see test_streams.py."""
-EVERY = some([name for name in APART if name not in OF_STREAMS], APART)
+OF_MODELS = ("parallel", "shared")
+"""What is made of others, which models with them hold to pieces and padding by default."""
+EVERY = [name for name in APART if name not in (*OF_STREAMS, *OF_MODELS)]
 SPLIT_ANEW = ("mamba2_norm_first", "mamba3_mimo", "rwkv7_mixed", "norm_of_all", "latent_queries", "moe_sinks")
 """Examples of ALIKE whose line is computed over axes that devices split."""
 HYBRID = small("Mm*-aw")
@@ -99,7 +101,7 @@ def seen(name: str) -> np.ndarray:
     return everything_before & ~np.tril(np.ones((T, T), bool), -behind)
 
 
-@pytest.mark.parametrize("name", ("mamba2", "mamba1", "window", "mlp", "moe"))
+@pytest.mark.parametrize("name", some(("window", "mlp", "moe"), ("mamba2", "mamba1", "window", "mlp", "moe")))
 def test_causal_through_gradients(name):
     properties.check_causal(properties.model_of(VARIANTS[name]), seen(name))
 
@@ -119,7 +121,7 @@ def test_hybrid_is_causal_through_gradients():
     properties.check_causal(HYBRID, np.tril(np.ones((T, T), bool)))
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "window", "moe", "shared", "delta", "mlp"), APART))
+@pytest.mark.parametrize("name", some(("moe", "shared"), APART))
 def test_packed_equals_separate(name):
     properties.check_packed(properties.model_of(VARIANTS[name]))
 
@@ -128,17 +130,17 @@ def test_packed_hybrid_equals_separate():
     properties.check_packed(HYBRID)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", some(EVERY, APART))
 def test_padding_anywhere_in_a_mixer_alone(name):
     properties.check_padding(VARIANTS[name])
 
 
-@pytest.mark.parametrize("name", some([name for name in FIRST if name not in (*BY_FAMILY, *LARGE)], APART))
+@pytest.mark.parametrize("name", some(("mamba1", "moe", "delta", "slstm"), APART))
 def test_pieces_equal_the_full_forward(name):
     properties.check_cache(properties.model_of(VARIANTS[name]))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", some([name for name in EVERY if name not in BY_FAMILY], APART))
 def test_pieces_with_padding_in_a_mixer_alone(name):
     properties.check_cache_alone(VARIANTS[name])
 
@@ -168,7 +170,7 @@ def test_no_remat_policy_changes_anything(name):
     properties.check_remat(VARIANTS[name], "kernels", "full", "mixer")
 
 
-@pytest.mark.parametrize("name", some(("mamba2", "window", "moe"), (*APART, *SPLIT_ANEW)))
+@pytest.mark.parametrize("name", some(("moe",), (*APART, *SPLIT_ANEW)))
 def test_one_device_equals_eight(name):
     """Rows, parameters, heads and tokens split; of experts, experts instead of tokens."""
     experts = any(isinstance(block, MoE | DepthMoE) for _, block in walk(VARIANTS[name]))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parallel and Shared blocks: what they compute, one set of weights, their caches together, config."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -22,7 +23,7 @@ BLOCKS = HYBRID | {"P": VARIANTS["parallel"], "S": VARIANTS["shared"], "T": VARI
 T = 9
 
 
-TURNS = small("MSP-MTP-" * 2, BLOCKS)
+TURNS = small("SPT" * 2, BLOCKS)
 """Two shared transformers that take turns, each at two depths, beside parallel branches."""
 
 
@@ -51,19 +52,25 @@ def test_shared_by_hand():
     """x + mixer(norm(x + link)), the shared matrices with their adapters put in."""
     model = build(small("S", BLOCKS))
     graphdef, state = nnx.split(model.groups[0][0])
-    sublayer, shared = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state)), model.shared["S"]
+    of_shared, shared_state = nnx.split(model.shared["S"])
     x, e = np.random.default_rng(0).normal(size=(2, 2, T, 16)).astype(np.float32)
-    actual = sublayer(x, Tokens(embedded_BTD=e, shared=shared)).y_BTD
-    merged = nnx.merge(*nnx.split(shared))
-    for adapter in ("q", "k", "v"):
-        a, b = (sublayer.link.adapters[adapter].a[...], sublayer.link.adapters[adapter].b[...])
-        weight = getattr(merged.attention, f"w_{adapter}")
-        weight[...] = weight[...] + jnp.tensordot(a, b, 1)
-    mlp = sublayer.link.adapters["mlp"]
-    merged.mlp.w_in[...] = merged.mlp.w_in[...] + jnp.tensordot(mlp.a[...], mlp.b[...], 1)
-    attended = merged.attention(merged.norm(jnp.concatenate([x, e], axis=-1)))
-    link = merged.mlp(merged.mlp_norm(attended)) @ sublayer.link.linear[...]
-    by_hand = x + sublayer.mixer(sublayer.norm(x + link))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(state, shared_state):
+        sublayer = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
+        actual = sublayer(x, Tokens(embedded_BTD=e, shared=nnx.merge(of_shared, shared_state))).y_BTD
+        merged = nnx.merge(of_shared, shared_state)
+        for adapter in ("q", "k", "v"):
+            a, b = (sublayer.link.adapters[adapter].a[...], sublayer.link.adapters[adapter].b[...])
+            weight = getattr(merged.attention, f"w_{adapter}")
+            weight[...] = weight[...] + jnp.tensordot(a, b, 1)
+        mlp = sublayer.link.adapters["mlp"]
+        merged.mlp.w_in[...] = merged.mlp.w_in[...] + jnp.tensordot(mlp.a[...], mlp.b[...], 1)
+        attended = merged.attention(merged.norm(jnp.concatenate([x, e], axis=-1)))
+        link = merged.mlp(merged.mlp_norm(attended)) @ sublayer.link.linear[...]
+        return actual, x + sublayer.mixer(sublayer.norm(x + link))
+
+    actual, by_hand = both(state, shared_state)
     check_close(actual, by_hand, dtype="float32", what="output")
 
 

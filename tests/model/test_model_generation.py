@@ -97,7 +97,8 @@ def test_sizes():
 
 def test_sampling(model):
     prompts, key = np.tile(random_tokens(1, 6), (256, 1)), jax.random.key(0)
-    log_p = np.asarray(jax.nn.log_softmax(model(prompts[:1])[0, -1]))
+    forward = lambda model, tokens: jax.nn.log_softmax(model(tokens)[0, -1])
+    log_p = np.asarray(jax.jit(forward, compiler_options=QUICK)(model, prompts[:1]))
     first = np.asarray(generate(model, prompts, 1, temperature=2.0, key=key))[:, 0]
     np.testing.assert_array_equal(first, np.asarray(generate(model, prompts, 1, temperature=2.0, key=key))[:, 0])
     p = np.exp(log_p / 2) / np.exp(log_p / 2).sum()
@@ -113,9 +114,9 @@ def test_sampling(model):
 
 
 def test_without_a_key(model):
-    prompts = random_tokens(3, 6)
+    prompts = random_tokens(2, 6)
     drawn = generate(model, prompts, temperature=0.8)
-    assert drawn.shape == (3, 200)
+    assert drawn.shape == (2, 200)
     np.testing.assert_array_equal(drawn, generate(model, prompts, temperature=0.8, key=jax.random.key(0)))
     of_7 = generate(model, prompts, 9, temperature=0.8, seed=7)
     np.testing.assert_array_equal(of_7, generate(model, prompts, 9, temperature=0.8, key=jax.random.key(7)))
@@ -125,15 +126,15 @@ def test_without_a_key(model):
 def test_written_in_parts(model):
     """Tokens by ones and twos, caches that grow, rows ended from outside; what was read stays when it is copied."""
     prompts, lengths, how = random_tokens(2, 9), np.array([9, 4]), Sampling(temperature=0.9, seed=3)
-    expected = np.asarray(generate(model, prompts, 70, temperature=0.9, seed=3, lengths=lengths))
+    expected = np.asarray(generate(model, prompts, 40, temperature=0.9, seed=3, lengths=lengths))
     writer = Writer(model, prefill_chunk=4)
     state = start = writer.read(writer.start(2, 1), prompts, lengths)
     state, parts = start.copy(), []
-    while sum(part.shape[1] for part in parts) < 70:
+    while sum(part.shape[1] for part in parts) < 40:
         part, state = writer.write(state, 1 + len(parts) % 2, how)
         parts.append(np.asarray(part))
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1)[:, :70], expected)
-    assert state.room > start.room and state.drawn in (70, 71)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1)[:, :40], expected)
+    assert state.room > start.room and state.drawn in (40, 41)
     whole, state = writer.write(start, 40, how, done_B=np.array([False, True]))
     np.testing.assert_array_equal(np.asarray(whole)[0], expected[0, :40])
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE: routers against loops, experts against a dense loop over them, gradients included; sharding; statistics."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -40,7 +41,7 @@ ROUTERS = {name: block.router for name, block in BLOCKS.items()} | {
 def make(block, seed=0) -> MoEFeedForward:
     """A layer of width 8, float32, all of its parameters drawn."""
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32)
+    draw = lambda leaf: jnp.asarray((0.5 * rng.normal(size=leaf.shape)).astype(np.float32))
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: MoEFeedForward(block, 8, rngs=nnx.Rngs(0), dtype="float32")))
     return nnx.merge(graphdef, jax.tree.map(draw, shapes))
 
@@ -169,19 +170,18 @@ def one():
     return sharded_step(SHARDED, MeshConfig(1), 1, BATCH)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(MeshConfig(1, fsdp=2, expert=4), id="fsdp 2, expert 4"),
-        pytest.param(
-            MeshConfig(1, fsdp=2, tensor=2, expert=2), id="fsdp 2, tensor 2, expert 2", marks=pytest.mark.slow
-        ),
-        pytest.param(MeshConfig(2, context=2, expert=2), id="data 2, context 2, expert 2", marks=pytest.mark.slow),
-        pytest.param(MeshConfig(4, tensor=2), id="data 4, tensor 2", marks=pytest.mark.slow),
-    ],
-)
+SPLIT = {
+    "fsdp 2, expert 4": MeshConfig(1, fsdp=2, expert=4),
+    "fsdp 2, tensor 2, expert 2": MeshConfig(1, fsdp=2, tensor=2, expert=2),
+    "data 2, context 2, expert 2": MeshConfig(2, context=2, expert=2),
+    "data 4, tensor 2": MeshConfig(4, tensor=2),
+}
+
+
+@pytest.mark.slow  # one mesh by default: test_mixers.py
+@pytest.mark.parametrize("mesh", SPLIT)
 def test_one_device_equals_eight(mesh, one):
-    value, stats, grads = sharded_step(SHARDED, mesh, 8, BATCH)
+    value, stats, grads = sharded_step(SHARDED, SPLIT[mesh], 8, BATCH)
     check_close(value, one[0], dtype="float32", what="loss")
     for name, number in one[1].items():
         check_close(stats[name], number, dtype="float32", what=name)
@@ -219,6 +219,17 @@ def over_four(request):
     return run
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.value_and_grad, has_aux=True)
+def every_expert(arrays, experts_BTk, dy_BTD):
+    """The same on one device: every expert on every token."""
+    x_BTD, weights_BTk, w_in, w_out = arrays
+    h = jnp.einsum("btd,edsf->besft", x_BTD, w_in)
+    y_BETD = jnp.einsum("beft,efd->betd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], w_out)
+    y_BTD = jnp.einsum("betd,btke,btk->btd", y_BETD, jax.nn.one_hot(experts_BTk, 8), weights_BTk)
+    return jnp.sum(y_BTD * dy_BTD), y_BTD
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_any_routing_over_a_mesh(name, over_four):
     """Outputs and gradients of all operands beside every expert on every token. An even load fits a round of rows,
@@ -227,16 +238,9 @@ def test_any_routing_over_a_mesh(name, over_four):
     experts_BTk, shapes = ROUTINGS[name], [(4, 12, 8), (4, 12, 2), (8, 8, 2, 6), (8, 6, 8), (4, 12, 8)]
     *arrays, dy_BTD = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
-    def wanted(arrays):
-        x_BTD, weights_BTk, w_in, w_out = arrays
-        h = jnp.einsum("btd,edsf->besft", x_BTD, w_in)
-        y_BETD = jnp.einsum("beft,efd->betd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], w_out)
-        is_it_BTkE = jax.nn.one_hot(experts_BTk, 8)
-        y_BTD = jnp.einsum("betd,btke,btk->btd", y_BETD, is_it_BTkE, weights_BTk)
-        return jnp.sum(y_BTD * dy_BTD), y_BTD
-
-    (_, (y_BTD, kept)), grads = over_four(arrays, experts_BTk.astype(np.int32), dy_BTD)
-    (_, y_wanted), grads_wanted = jax.value_and_grad(wanted, has_aux=True)(arrays)
+    experts_BTk = experts_BTk.astype(np.int32)
+    (_, (y_BTD, kept)), grads = over_four(arrays, experts_BTk, dy_BTD)
+    (_, y_wanted), grads_wanted = every_expert(arrays, experts_BTk, dy_BTD)
     np.testing.assert_array_equal(kept, experts_BTk < 8)
     check_close(y_BTD, y_wanted, dtype="float32", what="output")
     for what, grad, expected in zip(("x", "weights", "w_in", "w_out"), grads, grads_wanted, strict=True):
@@ -269,10 +273,8 @@ def test_two_kinds_of_experts_on_a_mesh():
 
 def test_rows_that_the_mesh_does_not_divide():
     """One row over eight devices: every device does all of it."""
-    config, mesh = (
-        replace(small("E", {"E": BLOCKS["jamba"]}), vocab_size=32),
-        sharding.make_mesh(MeshConfig(2, expert=4)),
-    )
+    config = replace(small("E", {"E": BLOCKS["jamba"]}), vocab_size=32)
+    mesh = sharding.make_mesh(MeshConfig(2, expert=4))
     model = init.init_sharded(config, mesh, seed=3)
     tokens_BT, run = random_tokens(1, 5), jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)
     with jax.set_mesh(mesh):
@@ -301,7 +303,7 @@ def test_capacity_drops_what_does_not_fit_and_counts_it(monkeypatch):
     assert none["max_load"] == 4
     room = 40  # 2 * 64 / 4 + 1, rounded up
     assert some["dropped"] == 4 * (64 - room)
-    kept = np.asarray(jnp.isclose(part, whole, rtol=1e-4, atol=1e-6).all(axis=-1))  # last bits differ by CPU
+    kept = np.isclose(part, whole, rtol=1e-4, atol=1e-6).all(axis=-1)  # last bits differ by CPU
     assert kept.sum() == 4 * (room - 32)  # expert 0 is first in the buffer, expert 1's later tokens are left out
     assert kept[:, : room - 32].all()
 
@@ -355,10 +357,8 @@ def test_experts_beside_another_mixer():
 
 
 def test_optimizer_sees_each_expert_as_a_matrix():
-    info = {
-        ".".join(map(str, path)): leaf.get_value()
-        for path, leaf in nnx.to_flat_state(param_info(make(BLOCKS["granite"])))
-    }
+    flat = nnx.to_flat_state(param_info(make(BLOCKS["granite"])))
+    info = {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
     assert muon_dims(info["w_in"]) == ((1,), (3,))  # [E, D, 2, F]
     assert muon_dims(info["w_out"]) == ((1,), (2,))
     assert muon_dims(info["router"]) == ((0,), (1,))

@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape, dtype="float32"):
-    return jnp.asarray(RNG.standard_normal(shape, np.float32)).astype(dtype)
+    return jnp.asarray(RNG.standard_normal(shape, np.float32).astype(dtype))
 
 
 def both(function, *args) -> list[list]:
@@ -56,12 +56,17 @@ ROPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+OTHERS = [pytest.param(rope, "bfloat16", marks=pytest.mark.slow) for rope in ("half", "scaled", "interleaved")]
+
+
 @pytest.mark.parametrize(
     "how",
     [{}, {"qk_norm_offset": 1.0}, {"qk_norm_over": "all"}, {"qk_norm_rotated": True}],
 )
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(
+    ("rope", "dtype"),
+    [*((rope, "float32") for rope in ROPES), ("none", "bfloat16"), ("whole", "bfloat16"), *OTHERS],
+)
 def test_queries_and_keys(rope, how, dtype):
     """Norm and rotation are one function where all of a head is rotated, behind its own norm."""
     block = Attention(n_heads=3, d_head=8, rope=ROPES[rope], qk_norm=True, **how)

@@ -74,7 +74,8 @@ def test_a_reader_by_hand():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(2, 4, 24)).astype(np.float32), rng.normal(size=(2, 4, 8)).astype(np.float32)
     reader.norm[...] = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
-    u, gates = reader.read(jnp.asarray(x))
+    u, gates = (np.asarray(a) for a in jax.jit(lambda reader, x: reader.read(x))(reader, x))
+    added = np.asarray(jax.jit(streams.add)(x, y, gates))
     sigmoid = lambda a: 1 / (1 + np.exp(-a))
     for b, t in np.ndindex(2, 4):
         of = x[b, t].astype(np.float64).reshape(3, 8)
@@ -84,8 +85,7 @@ def test_a_reader_by_hand():
         inject = 2 * sigmoid(normed.reshape(-1) @ np.float64(reader.inject[...]) / 3)
         np.testing.assert_allclose(u[b, t], (mix * normed).mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(gates[b, t], inject, rtol=1e-5)
-        added = streams.add(jnp.asarray(x), jnp.asarray(y), gates)[b, t]
-        np.testing.assert_allclose(added, (of + inject[:, None] * y[b, t]).reshape(-1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(added[b, t], (of + inject[:, None] * y[b, t]).reshape(-1), rtol=1e-5, atol=1e-6)
 
 
 # N-grams --------------------------------------------------------------------------------------------------------------
@@ -119,10 +119,11 @@ def test_rows_of_ngrams_by_hand(vocab, least):
     ids = np.repeat([[1, 2]], (8, 12), axis=1).repeat(2, axis=0).astype(np.int32)
     hashed = jax.jit(lambda tokens, earlier: ngrams.rows(tokens, earlier, 3, block.multipliers, block.sizes))
     found = lambda *given: np.asarray(hashed(*given))
-    packed = found(tokens, ngrams.before(tokens, ids, None, 4, False)[0])
-    earlier, recent = ngrams.before(tokens[:, :7], None, None, 4, False)
+    before = jax.jit(ngrams.before, static_argnums=(3, 4))
+    packed = found(tokens, before(tokens, ids, None, 4, False)[0])
+    earlier, recent = before(tokens[:, :7], None, None, 4, False)
     pieces = [found(tokens[:, :7], earlier)]
-    pieces.append(found(tokens[:, 7:], ngrams.before(tokens[:, 7:], None, recent, 4, False)[0]))
+    pieces.append(found(tokens[:, 7:], before(tokens[:, 7:], None, recent, 4, False)[0]))
     for b in range(2):
         documents = [rows_by_hand(tokens[b, part].tolist(), 4, 2, block) for part in (slice(8), slice(8, 20))]
         np.testing.assert_array_equal(packed[b], np.concatenate(documents))
@@ -134,7 +135,7 @@ def test_ngrams_skip_padding():
     """Between real tokens, where a mixer meets it alone."""
     tokens = np.array([[5, 9, 7, 2, 9, 8]], np.int32)
     ids = np.array([[0, 1, 0, 1, 1, 2]], np.int32)
-    earlier, recent = ngrams.before(tokens, ids, None, 3, True)
+    earlier, recent = jax.jit(ngrams.before, static_argnums=(3, 4))(tokens, ids, None, 3, True)
     real = np.array([1, 3, 4, 5])
     np.testing.assert_array_equal(np.stack(earlier)[:, 0, real], [[0, 10, 3, 0], [0, 0, 10, 0]])
     np.testing.assert_array_equal(recent, [[10, 9]])
@@ -142,14 +143,15 @@ def test_ngrams_skip_padding():
 
 def test_a_memory_reads_the_tokens():
     """What a token adds hangs on it and on the ones before it, in its document."""
-    mixer = MEMORY.build(32, Make(nnx.Rngs(0), init_std=0.5, dtype="float32"))
+    mixer = jax.jit(lambda: MEMORY.build(32, Make(nnx.Rngs(0), init_std=0.5, dtype="float32")))()
     x, tokens = np.random.default_rng(0).normal(size=(1, 6, 32)).astype(np.float32), random_tokens(1, 6)
-    run = lambda tokens: np.asarray(mixer.mix(jnp.asarray(x), Tokens(ids_BT=jnp.asarray(tokens), gaps=False)).y_BTD)
+    mix = jax.jit(lambda tokens: mixer.mix(jnp.asarray(x), Tokens(ids_BT=tokens, gaps=False)).y_BTD)
+    run = lambda tokens: np.asarray(mix(tokens))
     other = tokens.copy()
     other[0, 2] = (tokens[0, 2] + 7) % 29
     changed = np.abs(run(other) - run(tokens)).max(-1)[0] > 1e-6
     np.testing.assert_array_equal(changed, [False, False, True, True, True, False])  # 3-grams; no tap is nonzero yet
-    assert mixer(x).shape == (1, 6, 32)
+    assert jax.eval_shape(mixer, x).shape == (1, 6, 32)
 
 
 # What cannot be -------------------------------------------------------------------------------------------------------

@@ -123,20 +123,35 @@ def test_look_up_adds_to_sums(name, tied):
     check_close(sums, expected, dtype="float32", what="sums of the table")
 
 
+def losses(table_VD, x_BTD, targets_BT, n_logits=None):
+    how = {"n_logits": n_logits, "z_loss": 0.1, "multiplier": 0.5, "softcap": 3.0}
+    loss = lambda x_BTD, w_VD: training_loss(x_BTD, w_VD, targets_BT, **how)
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTD, table_VD)
+
+
+losses_of_one = jax.jit(losses, compiler_options=QUICK)
+
+
+def cross_entropies(table_VD, x_BTD, targets_BT):
+    def loss(x_BTD, w_VD):
+        sums = cross_entropy(x_BTD, w_VD, targets_BT, chunk=CHUNK, multiplier=0.5, softcap=3.0)
+        return sums.nats + 0.1 * sums.z
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, table_VD)
+
+
+cross_entropies_of_one = jax.jit(cross_entropies, compiler_options=QUICK)
+
+
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_loss_whose_gradient_is_formed_in_the_forward(name, shape):
     table_VD, targets_BT, x_BTD = inputs(shape, "float32")
     targets_BT[0, 3] = -1
-    how = {"z_loss": 0.1, "multiplier": 0.5, "softcap": 3.0}
-
-    def run(table_VD, n_logits=3 * V):
-        loss = lambda x_BTD, w_VD: training_loss(x_BTD, w_VD, targets_BT, n_logits=n_logits, **how)
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTD, table_VD)
-
-    ((loss, sums), grads), _ = on_mesh(make_mesh(MESHES[name]), table_VD, run)
-    (one, one_sums), one_grads = jax.jit(partial(run, n_logits=None), compiler_options=QUICK)(table_VD)
+    run = partial(losses, x_BTD=x_BTD, targets_BT=targets_BT)
+    ((loss, sums), grads), _ = on_mesh(make_mesh(MESHES[name]), table_VD, partial(run, n_logits=3 * V))
+    (one, one_sums), one_grads = losses_of_one(table_VD, x_BTD, targets_BT)
     check_close(loss, one, dtype="float32", what="loss")
-    check_close(jnp.stack(sums), jnp.stack(one_sums), dtype="float32", what="sums")
+    check_close(np.stack(sums), np.stack(one_sums), dtype="float32", what="sums")
     for what, grad, expected in zip(("x", "w"), grads, one_grads, strict=True):
         check_close(grad, expected, dtype="float32", what=f"gradient of {what}")
 
@@ -146,15 +161,9 @@ def test_cross_entropy(name, shape):
     table_VD, targets_BT, x_BTD = inputs(shape, "float32")
     targets_BT[0, 3] = -1
 
-    def run(table_VD, chunk=CHUNK):
-        def loss(x_BTD, w_VD):
-            sums = cross_entropy(x_BTD, w_VD, targets_BT, chunk=chunk, multiplier=0.5, softcap=3.0)
-            return sums.nats + 0.1 * sums.z
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, table_VD)
-
+    run = partial(cross_entropies, x_BTD=x_BTD, targets_BT=targets_BT)
     (loss, grads), _ = on_mesh(make_mesh(MESHES[name]), table_VD, run)
-    one, one_grads = jax.jit(run, compiler_options=QUICK)(table_VD)
+    one, one_grads = cross_entropies_of_one(table_VD, x_BTD, targets_BT)
     check_close(loss, one, dtype="float32", what="loss")
     for what, grad, expected in zip(("x", "w"), grads, one_grads, strict=True):
         check_close(grad, expected, dtype="float32", what=f"gradient of {what}")

@@ -140,14 +140,14 @@ def test_prefix_tokens_stand_in_front_of_every_document():
     tokens, ids, places, documents = with_room(3)
     packed = np.asarray(logits(model, tokens, ids))
     noise = np.where(np.isin(np.arange(ids.size).reshape(ids.shape), _indices(ids, places)), tokens, 7)
-    np.testing.assert_array_equal(logits(model, noise, ids)[ids > 0], packed[ids > 0])
+    np.testing.assert_array_equal(np.asarray(logits(model, noise, ids))[ids > 0], packed[ids > 0])
     alone = np.zeros((len(documents), 9), np.int32)
     for row, document in enumerate(documents):
         alone[row, : len(document)] = document
     expected = np.asarray(logits(model, alone))
     for row, ((at, place), document) in enumerate(zip(places, documents, strict=True)):
         check_close(packed[at, place], expected[row, : len(document)], dtype="float32", what=f"document {row}")
-    assert np.abs(logits(build(replace(PREFIX, prefix_tokens=0)), alone) - expected).max() > 0.1
+    assert np.abs(np.asarray(logits(build(replace(PREFIX, prefix_tokens=0)), alone)) - expected).max() > 0.1
     shifted = logits(model, alone, None, np.tile(np.arange(9, dtype=np.int32), (len(documents), 1)))
     check_close(shifted, expected, dtype="float32", what="positions of tokens")
 
