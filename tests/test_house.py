@@ -68,8 +68,17 @@ def tree(module: str) -> ast.Module:
     return ast.parse(sources()[module].read_text(encoding="utf-8"))
 
 
+@cache
+def by_kind(module: str) -> dict[type, list[ast.AST]]:
+    """Nodes of the tree by their class: a tree is walked once."""
+    found = {}
+    for node in ast.walk(tree(module)):
+        found.setdefault(type(node), []).append(node)
+    return found
+
+
 def nodes(module: str, *kinds):
-    return (node for node in ast.walk(tree(module)) if isinstance(node, kinds))
+    return (node for kind in kinds for node in by_kind(module).get(kind, ()))
 
 
 def at(module: str, node: ast.AST) -> str:
@@ -155,6 +164,7 @@ def block_classes() -> set[str]:
     }
 
 
+@cache
 def ops() -> set[str]:
     """Names of the ops: the folders of pallas_kernels/ops."""
     return {folder.name for folder in (ROOT / "pallas_kernels" / "ops").iterdir() if (folder / "__init__.py").exists()}

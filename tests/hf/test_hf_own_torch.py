@@ -28,6 +28,12 @@ IDS[0, :4] = IDS[1, -5:] = IDS[2, [3, 8, 9]] = 0
 """Padding on the left, on the right, and in between."""
 
 
+def logits(model) -> tuple[np.ndarray, np.ndarray]:
+    """Ours of TOKENS, plain and with the padding of IDS, by one program for each config."""
+    found = np.asarray(forward(model, np.concatenate([TOKENS, TOKENS]), np.concatenate([np.ones_like(IDS), IDS])))
+    return found[: len(TOKENS)], found[len(TOKENS) :]
+
+
 def published(folder, **options):
     """The model as transformers loads it: every key, and no other."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -68,7 +74,7 @@ CONFIGS = [
 def test_logits(config, tmp_path):
     """Plain, padded anywhere, and through the cache in pieces as ours; greedy text with a cache as without."""
     ours, theirs = export(config, tmp_path / "model")
-    expected, padded = (np.asarray(forward(ours, TOKENS, mask)) for mask in (None, IDS))
+    expected, padded = logits(ours)
     atol = ATOL * max(1, np.abs(expected).max() / 5)
     np.testing.assert_allclose(theirs(ids(TOKENS)).logits.numpy(), expected, rtol=0, atol=atol)
     real = IDS != 0
@@ -121,8 +127,8 @@ def test_embeddings_as_prompt_and_hidden_states(tmp_path):
 def test_gradients_and_loss(name, tmp_path):
     """The loss that transformers takes; every parameter is reached, with activations kept or made again."""
     ours, theirs = export(config_of(name), tmp_path / "model")
-    logits = np.asarray(forward(ours, TOKENS[:, :-1]))
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    before = logits(ours)[0][:, :-1]
+    log_p = before - np.log(np.exp(before).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p, TOKENS[:, 1:, None], -1).mean()
     grads = []
     for again in (False, True):
@@ -151,7 +157,7 @@ def test_stored_in_bfloat16(name, tmp_path):
     ours = build(config_of(name))
     hybridlm.to_hf(ours, tmp_path / "model", family="hybridlm", dtype="bfloat16")
     again = hybridlm.from_hf(tmp_path / "model", compute_dtype="float32")
-    expected = np.asarray(forward(again, TOKENS))
+    expected, _ = logits(again)
     np.testing.assert_allclose(
         published(tmp_path / "model", dtype=torch.float32)(ids(TOKENS)).logits.numpy(), expected, rtol=0, atol=ATOL
     )
@@ -161,9 +167,9 @@ def test_stored_in_bfloat16(name, tmp_path):
     if name == "mambas":
         assert kinds["model.layers.0.mixer.A_log"] == torch.float32
         assert kinds["model.layers.0.mixer.in_proj.weight"] == torch.bfloat16
-    logits = narrow(ids(TOKENS)).logits
-    assert logits.dtype == torch.float32
-    of_tokens = np.sqrt(np.square(logits.numpy() - expected).mean(-1) / np.square(expected).mean())
+    found = narrow(ids(TOKENS)).logits
+    assert found.dtype == torch.float32
+    of_tokens = np.sqrt(np.square(found.numpy() - expected).mean(-1) / np.square(expected).mean())
     assert np.median(of_tokens) < 0.025
 
 
@@ -171,7 +177,7 @@ def test_saved_by_transformers_and_read_by_us(tmp_path):
     ours, theirs = export(config_of("composed"), tmp_path / "model")
     theirs.save_pretrained(tmp_path / "saved")
     again = hybridlm.from_hf(tmp_path / "saved")
-    np.testing.assert_array_equal(forward(again, TOKENS), forward(ours, TOKENS))
+    np.testing.assert_array_equal(logits(again), logits(ours))
     np.testing.assert_array_equal(published(tmp_path / "saved")(ids(TOKENS)).logits, theirs(ids(TOKENS)).logits)
 
 
@@ -189,7 +195,7 @@ def test_the_configs_that_ship(name, tmp_path):
     config = replace(model, vocab_size=VOCAB, d_model=32, blocks=blocks, compute_dtype="float32", remat="none")
     ours = build(config)
     hybridlm.to_hf(ours, tmp_path / "model")
-    theirs, expected = published(tmp_path / "model"), np.asarray(forward(ours, TOKENS))
+    theirs, (expected, _) = published(tmp_path / "model"), logits(ours)
     np.testing.assert_allclose(theirs(ids(TOKENS)).logits.numpy(), expected, rtol=0, atol=ATOL)
 
 

@@ -50,7 +50,7 @@ def params_of(model: HybridLM) -> dict:
 @pytest.fixture(scope="module")
 def model() -> HybridLM:
     """Larger numbers than those that a model begins with, so that every sublayer is felt."""
-    drawn = HybridLM(MODEL, rngs=nnx.Rngs(0))
+    drawn = nnx.jit(lambda: HybridLM(MODEL, rngs=nnx.Rngs(0)))()
     graphdef, params = nnx.split(drawn, nnx.Param)
     return nnx.merge(graphdef, jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, params))
 
