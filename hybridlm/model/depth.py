@@ -74,31 +74,20 @@ def run(
     consts = _Consts({"": tokens, **shared})
     step = _Step(spots, calls, consts, _slots(weights, sums))
 
-    def each(function):
-        """Of each spot its function; jit traces and lowers each kind once. Its inputs are different arrays, though the
-        first x is the embedding."""
-        kinds = {_kind(spot, calls): jax.jit(partial(function, spot)) for spot in spots}
-        return [kinds[_kind(spot, calls)] for spot in spots]
-
-    def results(functions, weights, *more):
-        """Shapes of what the spots' functions give, of arrays as they are: jit traces others of these shapes again."""
-        first = lambda n, weights, *more: functions[n](step.read(weights, spots[n], 0), *more)
-        return [jax.eval_shape(partial(first, spot.number), weights, *more) for spot in spots]
-
     @jax.custom_vjp
     def through(weights, values, sums, x_BTD, floats, ints):
-        steps = each(step)
+        steps = step.each(step)
 
         def visit(spot, index, carry):
             x_BTD, stats = carry
             x_BTD, of_spot = steps[spot.number](step.read(weights, spot, index), x_BTD, floats, ints)
             return x_BTD, _put_all(stats, spot.number, of_spot, index)
 
-        _, stats = zip(*results(steps, weights, x_BTD, floats, ints), strict=True)
+        _, stats = zip(*step.results(steps, weights, x_BTD, floats, ints), strict=True)
         return walk(program, visit, (x_BTD, _empty(stats, spots)))
 
     def forward(weights, values, sums, x_BTD, floats, ints):
-        vjps = each(step.vjp)
+        vjps = step.each(step.vjp)
 
         def visit(spot, index, carry):
             x_BTD, stats, kept = carry
@@ -106,7 +95,7 @@ def run(
             arrays = [_laid_out(a) for a in arrays]
             return x_BTD, _put_all(stats, spot.number, of_spot, index), _put_all(kept, spot.number, arrays, index)
 
-        _, stats, kept, pull = zip(*results(vjps, weights, x_BTD, floats, ints), strict=True)
+        _, stats, kept, pull = zip(*step.results(vjps, weights, x_BTD, floats, ints), strict=True)
         x_BTD, stats, kept = walk(program, visit, (x_BTD, _empty(stats, spots), _empty(kept, spots)))
         return (x_BTD, stats), (weights, values, sums, floats, ints, kept, pull)
 
@@ -237,6 +226,17 @@ class _Step:
         both = zip(leaves, self.slots[spot.number], strict=True)
         wide = [Wide(w, slot(w, n), exchange.TOKENS_APART) if n else w for w, n in both]
         return treedef.unflatten(wide)
+
+    def each(self, function: Callable) -> list[Callable]:
+        """Of each spot its function(spot, ...); jit traces and lowers each kind once. Its inputs are different arrays,
+        though the first x is the embedding."""
+        kinds = {_kind(spot, self.calls): jax.jit(partial(function, spot)) for spot in self.spots}
+        return [kinds[_kind(spot, self.calls)] for spot in self.spots]
+
+    def results(self, functions: Sequence[Callable], weights, *more) -> list:
+        """Shapes of what the spots' functions give, of arrays as they are: jit traces others of these shapes again."""
+        first = lambda spot, weights, *more: functions[spot.number](self.read(weights, spot, 0), *more)
+        return [jax.eval_shape(partial(first, spot), weights, *more) for spot in self.spots]
 
     def __call__(self, spot: Spot, weights, x_BTD, floats, ints):
         join = self.consts.join
