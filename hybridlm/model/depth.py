@@ -76,7 +76,7 @@ def run(
 
     @jax.custom_vjp
     def through(weights, values, sums, x_BTD, floats, ints):
-        steps = step.each(step)
+        steps = step.each(step.__call__)
 
         def visit(spot, index, carry):
             x_BTD, stats = carry
@@ -103,13 +103,16 @@ def run(
         weights, values, sums, floats, ints, kept, pull = saved
         dx_BTD, d_stats = cotangents
 
-        kinds = {_kind(spot, calls): jax.jit(pull[spot.number].back) for spot in spots}
+        def back(spot, *arrays):
+            return pull[spot.number].back(*arrays)
+
+        backs = step.each(back)
 
         def visit(spot, index, carry):
             n = spot.number
             dx_BTD, grads, d_floats = carry
             inputs = step.read(weights, spot, index), consts.of(spot.symbol, floats), consts.of(spot.symbol, ints)
-            dw, dx_BTD, d_here = kinds[_kind(spot, calls)](
+            dw, dx_BTD, d_here = backs[n](
                 [_laid_out(a) for a in _at(kept[n], index)], inputs, (dx_BTD, _at(d_stats[n], index))
             )
             dw = _narrowed(dw)
@@ -271,10 +274,12 @@ def _narrowed(grads):
 
 
 def _empty(shapes: Sequence, spots: Sequence[Spot]) -> list:
-    """Stacks over each spot's depths; None of a spot with one, which no loop runs."""
-    zeros = lambda n, of_spot: jax.tree.map(lambda s: jnp.zeros((n, *s.shape), s.dtype), of_spot)
+    """Stacks over each spot's depths."""
     counts = [len(spot.depths) for spot in spots]
-    return [None if n == 1 else zeros(n, of_spot) for n, of_spot in zip(counts, shapes, strict=True)]
+    return [
+        jax.tree.map(lambda s, n=n: jnp.zeros((n, *s.shape), s.dtype), of_spot)
+        for n, of_spot in zip(counts, shapes, strict=True)
+    ]
 
 
 def _at(tree, index):
@@ -306,10 +311,12 @@ def _longest_behind(shape: Sequence[int]) -> list[int]:
 
 def _put_all(stacks: list, number: int, values, index) -> list:
     """The stacks, the spot's with the values of one depth."""
-    alone = lambda v: lax.expand_dims(v, (0,))
-    among = lambda a, v: lax.dynamic_update_slice_in_dim(a, alone(v), index, 0, allow_negative_indices=False)
-    at = lambda a, v: alone(v) if _is_all(a, index) else among(a, v)
-    put = jax.tree.map(alone, values) if stacks[number] is None else jax.tree.map(at, stacks[number], values)
+
+    def at(a, v):
+        v = lax.expand_dims(v, (0,))
+        return v if _is_all(a, index) else lax.dynamic_update_slice_in_dim(a, v, index, 0, allow_negative_indices=False)
+
+    put = jax.tree.map(at, stacks[number], values)
     return [*stacks[:number], put, *stacks[number + 1 :]]
 
 
