@@ -139,12 +139,10 @@ def cache_hits() -> Iterator[list[str]]:
 
 def key(config: Config, mesh: Mesh) -> str:
     """Of all that the program of a step hangs on, as hexadecimal digits."""
-    of_config = to_dict(config) | {"run": config.run.seed, "name": None, "cluster": None, "init": None, "probe": None}
-    of_config["data"] = {name: value for name, value in of_config["data"].items() if name not in READING}
     flags: Any = jax.config  # whose values its type does not name
     plain = {name: value for name, value in flags.values.items() if isinstance(value, (str, int, float, type(None)))}
     facts = {
-        "config": of_config,
+        "config": of_config(config),
         "sources": _sources(),
         "python": sys.version,
         "versions": versions(),
@@ -153,6 +151,12 @@ def key(config: Config, mesh: Mesh) -> str:
         "mesh": [list(mesh.shape.items()), [compiled_by(device) for device in mesh.devices.flat]],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_config(config: Config) -> dict[str, Any]:
+    """What of a config the program of a step hangs on."""
+    hung_on = to_dict(config) | {"run": config.run.seed, "name": None, "cluster": None, "init": None, "probe": None}
+    return hung_on | {"data": {name: value for name, value in hung_on["data"].items() if name not in READING}}
 
 
 def _sources() -> str:

@@ -25,7 +25,7 @@ from hybridlm.optim.schedule import schedule_lengths
 from hybridlm.sharding import make_mesh
 from hybridlm.train import step as step_module
 from hybridlm.train.ahead import TrainStep
-from hybridlm.train.kept_step import READING
+from hybridlm.train.kept_step import of_config
 from hybridlm.train.step import make_program
 
 CONFIG = """
@@ -86,10 +86,8 @@ def program_as_before(config: Config, mesh) -> step_module.Program:
     of their own."""
     if config.lora.on:
         return step_module.make_program(config, mesh)
-    of_config = to_dict(config) | {"run": config.run.seed, "name": None, "cluster": None, "init": None, "probe": None}
-    of_config["data"] = {name: value for name, value in of_config["data"].items() if name not in READING}
     made_of = step_module.make_objective, step_module.make_train_step, *map(type, config.model.blocks.values())
-    key = str(of_config), mesh, made_of  # what a test puts in their place makes another program
+    key = str(of_config(config)), mesh, made_of  # what a test puts in their place makes another program
     if key not in PROGRAMS:
         PROGRAMS[key] = step_module.make_program(config, mesh)
     lengths = np.array(schedule_lengths(config.optim, config.run.steps), np.int32)
