@@ -130,7 +130,7 @@ def print_row(row: dict) -> None:
 def make_call(op: str, case, implementation: str, dtype: str, which: str) -> tuple[Callable, tuple]:
     """(jitted function, its arguments)."""
     module = OPS[op].cases_module()
-    arrays, fixed = oracle.split(op, module.make_inputs(case, dtype))
+    arrays, fixed = jax.device_put(oracle.split(op, module.make_inputs(case, dtype)))
     settings = {**module.make_settings(case), "implementation": implementation}
 
     def forward(arrays, fixed):

@@ -38,8 +38,8 @@ def call(op: str, inputs: dict, *, function: Callable | None = None, **settings)
 
 
 def split(op: str, inputs: dict) -> tuple[dict, dict]:
-    """(arrays that have gradients, the others), on the device."""
-    given = {name: jax.tree.map(jnp.asarray, array) for name, array in inputs.items() if array is not None}
+    """(arrays that have gradients, the others), as they are given."""
+    given = {name: array for name, array in inputs.items() if array is not None}
     fixed = {name: given.pop(name) for name in OPS[op].integers if name in given}
     return given, fixed
 
@@ -78,7 +78,7 @@ def _named(program: Callable, op: str, inputs: dict, weights, settings: Mapping)
     """What a program gives of inputs, by name, in float64."""
     arrays, fixed = split(op, inputs)
     if weights is None:
-        outputs = jax.eval_shape(lambda arrays: call(op, {**arrays, **fixed}, **settings), arrays)
+        outputs = jax.eval_shape(lambda arrays, fixed: call(op, {**arrays, **fixed}, **settings), arrays, fixed)
         weights = make_weights([out.shape for out in outputs])
     (_, out), grads = program(arrays, fixed, list(weights))
     named = {f"out{i}": o for i, o in enumerate(out)} | {f"d{name}": grad for name, grad in grads.items()}

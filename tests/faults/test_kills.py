@@ -98,7 +98,7 @@ def kill_and_finish(made, folder: Path, kills: int, seed: int) -> Counter:
 
 
 def test_a_run_killed_twice_equals_the_undisturbed_one(made, tmp_path):
-    kill_and_finish(made, tmp_path, 2, seed=2)
+    assert sum(kill_and_finish(made, tmp_path, 2, seed=2).values()) == 2
 
 
 @pytest.mark.slow

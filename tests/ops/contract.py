@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import oracle
 from tests.ops.subject import Subject, compiling_anew, expected_of, layout_of, subjects, tokens_of
-from tests.ops.support import QUICK, split
+from tests.ops.support import QUICK
 from tests.ops.transforms import (
     check_checked_shard_map,
     check_checkpoint,
@@ -182,7 +183,7 @@ def check_no_rows(subject: Subject) -> None:
     names = (*subject.op.rows, "segment_ids")
     empty = {name: array[:0] if name in names else array for name, array in inputs.items()}
     empty |= {name: 0 * inputs[name] for name in subject.op.integers if name in inputs and name not in names}
-    arrays, fixed = split(subject.name, empty)
+    arrays, fixed = oracle.split(subject.name, empty)
 
     def both(arrays, fixed):
         out, pull = jax.vjp(lambda arrays: subject.call({**arrays, **fixed}, **subject.settings), arrays)

@@ -18,7 +18,7 @@ from pallas_kernels.layouts import make_segment_ids
 from pallas_kernels.op import KERNELS, Implementation, Op
 from pallas_kernels.ops import OPS
 from tests.ops.interpreter import interpreted
-from tests.ops.support import QUICK, loss_weights, served_by, split
+from tests.ops.support import QUICK, loss_weights, served_by
 
 ABSENT = {"tpu": {"generation": "v5e"}, "gpu": {"capability": "9.0"}}  # the devices that kernels are traced for
 
@@ -107,7 +107,7 @@ class Subject:
     def run(self, inputs: dict, weights=None, **settings) -> dict[str, np.ndarray]:
         """Outputs and gradients of sum(output * weight) by name, as `oracle.evaluate` gives them."""
         settings = {**self.settings, **settings}
-        arrays, fixed = split(self.name, inputs)
+        arrays, fixed = oracle.split(self.name, inputs)
         weights = self.weights(inputs) if weights is None else weights
         with self.serving():
             function = compiled(self, tuple(sorted(settings.items())))

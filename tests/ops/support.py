@@ -11,7 +11,6 @@ import pytest
 
 from pallas_kernels import op as door
 from pallas_kernels import oracle as oracles
-from pallas_kernels.ops import OPS
 
 QUICK = {"xla_backend_optimization_level": 0}
 OPTIMIZED = {"xla_backend_optimization_level": 3}
@@ -54,14 +53,6 @@ def check_curvature(loss, A) -> None:
     np.testing.assert_allclose(curvature.sum(), (steps[0] - steps[1]) / 2e-2, rtol=1e-2)
 
 
-def split(op: str, inputs: dict) -> tuple[dict, dict]:
-    """(arrays that have gradients, the others), for a program to take: put on the device one by one, each shape costs
-    a program of its own."""
-    given = {name: array for name, array in inputs.items() if array is not None}
-    fixed = {name: given.pop(name) for name in OPS[op].integers if name in given}
-    return given, fixed
-
-
 def loss_weights(op: str, inputs: dict, **settings) -> list[np.ndarray]:
     """Of the op's outputs, as `pallas_kernels.oracle` draws them; traced once for each shape, of the reference."""
     settings = {name: settings[name] for name in settings if name not in ("implementation", "chunk", "function")}
@@ -87,9 +78,7 @@ def check_against_oracle(op: str, inputs: dict, *, dtype="float32", optimize: bo
 def run_by_one_program(op: str, inputs: dict, *, change=None, **settings) -> dict[str, np.ndarray]:
     """`run` by a program that calls of the same shapes share; `change` names what a test has changed in the op."""
     program = _program(op, tuple(sorted(settings.items())), change)
-    (_, out), grads = program(*split(op, inputs), loss_weights(op, inputs, **settings))
-    named = {f"out{i}": o for i, o in enumerate(out)} | {f"d{name}": grad for name, grad in grads.items()}
-    return {name: np.asarray(array, np.float64) for name, array in named.items()}
+    return oracles._named(program, op, inputs, loss_weights(op, inputs, **settings), settings)
 
 
 def check_by_one_program(op: str, inputs: dict, *, dtype="float32", change=None, **settings) -> None:

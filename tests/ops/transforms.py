@@ -13,7 +13,7 @@ from pallas_kernels import oracle
 from pallas_kernels.compat import enable_x64
 from pallas_kernels.op import select
 from tests.ops.subject import Subject, compiled, expected_of, layout_of
-from tests.ops.support import QUICK, split
+from tests.ops.support import QUICK
 
 
 def check_eager(subject: Subject) -> None:
@@ -31,7 +31,7 @@ def check_checkpoint(subject: Subject) -> None:
     if not subject.way.gradients:
         return
     inputs = {**subject.inputs(), **layout_of(subject, "packed")}
-    arrays, fixed = split(subject.name, inputs)
+    arrays, fixed = oracle.split(subject.name, inputs)
     weights = subject.weights(inputs)
 
     def loss(arrays):
@@ -49,7 +49,7 @@ def check_traces_under_checkpoint(subject: Subject) -> None:
     """As compiled for its device: gradients through jax.checkpoint have their arguments' shapes."""
     if not subject.way.gradients:
         return
-    arrays, fixed = split(subject.name, {**subject.inputs(), **layout_of(subject, "packed")})
+    arrays, fixed = oracle.split(subject.name, {**subject.inputs(), **layout_of(subject, "packed")})
 
     def loss(arrays):
         return sum(out.astype(jnp.float32).sum() for out in subject.call({**arrays, **fixed}, **subject.settings))
@@ -90,7 +90,7 @@ def _two_sets(subject: Subject) -> list[dict]:
 
 def _check_mapped(subject: Subject, how: str) -> None:
     sets = _two_sets(subject)
-    arrays, fixed = zip(*(split(subject.name, inputs) for inputs in sets))
+    arrays, fixed = zip(*(oracle.split(subject.name, inputs) for inputs in sets))
     stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
     rows = stack([{n: a for n, a in given.items() if n in subject.op.rows} for given in arrays])
     shared = {n: a for n, a in arrays[0].items() if n not in subject.op.rows}
@@ -132,7 +132,7 @@ def check_checked_shard_map(subject: Subject) -> None:
 def check_traces_in_a_checked_shard_map(subject: Subject) -> None:
     """As compiled for its device: gradients of rows that differ by device, with respect to what is equal on all."""
     inputs = {**subject.inputs(), **layout_of(subject, "packed")}
-    arrays, fixed = split(subject.name, inputs)
+    arrays, fixed = oracle.split(subject.name, inputs)
     P = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     spec = {name: P("data") if name in subject.op.rows else P() for name in arrays}
@@ -192,7 +192,7 @@ def check_x64_flag(subject: Subject) -> None:
         assert reason and "jax_enable_x64" in reason and "\n" not in reason, reason
         return
     expected = subject.run(inputs)
-    arrays, fixed = split(subject.name, inputs)
+    arrays, fixed = oracle.split(subject.name, inputs)
     weights = subject.weights(inputs)
     with enable_x64(), subject.serving():
         function = compiled.__wrapped__(subject, tuple(sorted(subject.settings.items())))
@@ -209,7 +209,7 @@ def check_forward_mode(subject: Subject) -> None:
     inputs = {**subject.inputs("float32"), **layout_of(subject, "packed")}
     with enable_x64(), subject.serving():
         wide = {n: a if n in subject.op.integers else np.asarray(a, np.float64) for n, a in inputs.items()}
-        arrays, fixed = split(subject.name, wide)
+        arrays, fixed = oracle.split(subject.name, wide)
         function = lambda arrays: subject.call({**arrays, **fixed}, **subject.settings)
         rng = np.random.default_rng(5)
         along = {name: rng.standard_normal(array.shape) for name, array in arrays.items()}
@@ -234,7 +234,7 @@ def _hessian_product(subject: Subject) -> dict:
     inputs = {**subject.inputs("float32"), **layout_of(subject, "packed")}
     with enable_x64(), subject.serving():
         wide = {n: a if n in subject.op.integers else np.asarray(a, np.float64) for n, a in inputs.items()}
-        arrays, fixed = split(subject.name, wide)
+        arrays, fixed = oracle.split(subject.name, wide)
 
         def loss(arrays):
             return sum(jnp.sum(o**2) for o in subject.call({**arrays, **fixed}, **subject.settings))
