@@ -28,6 +28,7 @@ class TrainStep:
     def __init__(self, jitted, lengths: np.ndarray, base: Base | None = None):
         """base: what the step takes behind these; None: nothing."""
         self.jitted, self.lengths, self.base = jitted, lengths, base or Base()
+        self._writes = False
         self._ahead: Future | None = None
         self._taken = threading.Event()
         self._lowered = threading.Event()
@@ -59,6 +60,7 @@ class TrainStep:
                         step = found or compile_ahead(lambda: self.trace(state, batch), mesh, self._lowered.set)
                     ahead.set_result(step)
                     self._wait_until_taken()
+                    self._writes = True
                     write()
                     if kept and not found and not hits:
                         kept.store(step)
@@ -66,9 +68,14 @@ class TrainStep:
                 if not ahead.done():
                     ahead.set_exception(error)
             finally:
+                self._writes = False
                 self._lowered.set()
 
         threading.Thread(target=compile_, name="compile").start()
+
+    def writes(self) -> bool:
+        """Whether a compiled step is made bytes and written now, for which Python may stand still for seconds."""
+        return self._writes
 
     def _wait_until_taken(self) -> None:
         """Until a first step is on its way, or none will be: what is written before delays it by seconds."""

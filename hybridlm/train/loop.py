@@ -149,7 +149,7 @@ def _run(
         checkpoints.on_saved = lambda at, seconds: log.write("save", at, {"seconds": round(seconds, 2)})
         for at, loss in log.values("val", "loss").items():
             checkpoints.rate(at, loss)
-        reports = opened.enter_context(closing(Reports(config, display, log, meter, health)))
+        reports = opened.enter_context(closing(Reports(config, display, log, meter, health, program.train_step.writes)))
         trace = opened.enter_context(closing(Trace(run.profile_steps, folder.profile)))
         feed = opened.enter_context(closing(_open_feed(batches, run.watchdog, stop, peers, display)))
         between = lambda: (watchdog.progress(), stop.agreed())[1]

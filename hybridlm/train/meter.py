@@ -51,9 +51,10 @@ class Meter:
         if self._since is not None:
             self._waited += seconds
 
-    def add(self, metrics: Metrics, completed: float) -> None:
-        """A step's metrics on the host, and when it was completed."""
-        if self._since is not None:
+    def add(self, metrics: Metrics, completed: float | None) -> None:
+        """A step's metrics on the host, and when it was completed; None: that is not known, so that neither this step
+        nor the next one is timed."""
+        if self._since is not None and completed is not None:
             self._seconds += completed - self._since
             self._timed_steps += 1
         self._since = completed

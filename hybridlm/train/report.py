@@ -3,6 +3,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -22,8 +23,12 @@ class Reports:
     the data or by the dispatch of the next step, as it is where a device asks the host for a decision.
     """
 
-    def __init__(self, config: Config, display: Display, log: MetricsLog, meter: Meter, health: Health):
-        self._run = config.run
+    def __init__(
+        self, config: Config, display: Display, log: MetricsLog, meter: Meter, health: Health,
+        is_held_up: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
+        """is_held_up: whether that thread, too, may come to know of a step's completion long after it."""
+        self._run, self._is_held_up = config.run, is_held_up
         self._display, self._log, self._meter, self._health = display, log, meter, health
         self._reader = ThreadPoolExecutor(1, "metrics")
         self._pending: tuple[int, Future] | None = None
@@ -32,7 +37,7 @@ class Reports:
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of the step that was dispatched just now; says those of the one before it."""
-        before, self._pending = self._pending, (step, self._reader.submit(_read, metrics))
+        before, self._pending = self._pending, (step, self._reader.submit(self._read, metrics))
         self._say(before)
 
     def flush(self) -> None:
@@ -61,6 +66,12 @@ class Reports:
             self._log.write("train", step, values)
             self._meter.restart()
 
+    def _read(self, metrics: Metrics) -> tuple[Metrics, float | None]:
+        """The metrics on the host, and when the step that they are of was completed, if known: copies come after it."""
+        jax.block_until_ready(metrics)
+        completed = None if self._is_held_up() else time.monotonic()
+        return on_host(metrics), completed
+
     def _judge(self, step: int, metrics: Metrics) -> None:
         """Says and records what is wrong with a step; sets `trouble` where it is too much."""
         in_row = int(metrics.pop("skipped_in_row").value())
@@ -84,10 +95,3 @@ def _not_finite(metrics: Metrics) -> tuple[str, dict]:
     if not math.isfinite(norms["grad_norm"]):
         return "gradient", norms
     return ("loss" if math.isfinite(norms["update_norm"]) else "update"), norms
-
-
-def _read(metrics: Metrics) -> tuple[Metrics, float]:
-    """The metrics on the host, and when the step that they are of was completed: copies come after it."""
-    jax.block_until_ready(metrics)
-    completed = time.monotonic()
-    return on_host(metrics), completed

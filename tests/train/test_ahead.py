@@ -66,15 +66,19 @@ def test_waits_until_it_is_lowered_and_no_longer():
 
 def test_a_step_is_kept_when_the_first_one_is_on_its_way():
     kept, stored, mesh = KeptStep(Path(), "step"), Future(), make_mesh(MeshConfig())
-    kept.load, kept.store = lambda *_: None, stored.set_result
+    kept.load, kept.store = lambda *_: None, lambda step: stored.set_result((step, train_step.writes()))
     train_step = TrainStep(jax.jit(lambda state, batch, lengths: (state + batch.sum(), lengths[0])), LENGTHS)
     with jax.set_mesh(mesh):
         train_step.prepare(mesh, jnp.float32(1), jnp.arange(4.0), kept)
         train_step._ahead.result()
         time.sleep(0.3)
-        assert not stored.done()
+        assert not stored.done() and not train_step.writes()
         assert float(train_step(jnp.float32(1), jnp.arange(4.0))[0]) == 7.0
-    assert stored.result(60) is train_step._ahead.result()
+    assert stored.result(60) == (train_step._ahead.result(), True)
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join(60)
+    assert not train_step.writes()
 
 
 def test_raises_what_the_compilation_raised():

@@ -98,6 +98,17 @@ def test_record():
     assert record["mfu"] is None  # float32: no peak to compare with
 
 
+def test_steps_whose_completion_is_not_known_are_not_timed():
+    """They took 2 seconds each, as the others did, and were noticed together at 7."""
+    meter, config = make_meter()
+    tokens, speeds = config.data.batch_size * config.data.seq_len, []
+    for completed in (1.0, 3.0, None, None, 9.0, 11.0):
+        meter.add(metrics(), completed)
+        speeds.append(meter.values(0)["tokens_per_second"])
+        meter.restart()
+    assert speeds == [None, tokens / 2, None, None, None, tokens / 2]
+
+
 def test_state_goes_on_with_the_interval():
     whole, _ = make_meter()
     parts, _ = make_meter()

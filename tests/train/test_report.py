@@ -78,6 +78,16 @@ def test_completion_is_noticed_while_the_loop_is_held_up(reports, told):
     assert told.added[0][1] < released - 0.1
 
 
+def test_where_completion_may_be_noticed_late_it_is_not_known(told):
+    config, held = small_config("run.steps=3"), []
+    with closing(Reports(config, told, told, told, Health(config), lambda: bool(held))) as reports:
+        for step in (1, 2, 3):
+            held[:] = ["up"] if step == 2 else []
+            reports.add(step, metrics())
+            reports.flush()
+    assert [completed is None for _, completed in told.added] == [False, True, False]
+
+
 def test_too_many_steps_in_a_row_that_are_not_finite(reports, told):
     inf = float("inf")
     reports.add(1, metrics(1))
