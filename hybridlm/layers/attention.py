@@ -30,6 +30,7 @@ from hybridlm.layers.block import (
     refuse_cache,
 )
 from hybridlm.layers.norm import RMSNorm
+from hybridlm.layers.quantized import Joined
 from hybridlm.layers.rope import Rope, rotate
 from hybridlm.layers.segments import positions_within
 from pallas_kernels.segments import document_ids
@@ -315,9 +316,28 @@ class AttentionMixer(nnx.Module):
         q = sharding.constrain(q, "batch", "tokens", "heads", None)
         k, v = (sharding.constrain(a, "batch", "tokens", "kv_heads", None) for a in (k, v))
         q = self._placed(q, self.q_norm, positions_BT, "q", learns)
-        k = self._placed(k, self.k_norm, positions_BT, "k")
         kept = checkpoint_name(gate[0], "attention_gate") if gate else None
+        if learns and added is None and self._are_one_product and qk_norm.serves_beside(k):
+            return q, *self._beside(k, v, positions_BT), kept
+        k = self._placed(k, self.k_norm, positions_BT, "k")
         return q, k, checkpoint_name(v, "attention_v"), kept
+
+    @property
+    def _are_one_product(self) -> bool:
+        """Whether keys and values lie side by side in memory."""
+        plain = self.b_k is None and self.b_v is None and self.config.key_multiplier == 1
+        return plain and isinstance(self.w_k[...], Joined)
+
+    def _beside(self, k, v, positions_BT: jax.Array) -> tuple:
+        """Keys, and values with what `ops.attention` reads them of: the array that both were cut out of is used as a
+        whole, so that compilers cut nothing."""
+        rows, norm, K = k.shape[:2], self.k_norm, k.shape[2]
+        assert norm is not None
+        kv = jax.lax.concatenate([a.reshape(*rows, -1) for a in (k, v)], 2).reshape(*rows, 2 * K, -1)
+        kv = checkpoint_name(checkpoint_name(kv, "attention_k"), "attention_v")
+        weight = norm.offset + norm.weight[...]
+        k, kv = qk_norm.keys_beside_values(kv, weight, positions_BT, self.config.rope, norm.eps)
+        return k, (kv[:, :, K:], kv)
 
     def _placed(
         self, heads, norm: RMSNorm | None, positions_BT: jax.Array, side: Literal["q", "k"], learns=False

@@ -283,9 +283,10 @@ def attention(
     segment_ids, positions: of queries and of keys. layer: of stacked caches k and v [L, B, S, K, P]; None: k and v are
     [B, S, K, P]. Those of a cache may be `caches.Int8`, or of a smaller type than q: a single query reads them as they
     are, several are worth the layer's keys in the type of q. options: window, scale and softcap. q: or a pair, of it
-    and the same in float32, see `q_wide` there.
+    and the same in float32, see `q_wide` there; v: or a pair, of it and what has it in its last heads, see `kv`.
     """
     q, q_wide = q if isinstance(q, tuple) else (q, None)
+    v, kv = v if isinstance(v, tuple) else (v, None)
     n_heads, n_kv_heads = q.shape[2], k.shape[-2]
     k_scale = v_scale = None
     if not split_tokens and (q.shape[1] > 1 if isinstance(k, caches.Int8) else k.dtype != q.dtype):
@@ -299,9 +300,9 @@ def attention(
         k, v = (sharding.repeat_for_heads(a, 2, n_heads) for a in (k, v))
         k_scale, v_scale = (a if a is None else sharding.repeat_for_heads(a, 1, n_heads) for a in (k_scale, v_scale))
 
-    def run(q, q_wide, k, v, k_scale, v_scale, gate, sinks, q_ids, k_ids, q_at, k_at, at, layer, context_axis=None):
+    def run(q, q_wide, k, v, kv, k_scale, v_scale, gate, sinks, q_ids, k_ids, q_at, k_at, at, layer, context_axis=None):
         return pallas_kernels.attention(
-            q, k, v, q_wide=q_wide, k_scale=k_scale, v_scale=v_scale, gate=gate, causal=causal, sinks=sinks,
+            q, k, v, q_wide=q_wide, kv=kv, k_scale=k_scale, v_scale=v_scale, gate=gate, causal=causal, sinks=sinks,
             segment_ids=None if q_ids is None else (q_ids, k_ids),
             positions=None if q_at is None else (q_at, k_at),
             q_offset=0 if at is None else at,
@@ -313,8 +314,8 @@ def attention(
     heads, kv_heads = (*ROWS, "heads", None), (*ROWS, "kv_heads", None)
     stack = () if layer is None else (None,)
     keys, scales = (*stack, *kv_heads), (*stack, "batch", "kv_heads", "tokens")
-    arrays = (q, q_wide, k, v, k_scale, v_scale, gate, sinks, *segment_ids, *positions, q_offset, layer)
-    names = (heads, heads, keys, keys, scales, scales, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
+    arrays = (q, q_wide, k, v, kv, k_scale, v_scale, gate, sinks, *segment_ids, *positions, q_offset, layer)
+    names = (heads, heads, keys, keys, keys, scales, scales, heads, ("heads",), ROWS, ROWS, ROWS, ROWS, ("batch",), ())
     return sharding.per_device(run, arrays, names, heads, split_tokens=split_tokens)
 
 

@@ -45,12 +45,31 @@ def normed_and_rotated(
     axis: logical axis of the heads. wide: also the same in float32, a pair, which costs nothing unless it is read: to
     it can go a gradient that is not rounded.
     """
-    turn = None
-    if rope is not None:
-        turn = checkpoint_name(jnp.stack(turns(positions_BT, rope, x_BTHP.shape[-1]), axis=2), ROTATED)
+    turn = _turn(positions_BT, rope, x_BTHP.shape[-1])
     y_BTHP, *wide_BTHP = _fused(x_BTHP, weight_P, turn, eps, name, axis, factor, wide)
     y_BTHP = checkpoint_name(y_BTHP, ROTATED)
     return (y_BTHP, *wide_BTHP) if wide else y_BTHP
+
+
+def serves_beside(k_BTKP: jax.Array) -> bool:
+    """Whether `keys_beside_values` serves keys like these: where its kernels do, and no device has parts of tokens."""
+    apart = sharding.axis_size("tensor") == sharding.axis_size("context") == 1
+    return apart and _has_kernel(k_BTKP, "kv_heads")
+
+
+def keys_beside_values(kv_BTcP, weight_P, positions_BT: jax.Array, rope: Rope | None, eps: float) -> tuple:
+    """(keys, `normed_and_rotated` of the first half of the heads of kv [B, T, 2 K, P]; kv as it was).
+
+    Gradients may come to either: of what reads the keys, and to the first heads of the other in their place; to the
+    other's last heads those of values. They are put there, and kv's gradient is made where they lie.
+    """
+    k_BTKP, kv_BTcP = _beside(kv_BTcP, weight_P, _turn(positions_BT, rope, kv_BTcP.shape[-1]), eps)
+    return checkpoint_name(k_BTKP, ROTATED), kv_BTcP
+
+
+def _turn(positions_BT: jax.Array, rope: Rope | None, width: int) -> jax.Array | None:
+    """Cosines and sines, [B, T, 2, C]."""
+    return None if rope is None else checkpoint_name(jnp.stack(turns(positions_BT, rope, width), axis=2), ROTATED)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
@@ -81,7 +100,7 @@ def _backward(eps, name, axis, factor, wide, saved, grads):
     grads = [grad for grad in grads if not isinstance(grad, SymbolicZero)]
     dy_BTHP = grads[0] if len(grads) == 1 else sum(grad.astype(jnp.float32) for grad in grads)
     if root is None:
-        dx, d_weight = _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps, axis, factor)
+        dx, d_weight = _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps, axis, factor=factor)
         return dx, d_weight.astype(weight_P.dtype), None
 
     def parts(x_BTHP, dy_BTHP):
@@ -101,6 +120,33 @@ def _backward(eps, name, axis, factor, wide, saved, grads):
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _beside(kv_BTcP, weight_P, turn, eps: float) -> tuple:
+    batch, tokens, heads, width = kv_BTcP.shape
+    run = partial(head_norm.head_norm, eps=eps, n_heads=heads // 2)
+    outs = ("batch", "tokens", "kv_heads", None), (batch, tokens, heads // 2, width)
+    return _per_device(run, kv_BTcP, weight_P, turn, (), "kv_heads", outs), kv_BTcP
+
+
+def _beside_forward(kv_BTcP, weight_P, turn, eps):
+    arrays = jax.tree.map(lambda a: a.value, (kv_BTcP, weight_P, turn))
+    return _beside(*arrays, eps), arrays
+
+
+def _beside_backward(eps, saved, grads):
+    kv_BTcP, weight_P, turn = saved
+    dk_BTKP, d_BTcP = (None if isinstance(grad, SymbolicZero) else grad for grad in grads)
+    if dk_BTKP is not None:
+        wide = jnp.pad(dk_BTKP, [(0, n - m) for n, m in zip(kv_BTcP.shape, dk_BTKP.shape, strict=True)])
+        d_BTcP = wide if d_BTcP is None else d_BTcP + wide
+    more = {"n_heads": kv_BTcP.shape[2] // 2}
+    dx, d_weight = _gradients_in_kernel(kv_BTcP, weight_P, turn, d_BTcP, eps, "kv_heads", **more)
+    return dx, d_weight.astype(weight_P.dtype), None
+
+
+_beside.defvjp(_beside_forward, _beside_backward, symbolic_zeros=True)
+
+
 def _has_kernel(x_BTHP, axis: str) -> bool:
     """Whether `pallas_kernels.head_norm` serves heads, as each device has them; of a number of rows that is known."""
     batch, tokens, n_heads, width = exchange.own_shape(("batch", "tokens", axis, None), x_BTHP.shape)
@@ -117,7 +163,7 @@ def _per_device(kernel, x_BTHP, weight_P, turn, grads: tuple, axis: str, outs) -
         turn, grads = more[:n_turns], more[n_turns:]
         rows = [a.reshape(-1, *a.shape[2:]) for a in (x, *turn, *grads)]
         made = kernel(rows[0], weight, rows[1] if turn else None, *rows[1 + n_turns :])
-        return (made[0].reshape(x.shape), made[1][None]) if grads else made.reshape(x.shape)
+        return (made[0].reshape(x.shape), made[1][None]) if grads else made.reshape(*x.shape[:2], *made.shape[1:])
 
     arrays = (x_BTHP, weight_P.astype(jnp.float32), *([turn] * n_turns), *grads)
     axes = [heads, (None,), *[("batch", "tokens", None, None)] * n_turns, *[heads] * len(grads)]
@@ -129,11 +175,11 @@ def _in_kernel(x_BTHP, weight_P, turn, eps: float, axis: str, factor: float) -> 
     return _per_device(partial(head_norm.head_norm, eps=eps, factor=factor), x_BTHP, weight_P, turn, (), axis, outs)
 
 
-def _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps: float, axis: str, factor: float) -> tuple:
+def _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps: float, axis: str, **more) -> tuple:
     heads, shape = ("batch", "tokens", axis, None), x_BTHP.shape
     split = tuple(name for of_dim in sharding.dims_axes(heads, shape)[:3] for name in of_dim)
     outs = [(heads, shape), ((split, None), (1, *weight_P.shape))]
-    run = partial(head_norm.head_norm_gradients, eps=eps, factor=factor)
+    run = partial(head_norm.head_norm_gradients, eps=eps, **more)
     dx, d_weight = _per_device(run, x_BTHP, weight_P, turn, (dy_BTHP,), axis, outs)
     return dx, d_weight.sum(0)
 

@@ -47,17 +47,23 @@ def why_not(n_rows: int, n_heads: int, width: int, dtype: DTypeLike) -> str | No
 
 
 def head_norm(
-    x_RHP: jax.Array, weight_P: jax.Array, turn_RcC: jax.Array | None, eps: float, factor: float = 1.0
+    x_RHP: jax.Array,
+    weight_P: jax.Array,
+    turn_RcC: jax.Array | None,
+    eps: float,
+    factor: float = 1.0,
+    n_heads: int | None = None,
 ) -> jax.Array:
     """x / rms(x) * weight * factor of each head, then rotated; in float32, rounded once, to bfloat16.
 
     x: [R, H, P] bfloat16; weight: [P] float32. turn: [R, 2, C] float32, cosines and sines of each row's angles, by
-    which pairs (i, i + C) of whole heads are turned (C: half of P); None: not rotated.
+    which pairs (i, i + C) of whole heads are turned (C: half of P); None: not rotated. n_heads: so many of x, the
+    first, are what is normed, and all of the result; None: all.
     NotImplementedError where `why_not` gives a reason.
     """
     from pallas_kernels.head_norm import kernel
 
-    plan = _plan("head_norm", [x_RHP], turn_RcC, eps, factor)
+    plan = _plan("head_norm", [x_RHP], turn_RcC, eps, factor, n_heads)
     return kernel.head_norm(plan, x_RHP, weight_P, turn_RcC)
 
 
@@ -68,16 +74,21 @@ def head_norm_gradients(
     dy_RHP: jax.Array,
     eps: float,
     factor: float = 1.0,
+    n_heads: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, [R, H, P] bfloat16, d_weight, [P] float32) of `head_norm`, whose cotangent is dy, bfloat16 or float32.
 
+    n_heads: of the first so many, as there; dy, bfloat16, has all, and dx is dy, written to, in the others: as if they
+    were handed on as they are.
     NotImplementedError where `why_not` gives a reason, ValueError for a cotangent of another shape or type.
     """
-    if dy_RHP.shape != x_RHP.shape or dy_RHP.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"dy_RHP ({dy_RHP.dtype}{list(dy_RHP.shape)}) must be bfloat16 or float32, {x_RHP.shape}")
+    types = [jnp.bfloat16] if _some(x_RHP, n_heads) else [jnp.bfloat16, jnp.float32]
+    if dy_RHP.shape != x_RHP.shape or dy_RHP.dtype not in types:
+        names = " or ".join(jnp.dtype(of).name for of in types)
+        raise ValueError(f"dy_RHP ({dy_RHP.dtype}{list(dy_RHP.shape)}) must be {names}, {x_RHP.shape}")
     from pallas_kernels.head_norm import kernel
 
-    plan = _plan("head_norm_gradients", [x_RHP, dy_RHP], turn_RcC, eps, factor)
+    plan = _plan("head_norm_gradients", [x_RHP, dy_RHP], turn_RcC, eps, factor, n_heads)
     return kernel.head_norm_gradients(plan, x_RHP, weight_P, turn_RcC, dy_RHP)
 
 
@@ -94,17 +105,25 @@ def _tile(n_heads: int, width: int) -> int:
     return least * max(1, TILE // (2 * least * n_heads * width))
 
 
-def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, eps: float, factor: float):
+def _some(x_RHP: jax.Array, n_heads: int | None) -> bool:
+    """Whether it has more heads than these."""
+    return n_heads is not None and n_heads != x_RHP.shape[1]
+
+
+def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, eps: float, factor: float, n_heads):
     from pallas_kernels.head_norm import kernel
 
     x_RHP = arrays_RHP[0]
-    n_rows, n_heads, width = x_RHP.shape
+    apart, (n_rows, all_heads, width) = not _some(x_RHP, n_heads), x_RHP.shape
+    n_heads = all_heads if n_heads is None else n_heads
+    if not 0 < n_heads <= all_heads:
+        raise ValueError(f"n_heads ({n_heads}) not from 1 to those of x_RHP ({all_heads})")
     if reason := why_not(n_rows, n_heads, width, x_RHP.dtype):
         raise NotImplementedError(reason)
     tile = _tile(n_heads, width)
-    turned = [] if turn_RcC is None else [turn_RcC]
-    of_row = lambda arrays: sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in arrays)
-    n_bytes = tile * (kernel.STAGES * of_row([*arrays_RHP, *turned]) + 2 * of_row([x_RHP])) + OWN
+    of_turn = 0 if turn_RcC is None else 4 * width
+    read, written = (n_heads * width * sum(a.dtype.itemsize for a in arrays) for arrays in (arrays_RHP, [x_RHP]))
+    n_bytes = tile * (kernel.STAGES * (read + of_turn) + 2 * written) + OWN
     side_by_side = max(1, min(BLOCKS[name], SHARED // n_bytes))
     n_blocks = min(n_rows // tile, side_by_side * platform.multiprocessors())
-    return kernel.Plan(n_rows, n_heads, width, eps, factor, _piece(n_heads, width), tile, n_blocks)
+    return kernel.Plan(n_rows, n_heads, width, eps, factor, _piece(n_heads, width), tile, n_blocks, apart)

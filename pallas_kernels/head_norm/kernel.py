@@ -18,8 +18,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import F32, over_blocks
-from pallas_kernels.varying import call_varying
+from pallas_kernels.mosaic_gpu import F32, LANE_PARAMS, named_body, over_blocks
+from pallas_kernels.varying import call_varying, unchecked_varying
 
 STAGES = 3
 WARPS, LANES = 4, 32
@@ -30,6 +30,7 @@ class Plan(NamedTuple):
 
     rows: int
     heads: int
+    """The first so many of the arrays."""
     width: int
     eps: float
     factor: float
@@ -39,6 +40,8 @@ class Plan(NamedTuple):
     tile: int
     """Rows."""
     blocks: int
+    apart: bool = True
+    """The gradient is an array of its own, not its cotangent's."""
 
     @property
     def tiles(self) -> int:
@@ -103,14 +106,16 @@ def _walk(plan: Plan, ins, turn_g, weight_g, out_g, of_piece, sums, finish):
     of this thread block; then `finish(sums, shared memory for weights)`."""
     block = lax.axis_index("blocks")
     count = (plan.tiles - block + plan.blocks - 1) // plan.blocks
+    own = pl.ds(0, plan.heads)
     tile = lambda i: pl.ds((block + i * plan.blocks) * plan.tile, plan.tile)
-    arrays = (*ins, *turn_g)
+    shapes = [*[(plan.heads, plan.width)] * len(ins), *(a.shape[1:] for a in turn_g)]
 
     def scoped(in_s, out_s, weight_s, arrived, of_weight):
         def fetch(i):
             slot = lax.rem(i, STAGES)
-            for array, shared in zip(arrays, in_s, strict=True):
-                plgpu.copy_gmem_to_smem(array.at[tile(i)], shared.at[slot], arrived.at[slot])
+            parts = [*(array.at[tile(i), own] for array in ins), *(array.at[tile(i)] for array in turn_g)]
+            for part, shared in zip(parts, in_s, strict=True):
+                plgpu.copy_gmem_to_smem(part, shared.at[slot], arrived.at[slot])
 
         def step(i, sums):
             slot, out = lax.rem(i, STAGES), lax.rem(i, 2)
@@ -124,7 +129,7 @@ def _walk(plan: Plan, ins, turn_g, weight_g, out_g, of_piece, sums, finish):
                     at = out, rows, heads, pl.ds(half * plan.pairs, plan.pairs)
                     out_s.at[at][...] = value.astype(out_s.dtype)
             plgpu.commit_smem()  # all have read the slot, too
-            plgpu.copy_smem_to_gmem(out_s.at[out], out_g.at[tile(i)])
+            plgpu.copy_smem_to_gmem(out_s.at[out], out_g.at[tile(i), own])
             pl.when(i + STAGES < count)(lambda: fetch(i + STAGES))
             return sums
 
@@ -138,10 +143,12 @@ def _walk(plan: Plan, ins, turn_g, weight_g, out_g, of_piece, sums, finish):
 
     pl.run_scoped(
         scoped,
-        tuple(plgpu.SMEM((STAGES, plan.tile, *a.shape[1:]), a.dtype) for a in arrays),
+        tuple(
+            plgpu.SMEM((STAGES, plan.tile, *shape), a.dtype) for shape, a in zip(shapes, (*ins, *turn_g), strict=True)
+        ),
         plgpu.SMEM((2, plan.tile, plan.heads, plan.width), out_g.dtype),
         plgpu.SMEM((2, plan.pairs), F32),
-        plgpu.Barrier(num_arrivals=len(arrays), num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=len(shapes), num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=1),
     )
 
@@ -160,8 +167,8 @@ def _forward_body(plan: Plan, x_g, weight_g, *refs):
     _walk(plan, (x_g,), turn_g, weight_g, y_g, of_piece, 0, lambda *_: None)
 
 
-def _backward_body(plan: Plan, x_g, weight_g, dy_g, *refs):
-    *turn_g, dx_g, sums_g = refs
+def _backward_body(plan: Plan, x_g, weight_g, *refs):
+    dy_g, *turn_g, dx_g, sums_g = refs if plan.apart else (refs[-2], *refs)
 
     def of_piece(halves, turn, weights, sums):
         x, (first, second) = halves
@@ -193,11 +200,27 @@ def _call(plan: Plan, name: str, body, results, *arrays):
     return call_varying(jax.custom_batching.sequential_vmap(kernel), *arrays)
 
 
+def _in_place(plan: Plan, x_RHP, weight, dy_RHP, *turn):
+    """(dy with the gradient of x's first heads in the place of theirs, sums): a tile is written where it was read."""
+    body = named_body("head_norm_gradients", _backward_body, plan)
+    mesh = plgpu.Mesh(grid=(plan.blocks,), grid_names=("blocks",))
+    with unchecked_varying():
+        dx = jax.new_ref(dy_RHP)
+        run = pl.kernel(body, out_type=_sums(plan), mesh=mesh, compiler_params=LANE_PARAMS, name=body.__name__)
+        sums = run(x_RHP, weight, *turn, dx)
+        return jax.freeze(dx), sums
+
+
+def _sums(plan: Plan):
+    """Of the weights' gradients, of each thread block."""
+    return jax.ShapeDtypeStruct((plan.blocks, 2, plan.pairs), F32)
+
+
 @functools.partial(jax.jit, static_argnums=(0,))
 def head_norm(plan: Plan, x_RHP, weight_P, turn_RcC):
     """See `pallas_kernels.head_norm.head_norm`."""
     turn = () if turn_RcC is None else (turn_RcC,)
-    like = jax.ShapeDtypeStruct(x_RHP.shape, x_RHP.dtype)
+    like = jax.ShapeDtypeStruct((plan.rows, plan.heads, plan.width), x_RHP.dtype)
     return _call(plan, "head_norm", _forward_body, like, x_RHP, weight_P.reshape(2, plan.pairs), *turn)
 
 
@@ -205,7 +228,11 @@ def head_norm(plan: Plan, x_RHP, weight_P, turn_RcC):
 def head_norm_gradients(plan: Plan, x_RHP, weight_P, turn_RcC, dy_RHP):
     """See `pallas_kernels.head_norm.head_norm_gradients`."""
     turn = () if turn_RcC is None else (turn_RcC,)
-    results = jax.ShapeDtypeStruct(x_RHP.shape, x_RHP.dtype), jax.ShapeDtypeStruct((plan.blocks, 2, plan.pairs), F32)
     arrays = x_RHP, weight_P.reshape(2, plan.pairs), dy_RHP, *turn
-    dx, sums = _call(plan, "head_norm_gradients", _backward_body, results, *arrays)
+    if plan.apart:
+        results = jax.ShapeDtypeStruct(x_RHP.shape, x_RHP.dtype), _sums(plan)
+        dx, sums = _call(plan, "head_norm_gradients", _backward_body, results, *arrays)
+    else:
+        run = jax.custom_batching.sequential_vmap(functools.partial(_in_place, plan))
+        dx, sums = call_varying(run, *arrays)
     return dx, sums.sum(0).reshape(-1)

@@ -16,11 +16,13 @@ from hybridlm.layers.block import Make, Tokens
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.norm import gated_rms_norm, rms_normalise
 from hybridlm.layers.qk_norm import is_faster, normed_and_rotated
+from hybridlm.layers.quantized import Joined
 from hybridlm.layers.rope import Rope, YaRN
 from hybridlm.layers.segments import with_padding_last
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.sublayer import Sublayer
 from pallas_kernels import assume_platform
+from tests.ops.interpreter import interpreted, needs_gpu_interpreter
 from tests.tolerances import check_close
 
 RNG = np.random.default_rng(0)
@@ -131,6 +133,42 @@ def test_queries_and_keys_in_kernels(rope, wide, monkeypatch):
     assert {head_norm, head_norm_gradients} == set(called)
     for actual, expected in zip(in_kernels, in_passes, strict=True):
         check_close(actual, expected, dtype="float32", what="result or gradient")
+
+
+@needs_gpu_interpreter
+def test_keys_beside_values(monkeypatch):
+    """The mixer by kernels, interpreted, which read keys and values in the array of their one product, and put both
+    gradients into one, beside plain arrays in float32."""
+    monkeypatch.setattr(qk_norm, "LEAST", 0)
+    D, K, P, called = 48, 2, 64, []
+    block = Attention(n_heads=4, n_kv_heads=K, d_head=P, qk_norm=True)
+    wide, mixer = (nnx.split(block.build(D, Make(nnx.Rngs(0), 0.2, 0.2, of, 1e-5))) for of in ("float32", "bfloat16"))
+    x, d_out = (jnp.asarray(RNG.standard_normal((1, 80, D)), jnp.bfloat16) for _ in range(2))
+    w_kv = jnp.stack([wide[1][name].get_value() for name in ("w_k", "w_v")], axis=1).astype(jnp.bfloat16)
+    tokens = Tokens(jnp.asarray([1] * 30 + [2] * 50, jnp.int32)[None])
+
+    def mix(of, x, matrices, w_norm):
+        values = {("w_k",): matrices[0], ("w_v",): matrices[1], ("k_norm", "weight"): w_norm}
+        flat = [(path, leaf.replace(values.get(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(of[1])]
+        return nnx.merge(of[0], nnx.from_flat_state(flat)).mix(x, tokens).y_BTD
+
+    def apart(x, w_kv, w_norm):
+        return mix(wide, x, (w_kv[:, 0], w_kv[:, 1]), w_norm)
+
+    def together(x, w_kv, w_norm):
+        joined = [Joined(None if i else w_kv.reshape(D, 1, -1), ((K, P),) * 2, i) for i in range(2)]
+        return mix(mixer, x, joined, w_norm)
+
+    args, w_norm = (x, w_kv), jnp.asarray(1 + RNG.standard_normal(P) / 4, jnp.float32)
+    expected, back = jax.vjp(apart, *(a.astype(jnp.float32) for a in args), w_norm)
+    kernel, reading = qk_norm.keys_beside_values, lambda *given: called.append(given) or kernel(*given)
+    monkeypatch.setattr(qk_norm, "keys_beside_values", reading)
+    with interpreted("attention", "gpu"):
+        actual, pull = jax.vjp(together, *args, w_norm)
+        grads = pull(d_out)
+    assert called
+    for a, b in zip([actual, *grads], [expected, *back(d_out.astype(jnp.float32))], strict=True):
+        check_close(a, b, dtype="bfloat16", what="result or gradient")
 
 
 def test_where_norm_and_rotation_are_one_function():

@@ -222,6 +222,23 @@ def test_gradient_of_queries_in_float32():
 
 
 @needs_gpu_interpreter
+@pytest.mark.parametrize(
+    "width", [64, pytest.param(128, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow), 48]
+)
+def test_values_beside_something_else(width):
+    """They are read there, and the gradients of both come together; heads that are padded are taken apart."""
+
+    @jax.custom_vjp
+    def together(k, v):
+        """Something of no value before the values, whose gradient is the keys'."""
+        return jnp.concatenate([jnp.full_like(k, jnp.nan), v], axis=2)
+
+    together.defvjp(lambda k, v: (together(k, v), None), lambda _, d: tuple(jnp.split(d, 2, axis=2)))
+    run = lambda arrays, call: call(arrays, kv=together(arrays["k"], arrays["v"]))
+    check_interpreted(cases.Case("beside", 1, 150, 150, 4, 2, width, layout="packed"), run)
+
+
+@needs_gpu_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
 def test_more_kernels_interpreted(case):

@@ -55,6 +55,36 @@ def test_equals_float32(n_rows, n_heads, width, rope, wide):
     check_close(d_weight, expected_weight, dtype="float32", what="d_weight")
 
 
+@needs_gpu_interpreter
+@pytest.mark.parametrize(
+    ("n_rows", "n_heads", "more", "width"), [(40, 8, 8, 64), (40, 4, 6, 64), (12, 4, 4, 128), (34, 8, 1, 128)]
+)
+def test_the_first_heads_of_several(n_rows, n_heads, more, width):
+    """What is beside them is not normed, and its gradient handed on to the bit."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(n_rows, n_heads + more, width)), jnp.bfloat16) for _ in range(2))
+    weight = jnp.asarray(1 + 0.3 * rng.normal(size=width), jnp.float32)
+    turn = jnp.stack(turns(jnp.arange(n_rows)[None], Rope(), width), axis=2)[0]
+
+    def run(x, dy):
+        y = head_norm(x, weight, turn, EPS, 0.3, n_heads)
+        return y, *head_norm_gradients(x, weight, turn, dy, EPS, 0.3, n_heads)
+
+    with mosaic_interpreted(), assume_platform("gpu", capability="9.0", multiprocessors=1):
+        y, dx, d_weight = jax.jit(run)(x, dy)
+        with pytest.raises(ValueError, match="dy_RHP"):
+            run(x, dy.astype(jnp.float32))
+        with pytest.raises(ValueError, match="n_heads"):
+            head_norm(x, weight, turn, EPS, n_heads=n_heads + more + 1)
+    first = x[:, :n_heads].astype(jnp.float32)
+    expected, back = jax.vjp(lambda x, weight: by_definition(x, weight * 0.3, turn), first, weight)
+    expected_dx, expected_weight = back(dy[:, :n_heads].astype(jnp.float32))
+    check_close(y, expected, dtype="bfloat16", what="y")
+    check_close(dx[:, :n_heads], expected_dx, dtype="bfloat16", what="dx")
+    check_close(d_weight, expected_weight, dtype="float32", what="d_weight")
+    assert (dx[:, n_heads:] == dy[:, n_heads:]).all() and dx.shape == x.shape
+
+
 def test_what_it_cannot_serve_is_named():
     with assume_platform("gpu", capability="9.0"):
         said = why_not(16, 8, 96, jnp.bfloat16)

@@ -80,18 +80,21 @@ def hidden_gradients(dy_RD, w_FD, h_RcF):
     return gated_product_gradients(h_RcF, dy_RD @ w_FD.T)
 
 
-def head_norm_of(x_RHP, weight_P, turn_RcC, eps, factor):
+def head_norm_of(x_RHP, weight_P, turn_RcC, eps, factor=1.0, n_heads=None):
     """`pallas_kernels.head_norm.head_norm`, by definition."""
+    x_RHP = x_RHP[:, :n_heads]
     y = rms_normalise(x_RHP, eps) * (weight_P * factor)[None, None]
     first, second = jnp.split(y, 2, axis=-1)
     cos, sin = turn_RcC[:, 0, None], turn_RcC[:, 1, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_RHP.dtype)
 
 
-def head_norm_gradients(x_RHP, weight_P, turn_RcC, dy_RHP, eps, factor):
+def head_norm_gradients(x_RHP, weight_P, turn_RcC, dy_RHP, eps, factor=1.0, n_heads=None):
     """Its gradient."""
-    pull = jax.vjp(lambda x, w: head_norm_of(x, w, turn_RcC, eps, factor), x_RHP.astype(jnp.float32), weight_P)[1]
-    dx, d_weight = pull(dy_RHP.astype(jnp.float32))
+    rest = lambda x: x[:, x.shape[1] if n_heads is None else n_heads :]
+    both = lambda x, w: (head_norm_of(x, w, turn_RcC, eps, factor, n_heads), rest(x))
+    dy = dy_RHP.astype(jnp.float32)
+    dx, d_weight = jax.vjp(both, x_RHP.astype(jnp.float32), weight_P)[1]((dy[:, :n_heads], rest(dy)))
     return dx.astype(x_RHP.dtype), d_weight
 
 

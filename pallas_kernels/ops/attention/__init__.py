@@ -26,7 +26,7 @@ OP = Op(
             "pallas_kernels.ops.attention.gpu.api:slower",
             capability=HOPPER,
             oldest_jax=(0, 11),
-            takes=("stacked", "q_wide"),
+            takes=("stacked", "q_wide", "kv"),
         ),
     },
     proven=("gpu",),

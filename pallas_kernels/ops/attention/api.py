@@ -39,6 +39,7 @@ def attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     q_wide: jax.Array | None = None,
+    kv: jax.Array | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -65,6 +66,8 @@ def attention(
         k_scale[b, k, s]. By reference and xla, in blocks; without gradients, and not with context_axis.
       q_wide: q in float32, which is not read: where the kernel for GPUs serves, and no tokens are split, the gradient
         of q goes to it, as it was added up, and none to q.
+      kv: [B, S, 2 K, P], its last K heads v_BSKP, the others not read: where that kernel serves, it reads v_BSKP there,
+        and the gradients of k_BSKP and v_BSKP go to it, side by side, and not to them.
       context_axis: mesh axis over which the tokens, of queries and keys alike, are split in order, inside a shard_map
         over it. The result is this device's share of that of the whole rows. Not with q_offset.
       implementation: "auto", "reference", "xla", "tpu" or "gpu".
@@ -79,13 +82,10 @@ def attention(
     check_shape("q_BTHP", q_BTHP, (None,) * 4, "batch, tokens, heads, head width")
     scales = _scales(k_BSKP, v_BSKP, k_scale, v_scale, layer, context_axis)
     k_BSKP, v_BSKP, scales, stacked = _entries(k_BSKP, v_BSKP, scales, layer, context_axis)
-    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales), q_wide)
+    _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, bool(scales), q_wide, kv)
     sizes = *q_BTHP.shape[:2], k_BSKP.shape[1]
-    pair = check_sides("segment_ids", segment_ids, *sizes)
-    one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
     context_axis = _context_axis(context_axis, sizes[1], sizes[2], q_offset)
-    if one_side and context_axis is None:
-        pair = (segments.document_ids(pair[0]),) * 2
+    pair, one_side = _documents(segment_ids, sizes, context_axis)
     kwargs = {
         "gate": gate,
         "causal": bool(causal),
@@ -98,12 +98,19 @@ def attention(
         "q_offset": _offset(q_offset, sizes[0], positions),
         **scales,
     }
-    offered = {"stacked": stacked, "q_wide": q_wide if context_axis is None else None}
-    args, more = (q_BTHP, k_BSKP, v_BSKP), {"one_side": one_side}
-    return call(OP, implementation, args, kwargs, offered=offered, context_axis=context_axis, context_options=more)
+    offered: dict = {"stacked": stacked} | ({"q_wide": q_wide, "kv": kv} if context_axis is None else {})
+    more: dict = {"offered": offered, "context_axis": context_axis, "context_options": {"one_side": one_side}}
+    return call(OP, implementation, (q_BTHP, k_BSKP, v_BSKP), kwargs, **more)
 
 
-def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool, q_wide) -> None:
+def _documents(segment_ids, sizes: tuple, context_axis: str | None) -> tuple:
+    """(ids of both sides or None, whether they were given as one)."""
+    pair = check_sides("segment_ids", segment_ids, *sizes)
+    one_side = pair is not None and not isinstance(segment_ids, (tuple, list))
+    return ((segments.document_ids(pair[0]),) * 2 if one_side and context_axis is None else pair), one_side
+
+
+def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool, q_wide, kv) -> None:
     """Raises ValueError or TypeError unless they fit together."""
     check_attended(q_BTHP, k_BSKP, v_BSKP, in_int8)
     n_batch, n_queries, n_heads, _ = q_BTHP.shape
@@ -120,6 +127,10 @@ def _check(q_BTHP, k_BSKP, v_BSKP, gate, sinks, window, in_int8: bool, q_wide) -
         check_positive_int("window", window)
     if q_wide is not None:
         check_shape("q_wide", q_wide, q_BTHP.shape, "as q_BTHP")
+    if kv is not None:
+        rows, keys, heads, width = k_BSKP.shape
+        check_shape("kv", kv, (rows, keys, 2 * heads, width), "batch, keys, twice the key heads, width of k_BSKP")
+        check_shape("v_BSKP", v_BSKP, k_BSKP.shape, "as k_BSKP, where kv is given")
 
 
 def _scales(k, v, k_scale, v_scale, layer, context_axis: str | None) -> dict[str, jax.Array]:

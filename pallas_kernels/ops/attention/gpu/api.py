@@ -86,9 +86,11 @@ def attention_gpu(
     q_offset=0,
     stacked=None,
     q_wide=None,
+    kv=None,
 ):
     """See `pallas_kernels.attention`; segment_ids and positions are pairs here.
 
+    kv: None, or [B, S, 2 K, P], in whose last heads v_BSKP is read, and to which go the gradients of keys and values.
     stacked: (k, v, layer), where k and v are the entries `layer` of [L, B, S, K, P]: few queries read them there.
     """
     n_batch, n_queries, n_heads, d_head = q_BTHP.shape
@@ -130,6 +132,9 @@ def attention_gpu(
     if decode is not None and stacked is not None and k.shape == k_BSKP.shape and v.shape == v_BSKP.shape:
         rows = tuple(array.reshape(-1, *array.shape[2:]) for array in stacked[:2])
         source = (*rows, jnp.reshape(stacked[2] * n_batch, 1))
+    if kv is not None and decode is None and d_head == d_value == backward.width:  # padded it would be copied
+        v = _pad(kv, 1, -n_keys % TOKEN_MULTIPLE)
+        forward, backward = (kernel.replace(v_head=n_kv_heads) for kernel in (forward, backward))
     forward, backward, vectors = _vectors(forward, backward, bounds, n_queries, n_keys)
     vectors, decode = jax.tree.map(jnp.asarray, (vectors, decode))
     out = _attend(forward, backward, q, k, v, gate, sinks, vectors, decode, source, q_wide)
@@ -230,6 +235,7 @@ def _attend(forward: Forward, backward: Backward, q, k, v, gate, sinks, vectors,
     vectors, decode: `Vectors` of the kernels for many queries and, where keys are cut, for few; else None.
     source: None, or k and v [L B, S, K, P] and the first row to read, [1], for decoding to read instead of k and v.
     q_wide: None, or what gets the gradient of q in its place, float32.
+    v: where the kernels have a `v_head`, keys of which only the gradient is put there, and the values.
     """
     if decode is not None:
         return _decode(forward, q, k, v, gate, sinks, decode, source)
@@ -274,7 +280,7 @@ def _attend_backward(forward, backward, residuals, dout):
     width = q.shape[3]
     q, k, v, do = (_pad(array, 3, backward.width - width) for array in (q, k, v, do))
     grads = _backward_kernel(backward, q, k, v, do, lse, delta_BHT, vectors.queries, vectors.query_ranges, vectors.keys)
-    dq, dk, dv = (grad[..., :width] for grad in grads)
+    dq, dk, dv = (None if grad is None else grad[..., :width] for grad in grads)
     dq = dq * backward.scale
     dq, dq_wide = (dq.astype(q.dtype), None) if wide is None else (None, dq)
     dsinks = None

@@ -62,6 +62,7 @@ class Backward:
     masks_batch: bool = False  # ranges, bounds and keys differ between rows of the batch
     first_masked: bool = True  # query blocks before those without masks can exist
     last_masked: bool = True  # and behind them
+    v_head: int = 0  # v is the heads from here on of an array whose gradient has dk before dv; 0: each has its own
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
 
@@ -294,13 +295,13 @@ def _compute(cfg, idx, refs, smem, bars, wg):
     smem["k"][own, :, columns] = (dk * cfg.scale).astype(cfg.dtype)
     smem["v"][own, :, columns] = dv.astype(cfg.dtype)
     plgpu.commit_smem()
-    target = (batch, pl.ds(base, TILE), kv_head)
+    heads = {"k": kv_head, "v": kv_head + cfg.v_head}
     if cfg.split:  # each warpgroup copies what both have written
         plgpu.barrier_arrive(meet)
         plgpu.barrier_wait(meet)
 
     def store(name):
-        plgpu.copy_smem_to_gmem(smem[name].at[own], refs["d" + name].at[target])
+        plgpu.copy_smem_to_gmem(smem[name].at[own], refs["d" + name].at[batch, pl.ds(base, TILE), heads[name]])
 
     for number, name in enumerate("kv"):
         if cfg.split:
@@ -315,8 +316,8 @@ def _produce(cfg, idx, refs, smem, bars):
     kv_bar, q_full, do_full, q_empty, do_empty, _ = bars
     for half in range(cfg.block_k // TILE):
         rows = pl.ds(block * cfg.block_k + half * TILE, TILE)
-        for name in ("k", "v"):
-            plgpu.copy_gmem_to_smem(refs[name].at[batch, rows, kv_head], smem[name].at[half], kv_bar)
+        for name, head in (("k", kv_head), ("v", kv_head + cfg.v_head)):
+            plgpu.copy_gmem_to_smem(refs[name].at[batch, rows, head], smem[name].at[half], kv_bar)
     mask_row = batch if cfg.masks_batch else 0
     per_head = hi - lo
     steps = per_head * cfg.group
@@ -350,7 +351,8 @@ def _produce(cfg, idx, refs, smem, bars):
 
 def _body(cfg, *flat):
     names = ["q", "k", "v", "do", "lse", "delta", "bounds", "ranges"] + ["keys"] * (cfg.key_rows > 0)
-    refs = dict(zip([*names, "dq", "dk", "dv"], flat))
+    refs = dict(zip([*names, "dq", "dv", "dk"], flat))
+    refs.setdefault("dk", refs["dv"])
     wg = lax.axis_index("wg")
     index = lax.axis_index("block")
     per_block = cfg.batch * cfg.kv_heads
@@ -400,7 +402,7 @@ def _body(cfg, *flat):
 
 
 def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
-    """Run the backward kernel: (dq / scale in float32, dk, dv), shaped like q, k and v.
+    """Run the backward kernel: (dq / scale in float32, dk, dv), shaped like q, k and v; dk None where dv has it.
 
     do: the gradient of the ungated output; lse, delta ``[B, H, T or more]``: the forward's log-sum-exp (units of log2)
     and the row sums of do * ungated out; bounds ``[B or 1, 2 or 3, T or more]``; ranges ``[B or 1, blocks, 4]``: the
@@ -414,13 +416,13 @@ def backward(cfg, q, k, v, do, lse, delta, bounds, ranges, keys):
     args = [q, k, v, do, lse, delta, bounds, ranges] + [keys] * (cfg.key_rows > 0)
     with unchecked_varying():
         dq = jax.new_ref(jnp.full(q.shape, zero))
-        dk, dv = pl.kernel(
+        dv, *dk = pl.kernel(
             functools.partial(_body, cfg),
-            out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+            out_type=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ([v] if cfg.v_head else [v, k])],
             mesh=mesh,
             # Every store to shared memory follows a wait of the whole warpgroup for its last readers: no barriers are
             # needed beside those of commits and waits.
             compiler_params=LANE_PARAMS,
             name="attention_backward",
         )(*args, dq)
-        return jax.freeze(dq), dk, dv
+        return jax.freeze(dq), dk[0] if dk else None, dv

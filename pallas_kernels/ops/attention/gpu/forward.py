@@ -66,6 +66,7 @@ class Forward:
     alternate: bool = True  # warpgroups take turns
     few: bool = False  # one compute warpgroup
     stacked: bool = False  # k and v hold more rows: those of the batch begin at `first`
+    v_head: int = 0  # first of v's heads within its array
     parts: int = 1  # a tile takes one key block in so many; results of the parts are rows of the batch
     dtype: jnp.dtype = jnp.bfloat16
     stages: int = 2
@@ -404,7 +405,8 @@ def _produce(cfg, refs, smem, bars):
                 plgpu.barrier_wait(empty.at[slot])
 
             rows = pl.ds(tile.key_block(lo + i) * cfg.block_k, cfg.block_k)
-            plgpu.copy_gmem_to_smem(refs[name].at[first + tile.batch, rows, kv_head], buffer.at[slot], full.at[slot])
+            head = kv_head + (cfg.v_head if name == "v" else 0)
+            plgpu.copy_gmem_to_smem(refs[name].at[first + tile.batch, rows, head], buffer.at[slot], full.at[slot])
             if name == "k" and cfg.key_rows:
                 plgpu.copy_gmem_to_smem(refs["keys"].at[tile.mask_row, :, rows], keys_s.at[slot], full.at[slot])
 
@@ -468,7 +470,8 @@ def _body(cfg, *flat):
 def forward(cfg, q, k, v, bounds, ranges, keys, sinks, gate, first=None):
     """Run the forward kernel: [out], [out, lse] or [out, lse, ungated out].
 
-    q ``[B, T, H, P]``; k, v ``[B, S, K, P]``; bounds ``[B or 1, 2 or 3, blocks * block_q]`` int32: start,
+    q ``[B, T, H, P]``; k, v ``[B, S, K, P]``, or v the heads from cfg.v_head on of more;
+    bounds ``[B or 1, 2 or 3, blocks * block_q]`` int32: start,
     end (, id); ranges ``[B or 1, blocks, 4]`` int32; keys ``[B or 1, key_rows, S to a multiple of block_k]``
     int32: ids, positions; sinks ``[H]`` in units of log2; gate like q or ``[B, H, blocks * block_q]`` float32;
     lse ``[B, H, blocks * block_q]``, +inf where nothing is visible. Results of several parts are rows
