@@ -62,6 +62,14 @@ def of_tokens(axes: tuple, shape: Sequence[int]) -> tuple[str, ...]:
     return *rows, *tokens
 
 
+def copied_rows(n_rows: int) -> sharding.Axis:
+    """What splits the rows of an array [n_rows, ...] of which each device of `tensor` has a copy as rows of its own, so
+    that it has the gradient of what it makes of them alone; not on TPUs."""
+    if sharding.axis_size("tensor") == 1 or platform.platform() == "tpu":
+        return "batch"
+    return (*split_axes("batch", n_rows), "tensor")
+
+
 def own_shape(axes: tuple, shape: Sequence[int]) -> list[int]:
     """The shape of what each device has of an array with these logical axes."""
     split = sharding.dims_axes(axes, shape)
@@ -88,7 +96,7 @@ def products(
       gradient scattered;
     - sums over what `tensor` splits of x are scattered like the stream where that is the result.
 
-    Rows of the stream devices pass on to each other. Where fn is bilinear in x and one weight, sums of others' rows are
+    Rows of the stream devices pass on to each other. Where fn is bilinear in x and one matrix, sums of others' rows are
     on their way while those of a device's own are made.
     """
     held = _holding(x.shape[1])
@@ -136,7 +144,8 @@ def goes_round(shape: tuple[int, ...], name: str, width: int) -> bool:
 
 def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes):
     """rest(first(x, *weights), *weights), from the stream to the stream, where both take every token by itself and
-    `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights.
+    `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights. What
+    first gives is an array or a pytree of some.
 
     Each device's tokens go round, and their sums back, while products of other tokens are made: nothing waits for
     exchanges, and nothing is put together (Wang et al. 2023, "Overlap communication with dependent computation via
@@ -153,9 +162,11 @@ def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: S
         for by in range(n):
             begun.append(first(coming[by], *weights))
             if by + 1 < n:  # the next tokens are waited for behind this product, not before it
-                begun[by], coming[by + 1] = _together(begun[by], checkpoint_name(coming[by + 1], GATHERED))
+                arrays, tree = jax.tree.flatten(begun[by])
+                *arrays, coming[by + 1] = _together(*arrays, checkpoint_name(coming[by + 1], GATHERED))
+                begun[by] = tree.unflatten(arrays)
         back = [_passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
-        return reduce(jnp.add, back, rest(begun[0], *weights))
+        return _added(rest(begun[0], *weights), back)
 
     return manual(run, [x_BTD, *weights], [sharding.STREAM, *weight_axes], (sharding.STREAM, x_BTD.shape))
 
@@ -202,20 +213,19 @@ _held.defvjp(lambda *arrays: (tuple(a.value for a in arrays), None), _held_backw
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`_sum_rows(fn(x, w), axis)`, each device's rows by themselves: sums of others' rows are on their way while those
-    of its own are made. The gradient is put together, as products of other sublayers hide that."""
-    return _sum_in_turn(lambda by: fn(_rows_of(x, axis, by), w), axis)
+def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """`_sum_rows(fn(x, *arrays), axis)`, each device's rows by themselves: sums of others' rows are on their way while
+    those of its own are made. The gradient is put together, as products of other sublayers hide that."""
+    others = _in_turn(lambda by: fn(_rows_of(x, axis, by), *arrays), axis)
+    return _added(fn(_rows_of(x, axis, 0), *arrays), others)
 
 
-def _sums_passed_on_backward(fn, axis, saved, grad):
-    """fn is linear in either argument: it is not run again, as `jax.vjp` would."""
-    (x, w), grad = saved, _join_rows(grad, axis)
-    (dx,), (dw,) = jax.linear_transpose(lambda x: fn(x, w), x)(grad), jax.linear_transpose(lambda w: fn(x, w), w)(grad)
-    return dx, dw
+def _sums_passed_on_forward(fn, axis, x, *arrays):
+    """What the gradient needs is that of all rows at once, whose result nobody reads."""
+    return _sums_passed_on(fn, axis, x, *arrays), jax.vjp(fn, x, *arrays)[1]
 
 
-_sums_passed_on.defvjp(lambda fn, axis, x, w: (_sums_passed_on(fn, axis, x, w), (x, w)), _sums_passed_on_backward)
+_sums_passed_on.defvjp(_sums_passed_on_forward, lambda fn, axis, pull, grad: pull(_join_rows(grad, axis)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -232,7 +242,7 @@ def _join_rows(x: jax.Array, axis: str) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sum_rows(x: jax.Array, axis: str) -> jax.Array:
     """`scatter(x, (axis,), 0)`, likewise."""
-    return _sum_in_turn(lambda by: _rows_of(x, axis, by), axis)
+    return reduce(jnp.add, _in_turn(lambda by: _rows_of(x, axis, by), axis), _rows_of(x, axis, 0))
 
 
 _join_rows.defvjp(lambda x, axis: (_join_rows(x, axis), None), lambda axis, _, grad: (_sum_rows(grad, axis),))
@@ -246,10 +256,17 @@ def _rows_of(x: jax.Array, axis: str, by: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, (jax.lax.axis_index(axis) + by) % n * rows, rows, 0)
 
 
-def _sum_in_turn(of: Callable, axis: str) -> jax.Array:
-    """Sums over devices of what each of them makes, by `of(by)`, for the device `by` places behind it."""
-    n = jax.lax.axis_size(axis)
-    return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
+def _in_turn(of: Callable, axis: str) -> list[jax.Array]:
+    """What the others on the axis make for this device: `of(by)`, for the device `by` places behind the one that makes
+    it."""
+    return [_passed_on(of(by), axis, by) for by in range(1, jax.lax.axis_size(axis))]
+
+
+def _added(own: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
+    """The sum of a product and of what others pass on meanwhile: XLA would have the product add to that while it
+    writes, and so wait for it."""
+    own, *others = _together(own, *others)
+    return reduce(jnp.add, others, own)
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:

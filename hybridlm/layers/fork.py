@@ -2,11 +2,11 @@
 """The residual stream and its RMS norm, whose gradients from all that reads either are added in one kernel.
 
 A compiler would read what products hand back twice for the norm's gradient. Where there are several, each adds to the
-one before while it writes (`train.xla`): the last of them, which is the first, should be the least.
+one before while it writes: see `params.in_turn`.
 Axis letters: B batch, T tokens, D model.
 """
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,8 +52,7 @@ def _backward(eps: float, n: int, saved, grads):
 
     def of_device(x, weight, beside, *grads):
         rows = lambda a: a.reshape(-1, weight.size)
-        d = reduce(lambda total, d: rows(d) + total, reversed(grads[:-1]), rows(grads[-1]))
-        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [d], rows(beside), eps)
+        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [params.in_turn(grads)], rows(beside), eps)
         return dx.reshape(x.shape), d_weight[None]
 
     arrays, axes = (x_BTD, weight_D, *grads), [STREAM, (None,), *[STREAM] * (n + 1)]

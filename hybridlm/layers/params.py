@@ -22,6 +22,7 @@ The value of a matrix may be a `Quantized`, whose arrays are of the kinds quanti
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from flax import nnx
 
 from hybridlm import exchange, sharding
 from hybridlm.layers.quantized import Joined, Operand, Parts, Quantized, Rounding, Wide, dot, dot_all, leaf_axes
+from pallas_kernels import platform
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
@@ -207,7 +209,7 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
 
 def _products_of(x, *weights) -> list[jax.Array]:
     """x @ weight of each; x: or what each reads. Those that are joined have one product, of what the first reads."""
-    xs = x if isinstance(x, tuple) else (x,) * len(weights)
+    xs = x if isinstance(x, tuple) else several(x, len(weights))
     joined = [i for i, w in enumerate(weights) if isinstance(w, Joined)]
     found = dict(zip(joined, dot_all(xs[joined[0]], [weights[i] for i in joined]), strict=True)) if joined else {}
     return [found[i] if i in found else dot(x, w) for i, (x, w) in enumerate(zip(xs, weights, strict=True))]
@@ -239,6 +241,27 @@ def each(x: jax.Array, *more: jax.Array) -> tuple[jax.Array, ...]:
 each.defvjp(lambda x, *more: (each(x, *more), None), lambda _, grads: tuple(grads))
 
 
+def several(x_BTD: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    """x, [B, T, ...], for each of n products of it, whose gradients are added as `in_turn` has it on GPUs."""
+    return _several(x_BTD, n) if n > 1 and platform.platform() == "gpu" else (x_BTD,) * n
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _several(x_BTD: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    return (x_BTD,) * n
+
+
+_several.defvjp(lambda x, n: (_several(x, n), None), lambda n, _, grads: (in_turn(grads).reshape(grads[0].shape),))
+
+
+def in_turn(grads: Sequence[jax.Array]) -> jax.Array:
+    """The sum of what products [B, T, D] hand back, as rows [R, D]: each adds to those behind it while it writes, which
+    XLA makes of a product that comes first in a sum of rows; the last of them, which is the first, should be the least.
+    """
+    rows = lambda a: a.reshape(-1, a.shape[-1])
+    return reduce(lambda total, d: rows(d) + total, reversed(grads[:-1]), rows(grads[-1]))
+
+
 def enter(fn: Callable, x_BTD: Any, weights: Sequence[nnx.Param], out_axes, x_axes: tuple = sharding.STREAM):
     """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`. Matrices
     are for `layers.quantized.dot` and its like. Of a `Read` fn gets a tuple of arrays, one for each of its gradients.
@@ -251,7 +274,7 @@ def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax
     axes = weight.get_metadata()["axes"]
     out = _products(
         lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),
-        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array),
+        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array | Wide),
     )  # fmt: skip
     return out if bias is None else out + use(bias, out.dtype)[None, None]
 
