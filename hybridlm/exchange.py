@@ -85,6 +85,7 @@ def products(
     weight_axes: Sequence[tuple],
     out_axes,
     bilinear=False,
+    kept: str = "",
 ):
     """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
 
@@ -97,7 +98,7 @@ def products(
     - sums over what `tensor` splits of x are scattered like the stream where that is the result.
 
     Rows of the stream devices pass on to each other. Where fn is bilinear in x and one matrix, sums of others' rows are
-    on their way while those of a device's own are made.
+    on their way while those of a device's own are made. kept: name, for remat, of what the gradient reads of x then.
     """
     held = _holding(x.shape[1])
     if not sharding.is_split():
@@ -122,7 +123,7 @@ def products(
             x = checkpoint_name(x, GATHERED)
         whole = put_together(weights)
         if bilinear and by_rows and summed == over_stream:
-            return _sums_passed_on(fn, summed[0], x, *whole)
+            return _sums_passed_on(fn, summed[0], kept, x, *whole)
         result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
@@ -142,23 +143,26 @@ def goes_round(shape: tuple[int, ...], name: str, width: int) -> bool:
     return len(over_stream) == 1 and split_axes(name, width) == over_stream and platform.platform() != "tpu"
 
 
-def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes):
+def round_products(
+    first: Callable, rest: Callable, x_BTD: jax.Array, passed_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes
+) -> jax.Array:
     """rest(first(x, *weights), *weights), from the stream to the stream, where both take every token by itself and
     `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights. What
     first gives is an array or a pytree of some.
 
     Each device's tokens go round, and their sums back, while products of other tokens are made: nothing waits for
     exchanges, and nothing is put together (Wang et al. 2023, "Overlap communication with dependent computation via
-    decomposition in large deep learning models"). weight_axes: as of `products`.
+    decomposition in large deep learning models"). passed: equal to x; its gradient is what others hand back, which
+    nothing that is made here waits for where it is an array of its own. weight_axes: as of `products`.
     """
     weight_axes = _as_they_come(weight_axes)
     (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
     held = _holding(x_BTD.shape[1])
 
-    def run(x_BTD, *weights):
-        x_BTD, *weights = held(x_BTD, *weights)
+    def run(x_BTD, passed_BTD, *weights):
+        x_BTD, passed_BTD, *weights = held(x_BTD, passed_BTD, *weights)
         weights, n = put_together(weights), jax.lax.axis_size(axis)
-        coming, begun = [x_BTD, *(_passed_on(x_BTD, axis, by) for by in range(1, n))], []
+        coming, begun = [x_BTD, *(_passed_on(passed_BTD, axis, by) for by in range(1, n))], []
         for by in range(n):
             begun.append(first(coming[by], *weights))
             if by + 1 < n:  # the next tokens are waited for behind this product, not before it
@@ -168,7 +172,8 @@ def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: S
         back = [_passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
         return _added(rest(begun[0], *weights), back)
 
-    return manual(run, [x_BTD, *weights], [sharding.STREAM, *weight_axes], (sharding.STREAM, x_BTD.shape))
+    arrays, axes = [x_BTD, passed_BTD, *weights], [*[sharding.STREAM] * 2, *weight_axes]
+    return manual(run, arrays, axes, (sharding.STREAM, x_BTD.shape))
 
 
 def _passed_on(x: jax.Array, axis: str, by: int) -> jax.Array:
@@ -212,20 +217,35 @@ def _held_backward(_, grads):
 _held.defvjp(lambda *arrays: (tuple(a.value for a in arrays), None), _held_backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, *arrays: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums_passed_on(fn: Callable, axis: str, kept: str, x: jax.Array, *arrays: jax.Array) -> jax.Array:
     """`_sum_rows(fn(x, *arrays), axis)`, each device's rows by themselves: sums of others' rows are on their way while
-    those of its own are made. The gradient is put together, as products of other sublayers hide that."""
-    others = _in_turn(lambda by: fn(_rows_of(x, axis, by), *arrays), axis)
-    return _added(fn(_rows_of(x, axis, 0), *arrays), others)
+    those of its own are made, and so are gradients of others' while those of its own are used. kept: name, for remat,
+    of those rows of x, which the gradient reads."""
+    return _sums_passed_on_forward(fn, axis, kept, x, *arrays)[0]
 
 
-def _sums_passed_on_forward(fn, axis, x, *arrays):
-    """What the gradient needs is that of all rows at once, whose result nobody reads."""
-    return _sums_passed_on(fn, axis, x, *arrays), jax.vjp(fn, x, *arrays)[1]
+def _sums_passed_on_forward(fn, axis, kept, x, *arrays):
+    rows = [checkpoint_name(_rows_of(x, axis, by), kept) for by in range(jax.lax.axis_size(axis))]
+    (own, pull), *others = [jax.vjp(fn, of_one, *arrays) for of_one in rows]
+    passed = [_passed_on(sums, axis, by) for by, (sums, _) in enumerate(others, 1)]
+    return _added(own, passed), [pull, *(pull for _, pull in others)]
 
 
-_sums_passed_on.defvjp(_sums_passed_on_forward, lambda fn, axis, pull, grad: pull(_join_rows(grad, axis)))
+def _sums_passed_on_backward(fn, axis, kept, pulls, grad):
+    grads = [grad, *(_passed_on(grad, axis, -by) for by in range(1, len(pulls)))]
+    dx, *d_arrays = zip(*(pull(of_one) for pull, of_one in zip(pulls, grads, strict=True)), strict=True)
+    return _in_places(dx, axis), *(reduce(jnp.add, of_array) for of_array in d_arrays)
+
+
+_sums_passed_on.defvjp(_sums_passed_on_forward, _sums_passed_on_backward)
+
+
+def _in_places(rows: Sequence[jax.Array], axis: str) -> jax.Array:
+    """Rows of all devices put together, from this device's and those of the ones behind it, in turn."""
+    n, each = len(rows), rows[0].shape[0]
+    start = (n - jax.lax.axis_index(axis)) % n * each
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([*rows, *rows[:-1]]), start, n * each, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

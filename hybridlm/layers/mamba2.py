@@ -374,7 +374,7 @@ class Mamba2Mixer(nnx.Module):
             y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
             y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.out, self.out_bias)
+            return params.leave(y_BTHP, self.out, self.out_bias, kept="mamba_norm")
 
 
 class StepSizes(Protocol):

@@ -122,7 +122,7 @@ class FeedForward(nnx.Module):
         added: [B, T, F], or [B, T, 2, F] where gated, added to the first product.
         """
         x_BTD = x_BTD.astype(self.dtype)
-        goes_round = added is None and exchange.goes_round(x_BTD.shape, "d_ff", self.config.d_ff)
+        goes_round = added is None and self.goes_round(x_BTD.shape)
         in_kernels = added is None and self._is_plain and _serve_products(x_BTD, self.w_in, self.w_out, goes_round)
         if goes_round:
             weights = [w for w in (self.w_in, self.w_out, self.b_in) if w is not None]
@@ -141,6 +141,10 @@ class FeedForward(nnx.Module):
             with jax.named_scope("mlp_out"):
                 y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
         return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
+
+    def goes_round(self, shape: tuple[int, ...]) -> bool:
+        """Whether tokens of a stream of this shape go round: see `exchange.round_products`."""
+        return exchange.goes_round(shape, "d_ff", self.config.d_ff)
 
     @property
     def _is_plain(self) -> bool:

@@ -216,11 +216,12 @@ def _products_of(x, *weights) -> list[jax.Array]:
 
 
 class Read(NamedTuple):
-    """What a mixer reads that has several products of it."""
+    """What a mixer reads whose gradient comes in several arrays."""
 
     x_BTD: jax.Array
     more: tuple[jax.Array, ...]
-    """Equal to it. Their gradients are those of the products behind the first; nothing else is made of them."""
+    """Equal to it. Their gradients are those of the products behind the first, or what other devices hand back; nothing
+    else is made of them."""
 
     def astype(self, dtype) -> "Read":
         """Each in a type."""
@@ -230,6 +231,11 @@ class Read(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of each."""
         return self.x_BTD.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of each."""
+        return self.x_BTD.dtype
 
 
 @jax.custom_vjp
@@ -269,29 +275,32 @@ def enter(fn: Callable, x_BTD: Any, weights: Sequence[nnx.Param], out_axes, x_ax
     return _products(fn, x_BTD, weights, x_axes=x_axes, out_axes=out_axes)
 
 
-def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-    """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream."""
+def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, kept: str = "") -> jax.Array:
+    """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream.
+    kept: the name that y has for remat."""
     axes = weight.get_metadata()["axes"]
     out = _products(
         lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),
-        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array | Wide),
+        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array | Wide), kept=kept,
     )  # fmt: skip
     return out if bias is None else out + use(bias, out.dtype)[None, None]
 
 
-def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param]) -> jax.Array:
-    """`rest(first(x, *weights), *weights)`; see `exchange.round_products`. Weights as of `enter`."""
+def round_products(first: Callable, rest: Callable, x_BTD: Any, weights: Sequence[nnx.Param]) -> jax.Array:
+    """`rest(first(x, *weights), *weights)`; see `exchange.round_products`. Weights as of `enter`. x: an array, or a
+    `Read` of which others get the second."""
+    x_BTD, (passed_BTD,) = x_BTD if isinstance(x_BTD, Read) else (x_BTD, (x_BTD,))
     leaves, names, (first, rest) = _arrays((first, rest), weights, x_BTD.dtype)
-    return exchange.round_products(first, rest, x_BTD, leaves, names)
+    return exchange.round_products(first, rest, x_BTD, passed_BTD, leaves, names)
 
 
-def _products(fn: Callable, x: Any, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, bilinear=False):
+def _products(fn: Callable, x: Any, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, **more: Any):
     """`exchange.products` with parameters, of which each may be several arrays."""
-    x, more = x if isinstance(x, Read) else (x, ())
+    x, others = x if isinstance(x, Read) else (x, ())
     leaves, names, (run,) = _arrays((fn,), weights, x.dtype)
-    n, of_several = len(more), lambda x, *arrays: run(each(x, *arrays[:n]), *arrays[n:])
+    n, of_several = len(others), lambda x, *arrays: run(each(x, *arrays[:n]), *arrays[n:])
     axes: dict[str, Any] = {"x_axes": x_axes, "weight_axes": [*[x_axes] * n, *names], "out_axes": out_axes}
-    return exchange.products(of_several if n else run, x, [*more, *leaves], **axes, bilinear=bilinear)
+    return exchange.products(of_several if n else run, x, [*others, *leaves], **axes, **more)
 
 
 def _arrays(fns: Sequence[Callable], weights: Sequence[nnx.Param], dtype) -> tuple[list, list, list[Callable]]:
