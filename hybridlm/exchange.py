@@ -7,7 +7,7 @@ products of one input exchange it once, and a traced program says what it sends.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from hybridlm import sharding
+from hybridlm import passing, sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
@@ -27,6 +27,8 @@ TOKENS_APART = ("data", "fsdp", "context")
 """Mesh axes that split tokens alone, where weights are whole: each device has gradients of its own tokens."""
 LONG = 16384
 """Tokens of a row, from which on weight gradients are made in order on GPUs: see `_holding`."""
+SMALL = 4
+"""Weights are small that are this part of the largest beside them, or less: see `_with_small`."""
 
 
 def add_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
@@ -119,17 +121,19 @@ def products(
     def run(x, *weights):
         x, *weights = held(x, *weights)
         if entering:
-            x = _join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
+            x = passing.join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
             x = checkpoint_name(x, GATHERED)
         whole = put_together(weights)
+        if entering:
+            x, whole = _with_small(x, whole)
         if bilinear and by_rows and summed == over_stream:
-            return _sums_passed_on(fn, summed[0], kept, x, *whole)
+            return passing.sums_passed_on(fn, summed[0], kept, x, *whole)
         result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
         if set(summed) != set(over_stream):
             return add(result, summed)
-        return _sum_rows(result, summed[0]) if by_rows else scatter(result, summed, dim)
+        return passing.sum_rows(result, summed[0]) if by_rows else scatter(result, summed, dim)
 
     shapes = [result.shape for result in (results if several else [results])]
     outs = list(zip(names, shapes, strict=True))
@@ -162,33 +166,18 @@ def round_products(
     def run(x_BTD, passed_BTD, *weights):
         x_BTD, passed_BTD, *weights = held(x_BTD, passed_BTD, *weights)
         weights, n = put_together(weights), jax.lax.axis_size(axis)
-        coming, begun = [x_BTD, *(_passed_on(passed_BTD, axis, by) for by in range(1, n))], []
+        coming, begun = [x_BTD, *(passing.passed_on(passed_BTD, axis, by) for by in range(1, n))], []
         for by in range(n):
             begun.append(first(coming[by], *weights))
             if by + 1 < n:  # the next tokens are waited for behind this product, not before it
                 arrays, tree = jax.tree.flatten(begun[by])
-                *arrays, coming[by + 1] = _together(*arrays, checkpoint_name(coming[by + 1], GATHERED))
+                *arrays, coming[by + 1] = passing.together(*arrays, checkpoint_name(coming[by + 1], GATHERED))
                 begun[by] = tree.unflatten(arrays)
-        back = [_passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
-        return _added(rest(begun[0], *weights), back)
+        back = [passing.passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
+        return passing.added(rest(begun[0], *weights), back)
 
     arrays, axes = [x_BTD, passed_BTD, *weights], [*[sharding.STREAM] * 2, *weight_axes]
     return manual(run, arrays, axes, (sharding.STREAM, x_BTD.shape))
-
-
-def _passed_on(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """That of the device `by` places before this one on the axis, round its end."""
-    n = jax.lax.axis_size(axis)
-    return jax.lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
-
-
-@jax.custom_vjp
-def _together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, of which none is used before all are there; their gradients are not held together."""
-    return jax.lax.optimization_barrier(arrays)
-
-
-_together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: grads)
 
 
 def _holding(n_tokens: int) -> Callable:
@@ -203,6 +192,16 @@ def _holding(n_tokens: int) -> Callable:
     return _held if hold and platform.platform() == "gpu" else lambda *arrays: arrays
 
 
+def _with_small(x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The arrays; on GPUs gradients of small weights are there before that of x is. XLA's scheduler holds all products
+    for equally long: with one of those beside what exchanges the gradient of x, that would nearly be alone."""
+    few = [i for i, w in enumerate(weights) if SMALL * w.size <= max(other.size for other in weights)]
+    if platform.platform() != "gpu" or not few:
+        return x, list(weights)
+    x, *held = _held(x, *(weights[i] for i in few))
+    return x, [held[few.index(i)] if i in few else w for i, w in enumerate(weights)]
+
+
 @jax.custom_vjp
 def _held(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
@@ -215,78 +214,6 @@ def _held_backward(_, grads):
 
 
 _held.defvjp(lambda *arrays: (tuple(a.value for a in arrays), None), _held_backward, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sums_passed_on(fn: Callable, axis: str, kept: str, x: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """`_sum_rows(fn(x, *arrays), axis)`, each device's rows by themselves: sums of others' rows are on their way while
-    those of its own are made, and so are gradients of others' while those of its own are used. kept: name, for remat,
-    of those rows of x, which the gradient reads."""
-    return _sums_passed_on_forward(fn, axis, kept, x, *arrays)[0]
-
-
-def _sums_passed_on_forward(fn, axis, kept, x, *arrays):
-    rows = [checkpoint_name(_rows_of(x, axis, by), kept) for by in range(jax.lax.axis_size(axis))]
-    (own, pull), *others = [jax.vjp(fn, of_one, *arrays) for of_one in rows]
-    passed = [_passed_on(sums, axis, by) for by, (sums, _) in enumerate(others, 1)]
-    return _added(own, passed), [pull, *(pull for _, pull in others)]
-
-
-def _sums_passed_on_backward(fn, axis, kept, pulls, grad):
-    grads = [grad, *(_passed_on(grad, axis, -by) for by in range(1, len(pulls)))]
-    dx, *d_arrays = zip(*(pull(of_one) for pull, of_one in zip(pulls, grads, strict=True)), strict=True)
-    return _in_places(dx, axis), *(reduce(jnp.add, of_array) for of_array in d_arrays)
-
-
-_sums_passed_on.defvjp(_sums_passed_on_forward, _sums_passed_on_backward)
-
-
-def _in_places(rows: Sequence[jax.Array], axis: str) -> jax.Array:
-    """Rows of all devices put together, from this device's and those of the ones behind it, in turn."""
-    n, each = len(rows), rows[0].shape[0]
-    start = (n - jax.lax.axis_index(axis)) % n * each
-    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([*rows, *rows[:-1]]), start, n * each, 0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _join_rows(x: jax.Array, axis: str) -> jax.Array:
-    """`gather(x, (axis,), 0)` of rows that devices pass on, which needs no multiprocessor where links copy."""
-    n, here, rows = jax.lax.axis_size(axis), jax.lax.axis_index(axis), x.shape[0]
-    whole = jnp.concatenate([x] * n)  # while the others' rows come, which are then put in their places
-    for by in range(1, n):
-        whole, came = _together(whole, _passed_on(x, axis, by))
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, came, (here - by) % n * rows, 0)
-    return whole
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_rows(x: jax.Array, axis: str) -> jax.Array:
-    """`scatter(x, (axis,), 0)`, likewise."""
-    return reduce(jnp.add, _in_turn(lambda by: _rows_of(x, axis, by), axis), _rows_of(x, axis, 0))
-
-
-_join_rows.defvjp(lambda x, axis: (_join_rows(x, axis), None), lambda axis, _, grad: (_sum_rows(grad, axis),))
-_sum_rows.defvjp(lambda x, axis: (_sum_rows(x, axis), None), lambda axis, _, grad: (_join_rows(grad, axis),))
-
-
-def _rows_of(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """Those of the device `by` places behind this one."""
-    n = jax.lax.axis_size(axis)
-    rows = x.shape[0] // n
-    return jax.lax.dynamic_slice_in_dim(x, (jax.lax.axis_index(axis) + by) % n * rows, rows, 0)
-
-
-def _in_turn(of: Callable, axis: str) -> list[jax.Array]:
-    """What the others on the axis make for this device: `of(by)`, for the device `by` places behind the one that makes
-    it."""
-    return [_passed_on(of(by), axis, by) for by in range(1, jax.lax.axis_size(axis))]
-
-
-def _added(own: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
-    """The sum of a product and of what others pass on meanwhile: XLA would have the product add to that while it
-    writes, and so wait for it."""
-    own, *others = _together(own, *others)
-    return reduce(jnp.add, others, own)
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:
