@@ -7,7 +7,7 @@ products of one input exchange it once, and a traced program says what it sends.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from hybridlm import sharding
+from hybridlm import passing, sharding
 from hybridlm.sharding import split_axes
 from pallas_kernels import platform
 
@@ -27,6 +27,8 @@ TOKENS_APART = ("data", "fsdp", "context")
 """Mesh axes that split tokens alone, where weights are whole: each device has gradients of its own tokens."""
 LONG = 16384
 """Tokens of a row, from which on weight gradients are made in order on GPUs: see `_holding`."""
+SMALL = 4
+"""Weights are small that are this part of the largest beside them, or less: see `_with_small`."""
 
 
 def add_rows(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
@@ -62,6 +64,14 @@ def of_tokens(axes: tuple, shape: Sequence[int]) -> tuple[str, ...]:
     return *rows, *tokens
 
 
+def copied_rows(n_rows: int) -> sharding.Axis:
+    """What splits the rows of an array [n_rows, ...] of which each device of `tensor` has a copy as rows of its own, so
+    that it has the gradient of what it makes of them alone; not on TPUs."""
+    if sharding.axis_size("tensor") == 1 or platform.platform() == "tpu":
+        return "batch"
+    return (*split_axes("batch", n_rows), "tensor")
+
+
 def own_shape(axes: tuple, shape: Sequence[int]) -> list[int]:
     """The shape of what each device has of an array with these logical axes."""
     split = sharding.dims_axes(axes, shape)
@@ -77,6 +87,7 @@ def products(
     weight_axes: Sequence[tuple],
     out_axes,
     bilinear=False,
+    kept: str = "",
 ):
     """`fn(x, *weights)`: products of activations [B, T, ...] with parameters, each device with its own heads or widths.
 
@@ -88,8 +99,8 @@ def products(
       gradient scattered;
     - sums over what `tensor` splits of x are scattered like the stream where that is the result.
 
-    Rows of the stream devices pass on to each other. Where fn is bilinear in x and one weight, sums of others' rows are
-    on their way while those of a device's own are made.
+    Rows of the stream devices pass on to each other. Where fn is bilinear in x and one matrix, sums of others' rows are
+    on their way while those of a device's own are made. kept: name, for remat, of what the gradient reads of x then.
     """
     held = _holding(x.shape[1])
     if not sharding.is_split():
@@ -110,17 +121,19 @@ def products(
     def run(x, *weights):
         x, *weights = held(x, *weights)
         if entering:
-            x = _join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
+            x = passing.join_rows(x, entering[0]) if by_rows else gather(x, entering, dim)
             x = checkpoint_name(x, GATHERED)
         whole = put_together(weights)
+        if entering:
+            x, whole = _with_small(x, whole)
         if bilinear and by_rows and summed == over_stream:
-            return _sums_passed_on(fn, summed[0], x, *whole)
+            return passing.sums_passed_on(fn, summed[0], kept, x, *whole)
         result = fn(x, *whole)
         if not summed:
             return tuple(result) if several else result
         if set(summed) != set(over_stream):
             return add(result, summed)
-        return _sum_rows(result, summed[0]) if by_rows else scatter(result, summed, dim)
+        return passing.sum_rows(result, summed[0]) if by_rows else scatter(result, summed, dim)
 
     shapes = [result.shape for result in (results if several else [results])]
     outs = list(zip(names, shapes, strict=True))
@@ -134,45 +147,37 @@ def goes_round(shape: tuple[int, ...], name: str, width: int) -> bool:
     return len(over_stream) == 1 and split_axes(name, width) == over_stream and platform.platform() != "tpu"
 
 
-def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes):
+def round_products(
+    first: Callable, rest: Callable, x_BTD: jax.Array, passed_BTD: jax.Array, weights: Sequence[jax.Array], weight_axes
+) -> jax.Array:
     """rest(first(x, *weights), *weights), from the stream to the stream, where both take every token by itself and
-    `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights.
+    `goes_round` holds of the axis that the results are sums over: each device has its own widths of the weights. What
+    first gives is an array or a pytree of some.
 
     Each device's tokens go round, and their sums back, while products of other tokens are made: nothing waits for
     exchanges, and nothing is put together (Wang et al. 2023, "Overlap communication with dependent computation via
-    decomposition in large deep learning models"). weight_axes: as of `products`.
+    decomposition in large deep learning models"). passed: equal to x; its gradient is what others hand back, which
+    nothing that is made here waits for where it is an array of its own. weight_axes: as of `products`.
     """
     weight_axes = _as_they_come(weight_axes)
     (axis,), put_together = sharding.stream_split(*x_BTD.shape[:2])[1], _putting_together(weights, weight_axes)
     held = _holding(x_BTD.shape[1])
 
-    def run(x_BTD, *weights):
-        x_BTD, *weights = held(x_BTD, *weights)
+    def run(x_BTD, passed_BTD, *weights):
+        x_BTD, passed_BTD, *weights = held(x_BTD, passed_BTD, *weights)
         weights, n = put_together(weights), jax.lax.axis_size(axis)
-        coming, begun = [x_BTD, *(_passed_on(x_BTD, axis, by) for by in range(1, n))], []
+        coming, begun = [x_BTD, *(passing.passed_on(passed_BTD, axis, by) for by in range(1, n))], []
         for by in range(n):
             begun.append(first(coming[by], *weights))
             if by + 1 < n:  # the next tokens are waited for behind this product, not before it
-                begun[by], coming[by + 1] = _together(begun[by], checkpoint_name(coming[by + 1], GATHERED))
-        back = [_passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
-        return reduce(jnp.add, back, rest(begun[0], *weights))
+                arrays, tree = jax.tree.flatten(begun[by])
+                *arrays, coming[by + 1] = passing.together(*arrays, checkpoint_name(coming[by + 1], GATHERED))
+                begun[by] = tree.unflatten(arrays)
+        back = [passing.passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
+        return passing.added(rest(begun[0], *weights), back)
 
-    return manual(run, [x_BTD, *weights], [sharding.STREAM, *weight_axes], (sharding.STREAM, x_BTD.shape))
-
-
-def _passed_on(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """That of the device `by` places before this one on the axis, round its end."""
-    n = jax.lax.axis_size(axis)
-    return jax.lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
-
-
-@jax.custom_vjp
-def _together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, of which none is used before all are there; their gradients are not held together."""
-    return jax.lax.optimization_barrier(arrays)
-
-
-_together.defvjp(lambda *arrays: (_together(*arrays), None), lambda _, grads: grads)
+    arrays, axes = [x_BTD, passed_BTD, *weights], [*[sharding.STREAM] * 2, *weight_axes]
+    return manual(run, arrays, axes, (sharding.STREAM, x_BTD.shape))
 
 
 def _holding(n_tokens: int) -> Callable:
@@ -187,6 +192,16 @@ def _holding(n_tokens: int) -> Callable:
     return _held if hold and platform.platform() == "gpu" else lambda *arrays: arrays
 
 
+def _with_small(x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The arrays; on GPUs gradients of small weights are there before that of x is. XLA's scheduler holds all products
+    for equally long: with one of those beside what exchanges the gradient of x, that would nearly be alone."""
+    few = [i for i, w in enumerate(weights) if SMALL * w.size <= max(other.size for other in weights)]
+    if platform.platform() != "gpu" or not few:
+        return x, list(weights)
+    x, *held = _held(x, *(weights[i] for i in few))
+    return x, [held[few.index(i)] if i in few else w for i, w in enumerate(weights)]
+
+
 @jax.custom_vjp
 def _held(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
@@ -199,57 +214,6 @@ def _held_backward(_, grads):
 
 
 _held.defvjp(lambda *arrays: (tuple(a.value for a in arrays), None), _held_backward, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums_passed_on(fn: Callable, axis: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`_sum_rows(fn(x, w), axis)`, each device's rows by themselves: sums of others' rows are on their way while those
-    of its own are made. The gradient is put together, as products of other sublayers hide that."""
-    return _sum_in_turn(lambda by: fn(_rows_of(x, axis, by), w), axis)
-
-
-def _sums_passed_on_backward(fn, axis, saved, grad):
-    """fn is linear in either argument: it is not run again, as `jax.vjp` would."""
-    (x, w), grad = saved, _join_rows(grad, axis)
-    (dx,), (dw,) = jax.linear_transpose(lambda x: fn(x, w), x)(grad), jax.linear_transpose(lambda w: fn(x, w), w)(grad)
-    return dx, dw
-
-
-_sums_passed_on.defvjp(lambda fn, axis, x, w: (_sums_passed_on(fn, axis, x, w), (x, w)), _sums_passed_on_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _join_rows(x: jax.Array, axis: str) -> jax.Array:
-    """`gather(x, (axis,), 0)` of rows that devices pass on, which needs no multiprocessor where links copy."""
-    n, here, rows = jax.lax.axis_size(axis), jax.lax.axis_index(axis), x.shape[0]
-    whole = jnp.concatenate([x] * n)  # while the others' rows come, which are then put in their places
-    for by in range(1, n):
-        whole, came = _together(whole, _passed_on(x, axis, by))
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, came, (here - by) % n * rows, 0)
-    return whole
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_rows(x: jax.Array, axis: str) -> jax.Array:
-    """`scatter(x, (axis,), 0)`, likewise."""
-    return _sum_in_turn(lambda by: _rows_of(x, axis, by), axis)
-
-
-_join_rows.defvjp(lambda x, axis: (_join_rows(x, axis), None), lambda axis, _, grad: (_sum_rows(grad, axis),))
-_sum_rows.defvjp(lambda x, axis: (_sum_rows(x, axis), None), lambda axis, _, grad: (_join_rows(grad, axis),))
-
-
-def _rows_of(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """Those of the device `by` places behind this one."""
-    n = jax.lax.axis_size(axis)
-    rows = x.shape[0] // n
-    return jax.lax.dynamic_slice_in_dim(x, (jax.lax.axis_index(axis) + by) % n * rows, rows, 0)
-
-
-def _sum_in_turn(of: Callable, axis: str) -> jax.Array:
-    """Sums over devices of what each of them makes, by `of(by)`, for the device `by` places behind it."""
-    n = jax.lax.axis_size(axis)
-    return reduce(jnp.add, [_passed_on(of(by), axis, by) for by in range(1, n)], of(0))
 
 
 def _as_they_come(weight_axes: Sequence[tuple]) -> Sequence[tuple]:

@@ -44,6 +44,7 @@ REPLICABLE = frozenset({"kv_heads", "groups", "batch", "rows"})
 """Axes that are kept whole on every device where their size is not divisible by the mesh axes; others must divide."""
 STREAM = ("batch", "stream", None)
 """Logical axes of the residual stream [B, T, D]; `stream_axes` says what its first two stand for."""
+Axis = str | tuple[str, ...] | None  # the logical axis of a dim, or the mesh axes that split it
 MESH_AXES = tuple(dict.fromkeys(axis for axes in RULES.values() for axis in axes))
 """The mesh's axes, outermost first, as RULES names them first: neighbours along the last are nearest to each other.
 
@@ -168,11 +169,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
 def param_shardings(info, mesh: Mesh):
     """Pytree of NamedSharding for `info`, the pytree of ParamInfo that `param_info(model)` gives."""
 
-    def sharding(leaf) -> NamedSharding:
-        axes = ("layers", *leaf.axes) if leaf.stacked else leaf.axes
-        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
-
-    return jax.tree.map(sharding, info)
+    axes = lambda leaf: ("layers", *leaf.axes) if leaf.stacked else leaf.axes
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(axes(leaf), leaf.shape, mesh)), info)
 
 
 def whole_shardings(info, mesh: Mesh):
@@ -200,7 +198,7 @@ def axis_size(name: str) -> int:
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
-def split_axes(name: str | None, size: int) -> tuple[str, ...]:
+def split_axes(name: Axis, size: int) -> tuple[str, ...]:
     """Mesh axes that split a dim of this logical axis and size; () without a mesh, or where they do not divide it.
 
     The stream is split by as many of its axes, outermost first, as divide it.
@@ -209,7 +207,7 @@ def split_axes(name: str | None, size: int) -> tuple[str, ...]:
     return () if mesh is None else _dividing(name, size, mesh)
 
 
-def dims_axes(axes: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, ...]]:
+def dims_axes(axes: Sequence[Axis], shape: Sequence[int]) -> list[tuple[str, ...]]:
     """`split_axes` of each dim of an array with these logical axes, those of the stream among them."""
     if tuple(axes[:2]) == STREAM[:2]:
         axes = (*stream_axes(*shape[:2]), *axes[2:])
@@ -245,7 +243,7 @@ def is_split() -> bool:
     return _current_mesh() is not None
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """`x` pinned to the sharding of its logical axes; axes that do not divide stay whole. Without a mesh: `x`."""
     spec = P(*(of_dim or None for of_dim in dims_axes(axes, x.shape)))
     return jax.lax.with_sharding_constraint(x, spec) if is_split() else x
@@ -388,11 +386,12 @@ def _is_auto(axis: str, mesh) -> bool:
     return mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Auto
 
 
-def _mesh_axes(name: str | None, mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in RULES.get(name or "", ()) if axis in mesh.shape and _is_auto(axis, mesh))
+def _mesh_axes(name: Axis, mesh) -> tuple[str, ...]:
+    axes = name if isinstance(name, tuple) else RULES.get(name or "", ())
+    return tuple(axis for axis in axes if axis in mesh.shape and _is_auto(axis, mesh))
 
 
-def _dividing(name: str | None, size: int, mesh) -> tuple[str, ...]:
+def _dividing(name: Axis, size: int, mesh) -> tuple[str, ...]:
     """See `split_axes`."""
     axes = _mesh_axes(name, mesh)
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridlm", "pallas_kernels")
 
 BESIDE_SHARDING = {"errors", "fields", "lazy", "shapes"}
-LOW = BESIDE_SHARDING | {"sharding", "exchange"}
+LOW = BESIDE_SHARDING | {"sharding", "passing", "exchange"}
 MIDDLE = LOW | {"layers", "model", "hf", "data", "optim"}
 ABOVE_TRAIN = {"eval", "probes", "plan", "infer", "study"}
 MAY_IMPORT = {
@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "lazy": set(),
     "shapes": set(),
     "sharding": BESIDE_SHARDING,
-    "exchange": BESIDE_SHARDING | {"sharding"},
+    "passing": set(),
+    "exchange": BESIDE_SHARDING | {"passing", "sharding"},
     "storage": BESIDE_SHARDING,
     "cluster": BESIDE_SHARDING,
     "page": set(),

@@ -2,11 +2,11 @@
 """The residual stream and its RMS norm, whose gradients from all that reads either are added in one kernel.
 
 A compiler would read what products hand back twice for the norm's gradient. Where there are several, each adds to the
-one before while it writes (`train.xla`): the last of them, which is the first, should be the least.
+one before while it writes: see `params.in_turn`.
 Axis letters: B batch, T tokens, D model.
 """
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,10 +30,17 @@ def serves(norm: Any, x_BTD: Any) -> bool:
     return rms_norm.why_not(x_BTD.shape[-1], x_BTD.dtype) is None
 
 
+def readers(mixer: Any, shape: tuple[int, ...]) -> int:
+    """How many arrays a mixer's gradient of what it reads, [B, T, D], comes in: from each of its products, but over
+    `tensor`, where those read what is put together: there from its own devices' and from others' where tokens go
+    round."""
+    if axis_size("tensor") == 1:
+        return getattr(mixer, "readers", 1)
+    return 2 if hasattr(mixer, "goes_round") and mixer.goes_round(shape) else 1
+
+
 def fork(norm: Any, x_BTD: jax.Array, n: int) -> tuple[jax.Array, Any]:
-    """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n products of it; over `tensor` an
-    array, as what products read is put together there."""
-    n = n if axis_size("tensor") == 1 else 1
+    """(x_BTD, the norm of it), for which `serves` holds: an array, or a `Read` for n gradients of it."""
     weight_D = params.use(norm.weight, jnp.float32)
     weight_D = weight_D if norm.offset == 0 else norm.offset + weight_D
     x_BTD, u_BTD, *more = _fork(x_BTD, weight_D, norm.eps, n)
@@ -48,12 +55,12 @@ def _fork(x_BTD, weight_D, eps: float, n: int):
 
 
 def _backward(eps: float, n: int, saved, grads):
-    x_BTD, weight_D = saved
+    (x_BTD, weight_D), of_products = saved, axis_size("tensor") == 1
 
     def of_device(x, weight, beside, *grads):
         rows = lambda a: a.reshape(-1, weight.size)
-        d = reduce(lambda total, d: rows(d) + total, reversed(grads[:-1]), rows(grads[-1]))
-        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, [d], rows(beside), eps)
+        sums = [params.in_turn(grads)] if of_products else [rows(grad) for grad in grads]
+        dx, d_weight = rms_norm.rms_norm_gradients(rows(x), weight, sums, rows(beside), eps)
         return dx.reshape(x.shape), d_weight[None]
 
     arrays, axes = (x_BTD, weight_D, *grads), [STREAM, (None,), *[STREAM] * (n + 1)]

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from hybridlm import sharding
+from hybridlm import exchange, sharding
 from hybridlm.errors import require
 from hybridlm.fields import check_fields, check_positive
 from hybridlm.layers import cache as caches
@@ -250,27 +250,22 @@ class Mamba2Mixer(nnx.Module):
             "conv_BC": short_conv.init_window(self.conv_BC, batch, self.dtype, layout),
         }
 
-    @property
-    def _convolutions(self) -> dict[str, tuple[nnx.Param, nnx.Param | None]]:
-        """Weight and bias of the convolution over x and of that over B and C, by the name of their window."""
-        return {"conv_x": (self.conv_x, self.conv_x_bias), "conv_BC": (self.conv_BC, self.conv_BC_bias)}
-
     def _run(self, x_BTD, tokens: Tokens, old: dict | None) -> tuple[jax.Array, dict]:
         """The tokens in parallel, from the cache `old` (None: from nothing, and no new one is made)."""
-        z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
-        before, new, convolved = old or {}, {}, []
+        c, before, new = self.config, old or {}, {}
+        # Gradients of B and C of one group are each device's own until the product: nothing adds them before.
+        rows = exchange.copied_rows(x_BTD.shape[0]) if old is None and c.n_groups == 1 else "batch"
+        z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD, rows)
         with jax.named_scope("convolve"):
-            for a, (name, weights) in zip((x_BTHP, BC_BTcGN), self._convolutions.items(), strict=True):
-                y, new[name] = short_conv.convolve(
-                    a, *weights, self.config.activation, segment_ids=tokens.segment_ids, gaps=tokens.gaps,
-                    window=before.get(name),
-                )  # fmt: skip
-                convolved.append(y)
-            x_BTHP, BC_BTcGN = (checkpoint_name(y, "mamba_conv") for y in convolved)
+            given: dict = {"activation": c.activation, "segment_ids": tokens.segment_ids, "gaps": tokens.gaps}
+            of_x, of_BC = (self.conv_x, self.conv_x_bias), (self.conv_BC, self.conv_BC_bias)
+            x, new["conv_x"] = short_conv.convolve(x_BTHP, *of_x, **given, window=before.get("conv_x"))
+            BC, new["conv_BC"] = short_conv.convolve(BC_BTcGN, *of_BC, **given, window=before.get("conv_BC"), rows=rows)
+            x_BTHP, BC_BTcGN = (checkpoint_name(y, "mamba_conv") for y in (x, BC))
         with jax.named_scope("scan"):
             y_BTHP, new["state"] = ops.ssd(
                 x_BTHP, dt_BTH, self.A_log[...], BC_BTcGN, self.D[...], segment_ids=tokens.segment_ids,
-                initial_state=before.get("state"), chunk=self.config.chunk,
+                initial_state=before.get("state"), chunk=c.chunk, BC_rows=rows,
             )  # fmt: skip
             y_BTHP = checkpoint_name(y_BTHP, "mamba_ssd")
         return self._output(y_BTHP, z_BTHP), new
@@ -322,12 +317,10 @@ class Mamba2Mixer(nnx.Module):
             y_BHP, new = self._in_kernel(zx, BC, dt, old)
             return self._output(y_BHP[:, None], zx[:, None, 0]), new
         z_BTHP, x_BTHP, BC_BTcGN, dt_BTH = self._project(x_BTD)
-        new, convolved = {}, []
+        act, new = self.config.activation, {}
         with jax.named_scope("convolve"):
-            for a, (name, weights) in zip((x_BTHP, BC_BTcGN), self._convolutions.items(), strict=True):
-                y, new[name] = short_conv.step(a, *weights, self.config.activation, old[name])
-                convolved.append(y)
-        x_BHP, BC_BcGN = convolved
+            x_BHP, new["conv_x"] = short_conv.step(x_BTHP, self.conv_x, self.conv_x_bias, act, old["conv_x"])
+            BC_BcGN, new["conv_BC"] = short_conv.step(BC_BTcGN, self.conv_BC, self.conv_BC_bias, act, old["conv_BC"])
         with jax.named_scope("scan"):
             BC_BcHN = jnp.repeat(BC_BcGN.astype(jnp.float32), x_BHP.shape[1] // self.config.n_groups, axis=2)
             x_BHP, dt_BH1 = x_BHP.astype(jnp.float32), dt_BTH[:, 0, :, None]
@@ -338,15 +331,17 @@ class Mamba2Mixer(nnx.Module):
         return self._output(y_BHP[:, None].astype(z_BTHP.dtype), z_BTHP), new | {"state": state}
 
     @jax.named_scope("project")
-    def _project(self, x_BTD) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits)."""
+    def _project(self, x_BTD, rows: sharding.Axis = "batch") -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """z and x [B, T, H, P], B and C [B, T, 2, G, N], dt [B, T, H] (float32, after softplus, within its limits).
+        rows: what splits B of B and C."""
         x_BTD, c = x_BTD.astype(self.dtype), self.config
 
         def products(x, w_DcHP, *others):
-            *xs, last = x if isinstance(x, tuple) else (x,) * self.readers
+            *xs, last = x if isinstance(x, tuple) else params.several(x, self.readers)
             return [*dot_parts(xs, w_DcHP), *dot_all(last, others)]
 
-        heads, BC_axes = ("batch", "tokens", "heads", None), ("batch", "tokens", None, "groups", None)
+        heads, groups = ("batch", "tokens", "heads", None), "groups" if rows == "batch" else None
+        BC_axes = (rows, "tokens", None, groups, None)
         axes = [heads, heads, BC_axes, heads[:3]]
         z, x, BC, dt = params.enter(products, x_BTD, (self.in_zx, self.in_BC, self.in_dt), axes)
         if c.proj_bias:
@@ -379,7 +374,7 @@ class Mamba2Mixer(nnx.Module):
             y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
             y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.out, self.out_bias)
+            return params.leave(y_BTHP, self.out, self.out_bias, kept="mamba_norm")
 
 
 class StepSizes(Protocol):

@@ -122,11 +122,14 @@ class FeedForward(nnx.Module):
         added: [B, T, F], or [B, T, 2, F] where gated, added to the first product.
         """
         x_BTD = x_BTD.astype(self.dtype)
-        if added is None and exchange.goes_round(x_BTD.shape, "d_ff", self.config.d_ff):
+        goes_round = added is None and self.goes_round(x_BTD.shape)
+        in_kernels = added is None and self._is_plain and _serve_products(x_BTD, self.w_in, self.w_out, goes_round)
+        if goes_round:
             weights = [w for w in (self.w_in, self.w_out, self.b_in) if w is not None]
-            y_BTD = params.round_products(self._begin, self._end, x_BTD, weights)
+            halves = (_first_product, _last_product) if in_kernels else (self._begin, self._end)
+            y_BTD = params.round_products(*halves, x_BTD, weights)
             y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, self.dtype)[None, None]
-        elif added is None and self._is_plain and _serve_products(x_BTD, self.w_in, self.w_out):
+        elif in_kernels:
             y_BTD = params.enter(_in_products, x_BTD, [self.w_in, self.w_out], sharding.STREAM)
         else:
             with jax.named_scope("mlp_in"):
@@ -138,6 +141,10 @@ class FeedForward(nnx.Module):
             with jax.named_scope("mlp_out"):
                 y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
         return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
+
+    def goes_round(self, shape: tuple[int, ...]) -> bool:
+        """Whether tokens of a stream of this shape go round: see `exchange.round_products`."""
+        return exchange.goes_round(shape, "d_ff", self.config.d_ff)
 
     @property
     def _is_plain(self) -> bool:
@@ -239,23 +246,34 @@ def _in_kernel(h_BTcF, d_BTF) -> jax.Array:
 # What stands between both products, made by their kernels ------------------------------------------------------------
 
 
-def _serve_products(x_BTD: jax.Array, w_in: nnx.Param, w_out: nnx.Param) -> bool:
-    """Whether `pallas_kernels.gated_product` serves the products: of whole widths, as each device has its tokens."""
-    if sharding.axis_size("tensor") > 1:
+def _serve_products(x_BTD: jax.Array, w_in: nnx.Param, w_out: nnx.Param, goes_round: bool) -> bool:
+    """Whether `pallas_kernels.gated_product` serves the products, as each device has its tokens: of whole widths, or of
+    its own where tokens go round."""
+    if sharding.axis_size("tensor") > 1 and not goes_round:
         return False
     if not all(isinstance(params.operand(w, x_BTD.dtype), jax.Array | Wide) for w in (w_in, w_out)):
         return False
     batch, tokens, n_inputs = exchange.own_shape(sharding.STREAM, x_BTD.shape)
-    return gated_product.why_not_products(batch * tokens, n_inputs, w_out.shape[0], x_BTD.dtype) is None
+    (width,) = exchange.own_shape(("d_ff",), w_out.shape[:1])
+    return gated_product.why_not_products(batch * tokens, n_inputs, width, x_BTD.dtype) is None
+
+
+def _first_product(x_BTD: jax.Array, w_in: jax.Array | Wide, w_out: jax.Array | Wide) -> tuple[jax.Array, jax.Array]:
+    """x w_in and the hidden of it, [B, T, 2, F] and [B, T, F]."""
+    with jax.named_scope("mlp_in"):
+        h_BTcF, h_BTF = _enter(x_BTD, w_in)
+        return checkpoint_name(h_BTcF, "mlp_in"), checkpoint_name(h_BTF, "mlp_hidden")
+
+
+def _last_product(begun: tuple[jax.Array, jax.Array], w_in: jax.Array | Wide, w_out: jax.Array | Wide) -> jax.Array:
+    """The hidden times w_out, [B, T, D], whose gradient never has the hidden's in memory."""
+    with jax.named_scope("mlp_out"):
+        return _leave(*begun, w_out, is_kept("mlp_in") and not is_kept("mlp_hidden"))
 
 
 def _in_products(x_BTD: jax.Array, w_in: jax.Array | Wide, w_out: jax.Array | Wide) -> jax.Array:
-    """(silu(x w_in[:, 0]) * (x w_in[:, 1])) w_out, [B, T, D], whose gradient never has the hidden's in memory."""
-    with jax.named_scope("mlp_in"):
-        h_BTcF, h_BTF = _enter(x_BTD, w_in)
-        h_BTcF, h_BTF = checkpoint_name(h_BTcF, "mlp_in"), checkpoint_name(h_BTF, "mlp_hidden")
-    with jax.named_scope("mlp_out"):
-        return _leave(h_BTcF, h_BTF, w_out, is_kept("mlp_in") and not is_kept("mlp_hidden"))
+    """(silu(x w_in[:, 0]) * (x w_in[:, 1])) w_out, [B, T, D]."""
+    return _last_product(_first_product(x_BTD, w_in, w_out), w_in, w_out)
 
 
 @jax.custom_vjp

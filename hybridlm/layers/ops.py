@@ -20,13 +20,15 @@ ROWS = ("batch", "tokens")
 
 
 def ssd(
-    x_BTHP, dt_BTH, A_log_H, BC_BTcGN, D, *, segment_ids, initial_state, chunk: int | None
-) -> tuple[jax.Array, jax.Array | None]:
+    x_BTHP, dt_BTH, A_log_H, BC_BTcGN, D, *, segment_ids, initial_state, chunk: int | None,
+    BC_rows: sharding.Axis = "batch",
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """`pallas_kernels.ssd`: (y [B, T, H, P], state [B, H, P, N]). BC: B and C, [B, T, 2, G, N]. A_log: log(-A), of
     which each device makes A: its gradient is then a sum over devices, which compilers take once for all microbatches.
+    BC_rows: what splits B of it; `exchange.copied_rows` of one group.
     """
-    keep = initial_state is not None
-    BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, x_BTHP.shape[2])
+    keep, shared = initial_state is not None, BC_rows == "batch"
+    BC_BTcGN = sharding.repeat_for_heads(BC_BTcGN, 3, x_BTHP.shape[2]) if shared else BC_BTcGN
 
     def run(x, dt, A_log, BC, D, segment_ids, initial_state, context_axis=None):
         return pallas_kernels.ssd(
@@ -36,7 +38,8 @@ def ssd(
 
     heads, state = (*ROWS, "heads", None), ("batch", "heads", None, None)
     arrays = (x_BTHP, dt_BTH, A_log_H, BC_BTcGN, D, segment_ids, initial_state)
-    names = (heads, heads[:3], ("heads",), (*ROWS, None, "groups", None), ("heads", None), ROWS, state)
+    of_BC = (BC_rows, "tokens", None, "groups" if shared else None, None)
+    names = (heads, heads[:3], ("heads",), of_BC, ("heads", None), ROWS, state)
     return _with_state(run, arrays, names, heads, state, keep)
 
 
@@ -216,13 +219,16 @@ def mamba3(
 
 
 def causal_conv1d(
-    x, weight, bias, *, channels: tuple, activation: str | None, segment_ids, initial_state, gaps: bool
-) -> tuple[jax.Array, jax.Array | None]:
+    x, weight, bias, *, channels: tuple, activation: str | None, segment_ids, initial_state, gaps: bool,
+    rows: sharding.Axis = "batch",
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """`pallas_kernels.causal_conv1d`: (y like x [B, T, *channels], its last inputs [B, W - 1, *channels]).
 
     weight: [*channels, W]. channels: their logical axes. gaps: whether padding may stand between a document's tokens.
+    rows: what splits B of x; where it is not "batch", `exchange.copied_rows`, channels are whole.
     """
     keep = initial_state is not None
+    channels = channels if rows == "batch" else (None,) * len(channels)
 
     def run(x, weight, bias, state, segment_ids, context_axis=None):
         out = pallas_kernels.causal_conv1d(
@@ -238,7 +244,7 @@ def causal_conv1d(
         )
         return (out[0].reshape(x.shape), out[1].reshape(state.shape)) if keep else out.reshape(x.shape)
 
-    tokens, state = (*ROWS, *channels), ("batch", None, *channels)
+    tokens, state = (rows, "tokens", *channels), (rows, None, *channels)
     arrays = (x, weight, bias, initial_state, segment_ids)
     names = (tokens, (*channels, None), channels, state, ROWS)
     return _with_state(run, arrays, names, tokens, state, keep)

@@ -22,6 +22,7 @@ The value of a matrix may be a `Quantized`, whose arrays are of the kinds quanti
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from flax import nnx
 
 from hybridlm import exchange, sharding
 from hybridlm.layers.quantized import Joined, Operand, Parts, Quantized, Rounding, Wide, dot, dot_all, leaf_axes
+from pallas_kernels import platform
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "recurrence", "conv", "sink", "quantized", "scale"]
 
@@ -207,18 +209,19 @@ def projections(x_BTD: jax.Array, *pairs: tuple[Any, nnx.Param | None]) -> list[
 
 def _products_of(x, *weights) -> list[jax.Array]:
     """x @ weight of each; x: or what each reads. Those that are joined have one product, of what the first reads."""
-    xs = x if isinstance(x, tuple) else (x,) * len(weights)
+    xs = x if isinstance(x, tuple) else several(x, len(weights))
     joined = [i for i, w in enumerate(weights) if isinstance(w, Joined)]
     found = dict(zip(joined, dot_all(xs[joined[0]], [weights[i] for i in joined]), strict=True)) if joined else {}
     return [found[i] if i in found else dot(x, w) for i, (x, w) in enumerate(zip(xs, weights, strict=True))]
 
 
 class Read(NamedTuple):
-    """What a mixer reads that has several products of it."""
+    """What a mixer reads whose gradient comes in several arrays."""
 
     x_BTD: jax.Array
     more: tuple[jax.Array, ...]
-    """Equal to it. Their gradients are those of the products behind the first; nothing else is made of them."""
+    """Equal to it. Their gradients are those of the products behind the first, or what other devices hand back; nothing
+    else is made of them."""
 
     def astype(self, dtype) -> "Read":
         """Each in a type."""
@@ -228,6 +231,11 @@ class Read(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of each."""
         return self.x_BTD.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of each."""
+        return self.x_BTD.dtype
 
 
 @jax.custom_vjp
@@ -239,6 +247,27 @@ def each(x: jax.Array, *more: jax.Array) -> tuple[jax.Array, ...]:
 each.defvjp(lambda x, *more: (each(x, *more), None), lambda _, grads: tuple(grads))
 
 
+def several(x_BTD: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    """x, [B, T, ...], for each of n products of it, whose gradients are added as `in_turn` has it on GPUs."""
+    return _several(x_BTD, n) if n > 1 and platform.platform() == "gpu" else (x_BTD,) * n
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _several(x_BTD: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    return (x_BTD,) * n
+
+
+_several.defvjp(lambda x, n: (_several(x, n), None), lambda n, _, grads: (in_turn(grads).reshape(grads[0].shape),))
+
+
+def in_turn(grads: Sequence[jax.Array]) -> jax.Array:
+    """The sum of what products [B, T, D] hand back, as rows [R, D]: each adds to those behind it while it writes, which
+    XLA makes of a product that comes first in a sum of rows; the last of them, which is the first, should be the least.
+    """
+    rows = lambda a: a.reshape(-1, a.shape[-1])
+    return reduce(lambda total, d: rows(d) + total, reversed(grads[:-1]), rows(grads[-1]))
+
+
 def enter(fn: Callable, x_BTD: Any, weights: Sequence[nnx.Param], out_axes, x_axes: tuple = sharding.STREAM):
     """`fn(x, *weights)`, products of the normed residual stream, weights in its type; see `exchange.products`. Matrices
     are for `layers.quantized.dot` and its like. Of a `Read` fn gets a tuple of arrays, one for each of its gradients.
@@ -246,29 +275,32 @@ def enter(fn: Callable, x_BTD: Any, weights: Sequence[nnx.Param], out_axes, x_ax
     return _products(fn, x_BTD, weights, x_axes=x_axes, out_axes=out_axes)
 
 
-def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-    """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream."""
+def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, kept: str = "") -> jax.Array:
+    """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream.
+    kept: the name that y has for remat."""
     axes = weight.get_metadata()["axes"]
     out = _products(
         lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),
-        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array),
+        out_axes=sharding.STREAM, bilinear=isinstance(operand(weight, y.dtype), jax.Array | Wide), kept=kept,
     )  # fmt: skip
     return out if bias is None else out + use(bias, out.dtype)[None, None]
 
 
-def round_products(first: Callable, rest: Callable, x_BTD: jax.Array, weights: Sequence[nnx.Param]) -> jax.Array:
-    """`rest(first(x, *weights), *weights)`; see `exchange.round_products`. Weights as of `enter`."""
+def round_products(first: Callable, rest: Callable, x_BTD: Any, weights: Sequence[nnx.Param]) -> jax.Array:
+    """`rest(first(x, *weights), *weights)`; see `exchange.round_products`. Weights as of `enter`. x: an array, or a
+    `Read` of which others get the second."""
+    x_BTD, (passed_BTD,) = x_BTD if isinstance(x_BTD, Read) else (x_BTD, (x_BTD,))
     leaves, names, (first, rest) = _arrays((first, rest), weights, x_BTD.dtype)
-    return exchange.round_products(first, rest, x_BTD, leaves, names)
+    return exchange.round_products(first, rest, x_BTD, passed_BTD, leaves, names)
 
 
-def _products(fn: Callable, x: Any, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, bilinear=False):
+def _products(fn: Callable, x: Any, weights: Sequence[nnx.Param], *, x_axes: tuple, out_axes, **more: Any):
     """`exchange.products` with parameters, of which each may be several arrays."""
-    x, more = x if isinstance(x, Read) else (x, ())
+    x, others = x if isinstance(x, Read) else (x, ())
     leaves, names, (run,) = _arrays((fn,), weights, x.dtype)
-    n, of_several = len(more), lambda x, *arrays: run(each(x, *arrays[:n]), *arrays[n:])
+    n, of_several = len(others), lambda x, *arrays: run(each(x, *arrays[:n]), *arrays[n:])
     axes: dict[str, Any] = {"x_axes": x_axes, "weight_axes": [*[x_axes] * n, *names], "out_axes": out_axes}
-    return exchange.products(of_several if n else run, x, [*more, *leaves], **axes, bilinear=bilinear)
+    return exchange.products(of_several if n else run, x, [*others, *leaves], **axes, **more)
 
 
 def _arrays(fns: Sequence[Callable], weights: Sequence[nnx.Param], dtype) -> tuple[list, list, list[Callable]]:

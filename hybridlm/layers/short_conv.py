@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import sharding
 from hybridlm.layers import cache as caches
 from hybridlm.layers import ops, params
 from hybridlm.layers.mlp import ACTIVATIONS
@@ -38,17 +39,18 @@ def init_window(weight: nnx.Param, batch: int, dtype, layout: caches.Layout) -> 
 
 def convolve(
     x_BT: jax.Array, weight: nnx.Param, bias: nnx.Param | None, activation: str | None, *, segment_ids, gaps: bool,
-    window=None,
+    window=None, rows: sharding.Axis = "batch",
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """Convolution and activation (None: none) of x [B, T, *channels], and from `window` (None: from nothing) the new
     window.
 
     gaps: whether padding may stand between a document's tokens. The op knows silu; another activation comes behind it.
+    rows: what splits B of x.
     """
     fused = activation if activation == "silu" else None
     y_BT, window = ops.causal_conv1d(
         x_BT, weight[...], None if bias is None else bias[...], channels=weight.get_metadata()["axes"][:-1],
-        activation=fused, segment_ids=segment_ids, initial_state=window, gaps=gaps,
+        activation=fused, segment_ids=segment_ids, initial_state=window, gaps=gaps, rows=rows,
     )  # fmt: skip
     return (y_BT if fused else _activated(y_BT, activation)), window
 

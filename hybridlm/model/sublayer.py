@@ -117,7 +117,7 @@ class Sublayer(nnx.Module):
                 u_BTD = x_BTD + self.link(x_BTD, tokens)
         if u_BTD is x and self.reader is self.of_normed is None and not tokens.inspect and fork.serves(self.norm, x):
             with jax.named_scope("norm"):
-                (x_BTD, u_BTD), gates = fork.fork(self.norm, x, getattr(self.mixer, "readers", 1)), None
+                (x_BTD, u_BTD), gates = fork.fork(self.norm, x, fork.readers(self.mixer, x.shape)), None
         else:
             u_BTD, gates = self._read(u_BTD)
         y_BTD, stats = self.mixer.mix(u_BTD, tokens)

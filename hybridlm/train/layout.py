@@ -124,12 +124,12 @@ def parts_apart(config: Config, mesh: Mesh) -> bool:
 def joins(config: Config, mesh: Mesh) -> bool:
     """Whether matrices whose products are taken together are one array: on GPUs, where what splits tokens alone splits
     anything; not where products round their other side, or adapters are trained."""
-    return _splits_tokens_alone(mesh) and _has_plain_products(config, mesh)
+    return _split_alone(TOKENS_APART, mesh) and _has_plain_products(config, mesh)
 
 
-def _splits_tokens_alone(mesh: Mesh) -> bool:
-    """Whether `TOKENS_APART` are the only axes of the mesh that split anything."""
-    return all(n == 1 or name in TOKENS_APART for name, n in mesh.shape.items())
+def _split_alone(axes: tuple[str, ...], mesh: Mesh) -> bool:
+    """Whether these are the only axes of the mesh that split anything."""
+    return all(n == 1 or name in axes for name, n in mesh.shape.items())
 
 
 def _has_plain_products(config: Config, mesh: Mesh) -> bool:
@@ -141,14 +141,16 @@ def _has_plain_products(config: Config, mesh: Mesh) -> bool:
 def wide_over(config: Config, mesh: Mesh) -> int:
     """How many devices sum gradients of matrices over microbatches by themselves, added by the products; 0: none.
 
-    On GPUs, where what splits tokens alone splits anything, matrices are whole and so are their sums.
+    On GPUs, where `tensor` and what splits tokens alone split anything: matrices are whole, but for what `tensor`
+    splits, and so are their sums.
     """
     n_micro, n_rows = config.optim.accumulate, mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    if n_micro == 1 or not _splits_tokens_alone(mesh) or not _has_plain_products(config, mesh):
+    if n_micro == 1 or not _split_alone((*TOKENS_APART, "tensor"), mesh) or not _has_plain_products(config, mesh):
         return 0
     if config.data.batch_size // n_micro % n_rows:
         return 0
-    return mesh.size if mesh.shape.get("fsdp", 1) == 1 or scatters_once(config, mesh) else 0
+    n_apart = math.prod(mesh.shape.get(axis, 1) for axis in TOKENS_APART)
+    return n_apart if mesh.shape.get("fsdp", 1) == 1 or scatters_once(config, mesh) else 0
 
 
 def _fused(leaf: ParamInfo) -> int:

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from hybridlm import exchange, sharding
-from hybridlm.config import MLP, Attention, MeshConfig
+from hybridlm.config import MLP, Attention, Mamba2, MeshConfig
 from hybridlm.layers.block import Tokens
 from hybridlm.model import remat
 from pallas_kernels import platform
@@ -26,6 +26,7 @@ BLOCKS = {
     "mlp": MLP(d_ff=24, bias=True, out_multiplier=0.5),
     "ungated": MLP(d_ff=24, activation="gelu"),
     "attention": Attention(n_heads=4, n_kv_heads=2, d_head=4, gate="head", out_bias=True),
+    "mamba": Mamba2(d_state=4, d_head=4, n_heads=4, chunk=4, proj_bias=True),
 }
 MESHES = {
     "tensor 2": replace(ONE, tensor=2),
@@ -36,7 +37,8 @@ ROWS = {"rows": 4, "tokens": 3, "neither": 1}
 """Rows of the batch by what tensor splits of the stream; one row of seven tokens it does not split."""
 CASES = [("mlp", mesh, "rows") for mesh in MESHES]
 CASES += [("ungated", "tensor 2", "tokens"), ("attention", "tensor 2", "rows"), ("attention", "tensor 2", "tokens")]
-CASES += [("attention", "tensor 4", "rows"), ("mlp", "tensor 2", "neither")]
+CASES += [("attention", "tensor 4", "rows"), ("mlp", "tensor 2", "neither"), ("mamba", "tensor 2", "tokens")]
+CASES += [("mamba", mesh, "rows") for mesh in MESHES]
 
 
 def traced(block, mesh: MeshConfig, rows: int, tokens: int, policy: str = "kernels"):

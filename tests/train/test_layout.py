@@ -116,7 +116,8 @@ def test_scattered_once_where_gathered_once(changes, sizes, room, once, monkeypa
         ("h100:2", {"gather_once": True, "scatter_once": True}, {"fsdp": 2}, 2**40, True, 2),
         ("h100:2", {}, {"data": 2}, 2**40, True, 2),  # a device has as much as before
         ("h100:2", {}, {"context": 2}, layout.ROOM, True, 2),
-        ("h100:2", {}, {"tensor": 2}, layout.ROOM, True, 0),
+        ("h100:2", {}, {"tensor": 2}, layout.ROOM, True, 1),
+        ("h100:4", {}, {"data": 2, "tensor": 2}, layout.ROOM, True, 2),
         ("h100:1", {}, {}, layout.ROOM, True, 1),
         ("h100:1", {"accumulate": 1}, {}, layout.ROOM, False, 0),  # nothing is summed
         ("v5p:2x2x1", {}, {"data": 4}, layout.ROOM, False, 0),
