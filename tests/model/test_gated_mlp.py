@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hybridlm import sharding
+from hybridlm.config import MeshConfig
 from hybridlm.layers.block import Make, Tokens
 from hybridlm.layers.mlp import MLP
 from hybridlm.layers.quantized import Wide
@@ -90,6 +92,22 @@ def test_others_are_as_before(change):
         mixer = MLP(d_ff=24, **change).build(8, Make(nnx.Rngs(0), 0.02, 0.02, "float32", 1e-5))
         text = jax.jit(jax.grad(lambda x: mixer.mix(x, Tokens()).y_BTD.sum())).lower(x).as_text()
     assert "gated_products" not in text
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_where_tokens_go_round(tensor):
+    """Each device makes its widths of all tokens by the kernels; the same numbers, gradients included."""
+    graphdef, state = nnx.split(MLP(d_ff=24).build(8, Make(nnx.Rngs(0), 0.5, 0.5, "float32", 1e-5)))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8)), jnp.float32)
+    loss = lambda state, x: jnp.square(nnx.merge(graphdef, state).mix(x, Tokens()).y_BTD).sum()
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(state, x)
+    mesh = sharding.make_mesh(MeshConfig(1, tensor=tensor), jax.devices()[:tensor])
+    with by_definition(), jax.set_mesh(mesh):
+        ours = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(state, x)
+        actual = ours.compile()(state, x)
+    assert ours.as_text().count("call @gated_products") == ours.as_text().count("call @hidden_gradients") == tensor
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        check_close(a, b, dtype="float32", what="loss or gradient")
 
 
 def test_nothing_is_stored_where_nothing_is_differentiated():
