@@ -48,7 +48,9 @@ def test_equals_the_recurrence_optimized(case):
     )
 
 
-DRAWN = dict(
+@pytest.mark.slow
+@settings(max_examples=30, derandomize=False)
+@given(
     tokens=st.integers(1, 80),
     groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
     layout=st.sampled_from(LAYOUTS),
@@ -58,22 +60,7 @@ DRAWN = dict(
     final=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-
-
-@settings(max_examples=2)
-@given(**DRAWN)
-def test_equals_the_recurrence_on_drawn_shapes(**drawn):
-    check_drawn(**drawn)
-
-
-@pytest.mark.slow
-@settings(max_examples=30, derandomize=False)
-@given(**DRAWN)
-def test_equals_the_recurrence_on_many_drawn_shapes(**drawn):
-    check_drawn(**drawn)
-
-
-def check_drawn(tokens, groups, layout, decay, chunk, skip, final, seed):
+def test_equals_the_recurrence_on_drawn_shapes(tokens, groups, layout, decay, chunk, skip, final, seed):
     case = cases.Case("drawn", 2, tokens, groups[0], 4, groups[1], 8, layout, decay, skip, final, final, seed)
     check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=final, chunk=chunk)
 
