@@ -87,8 +87,12 @@ def test_gpu_kernels_interpreted(subject, check):
 
 @pytest.mark.parametrize(
     "subject",
-    [pytest.param(subject, marks=[pytest.mark.slow] * (not by_default(subject)), id=str(subject)) for subject in PLAIN],
-)
+    [
+        pytest.param(subject, marks=[pytest.mark.slow] * (subject.implementation != "xla" or not by_default(subject)),
+                     id=str(subject))
+        for subject in PLAIN
+    ],
+)  # fmt: skip
 def test_an_implementation_that_errs_is_seen(subject):
     """Results off by 5%, gradients with them, fail the oracle's check."""
     off = lambda result: jax.tree.map(lambda array: array * 1.05, result)
