@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hybridlm.errors import cut, require
+from hybridlm.errors import ConfigError, cut, require
 
 MOST = "most"
 """Key of a field's metadata: the largest whole number that it takes; infinite where its class says it."""
@@ -35,7 +35,8 @@ def is_union(hint) -> bool:
     return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
 
 
-def variants(hint) -> dict[str, Any]:
+@functools.cache
+def variants(hint) -> Mapping[str, Any]:
     """What a field of dataclass type can be set to by name: {'Rope': Rope, 'None': ...}."""
     options = typing.get_args(hint) if is_union(hint) else (hint,)
     classes: dict[str, Any] = {t.__name__: t for t in options if isinstance(t, type) and dataclasses.is_dataclass(t)}
@@ -103,18 +104,22 @@ def _types(cls: type) -> Mapping[str, Any]:
 
 
 def _check(value, hint, place: str, field: dataclasses.Field) -> None:
-    wanted = f"{place} ({_shown(value)}) must be {type_name(hint)}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        known = tuple(variants(hint).values())  # of several, a user's own class may be another one
-        require(len(known) != 1 or isinstance(value, known), wanted)
+    is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    named, of_names = variants(hint), typing.get_origin(hint) is dict
+    if is_config:  # of several, a user's own class may be another one
+        right = len(named) != 1 or isinstance(value, tuple(named.values()))
+    elif of_names:
+        right = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    else:
+        right = fits(value, hint) if not named else value is None and "None" in named
+    if not right:
+        raise ConfigError(f"{place} ({_shown(value)}) must be {type_name(hint)}")
+    if is_config:
         check_fields(value, f"{place}.")
-    elif typing.get_origin(hint) is dict:
-        require(isinstance(value, dict) and all(isinstance(key, str) for key in value), wanted)
+    elif of_names:
         for key, below in value.items():
             _check(below, typing.get_args(hint)[1], f"{place}.{key}", field)
     else:
-        named = variants(hint)
-        require(fits(value, hint) if not named else value is None and "None" in named, wanted)
         for leaf in _leaves(value):
             _check_leaf(leaf, place, field)
 

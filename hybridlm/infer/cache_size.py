@@ -6,6 +6,7 @@ the block says in GROWS), up to a window, or not at all. What does not grow is a
 model, or rounded, and else the last inputs of a convolution.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -213,20 +214,26 @@ def default_attention(d_model: int) -> tuple[str, Attention]:
 
 def _of_symbol(model: ModelConfig, symbol: str, context: int, types: CacheTypes) -> list[Part]:
     """Of all depths of a symbol."""
-
-    def build(dtype: str) -> Any:
-        in_type: dict[str, Any] = {"compute_dtype": dtype}
-        return Sublayer(symbol, replace(model, **in_type), rngs=nnx.Rngs(0))
-
+    build = functools.partial(_sublayer, model, symbol)
     linked = shares(model.blocks[symbol])
     names, counts = grown(model.blocks[symbol]), (context + model.prefix_tokens, model.prefix_tokens)
     arrays = _arrays(build, model.compute_dtype, names, *counts, linked, types)
     return [_times(replace(part, symbol=symbol), model.pattern.count(symbol)) for part in arrays]
 
 
+@functools.cache
+def _sublayer(model: ModelConfig, symbol: str, dtype: str) -> Sublayer:
+    """One of a symbol without its values, of activations of that type: made once for all lengths of context."""
+    in_type: dict[str, Any] = {"compute_dtype": dtype}
+    return nnx.eval_shape(lambda: Sublayer(symbol, replace(model, **in_type), rngs=nnx.Rngs(0)))
+
+
 def _kept_of_token(model: ModelConfig, block: Block) -> int:
     """Bytes that a block keeps of a token as attention does; 0 of one that does not, or lets only some of it."""
-    build: Callable = lambda dtype: _everywhere(block).build(model.d_model, Make(nnx.Rngs(0), dtype=dtype))
+
+    def build(dtype: str) -> nnx.Module:
+        return nnx.eval_shape(lambda: _everywhere(block).build(model.d_model, Make(nnx.Rngs(0), dtype=dtype)))
+
     parts = _arrays(build, model.compute_dtype, grown(block), 1, 0, False, AS_COMPUTED)
     return sum(part.per_token for part in parts if part.kind in (KEYS, LATENTS))
 
@@ -237,13 +244,14 @@ def _everywhere(block: Any) -> Any:
 
 
 def _arrays(
-    build: Callable[[str], Any], dtype: str, names: Mapping[str, str], n_tokens: int, n_prefix: int, linked: bool,
-    types: CacheTypes,
+    build: Callable[[str], nnx.Module], dtype: str, names: Mapping[str, str], n_tokens: int, n_prefix: int,
+    linked: bool, types: CacheTypes,
 ) -> list[Part]:  # fmt: skip
-    """Of the cache of a module at one depth. build: it by the type of its activations; names: see `block.grown`;
-    n_tokens: of a row, n_prefix prefix tokens among them; linked: the cache is that of a mixer and of a link."""
-    module = nnx.eval_shape(lambda: build(dtype))
-    halved = module if dtype == "bfloat16" else nnx.eval_shape(lambda: build("bfloat16"))
+    """Of the cache of a module at one depth. build: it, without values, by the type of its activations; names: see
+    `block.grown`; n_tokens: of a row, n_prefix prefix tokens among them; linked: the cache is that of a mixer and of a
+    link."""
+    module = build(dtype)
+    halved = module if dtype == "bfloat16" else build("bfloat16")
     lengths = 1, FAR, FAR + 1, n_tokens
     sizes = [_cache(module, n, types) for n in lengths]
     found = []

@@ -103,6 +103,7 @@ def fitted(name: str, d_model: int, d_head: int, state_bytes: int) -> Block:
     return block
 
 
+@functools.cache
 def bytes_of(block: Block, d_model: int) -> int:
     """Of a mixer's recurrent states, of one row, as they are computed in."""
     alone = ModelConfig(d_model=d_model, pattern="M", blocks={"M": block}, compute_dtype="float32")

@@ -79,10 +79,10 @@ def test_rows_are_random_access_and_change_with_the_seed():
 @pytest.mark.parametrize("kind", [PairRows, FitRows])
 def test_a_large_index_is_sorted_in_files_and_is_the_same(kind, tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
-    documents = lay([[int(t)] * int(n) for t, n in zip(rng.integers(0, 999, 5000), rng.integers(0, 60, 5000))])
+    documents = lay([[int(t)] * int(n) for t, n in zip(rng.integers(0, 999, 1000), rng.integers(0, 60, 1000))])
     in_memory = kind(documents, 32, 7)
-    monkeypatch.setattr("hybridlm.data.order.BUCKET", 300)
-    monkeypatch.setattr("hybridlm.data.documents.in_chunks.__defaults__", (170,))
+    monkeypatch.setattr("hybridlm.data.order.BUCKET", 60)
+    monkeypatch.setattr("hybridlm.data.documents.in_chunks.__defaults__", (34,))
     mapped = pickle.loads(pickle.dumps(kind(documents, 32, 7, tmp_path, "these")))  # as a worker gets it
     assert len(mapped) == len(in_memory) and [entry.name for entry in tmp_path.glob("order-*") if entry.is_dir()]
     for r in range(len(mapped)):

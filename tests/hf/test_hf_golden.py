@@ -34,7 +34,7 @@ def by_default(*names: str) -> list:
 every = pytest.mark.parametrize("name", GOLDEN)
 ALIKE = ("lfm2_moe", "lfm3", "hunyuan_v1_dense", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "bailing_hybrid", "inkling",
          "qwen4_exp", "qwen2", "qwen3", "bamba", "granitemoehybrid", "nemotron_h", "nemotron_h_moe", "zamba", "mamba",
-         "mamba2", "falcon_mamba", "qwen3_next")  # fmt: skip
+         "mamba2", "falcon_mamba", "qwen3_next", "jamba", "minimax")  # fmt: skip
 """Families whose mixers others have, or whose caches and gradients the tests of mixers and ops hold each time: of these
 the slow tests alone take derivatives and generate."""
 most = pytest.mark.parametrize("name", by_default(*(name for name in GOLDEN if name not in ALIKE)))

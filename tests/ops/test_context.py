@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -23,71 +22,10 @@ from pallas_kernels.ops.causal_conv1d import cases as conv_cases
 from pallas_kernels.ops.selective_scan import cases as scan_cases
 from pallas_kernels.ops.ssd import cases as ssd_cases
 from pallas_kernels.ops.ssd.tpu.api import ssd_tpu
-from tests.ops.support import QUICK, loss_weights, run_by_one_program, served_by
+from tests.ops.split import EDGES, RECURRENCES, TOKENS, check, mesh_of, split_over
+from tests.ops.support import QUICK, run_by_one_program, served_by
 
-# Dims of arrays by name and op that have a token axis, as second.
-TOKENS = {
-    "ssd": ("x", "dt", "B", "C", "decay", "segment_ids"),
-    "selective_scan": ("x", "dt", "B", "C", "segment_ids"),
-    "causal_conv1d": ("x", "segment_ids"),
-    "attention": ("q", "k", "v", "gate", "segment_ids", "positions"),
-}
-RECURRENCES = tuple(name for name, op in OPS.items() if op.context and op.tokens and name not in TOKENS)
 ALIKE = ("gated_delta_product", "linear_scan", "rwkv4", "rwkv7", "titans")  # exchange as others that run each time do
-TOKENS |= {name: (*OPS[name].tokens, "segment_ids") for name in RECURRENCES}
-
-
-def mesh_of(n: int):
-    return jax.make_mesh((n,), ("context",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
-
-
-def split_over(op: str, n: int):
-    """The op on whole arrays, run by n devices on their tokens."""
-
-    def run(*args, **kwargs):
-        names = OPS[op].positional
-        arrays = {**dict(zip(names, args)), **kwargs}
-        given = {k: v for k, v in arrays.items() if v is not None and isinstance(v, (jax.Array, np.ndarray))}
-        options = {k: v for k, v in arrays.items() if k not in given}
-
-        def local(given):
-            named = {**options, **given}
-            args = [named.pop(name, None) for name in names]
-            return ops.function(op)(*args, **named, context_axis="context")
-
-        specs = {k: P(None, "context") if k in TOKENS[op] else P() for k in given}
-        out = P(None, "context")
-        out = (out, *(P() for _ in OPS[op].states)) if options.get("return_final_state") else out
-        return jax.shard_map(local, mesh=mesh_of(n), in_specs=(specs,), out_specs=out, check_vma=False)(given)
-
-    return run
-
-
-def check(op: str, inputs: dict, n: int, **options) -> None:
-    """The op split over n devices within the tolerance table of its float64 reference."""
-    dtype = inputs[OPS[op].positional[0]].dtype
-    options |= {"compiler_options": QUICK, "weights": loss_weights(op, inputs, **options)}
-    expected = oracle.oracle(op, inputs, **options)
-    actual = oracle.evaluate(op, inputs, function=split_over(op, n), **options)
-    largest = max(oracle.rms(value) for name, value in expected.items() if name.startswith("d"))
-    for name, value in actual.items():
-        floor = oracle.SMALL_GRADIENT * largest if name.startswith("d") else 0.0
-        error, limit = oracle.relative_rms(value, expected[name], floor=floor), oracle.bound(dtype, f"{op}.{name}")
-        assert error <= limit, f"{op}.{name} on {n} devices: relative RMS {error:.2e} above {limit:.0e}"
-
-
-def ids_of(*rows) -> np.ndarray:
-    """Rows of (id, length) runs."""
-    return np.array([np.repeat(*zip(*row)) for row in rows], np.int32)
-
-
-# Four rows of 64 tokens, shards of 32, 16 or 8.
-EDGES = ids_of(
-    [(1, 20), (2, 30), (3, 14)],  # documents over edges; shards inside one document
-    [(1, 8), (2, 8), (1, 16), (2, 32)],  # starts exactly at edges, ids that come back
-    [(1, 10), (0, 30), (1, 10), (0, 14)],  # shards of padding inside a document and at the end
-    [(0, 17), (3, 1), (0, 15), (4, 1), (4, 23), (0, 3), (4, 4)],  # padding first, one-token document
-)
 
 
 def some(names: str, calls, by_default) -> pytest.MarkDecorator:
@@ -271,81 +209,6 @@ def test_drawn_documents(op, n, rows):
         assert error <= oracle.bound("float32"), f"d{name}: {error:.1e}"
 
 
-def collectives(function, *args) -> list[tuple[str, int]]:
-    """(operation, elements of its largest result) of the compiled program."""
-    text = jax.jit(function, compiler_options=QUICK).lower(*args).compile().as_text()
-    names = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
-    found = re.findall(rf"= (.*?) ({names})(?:-start)?\(", text)
-    sizes = lambda types: [
-        int(np.prod([int(d) for d in dims.split(",") if d])) for dims in re.findall(r"\[([\d,]*)\]", types)
-    ]
-    return [(name, max(sizes(types))) for types, name in found]
-
-
-def both(op: str, run, **options):
-    """(forward, forward and backward) of a run on a dict of arrays."""
-
-    def forward(arrays, ids):
-        named = {**arrays, "segment_ids": ids}
-        args = [named.pop(name, None) for name in OPS[op].positional]
-        return run(*args, **named, **options)
-
-    return forward, jax.grad(lambda arrays, ids: sum(jnp.sum(o**2) for o in jax.tree.leaves(forward(arrays, ids))))
-
-
-@pytest.mark.parametrize("op", ["ssd", pytest.param("selective_scan", marks=pytest.mark.slow), "causal_conv1d"])
-def test_devices_send_each_other_states_alone(op):
-    """Of the tokens split over devices no activation travels, forward or backward."""
-    if op == "ssd":
-        inputs = ssd_cases.make_inputs(ssd_cases.Case("sent", 1, 1024, 2, 8, 1, 8, "packed", initial=True))
-        state = 2 * 8 * 8
-    elif op == "selective_scan":
-        inputs = scan_cases.make_inputs(scan_cases.Case("sent", 1, 1024, 8, 4, 1, "packed", initial=True))
-        state = 8 * 4
-    else:
-        inputs = conv_cases.make_inputs(conv_cases.Case("sent", 1, 1024, 8, 4, "packed", initial=True))
-        state = 3 * 8
-    ids = inputs.pop("segment_ids")
-    forward, gradient = both(op, split_over(op, 4), implementation="xla")
-    found = collectives(forward, inputs, ids)
-    assert {name for name, _ in found} == {"collective-permute"}
-    assert max(size for _, size in found) == state
-    found = collectives(gradient, inputs, ids)
-    assert {name for name, _ in found} == {"collective-permute", "all-reduce"}  # the latter of parameters' gradients
-    assert max(size for _, size in found) <= 2 * state
-
-
-@pytest.mark.parametrize("op", ["ssd", "causal_conv1d"])
-def test_what_is_sent_need_not_be_sent_again(op):
-    """Kept by its name, while all else is computed again, it is exchanged as often as where all is kept."""
-    if op == "ssd":
-        inputs = ssd_cases.make_inputs(ssd_cases.Case("sent", 1, 64, 2, 8, 1, 8, "packed"))
-    else:
-        inputs = conv_cases.make_inputs(conv_cases.Case("sent", 1, 64, 8, 4, "packed"))
-    ids = inputs.pop("segment_ids")
-    forward, _ = both(op, split_over(op, 4), implementation="xla")
-
-    def exchanges(policy) -> int:
-        again = jax.checkpoint(forward, policy=policy)
-        loss = lambda arrays: sum(jnp.sum(o**2) for o in jax.tree.leaves(again(arrays, ids)))
-        return str(jax.make_jaxpr(jax.grad(loss))(inputs)).count("ppermute[")
-
-    policies = jax.checkpoint_policies
-    kept = exchanges(policies.save_only_these_names(context.SENT))
-    assert kept == exchanges(policies.everything_saveable) < exchanges(policies.nothing_saveable)
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_attention_deals_out_its_queries_and_outputs(n):
-    """Once, there and back; keys and values are gathered."""
-    inputs = attention_cases.make_inputs(attention_cases.Case("sent", 1, 64, 64, 4, 1, 8, layout="packed"))
-    ids = inputs.pop("segment_ids")
-    forward, _ = both("attention", split_over("attention", n), implementation="xla")
-    sizes = [size for kind, size in collectives(forward, inputs, ids) if kind == "all-to-all"]
-    share = 64 * 4 * 8 // n
-    assert [size for size in sizes if size >= share // n] == [share // n] * 2, sizes
-
-
 @pytest.mark.parametrize("n", [2, 4])
 def test_attention_in_many_stripes(n, monkeypatch):
     """Two tokens a stripe, dealt out in turns to and fro."""
@@ -353,64 +216,6 @@ def test_attention_in_many_stripes(n, monkeypatch):
     assert _Stripes.of(64 // n, n, "context").turns > 1
     inputs = attention_cases.make_inputs(attention_cases.Case("split", 4, 64, 64, 4, 2, 8, gate="head"))
     check("attention", inputs | {"segment_ids": EDGES}, n, implementation="xla")
-
-
-def test_attention_whose_tokens_are_passed_on(monkeypatch):
-    """As on GPUs: each device gives each other its tokens, for half of the heads beside the attention of the others."""
-    monkeypatch.setattr("pallas_kernels.ops.attention.context.STRIPE", 2)
-    inputs = attention_cases.make_inputs(attention_cases.Case("split", 4, 64, 64, 4, 2, 8, gate="head", sinks=True))
-    inputs |= {"segment_ids": EDGES}
-    with assume_platform("gpu"):
-        check("attention", inputs, 4, implementation="xla")
-        forward, _ = both("attention", split_over("attention", 4), implementation="xla")
-        kinds = [kind for kind, _ in collectives(forward, inputs, inputs.pop("segment_ids"))]
-    assert kinds.count("collective-permute") == 3 * (1 + 2 * (3 + 1)) and "all-to-all" not in kinds
-
-
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_attention_is_equal_work_wherever_documents_begin(n):
-    """Stripes are a permutation of the row, and no device has many more visible pairs than the mean."""
-    n_tokens = 16_384 * n
-    stripes = _Stripes.of(n_tokens // n, n, "context")
-    of_device = np.stack([np.asarray(stripes.positions(i)) for i in range(n)])
-    np.testing.assert_array_equal(np.sort(of_device, axis=None), np.arange(n_tokens))
-    rng = np.random.default_rng(n)
-    for documents in (1, 3, 10):
-        starts = np.sort(np.concatenate([[0], rng.integers(1, n_tokens, documents - 1)]))
-        token = np.arange(n_tokens)
-        visible = token - starts[np.searchsorted(starts, token, side="right") - 1] + 1
-        work = visible[of_device].sum(1)
-        assert work.max() < 1.2 * work.mean()
-
-
-def test_rows_and_heads_split_over_devices_send_nothing():
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
-    inputs = ssd_cases.make_inputs(ssd_cases.Case("split", 2, 64, 8, 4, 4, 4, "packed", skip="HP", initial=True))
-    inputs = {k: v for k, v in inputs.items() if v is not None}
-    by_head = P("data", None, "tensor")
-    specs = {name: by_head for name in ("x", "dt", "B", "C")}
-    specs |= {"A": P("tensor"), "D": P("tensor"), "initial_state": P("data", "tensor"), "segment_ids": P("data")}
-    put = {k: jax.device_put(v, jax.sharding.NamedSharding(mesh, specs[k])) for k, v in inputs.items()}
-    names = ("x", "dt", "A", "B", "C", "D", "segment_ids", "initial_state")
-
-    def run(x, dt, A, B, C, *, D, segment_ids, initial_state):
-        def local(x, dt, A, B, C, D, segment_ids, initial_state):
-            return ssd(
-                x, dt, A, B, C, D=D, segment_ids=segment_ids, initial_state=initial_state, return_final_state=True
-            )
-
-        split = jax.shard_map(
-            local, mesh=mesh, in_specs=tuple(specs[k] for k in names), out_specs=(by_head, P("data", "tensor")),
-            check_vma=False,
-        )  # fmt: skip
-        return split(x, dt, A, B, C, D, segment_ids, initial_state)
-
-    ids = put.pop("segment_ids")
-    forward, gradient = both("ssd", run)
-    assert collectives(forward, put, ids) == []
-    found = collectives(gradient, put, ids)
-    assert {name for name, _ in found} == {"all-reduce"}  # of dA and dD, over rows
-    assert max(size for _, size in found) <= 2 * 4
 
 
 def test_shard_maps_that_check_replication():

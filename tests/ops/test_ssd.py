@@ -14,7 +14,14 @@ from pallas_kernels import oracle, platform, ssd
 from pallas_kernels.layouts import LAYOUTS
 from pallas_kernels.ops.ssd import cases, xla
 from tests.ops.ssd_plain import plain_ssd
-from tests.ops.support import QUICK, check_against_oracle, check_by_one_program, check_curvature, run
+from tests.ops.support import (
+    QUICK,
+    check_against_oracle,
+    check_by_one_program,
+    check_curvature,
+    check_outputs,
+    run,
+)
 from tests.ops.support import oracle as wide
 from tests.tolerances import check_close
 
@@ -48,7 +55,9 @@ def test_equals_the_recurrence_optimized(case):
     )
 
 
-DRAWN = dict(
+@pytest.mark.slow
+@settings(max_examples=30, derandomize=False)
+@given(
     tokens=st.integers(1, 80),
     groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
     layout=st.sampled_from(LAYOUTS),
@@ -58,22 +67,7 @@ DRAWN = dict(
     final=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-
-
-@settings(max_examples=2)
-@given(**DRAWN)
-def test_equals_the_recurrence_on_drawn_shapes(**drawn):
-    check_drawn(**drawn)
-
-
-@pytest.mark.slow
-@settings(max_examples=30, derandomize=False)
-@given(**DRAWN)
-def test_equals_the_recurrence_on_many_drawn_shapes(**drawn):
-    check_drawn(**drawn)
-
-
-def check_drawn(tokens, groups, layout, decay, chunk, skip, final, seed):
+def test_equals_the_recurrence_on_drawn_shapes(tokens, groups, layout, decay, chunk, skip, final, seed):
     case = cases.Case("drawn", 2, tokens, groups[0], 4, groups[1], 8, layout, decay, skip, final, final, seed)
     check_against_oracle("ssd", cases.make_inputs(case), implementation="xla", return_final_state=final, chunk=chunk)
 
@@ -216,8 +210,9 @@ def test_a_one_percent_error_is_seen(name, monkeypatch):
         return jax.tree.map(lambda a: a * 1.01, original(*args, **kwargs))
 
     monkeypatch.setattr(xla, name, off)
+    check = check_against_oracle if name == "_straddling_sums" else check_outputs  # of which gradients alone are made
     with pytest.raises(AssertionError, match="relative RMS"):
-        check_against_oracle("ssd", make(decay="typical"), implementation="xla", return_final_state=True, chunk=16)
+        check("ssd", make(decay="typical"), implementation="xla", return_final_state=True, chunk=16)
 
 
 @pytest.mark.parametrize(

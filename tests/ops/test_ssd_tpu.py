@@ -79,8 +79,9 @@ def some(*names: str) -> list:
     return [pytest.param(c, id=c.name, marks=() if c.name in names else pytest.mark.slow) for c in CASES]
 
 
-@pytest.mark.parametrize("case", some("one_token", "groups", "empty"))
+@pytest.mark.parametrize("case", some("one_token", "groups"))
 def test_equals_the_recurrence(case):
+    """Empty rows are the contract's, too."""
     check(cases.make_inputs(case), final=case.final)
 
 
