@@ -126,8 +126,8 @@ class FeedForward(nnx.Module):
         in_kernels = added is None and self._is_plain and _serve_products(x_BTD, self.w_in, self.w_out, goes_round)
         if goes_round:
             weights = [w for w in (self.w_in, self.w_out, self.b_in) if w is not None]
-            halves = (_first_product, _last_product) if in_kernels else (self._begin, self._end)
-            y_BTD = params.round_products(*halves, x_BTD, weights)
+            begin, end = (_first_product, _last_product) if in_kernels else (self._begin, self._end)
+            y_BTD = params.round_products(begin, end, x_BTD, weights)
             y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, self.dtype)[None, None]
         elif in_kernels:
             y_BTD = params.enter(_in_products, x_BTD, [self.w_in, self.w_out], sharding.STREAM)
