@@ -109,9 +109,9 @@ class ChannelMixMixer(nnx.Module):
             axes = ("batch", "tokens", "d_ff")
             h_BTF = params.enter(product, pair_BTcD, [self.share_in, self.w_in], axes, x_axes=token_shift.PAIR)
             h_BTF = checkpoint_name(h_BTF, "channel_in")
-        h_BTF = checkpoint_name(jnp.square(jax.nn.relu(h_BTF)), "channel_hidden")
+        h_BTF = jnp.square(jax.nn.relu(h_BTF))
         with jax.named_scope("channel_out"):
-            y_BTD = params.leave(h_BTF, self.w_out)
+            y_BTD = params.leave(h_BTF, self.w_out, kept="channel_hidden")
             if self.w_gate is not None:
                 share = params.use(self.share_gate, self.dtype)
                 u_BTD = sharding.constrain(token_shift.mixed(pair_BTcD, share), *sharding.STREAM)

@@ -123,4 +123,4 @@ class GatedConvMixer(nnx.Module):
     @jax.named_scope("output")
     def _output(self, u_BTF: jax.Array, gate_BTF: jax.Array) -> jax.Array:
         y_BTF = sharding.constrain(gate_BTF * u_BTF, "batch", "tokens", "d_inner")
-        return params.leave(checkpoint_name(y_BTF, "gated_conv_out"), self.w_out, self.b_out)
+        return params.leave(y_BTF, self.w_out, self.b_out, kept="gated_conv_out")

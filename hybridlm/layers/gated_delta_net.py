@@ -189,7 +189,7 @@ def gated_head_norm(mixer, y_BTHP: jax.Array, z_BTHP: jax.Array, gating: str) ->
     c, n_heads = mixer.config, y_BTHP.shape[2]
     weight_HP = jnp.broadcast_to(mixer.norm[...][None], y_BTHP.shape[2:])
     y_BTHP = gated_rms_norm(y_BTHP, z_BTHP, weight_HP, c.norm_eps, n_heads, True, mixer.dtype, gating)
-    return checkpoint_name(sharding.constrain(y_BTHP, "batch", "tokens", "heads", None), "delta_norm")
+    return sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
 
 
 def _convolutions(mixer) -> dict[str, nnx.Param]:
@@ -285,4 +285,4 @@ class GatedDeltaNetMixer(nnx.Module):
         with jax.named_scope("gate_norm"):
             y_BTHP = gated_head_norm(self, y_BTHP, z_BTHP, self.config.gate)
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.out)
+            return params.leave(y_BTHP, self.out, kept="delta_norm")

@@ -152,7 +152,7 @@ class GatedScanMixer(nnx.Module):
             h_BTF = gated_rms_norm(h_BTF[:, :, None], gate, weight, self.config.norm_eps, 1, True, self.dtype)[:, :, 0]
         with jax.named_scope("output"):
             h_BTF = sharding.constrain(h_BTF.astype(self.dtype), "batch", "tokens", "d_inner")
-            return params.leave(checkpoint_name(h_BTF, "scan_out"), self.w_out), new if old is not None else {}
+            return params.leave(h_BTF, self.w_out, kept="scan_out"), new if old is not None else {}
 
     def _parts(self, x_BTD, tokens: Tokens, before: dict) -> tuple[jax.Array, dict]:
         """What gates and additions are made of, [B, T, 2 or 3, F], and the new window where there is a convolution."""

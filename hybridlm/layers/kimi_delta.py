@@ -206,4 +206,4 @@ class KimiDeltaMixer(nnx.Module):
         with jax.named_scope("gate_norm"):
             y_BTHP = gated_head_norm(self, y_BTHP, z_BTHP, "sigmoid")
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.out)
+            return params.leave(y_BTHP, self.out, kept="delta_norm")

@@ -309,9 +309,9 @@ class LinearAttentionMixer(nnx.Module):
         with jax.named_scope("gate_norm"):
             weight = None if self.norm is None else params.use(self.norm, jnp.float32)
             y = normed_heads(y_BTHP, gate_BTHP, weight, c.norm, c.gate, self.dtype)
-            y_BTHP = checkpoint_name(sharding.constrain(y, "batch", "tokens", "heads", None), "linear_norm")
+            y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.w_o)
+            return params.leave(y_BTHP, self.w_o, kept="linear_norm")
 
 
 def decay_parameters(config: LinearAttention, d_model: int, rngs, std: float, layer: tuple) -> dict[str, nnx.Param]:

@@ -265,6 +265,5 @@ class Mamba1Mixer(nnx.Module):
         with jax.named_scope("gate"):
             y_BTHP = y_BTHP.astype(jnp.float32) * jax.nn.silu(z_BTHP.astype(jnp.float32))
             y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", *self._channels)
-            y_BTHP = checkpoint_name(y_BTHP, "mamba1_gated")
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.out, self.out_bias)
+            return params.leave(y_BTHP, self.out, self.out_bias, kept="mamba1_gated")

@@ -372,7 +372,6 @@ class Mamba2Mixer(nnx.Module):
                 n_groups = self.config.n_groups if norm.n_groups is None else norm.n_groups
                 y = gated_rms_norm(y_BTHP, z_BTHP, self.norm[...], norm.eps, n_groups, norm.before_gate, self.dtype)
             y_BTHP = sharding.constrain(y, "batch", "tokens", "heads", None)
-            y_BTHP = checkpoint_name(y_BTHP, "mamba_norm")
         with jax.named_scope("output"):
             return params.leave(y_BTHP, self.out, self.out_bias, kept="mamba_norm")
 

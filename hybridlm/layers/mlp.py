@@ -126,8 +126,8 @@ class FeedForward(nnx.Module):
         in_kernels = added is None and self._is_plain and _serve_products(x_BTD, self.w_in, self.w_out, goes_round)
         if goes_round:
             weights = [w for w in (self.w_in, self.w_out, self.b_in) if w is not None]
-            halves = (_first_product, _last_product) if in_kernels else (self._begin, self._end)
-            y_BTD = params.round_products(*halves, x_BTD, weights)
+            begin, end = (_first_product, _last_product) if in_kernels else (self._begin, self._end)
+            y_BTD = params.round_products(begin, end, x_BTD, weights)
             y_BTD = y_BTD if self.b_out is None else y_BTD + params.use(self.b_out, self.dtype)[None, None]
         elif in_kernels:
             y_BTD = params.enter(_in_products, x_BTD, [self.w_in, self.w_out], sharding.STREAM)
@@ -139,7 +139,7 @@ class FeedForward(nnx.Module):
                 h = checkpoint_name(h, "mlp_in")
             h_BTF = self._hidden(h)
             with jax.named_scope("mlp_out"):
-                y_BTD = params.leave(h_BTF, self.w_out, self.b_out)
+                y_BTD = params.leave(h_BTF, self.w_out, self.b_out, kept="mlp_hidden")
         return Output(y_BTD if self.config.out_multiplier == 1 else y_BTD * self.config.out_multiplier)
 
     def goes_round(self, shape: tuple[int, ...]) -> bool:
@@ -160,7 +160,7 @@ class FeedForward(nnx.Module):
 
     def _end(self, h: jax.Array, w_in, w_out, b_in: jax.Array | None = None) -> jax.Array:
         """What it becomes, without the last bias."""
-        h_BTF = self._hidden(h)
+        h_BTF = checkpoint_name(self._hidden(h), "mlp_hidden")
         with jax.named_scope("mlp_out"):
             return dot(h_BTF, w_out)
 
@@ -168,8 +168,7 @@ class FeedForward(nnx.Module):
         """What the last product takes, of the first one's result."""
         with jax.named_scope("mlp_hidden"):
             run = gated if self.config.gated else _activated
-            h_BTF = run(h, GATED.get(self.config.activation, self.config.activation), self.config.gate_multiplier)
-            return checkpoint_name(h_BTF, "mlp_hidden")
+            return run(h, GATED.get(self.config.activation, self.config.activation), self.config.gate_multiplier)
 
     def init_cache(self, batch: int, max_len: int) -> dict:
         """Nothing to remember."""

@@ -167,6 +167,6 @@ class MLSTMMixer(nnx.Module):
             y_BTHP = layer_normalise(h_BTHP, self.config.norm_eps) * self.norm[...][None, None]
             y_BTHP = y_BTHP if self.norm_bias is None else y_BTHP + self.norm_bias[...][None, None]
             y_BTHP = (y_BTHP * jax.nn.sigmoid(o_BTHP.astype(jnp.float32))).astype(self.dtype)
-            y_BTHP = checkpoint_name(sharding.constrain(y_BTHP, "batch", "tokens", "heads", None), "mlstm_out")
+            y_BTHP = sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
         with jax.named_scope("output"):
-            return params.leave(y_BTHP, self.w_out, self.b_out)
+            return params.leave(y_BTHP, self.w_out, self.b_out, kept="mlstm_out")

@@ -133,12 +133,14 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
     if _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
         return _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps, before_gate)
     weight = weight_HP.astype(jnp.float32)[None, None]
-    if root_BTG is None:  # two passes over the inputs: XLA would keep the first one's float32 for the second
+    if root_BTG is None:
+        # Two passes over the inputs: XLA would keep the first one's float32 for the second. Behind the barrier is none
+        # of d_out, which is read from where its parts are.
         one = jnp.ones((*y_BTHP.shape[:2], n_groups), jnp.float32)
         parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, one, before_gate, gating)
         root_BTG = jax.lax.rsqrt(_group_mean(jnp.square(parts["normed"]), n_groups) + eps)
         mean_BTG = root_BTG * _group_mean(parts["d_normed"] * weight * parts["normed"], n_groups)
-        y, z, d_out, root_BTG, mean_BTG = jax.lax.optimization_barrier((y_BTHP, z_BTHP, d_out, root_BTG, mean_BTG))
+        y, z, root_BTG, mean_BTG = jax.lax.optimization_barrier((y_BTHP, z_BTHP, root_BTG, mean_BTG))
         parts = _parts_of_gradient(y, z, d_out, root_BTG, before_gate, gating)
     else:
         parts = _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate, gating)

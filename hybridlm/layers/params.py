@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import exchange, sharding
 from hybridlm.layers.quantized import Joined, Operand, Parts, Quantized, Rounding, Wide, dot, dot_all, leaf_axes
@@ -277,7 +278,8 @@ def enter(fn: Callable, x_BTD: Any, weights: Sequence[nnx.Param], out_axes, x_ax
 
 def leave(y: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, kept: str = "") -> jax.Array:
     """y [B, T, *inputs] times weight [*inputs, D], plus bias: [B, T, D], split over tokens like the residual stream.
-    kept: the name that y has for remat."""
+    kept: name of y for remat."""
+    y = checkpoint_name(y, kept) if kept else y
     axes = weight.get_metadata()["axes"]
     out = _products(
         lambda y, w: dot(y, w, len(axes) - 1), y, [weight], x_axes=("batch", "tokens", *axes[:-1]),

@@ -176,7 +176,7 @@ class RGLRUMixer(nnx.Module):
     def _output(self, h_BTHP: jax.Array, gate_BTHP: jax.Array) -> jax.Array:
         y_BTHP = h_BTHP * ACTIVATIONS[self.config.activation](gate_BTHP).astype(jnp.float32)
         y_BTHP = sharding.constrain(y_BTHP.astype(self.dtype), "batch", "tokens", "heads", None)
-        return params.leave(checkpoint_name(y_BTHP, "rglru_out"), self.w_out, self.b_out)
+        return params.leave(y_BTHP, self.w_out, self.b_out, kept="rglru_out")
 
 
 @jax.custom_jvp

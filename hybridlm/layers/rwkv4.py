@@ -134,7 +134,7 @@ class Rwkv4Mixer(nnx.Module):
             y_BTF = checkpoint_name(y_BTF, "rwkv4_mean")
         with jax.named_scope("output"):
             y_BTF = sharding.constrain(y_BTF * jax.nn.sigmoid(kvr_BTcF[:, :, 2]), "batch", "tokens", "d_inner")
-            y_BTD = params.leave(checkpoint_name(y_BTF, "rwkv4_out"), self.w_out)
+            y_BTD = params.leave(y_BTF, self.w_out, kept="rwkv4_out")
         return y_BTD, {} if old is None or sums is None else {**dict(zip(STATES, sums, strict=True)), "before": before}
 
 

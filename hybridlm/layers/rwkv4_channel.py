@@ -111,8 +111,8 @@ class Rwkv4ChannelMixer(nnx.Module):
             h_BTF = params.project(mixed_BTcD[:, :, 0], self.w_in)
             h_BTF = checkpoint_name(sharding.constrain(h_BTF, "batch", "tokens", "d_ff"), "rwkv4_channel_in")
         with jax.named_scope("mlp_hidden"):
-            h_BTF = checkpoint_name(ACTIVATIONS["relu2"](h_BTF), "rwkv4_channel_hidden")
+            h_BTF = ACTIVATIONS["relu2"](h_BTF)
         with jax.named_scope("mlp_out"):
             gate_BTD = jax.nn.sigmoid(params.project(mixed_BTcD[:, :, 1], self.w_receptance))
-            y_BTD = gate_BTD * params.leave(h_BTF, self.w_out)
+            y_BTD = gate_BTD * params.leave(h_BTF, self.w_out, kept="rwkv4_channel_hidden")
         return y_BTD, {} if old is None else {"before": before}

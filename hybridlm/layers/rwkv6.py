@@ -148,9 +148,10 @@ class Rwkv6Mixer(nnx.Module):
         with jax.named_scope("gate_norm"):
             y = head_layer_norm(y, self.norm_weight[...], self.norm_bias[...], self.config.norm_eps)
             y = (y * jax.nn.silu(gate.astype(jnp.float32))).astype(self.dtype)
-            y = checkpoint_name(sharding.constrain(y, "batch", "tokens", "heads", None), "rwkv_out")
+            y = sharding.constrain(y, "batch", "tokens", "heads", None)
         with jax.named_scope("output"):
-            return params.leave(y, self.w_o), {} if old is None else {"state": state, "shift": window}
+            y_BTD = params.leave(y, self.w_o, kept="rwkv_out")
+            return y_BTD, {} if old is None else {"state": state, "shift": window}
 
     def _log_decay(self, raw_decay: jax.Array) -> jax.Array:
         return -jnp.exp(raw_decay.astype(jnp.float32) + params.use(self.decay_bias, jnp.float32)[None, None])

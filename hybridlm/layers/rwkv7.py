@@ -285,9 +285,8 @@ class Rwkv7Mixer(nnx.Module):
             r, k, v, gate = (a.astype(jnp.float32) for a in (r_BTHN, k_BTHN, v_BTHN, gate_BTHN))
             y += jnp.sum(r * k * self.r_k[...][None, None], axis=-1, keepdims=True) * v
             y = sharding.constrain((y * gate).astype(self.dtype), "batch", "tokens", "heads", None)
-            y = checkpoint_name(y, "rwkv_out")
         with jax.named_scope("output"):
-            return params.leave(y, self.w_o)
+            return params.leave(y, self.w_o, kept="rwkv_out")
 
 
 def normalised(x: jax.Array) -> jax.Array:

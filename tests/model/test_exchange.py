@@ -14,6 +14,7 @@ from flax import nnx
 
 from hybridlm import exchange, sharding
 from hybridlm.config import MLP, Attention, Mamba2, MeshConfig
+from hybridlm.layers import params
 from hybridlm.layers.block import Tokens
 from hybridlm.model import remat
 from pallas_kernels import platform
@@ -134,3 +135,28 @@ def test_a_stream_is_added_to_in_rows_of_each_device(rows):
         grads = jax.jit(jax.grad(loss, (0, 1))).trace(x_BTD, y_BTD).lower().compile(QUICK)(x_BTD, y_BTD)
     for grad in grads:
         check_close(grad, np.cos(x_BTD + y_BTD) * dz_BTD, dtype="float32", what=rows)
+
+
+@pytest.mark.parametrize("mesh", [ONE, MESHES["tensor 2"], MESHES["tensor 4"]], ids=["one", "tensor 2", "tensor 4"])
+def test_products_of_one_input_as_on_gpus(mesh):
+    """Their gradients are added in turn, those of small matrices are made before, and the numbers are the same."""
+    rng = np.random.default_rng(0)
+    x_BTD, *weights = (rng.normal(size=shape).astype(np.float32) for shape in ((4, T, D), (D, 64), (D, 48), (D, 8)))
+    axes, outs = [("d_model", "d_ff")] * 3, [("batch", "tokens", "d_ff")] * 3
+
+    def products(x, *weights):
+        return [jnp.sin(x @ w) for x, w in zip(params.several(x, 3), weights, strict=True)]
+
+    def loss(x, *weights):
+        x = sharding.constrain(x, *sharding.STREAM)
+        made = exchange.products(products, x, weights, x_axes=sharding.STREAM, weight_axes=axes, out_axes=outs)
+        return sum(y.sum() for y in made)
+
+    expected = jax.grad(lambda x, *ws: sum(jnp.sin(x @ w).sum() for w in ws), (0, 1, 2, 3))(x_BTD, *weights)
+    with on(mesh), platform.assume_platform("gpu"):
+        program = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(x_BTD, *weights)
+    assert ("optimization_barrier" in str(program.jaxpr)) is (mesh != ONE)
+    with on(mesh):
+        found = program.lower().compile(QUICK)(x_BTD, *weights)
+    for a, b in zip(found, expected, strict=True):
+        check_close(a, b, dtype="float32", what="gradient")
