@@ -26,6 +26,7 @@ def attention(
     k_scale: AnyArray | None = None,
     v_scale: AnyArray | None = None,
     q_wide: AnyArray | None = None,
+    kv: AnyArray | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array: ...
