@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.config import ConfigError
+from hybridlm.config import ConfigError, MeshConfig
+from hybridlm.exchange import GATHERED
 from hybridlm.layers.block import Tokens, walk
 from hybridlm.model import remat
 from hybridlm.model.model import HybridLM
 from hybridlm.model.pattern import groups, places
+from hybridlm.sharding import make_mesh
 from tests.model.model_support import HYBRID, QUICK, VARIANTS, build, log_likelihoods, named, packed_rows, small
 from tests.tolerances import check_close
 
@@ -53,12 +55,13 @@ def test_equals_none(policy, expected):
 
 
 @functools.cache
-def residual_bytes(policy: str, pattern: str, example: str | None = None) -> int:
-    """Bytes of what the forward hands to the backward. example: what X stands for in the pattern."""
+def residual_bytes(policy: str, pattern: str, example: str | None = None, tensor: int = 1) -> int:
+    """Bytes of what the forward hands to the backward. example: what X stands for in the pattern. tensor: devices."""
     blocks = HYBRID if example is None else {"X": VARIANTS[example]}
     graphdef, params = nnx.split(build(small(pattern, blocks, remat=policy)))
     run = lambda p: jax.vjp(lambda p: nnx.merge(graphdef, p)(PACKED.tokens).sum(), p)
-    _, backward = jax.eval_shape(run, params)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=tensor), jax.devices()[:tensor])):
+        _, backward = jax.eval_shape(run, params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
 
@@ -88,7 +91,8 @@ OFTEN = {name for symbol in MIXED for _, block in walk(HYBRID[symbol]) for name 
 def test_every_name_is_an_intermediate(name):
     """Keeping it keeps more than keeping nothing, in some model."""
     if name in remat.OF_SUBLAYER:
-        assert residual_bytes(name, MIXED) > residual_bytes("full", MIXED)
+        over = {"tensor": 2 if name == GATHERED else 1}  # of one device nothing is gathered
+        assert residual_bytes(name, MIXED, **over) > residual_bytes("full", MIXED, **over)
         return
     holding = [example for example, block in VARIANTS.items() if any(name in inside.KEPT for _, inside in walk(block))]
     models = [(MIXED, None)] * (name in OFTEN) + [("X", example) for example in holding]
