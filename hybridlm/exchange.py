@@ -170,9 +170,7 @@ def round_products(
         for by in range(n):
             begun.append(first(coming[by], *weights))
             if by + 1 < n:  # the next tokens are waited for behind this product, not before it
-                arrays, tree = jax.tree.flatten(begun[by])
-                *arrays, coming[by + 1] = passing.together(*arrays, checkpoint_name(coming[by + 1], GATHERED))
-                begun[by] = tree.unflatten(arrays)
+                begun[by], coming[by + 1] = passing.together(begun[by], checkpoint_name(coming[by + 1], GATHERED))
         back = [passing.passed_on(rest(begun[by], *weights), axis, -by) for by in range(1, n)]
         return passing.added(rest(begun[0], *weights), back)
 

@@ -6,6 +6,7 @@ What is passed on is copied by links, where there are some, and takes no multipr
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ def passed_on(x: jax.Array, axis: str, by: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, of which none is used before all are there; their gradients are not held together."""
+def together(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays or pytrees, of which none is used before all are there; their gradients are not held together."""
     return jax.lax.optimization_barrier(arrays)
 
 
@@ -72,7 +73,8 @@ def join_rows(x: jax.Array, axis: str) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def sum_rows(x: jax.Array, axis: str) -> jax.Array:
     """`scatter(x, (axis,), 0)`, likewise."""
-    return reduce(jnp.add, in_turn(lambda by: rows_of(x, axis, by), axis), rows_of(x, axis, 0))
+    others = [passed_on(rows_of(x, axis, by), axis, by) for by in range(1, jax.lax.axis_size(axis))]
+    return reduce(jnp.add, others, rows_of(x, axis, 0))
 
 
 join_rows.defvjp(lambda x, axis: (join_rows(x, axis), None), lambda axis, _, grad: (sum_rows(grad, axis),))
@@ -84,12 +86,6 @@ def rows_of(x: jax.Array, axis: str, by: int) -> jax.Array:
     n = jax.lax.axis_size(axis)
     rows = x.shape[0] // n
     return jax.lax.dynamic_slice_in_dim(x, (jax.lax.axis_index(axis) + by) % n * rows, rows, 0)
-
-
-def in_turn(of: Callable, axis: str) -> list[jax.Array]:
-    """What the others on the axis make for this device: `of(by)`, for the device `by` places behind the one that makes
-    it."""
-    return [passed_on(of(by), axis, by) for by in range(1, jax.lax.axis_size(axis))]
 
 
 def added(own: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
