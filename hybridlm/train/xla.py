@@ -60,7 +60,8 @@ SAID = "xla_backend_"
 TILINGS = {
     # hybrid_1b, JAX 0.11.2, beside other work: of 70 s that its step compiled for, the search took 10 (2026-11-26).
     "NVIDIA H100 80GB HBM3": {"0.11.2": "h100-jaxlib-0.11.2.json"},
-    # Found by the starts of 2026-11-27 in docs/results/start.md; what they save there was not measured.
+    # hybrid_125m's first step 22.9, 19.4 and 20.7 s after the command, 29.1 s while 51 of them were searched for
+    # (2026-11-28; docs/results/start.md).
     "NVIDIA H200": {"0.11.2": "h200-jaxlib-0.11.2.json"},
 }
 """File in `xla_tilings/` by kind of device and then version of jaxlib: see `train.tilings`, which makes it."""
