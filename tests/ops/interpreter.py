@@ -70,9 +70,6 @@ def mosaic_interpreted():
 
 @contextlib.contextmanager
 def _on_gpu(op: str | None, multiprocessors: int):
-    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (  # no public name
-        reset_gpu_interpret_mode_state,
-    )
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     with contextlib.ExitStack() as stack:
@@ -81,8 +78,21 @@ def _on_gpu(op: str | None, multiprocessors: int):
         if op is not None:
             stack.enter_context(assume_platform("gpu", capability="9.0", multiprocessors=multiprocessors))
         stack.enter_context(plgpu.force_gpu_interpret_mode())
-        stack.callback(reset_gpu_interpret_mode_state)  # else what fails here fails whatever is interpreted later
+        stack.callback(_end_kernels)
         yield
+
+
+def _end_kernels() -> None:
+    """Waits for kernels, which run beside their caller where XLA has not made what they read or still makes something
+    else, then forgets all of them: else what fails here fails whatever is interpreted later."""
+    from jax._src.dispatch import runtime_tokens  # no public name, nor has the next
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+    try:
+        jax.effects_barrier()
+    finally:
+        runtime_tokens.clear()
+        reset_gpu_interpret_mode_state()
 
 
 def _sizes(op: str | None) -> list:
