@@ -16,8 +16,7 @@ from pallas_kernels import gated_head_norm, gated_norm
 from pallas_kernels.platform import platform
 
 LEAST = 1024
-"""Tokens of a device, below which what one pass over heads saves is not worth another kernel to compile: as of
-decoding."""
+"""Tokens of a device, below which one pass over heads is not worth another kernel to compile: as of decoding."""
 HEADS = ("batch", "tokens", "heads", None)
 """Logical axes of a norm's heads."""
 
