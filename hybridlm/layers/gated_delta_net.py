@@ -187,8 +187,7 @@ def init_cache(mixer, batch: int, layout: caches.Layout) -> dict[str, Any]:
 def gated_head_norm(mixer, y_BTHP: jax.Array, z_BTHP: jax.Array, gating: str) -> jax.Array:
     """RMS norm of each head in float32, with one weight [P] for all, times the gate's activation of z."""
     c, n_heads = mixer.config, y_BTHP.shape[2]
-    weight_HP = jnp.broadcast_to(mixer.norm[...][None], y_BTHP.shape[2:])
-    y_BTHP = gated_rms_norm(y_BTHP, z_BTHP, weight_HP, c.norm_eps, n_heads, True, mixer.dtype, gating)
+    y_BTHP = gated_rms_norm(y_BTHP, z_BTHP, mixer.norm[...], c.norm_eps, n_heads, True, mixer.dtype, gating)
     return sharding.constrain(y_BTHP, "batch", "tokens", "heads", None)
 
 

@@ -336,12 +336,13 @@ def normed_heads(y_BTHP, gate_BTHP, weight, norm: HeadNorm | None, gate: str | N
     """norm(y) * weight * gate(pre-activation), in `dtype`. weight: [P], [H, P], or None for 1."""
     shape = y_BTHP.shape[2:]
     n_groups = 1 if norm is None or not norm.per_head else shape[0]
-    weight_HP = jnp.ones(shape, jnp.float32) if weight is None else jnp.broadcast_to(weight, shape)
+    weight = jnp.ones(shape[1:], jnp.float32) if weight is None else weight
     if norm is not None and gate is not None:
-        return gated_rms_norm(y_BTHP, gate_BTHP, weight_HP, norm.eps, n_groups, True, dtype, gate)
+        return gated_rms_norm(y_BTHP, gate_BTHP, weight, norm.eps, n_groups, True, dtype, gate)
     y = y_BTHP.astype(jnp.float32)
     if norm is not None:
-        y = rms_normalise(y.reshape(*y.shape[:2], n_groups, -1), norm.eps).reshape(y.shape) * weight_HP[None, None]
+        weight = jnp.broadcast_to(weight, shape)[None, None]
+        y = rms_normalise(y.reshape(*y.shape[:2], n_groups, -1), norm.eps).reshape(y.shape) * weight
     return (y if gate is None else y * GATES[gate](gate_BTHP.astype(jnp.float32))).astype(dtype)
 
 

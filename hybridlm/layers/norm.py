@@ -12,8 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import exchange, sharding
 from hybridlm.layers import params
-from pallas_kernels import gated_norm
+from pallas_kernels import gated_head_norm, gated_norm
 from pallas_kernels.platform import platform
+
+LEAST = 1024
+"""Tokens of a device, below which one pass over heads is not worth another kernel to compile: as of decoding."""
+HEADS = ("batch", "tokens", "heads", None)
+"""Logical axes of a norm's heads."""
 
 
 def rms_normalise(x: jax.Array, eps: float, n_axes: int = 1) -> jax.Array:
@@ -89,29 +94,35 @@ GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
 def gated_rms_norm(
-    y_BTHP, z_BTHP, weight_HP, eps: float, n_groups: int, before_gate: bool, dtype, gating: str = "silu"
+    y_BTHP, z_BTHP, weight, eps: float, n_groups: int, before_gate: bool, dtype, gating: str = "silu"
 ) -> jax.Array:
     """norm(y * silu(z)) * weight, or norm(y) * weight * silu(z) with `before_gate`: [B, T, H, P] in `dtype`.
 
-    gating: "silu", or "sigmoid" in its place.
+    weight: [H, P], or [P], the same for all heads. gating: "silu", or "sigmoid" in its place.
 
     The norm is taken over each of n_groups equal parts of the channels H * P, everything in float32. Mamba-2's output
     (Dao & Gu 2024, section 7). The gradient is written out: it keeps y, z and the roots, of which everything else
     follows in one pass over y, z and the cotangent for each kind of sum and one for dy and dz. On a GPU it makes the
-    roots again, in the pass for the sums: where nothing asks for them, the forward is one pass, too.
+    roots again, in the pass for the sums: where nothing asks for them, the forward is one pass, too. Where groups are
+    heads of one weight that `pallas_kernels.gated_head_norm` serves, forward and backward are one pass each.
     """
-    return _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)[0]
+    return _gated_rms_norm(y_BTHP, z_BTHP, weight, eps, n_groups, before_gate, dtype, gating)[0]
 
 
-def _gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating):
+def _gated_rms_norm(y_BTHP, z_BTHP, weight, eps, n_groups, before_gate, dtype, gating):
+    if _heads_have_kernel(y_BTHP, z_BTHP, weight, n_groups, before_gate, dtype):
+        kernel = functools.partial(gated_head_norm.gated_head_norm, eps=eps, gating=gating)
+        return _per_device(kernel, HEADS, y_BTHP, z_BTHP, weight), (y_BTHP, z_BTHP, weight, None)
+    weight_HP = jnp.broadcast_to(weight, y_BTHP.shape[2:])
     if platform() == "gpu":
-        return _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)
+        out = _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating)
+        return out, (y_BTHP, z_BTHP, weight, None)
     y, gate = y_BTHP.astype(jnp.float32), GATES[gating](z_BTHP.astype(jnp.float32))
     u = y if before_gate else y * gate
     root_BTG = checkpoint_name(jax.lax.rsqrt(_group_mean(jnp.square(u), n_groups) + eps), "mamba_root")
     out = u * _per_channel(root_BTG, u.shape) * weight_HP.astype(jnp.float32)[None, None]
     out = out * gate if before_gate else out
-    return out.astype(dtype), (y_BTHP, z_BTHP, weight_HP, root_BTG)
+    return out.astype(dtype), (y_BTHP, z_BTHP, weight, root_BTG)
 
 
 def _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, gating):
@@ -125,13 +136,26 @@ def _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, g
     root = jax.lax.rsqrt(jnp.mean(jnp.square(u), axis=-1, keepdims=True) + eps)
     out = u * root * weight_HP.astype(jnp.float32).reshape(1, 1, *grouped[2:])
     out = out * gate if before_gate else out
-    return out.astype(dtype).reshape(shape), (y_BTHP, z_BTHP, weight_HP, None)
+    return out.astype(dtype).reshape(shape)
 
 
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out):
-    y_BTHP, z_BTHP, weight_HP, root_BTG = saved
-    if _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
-        return _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps, before_gate)
+    y_BTHP, z_BTHP, weight, root_BTG = saved
+    arrays = y_BTHP, z_BTHP, jnp.broadcast_to(weight, y_BTHP.shape[2:]), d_out
+    if _heads_have_kernel(y_BTHP, z_BTHP, weight, n_groups, before_gate, dtype):
+        kernel = functools.partial(gated_head_norm.gated_head_norm_gradients, eps=eps, gating=gating)
+        dy, dz, d_weight = _per_device(kernel, HEADS, y_BTHP, z_BTHP, weight, d_out)
+    elif _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
+        kernel = functools.partial(gated_norm.gated_norm_gradients, eps=eps, before_gate=before_gate)
+        dy, dz, d_weight = _per_device(kernel, (*HEADS[:2], None, None), *arrays)
+    else:
+        dy, dz, d_weight = _in_passes(*arrays, root_BTG, eps, n_groups, before_gate, gating)
+    d_weight = d_weight.sum(tuple(range(d_weight.ndim - weight.ndim)))
+    return dy, dz, d_weight.astype(weight.dtype)
+
+
+def _in_passes(y_BTHP, z_BTHP, weight_HP, d_out, root_BTG, eps, n_groups, before_gate, gating):
+    """The gradient by XLA."""
     weight = weight_HP.astype(jnp.float32)[None, None]
     if root_BTG is None:
         # Two passes over the inputs: XLA would keep the first one's float32 for the second. Behind the barrier is none
@@ -152,7 +176,7 @@ def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out)
         d_y, d_z = d_u, parts["d_out"] * parts["normed"] * weight * parts["d_gate"]
     else:
         d_y, d_z = d_u * parts["gate"], d_u * parts["y"] * parts["d_gate"]
-    return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight.astype(weight_HP.dtype)
+    return d_y.astype(y_BTHP.dtype), d_z.astype(z_BTHP.dtype), d_weight
 
 
 def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
@@ -164,20 +188,37 @@ def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
     return gated_norm.why_not(math.prod(y_BTHP.shape[2:]), y_BTHP.dtype) is None
 
 
-def _in_kernel(y_BTHP, z_BTHP, weight_HP, d_out, eps: float, before_gate: bool):
-    """The gradient in one pass, each device that of its tokens."""
+def _heads_have_kernel(y_BTHP, z_BTHP, weight, n_groups: int, before_gate: bool, dtype) -> bool:
+    """Whether `pallas_kernels.gated_head_norm` serves: groups that are heads, with one weight for all, as each device
+    has them; of a number of rows that is known."""
+    if not before_gate or weight.ndim != 1 or n_groups != y_BTHP.shape[2]:
+        return False
+    if not y_BTHP.dtype == z_BTHP.dtype == jnp.dtype(dtype):
+        return False
+    batch, tokens, n_heads, width = exchange.own_shape(HEADS, y_BTHP.shape)
+    n_rows = batch * tokens
+    known = isinstance(n_rows, int) and n_rows >= LEAST
+    return known and gated_head_norm.why_not(n_rows * n_heads, width, y_BTHP.dtype) is None
 
-    def of_device(y, z, weight, d_out):
+
+def _per_device(kernel, axes: tuple, y_BTHP, z_BTHP, weight, *d_out) -> Any:
+    """`kernel(y, z, weight, *d_out)` of rows as wide as the weight, each device that of what it has of arrays with
+    these logical axes: a result like y, or (dy, dz, d_weight)."""
+    of_all = (None,) * weight.ndim
+
+    def of_device(y, z, weight, *d_out):
         rows = lambda a: a.reshape(-1, weight.size)
-        args = rows(y), rows(z), weight.astype(jnp.float32).reshape(-1), rows(d_out)
-        dy, dz, d_weight = gated_norm.gated_norm_gradients(*args, eps, before_gate)
+        made = kernel(rows(y), rows(z), weight.astype(jnp.float32).reshape(-1), *map(rows, d_out))
+        if not d_out:
+            return made.reshape(y.shape)
+        dy, dz, d_weight = made
         return dy.reshape(y.shape), dz.reshape(z.shape), d_weight.reshape(1, *weight.shape)
 
-    own, of_all = ("batch", "tokens", None, None), (None, None)
-    arrays, axes = (y_BTHP, z_BTHP, weight_HP, d_out), (own, own, of_all, own)
-    of_weight = (exchange.of_tokens(own, y_BTHP.shape), *of_all), (1, *weight_HP.shape)
-    dy, dz, d_weight = exchange.manual(of_device, arrays, axes, [(own, y_BTHP.shape), (own, z_BTHP.shape), of_weight])
-    return dy, dz, d_weight.sum(0).astype(weight_HP.dtype)
+    arrays, like_y = (y_BTHP, z_BTHP, weight, *d_out), (axes, y_BTHP.shape)
+    split = tuple(name for of_dim in sharding.dims_axes(axes, y_BTHP.shape) for name in of_dim)
+    outs = [like_y, like_y, ((split, *of_all), (1, *weight.shape))] if d_out else like_y
+    made = exchange.manual(of_device, arrays, (axes, axes, of_all, *[axes] * len(d_out)), outs)
+    return (*made[:2], made[2].sum(0)) if d_out else made
 
 
 def _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate: bool, gating: str) -> dict[str, jax.Array]:

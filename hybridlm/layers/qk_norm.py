@@ -19,14 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from hybridlm import exchange, sharding
+from hybridlm.layers.norm import LEAST
 from hybridlm.layers.rope import Rope, turns
 from pallas_kernels import head_norm
 from pallas_kernels.platform import platform
 
 ROTATED = "attention_rotated"
 """Name, for remat, of what attention reads, and of the cosines and sines that make it."""
-LEAST = 1024
-"""Rows of a device, below which what one pass saves is not worth another kernel to compile: as of decoding."""
 
 
 def is_faster(rope: Rope | None, d_head: int) -> bool:

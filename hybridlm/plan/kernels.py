@@ -4,14 +4,15 @@
 import pkgutil
 from collections.abc import Sequence
 
-from pallas_kernels import exponentials, gated_norm, gated_product, head_norm, rms_norm
+from pallas_kernels import exponentials, gated_head_norm, gated_norm, gated_product, head_norm, rms_norm
 from pallas_kernels.cost import Array, KernelCost
 from pallas_kernels.ops import OPS
 
 COSTS = {kernel: count for op in OPS.values() for kernel, count in op.costs.items()}
 """Kernel -> "module:function", see `Op.costs`."""
 GPU_COSTS = {kernel: count for op in OPS.values() for kernel, count in op.gpu_costs.items()}
-GPU_COSTS |= exponentials.COSTS | gated_norm.COSTS | gated_product.COSTS | head_norm.COSTS | rms_norm.COSTS
+GPU_COSTS |= exponentials.COSTS | gated_head_norm.COSTS | gated_norm.COSTS | gated_product.COSTS
+GPU_COSTS |= head_norm.COSTS | rms_norm.COSTS
 """Likewise of kernels for GPUs, which may have the same names."""
 
 

@@ -6,6 +6,7 @@ its time. Axis letters: R rows, H heads, P head width, C pairs of a head that ar
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import platform
 from pallas_kernels.op import why_not_hopper
 
-__all__ = ["COSTS", "head_norm", "head_norm_gradients", "why_not"]
+__all__ = ["COSTS", "head_norm", "head_norm_gradients", "make_plan", "tile_rows", "why_not", "why_not_heads"]
 
 OLDEST_JAX = (0, 11)
 THREADS, VECTOR = 128, 4
@@ -34,16 +35,21 @@ COSTS = dict.fromkeys(BLOCKS, "pallas_kernels.cost:no_products")
 
 def why_not(n_rows: int, n_heads: int, width: int, dtype: DTypeLike) -> str | None:
     """Why the kernels cannot serve arrays [n_rows, n_heads, width] of a type; None where they can."""
+    if reason := why_not_heads(width, dtype):
+        return reason
+    rows = tile_rows(n_heads, width)
+    if 2 * rows * n_heads * width > MOST:
+        return f"heads ({n_heads}), of which {rows} rows are taken at a time, are more than {MOST} bytes"
+    return f"rows ({n_rows}) no multiple of {rows}" if n_rows % rows else None
+
+
+def why_not_heads(width: int, dtype: DTypeLike) -> str | None:
+    """Why no kernel of `pallas_kernels.heads` can serve heads of this width and type; None where one can."""
     if reason := why_not_hopper(OLDEST_JAX):
         return reason
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"arrays are of type {jnp.dtype(dtype)}, not bfloat16"
-    if width not in WIDTHS:
-        return f"head width ({width}) not one of {', '.join(map(str, WIDTHS))}"
-    rows = _tile(n_heads, width)
-    if 2 * rows * n_heads * width > MOST:
-        return f"heads ({n_heads}), of which {rows} rows are taken at a time, are more than {MOST} bytes"
-    return f"rows ({n_rows}) no multiple of {rows}" if n_rows % rows else None
+    return None if width in WIDTHS else f"head width ({width}) not one of {', '.join(map(str, WIDTHS))}"
 
 
 def head_norm(
@@ -99,7 +105,7 @@ def _piece(n_heads: int, width: int) -> tuple[int, int, int]:
     return at_once // side_by_side, side_by_side, width // 2
 
 
-def _tile(n_heads: int, width: int) -> int:
+def tile_rows(n_heads: int, width: int) -> int:
     """Rows of a tile."""
     least = _piece(n_heads, width)[0]
     return least * max(1, TILE // (2 * least * n_heads * width))
@@ -111,8 +117,6 @@ def _some(x_RHP: jax.Array, n_heads: int | None) -> bool:
 
 
 def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, eps: float, factor: float, n_heads):
-    from pallas_kernels.head_norm import kernel
-
     x_RHP = arrays_RHP[0]
     apart, (n_rows, all_heads, width) = not _some(x_RHP, n_heads), x_RHP.shape
     n_heads = all_heads if n_heads is None else n_heads
@@ -120,10 +124,24 @@ def _plan(name: str, arrays_RHP: list[jax.Array], turn_RcC: jax.Array | None, ep
         raise ValueError(f"n_heads ({n_heads}) not from 1 to those of x_RHP ({all_heads})")
     if reason := why_not(n_rows, n_heads, width, x_RHP.dtype):
         raise NotImplementedError(reason)
-    tile = _tile(n_heads, width)
     of_turn = 0 if turn_RcC is None else 4 * width
-    read, written = (n_heads * width * sum(a.dtype.itemsize for a in arrays) for arrays in (arrays_RHP, [x_RHP]))
-    n_bytes = tile * (kernel.STAGES * (read + of_turn) + 2 * written) + OWN
-    side_by_side = max(1, min(BLOCKS[name], SHARED // n_bytes))
+    plan = make_plan(arrays_RHP, n_heads, 1, eps, BLOCKS[name], of_turn=of_turn)
+    return plan._replace(factor=factor, apart=apart)
+
+
+def make_plan(
+    arrays_RHP: Sequence[jax.Array], n_heads: int, n_written: int, eps: float, most_blocks: int, *, stages: int = 3,
+    of_turn: int = 0,
+):  # fmt: skip
+    """`pallas_kernels.heads.Plan` of the first n_heads of arrays [R, H, P] that are read, of n_written more like the
+    first, of no more thread blocks than most_blocks of a multiprocessor; of_turn: bytes a row of what is read beside
+    them."""
+    from pallas_kernels.heads import Plan
+
+    n_rows, _, width = arrays_RHP[0].shape
+    tile, row = tile_rows(n_heads, width), n_heads * width
+    read, written = row * sum(a.dtype.itemsize for a in arrays_RHP), row * arrays_RHP[0].dtype.itemsize * n_written
+    n_bytes = tile * (stages * (read + of_turn) + 2 * written) + OWN
+    side_by_side = max(1, min(most_blocks, SHARED // n_bytes))
     n_blocks = min(n_rows // tile, side_by_side * platform.multiprocessors())
-    return kernel.Plan(n_rows, n_heads, width, eps, factor, _piece(n_heads, width), tile, n_blocks, apart)
+    return Plan(n_rows, n_heads, width, eps, 1.0, _piece(n_heads, width), tile, n_blocks, stages)

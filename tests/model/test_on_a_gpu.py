@@ -3,6 +3,7 @@
 and against float64."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.layers import qk_norm
+from hybridlm import sharding
+from hybridlm.config import MeshConfig
+from hybridlm.layers import norm, qk_norm
 from hybridlm.layers.attention import Attention
 from hybridlm.layers.block import Make, Tokens
 from hybridlm.layers.mlp import MLP
-from hybridlm.layers.norm import gated_rms_norm, rms_normalise
+from hybridlm.layers.norm import GATES, gated_rms_norm, rms_normalise
 from hybridlm.layers.qk_norm import is_faster, normed_and_rotated
 from hybridlm.layers.quantized import Joined
 from hybridlm.layers.rope import Rope, YaRN
@@ -22,6 +25,7 @@ from hybridlm.layers.segments import with_padding_last
 from hybridlm.model.config import ModelConfig
 from hybridlm.model.sublayer import Sublayer
 from pallas_kernels import assume_platform
+from pallas_kernels.platform import platform
 from tests.ops.interpreter import interpreted, needs_gpu_interpreter
 from tests.tolerances import check_close
 
@@ -188,6 +192,74 @@ def test_gated_norm(n_groups, gating, before_gate):
     with assume_platform("gpu", capability="8.0"):
         kept = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], *[normal(2, 5, 4, 8)] * 2, normal(4, 8))
     assert sorted(leaf.size for leaf in jax.tree.leaves(kept)) == [4 * 8, 320, 320]
+
+
+def heads_in_kernels(monkeypatch) -> list:
+    """Gated norms of heads by the definition of `pallas_kernels.gated_head_norm`, from here on, if for a GPU: which
+    of both functions was called, and of how many rows."""
+
+    def gated_head_norm(y_RP, z_RP, weight_P, eps, gating):
+        return (rms_normalise(y_RP, eps) * weight_P[None] * GATES[gating](z_RP)).astype(y_RP.dtype)
+
+    def gated_head_norm_gradients(y_RP, z_RP, weight_P, d_RP, eps, gating):
+        return jax.vjp(lambda *args: gated_head_norm(*args, eps, gating), y_RP, z_RP, weight_P)[1](d_RP)
+
+    called = []
+
+    def saying(kernel, rows, *args, **more):
+        called.append((kernel.__name__, len(rows)))
+        return kernel(rows, *args, **more)
+
+    for kernel in (gated_head_norm, gated_head_norm_gradients):
+        monkeypatch.setattr(norm.gated_head_norm, kernel.__name__, partial(saying, kernel))
+    monkeypatch.setattr(norm.gated_head_norm, "why_not", lambda *_: None if platform() == "gpu" else "no GPU")
+    monkeypatch.setattr(norm, "LEAST", 10)
+    return called
+
+
+@pytest.mark.parametrize("gating", GATES)
+def test_gated_norm_of_heads(gating, monkeypatch):
+    """With one weight for all: without and with kernels, which keep what there is; roots on a CPU."""
+    run = lambda y, z, w: gated_rms_norm(y, z, w, 1e-5, 4, True, "float32", gating)
+    args = normal(2, 5, 4, 8).at[0, 1].set(0), normal(2, 5, 4, 8), normal(8)
+    check(run, *args)
+    called = heads_in_kernels(monkeypatch)
+    check(run, *args)
+    assert called == [("gated_head_norm", 40), ("gated_head_norm_gradients", 40)]
+    with assume_platform("gpu", capability="8.0"):
+        kept = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], *args)
+    assert sorted(leaf.size for leaf in jax.tree.leaves(kept)) == [8, 320, 320]
+
+
+def test_gated_norms_that_no_kernel_of_heads_serves(monkeypatch):
+    called, (y, z, w) = heads_in_kernels(monkeypatch), (normal(2, 5, 4, 8), normal(2, 5, 4, 8), normal(8))
+    wide = jnp.broadcast_to(w, (4, 8))
+    for args, n_groups, before_gate, dtype in [
+        ((y, z, wide), 4, True, "float32"), ((y, z, w), 2, True, "float32"), ((y, z, w), 4, False, "float32"),
+        ((y, z, w), 4, True, "bfloat16"), ((y[:, :4], z[:, :4], w), 4, True, "float32"),
+    ]:  # fmt: skip
+        more = 1e-5, n_groups, before_gate, dtype
+        check(lambda y, z, w, more=more: gated_rms_norm(y, z, w, *more), *args, dtype=dtype)
+    assert not called
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2, "context": 2}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_gated_norm_of_heads_of_several_devices(sizes, monkeypatch):
+    """Each device by the kernels, its own heads of its own tokens."""
+    called = heads_in_kernels(monkeypatch)
+    args, d_out = (normal(4, 6, 4, 8), normal(4, 6, 4, 8), normal(8)), normal(4, 6, 4, 8)
+    monkeypatch.setattr(norm, "LEAST", 6)
+
+    def run(*args):
+        out, pull = jax.vjp(lambda y, z, w: gated_rms_norm(y, z, w, 1e-5, 4, True, "float32"), *args)
+        return out, *pull(d_out)
+
+    expected = run(*args)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(**{"data": 1, **sizes}))), assume_platform("gpu", capability="8.0"):
+        found = jax.jit(lambda *args: run(*args))(*args)
+    assert called == [("gated_head_norm", 12), ("gated_head_norm_gradients", 12)]
+    for actual, wanted in zip(found, expected, strict=True):
+        check_close(actual, wanted, dtype="float32", what="result or gradient")
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
