@@ -63,8 +63,6 @@ CASES += [pytest.param(name, SMALL, id=f"{name} smaller") for name in STORED]
 def test_eight_devices_write_as_one(name, types):
     """Ragged prompts in pieces, tokens for which the cache grows: the same, and split all along."""
     blocks = {"X": VARIANTS[name], "-": VARIANTS["mlp"]}
-    if name == "titans":  # of a memory that learns so fast that rounding grows with every token, a slow one
-        blocks["X"] = replace(VARIANTS[name], max_rate=0.02)
     config, lengths = replace(small("X-X-", blocks), vocab_size=32), np.array([9, 27, 3, 25])
     model, tokens = init_sharded(config, mesh(), seed=0), random_tokens(4, 27)
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every mixer, read in random pieces around the edges of its blocks and windows, gives one full forward."""
 
-from dataclasses import replace
-
 import pytest
 
 from hybridlm.layers.block import free_fields, sees_ahead
@@ -20,8 +18,6 @@ def test_random_pieces_of_ragged_rows(name, monkeypatch):
     """Chunks of 4 and attention's blocks of 8 of what would take rows of hundreds to cross."""
     monkeypatch.setattr(xla, "_BLOCK", 8)
     block = VARIANTS[name]
-    if name == "titans":  # of a memory that learns so fast that rounding grows with every token, a slow one
-        block = replace(block, max_rate=0.02)
     for path in free_fields(block):
         if path.endswith("chunk"):
             block = with_field(block, path, 4)
