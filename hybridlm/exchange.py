@@ -57,11 +57,10 @@ def manual(fn: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple], out
     return sharding.shard_map(fn, in_specs, out_specs)(*arrays)
 
 
-def of_tokens(axes: tuple, shape: Sequence[int]) -> tuple[str, ...]:
-    """What splits the tokens of an array [B, T, ...] with these logical axes: mesh axes of sums [N, ...], one of each
-    device's own tokens, as `manual` takes them."""
-    rows, tokens = sharding.dims_axes(axes, shape)[:2]
-    return *rows, *tokens
+def of_parts(axes: tuple, shape: Sequence[int]) -> tuple[str, ...]:
+    """What splits an array with these logical axes: mesh axes of sums [N, ...], one of what each device has of it, as
+    `manual` takes them."""
+    return tuple(name for of_dim in sharding.dims_axes(axes, shape) for name in of_dim)
 
 
 def copied_rows(n_rows: int) -> sharding.Axis:

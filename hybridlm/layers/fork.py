@@ -64,7 +64,7 @@ def _backward(eps: float, n: int, saved, grads):
         return dx.reshape(x.shape), d_weight[None]
 
     arrays, axes = (x_BTD, weight_D, *grads), [STREAM, (None,), *[STREAM] * (n + 1)]
-    of_weight = (exchange.of_tokens(STREAM, x_BTD.shape), None), (1, *weight_D.shape)
+    of_weight = (exchange.of_parts(STREAM, x_BTD.shape), None), (1, *weight_D.shape)
     dx, d_weight = exchange.manual(of_device, arrays, axes, [(STREAM, x_BTD.shape), of_weight])
     return dx, d_weight.sum(0)
 

@@ -141,15 +141,16 @@ def _in_one_pass(y_BTHP, z_BTHP, weight_HP, eps, n_groups, before_gate, dtype, g
 
 def _gated_rms_norm_bwd(eps, n_groups, before_gate, dtype, gating, saved, d_out):
     y_BTHP, z_BTHP, weight, root_BTG = saved
-    arrays = y_BTHP, z_BTHP, jnp.broadcast_to(weight, y_BTHP.shape[2:]), d_out
     if _heads_have_kernel(y_BTHP, z_BTHP, weight, n_groups, before_gate, dtype):
         kernel = functools.partial(gated_head_norm.gated_head_norm_gradients, eps=eps, gating=gating)
         dy, dz, d_weight = _per_device(kernel, HEADS, y_BTHP, z_BTHP, weight, d_out)
-    elif _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
-        kernel = functools.partial(gated_norm.gated_norm_gradients, eps=eps, before_gate=before_gate)
-        dy, dz, d_weight = _per_device(kernel, (*HEADS[:2], None, None), *arrays)
     else:
-        dy, dz, d_weight = _in_passes(*arrays, root_BTG, eps, n_groups, before_gate, gating)
+        arrays = y_BTHP, z_BTHP, jnp.broadcast_to(weight, y_BTHP.shape[2:]), d_out
+        if _has_kernel(y_BTHP, z_BTHP, d_out, n_groups, gating):
+            kernel = functools.partial(gated_norm.gated_norm_gradients, eps=eps, before_gate=before_gate)
+            dy, dz, d_weight = _per_device(kernel, (*HEADS[:2], None, None), *arrays)
+        else:
+            dy, dz, d_weight = _in_passes(*arrays, root_BTG, eps, n_groups, before_gate, gating)
     d_weight = d_weight.sum(tuple(range(d_weight.ndim - weight.ndim)))
     return dy, dz, d_weight.astype(weight.dtype)
 
@@ -190,20 +191,28 @@ def _has_kernel(y_BTHP, z_BTHP, d_out, n_groups: int, gating: str) -> bool:
 
 def _heads_have_kernel(y_BTHP, z_BTHP, weight, n_groups: int, before_gate: bool, dtype) -> bool:
     """Whether `pallas_kernels.gated_head_norm` serves: groups that are heads, with one weight for all, as each device
-    has them; of a number of rows that is known."""
+    has them."""
     if not before_gate or weight.ndim != 1 or n_groups != y_BTHP.shape[2]:
         return False
     if not y_BTHP.dtype == z_BTHP.dtype == jnp.dtype(dtype):
         return False
-    batch, tokens, n_heads, width = exchange.own_shape(HEADS, y_BTHP.shape)
-    n_rows = batch * tokens
-    known = isinstance(n_rows, int) and n_rows >= LEAST
-    return known and gated_head_norm.why_not(n_rows * n_heads, width, y_BTHP.dtype) is None
+    if (own := own_heads(HEADS, y_BTHP.shape)) is None:
+        return False
+    n_tokens, n_heads, width = own
+    return gated_head_norm.why_not(n_tokens * n_heads, width, y_BTHP.dtype) is None
+
+
+def own_heads(axes: tuple, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """(Tokens, heads, their width) of what each device has of heads [B, T, H, P] with these logical axes; None where
+    its tokens are fewer than LEAST, or of a number that is not known."""
+    batch, tokens, n_heads, width = exchange.own_shape(axes, shape)
+    n_tokens = batch * tokens
+    return (n_tokens, n_heads, width) if isinstance(n_tokens, int) and n_tokens >= LEAST else None
 
 
 def _per_device(kernel, axes: tuple, y_BTHP, z_BTHP, weight, *d_out) -> Any:
     """`kernel(y, z, weight, *d_out)` of rows as wide as the weight, each device that of what it has of arrays with
-    these logical axes: a result like y, or (dy, dz, d_weight)."""
+    these logical axes: a result like y, or (dy, dz, d_weight of each device, [N, *weight.shape])."""
     of_all = (None,) * weight.ndim
 
     def of_device(y, z, weight, *d_out):
@@ -215,10 +224,9 @@ def _per_device(kernel, axes: tuple, y_BTHP, z_BTHP, weight, *d_out) -> Any:
         return dy.reshape(y.shape), dz.reshape(z.shape), d_weight.reshape(1, *weight.shape)
 
     arrays, like_y = (y_BTHP, z_BTHP, weight, *d_out), (axes, y_BTHP.shape)
-    split = tuple(name for of_dim in sharding.dims_axes(axes, y_BTHP.shape) for name in of_dim)
-    outs = [like_y, like_y, ((split, *of_all), (1, *weight.shape))] if d_out else like_y
-    made = exchange.manual(of_device, arrays, (axes, axes, of_all, *[axes] * len(d_out)), outs)
-    return (*made[:2], made[2].sum(0)) if d_out else made
+    like_weights = (exchange.of_parts(*like_y), *of_all), (1, *weight.shape)
+    outs = [like_y, like_y, like_weights] if d_out else like_y
+    return exchange.manual(of_device, arrays, (axes, axes, of_all, *[axes] * len(d_out)), outs)
 
 
 def _parts_of_gradient(y_BTHP, z_BTHP, d_out, root_BTG, before_gate: bool, gating: str) -> dict[str, jax.Array]:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from hybridlm import exchange, sharding
-from hybridlm.layers.norm import LEAST
+from hybridlm.layers.norm import own_heads
 from hybridlm.layers.rope import Rope, turns
 from pallas_kernels import head_norm
 from pallas_kernels.platform import platform
@@ -147,10 +147,9 @@ _beside.defvjp(_beside_forward, _beside_backward, symbolic_zeros=True)
 
 
 def _has_kernel(x_BTHP, axis: str) -> bool:
-    """Whether `pallas_kernels.head_norm` serves heads, as each device has them; of a number of rows that is known."""
-    batch, tokens, n_heads, width = exchange.own_shape(("batch", "tokens", axis, None), x_BTHP.shape)
-    rows = batch * tokens
-    return isinstance(rows, int) and rows >= LEAST and head_norm.why_not(rows, n_heads, width, x_BTHP.dtype) is None
+    """Whether `pallas_kernels.head_norm` serves heads, as each device has them."""
+    own = own_heads(("batch", "tokens", axis, None), x_BTHP.shape)
+    return own is not None and head_norm.why_not(*own, x_BTHP.dtype) is None
 
 
 def _per_device(kernel, x_BTHP, weight_P, turn, grads: tuple, axis: str, outs) -> Any:
@@ -176,8 +175,7 @@ def _in_kernel(x_BTHP, weight_P, turn, eps: float, axis: str, factor: float) -> 
 
 def _gradients_in_kernel(x_BTHP, weight_P, turn, dy_BTHP, eps: float, axis: str, **more) -> tuple:
     heads, shape = ("batch", "tokens", axis, None), x_BTHP.shape
-    split = tuple(name for of_dim in sharding.dims_axes(heads, shape)[:3] for name in of_dim)
-    outs = [(heads, shape), ((split, None), (1, *weight_P.shape))]
+    outs = [(heads, shape), ((exchange.of_parts(heads, shape), None), (1, *weight_P.shape))]
     run = partial(head_norm.head_norm_gradients, eps=eps, **more)
     dx, d_weight = _per_device(run, x_BTHP, weight_P, turn, (dy_BTHP,), axis, outs)
     return dx, d_weight.sum(0)

@@ -8,7 +8,7 @@ its time. Axis letters: R rows, each a head of a token, P head width.
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels.head_norm import THREADS, VECTOR, make_plan, tile_rows, why_not_heads
+from pallas_kernels.head_norm import heads_at_once, make_plan, tile_rows, why_not_heads
 
 __all__ = ["COSTS", "GATES", "gated_head_norm", "gated_head_norm_gradients", "why_not"]
 
@@ -25,7 +25,8 @@ def why_not(n_rows: int, width: int, dtype: DTypeLike) -> str | None:
     """Why the kernels cannot serve arrays [n_rows, width] of a type; None where they can."""
     if reason := why_not_heads(width, dtype):
         return reason
-    multiple = tile_rows(_at_once(width), width) * _at_once(width)
+    at_once = heads_at_once(width)
+    multiple = tile_rows(at_once, width) * at_once
     return f"rows ({n_rows}) no multiple of {multiple}" if n_rows % multiple else None
 
 
@@ -64,12 +65,7 @@ def _planned(name: str, arrays_RP: tuple[jax.Array, ...], gating: str, eps: floa
         raise ValueError(f"arrays ({[a.shape for a in arrays_RP]}) not of one shape")
     if reason := next(filter(None, (why_not(n_rows, width, a.dtype) for a in arrays_RP)), None):
         raise NotImplementedError(reason)
-    n_heads = _at_once(width)
+    n_heads = heads_at_once(width)
     arrays_RHP = [a.reshape(-1, n_heads, width) for a in arrays_RP]
     written = len(arrays_RP) - 1
     return make_plan(arrays_RHP, n_heads, written, eps, BLOCKS[name], stages=STAGES[name]), arrays_RHP
-
-
-def _at_once(width: int) -> int:
-    """Heads of which each thread of a block has VECTOR neighbours of each half."""
-    return THREADS * VECTOR * 2 // width

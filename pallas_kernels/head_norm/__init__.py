@@ -15,7 +15,16 @@ from jax.typing import DTypeLike
 from pallas_kernels import platform
 from pallas_kernels.op import why_not_hopper
 
-__all__ = ["COSTS", "head_norm", "head_norm_gradients", "make_plan", "tile_rows", "why_not", "why_not_heads"]
+__all__ = [
+    "COSTS",
+    "head_norm",
+    "head_norm_gradients",
+    "heads_at_once",
+    "make_plan",
+    "tile_rows",
+    "why_not",
+    "why_not_heads",
+]
 
 OLDEST_JAX = (0, 11)
 THREADS, VECTOR = 128, 4
@@ -100,9 +109,14 @@ def head_norm_gradients(
 
 def _piece(n_heads: int, width: int) -> tuple[int, int, int]:
     """Rows, heads and pairs of which each thread has VECTOR of each half: as many heads as divide."""
-    at_once = THREADS * VECTOR // (width // 2)
+    at_once = heads_at_once(width)
     side_by_side = math.gcd(n_heads, at_once)
     return at_once // side_by_side, side_by_side, width // 2
+
+
+def heads_at_once(width: int) -> int:
+    """Heads, of one row or several, of which each thread of a block has VECTOR neighbours of each half."""
+    return THREADS * VECTOR // (width // 2)
 
 
 def tile_rows(n_heads: int, width: int) -> int:

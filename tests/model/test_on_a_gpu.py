@@ -131,7 +131,7 @@ def test_queries_and_keys_in_kernels(rope, wide, monkeypatch):
         said = lambda *args, kernel=kernel, **more: called.append(kernel) or kernel(*args, **more)
         monkeypatch.setattr(qk_norm.head_norm, kernel.__name__, said)
     monkeypatch.setattr(qk_norm.head_norm, "why_not", lambda *_: None)
-    monkeypatch.setattr(qk_norm, "LEAST", 0)
+    monkeypatch.setattr(norm, "LEAST", 0)
     RNG.bit_generator.state = before
     in_kernels = both(run, x, w)[0]
     assert {head_norm, head_norm_gradients} == set(called)
@@ -143,7 +143,7 @@ def test_queries_and_keys_in_kernels(rope, wide, monkeypatch):
 def test_keys_beside_values(monkeypatch):
     """The mixer by kernels, interpreted, which read keys and values in the array of their one product, and put both
     gradients into one, beside plain arrays in float32."""
-    monkeypatch.setattr(qk_norm, "LEAST", 0)
+    monkeypatch.setattr(norm, "LEAST", 0)
     D, K, P, called = 48, 2, 64, []
     block = Attention(n_heads=4, n_kv_heads=K, d_head=P, qk_norm=True)
     wide, mixer = (nnx.split(block.build(D, Make(nnx.Rngs(0), 0.2, 0.2, of, 1e-5))) for of in ("float32", "bfloat16"))

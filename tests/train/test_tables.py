@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from hybridlm import exchange
-from hybridlm.layers import qk_norm
+from hybridlm.layers import norm, qk_norm
 from hybridlm.layers.norm import rms_normalise
 from hybridlm.train import layout, loss
 from hybridlm.train.layout import tables_once
@@ -128,7 +128,7 @@ def test_as_on_gpus(more, meshes, monkeypatch):
     monkeypatch.setattr(exchange, "_holding", lambda n_tokens: exchange._held)  # as of long rows
     called = set()
     monkeypatch.setattr(qk_norm, "is_faster", lambda rope, d_head: True)
-    monkeypatch.setattr(qk_norm, "LEAST", 0)
+    monkeypatch.setattr(norm, "LEAST", 0)
     for kernel, module in KERNELS.items():
         said = lambda *args, kernel=kernel, **more: called.add(kernel) or kernel(*args, **more)
         monkeypatch.setattr(module, "why_not", lambda *_: None)
